@@ -1,0 +1,1 @@
+"""Brings clusters up: the `weft` command, cluster files, manifests."""

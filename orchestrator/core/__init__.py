@@ -1,0 +1,1 @@
+"""Every decision Weft takes, as pure state machines: no clock, loop, socket, thread, file, environment or log."""

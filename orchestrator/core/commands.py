@@ -1,0 +1,220 @@
+"""Everything a cluster or a node can ask of its driver: imperatives.
+
+Each docstring names the events that end the command. Reasons travel with decisions (`why`) but take no part in equality, so
+that tests compare what is done and not why.
+"""
+
+from dataclasses import dataclass, field
+
+from orchestrator.core.events import Ended, FirstToken
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    BlockId,
+    ExportId,
+    GatewayId,
+    KvBatch,
+    NodeId,
+    RequestId,
+    StepId,
+    TimerKey,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Fire `TimerFired(key)` at time `at`; setting a key again moves it."""
+
+    key: TimerKey
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClearTimer:
+    """Forget a timer; clearing an unset one does nothing."""
+
+    key: TimerKey
+
+
+# --- what a node asks for ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One sequence's share of a step: compute tokens [start, start + count) of prompt plus output.
+
+    `blocks` go into the sequence's block table from index `first_block` on; entries before stay as they were told. A
+    preempted sequence starts over with `first_block` 0. `sample` asks for a token after the last one computed.
+    """
+
+    request: RequestId
+    start: int
+    count: int
+    first_block: int
+    blocks: tuple[BlockId, ...]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run one engine step. Ended by `StepFinished` or `StepFailed`; at most one step runs at a time."""
+
+    step: StepId
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Copy a prompt's blocks from a peer into this node's `blocks`, which stand for prompt blocks `first_block` on.
+
+    `tokens` of the prompt (from its start) are wanted; the last block may be part filled. `hashes` are all the prompt's.
+    `pending` as in `ExportOpened`. Answered by any number of `FetchProgressed` and ended by exactly one `FetchEnded`.
+    """
+
+    request: RequestId
+    source: NodeId
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    blocks: tuple[BlockId, ...]
+    tokens: int
+    pending: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopFetch:
+    """Give a fetch up. Still ended by `FetchEnded`: until then the blocks may be written to."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class SendBlocks:
+    """Hand blocks to a peer. They complete the prompt up to `tokens`. Ended by `BlocksSent` or `ExportClosed`.
+
+    `final` says that nothing follows; `computed_tokens` then tells what this node computed of the prompt. A final command
+    without blocks ends an export that has nothing (more) to give.
+    """
+
+    export: ExportId
+    blocks: tuple[BlockId, ...]
+    tokens: int
+    final: bool
+    computed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The engine may drop what it keeps for a request (tokens, block table, sampling state)."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFirstToken:
+    """Tell the request's gateway, in the frame that carries this step's tokens."""
+
+    report: FirstToken
+
+
+@dataclass(frozen=True, slots=True)
+class ReportEnded:
+    """Tell the request's gateway that this node is done with it, after the last of its tokens."""
+
+    report: Ended
+
+
+@dataclass(frozen=True, slots=True)
+class PublishKv:
+    """Tell gateways what changed in the holdings: all of them, or one that asked for a replay."""
+
+    batches: tuple[KvBatch, ...]
+    gateway: GatewayId | None = None
+
+
+NodeCommand = (
+    RunStep | Fetch | StopFetch | SendBlocks | Forget | ReportFirstToken | ReportEnded | PublishKv | SetTimer | ClearTimer
+)
+
+
+# --- what a cluster asks for ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Why a route was taken, in predicted seconds and tokens."""
+
+    policy: str
+    hit_tokens: int
+    #: Predicted time to first token, seconds.
+    predicted_ttft_s: float
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    fetch_s: float = 0.0
+    candidates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Give a node a part in a request. Ended by an `Ended` in a `NodeReported`, or by `NodeLost`."""
+
+    node: NodeId
+    assignment: Assignment
+    why: Scores | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell a node that a request is no longer wanted there. Nothing answers."""
+
+    node: NodeId
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The request is over and went well; its counts are final. `cached_tokens` of the prompt were not computed."""
+
+    request: RequestId
+    ended: Ended
+    cached_tokens: int
+    predicted_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer a request that was not started with an HTTP status: 400, 429, 503, 504 or 529, and when to come back."""
+
+    request: RequestId
+    status: int
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request that may have delivered tokens already: the client gets one clear error."""
+
+    request: RequestId
+    status: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """The request starts over on other nodes; nothing of it had reached the client. Followed by new `Assign`s."""
+
+    request: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReplay:
+    """Ask a node for the KV batches after `after`, or for all it holds (None). Ended by the batches in a `NodeReported`."""
+
+    node: NodeId
+    after: int | None
+
+
+ClusterCommand = Assign | Cancel | Complete | Refuse | Abort | Restart | RequestReplay | SetTimer | ClearTimer

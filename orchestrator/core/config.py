@@ -1,0 +1,367 @@
+"""Every knob of a cluster: its unit, its default, its limits. Checked when it is built; a wrong value never starts anything.
+
+A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a parsed file into one frozen object or raises
+`ConfigError` naming the field. Reading the file itself is the command line's business.
+
+    [cluster]  [gateway]  [limits]  [router]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]  [pools.profile]
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+
+from orchestrator.core.types import CostProfile, PoolKind
+
+
+class ConfigError(ValueError):
+    """A cluster file says something that cannot be; `where` is the dotted field."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where = where
+        self.problem = problem
+
+
+def require(holds: bool, where: str, problem: str) -> None:
+    """Raise `ConfigError` unless `holds`."""
+    if not holds:
+        raise ConfigError(where, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """[cluster]: what all parts share."""
+
+    #: Shown in `weft status` and in metrics.
+    name: str = "weft"
+    #: Keys block hashes, so that nobody outside can forge one. Empty: a random one at each start.
+    secret: str = ""
+    #: Seconds a node may be unreachable before all it did is given up.
+    node_lost_s: float = 3.0
+    #: Seconds running requests get to finish after SIGTERM.
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", "must not be empty")
+        require(self.node_lost_s > 0, "node_lost_s", f"must be over 0 seconds, is {self.node_lost_s}")
+        require(self.drain_s >= 0, "drain_s", f"must be 0 or more seconds, is {self.drain_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """[[gateway.api_keys]]: a bearer token and the tenant it stands for."""
+
+    key: str
+    tenant: str
+
+    def __post_init__(self) -> None:
+        require(bool(self.key), "key", "must not be empty")
+        require(bool(self.tenant), "tenant", "must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """[gateway]: the front door."""
+
+    #: Gateways to start; a session is always served by the same one, whichever is asked.
+    count: int = 1
+    #: Address the HTTP and gRPC servers listen on.
+    host: str = "127.0.0.1"
+    #: First gateway's HTTP port; the others count up from it. 0: any free port.
+    http_port: int = 8000
+    #: First gateway's gRPC port (health, reflection); the others count up. 0: any free port.
+    grpc_port: int = 8001
+    #: Accepted keys. Empty: no key is asked for, which only a loopback `host` may do.
+    api_keys: tuple[ApiKey, ...] = ()
+    #: Request headers that name a session, the first present wins. See the README's list.
+    session_headers: tuple[str, ...] = (
+        "x-dynamo-session-id",
+        "x-claude-code-agent-id",
+        "x-claude-code-session-id",
+        "session-id",
+        "session_id",
+        "x-session-id",
+        "x-session-affinity",
+        "x-session-token",
+        "x-correlation-id",
+        "x-smg-routing-key",
+    )
+    #: Largest request body, bytes.
+    body_bytes_max: int = 64 * 1024 * 1024
+    #: Prompts whose text and tokens are kept so that a next turn tokenises only what is new.
+    prompts_cached_max: int = 4096
+    #: Characters kept in all of them together.
+    prompt_chars_cached_max: int = 512 * 1024 * 1024
+    #: Custom Ray resources one gateway asks for.
+    resources: Mapping[str, float] = field(default_factory=lambda: {})
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, "count", f"must be 1 or more, is {self.count}")
+        for name, port in (("http_port", self.http_port), ("grpc_port", self.grpc_port)):
+            require(0 <= port <= 65535, name, f"must be a port (0 to 65535), is {port}")
+        require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
+        require(self.prompts_cached_max > 0, "prompts_cached_max", f"must be over 0, is {self.prompts_cached_max}")
+        loopback = self.host in ("127.0.0.1", "::1", "localhost")
+        require(loopback or bool(self.api_keys), "host", f"{self.host} is not loopback, so gateway.api_keys must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """[limits]: how much is let in, per gateway."""
+
+    #: Requests held because every node is full; one more is answered 529.
+    waiting_max: int = 1024
+    #: Requests of one tenant waiting or running; one more is answered 429.
+    tenant_requests_max: int = 4096
+    #: Seconds a request is held before it is answered 503.
+    waiting_s_max: float = 60.0
+    #: Seconds a request may take altogether before it is ended with 504.
+    request_s_max: float = 600.0
+    #: Sessions remembered.
+    sessions_max: int = 100_000
+    #: A node takes no new request while it has this many waiting.
+    node_waiting_max: int = 64
+    #: Times a request is tried again on another node before its first token.
+    retries_max: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("waiting_max", "tenant_requests_max", "sessions_max", "node_waiting_max"):
+            require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
+        for name in ("waiting_s_max", "request_s_max"):
+            require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
+        require(self.retries_max >= 0, "retries_max", f"must be 0 or more, is {self.retries_max}")
+
+
+class RouterPolicy(StrEnum):
+    """How nodes are chosen: ours, and the field's baselines."""
+
+    PREDICTED_TIME = "predicted-time"
+    ROUND_ROBIN = "round-robin"
+    RANDOM = "random"
+    POWER_OF_TWO = "power-of-two"
+    LEAST_LOADED = "least-loaded"
+    DYNAMO = "dynamo"
+    SGLANG = "sglang"
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """[router]: how nodes are chosen."""
+
+    policy: RouterPolicy = RouterPolicy.PREDICTED_TIME
+    #: A node may have this times the mean predicted work of its pool before it is passed over.
+    load_factor_max: float = 1.5
+    #: Seconds of predicted work below which no node counts as overloaded.
+    load_floor_s: float = 0.05
+    #: Uncached prompt tokens from which the prefill pool is used; None: whatever is predicted to be sooner.
+    disaggregation_tokens_min: int | None = None
+    #: Seed of random choices.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.load_factor_max >= 1, "load_factor_max", f"must be 1 or more, is {self.load_factor_max}")
+        require(self.load_floor_s >= 0, "load_floor_s", f"must be 0 or more seconds, is {self.load_floor_s}")
+        least = self.disaggregation_tokens_min
+        require(least is None or least >= 0, "disaggregation_tokens_min", f"must be 0 or more tokens, is {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """[models.NAME]: one model and the names it answers to."""
+
+    #: Hugging Face checkpoint directory. Empty: the small built-in random model.
+    path: str = ""
+    #: Other names clients may use; a trailing * matches any ending.
+    aliases: tuple[str, ...] = ()
+    #: Parser for tool calls in the output: auto (by the chat template), hermes, llama, none.
+    tool_parser: str = "auto"
+
+    def __post_init__(self) -> None:
+        known = ("auto", "hermes", "llama", "none")
+        require(self.tool_parser in known, "tool_parser", f"must be one of {', '.join(known)}, is {self.tool_parser!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """[pools.engine]: what computes."""
+
+    #: eager (PyTorch) or profiled (takes the profile's time and computes nothing).
+    name: str = "eager"
+    #: auto, cpu, cuda or cuda:N.
+    device: str = "auto"
+    #: auto (the checkpoint's), float32 or bfloat16.
+    dtype: str = "auto"
+    #: Tokens in a KV block; the same in all pools of a model.
+    block_tokens: int = 64
+    #: KV blocks of one node. 0: as many as `memory_fraction` of the device's free memory holds.
+    blocks: int = 0
+    memory_fraction: float = 0.8
+    #: CPU threads of one node's engine. 0: cores divided by the nodes that share them.
+    threads: int = 0
+    #: Longest prompt plus output, tokens. 0: the model's own limit.
+    context_tokens_max: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.name in ("eager", "profiled"), "name", f"must be eager or profiled, is {self.name!r}")
+        dtypes = ("auto", "float32", "bfloat16")
+        require(self.dtype in dtypes, "dtype", f"must be one of {', '.join(dtypes)}, is {self.dtype!r}")
+        require(self.block_tokens >= 1, "block_tokens", f"must be 1 or more tokens, is {self.block_tokens}")
+        require(0 < self.memory_fraction <= 1, "memory_fraction", f"must be in (0, 1], is {self.memory_fraction}")
+        for name in ("blocks", "threads", "context_tokens_max"):
+            require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """[pools.scheduler]: how a node forms its steps."""
+
+    #: Tokens computed in one step at most: long prompts are cut into chunks of what is left of it.
+    step_tokens_max: int = 2048
+    #: Sequences that run together at most.
+    sequences_max: int = 256
+    #: Requests that wait on the node at most; one more is refused back to its gateway.
+    waiting_max: int = 1024
+    #: Seconds a computed prompt's blocks are held for a decode node that does not come.
+    hold_s_max: float = 30.0
+    #: Seconds a peer's fetch may wait for a request that has not been assigned here yet.
+    fetch_wait_s_max: float = 5.0
+    #: KV batches kept for replay to a gateway that missed some.
+    replay_batches_max: int = 4096
+    #: Keep computed blocks for later requests with the same prefix.
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("step_tokens_max", "sequences_max", "waiting_max", "replay_batches_max"):
+            require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
+        for name in ("hold_s_max", "fetch_wait_s_max"):
+            require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
+        require(
+            self.step_tokens_max >= self.sequences_max,
+            "step_tokens_max",
+            f"must be at least sequences_max ({self.sequences_max}), is {self.step_tokens_max}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """[[pools]]: nodes of one kind for one model."""
+
+    name: str
+    kind: PoolKind
+    #: Name of a [models.NAME] table.
+    model: str = "default"
+    #: Nodes in the pool.
+    nodes: int = 1
+    #: Nodes that share one process. Only for the profiled engine, to load a large cluster's orchestrator from one machine.
+    nodes_per_process: int = 1
+    #: Custom Ray resources one process asks for, such as {nvl72 = 1}.
+    resources: Mapping[str, float] = field(default_factory=lambda: {})
+    #: CPU cores and GPUs one process asks Ray for.
+    cpus: float = 0.0
+    gpus: float = 0.0
+    #: How blocks come in from other nodes: auto (shared memory on one host, else Ray), shm, ray.
+    transport: str = "auto"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    #: What a step costs; the profiled engine takes this time, the router predicts with it and corrects it by measurement.
+    profile: CostProfile = field(default_factory=CostProfile)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", "must not be empty")
+        require(self.nodes >= 1, "nodes", f"must be 1 or more, is {self.nodes}")
+        require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
+        alone = self.nodes_per_process == 1 or self.engine.name == "profiled"
+        require(alone, "nodes_per_process", 'more than 1 needs engine.name = "profiled"')
+        known = ("auto", "shm", "ray")
+        require(self.transport in known, "transport", f"must be one of {', '.join(known)}, is {self.transport!r}")
+        for name in ("cpus", "gpus"):
+            require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """A whole cluster file."""
+
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    models: Mapping[str, ModelConfig] = field(default_factory=lambda: {"default": ModelConfig()})
+    pools: tuple[PoolConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(len(self.pools) > 0, "pools", "at least one [[pools]] table is needed")
+        names = [pool.name for pool in self.pools]
+        for index, pool in enumerate(self.pools):
+            require(names.count(pool.name) == 1, f"pools[{index}].name", f"{pool.name!r} is used twice")
+            known = ", ".join(self.models)
+            require(pool.model in self.models, f"pools[{index}].model", f"no [models.{pool.model}] table; there are: {known}")
+        for model in self.models:
+            self._check_model(model)
+
+    def _check_model(self, model: str) -> None:
+        pools = self.pools_of(model)
+        kinds = {pool.kind for pool in pools}
+        serves = bool(kinds & {PoolKind.DECODE, PoolKind.AGGREGATED})
+        require(serves, f"models.{model}", "no pool of kind decode or aggregated serves it")
+        sizes = sorted({pool.engine.block_tokens for pool in pools})
+        require(len(sizes) == 1, f"models.{model}", f"its pools differ in engine.block_tokens: {sizes}")
+
+    def pools_of(self, model: str) -> tuple[PoolConfig, ...]:
+        """Return the pools that serve a model, in the file's order."""
+        return tuple(pool for pool in self.pools if pool.model == model)
+
+    @staticmethod
+    def from_mapping(mapping: Mapping[str, Any]) -> "ClusterConfig":
+        """Build a checked configuration from a parsed file. Raises `ConfigError` for unknown keys, wrong types and values."""
+        return cast(ClusterConfig, _build(ClusterConfig, mapping, ""))
+
+
+def _build(kind: type, mapping: Any, where: str) -> Any:
+    """Build dataclass `kind` from a mapping; every problem becomes a `ConfigError` with the full dotted path."""
+    require(isinstance(mapping, Mapping), where or "file", f"must be a table, is {type(mapping).__name__}")
+    known = {item.name: item for item in fields(kind)}
+    for key in mapping:
+        require(key in known, _join(where, str(key)), f"unknown key; known here: {', '.join(known)}")
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, item in known.items():
+        if name in mapping:
+            values[name] = _value(hints[name], mapping[name], _join(where, name))
+        else:
+            optional = item.default is not MISSING or item.default_factory is not MISSING
+            require(optional, _join(where, name), "is missing")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(_join(where, error.where), error.problem) from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Turn one TOML value into the hinted type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _value(next(kind for kind in arguments if kind is not type(None)), value, where)
+    if origin is tuple:
+        require(isinstance(value, list), where, f"must be a list, is {type(value).__name__}")
+        return tuple(_value(arguments[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        require(isinstance(value, Mapping), where, f"must be a table, is {type(value).__name__}")
+        return {key: _value(arguments[1], entry, _join(where, key)) for key, entry in value.items()}
+    if is_dataclass(hint):
+        return _build(cast(type, hint), value, where)
+    if issubclass(hint, StrEnum):
+        known = [str(member) for member in hint]
+        require(value in known, where, f"must be one of {', '.join(known)}, is {value!r}")
+        return hint(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    require(right, where, f"must be {hint.__name__}, is {value!r}")
+    return value
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

@@ -1,0 +1,249 @@
+"""Everything that can happen to a cluster or to a node: facts in the past tense.
+
+An event carries the name of the command it answers: `Fetch` is ended by `FetchEnded`, `RunStep` by `StepFinished` or
+`StepFailed`. Failures are events too; nothing crosses a driver as an exception.
+"""
+
+from dataclasses import dataclass, field
+
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    BlockId,
+    ExportId,
+    FinishReason,
+    GatewayId,
+    KvBatch,
+    Load,
+    NodeId,
+    NodeSpec,
+    Request,
+    RequestId,
+    StepId,
+    TimerKey,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time asked for by `SetTimer` has come. A timer that was set again fires only at the later setting."""
+
+    key: TimerKey
+
+
+# --- what happens to a node -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """A gateway gave this node a part in a request."""
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """A gateway no longer wants a request. Unknown ids are ignored: the end may have crossed the cancel."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLost:
+    """A gateway's stream ended and did not come back in time; nobody waits for its requests."""
+
+    gateway: GatewayId
+
+
+@dataclass(frozen=True, slots=True)
+class SliceResult:
+    """What one step did for one sequence."""
+
+    request: RequestId
+    #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more with speculation.
+    output_tokens: int = 0
+    #: Hashes of blocks that generated tokens completed, in order. Prompt blocks' hashes came with the assignment.
+    hashes: tuple[BlockHash, ...] = ()
+    #: True when a sampled token ends the sequence (end of sequence, stop token).
+    stopped: bool = False
+    #: Set when this sequence alone cannot go on (for example not a number in its logits).
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """The engine ran a step; results stand in the order of the step's slices."""
+
+    step: StepId
+    results: tuple[SliceResult, ...]
+    #: Seconds the engine took.
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """The engine could not run a step at all; every sequence in it ends."""
+
+    step: StepId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgressed:
+    """Blocks arrived from a peer; `tokens` of the prompt, counted from its start, are now present without a hole."""
+
+    request: RequestId
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """A fetch is over and will write no more. `tokens` as in `FetchProgressed`.
+
+    `computed_tokens` are prompt tokens the source computed for this very request, for the bill; `failure` says why less
+    came than was asked for, None if nothing went wrong.
+    """
+
+    request: RequestId
+    tokens: int
+    computed_tokens: int = 0
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOpened:
+    """A peer wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
+
+    `hashes` are the prompt's full-block hashes from its first block on. With `pending` the request itself is, or is about
+    to be, computed here: blocks go out as they complete, the unfilled last one too. Without, only what is cached now.
+    """
+
+    export: ExportId
+    request: RequestId
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    tokens: int
+    pending: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksSent:
+    """The peer has its copy of these blocks (the answer to one `SendBlocks`)."""
+
+    export: ExportId
+    blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportClosed:
+    """The peer is gone or satisfied; nothing of this export is read any more."""
+
+    export: ExportId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRequested:
+    """A gateway missed KV batches after number `after`; None asks for everything held now."""
+
+    gateway: GatewayId
+    after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """No new assignments from now on; what runs may finish."""
+
+
+NodeEvent = (
+    Assigned
+    | Cancelled
+    | GatewayLost
+    | StepFinished
+    | StepFailed
+    | FetchProgressed
+    | FetchEnded
+    | ExportOpened
+    | BlocksSent
+    | ExportClosed
+    | ReplayRequested
+    | DrainRequested
+    | TimerFired
+)
+
+
+# --- what happens to a cluster ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A client's turn was parsed, tokenised and hashed."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAbandoned:
+    """The client went away, or a stop string was found: nobody wants more of this request."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node's stream is up. The same id with a higher incarnation replaces the older one."""
+
+    node: NodeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node's stream broke and could not be mended; all it held and did is lost."""
+
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDraining:
+    """A node takes nothing new and will leave; what it runs may finish."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """A request's first token came: its prompt is complete on that node.
+
+    `computed_tokens` of the prompt were computed, on this node or for it on its source; the others were cached.
+    """
+
+    request: RequestId
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A node is done with its part of a request."""
+
+    request: RequestId
+    reason: FinishReason
+    output_tokens: int
+    #: As in `FirstToken`; for PREFILLED what this node computed.
+    computed_tokens: int
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReported:
+    """One frame of a node's stream, without the tokens."""
+
+    node: NodeId
+    load: Load
+    first_tokens: tuple[FirstToken, ...] = ()
+    ended: tuple[Ended, ...] = ()
+    kv: tuple[KvBatch, ...] = ()
+
+
+ClusterEvent = (
+    RequestArrived | RequestAbandoned | NodeJoined | NodeLost | NodeDraining | NodeReported | DrainRequested | TimerFired
+)

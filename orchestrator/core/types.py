@@ -1,0 +1,210 @@
+"""The nouns every other file speaks in: ids, requests, assignments, nodes, loads.
+
+No payload is ever in here. A request is a count of tokens and the hashes of its full blocks; the tokens themselves and the
+bytes of KV stay with whoever drives the core.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+#: Unique in the cluster: the gateway's number in the bits from `REQUEST_SERIAL_BITS` up, a running number below.
+RequestId = NewType("RequestId", int)
+GatewayId = NewType("GatewayId", int)
+NodeId = NewType("NodeId", str)
+ModelName = NewType("ModelName", str)
+PoolName = NewType("PoolName", str)
+SessionId = NewType("SessionId", str)
+TenantId = NewType("TenantId", str)
+#: 16 bytes naming a block's tokens and everything before them (see `blocks.py`).
+BlockHash = NewType("BlockHash", bytes)
+#: A slot of one node's paged KV pool, 0 to blocks - 1.
+BlockId = NewType("BlockId", int)
+StepId = NewType("StepId", int)
+#: One peer's reading of blocks from one node.
+ExportId = NewType("ExportId", int)
+TimerKey = NewType("TimerKey", str)
+
+REQUEST_SERIAL_BITS = 40
+
+
+def request_id(gateway: GatewayId, serial: int) -> RequestId:
+    """Return the cluster-wide id of a gateway's `serial`-th request."""
+    assert 0 <= serial < 1 << REQUEST_SERIAL_BITS, f"serial {serial} does not fit {REQUEST_SERIAL_BITS} bits"
+    return RequestId(gateway << REQUEST_SERIAL_BITS | serial)
+
+
+def gateway_of(request: RequestId) -> GatewayId:
+    """Return the gateway that issued a request id, and so the one that waits for its tokens."""
+    return GatewayId(request >> REQUEST_SERIAL_BITS)
+
+
+class ServiceClass(StrEnum):
+    """What the user asks of time to first token, inter-token time and jitter; later members are more urgent."""
+
+    BATCH = "batch"
+    STANDARD = "standard"
+    INTERACTIVE = "interactive"
+    CADENCE = "cadence"
+
+
+class PoolKind(StrEnum):
+    """What the nodes of a pool do."""
+
+    PREFILL = "prefill"  # computes prompts and hands their KV to a decode node
+    DECODE = "decode"  # generates; computes short uncached tails itself
+    AGGREGATED = "aggregated"  # one node does both
+
+
+class Role(StrEnum):
+    """What one node does for one request."""
+
+    PREFILL = "prefill"  # compute the prompt's KV and hold it until it is fetched
+    GENERATE = "generate"  # deliver tokens
+
+
+class FinishReason(StrEnum):
+    """Why a node ended a request."""
+
+    STOP = "stop"  # an end-of-sequence or stop token
+    LENGTH = "length"  # output_tokens_max reached
+    PREFILLED = "prefilled"  # a PREFILL assignment is computed; its blocks are held for the fetch
+    CANCELLED = "cancelled"
+    FAILED = "failed"  # the node could not serve it; the report carries the message
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One turn as the cluster sees it."""
+
+    id: RequestId
+    model: ModelName
+    tenant: TenantId
+    prompt_tokens: int
+    #: Chained hashes of the prompt's full blocks, first block first: `prompt_tokens // block_tokens` of them.
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    #: The most tokens that may be generated.
+    output_tokens_max: int
+    session: SessionId | None = None
+    service_class: ServiceClass = ServiceClass.STANDARD
+    #: Higher is served earlier among requests of one class.
+    priority: int = 0
+    #: Seconds from arrival after which the request is given up.
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One node's part in one request.
+
+    The node serves the prompt's tokens from three runs, left to right:
+
+        [0, hit)                 blocks it holds already
+        [hit, source_tokens)     blocks it fetches from `source`, if there is one
+        [.., prompt_tokens)      what is left: it computes them
+
+    A fetch that brings less than promised only makes the third run longer.
+    """
+
+    request: RequestId
+    role: Role
+    prompt_tokens: int
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    output_tokens_max: int
+    #: Node to fetch from, or None to compute everything that is not held.
+    source: NodeId | None = None
+    #: Prompt tokens the source is expected to have, counted from the start of the prompt.
+    source_tokens: int = 0
+    #: True when the source is still computing this very request (prefill and decode apart): wait for it as it goes.
+    source_pending: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """Step time of one kind of node, affine in what the step does. All in seconds.
+
+    step = base + prefill_token * p + prefill_token_context * sum(p_i * c_i) + sequence * n + context_token * sum(c_i)
+
+    p are prompt tokens computed in the step, c_i the context before them or before a decoded token, n the sequences that
+    decode. All zero means that a step takes no time.
+    """
+
+    step_s: float = 0.0
+    prefill_token_s: float = 0.0
+    prefill_token_context_s: float = 0.0
+    sequence_s: float = 0.0
+    context_token_s: float = 0.0
+    #: Bytes a second at which blocks arrive from another node.
+    fetch_bytes_per_s: float = 2e9
+    #: Seconds before the first fetched byte arrives.
+    fetch_latency_s: float = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What a node is: fixed from its start to its end."""
+
+    id: NodeId
+    model: ModelName
+    pool: PoolName
+    kind: PoolKind
+    #: Counts restarts under the same id; a higher one makes all belief about the lower one void.
+    incarnation: int
+    #: KV blocks in its pool.
+    blocks: int
+    block_tokens: int
+    block_bytes: int
+    #: Sequences that decode together at most.
+    sequences_max: int
+    #: Tokens computed in one step at most, decoded and prefilled together.
+    step_tokens_max: int
+    #: Longest prompt plus output it accepts, tokens.
+    context_tokens_max: int
+    profile: CostProfile
+    #: gRPC address, host:port.
+    address: str = ""
+    #: Equal on nodes that share host memory.
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A node's state at the end of a step; each is a count now, not a rate."""
+
+    running: int = 0
+    waiting: int = 0
+    #: Prompt tokens accepted and not yet computed.
+    queued_tokens: int = 0
+    #: Context tokens of the sequences that decode.
+    context_tokens: int = 0
+    blocks_free: int = 0
+    #: Blocks with reusable content that nobody uses now: free for the asking, at the price of forgetting.
+    blocks_cached: int = 0
+    blocks_used: int = 0
+    #: Measured over predicted step time, smoothed; 1.0 until measured.
+    cost_scale: float = 1.0
+    preemptions: int = 0
+    #: Smoothed seconds of recent steps.
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """Consecutive blocks that a node now holds; `parent` precedes the first, None at the start of a prompt."""
+
+    parent: BlockHash | None
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvBatch:
+    """What changed in one node's holdings, numbered without gaps so that a lost batch is noticed.
+
+    Removals are applied before storings. `cleared` says: forget all you believed of this node first.
+    """
+
+    sequence: int
+    stored: tuple[StoredRun, ...] = ()
+    removed: tuple[BlockHash, ...] = ()
+    cleared: bool = False

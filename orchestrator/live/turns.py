@@ -1,0 +1,102 @@
+"""What the gateway asks of the driver, and what it gets back: one prompt in, one stream of tokens out.
+
+The gateway (`gateway.py`) knows text and HTTP; the driver (`driver.py`) knows the cluster and the nodes. This file is all they
+share, so that either can be tested against a small stand-in for the other.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from orchestrator.core.types import BlockHash, FinishReason, ModelName, Request, RequestId, ServiceClass, SessionId, TenantId
+from orchestrator.wire import node_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenised, hashed prompt."""
+
+    #: uint32 little-endian, packed.
+    tokens: bytes = field(repr=False)
+    count: int
+    #: Chained hashes of the full blocks.
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    #: What the chain starts from (model, tenant and secret in one), for prompts shorter than a block.
+    hash_root: BlockHash
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One generation the gateway wants."""
+
+    model: ModelName
+    tenant: TenantId
+    prompt: Prompt
+    sampling: node_pb2.Sampling
+    output_tokens_max: int
+    session: SessionId | None = None
+    service_class: ServiceClass = ServiceClass.STANDARD
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Log probabilities at one position; `top` is most likely first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class Delta:
+    """Everything that came since the last read; never empty, except that the last may hold only the end."""
+
+    tokens: list[int]
+    #: One a token, or empty if not asked for.
+    logprobs: list[TokenLogprob]
+    #: Set on the last delta.
+    finish: FinishReason | None = None
+    #: Prompt tokens that were not computed again; known on the last delta.
+    cached_tokens: int = 0
+
+
+class TurnFailed(Exception):
+    """A turn ended without success: before its first token (refused) or after it (aborted)."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class TokenStream(Protocol):
+    """The output of one turn."""
+
+    @property
+    def request(self) -> RequestId: ...
+
+    async def read(self) -> Delta:
+        """Wait for more and return all there is. Raises `TurnFailed`. Not to be called after a delta with `finish`."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody wants more: free what the turn holds. Harmless after the end."""
+        ...
+
+
+class TurnDriver(Protocol):
+    """The gateway's view of the cluster."""
+
+    def start(self, turn: Turn) -> TokenStream:
+        """Start a turn; refusals come out of the first `read`."""
+        ...
+
+    def request_of(self, turn: Turn, request: RequestId) -> Request:
+        """Return the turn as the core sees it."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True while every model has at least one node that generates."""
+        ...

@@ -1,0 +1,1 @@
+"""What computes: one contract (`base.py`), one contract test suite, several engines. torch is imported only in here."""

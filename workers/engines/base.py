@@ -1,0 +1,124 @@
+"""What a node asks of an engine: five verbs over a paged KV pool.
+
+The node's driver owns one engine and calls `add`, `forget` and `step` from one thread, never two at a time. `read_blocks` and
+`write_blocks` may come from another thread while a step runs, but only for blocks that no running step touches: the node's
+core guarantees that.
+
+Blocks are numbered 0 to `blocks - 1`. Each is one contiguous slab of `block_bytes` holding the KV of `block_tokens` tokens over
+all layers, so that moving a block is one copy and needs no knowledge of the model.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.types import BlockId, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What an engine is: fixed once it is made."""
+
+    blocks: int
+    block_tokens: int
+    block_bytes: int
+    vocabulary: int
+    #: Longest prompt plus output, tokens.
+    context_tokens_max: int
+    #: Token ids that end a sequence unless the request says to ignore them.
+    eos_token_ids: tuple[int, ...]
+    #: Names weights, dtype-independent; nodes of one model must agree, since blocks are exchanged.
+    fingerprint: str
+    #: cpu, cuda:0, or none.
+    device: str
+    #: True when a step computes and must run in a thread of its own; False when it returns at once and `pause_s` is waited for.
+    computes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy and ignores top_p, top_k, min_p and seed."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    #: 0 keeps all.
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    #: Same seed, prompt and parameters give the same tokens, whatever else is in the batch; None draws a fresh one.
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    #: Report the sampled token's log probability and those of this many most likely tokens; None: not at all.
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log probabilities (before temperature and truncation) at one sampled position."""
+
+    logprob: float
+    #: Most likely first.
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceOutput:
+    """What one slice of a step brought."""
+
+    #: Sampled tokens: none unless the slice asked to sample.
+    tokens: tuple[int, ...] = ()
+    #: One entry a token, or empty if the request wants none.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    #: True when the last token is an end-of-sequence or stop token (it is included in `tokens`).
+    stopped: bool = False
+    #: Why this sequence cannot go on; the others are not affected.
+    failure: str | None = None
+
+
+class Engine(Protocol):
+    """One model on one device, computing steps over a paged KV pool."""
+
+    @property
+    def description(self) -> EngineDescription: ...
+
+    @property
+    def pool(self) -> memoryview | None:
+        """The whole pool's bytes if they are in host memory (block b at b * block_bytes), else None."""
+        ...
+
+    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+        """Take a request's prompt (array of type code "I"). Called once, before its first slice."""
+        ...
+
+    def forget(self, request: RequestId) -> None:
+        """Drop what is kept for a request; unknown ids are ignored. Its blocks may be reused at once."""
+        ...
+
+    def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
+        """Compute a step; one output a slice, in order.
+
+        A slice covers tokens [start, start + count) of the request's prompt and output so far. KV of all earlier positions is
+        in its blocks already: computed here, or written by `write_blocks`. A sampled token is appended to the request's tokens.
+        """
+        ...
+
+    def pause_s(self, slices: Sequence[Slice]) -> float:
+        """Return the seconds a step must appear to take beyond its computing: 0 unless the engine only passes time."""
+        ...
+
+    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        """Copy slabs, one after the other, into `into` (len(blocks) * block_bytes bytes)."""
+        ...
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        """Copy slabs from `data` (len(blocks) * block_bytes bytes) into the pool."""
+        ...
+
+    def close(self) -> None:
+        """Release the device's memory; nothing is called afterwards."""
+        ...
