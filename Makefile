@@ -1,0 +1,48 @@
+# Everything a newcomer runs. Each target sets itself up: the first use creates .venv and installs what is pinned.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo serve test test-slow check format proto bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Weft needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: install          ## a small cluster on this machine, an agent session through it, a table
+	$(BIN)/weft demo
+
+serve: install         ## the default cluster, until interrupted
+	$(BIN)/weft serve --cluster deploy/local.toml
+
+test: install          ## what must always pass
+	$(BIN)/pytest
+
+test-slow: install     ## the long ones: wide identity runs, Ray clusters, killed nodes
+	$(BIN)/pytest -m slow --timeout 1200
+
+check: install         ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: install         ## regenerate the protobuf stubs
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $$(cd proto && find . -name '*.proto' | sed 's#^\./##')
+
+bench: install         ## every measurement that needs no peer; see README for those that do
+	$(BIN)/python -m bench.index
+	$(BIN)/python -m bench.core
+	$(BIN)/python -m bench.turn
+	$(BIN)/python -m bench.gateway
+	$(BIN)/python -m bench.engine
+
+clean:
+	rm -rf .venv out dist

@@ -1,0 +1,64 @@
+"""The few house rules that a machine can judge: first lines, leftovers, the README's tree, fresh stubs."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("orchestrator", "workers", "deploy", "bench", "tests")
+GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
+LEFTOVER = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|breakpoint\(\)|\bpdb\b")
+#: Reads this file's own rules, so it is not judged by them.
+SELF = Path(__file__)
+
+
+def sources() -> list[Path]:
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in files if not GENERATED.search(path.name) and "__pycache__" not in path.parts]
+
+
+def leftovers(text: str) -> list[str]:
+    return [line for line in text.splitlines() if LEFTOVER.search(line)]
+
+
+def first_line(text: str) -> str:
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_says_what_it_is_for_and_leaves_nothing_lying_about(path: Path) -> None:
+    text = path.read_text()
+    assert first_line(text), "the first line must be a docstring that says what the file is for"
+    assert path == SELF or leftovers(text) == []
+
+
+def test_canary_the_rules_notice_a_leftover_and_a_missing_first_line() -> None:
+    assert leftovers("x = 1  # TODO: later") == ["x = 1  # TODO: later"]
+    assert first_line("import os\n") == ""
+
+
+def test_the_readme_tree_names_every_source_file_of_the_product() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("## The tree", 1)[1].split("\n## ", 1)[0]
+    packages = ("orchestrator", "workers", "deploy", "bench")
+    files = [path for path in sources() if path.relative_to(ROOT).parts[0] in packages and path.name != "__init__.py"]
+    assert [str(path.relative_to(ROOT)) for path in files if path.name not in tree] == []
+
+
+def test_proto_holds_no_python() -> None:
+    assert [path.name for path in (ROOT / "proto").rglob("*") if path.is_file() and path.suffix != ".proto"] == []
+
+
+def test_the_committed_stubs_are_what_the_proto_files_give(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    protos = sorted(str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto").rglob("*.proto"))
+    outputs = [f"--{kind}=." for kind in ("python_out", "pyi_out", "grpc_python_out")]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-Iproto", *outputs, *protos], cwd=tmp_path, check=True)
+    made = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*_pb2*") if path.is_file()}
+    assert made
+    assert {name: (ROOT / name).read_text() for name in made} == made, "run `make proto`"
