@@ -92,7 +92,7 @@ def servers(model: Path) -> list[AbstractContextManager[Server]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print the table, write JSON if asked."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds for each figure (default 4)")
     parser.add_argument("--concurrency", default="1,16,64,256", help="clients at once (default 1,16,64,256)")
     parser.add_argument("--json", type=Path, help="write the results here")
