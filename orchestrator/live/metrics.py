@@ -1,0 +1,439 @@
+"""What a gateway tells Prometheus: one `weft_*` family set, and the same facts under the `vllm:*` names dashboards read.
+
+Facts come from two sides, both on the gateway's event loop, so nothing here takes a lock:
+
+    driver   `observe(now, event, commands)` for every event the cluster handled, `routed(seconds)` for each decision
+    gateway  `answered(...)` for each HTTP answer, `open_turn(...)` for each generation, then `Watch.delivered(tokens)`
+
+Every fact is exported by exactly one gateway, so that sums over all gateways are right: what is counted per request is counted
+by the gateway that served it, and what is measured per node (blocks, steps, up) is exported by the gateway whose number is the
+node's place in the cluster file modulo the number of gateways. With one gateway its endpoint covers the whole cluster; with
+several, scrape each. The `vllm:*` families carry `engine`: the node for a node's gauges, the pool for what requests add up.
+
+A histogram here is a list of counts and one bisection: observing costs a fraction of a microsecond (tokens are observed one by
+one), where the client library's costs several. The library still writes the exposition.
+"""
+
+import time
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart
+from orchestrator.core.events import ClusterEvent, NodeJoined, NodeLost, NodeReported, RequestAbandoned, RequestArrived
+from orchestrator.core.types import (
+    FinishReason,
+    GatewayId,
+    Load,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolName,
+    RequestId,
+    Role,
+    ServiceClass,
+    TenantId,
+)
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+#: Seconds. TTFT reaches 2560 s because a held request on a busy cluster counts too (the field's dashboards use this range).
+TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+ITL_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+REQUEST_BOUNDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+ROUTE_BOUNDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.05, 0.1)
+STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+MOVE_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+TOKEN_BOUNDS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+
+#: The one tier that exists; the word is a label so that dashboards survive the next ones.
+HBM = "hbm"
+#: The pool label of what ended before a node had it.
+NO_POOL = "none"
+
+#: vLLM's words for how a generation ended.
+FINISHED = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+    FinishReason.FAILED: "error",
+    FinishReason.PREFILLED: "length",
+}
+
+Labels = tuple[str, ...]
+
+
+class Distribution:
+    """Counts of values by upper bound, and their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        #: One more than bounds: the last counts what is above them all.
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, weight: int = 1) -> None:
+        """Count `value` `weight` times."""
+        self.counts[bisect_left(self.bounds, value)] += weight
+        self.total += value * weight
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return cumulative (upper bound, count) pairs as the exposition format wants them."""
+        pairs: list[tuple[str, float]] = []
+        running = 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += count
+            pairs.append(("+Inf" if bound == float("inf") else repr(float(bound)), running))
+        return pairs
+
+
+class Distributions:
+    """Distributions of one quantity by label values."""
+
+    __slots__ = ("bounds", "children")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.children: dict[Labels, Distribution] = {}
+
+    def child(self, *labels: str) -> Distribution:
+        """Return the distribution for these label values; keep it to skip the look-up."""
+        found = self.children.get(labels)
+        if found is None:
+            found = self.children[labels] = Distribution(self.bounds)
+        return found
+
+    def family(self, name: str, text: str, label_names: Sequence[str], merge: int | None = None) -> Metric:
+        """Return the exposition; with `merge` only the first that many labels are kept and the rest added up."""
+        family = HistogramMetricFamily(name, text, labels=label_names)
+        merged: dict[Labels, Distribution] = {}
+        for labels, child in self.children.items():
+            sums = merged.setdefault(labels[:merge], Distribution(self.bounds))
+            sums.counts = [one + other for one, other in zip(sums.counts, child.counts, strict=True)]
+            sums.total += child.total
+        for labels, child in merged.items():
+            family.add_metric(labels, child.buckets(), child.total)
+        return family
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A request between its arrival and its end."""
+
+    model: ModelName
+    prompt_tokens: int
+    #: Pool of the node that generates; None while the request waits for one.
+    pool: PoolName | None = None
+
+
+@dataclass(slots=True)
+class _NodeState:
+    """What is known of a node now."""
+
+    pool: PoolName
+    up: bool = False
+    spec: NodeSpec | None = None
+    load: Load = field(default_factory=Load)
+    #: Counted by former lives of the node, whose own counters started at 0 again.
+    preemptions_before: int = 0
+
+
+class Watch:
+    """Times one generation: from the request's arrival over its tokens to its end."""
+
+    __slots__ = ("_class", "_clock", "_flight", "_itl", "_last", "_metrics", "_model", "_started", "_tokens")
+
+    def __init__(self, metrics: "Metrics", model: ModelName, service_class: ServiceClass, started: float) -> None:
+        self._metrics = metrics
+        self._clock = metrics.clock
+        self._model = model
+        self._class = str(service_class)
+        self._started = started
+        self._last = started
+        self._tokens = 0
+        self._flight: _Flight | None = None
+        self._itl: Distribution | None = None
+
+    def assigned(self, request: RequestId) -> None:
+        """Say which request this generation became, once the driver took it: its pool becomes known by it."""
+        self._flight = self._metrics.flight(request)
+
+    def delivered(self, tokens: int) -> None:
+        """Observe that `tokens` more tokens came: the first is the TTFT, each later one an inter-token time."""
+        now = self._clock()
+        if self._itl is not None:
+            if tokens:
+                self._itl.observe((now - self._last) / tokens, tokens)
+                self._last = now
+        elif tokens:
+            labels = self._labels()
+            self._metrics.ttft.child(*labels).observe(now - self._started)
+            self._itl = self._metrics.itl.child(*labels)
+            if tokens > 1:
+                self._itl.observe(0.0, tokens - 1)
+            self._last = now
+        self._tokens += tokens
+
+    def ended(self, reason: FinishReason) -> None:
+        """Observe the end; nothing is called afterwards."""
+        self._metrics.request.child(*self._labels()).observe(self._clock() - self._started)
+        model, pool, _ = self._labels()
+        self._metrics.finished[model, pool, FINISHED[reason]] += 1
+        self._metrics.output_tokens[model, pool] += self._tokens
+
+    def _labels(self) -> tuple[str, str, str]:
+        pool = self._flight.pool if self._flight is not None else None
+        return self._model, pool or NO_POOL, self._class
+
+
+class Metrics(Collector):
+    """Everything one gateway counts and measures.
+
+    Args:
+        gateway: this gateway's number, from 0.
+        gateways: gateways in the cluster.
+        nodes: every node the cluster file asks for and its pool, in the file's order.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        gateway: GatewayId,
+        gateways: int,
+        nodes: Mapping[NodeId, PoolName],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self.ttft = Distributions(TTFT_BOUNDS)
+        self.itl = Distributions(ITL_BOUNDS)
+        self.request = Distributions(REQUEST_BOUNDS)
+        self.finished: Tally[Labels] = Tally()
+        self.output_tokens: Tally[Labels] = Tally()
+        self._gateway = gateway
+        self._route = Distribution(ROUTE_BOUNDS)
+        self._hit_error = Distributions(TOKEN_BOUNDS)
+        self._step = Distributions(STEP_BOUNDS)
+        self._move = Distributions(MOVE_BOUNDS)
+        self._moved_bytes = 0
+        self._requests: Tally[Labels] = Tally()
+        self._input_tokens: Tally[Labels] = Tally()
+        self._cached_tokens: Tally[Labels] = Tally()
+        self._reprefilled: Tally[Labels] = Tally()
+        self._flights: dict[RequestId, _Flight] = {}
+        self._models: dict[ModelName, None] = {}
+        self._foreign = frozenset(node for place, node in enumerate(nodes) if place % gateways != gateway)
+        self._nodes = {node: _NodeState(pool) for node, pool in nodes.items() if node not in self._foreign}
+        #: Pools of all nodes, those that other gateways export too.
+        self._pools: dict[NodeId, PoolName] = dict(nodes)
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    # --- from the gateway ---------------------------------------------------------------------------------------------
+
+    def answered(self, model: str, endpoint: str, status: int, tenant: TenantId) -> None:
+        """Count one HTTP answer. `model` is a served name or "unknown", never what the client wrote."""
+        self._requests[model, endpoint, str(status), tenant] += 1
+
+    def open_turn(self, model: ModelName, service_class: ServiceClass, started: float | None = None) -> Watch:
+        """Return the watch of one generation that started at `started` on this object's clock (now, if not given)."""
+        return Watch(self, model, service_class, self.clock() if started is None else started)
+
+    def render(self) -> bytes:
+        """Return the exposition, of `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+    # --- from the driver ----------------------------------------------------------------------------------------------
+
+    def routed(self, seconds: float) -> None:
+        """Observe the seconds one routing decision took."""
+        self._route.observe(seconds)
+
+    def flight(self, request: RequestId) -> _Flight | None:
+        """Return the request's record while it is under way."""
+        return self._flights.get(request)
+
+    def observe(self, now: float, event: ClusterEvent, commands: Iterable[ClusterCommand]) -> None:
+        """Take in what happened at `now` and what the cluster ordered for it."""
+        del now
+        match event:
+            case NodeReported():
+                self._on_report(event)
+            case RequestArrived(request):
+                self._flights[request.id] = _Flight(request.model, request.prompt_tokens)
+            case NodeJoined(node):
+                self._on_joined(node)
+            case NodeLost(node, _):
+                state = self._nodes.get(node)
+                if state is not None:
+                    state.up, state.load = False, Load(preemptions=state.load.preemptions)
+            case RequestAbandoned(request):
+                self._flights.pop(request, None)
+            case _:
+                pass
+        for command in commands:
+            self._on_command(command)
+
+    def _on_command(self, command: ClusterCommand) -> None:
+        match command:
+            case Assign(node, assignment) if assignment.role is Role.GENERATE:
+                flight = self._flights.get(assignment.request)
+                if flight is not None:
+                    flight.pool = self._pools.get(node)
+            case Complete():
+                self._on_complete(command)
+            case Restart(request, _):
+                flight = self._flights.get(request)
+                if flight is not None:
+                    self._reprefilled[("restart",)] += flight.prompt_tokens
+                    flight.pool = None
+            case Refuse() | Abort():
+                self._flights.pop(command.request, None)
+            case _:
+                pass
+
+    def _on_complete(self, command: Complete) -> None:
+        flight = self._flights.pop(command.request, None)
+        if flight is None:
+            return
+        labels = (flight.model, flight.pool or NO_POOL)
+        missed = command.predicted_cached_tokens - command.cached_tokens
+        self._input_tokens[labels] += flight.prompt_tokens
+        self._cached_tokens[labels] += command.cached_tokens
+        self._hit_error.child(flight.model).observe(abs(missed))
+        if missed > 0:
+            self._reprefilled[("stale_index",)] += missed
+
+    def _on_joined(self, spec: NodeSpec) -> None:
+        self._pools[spec.id] = spec.pool
+        self._models[spec.model] = None
+        if spec.id in self._foreign:
+            return
+        state = self._nodes.setdefault(spec.id, _NodeState(spec.pool))
+        if state.spec is not None and state.spec.incarnation != spec.incarnation:
+            state.preemptions_before += state.load.preemptions
+            state.load = Load()
+        state.pool, state.spec, state.up = spec.pool, spec, True
+
+    def _on_report(self, event: NodeReported) -> None:
+        state = self._nodes.get(event.node)
+        if state is None:
+            return
+        load = event.load
+        if load.step_s > 0.0:
+            self._step.child(state.pool).observe(load.step_s)
+        state.load = load
+
+    # --- to Prometheus ------------------------------------------------------------------------------------------------
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield every family, for the registry."""
+        yield from self._request_families()
+        yield from self._token_families()
+        yield from self._node_families()
+        yield from self._vllm_request_families()
+        yield from self._vllm_node_families()
+
+    def _request_families(self) -> Iterable[Metric]:
+        names = ("model", "pool", "class")
+        yield _counter("weft_requests", "HTTP answers.", ("model", "endpoint", "status", "tenant"), self._requests)
+        running, waiting = self._flights_by_model()
+        yield _gauge("weft_requests_running", "Requests that a node has.", ("model",), running)
+        yield _gauge("weft_requests_waiting", "Requests held by the gateway.", ("model",), waiting)
+        yield self.ttft.family("weft_ttft_seconds", "Arrival of the request to its first token.", names)
+        yield self.itl.family("weft_itl_seconds", "Time between two tokens of a generation.", names)
+        yield self.request.family("weft_request_seconds", "Arrival of the request to the end of a generation.", names)
+        route = HistogramMetricFamily("weft_route_seconds", "Time one routing decision took.")
+        route.add_metric((), self._route.buckets(), self._route.total)
+        yield route
+        text = "Prompt tokens by which the predicted cache hit was off, either way."
+        yield self._hit_error.family("weft_route_hit_error_tokens", text, ("model",))
+
+    def _token_families(self) -> Iterable[Metric]:
+        names = ("model", "pool")
+        cached = {(*labels, HBM): count for labels, count in self._cached_tokens.items()}
+        yield _counter("weft_input_tokens", "Prompt tokens of completed generations.", names, self._input_tokens)
+        yield _counter("weft_cached_tokens", "Those of them that were not computed again.", (*names, "tier"), cached)
+        yield _counter("weft_output_tokens", "Tokens delivered.", names, self.output_tokens)
+        text = "Prompt tokens computed although they had been computed before."
+        yield _counter("weft_reprefilled_tokens", text, ("reason",), self._reprefilled)
+
+    def _node_families(self) -> Iterable[Metric]:
+        up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._nodes.items()}
+        blocks: dict[Labels, float] = {}
+        for node, state in self._nodes.items():
+            load = state.load
+            for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
+                blocks[node, HBM, word] = count
+        yield _gauge("weft_node_up", "1 while the gateway hears the node.", ("node", "pool"), up)
+        yield _gauge("weft_kv_blocks", "KV blocks of a node by state.", ("node", "tier", "state"), blocks)
+        yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
+
+    def _vllm_request_families(self) -> Iterable[Metric]:
+        names = ("model_name", "engine")
+        sources: dict[Labels, float] = {}
+        for (model, pool), count in self._input_tokens.items():
+            cached = self._cached_tokens[model, pool]
+            sources[model, pool, "local_cache_hit"] = cached
+            sources[model, pool, "local_compute"] = count - cached
+        yield _counter("vllm:prompt_tokens", "weft_input_tokens.", names, self._input_tokens)
+        yield _counter("vllm:prompt_tokens_by_source", "Prompt tokens, cached or not.", (*names, "source"), sources)
+        yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", names, self._input_tokens)
+        yield _counter("vllm:prefix_cache_hits", "Prompt tokens found.", names, self._cached_tokens)
+        yield _counter("vllm:generation_tokens", "weft_output_tokens.", names, self.output_tokens)
+        yield _counter("vllm:request_success", "Ended generations.", (*names, "finished_reason"), self.finished)
+        yield self.ttft.family("vllm:time_to_first_token_seconds", "weft_ttft_seconds.", names, merge=2)
+        yield self.itl.family("vllm:inter_token_latency_seconds", "weft_itl_seconds.", names, merge=2)
+        yield self.request.family("vllm:e2e_request_latency_seconds", "weft_request_seconds.", names, merge=2)
+
+    def _vllm_node_families(self) -> Iterable[Metric]:
+        names = ("model_name", "engine")
+        running: dict[Labels, float] = {}
+        waiting: dict[Labels, float] = {}
+        usage: dict[Labels, float] = {}
+        preemptions: dict[Labels, float] = {}
+        facts: dict[Labels, float] = {}
+        for (model,), count in self._flights_by_model()[1].items():
+            waiting[model, f"gateway-{self._gateway}"] = count
+        for node, state in self._nodes.items():
+            if state.spec is None:
+                continue
+            labels = (state.spec.model, node)
+            running[labels], waiting[labels] = state.load.running, state.load.waiting
+            usage[labels] = state.load.blocks_used / state.spec.blocks
+            preemptions[labels] = state.preemptions_before + state.load.preemptions
+            facts[(*labels, str(state.spec.block_tokens), str(state.spec.blocks))] = 1
+        yield _gauge("vllm:num_requests_running", "Sequences in a node's batch.", names, running)
+        yield _gauge("vllm:num_requests_waiting", "Sequences that wait, on a node or in the gateway.", names, waiting)
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of a node's blocks in use, 0 to 1.", names, usage)
+        yield _counter("vllm:num_preemptions", "Sequences put back for want of blocks.", names, preemptions)
+        yield _gauge("vllm:cache_config_info", "A node's KV pool.", (*names, "block_size", "num_gpu_blocks"), facts)
+
+    def _flights_by_model(self) -> tuple[dict[Labels, float], dict[Labels, float]]:
+        """Return requests under way that a node has, and those that none has yet."""
+        running: dict[Labels, float] = {(model,): 0 for model in self._models}
+        waiting = dict(running)
+        for flight in self._flights.values():
+            counts = waiting if flight.pool is None else running
+            counts[(flight.model,)] = counts.get((flight.model,), 0) + 1
+        return running, waiting
+
+
+def _counter(name: str, text: str, label_names: Sequence[str], values: Mapping[Labels, float]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=label_names)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def _gauge(name: str, text: str, label_names: Sequence[str], values: Mapping[Labels, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=label_names)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
