@@ -29,12 +29,16 @@ class GatewayFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., replay: _Optional[_Union[Replay, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("gateway", "incarnation")
+    __slots__ = ("gateway", "incarnation", "frames_sent", "frames_received")
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_SENT_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     gateway: int
     incarnation: int
-    def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    frames_sent: int
+    frames_received: int
+    def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling")
@@ -106,7 +110,7 @@ class Replay(_message.Message):
     def __init__(self, after: _Optional[int] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining")
+    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +121,7 @@ class NodeFrame(_message.Message):
     KV_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     requests: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
@@ -127,10 +132,23 @@ class NodeFrame(_message.Message):
     kv: _containers.RepeatedCompositeFieldContainer[KvBatch]
     load: Load
     draining: bool
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    moves: _containers.RepeatedCompositeFieldContainer[Move]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("source", "target", "bytes", "seconds")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    target: str
+    bytes: int
+    seconds: float
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint")
+    __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint", "resumed")
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +164,7 @@ class Welcome(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     node: str
     model: str
     pool: str
@@ -161,7 +180,8 @@ class Welcome(_message.Message):
     address: str
     host: str
     fingerprint: str
-    def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    resumed: bool
+    def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ...) -> None: ...
 
 class CostProfile(_message.Message):
     __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s")
@@ -304,14 +324,16 @@ class BlocksFrame(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., final: bool = ..., computed_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., shm: _Optional[_Union[SharedMemory, _Mapping]] = ..., ray: _Optional[_Union[RayObject, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("path", "size", "blocks")
+    __slots__ = ("path", "size", "blocks", "cookie")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COOKIE_FIELD_NUMBER: _ClassVar[int]
     path: str
     size: int
     blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    cookie: bytes
+    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., cookie: _Optional[bytes] = ...) -> None: ...
 
 class RayObject(_message.Message):
     __slots__ = ("reference",)

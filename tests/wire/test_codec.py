@@ -1,0 +1,109 @@
+"""Every noun survives the wire, and what means nothing is refused."""
+
+import os
+
+import pytest
+
+from orchestrator.core.events import Ended, FirstToken, NodeReported
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    CostProfile,
+    FinishReason,
+    KvBatch,
+    Load,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    PoolName,
+    RequestId,
+    Role,
+    StoredRun,
+)
+from orchestrator.wire import codec, node_pb2
+
+NODE = NodeId("decode-0")
+REQUEST = RequestId(3 << 40 | 7)
+
+
+def hashes(count: int) -> tuple[BlockHash, ...]:
+    return tuple(BlockHash(os.urandom(16)) for _ in range(count))
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("source", [None, NodeId("prefill-0")])
+def test_assignment_survives(role: Role, source: NodeId | None) -> None:
+    assignment = Assignment(
+        request=REQUEST,
+        role=role,
+        prompt_tokens=130,
+        hashes=hashes(2),
+        output_tokens_max=17,
+        source=source,
+        source_tokens=128 if source else 0,
+        source_pending=source is not None,
+        priority=-3,
+    )
+    root = hashes(1)[0]
+    sampling = node_pb2.Sampling(temperature=0.5, seed=0, stop_token_ids=[1, 2], logit_bias={5: -1.0})
+    message = codec.submit_message(assignment, bytes(130 * 4), root, sampling)
+    parsed = node_pb2.Submit.FromString(message.SerializeToString())
+    assert codec.assignment_from(parsed) == assignment
+    assert parsed.hash_root == root
+    assert parsed.sampling == sampling
+
+
+@pytest.mark.parametrize("kind", list(PoolKind))
+def test_spec_survives(kind: PoolKind) -> None:
+    spec = NodeSpec(
+        id=NODE,
+        model=ModelName("m"),
+        pool=PoolName("decode"),
+        kind=kind,
+        incarnation=4,
+        blocks=100,
+        block_tokens=64,
+        block_bytes=1 << 20,
+        sequences_max=8,
+        step_tokens_max=512,
+        context_tokens_max=4096,
+        profile=CostProfile(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, 0.7),
+        address="127.0.0.1:5",
+        host="here",
+    )
+    message = codec.welcome_message(spec, "weights", resumed=True)
+    parsed = node_pb2.Welcome.FromString(message.SerializeToString())
+    assert codec.spec_from(parsed) == spec
+    assert (parsed.fingerprint, parsed.resumed) == ("weights", True)
+
+
+def test_report_survives() -> None:
+    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25)
+    batches = (
+        KvBatch(sequence=0, cleared=True),
+        KvBatch(sequence=1, stored=(StoredRun(None, hashes(3)), StoredRun(hashes(1)[0], hashes(1))), removed=hashes(2)),
+    )
+    ends = tuple(Ended(REQUEST, reason, 3, 2, "why") for reason in FinishReason)
+    first = (FirstToken(REQUEST, 12),)
+    frame = node_pb2.NodeFrame(load=codec.load_message(load))
+    frame.kv.extend(codec.kv_message(batch) for batch in batches)
+    frame.ended.extend(codec.ended_message(end) for end in ends)
+    frame.first_tokens.extend(codec.first_token_message(report) for report in first)
+    parsed = node_pb2.NodeFrame.FromString(frame.SerializeToString())
+    assert codec.report_from(NODE, parsed) == NodeReported(NODE, load, first, ends, batches)
+
+
+def test_what_means_nothing_is_refused() -> None:
+    with pytest.raises(codec.MalformedMessage, match="17 bytes of hashes"):
+        codec.hashes_from(bytes(17))
+    with pytest.raises(codec.MalformedMessage, match="role 0"):
+        codec.assignment_from(node_pb2.Submit(request=1, tokens=bytes(4)))
+    with pytest.raises(codec.MalformedMessage, match="6 bytes of tokens"):
+        codec.assignment_from(node_pb2.Submit(request=1, tokens=bytes(6), role=node_pb2.ROLE_GENERATE))
+    with pytest.raises(codec.MalformedMessage, match="0 bytes of tokens"):
+        codec.assignment_from(node_pb2.Submit(request=1, role=node_pb2.ROLE_GENERATE))
+    with pytest.raises(codec.MalformedMessage, match="unknown reason 'tired'"):
+        codec.ended_from(node_pb2.Ended(request=1, reason="tired"))
+    with pytest.raises(codec.MalformedMessage, match="unknown kind 'x'"):
+        codec.spec_from(node_pb2.Welcome(kind="x"))
