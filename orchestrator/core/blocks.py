@@ -1,0 +1,77 @@
+"""Names KV blocks: a block's hash covers its tokens and everything before them, so equal hashes mean equal prefixes.
+
+The chain starts from a root keyed by the cluster's secret and made of the model's fingerprint and the tenant's salt: whoever does
+not know the secret can neither guess a root nor forge a hash, and tenants with different salts never share a block.
+"""
+
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import chain
+
+from orchestrator.core.types import BlockHash
+
+HASH_BYTES = 16
+TOKEN_BYTES = 4
+#: blake2b takes no longer key; a longer secret is hashed down to one.
+SECRET_BYTES_MAX = 64
+#: Hashes unpacked by one call into C.
+RUN_HASHES = 64
+_RUN = struct.Struct(f"{HASH_BYTES}s" * RUN_HASHES)
+_RUN_BYTES = HASH_BYTES * RUN_HASHES
+
+
+def hash_root(secret: bytes, fingerprint: str, salt: str) -> BlockHash:
+    """Return the hash that stands before a prompt's first block.
+
+    Args:
+        secret: the cluster's; keys the hash.
+        fingerprint: names the model's weights and tokenizer.
+        salt: the tenant's; different salts share nothing.
+    """
+    key = secret if len(secret) <= SECRET_BYTES_MAX else blake2b(secret).digest()
+    name = fingerprint.encode()
+    digest = blake2b(len(name).to_bytes(4, "little") + name + salt.encode(), digest_size=HASH_BYTES, key=key)
+    return BlockHash(digest.digest())
+
+
+def extend_hashes(parent: BlockHash, tokens: bytes | memoryview, block_tokens: int) -> list[BlockHash]:
+    """Return the hashes of the full blocks in `tokens`, which follow the block named `parent`.
+
+    Args:
+        parent: hash of the block before the first token, or the root.
+        tokens: uint32 little-endian, packed; what does not fill a last block is left out.
+        block_tokens: tokens in a block.
+    """
+    size = block_tokens * TOKEN_BYTES
+    data = bytes(tokens)
+    hashes: list[BlockHash] = []
+    for start in range(0, len(data) - size + 1, size):
+        parent = BlockHash(blake2b(parent + data[start : start + size], digest_size=HASH_BYTES).digest())
+        hashes.append(parent)
+    return hashes
+
+
+def pack_hashes(hashes: Sequence[BlockHash]) -> bytes:
+    """Return the hashes one after the other, as they go over the wire."""
+    return b"".join(hashes)
+
+
+def split_hashes(packed: bytes) -> tuple[BlockHash, ...]:
+    """Return the hashes in a packed run. Raises `ValueError` if its length is no multiple of a hash's."""
+    if len(packed) % HASH_BYTES:
+        raise ValueError(f"{len(packed)} bytes are no whole number of {HASH_BYTES}-byte hashes")
+    whole = len(packed) // _RUN_BYTES * _RUN_BYTES
+    rest = packed[whole:]
+    runs = _RUN.iter_unpack(memoryview(packed)[:whole])
+    return tuple(chain(chain.from_iterable(runs), struct.unpack(f"{HASH_BYTES}s" * (len(rest) // HASH_BYTES), rest)))
+
+
+def full_blocks(tokens: int, block_tokens: int) -> int:
+    """Return how many blocks a run of tokens fills."""
+    return tokens // block_tokens
+
+
+def blocks_for(tokens: int, block_tokens: int) -> int:
+    """Return how many blocks a run of tokens needs, the last one perhaps part filled."""
+    return -(-tokens // block_tokens)

@@ -1,0 +1,375 @@
+"""Believes which node holds which KV blocks, and finds how long a prefix of a prompt each node holds.
+
+A node's holdings are closed under prefix: it holds no block without holding all blocks before it. So along any chain of hashes
+the sets of holders shrink, each contained in the one before, and the places where they change are found by bisection instead of
+walking the chain:
+
+    hashes    h0   h1   h2   h3   h4   h5   h6
+    holders   ABC  ABC  ABC  AB   AB   -    -        levels: (3, ABC), (5, AB)
+
+The index is a belief, not a truth: a wrong one costs a recompute or a fetch that brings less, never a failure. Each node numbers
+what it tells; after a gap the node's holdings are believed only in part until a replay has mended them.
+
+Rules for editors:
+
+Rule 1: sets of nodes are ints, one bit a node (its *slot*), and what is stored is the complement: -1 (all bits set) is "nobody".
+    Larger sets are then smaller numbers, a chain's values ascend, and C's `bisect` can search them.
+Rule 2: no Python-level loop over hashes where a bulk operation of dict, map or compress does it: hashes come by the thousand.
+Rule 3: a slot is given to a new node only when no block mentions its former owner any more.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import compress, repeat
+
+from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, StoredRun
+
+NOBODY = -1
+#: Distinct sets of holders in one batch up to which each is picked out by a pass in C (measured by bench/index.py).
+GROUPS_PICKED_MAX = 4
+#: Blocks cleaned of departed nodes with each batch: so many for every block it brings, and at least so many.
+SWEEP_FACTOR = 4
+SWEEP_BLOCKS_MIN = 256
+
+
+class Trust(Enum):
+    """How far a node's holdings are believed."""
+
+    EXACT = "exact"  # every batch was applied
+    STALE = "stale"  # a batch was missed; a replay is needed
+    BLIND = "blind"  # nothing is known; everything must be asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """How long a prefix of one chain each node holds."""
+
+    #: (blocks, slots as a mask), fewest blocks first: these nodes hold at least so many. Each mask contains the next.
+    levels: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def blocks_max(self) -> int:
+        """The longest prefix that any node holds, blocks."""
+        return self.levels[-1][0] if self.levels else 0
+
+    def blocks(self, slot: int) -> int:
+        """Return how many blocks of the chain the node in `slot` holds."""
+        for blocks, mask in reversed(self.levels):
+            if mask >> slot & 1:
+                return blocks
+        return 0
+
+    def by_slot(self, slots: int) -> list[int]:
+        """Return the blocks held by each of the first `slots` slots. Costs little when most nodes share one depth."""
+        groups: list[tuple[int, int]] = []
+        within, depth = (1 << slots) - 1, 0
+        for blocks, mask in self.levels:
+            groups.append((depth, within & ~mask))
+            within, depth = mask, blocks
+        groups.append((depth, within))
+        common = max(groups, key=lambda group: group[1].bit_count())
+        held = [common[0]] * slots
+        for group in groups:
+            if group is not common:
+                for slot in slots_in(group[1]):
+                    held[slot] = group[0]
+        return held
+
+
+def slots_in(mask: int) -> Iterator[int]:
+    """Yield the set bits of a mask, lowest first."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
+class _Holders(dict[BlockHash, int]):
+    """Complement of the holders' mask by block; a block that is not in here is held by nobody."""
+
+    __slots__ = ()
+
+    def __missing__(self, key: BlockHash) -> int:
+        return NOBODY
+
+
+class _Node:
+    """What is believed of one node."""
+
+    __slots__ = ("bit", "blocks", "blocks_max", "sequence", "slot", "trust")
+
+    def __init__(self, slot: int, blocks_max: int) -> None:
+        self.slot = slot
+        self.bit = 1 << slot
+        self.blocks_max = blocks_max
+        #: Blocks it is believed to hold.
+        self.blocks = 0
+        #: Number of the last batch applied; None: only a batch that starts over is of use.
+        self.sequence: int | None = None
+        self.trust = Trust.BLIND
+
+
+class KvIndex:
+    """Which node holds which blocks, for the nodes of one model.
+
+    Bounded: a node that claims more blocks than its pool has is no longer believed.
+    """
+
+    __slots__ = ("_free", "_holders", "_nodes", "_retired", "_slots", "_sweep", "_sweeping", "_swept")
+
+    def __init__(self) -> None:
+        self._holders = _Holders()
+        self._nodes: dict[NodeId, _Node] = {}
+        self._slots = 0
+        #: Slots that no block mentions, for new nodes.
+        self._free: list[int] = []
+        #: Slots of departed nodes, as a mask, that blocks may still mention. Contains `_sweeping`.
+        self._retired = 0
+        #: Those of them that the sweep under way removes.
+        self._sweeping = 0
+        self._sweep: list[BlockHash] = []
+        self._swept = 0
+
+    @property
+    def blocks(self) -> int:
+        """Distinct blocks in the index."""
+        return len(self._holders)
+
+    @property
+    def slots(self) -> int:
+        """Slots ever used at one time: every slot is below."""
+        return self._slots
+
+    def slot(self, node: NodeId) -> int:
+        """Return the bit that stands for a node in the masks of `Matches`."""
+        return self._nodes[node].slot
+
+    def trust(self, node: NodeId) -> Trust:
+        """Return how far a node's holdings are believed now."""
+        return self._nodes[node].trust
+
+    def sequence(self, node: NodeId) -> int | None:
+        """Return the last batch applied of a node, which a replay is to follow; None if all must be told anew."""
+        return self._nodes[node].sequence
+
+    def held_blocks(self, node: NodeId) -> int:
+        """Return how many blocks a node is believed to hold."""
+        return self._nodes[node].blocks
+
+    def add_node(self, node: NodeId, blocks_max: int) -> None:
+        """Start to follow a node of which nothing is known; `blocks_max` is the size of its pool."""
+        assert node not in self._nodes, f"{node} is in the index already"
+        self._nodes[node] = _Node(self._take_slot(), blocks_max)
+
+    def remove_node(self, node: NodeId) -> None:
+        """Forget a node and all it holds. The blocks are cleaned up bit by bit as later batches come."""
+        self._retire(self._nodes.pop(node))
+
+    def distrust(self, node: NodeId) -> None:
+        """Forget what a node holds; from now on only a batch that starts over is believed."""
+        self._clear(self._nodes[node])
+        self._nodes[node].sequence = None
+        self._nodes[node].trust = Trust.BLIND
+
+    def find(self, hashes: Sequence[BlockHash]) -> Matches:
+        """Return how long a prefix of the chain `hashes` each node holds.
+
+        Each level's end is looked for within twice the length of the level before, then in all the rest.
+        """
+        key: Callable[[BlockHash], int] = self._holders.__getitem__
+        if self._retired:
+            key = self._value_without_retired
+        end = len(hashes)
+        value = key(hashes[0]) if end else NOBODY
+        if value == NOBODY:
+            return Matches()
+        if key(hashes[-1]) == value:
+            return Matches(((end, ~value),))
+        levels: list[tuple[int, int]] = []
+        start, length = 0, end
+        while value != NOBODY:
+            near = start + 2 * length
+            within = near if near < end and key(hashes[near]) != value else end
+            stop = bisect_right(hashes, value, start + 1, within, key=key)
+            levels.append((stop, ~value))
+            start, length = stop, stop - start
+            value = key(hashes[stop]) if stop < end else NOBODY
+        return Matches(tuple(levels))
+
+    def _value_without_retired(self, block: BlockHash) -> int:
+        return self._holders[block] | self._retired
+
+    def apply(self, node: NodeId, batch: KvBatch) -> Trust:
+        """Take in what a node says of its holdings; anything but EXACT afterwards asks for a replay after `sequence`.
+
+        Batches seen already are ignored, and so are those after a gap: the replay brings them again in order.
+        """
+        entry = self._nodes[node]
+        if self._retired:
+            brought = len(batch.removed) + sum(len(run.hashes) for run in batch.stored)
+            self._clean(max(SWEEP_BLOCKS_MIN, SWEEP_FACTOR * brought))
+        if batch.cleared:
+            if entry.sequence is not None and batch.sequence < entry.sequence:
+                return entry.trust
+            self._clear(entry)
+        elif entry.sequence is None or batch.sequence <= entry.sequence:
+            return entry.trust
+        elif batch.sequence != entry.sequence + 1:
+            entry.trust = Trust.STALE
+            return entry.trust
+        entry.sequence = batch.sequence
+        entry.trust = Trust.EXACT
+        if batch.removed:
+            self._remove(entry, batch.removed)
+        for run in batch.stored:
+            if not self._store(entry, run):
+                entry.sequence = None
+                entry.trust = Trust.STALE
+                break
+        return entry.trust
+
+    def _store(self, node: _Node, run: StoredRun) -> bool:
+        """Note blocks as held; False if that cannot be: their parent is not held, or there are more than fit the pool."""
+        bit, holders = node.bit, self._holders
+        if run.parent is not None and holders[run.parent] & bit:
+            return False
+        hashes = run.hashes
+        if holders.keys().isdisjoint(hashes):
+            added = dict.fromkeys(hashes, ~bit)
+            holders.update(added)
+            node.blocks += len(added)
+        else:
+            for value, members in self._grouped(hashes):
+                if value & bit:
+                    added = dict.fromkeys(members, value & ~bit)
+                    holders.update(added)
+                    node.blocks += len(added)
+        return node.blocks <= node.blocks_max
+
+    def _remove(self, node: _Node, hashes: Sequence[BlockHash]) -> None:
+        bit, holders = node.bit, self._holders
+        for value, members in self._grouped(hashes):
+            if not value & bit:
+                node.blocks -= self._replace(members, value | bit) if value | bit != NOBODY else self._delete(members)
+        assert node.blocks >= 0, f"slot {node.slot} holds {node.blocks} blocks of {len(holders)}"
+
+    def _replace(self, members: Sequence[BlockHash], value: int) -> int:
+        changed = dict.fromkeys(members, value)
+        self._holders.update(changed)
+        return len(changed)
+
+    def _delete(self, members: Sequence[BlockHash]) -> int:
+        before = len(self._holders)
+        deque(map(self._holders.pop, members, repeat(None)), maxlen=0)
+        return before - len(self._holders)
+
+    def _grouped(self, hashes: Sequence[BlockHash]) -> list[tuple[int, Sequence[BlockHash]]]:
+        """Return the blocks by their stored value; nearly always there are only one or two."""
+        first = self._holders[hashes[0]]
+        if {first}.issuperset(map(self._holders.__getitem__, hashes)):
+            return [(first, hashes)]
+        values = list(map(self._holders.__getitem__, hashes))
+        distinct = list(dict.fromkeys(values))
+        if len(distinct) <= GROUPS_PICKED_MAX:
+            return [(value, list(compress(hashes, map(value.__eq__, values)))) for value in distinct]
+        groups: dict[int, list[BlockHash]] = {value: [] for value in distinct}
+        for value, block in zip(values, hashes, strict=True):
+            groups[value].append(block)
+        return list(groups.items())
+
+    def _take_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._slots += 1
+        return self._slots - 1
+
+    def _clear(self, node: _Node) -> None:
+        """Let a node hold nothing, under a slot that no block mentions."""
+        if node.blocks:
+            self._retire(node)
+            node.slot = self._take_slot()
+            node.bit = 1 << node.slot
+            node.blocks = 0
+
+    def _retire(self, node: _Node) -> None:
+        if not node.blocks:
+            self._free.append(node.slot)
+            return
+        self._retired |= node.bit
+        if not self._sweeping:
+            self._start_sweep()
+
+    def _start_sweep(self) -> None:
+        self._sweeping = self._retired
+        self._sweep = list(self._holders)
+        self._swept = 0
+
+    def _clean(self, count: int) -> None:
+        """Remove departed nodes from the next `count` blocks; blocks stored meanwhile never mention them (rule 3)."""
+        chunk = self._sweep[self._swept : self._swept + count]
+        self._swept += len(chunk)
+        for value, members in self._grouped(chunk) if chunk else ():
+            cleaned = value | self._sweeping
+            if cleaned == NOBODY:
+                self._delete(members)
+            elif cleaned != value:
+                self._replace(members, cleaned)
+        if self._swept == len(self._sweep):
+            self._end_sweep()
+
+    def _end_sweep(self) -> None:
+        self._free.extend(slots_in(self._sweeping))
+        self._retired &= ~self._sweeping
+        self._sweeping = 0
+        self._sweep = []
+        if self._retired:
+            self._start_sweep()
+
+
+class PredictedKv:
+    """Blocks that nodes do not hold yet but are about to compute for requests under way.
+
+    A burst of siblings arrives before the first of them is computed; sent where the first went, they share its work. A request
+    is noted with the part of its prompt that its node did not hold; that part goes when its first token comes, by when the
+    node has told of the blocks itself.
+    """
+
+    __slots__ = ("_by_node", "_by_request")
+
+    def __init__(self) -> None:
+        #: Block to the last request that is about to compute it there.
+        self._by_node: dict[NodeId, dict[BlockHash, RequestId]] = {}
+        self._by_request: dict[tuple[NodeId, RequestId], Sequence[BlockHash]] = {}
+
+    @property
+    def nodes(self) -> Sequence[NodeId]:
+        """Nodes of which anything is predicted."""
+        return tuple(self._by_node)
+
+    def add(self, node: NodeId, request: RequestId, uncached: Sequence[BlockHash]) -> None:
+        """Expect a node to hold the blocks that it is to compute for a request."""
+        if uncached:
+            self._by_request[node, request] = uncached
+            self._by_node.setdefault(node, {}).update(dict.fromkeys(uncached, request))
+
+    def remove(self, node: NodeId, request: RequestId) -> None:
+        """Expect nothing more of a request on a node; unknown ones are ignored."""
+        uncached = self._by_request.pop((node, request), None)
+        if uncached is None:
+            return
+        expected = self._by_node[node]
+        for block in uncached:
+            if expected.get(block) == request:
+                del expected[block]
+        if not expected:
+            del self._by_node[node]
+
+    def extend(self, node: NodeId, hashes: Sequence[BlockHash], held: int) -> int:
+        """Return how many blocks of a chain a node is about to hold, given that it holds the first `held` already."""
+        expected = self._by_node.get(node)
+        if expected is None or held >= len(hashes) or hashes[held] not in expected:
+            return held
+        return bisect_left(hashes, True, held, key=lambda block: block not in expected)
