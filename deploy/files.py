@@ -1,0 +1,89 @@
+"""Reads a cluster file: TOML in, a checked configuration out, or one line that names file, line and field."""
+
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.core.config import ClusterConfig, ConfigError
+
+FOLDER = Path(__file__).parent
+LOCAL_CLUSTER = FOLDER / "local.toml"
+AGENT_SESSION = FOLDER / "data" / "agent_session.jsonl"
+
+_TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
+_KEY = re.compile(r"^\s*([A-Za-z0-9_\-\".]+)\s*=")
+
+
+class UnusableInput(ValueError):
+    """What the user gave cannot be used; the message is one line for them."""
+
+
+def read_cluster(path: Path) -> ClusterConfig:
+    """Return the configuration in a cluster file. Raises `UnusableInput`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise UnusableInput(f"{path}: {reason}") from None
+    try:
+        return ClusterConfig.from_mapping(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"^(.*) \(at line (\d+)", str(error))
+        problem, line = (found[1], found[2]) if found else (str(error), str(text.count("\n") + 1))
+        raise UnusableInput(f"{path}:{line}: {problem[0].lower()}{problem[1:]}") from None
+    except ConfigError as error:
+        line = line_of(text, error.where)
+        raise UnusableInput(f"{path}:{line}: {error}") from None
+
+
+def with_model(config: ClusterConfig, directory: Path, where: str) -> ClusterConfig:
+    """Return the configuration with its only model's checkpoint replaced. Raises `UnusableInput`."""
+    if len(config.models) != 1:
+        names = ", ".join(config.models)
+        raise UnusableInput(f"--model: {where} has several models ({names}); give their paths there")
+    if not (directory / "config.json").is_file():
+        raise UnusableInput(f"--model: {directory} is no checkpoint directory: it has no config.json")
+    (name, model), *_ = config.models.items()
+    return replace(config, models={name: replace(model, path=str(directory.resolve()))})
+
+
+def line_of(text: str, where: str) -> int:
+    """Return the line of a field such as `pools[1].engine.blocks`, or of the table that should hold it; 1 if neither is there."""
+    lines = _lines_by_field(text)
+    parts = where.split(".")
+    while parts:
+        field = ".".join(parts)
+        for candidate in (field, re.sub(r"\[\d+\]$", "", field)):
+            if candidate in lines:
+                return lines[candidate]
+        parts.pop()
+    return 1
+
+
+def _lines_by_field(text: str) -> dict[str, int]:
+    """Return the line of every table and key written in the usual one-per-line form."""
+    lines: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _TABLE.match(line):
+            table = _full_name(header[2].replace('"', ""), counts, header[1] == "[[")
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            name = key[1].replace('"', "")
+            lines.setdefault(f"{table}.{name}" if table else name, number)
+    return lines
+
+
+def _full_name(name: str, counts: dict[str, int], is_entry: bool) -> str:
+    """Return a table's name with the index of the list entry it is in: `pools.engine` becomes `pools[1].engine`."""
+    if is_entry:
+        counts[name] = counts.get(name, -1) + 1
+    parts: list[str] = []
+    plain: list[str] = []
+    for part in name.split("."):
+        plain.append(part)
+        index = counts.get(".".join(plain))
+        parts.append(part if index is None else f"{part}[{index}]")
+    return ".".join(parts)
