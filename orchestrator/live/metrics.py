@@ -2,7 +2,8 @@
 
 Facts come from two sides, both on the gateway's event loop, so nothing here takes a lock:
 
-    driver   `observe(now, event, commands)` for every event the cluster handled, `routed(seconds)` for each decision
+    driver   `observe(now, event, commands)` for every event the cluster handled, `routed(seconds)` for each decision,
+             `moved(...)` for each move of blocks that a node reports
     gateway  `answered(...)` for each HTTP answer, `open_turn(...)` for each generation, then `Watch.delivered(tokens)`
 
 Every fact is exported by exactly one gateway, so that sums over all gateways are right: what is counted per request is counted
@@ -221,7 +222,7 @@ class Metrics(Collector):
         self._hit_error = Distributions(TOKEN_BOUNDS)
         self._step = Distributions(STEP_BOUNDS)
         self._move = Distributions(MOVE_BOUNDS)
-        self._moved_bytes = 0
+        self._moved_bytes: Tally[Labels] = Tally()
         self._requests: Tally[Labels] = Tally()
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
@@ -254,6 +255,12 @@ class Metrics(Collector):
     def routed(self, seconds: float) -> None:
         """Observe the seconds one routing decision took."""
         self._route.observe(seconds)
+
+    def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
+        """Count blocks that came to a node: `source` and `target` are tiers."""
+        if node not in self._foreign:
+            self._moved_bytes[source, target] += size_bytes
+            self._move.child(source, target).observe(seconds)
 
     def flight(self, request: RequestId) -> _Flight | None:
         """Return the request's record while it is under way."""
@@ -374,6 +381,9 @@ class Metrics(Collector):
         yield _gauge("weft_node_up", "1 while the gateway hears the node.", ("node", "pool"), up)
         yield _gauge("weft_kv_blocks", "KV blocks of a node by state.", ("node", "tier", "state"), blocks)
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
+        ways = ("source", "target")
+        yield _counter("weft_kv_moved_bytes", "KV bytes brought from one tier or node to another.", ways, self._moved_bytes)
+        yield self._move.family("weft_kv_move_seconds", "Time of such a move.", ways)
 
     def _vllm_request_families(self) -> Iterable[Metric]:
         names = ("model_name", "engine")

@@ -144,7 +144,9 @@ def test_sums_over_two_gateways_count_every_node_once() -> None:
     for metrics in pair:
         for node in NODES:
             metrics.observe(0.0, NodeReported(node, Load(blocks_used=4, step_s=0.01)), [])
-    for name, total in (("weft_node_up", 2), ("vllm:num_preemptions_total", 0), ("weft_step_seconds_count", 2)):
+            metrics.moved(node, "hbm", "hbm", 1000, 0.1)
+    totals = {"weft_node_up": 2, "weft_step_seconds_count": 2, "weft_kv_moved_bytes_total": 2000, "weft_kv_move_seconds_count": 2}
+    for name, total in totals.items():
         found = [amount for metrics in pair for (sample, _), amount in samples(metrics).items() if sample == name]
         assert sum(found) == total, name
     used = {labels for metrics in pair for (sample, labels) in samples(metrics) if sample == "weft_node_up"}
