@@ -4,8 +4,7 @@ Lists of hashes travel as one run of bytes, 16 a hash. Every function is the inv
 what it claims raises `MalformedMessage`, the only error here.
 """
 
-import struct
-
+from orchestrator.core.blocks import TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.events import Ended, FirstToken, NodeReported
 from orchestrator.core.types import (
     Assignment,
@@ -25,8 +24,23 @@ from orchestrator.core.types import (
 )
 from orchestrator.wire import node_pb2
 
-HASH_BYTES = 16
-TOKEN_BYTES = 4
+#: Call metadata that names the node, since one process may host several.
+NODE_METADATA = "weft-node"
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    # A peer's machine that vanished is noticed in 10 s; a killed process at once.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+    # A node that comes back must not wait for a backoff grown in its absence; the callers have their own.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
 
 _ROLES = {Role.PREFILL: node_pb2.ROLE_PREFILL, Role.GENERATE: node_pb2.ROLE_GENERATE}
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
@@ -38,11 +52,10 @@ class MalformedMessage(ValueError):
 
 def hashes_from(packed: bytes) -> tuple[BlockHash, ...]:
     """Cut packed hashes apart."""
-    count, rest = divmod(len(packed), HASH_BYTES)
-    if rest:
-        raise MalformedMessage(f"{len(packed)} bytes of hashes are not a multiple of {HASH_BYTES}")
-    # One unpack is five times as fast as slicing in a loop: 6,250 hashes in 0.1 ms.
-    return struct.unpack("16s" * count, packed)
+    try:
+        return split_hashes(packed)
+    except ValueError as error:
+        raise MalformedMessage(str(error)) from error
 
 
 def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:
@@ -51,7 +64,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         request=assignment.request,
         role=_ROLES[assignment.role],
         tokens=tokens,
-        hashes=b"".join(assignment.hashes),
+        hashes=pack_hashes(assignment.hashes),
         hash_root=hash_root,
         output_tokens_max=assignment.output_tokens_max,
         priority=assignment.priority,
@@ -176,9 +189,9 @@ def ended_from(message: node_pb2.Ended) -> Ended:
 
 def kv_message(batch: KvBatch) -> node_pb2.KvBatch:
     """Return the message for one numbered change of a node's holdings."""
-    message = node_pb2.KvBatch(sequence=batch.sequence, removed=b"".join(batch.removed), cleared=batch.cleared)
+    message = node_pb2.KvBatch(sequence=batch.sequence, removed=pack_hashes(batch.removed), cleared=batch.cleared)
     for run in batch.stored:
-        message.stored.add(parent=run.parent or b"", hashes=b"".join(run.hashes))
+        message.stored.add(parent=run.parent or b"", hashes=pack_hashes(run.hashes))
     return message
 
 

@@ -1,0 +1,192 @@
+"""Memory that nodes of one host share, and bounds on what is in flight in it."""
+
+import asyncio
+import mmap
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from orchestrator.wire import node_pb2
+
+COOKIE_BYTES = 16
+
+Result = TypeVar("Result")
+
+
+class TransferFailed(Exception):
+    """Blocks cannot be brought across; the message says why.
+
+    TransferFailed
+        PeerUnmappable   shared memory was promised and cannot be opened; another transport may do
+    """
+
+
+class PeerUnmappable(TransferFailed):
+    """A peer's memory cannot be opened from here."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLimits:
+    """Bounds of what is under way."""
+
+    #: Bytes of one frame: the grain of progress.
+    frame_bytes_max: int = 16 * 1024 * 1024
+    #: Bytes sent and not acknowledged, of one fetch and of all that are staged or stored.
+    fetch_bytes_max: int = 64 * 1024 * 1024
+    staged_bytes_max: int = 256 * 1024 * 1024
+    #: Copies up to this many bytes are made on the loop: a thread's wake-up takes longer.
+    inline_bytes_max: int = 256 * 1024
+    #: Seconds a fetch may hear nothing, or an export wait for an acknowledgement.
+    idle_s_max: float = 120.0
+    #: Connections to peers kept open, and peers' memories kept mapped.
+    peers_max: int = 256
+
+
+def host_id() -> str:
+    """Return what is equal for processes that can open each other's memory: machine boot, process namespace and user."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{os.geteuid()}"
+
+
+class SharedArena:
+    """Anonymous memory that a peer on this host can map by its path; gone with the process, however that ends."""
+
+    __slots__ = ("_descriptor", "_map", "cookie", "path", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.cookie = secrets.token_bytes(COOKIE_BYTES)
+        self._descriptor = os.memfd_create("weft-kv")
+        os.ftruncate(self._descriptor, size + COOKIE_BYTES)
+        self._map = mmap.mmap(self._descriptor, size + COOKIE_BYTES)
+        with suppress(OSError):  # A kernel built without huge pages refuses the advice; nothing else changes.
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._map[size:] = self.cookie
+        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    @property
+    def view(self) -> memoryview:
+        return memoryview(self._map)[: self.size]
+
+    def place(self, blocks: Sequence[int]) -> node_pb2.SharedMemory:
+        """Return where these slabs lie."""
+        return node_pb2.SharedMemory(path=self.path, size=self.size, blocks=blocks, cookie=self.cookie)
+
+    def close(self) -> None:
+        """Give the memory up; it goes when the last map of it does."""
+        os.close(self._descriptor)
+
+
+class PeerMemory:
+    """Maps of other processes' arenas, least recently used first."""
+
+    def __init__(self, maps_max: int) -> None:
+        self._maps: dict[tuple[str, bytes], memoryview] = {}
+        self._maps_max = maps_max
+
+    def view(self, memory: node_pb2.SharedMemory) -> memoryview:
+        """Return a peer's slabs, read-only. Raises `PeerUnmappable` if the path does not lead to them."""
+        key = (memory.path, memory.cookie)
+        view = self._maps.pop(key, None)
+        if view is None:
+            view = _map_readonly(memory)
+        self._maps[key] = view
+        if len(self._maps) > self._maps_max:
+            del self._maps[next(iter(self._maps))]
+        return view
+
+    def forget(self, path: str) -> None:
+        """Drop the map of a process that is gone, so that its memory can be freed."""
+        for key in [key for key in self._maps if key[0] == path]:
+            del self._maps[key]
+
+
+def _map_readonly(memory: node_pb2.SharedMemory) -> memoryview:
+    size = memory.size + COOKIE_BYTES
+    try:
+        descriptor = os.open(memory.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(descriptor).st_size != size:
+                raise PeerUnmappable(f"{memory.path} does not have {size} bytes")
+            view = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise PeerUnmappable(f"cannot map {memory.path}: {error.strerror}") from error
+    if bytes(view[memory.size :]) != memory.cookie:
+        raise PeerUnmappable(f"{memory.path} is not the memory it was said to be")
+    return view[: memory.size]
+
+
+class ByteBudget:
+    """A bound on bytes in flight, first come, first served."""
+
+    __slots__ = ("_free", "_limit", "_waiting")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free = limit
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acquire(self, size: int) -> None:
+        """Wait for room. `size` may be over the whole limit: it then goes alone."""
+        if not self._waiting and self._fits(size):
+            self._free -= size
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release(size)
+            raise
+
+    def release(self, size: int) -> None:
+        """Give room back and let in who waits for it."""
+        self._free += size
+        assert self._free <= self._limit, f"free {self._free} > limit {self._limit}"
+        while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
+            size, turn = self._waiting.popleft()
+            if not turn.done():
+                self._free -= size
+                turn.set_result(None)
+
+    def _fits(self, size: int) -> bool:
+        return size <= self._free or self._free == self._limit
+
+
+class Copier:
+    """Runs copies off the loop; a cancelled one is waited for, since nothing can stop a copy."""
+
+    def __init__(self, executor: Executor, inline_bytes_max: int) -> None:
+        self._executor = executor
+        self._inline_bytes_max = inline_bytes_max
+
+    async def run(self, size: int, function: Callable[[], Result]) -> Result:
+        """Call `function`, here if it copies little, and return what it returns."""
+        if size <= self._inline_bytes_max:
+            return function()
+        return await self.run_blocking(function)
+
+    async def run_blocking(self, function: Callable[[], Result]) -> Result:
+        """Call `function` in a thread, whatever its size."""
+        copy = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        try:
+            return await asyncio.shield(copy)
+        except asyncio.CancelledError:
+            await asyncio.wait((copy,))
+            raise
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy with the interpreter lock released: a plain slice assignment would stop the loop for as long."""
+    np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))

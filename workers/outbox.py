@@ -1,0 +1,122 @@
+"""What one gateway has still to be told by one node: everything that piles up between two frames goes out as one.
+
+A slow gateway so gets fewer, larger frames, never a queue of them; past a bound it counts as lost. Counting frames on both ends
+tells after a broken stream whether anything was lost with it.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from orchestrator.core.blocks import HASH_BYTES
+from orchestrator.core.types import GatewayId, Load, RequestId
+from orchestrator.wire import codec, node_pb2
+from workers.engines.base import TokenLogprobs
+
+
+class Outbox:
+    """One gateway's pending frame and the state of its stream."""
+
+    __slots__ = (
+        "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "frames_received", "frames_sent",
+        "gateway", "grace", "incarnation", "loads_seen", "requests", "stream", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, gateway: GatewayId, incarnation: int) -> None:
+        self.gateway = gateway
+        self.incarnation = incarnation
+        #: Frames after Hello and Welcome, over all streams.
+        self.frames_sent = 0
+        self.frames_received = 0
+        #: The task that serves the stream; None while there is none.
+        self.stream: asyncio.Task[None] | None = None
+        #: Fires when the gateway has been away too long.
+        self.grace: asyncio.TimerHandle | None = None
+        #: The node's load that went out last, as a running number.
+        self.loads_seen = 0
+        #: Sequence i has counts[i] of tokens, in order; the driver appends to these three itself, once a token.
+        self.requests: list[int] = []
+        self.counts: list[int] = []
+        self.tokens: list[int] = []
+        self._logprobs: list[node_pb2.TokenLogprobs] = []
+        self._first_tokens: list[node_pb2.FirstToken] = []
+        self._ended: list[node_pb2.Ended] = []
+        self._kv: list[node_pb2.KvBatch] = []
+        self._moves: list[node_pb2.Move] = []
+        #: Hashes pending.
+        self._weight = 0
+        self._wake = asyncio.Event()
+
+    @property
+    def pending(self) -> bool:
+        """True while there is something that must go out now."""
+        return bool(self.requests or self._ended or self._kv or self._first_tokens or self._moves)
+
+    @property
+    def unsent(self) -> int:
+        """Tokens and block hashes that wait."""
+        return len(self.tokens) + self._weight
+
+    def add_logprobs(self, request: RequestId, entries: Sequence[TokenLogprobs]) -> None:
+        """Add one entry a token."""
+        for entry in entries:
+            self._logprobs.append(
+                node_pb2.TokenLogprobs(
+                    request=request,
+                    logprob=entry.logprob,
+                    top_tokens=[token for token, _ in entry.top],
+                    top_logprobs=[logprob for _, logprob in entry.top],
+                )
+            )
+
+    def add_first_token(self, message: node_pb2.FirstToken) -> None:
+        self._first_tokens.append(message)
+
+    def add_ended(self, message: node_pb2.Ended) -> None:
+        self._ended.append(message)
+
+    def add_kv(self, messages: Sequence[node_pb2.KvBatch]) -> None:
+        """Add changes of holdings; the messages may be shared with other outboxes."""
+        self._kv.extend(messages)
+        for message in messages:
+            self._weight += (len(message.removed) + sum(len(run.hashes) for run in message.stored)) // HASH_BYTES
+
+    def add_move(self, message: node_pb2.Move) -> None:
+        self._moves.append(message)
+
+    def wake(self) -> None:
+        """Have a frame sent as soon as the stream is free."""
+        self._wake.set()
+
+    async def awake(self) -> None:
+        """Wait for `wake`."""
+        await self._wake.wait()
+        self._wake.clear()
+
+    def take(self, load: Load, draining: bool) -> node_pb2.NodeFrame:
+        """Return all that is pending as one frame, in the order in which it must be applied."""
+        frame = node_pb2.NodeFrame(
+            requests=self.requests,
+            counts=self.counts,
+            tokens=self.tokens,
+            load=codec.load_message(load),
+            draining=draining,
+        )
+        self.requests, self.counts, self.tokens = [], [], []
+        if self._first_tokens:
+            frame.first_tokens.extend(self._first_tokens)
+            self._first_tokens.clear()
+        if self._logprobs:
+            frame.logprobs.extend(self._logprobs)
+            self._logprobs.clear()
+        if self._ended:
+            frame.ended.extend(self._ended)
+            self._ended.clear()
+        if self._kv:
+            frame.kv.extend(self._kv)
+            self._kv.clear()
+            self._weight = 0
+        if self._moves:
+            frame.moves.extend(self._moves)
+            self._moves.clear()
+        self.frames_sent += 1
+        return frame

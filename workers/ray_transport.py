@@ -1,0 +1,43 @@
+"""Ray's object store as the way for KV blocks between hosts. Imported only by processes that Ray started.
+
+References travel in our own messages, so they are serialised outside of Ray's calls. Ray's public way for that
+(`ray.cloudpickle`) keeps such an object for good; the calls below are what it uses underneath, without the pin: the source
+holds its reference until the peer has acknowledged, and the object goes with it.
+"""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import ray
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError
+
+from workers.memory import TransferFailed
+
+
+def _core() -> Any:
+    return ray_worker.global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class RayObjects:
+    """An `ObjectStore` on Ray's plasma stores; works in any process connected to the cluster."""
+
+    def put(self, data: memoryview) -> tuple[object, bytes]:
+        """Store bytes in this host's plasma store."""
+        try:
+            reference = ray.put(np.frombuffer(data, dtype=np.uint8))
+            binary, owner, status = _core().serialize_object_ref(reference)
+        except RayError as error:
+            raise TransferFailed(f"Ray cannot store {len(data)} bytes: {error}") from error
+        return reference, pickle.dumps((binary, owner, status))
+
+    def get(self, reference: bytes, timeout_s: float) -> memoryview:
+        """Return a view of this host's copy, fetched if need be; valid while it is referred to."""
+        binary, owner, status = pickle.loads(reference)
+        handle = ray.ObjectRef(binary, owner)
+        try:
+            _core().deserialize_and_register_object_ref(binary, ray.ObjectRef.nil(), owner, status)
+            return ray.get(handle, timeout=timeout_s).data
+        except RayError as error:
+            raise TransferFailed(f"Ray did not bring the object: {error}") from error
