@@ -1,0 +1,62 @@
+"""Runs an ASGI application on uvicorn inside the loop that is already running, on a port of its own choosing if asked.
+
+uvicorn is set up for streams of small writes: httptools, no access log, and TCP_NODELAY, which both asyncio and uvloop set on
+every accepted connection.
+"""
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+
+#: Seconds a connection may be idle: longer than common clients' pools keep theirs, so that we never close under a request.
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """One listening server."""
+
+    def __init__(self, application: Any) -> None:
+        config = uvicorn.Config(
+            application,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; return the port, which is `port` unless that is 0. Raises `OSError` if it is taken."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except OSError:
+            listener.close()
+            raise
+        self._server.config.load()
+        self._server.lifespan = self._server.config.lifespan_class(self._server.config)
+        await self._server.startup(sockets=[listener])
+        # uvicorn's own loop only refreshes the Date header and looks whether it should end; signals stay with the caller.
+        self._ticking = asyncio.create_task(self._server.main_loop())
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        """Close the listener and all connections; requests still running get a second."""
+        if self._ticking is None:
+            return
+        self._server.should_exit = True
+        await self._ticking
+        await self._server.shutdown()
+        self._ticking = None

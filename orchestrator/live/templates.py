@@ -1,0 +1,153 @@
+"""A model's chat template: messages and tools in, the prompt's text out, letter for letter as `transformers` renders it.
+
+Templates come with checkpoints, so they run in jinja2's immutable sandbox. They are rendered whole on every turn: that is string
+joining, and the part of a turn that could not be shown to depend on its new messages alone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+#: Attributes of a dict that a template may mean by `message.items`; every other name can only be a key.
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
+class TemplateFailed(ValueError):
+    """The template refused these messages (its own words) or could not render them."""
+
+
+class _GenerationBlocks(Extension):
+    """Renders `{% generation %}`, which marks what a model wrote for training, as the plain text inside it."""
+
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a short way to a dict's keys: templates do little else, once per message."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            keys = cast(dict[str, Any], obj)
+            return keys[attribute] if attribute in keys else self.undefined(obj=keys, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(obj) is dict and type(argument) is str and argument in obj:
+            return cast(Any, obj[argument])
+        return super().getitem(obj, argument)
+
+
+class _TemplateNamespace(Namespace):
+    """`namespace(...)` without names that lead into Python."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a template may not set the name {name!r}")
+        super().__setitem__(name, value)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _environment() -> jinja2.Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols])
+    cast(dict[str, Any], environment.filters)["tojson"] = _tojson  # pyright: ignore[reportUnknownMemberType]
+    names = cast(dict[str, Any], environment.globals)  # pyright: ignore[reportUnknownMemberType]
+    names.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_TemplateNamespace)
+    return environment
+
+
+class ChatTemplate:
+    """One or more compiled templates of a checkpoint: the default, and by name (some have one for tools)."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        """Compile `sources` (name to template text). Raises `TemplateFailed` on a syntax error."""
+        self.sources = dict(sources)
+        self._special_tokens = dict(special_tokens)
+        environment = _environment()
+        try:
+            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateFailed(f"chat template, line {error.lineno}: {error.message}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        extra: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return the prompt's text. `extra` are further template variables. Raises `TemplateFailed`."""
+        variables = {**self._special_tokens, **(extra or {})}
+        try:
+            return self._choose(tools).render(
+                variables, messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # What a template does to messages it did not expect: each of these is the client's to mend.
+            raise TemplateFailed(f"the chat template cannot render these messages: {error}") from error
+
+    def _choose(self, tools: Sequence[Mapping[str, Any]] | None) -> jinja2.Template:
+        if tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" not in self._templates:
+            raise TemplateFailed("this model has no default chat template; use /v1/completions")
+        return self._templates["default"]
+
+
+def load_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
+    """Return the template of a checkpoint folder: `chat_template.jinja` before what tokenizer_config.json holds."""
+    sources: dict[str, str] = {}
+    written = tokenizer_config.get("chat_template")
+    if isinstance(written, str):
+        sources["default"] = written
+    elif isinstance(written, list):
+        sources.update({entry["name"]: entry["template"] for entry in cast(list[dict[str, str]], written)})
+    if (folder / "chat_template.jinja").is_file():
+        sources["default"] = (folder / "chat_template.jinja").read_text()
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        sources[path.stem] = path.read_text()
+    return ChatTemplate(sources, special_tokens(tokenizer_config))
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the named special tokens (`bos_token` and so on), each written as text or as an added-token table."""
+    found: dict[str, str] = {}
+    for name, value in tokenizer_config.items():
+        if not name.endswith("_token"):
+            continue
+        if isinstance(value, str):
+            found[name] = value
+        elif isinstance(value, dict):
+            content = cast(dict[str, Any], value).get("content")
+            if isinstance(content, str):
+                found[name] = content
+    return found
