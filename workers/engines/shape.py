@@ -101,7 +101,7 @@ def read_shape(directory: Path) -> ModelShape:
         rope=_rope(config, context_tokens_max),
         experts=_experts(config, layers) if family == "qwen3_moe" else None,
         dtype=str(config.fields.get("torch_dtype") or config.fields.get("dtype") or "float32"),
-        eos_token_ids=_eos_token_ids(directory, config),
+        eos_token_ids=eos_token_ids(directory),
     )
 
 
@@ -191,12 +191,12 @@ def _experts(config: _Config, layers: int) -> Experts:
     return experts
 
 
-def _eos_token_ids(directory: Path, config: _Config) -> tuple[int, ...]:
-    """Return all end-of-sequence ids; generation_config.json may be missing."""
+def eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """Return all end-of-sequence ids of a checkpoint: generation_config.json's, if it has one, and config.json's."""
     generation = directory / "generation_config.json"
     sources = [read_json(generation)] if generation.exists() else []
     found: dict[int, None] = {}
-    for source in (*sources, config.fields):
+    for source in (*sources, read_json(directory / "config.json")):
         value = source.get("eos_token_id")
         found |= dict.fromkeys([value] if isinstance(value, int) else value or ())
     return tuple(found)

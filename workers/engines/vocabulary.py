@@ -113,10 +113,8 @@ for index in range(100): total = total + index * 2
 The capital of France is Paris. Water boils at 100 degrees. A year has 365 days, a week has seven, and an hour 3600 seconds.
 """
 
-_SYLLABLES = (
-    "ba be bo ca ce co da de di fa fo ga ge ha he ka la le li lo ma me mi na ne no pa pe ra re ro sa se si ta te to va ve".split()
-)
-#: Ending syllables of generated words; together with the first ones they give merges for any vocabulary asked for.
+_SYLLABLES = tuple(first + last for first in "bcdfghlmnprstv" for last in "aeo")
+#: Made-up words for each token asked for: enough for their merges to fill any vocabulary.
 _WORDS_PER_TOKEN = 4
 
 

@@ -1,0 +1,194 @@
+"""Turns a step's slices into the tensors that all layers of a model share.
+
+Rows of a step, one a token:
+
+    [0, decodes)   sequences that compute one token, in groups of similar context
+    [.., tokens)   chunks of prompts, one after the other
+    [.., rows)     filling, where the device is faster with a few rows more; computed and never looked at
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.core.commands import Slice
+from workers.engines.kvpool import KvPool
+from workers.engines.sequences import TokenSequence
+
+#: Bytes of padding a group of decodes may read before another group is opened: about what one group's calls cost in time.
+PADDING_BYTES_MAX = 512 * 1024
+#: Bytes of keys and values that one group gathers at most; a single sequence may be longer.
+GATHER_BYTES_MAX = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences that attend together, one query token each."""
+
+    first_row: int
+    count: int
+    #: Tokens of the longest.
+    context: int
+    index: Tensor
+    #: 0 or -inf for each [sequence x KV head, 1, context]; None if all are `context` long.
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """A run of one sequence's tokens that attend to what is before them and to each other."""
+
+    first_row: int
+    count: int
+    #: Tokens before the chunk.
+    start: int
+    #: For reading the context and the chunk from the pool; None if the chunk is all there is.
+    index: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Everything about a step that does not depend on the layer."""
+
+    rows: int
+    tokens: int
+    token_ids: Tensor
+    positions: Tensor
+    positions_max: int
+    write_index: Tensor
+    decodes: tuple[DecodeGroup, ...]
+    chunks: tuple[PromptChunk, ...]
+    #: Rows whose next token is wanted, in the order of `order`.
+    sampled_rows: Tensor
+    #: Indexes of the slices that sample, in the order of `sampled_rows`.
+    sampled_slices: tuple[int, ...]
+
+
+class BatchBuilder:
+    """Builds batches for one engine."""
+
+    def __init__(self, pool: KvPool, kv_heads: int, rows_min: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._pool = pool
+        self._kv_heads = kv_heads
+        self._rows_min = rows_min
+        self._dtype = dtype
+        self._device = device
+        #: Bytes of one block in one layer.
+        self._layer_block_bytes = 2 * kv_heads * pool.block_tokens * pool.head_dim * dtype.itemsize
+
+    def build(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> StepBatch:
+        """Return the batch of `slices[i]` for the i in `numbers`; `sequences` stands beside `slices`."""
+        decodes = [number for number in numbers if slices[number].count == 1]
+        decodes.sort(key=lambda number: -slices[number].start)
+        chunks = [number for number in numbers if slices[number].count > 1]
+        token_ids, positions, blocks = self._rows(slices, sequences, decodes, chunks)
+        tokens = len(token_ids)
+        rows = max(tokens, self._rows_min)
+        positions_max = int(positions.max())
+        write_index = self._pool.write_index(blocks, positions % self._pool.block_tokens)
+        if rows > tokens:
+            token_ids, positions = (np.pad(values, (0, rows - tokens)) for values in (token_ids, positions))
+        last_rows = self._last_rows(slices, decodes, chunks)
+        sampled = [(row, number) for row, number in last_rows if slices[number].sample]
+        return StepBatch(
+            rows=rows,
+            tokens=tokens,
+            token_ids=self._to_device(token_ids),
+            positions=self._to_device(positions),
+            positions_max=positions_max,
+            write_index=self._to_device(write_index),
+            decodes=tuple(self._decode_groups(slices, sequences, decodes)),
+            chunks=tuple(self._prompt_chunks(slices, sequences, chunks, len(decodes))),
+            sampled_rows=self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
+            sampled_slices=tuple(number for _, number in sampled),
+        )
+
+    def _rows(
+        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int], chunks: list[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return token ids, positions and blocks of all rows; clear blocks that are begun and not filled."""
+        size = self._pool.block_tokens
+        starts = [slices[number].start for number in decodes]
+        ids = [sequences[number].tokens[start] for number, start in zip(decodes, starts, strict=True)]
+        blocks = [sequences[number].table[start // size] for number, start in zip(decodes, starts, strict=True)]
+        for start, block in zip(starts, blocks, strict=True):
+            if start % size == 0 and size > 1:
+                self._pool.clear(block)
+        if not chunks:
+            return np.array(ids, np.int64), np.array(starts, np.int64), np.array(blocks, np.int64)
+        parts = [(np.array(ids, np.int64), np.array(starts, np.int64), np.array(blocks, np.int64))]
+        for number in chunks:
+            start, end = slices[number].start, slices[number].start + slices[number].count
+            places = np.arange(start, end, dtype=np.int64)
+            table = sequences[number].table
+            if end % size and end - end % size >= start:
+                self._pool.clear(table[end // size])
+            parts.append((np.array(sequences[number].tokens[start:end], np.int64), places, table[places // size]))
+        ids, positions, blocks = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return ids, positions, blocks
+
+    @staticmethod
+    def _last_rows(slices: Sequence[Slice], decodes: list[int], chunks: list[int]) -> list[tuple[int, int]]:
+        """Return (row of the last token, slice number) of each slice."""
+        rows = list(enumerate(decodes))
+        row = len(decodes)
+        for number in chunks:
+            row += slices[number].count
+            rows.append((row - 1, number))
+        return rows
+
+    def _decode_groups(
+        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int]
+    ) -> list[DecodeGroup]:
+        """Cut the decodes, longest context first, into groups that waste little on padding."""
+        size = self._pool.block_tokens
+        counts = [slices[number].start // size + 1 for number in decodes]
+        groups: list[DecodeGroup] = []
+        first = 0
+        while first < len(decodes):
+            longest, padding, end = counts[first], 0, first + 1
+            while end < len(decodes):
+                padding += (longest - counts[end]) * self._layer_block_bytes
+                gathered = (end + 1 - first) * longest * self._layer_block_bytes
+                if padding > PADDING_BYTES_MAX or gathered > GATHER_BYTES_MAX:
+                    break
+                end += 1
+            groups.append(self._decode_group(slices, sequences, decodes[first:end], first, counts[first:end]))
+            first = end
+        return groups
+
+    def _decode_group(
+        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int], first: int, counts: list[int]
+    ) -> DecodeGroup:
+        tables = np.zeros((len(members), counts[0]), dtype=np.int64)
+        for row, (number, count) in enumerate(zip(members, counts, strict=True)):
+            tables[row, :count] = sequences[number].table[:count]
+        lengths = np.array([slices[number].start + 1 for number in members])
+        context = int(lengths[0])
+        mask = None
+        if lengths[-1] < context:
+            void = np.where(np.arange(context) < lengths[:, None], np.float32(0), np.float32(-np.inf))
+            mask = self._to_device(np.repeat(void, self._kv_heads, axis=0)[:, None, :]).to(self._dtype)
+        return DecodeGroup(first, len(members), context, self._to_device(self._pool.read_index(tables)), mask)
+
+    def _prompt_chunks(
+        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], chunks: list[int], first_row: int
+    ) -> list[PromptChunk]:
+        found: list[PromptChunk] = []
+        for number in chunks:
+            start, count = slices[number].start, slices[number].count
+            index = None
+            if start:
+                blocks = (start + count - 1) // self._pool.block_tokens + 1
+                index = self._to_device(self._pool.read_index(sequences[number].table[None, :blocks]))
+            found.append(PromptChunk(first_row, count, start, index))
+            first_row += count
+        return found
+
+    def _to_device(self, values: NDArray[np.int64] | NDArray[np.float32]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

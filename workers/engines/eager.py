@@ -1,0 +1,177 @@
+"""The engine that computes: PyTorch on a CPU or a CUDA device, from a Hugging Face checkpoint.
+
+See also `models.py` (the networks), `batch.py` (how a step is laid out), `kvpool.py` (the memory), `sampler.py`.
+"""
+
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import ConfigError, EngineConfig
+from orchestrator.core.types import BlockId, RequestId
+from workers.engines.base import EngineDescription, SamplingParams, SliceOutput
+from workers.engines.batch import BatchBuilder
+from workers.engines.checkpoint import fingerprint
+from workers.engines.kvpool import KvPool, block_bytes
+from workers.engines.linear import rows_min
+from workers.engines.models import Model
+from workers.engines.sampler import sample
+from workers.engines.sequences import TokenSequence
+from workers.engines.shape import ModelShape, read_shape
+from workers.engines.weights import Weights
+
+#: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
+CPU_POOL_BYTES_MAX = 2 * 1024**3
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
+
+
+class EagerEngine:
+    """One model on one device; see `base.Engine`."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: EngineConfig,
+        sequences_max: int,
+        step_tokens_max: int,
+        allocate: Callable[[int], memoryview] | None = None,
+    ) -> None:
+        """Load a model and take memory for its KV.
+
+        Args:
+            model_dir: a Hugging Face checkpoint directory.
+            config: device, dtype, block size and count, threads.
+            sequences_max: sequences that run together at most; with the context limit it bounds how many blocks are of use.
+            step_tokens_max: tokens of one step at most; on CUDA, memory for their activations is left free.
+            allocate: returns that many zeroed bytes for a pool in host memory; None: the engine's own.
+
+        Raises:
+            CheckpointError: for a checkpoint that is incomplete or not supported.
+            ConfigError: for a device, a context or a memory size that cannot be had.
+        """
+        shape = read_shape(model_dir)
+        device = _device(config.device)
+        dtype = _DTYPES[shape.dtype if config.dtype == "auto" else config.dtype]
+        context = _context(config, shape)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        with torch.inference_mode():
+            self._model = Model(Weights(model_dir), shape, dtype, device)
+            reserve = step_tokens_max * _row_bytes(shape, dtype)
+            blocks = config.blocks or _blocks(config, shape, dtype, device, sequences_max * context, reserve)
+            sizes = (shape.layers, shape.kv_heads, config.block_tokens, shape.head_dim)
+            self._pool = KvPool(blocks, *sizes, dtype, device, allocate)
+        self._batches = BatchBuilder(self._pool, shape.kv_heads, rows_min(dtype, device), dtype, device)
+        self._sequences: dict[RequestId, TokenSequence] = {}
+        self.description = EngineDescription(
+            blocks=blocks,
+            block_tokens=config.block_tokens,
+            block_bytes=self._pool.block_bytes,
+            vocabulary=shape.vocabulary,
+            context_tokens_max=context,
+            eos_token_ids=shape.eos_token_ids,
+            fingerprint=fingerprint(model_dir),
+            device=str(device),
+            computes=True,
+        )
+
+    @property
+    def pool(self) -> memoryview | None:
+        return self._pool.memory
+
+    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+        """Take a request's prompt; one that cannot be computed fails at its first slice."""
+        known = self.description
+        self._sequences[request] = TokenSequence(tokens, sampling, known.eos_token_ids, known.vocabulary)
+
+    def forget(self, request: RequestId) -> None:
+        self._sequences.pop(request, None)
+
+    @torch.inference_mode()
+    def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
+        """Compute a step; see `base.Engine.step`."""
+        sequences = [self._sequences[piece.request] for piece in slices]
+        outputs = [SliceOutput()] * len(slices)
+        numbers: list[int] = []
+        for number, (piece, sequence) in enumerate(zip(slices, sequences, strict=True)):
+            if sequence.failure is not None:
+                outputs[number] = SliceOutput(failure=sequence.failure)
+                continue
+            if piece.blocks:
+                sequence.place(piece.first_block, piece.blocks)
+            numbers.append(number)
+        if not numbers:
+            return outputs
+        batch = self._batches.build(slices, sequences, numbers)
+        logits = self._model.logits(batch, self._pool)
+        if batch.sampled_slices:
+            chosen = sample(logits, [sequences[number] for number in batch.sampled_slices])
+            for number, output in zip(batch.sampled_slices, chosen, strict=True):
+                outputs[number] = output
+        elif logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        return outputs
+
+    def pause_s(self, slices: Sequence[Slice]) -> float:
+        """Return 0: the time a step takes is the time it takes."""
+        return 0.0
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        self._pool.read_slabs(blocks, into)
+
+    @torch.inference_mode()
+    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        self._pool.write_slabs(blocks, data)
+
+    def close(self) -> None:
+        """Let go of weights, pool and sequences."""
+        self._sequences.clear()
+        del self._model, self._batches, self._pool
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("engine.device", f"must be auto, cpu, cuda or cuda:N, is {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError("engine.device", f"is {name}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _context(config: EngineConfig, shape: ModelShape) -> int:
+    limit = shape.context_tokens_max
+    if config.context_tokens_max > limit:
+        raise ConfigError("engine.context_tokens_max", f"must be at most the model's {limit}, is {config.context_tokens_max}")
+    return config.context_tokens_max or limit
+
+
+def _row_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Return an upper estimate of the bytes of activations that one token of a step needs at a time."""
+    widest = 2 * max(shape.intermediate, shape.queries_width + 2 * shape.keys_width)
+    return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
+
+
+def _blocks(
+    config: EngineConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device, tokens_max: int, reserve: int
+) -> int:
+    """Return how many blocks fit into the share of free memory that the engine may take, at most what it can use."""
+    size = block_bytes(shape.layers, shape.kv_heads, config.block_tokens, shape.head_dim, dtype)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - reserve
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    share = int(free * config.memory_fraction)
+    share = share if device.type == "cuda" else min(share, CPU_POOL_BYTES_MAX)
+    blocks = min(share // size, -(-tokens_max // config.block_tokens))
+    if blocks < 1:
+        raise ConfigError("engine.memory_fraction", f"leaves {share} bytes for KV, and one block takes {size}")
+    return blocks

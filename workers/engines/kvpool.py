@@ -1,0 +1,104 @@
+"""The paged KV memory of one engine: blocks, and where in them a token's keys and values lie.
+
+A block's slab, smallest stride last:
+
+    [layer] [keys, values] [KV head] [token in block] [head dimension]
+
+so that a slab is one contiguous copy, and all of a head's keys in a block are one contiguous matrix: gathering a sequence's
+blocks gives [KV head, token, dimension] matrices that batched products read without another copy.
+"""
+
+import mmap
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.core.types import BlockId
+
+
+class KvPool:
+    """`blocks` slabs on one device."""
+
+    def __init__(
+        self,
+        blocks: int,
+        layers: int,
+        kv_heads: int,
+        block_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Callable[[int], memoryview] | None,
+    ) -> None:
+        self.block_tokens = block_tokens
+        self.block_bytes = block_bytes(layers, kv_heads, block_tokens, head_dim, dtype)
+        self._kv_heads = kv_heads
+        self._slab_heads = layers * 2 * kv_heads
+        #: The pool's bytes where they are in host memory.
+        self.memory: memoryview | None = None
+        size = blocks * self.block_bytes
+        if device.type == "cpu":
+            self.memory = (allocate(size) if allocate else memoryview(mmap.mmap(-1, size))).cast("B")
+            self.slabs = torch.frombuffer(self.memory, dtype=torch.uint8)[:size].view(blocks, self.block_bytes)
+        else:
+            self.slabs = torch.zeros(blocks, self.block_bytes, dtype=torch.uint8, device=device)
+        typed = self.slabs.view(dtype)
+        token_rows, head_rows = typed.view(-1, head_dim), typed.view(-1, block_tokens * head_dim)
+        # One view a layer, shifted by the layer's place in a slab, so that one step's indexes serve all layers.
+        self._token_rows = [token_rows[layer * 2 * kv_heads * block_tokens :] for layer in range(layers)]
+        self._head_rows = [head_rows[layer * 2 * kv_heads :] for layer in range(layers)]
+        heads = np.arange(2 * kv_heads, dtype=np.int64)
+        self._token_offsets = heads * block_tokens
+        self._head_offsets = heads.reshape(2, 1, kv_heads, 1)
+        self.head_dim = head_dim
+
+    def write_index(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the index for `write`: token i goes to place `offsets[i]` of block `blocks[i]`. Shape [tokens, 2 x KV heads]."""
+        first = blocks * (self._slab_heads * self.block_tokens) + offsets
+        return first[:, None] + self._token_offsets
+
+    def read_index(self, tables: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the index for `read` of sequences' block tables [sequences, blocks each]. Flat."""
+        return (tables[None, :, None, :] * self._slab_heads + self._head_offsets).reshape(-1)
+
+    def write(self, layer: int, index: Tensor, keys_values: Tensor) -> None:
+        """Store tokens' keys and values [tokens, 2 x KV heads, head dimension]."""
+        self._token_rows[layer].index_put_((index,), keys_values)
+
+    def read(self, layer: int, index: Tensor, sequences: int) -> Tensor:
+        """Return keys and values [2, sequences x KV heads, tokens of whole blocks, head dimension]."""
+        found = torch.index_select(self._head_rows[layer], 0, index)
+        return found.view(2, sequences * self._kv_heads, -1, self.head_dim)
+
+    def clear(self, block: int) -> None:
+        """Zero a block that is about to be filled in part, so that what lies behind its last token is finite."""
+        self.slabs[block].zero_()
+
+    def read_slabs(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        """Copy whole slabs, one after the other, into host memory."""
+        target = torch.frombuffer(into, dtype=torch.uint8).view(len(blocks), self.block_bytes)
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.slabs.device)
+        if self.slabs.device.type == "cpu":
+            torch.index_select(self.slabs, 0, index, out=target)
+            return
+        staging = torch.empty(target.shape, dtype=torch.uint8, pin_memory=True)
+        target.copy_(staging.copy_(self.slabs[index]))
+
+    def write_slabs(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        """Copy whole slabs from host memory; `data` may be read-only."""
+        source = torch.from_numpy(
+            np.frombuffer(data, dtype=np.uint8).copy() if data.readonly else np.frombuffer(data, dtype=np.uint8)
+        )
+        source = source.view(len(blocks), self.block_bytes)
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.slabs.device)
+        if self.slabs.device.type != "cpu":
+            source = source.pin_memory().to(self.slabs.device)
+        self.slabs.index_copy_(0, index, source)
+
+
+def block_bytes(layers: int, kv_heads: int, block_tokens: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one slab."""
+    return layers * 2 * kv_heads * block_tokens * head_dim * dtype.itemsize

@@ -1,0 +1,56 @@
+"""What an engine keeps for one request: its tokens, its block table, how its tokens are chosen."""
+
+import secrets
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.core.types import BlockId
+from workers.engines.base import SamplingParams
+
+
+class TokenSequence:
+    """One request in an engine."""
+
+    __slots__ = ("counts", "ending", "failure", "plain", "sampling", "seed", "table", "tokens")
+
+    def __init__(self, tokens: "array[int]", sampling: SamplingParams, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
+        #: Prompt and output so far.
+        self.tokens = array("I", tokens)
+        self.sampling = sampling
+        self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        #: Tokens that end the sequence.
+        self.ending = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_token_ids)
+        penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        #: True when the most likely token is taken and nothing else is asked for.
+        self.plain = sampling.temperature == 0 and not (penalised or sampling.logit_bias or sampling.logprobs is not None)
+        #: How often each token was generated; kept only when penalties need it.
+        self.counts: dict[int, int] | None = {} if penalised else None
+        #: Block of each run of `block_tokens` tokens; what lies behind the last block told is void.
+        self.table: NDArray[np.int64] = np.zeros(8, dtype=np.int64)
+        #: Why it cannot be computed at all.
+        self.failure = _unknown_token(self.tokens, vocabulary)
+
+    def place(self, first: int, blocks: Sequence[BlockId]) -> None:
+        """Enter blocks into the table from index `first` on."""
+        end = first + len(blocks)
+        if end > len(self.table):
+            grown = np.zeros(max(end, 2 * len(self.table)), dtype=np.int64)
+            grown[: len(self.table)] = self.table
+            self.table = grown
+        self.table[first:end] = blocks
+
+    def append(self, token: int) -> None:
+        """Take a generated token."""
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts[token] = self.counts.get(token, 0) + 1
+
+
+def _unknown_token(tokens: "array[int]", vocabulary: int) -> str | None:
+    if not tokens:
+        return "the prompt is empty"
+    highest = int(np.frombuffer(tokens, dtype=np.uint32).max())
+    return None if highest < vocabulary else f"token {highest} is not in the model's vocabulary of {vocabulary}"

@@ -1,0 +1,36 @@
+"""Reads a checkpoint's tensors, one file or sharded, each once and only when asked for."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from workers.engines.checkpoint import CheckpointError, weight_files
+
+
+class Weights:
+    """The tensors of one checkpoint by name, mapped from disk: `take` copies what it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files: dict[str, tuple[Path, safe_open]] = {}
+        for path in weight_files(directory):
+            try:
+                file = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(path, f"not a readable safetensors file: {error}") from None
+            self._files |= dict.fromkeys(file.keys(), (path, file))
+        self._directory = directory
+
+    def has(self, name: str) -> bool:
+        return name in self._files
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor as float32 on the CPU. Raises `CheckpointError` if it is missing or of another shape."""
+        if name not in self._files:
+            raise CheckpointError(self._directory, f"tensor {name} is missing from its safetensors files")
+        path, file = self._files[name]
+        tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(path, f"tensor {name} must have shape {shape}, has {tuple(tensor.shape)}")
+        return tensor.to(torch.float32)
