@@ -55,9 +55,9 @@ class GatewayLost:
     gateway: GatewayId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SliceResult:
-    """What one step did for one sequence."""
+    """What one step did for one sequence. Not frozen, for the reason given at `Slice`."""
 
     request: RequestId
     #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more with speculation.
