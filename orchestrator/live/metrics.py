@@ -135,13 +135,15 @@ class _Flight:
 
 
 @dataclass(slots=True)
-class _NodeState:
-    """What is known of a node now."""
+class NodeState:
+    """What is known of a node now; `spec` is None until it joined for the first time."""
 
     pool: PoolName
     up: bool = False
     spec: NodeSpec | None = None
     load: Load = field(default_factory=Load)
+    #: Times it joined as another process than before.
+    restarts: int = 0
     #: Counted by former lives of the node, whose own counters started at 0 again.
     preemptions_before: int = 0
 
@@ -230,9 +232,8 @@ class Metrics(Collector):
         self._flights: dict[RequestId, _Flight] = {}
         self._models: dict[ModelName, None] = {}
         self._foreign = frozenset(node for place, node in enumerate(nodes) if place % gateways != gateway)
-        self._nodes = {node: _NodeState(pool) for node, pool in nodes.items() if node not in self._foreign}
-        #: Pools of all nodes, those that other gateways export too.
-        self._pools: dict[NodeId, PoolName] = dict(nodes)
+        #: All nodes, also those that other gateways export.
+        self._nodes = {node: NodeState(pool) for node, pool in nodes.items()}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -245,6 +246,16 @@ class Metrics(Collector):
     def open_turn(self, model: ModelName, service_class: ServiceClass, started: float | None = None) -> Watch:
         """Return the watch of one generation that started at `started` on this object's clock (now, if not given)."""
         return Watch(self, model, service_class, self.clock() if started is None else started)
+
+    @property
+    def nodes(self) -> Mapping[NodeId, NodeState]:
+        """Every node of the cluster as last heard of."""
+        return self._nodes
+
+    def requests_by_model(self) -> dict[str, tuple[int, int]]:
+        """Return for each model how many of this gateway's requests run and how many wait."""
+        running, waiting = self._flights_by_model()
+        return {labels[0]: (int(count), int(waiting[labels])) for labels, count in running.items()}
 
     def render(self) -> bytes:
         """Return the exposition, of `CONTENT_TYPE`."""
@@ -292,7 +303,7 @@ class Metrics(Collector):
             case Assign(node, assignment) if assignment.role is Role.GENERATE:
                 flight = self._flights.get(assignment.request)
                 if flight is not None:
-                    flight.pool = self._pools.get(node)
+                    flight.pool = self._nodes[node].pool
             case Complete():
                 self._on_complete(command)
             case Restart(request, _):
@@ -318,12 +329,10 @@ class Metrics(Collector):
             self._reprefilled[("stale_index",)] += missed
 
     def _on_joined(self, spec: NodeSpec) -> None:
-        self._pools[spec.id] = spec.pool
         self._models[spec.model] = None
-        if spec.id in self._foreign:
-            return
-        state = self._nodes.setdefault(spec.id, _NodeState(spec.pool))
+        state = self._nodes.setdefault(spec.id, NodeState(spec.pool))
         if state.spec is not None and state.spec.incarnation != spec.incarnation:
+            state.restarts += 1
             state.preemptions_before += state.load.preemptions
             state.load = Load()
         state.pool, state.spec, state.up = spec.pool, spec, True
@@ -332,10 +341,9 @@ class Metrics(Collector):
         state = self._nodes.get(event.node)
         if state is None:
             return
-        load = event.load
-        if load.step_s > 0.0:
-            self._step.child(state.pool).observe(load.step_s)
-        state.load = load
+        state.load = event.load
+        if event.load.step_s > 0.0 and event.node not in self._foreign:
+            self._step.child(state.pool).observe(event.load.step_s)
 
     # --- to Prometheus ------------------------------------------------------------------------------------------------
 
@@ -372,9 +380,9 @@ class Metrics(Collector):
         yield _counter("weft_reprefilled_tokens", text, ("reason",), self._reprefilled)
 
     def _node_families(self) -> Iterable[Metric]:
-        up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._nodes.items()}
+        up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._exported()}
         blocks: dict[Labels, float] = {}
-        for node, state in self._nodes.items():
+        for node, state in self._exported():
             load = state.load
             for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
                 blocks[node, HBM, word] = count
@@ -411,7 +419,7 @@ class Metrics(Collector):
         facts: dict[Labels, float] = {}
         for (model,), count in self._flights_by_model()[1].items():
             waiting[model, f"gateway-{self._gateway}"] = count
-        for node, state in self._nodes.items():
+        for node, state in self._exported():
             if state.spec is None:
                 continue
             labels = (state.spec.model, node)
@@ -425,13 +433,16 @@ class Metrics(Collector):
         yield _counter("vllm:num_preemptions", "Sequences put back for want of blocks.", names, preemptions)
         yield _gauge("vllm:cache_config_info", "A node's KV pool.", (*names, "block_size", "num_gpu_blocks"), facts)
 
+    def _exported(self) -> list[tuple[NodeId, NodeState]]:
+        return [(node, state) for node, state in self._nodes.items() if node not in self._foreign]
+
     def _flights_by_model(self) -> tuple[dict[Labels, float], dict[Labels, float]]:
         """Return requests under way that a node has, and those that none has yet."""
         running: dict[Labels, float] = {(model,): 0 for model in self._models}
         waiting = dict(running)
         for flight in self._flights.values():
-            counts = waiting if flight.pool is None else running
-            counts[(flight.model,)] = counts.get((flight.model,), 0) + 1
+            for counts, share in ((running, flight.pool is not None), (waiting, flight.pool is None)):
+                counts[(flight.model,)] = counts.get((flight.model,), 0) + share
         return running, waiting
 
 

@@ -1,0 +1,48 @@
+"""`weft status`: asks a gateway how its cluster is, and shows it as a table."""
+
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+TIMEOUT_S = 5.0
+
+
+class StatusUnreachable(Exception):
+    """No gateway answered as one; the message is one line."""
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """Return a gateway's `/status`. Raises `StatusUnreachable`."""
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/status", timeout=TIMEOUT_S, trust_env=False)
+        status = answer.raise_for_status().json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise StatusUnreachable(f"{url}: no gateway answers there: {error}") from None
+    if not isinstance(status, dict) or "nodes" not in status:
+        raise StatusUnreachable(f"{url}: what answers there is no gateway")
+    return status
+
+
+def show_status(status: dict[str, Any], console: Console) -> None:
+    """Print the cluster, its models and its nodes."""
+    state = "ready" if status["ready"] else "not ready"
+    gateways = f"gateway {status['gateway'] + 1} of {status['gateways']}"
+    console.print(f"cluster {status['cluster']}: {state} ({gateways})", highlight=False)
+    for model, counts in status["requests"].items():
+        console.print(f"model {model}: {counts['running']} running, {counts['waiting']} waiting", highlight=False)
+    table = Table("node", "pool", "state", "restarts", "running", "waiting", "queued tokens", "KV used", "cached", "blocks")
+    for node in status["nodes"]:
+        table.add_row(*_row(node))
+    console.print(table)
+
+
+def _row(node: dict[str, Any]) -> list[str]:
+    head = [node["node"], node["pool"], "up" if node["up"] else "down"]
+    if "blocks" not in node:
+        return [*head, *[""] * 7]
+    blocks = node["blocks"]
+    counts = [node["restarts"], node["running"], node["waiting"], node["queued_tokens"]]
+    shares = [f"{100 * blocks[state] / blocks['total']:.0f} %" for state in ("used", "cached")]
+    return [*head, *(str(count) for count in counts), *shares, str(blocks["total"])]

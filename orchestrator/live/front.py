@@ -1,0 +1,142 @@
+"""One gateway with all it needs, on one event loop: driver, HTTP server, gRPC port, metrics, status page.
+
+Does not know what process it is in; `fleet.py` makes it an actor.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.core.config import ClusterConfig
+from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName
+from orchestrator.live.driver import ClusterDriver
+from orchestrator.live.gateway import Gateway
+from orchestrator.live.health import HealthServer
+from orchestrator.live.metrics import Metrics, NodeState
+from orchestrator.live.models import ModelText
+
+#: What a server is told to listen on all addresses.
+ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class FrontAddress:
+    """Where a gateway serves, and what checkpoints it knows by their fingerprints."""
+
+    url: str
+    grpc_address: str
+    fingerprints: Mapping[str, str]
+
+
+class Front:
+    """A gateway. Made on a running loop.
+
+    Args:
+        config: the cluster's, with its secret.
+        number: this gateway's.
+        reach: this host's address for others, told to them when the gateway listens on all of its addresses.
+        http_port: 0 for any.
+        folders: checkpoint directory of every model.
+        fingerprints: of those checkpoints.
+        pools: every node of the cluster and its pool.
+        fatal: told of an error that leaves the gateway in an unknown state; the process should end.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        number: GatewayId,
+        reach: str,
+        http_port: int,
+        folders: Mapping[str, Path],
+        fingerprints: Mapping[str, str],
+        pools: Mapping[NodeId, PoolName],
+        fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._config = config
+        self._number = number
+        self._reach = reach
+        self._http_port = http_port
+        self._fingerprints = dict(fingerprints)
+        self._metrics = Metrics(number, config.gateway.count, pools)
+        self._driver = ClusterDriver(number, config, self._metrics, fatal)
+        self._health = HealthServer()
+        secret = config.cluster.secret.encode()
+        page, status = self._metrics.render, self.status
+        texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
+        self._gateway = Gateway(config, number, texts, secret, self._driver, self._metrics, page, status)
+
+    async def start(self) -> FrontAddress:
+        """Serve. Raises `OSError` if a port is taken."""
+        host, first = self._config.gateway.host, self._config.gateway.grpc_port
+        grpc_port = await self._health.start(host, first + self._number if first else 0)
+        try:
+            http_port = await self._gateway.start(host, self._http_port)
+        except OSError as error:
+            raise OSError(f"HTTP cannot listen on {host}:{self._http_port}: {error.strerror}") from error
+        named = self._reach if host in ANY_ADDRESS else host
+        shown = f"[{named}]" if ":" in named else named
+        return FrontAddress(f"http://{shown}:{http_port}", f"{shown}:{grpc_port}", self._fingerprints)
+
+    async def set_nodes(self, nodes: Sequence[tuple[NodeId, str]]) -> None:
+        """Hold streams to exactly these nodes."""
+        self._driver.set_nodes(nodes)
+
+    async def set_peers(self, urls: Sequence[str]) -> None:
+        """Learn where all gateways are; a lone one has nobody to pass sessions on to."""
+        self._gateway.join(urls if len(urls) > 1 else ())
+
+    async def mark_dead(self, nodes: Sequence[NodeId]) -> None:
+        """Give nodes up at once."""
+        for node in nodes:
+            self._driver.mark_dead(node)
+
+    async def drain(self, seconds: float) -> bool:
+        """Take nothing new and let what runs end; False if some did not."""
+        await self._health.serving(False)
+        return await self._gateway.drain(seconds)
+
+    async def stop(self) -> None:
+        """Stop serving; what runs ends with an error."""
+        await self._driver.close()
+        await self._gateway.stop()
+        await self._health.stop()
+
+    def status(self) -> dict[str, Any]:
+        """Return what `/status` shows."""
+        return {
+            "cluster": self._config.cluster.name,
+            "gateway": self._number,
+            "gateways": self._config.gateway.count,
+            "ready": self._gateway.ready,
+            "requests": {
+                model: {"running": running, "waiting": waiting}
+                for model, (running, waiting) in self._metrics.requests_by_model().items()
+            },
+            "nodes": [_node_status(node, state) for node, state in self._metrics.nodes.items()],
+        }
+
+    def _text(self, model: str, folder: Path) -> ModelText:
+        limits = [pool.engine.context_tokens_max for pool in self._config.pools_of(model)]
+        shortest = min((limit for limit in limits if limit), default=0)
+        return ModelText.load(folder, self._config.models[model].tool_parser, shortest)
+
+
+def _node_status(node: NodeId, state: NodeState) -> dict[str, Any]:
+    status: dict[str, Any] = {"node": node, "pool": state.pool, "up": state.up}
+    if state.spec is not None:
+        spec, load = state.spec, state.load
+        status |= {
+            "model": spec.model,
+            "kind": str(spec.kind),
+            "incarnation": spec.incarnation,
+            "restarts": state.restarts,
+            "address": spec.address,
+            "running": load.running,
+            "waiting": load.waiting,
+            "queued_tokens": load.queued_tokens,
+            "blocks": {"used": load.blocks_used, "cached": load.blocks_cached, "free": load.blocks_free, "total": spec.blocks},
+            "block_tokens": spec.block_tokens,
+        }
+    return status
