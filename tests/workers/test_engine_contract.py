@@ -1,0 +1,274 @@
+"""What every engine promises its node, checked on each of them."""
+
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import EngineConfig
+from orchestrator.core.types import BlockId, CostProfile, RequestId
+from workers.engines.base import Engine, SamplingParams, SliceOutput
+from workers.engines.checkpoint import create_checkpoint
+from workers.engines.eager import EagerEngine
+from workers.engines.profiled import ProfiledEngine
+
+BLOCK_TOKENS = 16
+BLOCKS = 96
+GREEDY = SamplingParams(ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    create_checkpoint(directory, "qwen3", 7, layers=2, hidden=64, intermediate=96)
+    torch.set_num_threads(1)
+    return directory
+
+
+@pytest.fixture(params=["eager", "profiled"])
+def make(request: pytest.FixtureRequest, model_dir: Path) -> Callable[[], Engine]:
+    """Makes engines of one kind over the same checkpoint."""
+    config = EngineConfig(name=request.param, device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=BLOCKS)
+    if request.param == "eager":
+        return lambda: EagerEngine(model_dir, config, sequences_max=8, step_tokens_max=256)
+    return lambda: ProfiledEngine(model_dir, config, CostProfile())
+
+
+@pytest.fixture
+def engine(make: Callable[[], Engine]) -> Engine:
+    return make()
+
+
+def prompt(seed: int, count: int) -> "array[int]":
+    source = random.Random(seed)
+    return array("I", [source.randrange(500) for _ in range(count)])
+
+
+def blocks_for(tokens: int, first: int = 0) -> tuple[BlockId, ...]:
+    return tuple(BlockId(first + index) for index in range(-(-tokens // BLOCK_TOKENS)))
+
+
+def prefill(engine: Engine, request: int, count: int, blocks: Sequence[BlockId], chunk: int, start: int = 0) -> SliceOutput:
+    """Compute tokens [start, count) in chunks; the last one samples. All blocks are told with the first slice."""
+    places = list(range(start, count, chunk))
+    output = SliceOutput()
+    for place in places:
+        size = min(chunk, count - place)
+        told = tuple(blocks) if place == start else ()
+        [output] = engine.step([Slice(RequestId(request), place, size, 0, told, place + size == count)])
+    return output
+
+
+def generate(
+    engine: Engine,
+    request: int,
+    tokens: "array[int]",
+    count: int,
+    sampling: SamplingParams = GREEDY,
+    chunk: int = 256,
+    first: int = 0,
+) -> list[int]:
+    """Return `count` tokens, or fewer if the sequence stops; forgets the request."""
+    engine.add(RequestId(request), tokens, sampling)
+    output = prefill(engine, request, len(tokens), blocks_for(len(tokens) + count, first), chunk)
+    found = list(output.tokens)
+    while len(found) < count and not output.stopped:
+        [output] = engine.step([Slice(RequestId(request), len(tokens) + len(found) - 1, 1, 0, (), True)])
+        found.extend(output.tokens)
+    engine.forget(RequestId(request))
+    return found
+
+
+def test_description_agrees_with_configuration(engine: Engine) -> None:
+    known = engine.description
+    assert (known.blocks, known.block_tokens, known.vocabulary) == (BLOCKS, BLOCK_TOKENS, 512)
+    assert known.block_bytes > 0
+    assert known.context_tokens_max >= 131072
+    assert known.eos_token_ids == (511, 509)
+    assert known.computes == isinstance(engine, EagerEngine)
+    assert engine.pool is not None
+    assert engine.pool.nbytes >= known.blocks * known.block_bytes
+
+
+def test_fingerprint_is_the_same_for_all_engines_of_a_model(make: Callable[[], Engine]) -> None:
+    assert make().description.fingerprint == make().description.fingerprint
+
+
+def test_output_does_not_depend_on_chunks(engine: Engine) -> None:
+    tokens = prompt(1, 75)
+    expected = generate(engine, 1, tokens, 12)
+    for chunk in (1, 7, BLOCK_TOKENS, 33):
+        assert generate(engine, 1, tokens, 12, chunk=chunk) == expected
+
+
+def test_output_does_not_depend_on_the_batch(engine: Engine) -> None:
+    prompts = [prompt(seed, length) for seed, length in enumerate((1, 16, 40, 75, 3))]
+    alone = [generate(engine, 1, tokens, 8) for tokens in prompts]
+    for request, tokens in enumerate(prompts):
+        engine.add(RequestId(request), tokens, GREEDY)
+    found: list[list[int]] = [[] for _ in prompts]
+    # Each sequence starts one step after the one before it, so that prompts and decodes meet in a step.
+    for step in range(len(prompts) + 8):
+        slices = [
+            Slice(RequestId(request), 0, len(tokens), 0, blocks_for(len(tokens) + 8, request * 6), True)
+            if step == request
+            else Slice(RequestId(request), len(tokens) + len(found[request]) - 1, 1, 0, (), True)
+            for request, tokens in enumerate(prompts)
+            if request <= step and len(found[request]) < 8
+        ]
+        for piece, output in zip(slices, engine.step(slices), strict=True):
+            found[piece.request].extend(output.tokens)
+    assert found == alone
+
+
+def test_slices_that_do_not_sample_bring_nothing(engine: Engine) -> None:
+    engine.add(RequestId(1), prompt(1, 20), GREEDY)
+    assert engine.step([Slice(RequestId(1), 0, 10, 0, blocks_for(20), False)]) == [SliceOutput()]
+
+
+def test_a_preempted_sequence_continues_as_if_nothing_had_happened(engine: Engine) -> None:
+    tokens = prompt(2, 30)
+    expected = generate(engine, 1, tokens, 12)
+    engine.add(RequestId(2), tokens, GREEDY)
+    found = list(prefill(engine, 2, 30, blocks_for(42), 256).tokens)
+    while len(found) < 5:
+        found.extend(engine.step([Slice(RequestId(2), 29 + len(found), 1, 0, (), True)])[0].tokens)
+    # Another sequence takes its blocks; it starts over from block 0 elsewhere, prompt and output in chunks.
+    generate(engine, 3, prompt(3, 40), 2)
+    found.extend(prefill(engine, 2, 30 + len(found), blocks_for(42, first=40), 11).tokens)
+    while len(found) < 12:
+        found.extend(engine.step([Slice(RequestId(2), 29 + len(found), 1, 0, (), True)])[0].tokens)
+    assert found == expected
+
+
+def test_blocks_told_later_extend_the_table(engine: Engine) -> None:
+    tokens = prompt(4, 40)
+    expected = generate(engine, 1, tokens, 1)
+    engine.add(RequestId(2), tokens, GREEDY)
+    engine.step([Slice(RequestId(2), 0, 16, 0, (BlockId(50),), False)])
+    engine.step([Slice(RequestId(2), 16, 16, 1, (BlockId(9),), False)])
+    assert list(engine.step([Slice(RequestId(2), 32, 8, 2, (BlockId(70),), True)])[0].tokens) == expected
+
+
+def test_exported_blocks_work_in_another_engine(make: Callable[[], Engine]) -> None:
+    source, target = make(), make()
+    tokens = prompt(5, 75)
+    expected = generate(source, 1, tokens, 6)
+    # The last block is part filled: 64 + 8 of the 75 tokens go across, the rest is computed there.
+    exported = bytearray(5 * source.description.block_bytes)
+    source.read_blocks(blocks_for(75), memoryview(exported))
+    imported = tuple(BlockId(block) for block in (80, 3, 41, 17, 62, 63))
+    target.write_blocks(imported[:5], memoryview(bytes(exported)))
+    again = bytearray(len(exported))
+    target.read_blocks(imported[:5], memoryview(again))
+    assert again == exported
+    target.add(RequestId(9), tokens, GREEDY)
+    found = list(prefill(target, 9, 75, imported, 256, start=72).tokens)
+    while len(found) < 6:
+        found.extend(target.step([Slice(RequestId(9), 74 + len(found), 1, 0, (), True)])[0].tokens)
+    assert found == expected
+
+
+def test_the_pool_holds_what_is_exported(engine: Engine) -> None:
+    generate(engine, 1, prompt(6, 40), 1)
+    size = engine.description.block_bytes
+    slabs = bytearray(2 * size)
+    engine.read_blocks([BlockId(2), BlockId(0)], memoryview(slabs))
+    assert engine.pool is not None
+    assert slabs == bytes(engine.pool[2 * size : 3 * size]) + bytes(engine.pool[:size])
+
+
+def test_blocks_of_different_prefixes_differ(engine: Engine) -> None:
+    generate(engine, 1, prompt(7, 32), 1)
+    generate(engine, 2, prompt(8, 32), 1, first=10)
+    size = engine.description.block_bytes
+    slabs = bytearray(4 * size)
+    engine.read_blocks([BlockId(block) for block in (0, 1, 10, 11)], memoryview(slabs))
+    pieces = {bytes(slabs[place * size : (place + 1) * size]) for place in range(4)}
+    assert len(pieces) == 4
+
+
+def test_allocated_memory_is_the_pool(make: Callable[[], Engine], model_dir: Path) -> None:
+    given: list[bytearray] = []
+
+    def allocate(size: int) -> memoryview:
+        given.append(bytearray(size))
+        return memoryview(given[0])
+
+    kind = type(make())
+    config = EngineConfig(name="eager", device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=BLOCKS)
+    if kind is EagerEngine:
+        engine: Engine = EagerEngine(model_dir, config, 8, 256, allocate)
+    else:
+        engine = ProfiledEngine(model_dir, config, CostProfile(), allocate)
+    assert len(given[0]) == engine.description.blocks * engine.description.block_bytes
+    generate(engine, 1, prompt(1, 16), 1)
+    assert any(given[0][: engine.description.block_bytes])
+
+
+def test_forgotten_requests_leave_nothing_behind(engine: Engine) -> None:
+    expected = generate(engine, 1, prompt(9, 20), 4)
+    generate(engine, 1, prompt(10, 33), 4)
+    assert generate(engine, 1, prompt(9, 20), 4) == expected
+    engine.forget(RequestId(1))
+    engine.forget(RequestId(12345))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=1.0, seed=5, ignore_eos=True),
+        SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.01, seed=5, ignore_eos=True),
+        SamplingParams(temperature=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=2**63, ignore_eos=True),
+    ],
+)
+def test_a_seed_fixes_the_output(engine: Engine, sampling: SamplingParams) -> None:
+    tokens = prompt(11, 20)
+    expected = generate(engine, 1, tokens, 10, sampling)
+    assert generate(engine, 77, tokens, 10, sampling, chunk=6) == expected
+    engine.add(RequestId(1), tokens, sampling)
+    engine.add(RequestId(2), prompt(12, 20), SamplingParams(temperature=1.0))
+    found = list(prefill(engine, 1, 20, blocks_for(30), 256).tokens)
+    engine.step([Slice(RequestId(2), 0, 20, 0, blocks_for(30, first=20), True)])
+    for step in range(9):
+        slices = [Slice(RequestId(2), 20 + step, 1, 0, (), True), Slice(RequestId(1), 20 + step, 1, 0, (), True)]
+        found.extend(engine.step(slices)[1].tokens)
+    assert found == expected
+
+
+def test_stop_tokens_end_a_sequence_and_are_included(engine: Engine) -> None:
+    tokens = prompt(13, 20)
+    free = generate(engine, 1, tokens, 8)
+    stopped = generate(engine, 1, tokens, 8, SamplingParams(stop_token_ids=(free[3],), ignore_eos=True))
+    assert stopped == free[: free.index(free[3]) + 1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_logprobs_have_the_shape_asked_for(engine: Engine, count: int) -> None:
+    engine.add(RequestId(1), prompt(14, 20), SamplingParams(logprobs=count, ignore_eos=True))
+    output = prefill(engine, 1, 20, blocks_for(21), 256)
+    [report] = output.logprobs
+    assert report.logprob <= 0
+    assert len(report.top) == count
+    assert all(first[1] >= second[1] for first, second in pairwise(report.top))
+    if count:
+        assert report.top[0] == (output.tokens[0], report.logprob)
+
+
+def test_no_logprobs_unless_asked(engine: Engine) -> None:
+    engine.add(RequestId(1), prompt(14, 20), GREEDY)
+    assert prefill(engine, 1, 20, blocks_for(21), 256).logprobs == ()
+
+
+def test_pause_is_zero_without_costs(engine: Engine) -> None:
+    assert engine.pause_s([Slice(RequestId(1), 0, 20, 0, (), True)]) == 0.0
+
+
+def test_nothing_is_held_after_close(engine: Engine) -> None:
+    generate(engine, 1, prompt(1, 4), 1)
+    engine.close()

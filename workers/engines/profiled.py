@@ -1,0 +1,207 @@
+"""The engine that computes nothing: steps take as long as a profile says, tokens are a function of prompt and position.
+
+For loading the orchestrator at the scale of a rack from one machine. Its blocks are small and their content names the tokens
+that a real engine would have computed into them, so that a transfer that delivers the wrong bytes is noticed. No torch.
+"""
+
+import functools
+import hashlib
+import json
+import mmap
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import EngineConfig
+from orchestrator.core.costs import step_seconds
+from orchestrator.core.types import BlockId, CostProfile, RequestId
+from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
+from workers.engines.checkpoint import CheckpointError, read_json
+from workers.engines.shape import eos_token_ids
+
+#: Bytes of a block: enough to tell any two apart.
+BLOCK_BYTES = 64
+#: Blocks of a node unless the configuration says otherwise: two million tokens of 64 a block.
+BLOCKS_DEFAULT = 32768
+
+_NOTHING = SliceOutput()
+
+
+class _Turn:
+    """One request: what its tokens are made from."""
+
+    __slots__ = ("covered", "digest", "ending", "logprobs", "prefix", "prompt", "table")
+
+    def __init__(self, prompt: bytes, ending: frozenset[int], logprobs: int | None) -> None:
+        self.prompt = prompt
+        #: Names the whole prompt.
+        self.digest = zlib.crc32(prompt)
+        self.ending = ending
+        self.logprobs = logprobs
+        self.table: list[BlockId] = []
+        #: CRC of the prompt's first `covered` tokens.
+        self.prefix = 0
+        self.covered = 0
+
+
+class ProfiledEngine:
+    """See `base.Engine`."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: EngineConfig,
+        profile: CostProfile,
+        allocate: Callable[[int], memoryview] | None = None,
+    ) -> None:
+        """Read vocabulary, limits and special tokens of a checkpoint directory; its weights are not needed.
+
+        Args:
+            model_dir: has config.json; generation_config.json and tokenizer.json are read if present.
+            config: block size and count, context limit.
+            profile: what a step costs.
+            allocate: returns that many zeroed bytes for the blocks; None: the engine's own.
+
+        Raises:
+            CheckpointError: if config.json is missing, malformed, or lacks vocab_size.
+        """
+        settings = read_json(model_dir / "config.json")
+        vocabulary = settings.get("vocab_size")
+        if not isinstance(vocabulary, int) or vocabulary < 1:
+            raise CheckpointError(model_dir / "config.json", f"vocab_size: must be 1 or more, is {vocabulary!r}")
+        eos = eos_token_ids(model_dir)
+        special = _special_token_ids(model_dir) | frozenset(eos)
+        #: Tokens that may come out: all that are ordinary text.
+        self._allowed = array("I", [token for token in range(vocabulary) if token not in special] or [0])
+        blocks = config.blocks or BLOCKS_DEFAULT
+        size = blocks * BLOCK_BYTES
+        self._memory = (allocate(size) if allocate else memoryview(mmap.mmap(-1, size))).cast("B")
+        self._profile = profile
+        self._costs = profile.step_s or profile.prefill_token_s or profile.sequence_s or profile.context_token_s
+        self._costs = bool(self._costs or profile.prefill_token_context_s)
+        self._turns: dict[RequestId, _Turn] = {}
+        #: One output for each token without logprobs or an end: most outputs of all.
+        self._outputs: dict[int, SliceOutput] = {}
+        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+        self.description = EngineDescription(
+            blocks=blocks,
+            block_tokens=config.block_tokens,
+            block_bytes=BLOCK_BYTES,
+            vocabulary=vocabulary,
+            context_tokens_max=config.context_tokens_max or int(settings.get("max_position_embeddings") or 131072),
+            eos_token_ids=eos,
+            fingerprint=f"profiled-{name}",
+            device="none",
+            computes=False,
+        )
+        self._block_tokens = config.block_tokens
+
+    @property
+    def pool(self) -> memoryview | None:
+        return self._memory
+
+    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+        ending = frozenset(sampling.stop_token_ids)
+        self._turns[request] = _Turn(tokens.tobytes(), ending, sampling.logprobs)
+
+    def forget(self, request: RequestId) -> None:
+        self._turns.pop(request, None)
+
+    def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
+        """Return the tokens of a step at once; the caller waits for `pause_s`."""
+        turns, allowed, choices = self._turns, self._allowed, len(self._allowed)
+        size, outputs = self._block_tokens, self._outputs
+        results: list[SliceOutput] = []
+        for piece in slices:
+            turn = turns[piece.request]
+            if piece.blocks:
+                first = piece.first_block
+                turn.table[first : first + len(piece.blocks)] = piece.blocks
+            end = piece.start + piece.count
+            if piece.count > 1 or end % size == 0:
+                self._fill(turn, piece.start, end)
+            if not piece.sample:
+                results.append(_NOTHING)
+                continue
+            # A multiplicative hash of (prompt, position): neighbouring positions give unrelated tokens.
+            token = allowed[((turn.digest ^ end * 0x9E3779B1) * 0x85EBCA6B >> 7 & 0xFFFFFFFF) % choices]
+            if turn.ending or turn.logprobs is not None:
+                results.append(self._special_output(turn, token))
+                continue
+            output = outputs.get(token)
+            if output is None:
+                output = outputs[token] = SliceOutput((token,))
+            results.append(output)
+        return results
+
+    def pause_s(self, slices: Sequence[Slice]) -> float:
+        """Return what the profile says; a slice of one token counts as a decode."""
+        if not self._costs:
+            return 0.0
+        prefills: list[tuple[int, int]] = []
+        sequences = context = 0
+        for piece in slices:
+            if piece.count == 1:
+                sequences += 1
+                context += piece.start
+            else:
+                prefills.append((piece.count, piece.start))
+        return step_seconds(self._profile, prefills, sequences, context)
+
+    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        target = into.cast("B")
+        for place, block in enumerate(blocks):
+            target[place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES] = self._memory[
+                block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES
+            ]
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        source = data.cast("B")
+        for place, block in enumerate(blocks):
+            self._memory[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = source[
+                place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES
+            ]
+
+    def close(self) -> None:
+        self._turns.clear()
+
+    def _special_output(self, turn: _Turn, token: int) -> SliceOutput:
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if turn.logprobs is not None:
+            # Certain of its token; the others are there to fill the list.
+            others = [other for other in self._allowed[: turn.logprobs + 1] if other != token]
+            ranked = ((token, 0.0), *((other, -100.0) for other in others))
+            logprobs = (TokenLogprobs(0.0, ranked[: turn.logprobs]),)
+        return SliceOutput((token,), logprobs, token in turn.ending)
+
+    def _fill(self, turn: _Turn, start: int, end: int) -> None:
+        """Write the blocks that tokens [start, end) touch: each names everything up to its last token."""
+        size = self._block_tokens
+        for index in range(start // size, (end - 1) // size + 1):
+            covered = min((index + 1) * size, end)
+            name = self._prefix_name(turn, covered)
+            place = turn.table[index] * BLOCK_BYTES
+            self._memory[place : place + BLOCK_BYTES] = (name << 32 | covered).to_bytes(8, "little") * (BLOCK_BYTES // 8)
+
+    @staticmethod
+    def _prefix_name(turn: _Turn, covered: int) -> int:
+        """Return a number that names the first `covered` tokens; generated ones follow from the prompt."""
+        if covered * 4 > len(turn.prompt):
+            return turn.digest
+        if covered < turn.covered:
+            turn.prefix = turn.covered = 0
+        turn.prefix = zlib.crc32(memoryview(turn.prompt)[turn.covered * 4 : covered * 4], turn.prefix)
+        turn.covered = covered
+        return turn.prefix
+
+
+@functools.lru_cache(maxsize=16)
+def _special_token_ids(model_dir: Path) -> frozenset[int]:
+    """Return the special tokens of tokenizer.json; none if there is no such file."""
+    path = model_dir / "tokenizer.json"
+    if not path.exists():
+        return frozenset()
+    added = read_json(path).get("added_tokens") or []
+    return frozenset(token["id"] for token in added if token.get("special"))
