@@ -231,22 +231,30 @@ class KvIndex:
                 break
         return entry.trust
 
+    def validate(self) -> None:
+        """Check every invariant against every block. Raises `AssertionError`; for tests, as it walks the whole index."""
+        counts = [0] * self._slots
+        for block, value in self._holders.items():
+            assert value < NOBODY, f"{block.hex()} is kept though nobody holds it"
+            for slot in slots_in(~value):
+                counts[slot] += 1
+        for name, node in self._nodes.items():
+            assert counts[node.slot] == node.blocks, f"{name} holds {counts[node.slot]} blocks, not {node.blocks}"
+            assert not node.bit & self._retired, f"{name} has the slot {node.slot} of a departed node"
+        for slot in self._free:
+            assert counts[slot] == 0, f"free slot {slot} is mentioned by {counts[slot]} blocks"
+        used = sorted([node.slot for node in self._nodes.values()] + self._free + list(slots_in(self._retired)))
+        assert used == list(range(self._slots)), f"slots {used} are not 0 to {self._slots - 1}"
+
     def _store(self, node: _Node, run: StoredRun) -> bool:
         """Note blocks as held; False if that cannot be: their parent is not held, or there are more than fit the pool."""
         bit, holders = node.bit, self._holders
         if run.parent is not None and holders[run.parent] & bit:
             return False
-        hashes = run.hashes
-        if holders.keys().isdisjoint(hashes):
-            added = dict.fromkeys(hashes, ~bit)
-            holders.update(added)
-            node.blocks += len(added)
-        else:
-            for value, members in self._grouped(hashes):
-                if value & bit:
-                    added = dict.fromkeys(members, value & ~bit)
-                    holders.update(added)
-                    node.blocks += len(added)
+        new = holders.keys().isdisjoint(run.hashes)
+        for value, members in [(NOBODY, run.hashes)] if new else self._grouped(run.hashes):
+            if value & bit:
+                node.blocks += self._replace(members, value & ~bit)
         return node.blocks <= node.blocks_max
 
     def _remove(self, node: _Node, hashes: Sequence[BlockHash]) -> None:

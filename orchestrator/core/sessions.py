@@ -1,0 +1,132 @@
+"""Remembers agents' sessions: where their last turn ran, and how much of their last prompt a new turn repeats.
+
+The router uses it to break ties in favour of the nodes that served a session before; metrics use it to say why prompt tokens
+were computed again. Bounded: the session that was quiet for longest is forgotten first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.core.types import BlockHash, ModelName, NodeId, Request, SessionId, TenantId
+
+#: Hashes kept of a session's last prompt, evenly spaced: they tell how much of it a new prompt repeats to one part in so many.
+MARKS_MAX = 16
+
+
+class ReprefillReason(StrEnum):
+    """Why prompt tokens had to be computed."""
+
+    NEW = "new"  # never seen in this session
+    REWRITTEN = "rewritten"  # the harness changed the context before them
+    EVICTED = "evicted"  # computed before on the same nodes, and gone
+    MOVED = "moved"  # computed before, on other nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is kept of a prompt: its length and some of its hashes."""
+
+    tokens: int
+    #: (blocks up to and with this one, its hash), shortest first.
+    hashes: tuple[tuple[int, BlockHash], ...]
+
+    @staticmethod
+    def of(tokens: int, hashes: Sequence[BlockHash]) -> "Marks":
+        """Return the marks of a prompt."""
+        count = min(len(hashes), MARKS_MAX)
+        ends = [len(hashes) * (mark + 1) // count for mark in range(count)]
+        return Marks(tokens, tuple((end, hashes[end - 1]) for end in ends))
+
+    def repeated_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """Return how many of this prompt's blocks another prompt repeats, as far as the marks tell."""
+        repeated = 0
+        for blocks, block in self.hashes:
+            if blocks > len(hashes) or hashes[blocks - 1] != block:
+                break
+            repeated = blocks
+        return repeated
+
+
+class Session:
+    """One agent's reasoning chain on one model."""
+
+    __slots__ = ("generated_on", "marks", "prefilled_on")
+
+    def __init__(self) -> None:
+        #: Node that generated the last turn's tokens, and the one that computed its prompt if that was another.
+        self.generated_on: NodeId | None = None
+        self.prefilled_on: NodeId | None = None
+        #: Of the last prompt that was served to the end.
+        self.marks = Marks(0, ())
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Where the last turn ran."""
+        return tuple(node for node in (self.generated_on, self.prefilled_on) if node is not None)
+
+
+class Sessions:
+    """The sessions heard of lately, at most `sessions_max`."""
+
+    __slots__ = ("_reprefilled", "_sessions", "_sessions_max")
+
+    def __init__(self, sessions_max: int) -> None:
+        self._sessions_max = sessions_max
+        #: Longest quiet first.
+        self._sessions: dict[tuple[ModelName, TenantId, SessionId], Session] = {}
+        self._reprefilled = dict.fromkeys(ReprefillReason, 0)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def reprefilled_tokens(self) -> Mapping[ReprefillReason, int]:
+        """Prompt tokens computed so far, by why they had to be."""
+        return self._reprefilled
+
+    def of(self, request: Request) -> Session | None:
+        """Return what is known of a request's session; None if it names none or is new."""
+        if request.session is None:
+            return None
+        return self._sessions.get((request.model, request.tenant, request.session))
+
+    def started(self, request: Request, generate: NodeId, prefill: NodeId | None) -> None:
+        """Note where a turn runs."""
+        if request.session is None:
+            return
+        key = request.model, request.tenant, request.session
+        session = self._sessions.pop(key, None) or Session()
+        self._sessions[key] = session
+        session.generated_on, session.prefilled_on = generate, prefill
+        if len(self._sessions) > self._sessions_max:
+            del self._sessions[next(iter(self._sessions))]
+
+    def ended(self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int) -> None:
+        """Note that a turn went well, and why it computed what it did.
+
+        Args:
+            request: the turn.
+            computed_tokens: prompt tokens that were computed for it: its last ones.
+            stayed: whether it was computed where the session's turn before ran.
+            block_tokens: tokens in a block.
+
+        What was computed falls into three parts:
+
+            [0, repeated)            was computed for the last turn     evicted or moved
+            [repeated, last length)  differs from the last turn         rewritten
+            [last length, end)       has no counterpart                 new
+        """
+        session = self.of(request)
+        before = session.marks if session is not None else Marks(0, ())
+        end, start = request.prompt_tokens, request.prompt_tokens - computed_tokens
+        last = min(before.tokens, end)
+        repeated = min(before.repeated_blocks(request.hashes) * block_tokens, last)
+        if last - repeated < block_tokens:
+            repeated = last  # what follows the last full block has no hash to tell by
+        lost = ReprefillReason.EVICTED if stayed else ReprefillReason.MOVED
+        self._reprefilled[ReprefillReason.NEW] += end - max(start, last)
+        self._reprefilled[ReprefillReason.REWRITTEN] += max(0, last - max(start, repeated))
+        self._reprefilled[lost] += max(0, repeated - start)
+        if session is not None:
+            session.marks = Marks.of(request.prompt_tokens, request.hashes)
