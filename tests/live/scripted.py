@@ -1,0 +1,137 @@
+"""A driver whose turns say what the test wrote, and a gateway served over real sockets on top of it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.core.config import ApiKey, ClusterConfig, GatewayConfig, ModelConfig, PoolConfig
+from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, Request, RequestId
+from orchestrator.live.gateway import Gateway
+from orchestrator.live.metrics import Metrics
+from orchestrator.live.models import ModelText
+from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
+from workers.engines.vocabulary import write_json, write_tokenizer
+
+MODEL = ModelName("tiny")
+VOCABULARY = 1024
+
+
+@dataclass
+class Script:
+    """What a turn brings: text, token ids, or `None` to wait until cancelled; then an end."""
+
+    steps: Sequence[str | Sequence[int] | None] = ("Hello", " world")
+    finish: FinishReason = FinishReason.STOP
+    cached_tokens: int = 0
+    failure: TurnFailed | None = None
+
+
+class ScriptedStream:
+    """One turn's script being read."""
+
+    def __init__(self, driver: "ScriptedDriver", request: RequestId, turn: Turn, script: Script) -> None:
+        self.request = request
+        self.turn = turn
+        self.cancelled = asyncio.Event()
+        self.waiting = asyncio.Event()
+        self._driver = driver
+        self._script = script
+        self._steps = [driver.tokens(step) for step in script.steps]
+
+    async def read(self) -> Delta:
+        """Return the next step's tokens."""
+        await asyncio.sleep(0)
+        if self._steps:
+            tokens = self._steps.pop(0)
+            if tokens is None:
+                self.waiting.set()
+                await asyncio.Event().wait()
+            wanted = self.turn.sampling.HasField("logprobs")
+            return Delta(list(tokens or ()), [self._logprob(token) for token in tokens or ()] if wanted else [])
+        if self._script.failure is not None:
+            raise self._script.failure
+        return Delta([], [], self._script.finish, self._script.cached_tokens)
+
+    def cancel(self) -> None:
+        """Say that nobody wants more."""
+        self.cancelled.set()
+
+    def _logprob(self, token: int) -> TokenLogprob:
+        top = [(token, -0.5), (token + 1, -1.5), (token + 2, -2.5)]
+        return TokenLogprob(-0.5, top[: self.turn.sampling.logprobs])
+
+
+@dataclass
+class ScriptedDriver:
+    """Takes turns and plays scripts."""
+
+    text: ModelText
+    script: Callable[[Turn], Script] = lambda turn: Script()
+    streams: list[ScriptedStream] = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    ready: bool = True
+
+    def start(self, turn: Turn) -> ScriptedStream:
+        """Play the script for this turn."""
+        stream = ScriptedStream(self, RequestId(len(self.streams)), turn, self.script(turn))
+        self.streams.append(stream)
+        self.started.set()
+        return stream
+
+    def request_of(self, turn: Turn, request: RequestId) -> Request:
+        """Return the turn as the core sees it."""
+        prompt = turn.prompt
+        return Request(request, turn.model, turn.tenant, prompt.count, prompt.hashes, turn.output_tokens_max)
+
+    def tokens(self, step: str | Sequence[int] | None) -> Sequence[int] | None:
+        """Return a step's token ids."""
+        return self.text.tokenizer.encode(step, add_special_tokens=False).ids if isinstance(step, str) else step
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Everything asked for."""
+        return [stream.turn for stream in self.streams]
+
+
+def make_model(folder: Path, context_tokens: int = 4096) -> ModelText:
+    """Return the text side of a small checkpoint without weights."""
+    tokenizer = write_tokenizer(folder, VOCABULARY, context_tokens)
+    write_json(folder / "config.json", {"max_position_embeddings": context_tokens})
+    write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.token_to_id("<|im_end|>")})
+    return ModelText.load(folder)
+
+
+def make_config(**gateway: object) -> ClusterConfig:
+    """Return a configuration with one model and two aliases."""
+    models = {MODEL: ModelConfig(aliases=("gpt-4o", "claude-*"))}
+    pools = (PoolConfig("pool", PoolKind.AGGREGATED, model=MODEL),)
+    return ClusterConfig(gateway=GatewayConfig(**gateway), models=models, pools=pools)  # type: ignore[arg-type]
+
+
+KEYS = (ApiKey("sk-good", "acme"), ApiKey("sk-other", "globex"))
+
+
+@dataclass
+class Served:
+    """A gateway that listens."""
+
+    gateway: Gateway
+    driver: ScriptedDriver
+    metrics: Metrics
+    url: str
+
+
+@asynccontextmanager
+async def serve(text: ModelText, number: int = 0, **gateway: object) -> AsyncIterator[Served]:
+    """Serve a gateway on a free port."""
+    metrics = Metrics(GatewayId(number), number + 1, {})
+    driver = ScriptedDriver(text)
+    config = make_config(**gateway)
+    one = Gateway(config, GatewayId(number), {MODEL: text}, b"secret", driver, metrics, metrics.render, lambda: {"nodes": []})
+    port = await one.start("127.0.0.1", 0)
+    try:
+        yield Served(one, driver, metrics, f"http://127.0.0.1:{port}")
+    finally:
+        await one.stop()
