@@ -5,7 +5,7 @@ References travel in our own messages, so they are serialised outside of Ray's c
 holds its reference until the peer has acknowledged, and the object goes with it.
 """
 
-import pickle
+import struct
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,17 @@ from ray.exceptions import RayError
 
 from workers.memory import TransferFailed
 
+#: Lengths of the object's id and of its owner's address; the object's status follows.
+_LENGTHS = struct.Struct("<HH")
+
 
 def _core() -> Any:
     return ray_worker.global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _ends(reference: bytes) -> tuple[int, int]:
+    binary, owner = _LENGTHS.unpack_from(reference)
+    return _LENGTHS.size + binary, _LENGTHS.size + binary + owner
 
 
 class RayObjects:
@@ -27,15 +35,17 @@ class RayObjects:
         """Store bytes in this host's plasma store."""
         try:
             reference = ray.put(np.frombuffer(data, dtype=np.uint8))
-            binary, owner, status = _core().serialize_object_ref(reference)
+            _, owner, status = _core().serialize_object_ref(reference)
         except RayError as error:
             raise TransferFailed(f"Ray cannot store {len(data)} bytes: {error}") from error
-        return reference, pickle.dumps((binary, owner, status))
+        binary = reference.binary()
+        return reference, _LENGTHS.pack(len(binary), len(owner)) + binary + owner + status
 
     def get(self, reference: bytes, timeout_s: float) -> memoryview:
         """Return a view of this host's copy, fetched if need be; valid while it is referred to."""
-        binary, owner, status = pickle.loads(reference)
-        handle = ray.ObjectRef(binary, owner)
+        binary_end, owner_end = _ends(reference)
+        binary, owner, status = reference[_LENGTHS.size : binary_end], reference[binary_end:owner_end], reference[owner_end:]
+        handle = ray.ObjectRef(binary, owner)  # pyright: ignore[reportArgumentType] (bytes, whatever its stub says)
         try:
             _core().deserialize_and_register_object_ref(binary, ray.ObjectRef.nil(), owner, status)
             return ray.get(handle, timeout=timeout_s).data

@@ -62,7 +62,8 @@ class SliceResult:
     request: RequestId
     #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more with speculation.
     output_tokens: int = 0
-    #: Hashes of blocks that generated tokens completed, in order. Prompt blocks' hashes came with the assignment.
+    #: Hashes of blocks of which this step computed the last token's KV, in order: only blocks with generated tokens in them.
+    #: The newest token has no KV yet and completes nothing. Prompt blocks' hashes came with the assignment.
     hashes: tuple[BlockHash, ...] = ()
     #: True when a sampled token ends the sequence (end of sequence, stop token).
     stopped: bool = False

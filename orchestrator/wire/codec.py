@@ -43,6 +43,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 _ROLES = {Role.PREFILL: node_pb2.ROLE_PREFILL, Role.GENERATE: node_pb2.ROLE_GENERATE}
+_REASONS = {str(reason): reason for reason in FinishReason}
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 
 
@@ -176,11 +177,12 @@ def ended_message(report: Ended) -> node_pb2.Ended:
 
 def ended_from(message: node_pb2.Ended) -> Ended:
     """Return the end that a message tells of."""
-    if message.reason not in tuple(FinishReason):
+    reason = _REASONS.get(message.reason)
+    if reason is None:
         raise MalformedMessage(f"request {message.request} ended for the unknown reason {message.reason!r}")
     return Ended(
         request=RequestId(message.request),
-        reason=FinishReason(message.reason),
+        reason=reason,
         output_tokens=message.output_tokens,
         computed_tokens=message.computed_tokens,
         message=message.message,

@@ -1,0 +1,431 @@
+"""Drives one gateway's cluster in real time: one core, a link to each node, a stream of tokens for each turn.
+
+The live twin of the simulator's world. Events go into the core and its commands are executed at once, on one event loop; tokens
+pass by the core and go from a node's frame straight into their turn's stream. Tokens of a frame are in their streams before the
+core hears of the frame, so an end never overtakes them.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+from orchestrator.core.cluster import Cluster
+from orchestrator.core.commands import (
+    Abort,
+    Assign,
+    Cancel,
+    ClearTimer,
+    ClusterCommand,
+    Complete,
+    Refuse,
+    RequestReplay,
+    Restart,
+    SetTimer,
+)
+from orchestrator.core.config import ClusterConfig
+from orchestrator.core.events import (
+    ClusterEvent,
+    DrainRequested,
+    NodeDraining,
+    NodeJoined,
+    NodeLost,
+    RequestAbandoned,
+    RequestArrived,
+    TimerFired,
+)
+from orchestrator.core.types import (
+    FinishReason,
+    GatewayId,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    Request,
+    RequestId,
+    Role,
+    TimerKey,
+    request_id,
+)
+from orchestrator.live.links import NodeLink
+from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
+from orchestrator.wire import codec, node_pb2
+
+log = logging.getLogger("weft.driver")
+
+#: Tokens a client may leave unread before its turn is cancelled.
+UNREAD_TOKENS_MAX = 65_536
+
+
+class Observer(Protocol):
+    """Who counts and measures; see `metrics.py`."""
+
+    def observe(self, now: float, event: ClusterEvent, commands: Sequence[ClusterCommand]) -> None:
+        """An event was handled and gave these commands."""
+        ...
+
+    def routed(self, seconds: float) -> None:
+        """A routing decision took this long."""
+        ...
+
+    def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
+        """A node copied KV from one tier to another."""
+        ...
+
+
+class TurnStream:
+    """The output of one turn, as it comes."""
+
+    __slots__ = ("_cached_tokens", "_driver", "_failure", "_finish", "logprobs", "node", "request", "tokens", "turn", "waiter")
+
+    def __init__(self, driver: "ClusterDriver", request: RequestId, turn: Turn) -> None:
+        self.request = request
+        self.turn = turn
+        #: The node whose tokens count; others' are late ones of an assignment that was given up.
+        self.node: NodeId | None = None
+        #: Not yet read; the driver appends to both.
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self._driver = driver
+        self._finish: FinishReason | None = None
+        self._cached_tokens = 0
+        self._failure: TurnFailed | None = None
+        #: Whoever waits in `read`; the driver ends the wait.
+        self.waiter: asyncio.Future[None] | None = None
+
+    async def read(self) -> Delta:
+        """Wait for more and return all there is. Raises `TurnFailed`. Not to be called after a delta with `finish`."""
+        if not self.tokens and self._finish is None and self._failure is None:
+            self.waiter = waiter = self._driver.loop.create_future()
+            await waiter
+        if not self.tokens and self._failure is not None:
+            raise self._failure
+        delta = Delta(self.tokens, self.logprobs, self._finish, self._cached_tokens)
+        self.tokens, self.logprobs = [], []
+        return delta
+
+    def cancel(self) -> None:
+        """Nobody wants more: free what the turn holds. Harmless after the end."""
+        self._driver.abandon(self)
+
+    def wake(self) -> None:
+        """Let the reader see what came."""
+        waiter = self.waiter
+        if waiter is not None:
+            self.waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def restart(self) -> None:
+        """Forget what came of an attempt of which nothing was delivered."""
+        self.node = None
+        self.tokens.clear()
+        self.logprobs.clear()
+
+    def finish(self, reason: FinishReason, cached_tokens: int) -> None:
+        """End well."""
+        self._finish = reason
+        self._cached_tokens = cached_tokens
+        self.wake()
+
+    def fail(self, failure: TurnFailed) -> None:
+        """End with an error, behind the tokens that came."""
+        self._failure = failure
+        self.wake()
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A node that has joined."""
+
+    spec: NodeSpec
+    fingerprint: str
+
+
+class ClusterDriver:
+    """One gateway's view of the cluster, at work. Made on a running loop.
+
+    Args:
+        gateway: this gateway's number; unique in the cluster.
+        fatal: told of an error that leaves the core in an unknown state; the process should end.
+    """
+
+    def __init__(
+        self, gateway: GatewayId, config: ClusterConfig, observer: Observer, fatal: Callable[[BaseException], None]
+    ) -> None:
+        self._gateway = gateway
+        self._config = config
+        self._observer = observer
+        self._fatal = fatal
+        self._core = Cluster(gateway, config)
+        self.loop = asyncio.get_running_loop()
+        # Readings of this clock and of any other differ by hours, so that mixing them up shows at once.
+        self._clock_offset_s = random.uniform(1e5, 1e6)
+        #: Differs from start to start, so that nodes end what a former gateway of this number left behind.
+        self._incarnation = random.getrandbits(63)
+        self._serial = 0
+        self._streams: dict[RequestId, TurnStream] = {}
+        self._links: dict[NodeId, NodeLink] = {}
+        self._members: dict[NodeId, _Member] = {}
+        self._draining_nodes: set[NodeId] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._timers: dict[TimerKey, asyncio.TimerHandle] = {}
+        self._idle = asyncio.Event()
+        self._ready = False
+
+    @property
+    def now(self) -> float:
+        """Seconds on the gateway's clock."""
+        return self.loop.time() + self._clock_offset_s
+
+    # --- turns --------------------------------------------------------------------------------------------------------
+
+    def start(self, turn: Turn) -> TurnStream:
+        """Start a turn; refusals come out of the first `read`."""
+        self._serial += 1
+        request = request_id(self._gateway, self._serial)
+        stream = self._streams[request] = TurnStream(self, request, turn)
+        self._handle(RequestArrived(self.request_of(turn, request)))
+        return stream
+
+    def request_of(self, turn: Turn, request: RequestId) -> Request:
+        """Return the turn as the core sees it."""
+        return Request(
+            id=request,
+            model=turn.model,
+            tenant=turn.tenant,
+            prompt_tokens=turn.prompt.count,
+            hashes=turn.prompt.hashes,
+            output_tokens_max=turn.output_tokens_max,
+            session=turn.session,
+            service_class=turn.service_class,
+            priority=turn.priority,
+            timeout_s=self._config.limits.request_s_max,
+        )
+
+    def abandon(self, stream: TurnStream) -> None:
+        """Cancel a turn that has not ended."""
+        self._give_up(stream, TurnFailed(499, "cancelled", "the request was cancelled"))
+
+    def _give_up(self, stream: TurnStream, failure: TurnFailed) -> None:
+        if self._streams.pop(stream.request, None) is not None:
+            stream.restart()
+            stream.fail(failure)
+            self._handle(RequestAbandoned(stream.request))
+
+    @property
+    def ready(self) -> bool:
+        """True while every model has at least one node that generates."""
+        return self._ready
+
+    # --- membership ---------------------------------------------------------------------------------------------------
+
+    def set_nodes(self, nodes: Sequence[tuple[NodeId, str]]) -> None:
+        """Hold links to exactly these nodes; one whose address changed was started anew."""
+        wanted = dict(nodes)
+        for node, link in tuple(self._links.items()):
+            if wanted.get(node) != link.address:
+                self.mark_dead(node, "it left the cluster" if node not in wanted else "it was started anew")
+        for node, address in wanted.items():
+            if node not in self._links:
+                lost_s = self._config.cluster.node_lost_s
+                link = NodeLink(node, address, self._gateway, self._incarnation, self, lost_s)
+                self._links[node] = link
+                link.start()
+
+    def mark_dead(self, node: NodeId, reason: str = "its process is dead") -> None:
+        """Give a node up at once, without waiting for it to come back."""
+        link = self._links.get(node)
+        if link is None:
+            return
+        link.give_up(reason)
+        del self._links[node]
+        closing = asyncio.ensure_future(link.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def node_joined(self, spec: NodeSpec, fingerprint: str) -> bool:
+        """Take a node in. Returns False if its weights are not those of the model's other nodes."""
+        for member in self._members.values():
+            if member.spec.model == spec.model and member.fingerprint != fingerprint:
+                log.error("node %s has weights %s; %s has %s", spec.id, fingerprint, member.spec.id, member.fingerprint)
+                return False
+        self._members[spec.id] = _Member(spec, fingerprint)
+        self._draining_nodes.discard(spec.id)
+        self._set_ready()
+        self._handle(NodeJoined(spec))
+        return True
+
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        """Give a node up."""
+        log.warning("node %s is lost: %s", node, reason)
+        self._members.pop(node, None)
+        self._set_ready()
+        self._handle(NodeLost(node, reason))
+
+    def node_draining(self, node: NodeId) -> None:
+        """Start nothing new on a node."""
+        self._draining_nodes.add(node)
+        self._set_ready()
+        self._handle(NodeDraining(node))
+
+    def _set_ready(self) -> None:
+        generating: set[ModelName] = set()
+        for member in self._members.values():
+            if member.spec.kind is not PoolKind.PREFILL and member.spec.id not in self._draining_nodes:
+                generating.add(member.spec.model)
+        self._ready = all(ModelName(pool.model) in generating for pool in self._config.pools)
+
+    # --- frames -------------------------------------------------------------------------------------------------------
+
+    def node_frame(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
+        """Hand out a frame's tokens, then take the rest to the core."""
+        slow: list[TurnStream] = []
+        if frame.requests:
+            self._deliver(node, frame, slow)
+        for move in frame.moves:
+            self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
+        self._handle(codec.report_from(node, frame))
+        for stream in slow:
+            log.warning("request %s: %d tokens unread, cancelled", stream.request, len(stream.tokens))
+            self._give_up(stream, TurnFailed(408, "slow_client", f"more than {UNREAD_TOKENS_MAX} tokens were left unread"))
+
+    def _deliver(self, node: NodeId, frame: node_pb2.NodeFrame, slow: list[TurnStream]) -> None:
+        streams = self._streams
+        for entry in frame.logprobs:
+            stream = streams.get(RequestId(entry.request))
+            if stream is not None and stream.node == node:
+                top = list(zip(entry.top_tokens, entry.top_logprobs, strict=True))
+                stream.logprobs.append(TokenLogprob(entry.logprob, top))
+        tokens = list(frame.tokens)
+        end = 0
+        for request, count in zip(frame.requests, frame.counts, strict=True):
+            start, end = end, end + count
+            stream = streams.get(RequestId(request))
+            # Late tokens of a request that ended or runs elsewhere now are nobody's.
+            if stream is None or stream.node != node:
+                continue
+            unread = stream.tokens
+            if count == 1:
+                unread.append(tokens[start])
+            else:
+                unread += tokens[start:end]
+            if len(unread) > UNREAD_TOKENS_MAX:
+                slow.append(stream)
+            if stream.waiter is not None:
+                stream.wake()
+
+    # --- the core -----------------------------------------------------------------------------------------------------
+
+    def _handle(self, event: ClusterEvent) -> None:
+        try:
+            now = self.now
+            started = time.perf_counter()
+            commands = self._core.handle(event, now)
+            if isinstance(event, RequestArrived):
+                self._observer.routed(time.perf_counter() - started)
+            self._observer.observe(now, event, commands)
+            for command in commands:
+                self._execute(command)
+        except Exception as error:  # A core or driver that broke its own rules cannot go on: better no gateway than a wrong one.
+            self._fatal(error)
+            raise
+
+    def _execute(self, command: ClusterCommand) -> None:
+        match command:
+            case Assign():
+                self._assign(command)
+            case Cancel(node, request):
+                link = self._links.get(node)
+                if link is not None:
+                    link.cancel(request)
+            case Complete(request, ended, cached_tokens):
+                stream = self._end(request)
+                if stream is not None:
+                    stream.finish(ended.reason, cached_tokens)
+            case Refuse(request, status, code, message, retry_after_s):
+                stream = self._end(request)
+                if stream is not None:
+                    stream.fail(TurnFailed(status, code, message, retry_after_s))
+            case Abort(request, status, code, message):
+                stream = self._end(request)
+                if stream is not None:
+                    stream.fail(TurnFailed(status, code, message))
+            case Restart(request, _):
+                stream = self._streams.get(request)
+                if stream is not None:
+                    stream.restart()
+            case RequestReplay(node, after):
+                link = self._links.get(node)
+                if link is not None:
+                    link.replay(after)
+            case SetTimer(key, at):
+                self._set_timer(key, at)
+            case ClearTimer(key):
+                self._clear_timer(key)
+            case _:
+                assert_never(command)
+
+    def _assign(self, command: Assign) -> None:
+        assignment = command.assignment
+        stream = self._streams[assignment.request]
+        prompt = stream.turn.prompt
+        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, stream.turn.sampling)
+        source = self._members.get(assignment.source) if assignment.source is not None else None
+        if source is not None:
+            message.source_address = source.spec.address
+            message.source_host = source.spec.host
+        if assignment.role is Role.GENERATE:
+            stream.node = command.node
+        self._links[command.node].submit(message)
+
+    def _end(self, request: RequestId) -> TurnStream | None:
+        """Take a turn's stream out; None if its reader has given it up before."""
+        stream = self._streams.pop(request, None)
+        if not self._streams:
+            self._idle.set()
+        return stream
+
+    def _set_timer(self, key: TimerKey, at: float) -> None:
+        self._clear_timer(key)
+        self._timers[key] = self.loop.call_at(at - self._clock_offset_s, self._fire, key)
+
+    def _clear_timer(self, key: TimerKey) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _fire(self, key: TimerKey) -> None:
+        del self._timers[key]
+        self._handle(TimerFired(key))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new turns and let those that run end. Returns False if some did not end in time."""
+        self._handle(DrainRequested())
+        self._idle.clear()
+        if not self._streams:
+            return True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Fail what runs and leave the nodes."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        for stream in tuple(self._streams.values()):
+            stream.fail(TurnFailed(503, "shutting_down", "the gateway is shutting down"))
+        self._streams.clear()
+        closing = [asyncio.ensure_future(link.close()) for link in self._links.values()]
+        self._links.clear()
+        if closing or self._closing:
+            await asyncio.wait((*closing, *self._closing))

@@ -1,0 +1,211 @@
+"""One gateway's stream to one node: keeps it up, bundles what goes out, hands on what comes in.
+
+    connecting ── Welcome ──> joined ── stream ends ──> away ── Welcome, resumed ──> joined
+         ^                                                │
+         └──────────── lost (reported once) <── too long away, frames lost, or given up
+
+A node is reported lost when it was away for `lost_s`, when frames got lost with a stream (both ends count them), or at once when
+somebody who knows says so. Trying goes on until `close`.
+"""
+
+import asyncio
+import logging
+import random
+from typing import Any, Protocol, cast
+
+import grpc
+import grpc.aio
+
+from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
+from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+
+log = logging.getLogger("weft.links")
+
+#: Seconds between two tries: doubled from the first to the last, a random tenth added.
+RETRY_S_MIN = 0.05
+RETRY_S_MAX = 1.0
+#: Seconds a node has to answer Hello.
+WELCOME_S_MAX = 5.0
+
+
+class Call(Protocol):
+    """The gateway's end of a Connect call."""
+
+    async def read(self) -> object: ...
+
+    async def write(self, message: node_pb2.GatewayFrame) -> None: ...
+
+    def cancel(self) -> bool: ...
+
+
+class NodeSink(Protocol):
+    """Who hears what nodes say."""
+
+    def node_joined(self, spec: NodeSpec, fingerprint: str) -> bool:
+        """A node is there. Returns False if it must not be used."""
+        ...
+
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        """A node that had joined is gone with all it did."""
+        ...
+
+    def node_draining(self, node: NodeId) -> None:
+        """A node that has joined takes nothing new."""
+        ...
+
+    def node_frame(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
+        """A frame came from a node that has joined."""
+        ...
+
+
+class NodeLink:
+    """The stream to one node. `start` and `close` bracket its life."""
+
+    def __init__(self, node: NodeId, address: str, gateway: GatewayId, incarnation: int, sink: NodeSink, lost_s: float) -> None:
+        self.node = node
+        self.address = address
+        #: The node as it described itself; None until it has joined and after it was lost.
+        self.spec: NodeSpec | None = None
+        self._hello = node_pb2.Hello(gateway=gateway, incarnation=incarnation)
+        self._sink = sink
+        self._lost_s = lost_s
+        self._draining = False
+        #: What goes out with the next frame; bounded by the requests the cluster lets in.
+        self._submits: dict[RequestId, node_pb2.Submit] = {}
+        self._cancels: list[RequestId] = []
+        self._replay: node_pb2.Replay | None = None
+        self._wake = asyncio.Event()
+        self._away: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Connect, and keep connected."""
+        self._task = asyncio.ensure_future(self._run())
+        self._task.add_done_callback(_report)
+
+    def submit(self, message: node_pb2.Submit) -> None:
+        """Send an assignment with the loop's next frame."""
+        self._submits[RequestId(message.request)] = message
+        self._wake.set()
+
+    def cancel(self, request: RequestId) -> None:
+        """Send a cancel, or take back a submit that has not gone out."""
+        if self._submits.pop(request, None) is None:
+            self._cancels.append(request)
+            self._wake.set()
+
+    def replay(self, after: int | None) -> None:
+        """Ask for the KV batches after a number, or for all."""
+        self._replay = node_pb2.Replay(after=after)
+        self._wake.set()
+
+    def give_up(self, reason: str) -> None:
+        """Report the node lost at once, if it had joined."""
+        if self._away is not None:
+            self._away.cancel()
+            self._away = None
+        self._hello.frames_sent = self._hello.frames_received = 0
+        self._submits.clear()
+        self._cancels.clear()
+        self._replay = None
+        if self.spec is not None:
+            self.spec = None
+            self._sink.node_lost(self.node, reason)
+
+    async def close(self) -> None:
+        """End the stream and stop trying; nothing is reported any more."""
+        self.spec = None
+        if self._away is not None:
+            self._away.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    async def _run(self) -> None:
+        channel = grpc.aio.insecure_channel(self.address, options=codec.CHANNEL_OPTIONS)
+        retry_s = RETRY_S_MIN
+        try:
+            while True:
+                joined = self.spec
+                reason = await self._try(channel)
+                retry_s = RETRY_S_MIN if self.spec is not joined else min(retry_s * 2, RETRY_S_MAX)
+                if self.spec is not None and self._away is None:
+                    log.info("node %s: %s; reconnecting", self.node, reason)
+                    self._away = asyncio.get_running_loop().call_later(self._lost_s, self.give_up, reason)
+                await asyncio.sleep(retry_s * random.uniform(1.0, 1.1))
+        finally:
+            await channel.close(None)
+
+    async def _try(self, channel: grpc.aio.Channel) -> str:
+        """Hold one stream for as long as it lasts. Returns why it ended."""
+        # The generated stub has no types.
+        stub = cast(Any, node_pb2_grpc.NodeStub(channel))
+        call = cast(Call, stub.Connect(metadata=((codec.NODE_METADATA, self.node),)))
+        try:
+            await call.write(node_pb2.GatewayFrame(hello=self._hello))
+            async with asyncio.timeout(WELCOME_S_MAX):
+                frame = await call.read()
+            if not isinstance(frame, node_pb2.NodeFrame) or not frame.HasField("welcome"):
+                return "no Welcome"
+            if not self._welcomed(frame):
+                return "unfit"
+            writer = asyncio.ensure_future(self._write(call))
+            try:
+                while isinstance(frame := await call.read(), node_pb2.NodeFrame):
+                    self._hello.frames_received += 1
+                    self._on_frame(frame)
+            finally:
+                writer.cancel()
+                await asyncio.wait((writer,))
+            return "the node ended the stream"
+        except grpc.aio.AioRpcError as error:
+            return error.details() or str(error.code())
+        except TimeoutError:
+            return f"no Welcome within {WELCOME_S_MAX} s"
+        except codec.MalformedMessage as error:
+            self.give_up(str(error))
+            return str(error)
+        finally:
+            call.cancel()
+
+    def _welcomed(self, frame: node_pb2.NodeFrame) -> bool:
+        """Take the node's Welcome. Returns False if the node is not to be used."""
+        spec = codec.spec_from(frame.welcome)
+        if not frame.welcome.resumed:
+            self.give_up("frames were lost with the stream" if spec == self.spec else "the node started anew")
+        if self._away is not None:
+            self._away.cancel()
+            self._away = None
+        if self.spec is None:
+            self._draining = False
+            if not self._sink.node_joined(spec, frame.welcome.fingerprint):
+                return False
+            self.spec = spec
+        self._on_frame(frame)
+        return True
+
+    def _on_frame(self, frame: node_pb2.NodeFrame) -> None:
+        if self.spec is None:
+            return
+        if frame.draining and not self._draining:
+            self._draining = True
+            self._sink.node_draining(self.node)
+        self._sink.node_frame(self.node, frame)
+
+    async def _write(self, call: Call) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._submits or self._cancels or self._replay is not None:
+                frame = node_pb2.GatewayFrame(submits=self._submits.values(), cancels=self._cancels, replay=self._replay)
+                self._submits.clear()
+                self._cancels.clear()
+                self._replay = None
+                self._hello.frames_sent += 1
+                await call.write(frame)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Show an error that ended a link at once, not when the task is collected."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler({"message": "a link to a node broke down", "exception": error})

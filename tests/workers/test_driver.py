@@ -1,0 +1,463 @@
+"""A node's driver: a real core, a scripted engine, gateways as queues."""
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import grpc.aio
+import pytest
+
+from orchestrator.core.blocks import extend_hashes, hash_root
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.types import (
+    BlockId,
+    CostProfile,
+    GatewayId,
+    Load,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    PoolName,
+    RequestId,
+    request_id,
+)
+from orchestrator.wire import codec, node_pb2
+from workers.driver import DriverLimits, NodeDriver
+from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
+from workers.memory import PeerMemory
+from workers.transfer import Channels
+
+BLOCKS, BLOCK_TOKENS, VOCABULARY = 32, 4, 100
+ROOT = hash_root(b"secret", "weights", "")
+GATEWAY, OTHER = GatewayId(1), GatewayId(2)
+
+
+class ScriptedEngine:
+    """Each request's n-th token is n; waits for `go` before each step if it computes."""
+
+    def __init__(self, computes: bool) -> None:
+        self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, VOCABULARY, 64, (), "weights", "cpu", computes)
+        self.pool = None
+        self.counts: dict[RequestId, int] = {}
+        self.sampling: dict[RequestId, SamplingParams] = {}
+        self.failing: str | None = None
+        self.stop_after = 1000
+        self.closed = False
+
+    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+        assert request not in self.counts
+        self.counts[request] = 0
+        self.sampling[request] = sampling
+
+    def forget(self, request: RequestId) -> None:
+        del self.counts[request]
+
+    def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
+        if self.failing is not None:
+            raise RuntimeError(self.failing)
+        return [self._output(part) for part in slices]
+
+    def _output(self, part: Slice) -> SliceOutput:
+        if not part.sample:
+            return SliceOutput()
+        self.counts[part.request] += 1
+        count = self.counts[part.request]
+        wanted = self.sampling[part.request].logprobs
+        logprobs = (TokenLogprobs(-0.5, ((count, -0.5),)),) if wanted is not None else ()
+        return SliceOutput((count,), logprobs, stopped=count >= self.stop_after)
+
+    def pause_s(self, slices: Sequence[Slice]) -> float:
+        return 0.0
+
+    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        raise AssertionError
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        raise AssertionError
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Gateway:
+    """The far end of a Connect call, and what it has been told."""
+
+    def __init__(self, driver: NodeDriver, id: GatewayId, incarnation: int = 1) -> None:
+        self.id = id
+        self.hello = node_pb2.Hello(gateway=id, incarnation=incarnation)
+        self.driver = driver
+        self.incoming: asyncio.Queue[object] = asyncio.Queue()
+        self.frames: asyncio.Queue[node_pb2.NodeFrame] = asyncio.Queue()
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.tokens: dict[int, list[int]] = {}
+        self.ended: dict[int, node_pb2.Ended] = {}
+        self.first: dict[int, int] = {}
+        self.stored: list[bytes] = []
+        self.logprobs = 0
+        self.load = Load()
+        self.draining = False
+
+    async def read(self) -> object:
+        return await self.incoming.get()
+
+    async def write(self, message: node_pb2.NodeFrame) -> None:
+        await self.reading.wait()
+        self.frames.put_nowait(node_pb2.NodeFrame.FromString(message.SerializeToString()))
+
+    async def open(self) -> node_pb2.Welcome:
+        self.task = asyncio.ensure_future(self.driver.serve_gateway(self))
+        self.incoming.put_nowait(node_pb2.GatewayFrame(hello=self.hello))
+        return (await self.next()).welcome
+
+    async def hang_up(self) -> None:
+        self.incoming.put_nowait(grpc.aio.EOF)
+        await asyncio.wait_for(self.task, 5)
+
+    async def next(self) -> node_pb2.NodeFrame:
+        frame = await asyncio.wait_for(self.frames.get(), 5)
+        self.hello.frames_received += not frame.HasField("welcome")
+        end = 0
+        for request, count in zip(frame.requests, frame.counts, strict=True):
+            start, end = end, end + count
+            self.tokens.setdefault(request, []).extend(frame.tokens[start:end])
+        for ended in frame.ended:
+            self.ended[ended.request] = ended
+        for first in frame.first_tokens:
+            self.first[first.request] = first.computed_tokens
+        for batch in frame.kv:
+            self.stored += [hash for run in batch.stored for hash in codec.hashes_from(run.hashes)]
+        self.logprobs += len(frame.logprobs)
+        self.load = codec.load_from(frame.load)
+        self.draining = frame.draining
+        return frame
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            await self.next()
+
+    def send(self, *submits: node_pb2.Submit, cancels: Sequence[int] = ()) -> None:
+        self.hello.frames_sent += 1
+        self.incoming.put_nowait(node_pb2.GatewayFrame(submits=submits, cancels=cancels))
+
+    def submit(self, serial: int, prompt: Sequence[int], output_tokens: int, **more: object) -> node_pb2.Submit:
+        tokens = array("I", prompt).tobytes()
+        return node_pb2.Submit(
+            request=request_id(self.id, serial),
+            role=node_pb2.ROLE_GENERATE,
+            tokens=tokens,
+            hashes=b"".join(extend_hashes(ROOT, tokens, BLOCK_TOKENS)),
+            hash_root=ROOT,
+            output_tokens_max=output_tokens,
+            **more,  # type: ignore[arg-type]
+        )
+
+
+def spec() -> NodeSpec:
+    return NodeSpec(
+        id=NodeId("n"),
+        model=ModelName("m"),
+        pool=PoolName("p"),
+        kind=PoolKind.AGGREGATED,
+        incarnation=1,
+        blocks=BLOCKS,
+        block_tokens=BLOCK_TOKENS,
+        block_bytes=64,
+        sequences_max=8,
+        step_tokens_max=64,
+        context_tokens_max=64,
+        profile=CostProfile(),
+    )
+
+
+@asynccontextmanager
+async def node(computes: bool = False, limits: DriverLimits | None = None) -> AsyncIterator[tuple[NodeDriver, ScriptedEngine]]:
+    engine = ScriptedEngine(computes)
+
+    def fatal(error: BaseException) -> None:
+        raise AssertionError("the driver broke") from error
+
+    driver = NodeDriver(
+        spec(),
+        SchedulerConfig(step_tokens_max=64, sequences_max=8, waiting_max=16),
+        engine,
+        {},
+        lambda host: [],
+        Channels(2),
+        PeerMemory(2),
+        fatal,
+        limits or DriverLimits(load_s=0.01),
+    )
+    yield driver, engine
+    await driver.close()
+    assert engine.closed
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 30))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_tokens_first_token_and_end_come_in_order(computes: bool) -> None:
+    async def scenario() -> None:
+        async with node(computes) as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            welcome = await gateway.open()
+            assert codec.spec_from(welcome) == spec()
+            assert (welcome.fingerprint, welcome.resumed) == ("weights", False)
+            gateway.send(gateway.submit(1, range(6), 5), gateway.submit(2, range(20, 29), 3))
+            one, two = request_id(GATEWAY, 1), request_id(GATEWAY, 2)
+            await gateway.until(lambda: len(gateway.ended) == 2)
+            assert gateway.tokens == {one: [1, 2, 3, 4, 5], two: [1, 2, 3]}
+            assert gateway.first == {one: 6, two: 9}
+            assert {ended.reason for ended in gateway.ended.values()} == {"length"}
+            await gateway.until(lambda: gateway.load.blocks_used == 0)
+            await eventually(lambda: not engine.counts)
+
+    run(scenario)
+
+
+def test_generated_blocks_continue_the_prompts_chain() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(10, 16), 9))
+            await gateway.until(lambda: bool(gateway.ended))
+            # 6 prompt tokens and the generated 1 .. 9, of which the last is never computed: three blocks of four.
+            tokens = array("I", [*range(10, 16), *range(1, 9)]).tobytes()
+            assert gateway.stored == extend_hashes(ROOT, tokens, BLOCK_TOKENS)
+
+    run(scenario)
+
+
+def test_a_prompt_shorter_than_a_block_starts_from_the_root() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, [7], 5))
+            await gateway.until(lambda: bool(gateway.ended))
+            assert gateway.stored == extend_hashes(ROOT, array("I", [7, 1, 2, 3]).tobytes(), BLOCK_TOKENS)
+
+    run(scenario)
+
+
+def test_stop_and_logprobs_travel() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, engine):
+            engine.stop_after = 3
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, [7], 9, sampling=node_pb2.Sampling(logprobs=1, top_p=0.5)))
+            await gateway.until(lambda: bool(gateway.ended))
+            request = request_id(GATEWAY, 1)
+            assert gateway.tokens == {request: [1, 2, 3]}
+            assert gateway.ended[request].reason == "stop"
+            assert gateway.logprobs == 3
+            assert (engine.sampling[request].top_p, engine.sampling[request].logprobs) == (0.5, 1)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_a_failing_engine_ends_requests_and_not_the_node(computes: bool) -> None:
+    async def scenario() -> None:
+        async with node(computes) as (driver, engine):
+            engine.failing = "out of memory"
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 5))
+            await gateway.until(lambda: bool(gateway.ended))
+            ended = gateway.ended[request_id(GATEWAY, 1)]
+            assert (ended.reason, ended.message) == ("failed", "RuntimeError: out of memory")
+            engine.failing = None
+            gateway.send(gateway.submit(2, range(6), 5))
+            await gateway.until(lambda: len(gateway.ended) == 2)
+            assert len(gateway.tokens[request_id(GATEWAY, 2)]) == 5
+
+    run(scenario)
+
+
+def test_a_cancel_frees_every_block() -> None:
+    async def scenario() -> None:
+        async with node(computes=True) as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(*(gateway.submit(serial, range(serial, serial + 8), 40) for serial in range(12)))
+            await gateway.until(lambda: len(gateway.tokens) >= 2)
+            gateway.send(cancels=[request_id(GATEWAY, serial) for serial in range(12)])
+            await gateway.until(lambda: _empty(gateway.load))
+            await eventually(lambda: not engine.counts)
+
+    run(scenario)
+
+
+async def eventually(done: Callable[[], bool]) -> None:
+    """Let the loop turn until something holds that nobody announces; the test's own limit bounds it."""
+    while not done():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+def _empty(load: Load) -> bool:
+    return load.running == load.waiting == load.blocks_used == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": b"abc"}, "3 bytes of tokens"),
+        ({"hashes": b""}, "fill 1 blocks, not 0"),
+        ({"hashes": bytes(15)}, "15 bytes"),
+        ({"role": node_pb2.ROLE_UNSPECIFIED}, "role 0"),
+        ({"tokens": array("I", [1, 2, 3, VOCABULARY]).tobytes()}, "token 100 is beyond the vocabulary of 100"),
+        ({"sampling": node_pb2.Sampling(logit_bias={VOCABULARY: 1.0})}, "token 100"),
+        ({"sampling": node_pb2.Sampling(stop_token_ids=[500])}, "token 500"),
+        ({"request": request_id(OTHER, 1)}, "is not gateway 1's"),
+    ],
+)
+def test_what_the_engine_would_choke_on_is_refused(change: dict[str, object], message: str) -> None:
+    async def scenario() -> None:
+        async with node() as (driver, engine):
+            gateway, other = Gateway(driver, GATEWAY), Gateway(driver, OTHER)
+            await gateway.open()
+            await other.open()
+            submit = gateway.submit(1, range(4), 5)
+            for name, value in change.items():
+                if isinstance(value, node_pb2.Sampling):
+                    submit.sampling.CopyFrom(value)
+                else:
+                    setattr(submit, name, value)
+            gateway.send(submit)
+            asked = other if "request" in change else gateway
+            await asked.until(lambda: bool(asked.ended))
+            ended = asked.ended[submit.request]
+            assert ended.reason == "failed"
+            assert message in ended.message
+            assert engine.counts == {}
+
+    run(scenario)
+
+
+def test_a_slow_gateway_gets_one_merged_frame() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.reading.clear()
+            gateway.send(gateway.submit(1, range(6), 30))
+            await eventually(lambda: driver.load.blocks_cached > 0 and _empty(driver.load))
+            gateway.reading.set()
+            frames = 0
+            while not gateway.ended:
+                await gateway.next()
+                frames += 1
+            # One was on its way when the gateway stopped reading; the other has all the rest.
+            assert frames == 2
+            assert gateway.tokens[request_id(GATEWAY, 1)] == list(range(1, 31))
+
+    run(scenario)
+
+
+def test_a_gateway_that_never_reads_is_lost() -> None:
+    async def scenario() -> None:
+        async with node(limits=DriverLimits(unsent_max=10)) as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.reading.clear()
+            gateway.send(gateway.submit(1, range(6), 50))
+            with pytest.raises(asyncio.CancelledError):
+                await gateway.task
+            assert driver.load.running == driver.load.blocks_used == 0
+            assert engine.counts == {}
+
+    run(scenario)
+
+
+def test_a_gateway_that_comes_back_in_time_misses_nothing() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 20))
+            await gateway.hang_up()
+            await eventually(lambda: _empty(driver.load))
+            while not gateway.frames.empty():
+                await gateway.next()
+            welcome = await gateway.open()
+            assert welcome.resumed
+            await gateway.until(lambda: bool(gateway.ended))
+            assert gateway.tokens[request_id(GATEWAY, 1)] == list(range(1, 21))
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("change", ["incarnation", "frames_sent", "frames_received"])
+def test_a_gateway_that_lost_something_starts_anew(change: str) -> None:
+    async def scenario() -> None:
+        async with node(computes=True) as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 40))
+            await gateway.until(lambda: bool(gateway.tokens))
+            await gateway.hang_up()
+            again = Gateway(driver, GATEWAY)
+            again.hello.CopyFrom(gateway.hello)
+            setattr(again.hello, change, getattr(again.hello, change) + 1)
+            assert not (await again.open()).resumed
+            await again.until(lambda: _empty(again.load))
+            assert again.tokens == {}
+
+    run(scenario)
+
+
+def test_a_gateway_that_stays_away_is_lost() -> None:
+    async def scenario() -> None:
+        async with node(limits=DriverLimits(gateway_lost_s=0.0)) as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 40))
+            await gateway.next()
+            await gateway.hang_up()
+            await eventually(lambda: not engine.counts)
+            assert _empty(driver.load)
+
+    run(scenario)
+
+
+def test_draining_refuses_new_requests_and_waits_for_the_others() -> None:
+    async def scenario() -> None:
+        async with node(computes=True) as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 30))
+            await gateway.until(lambda: bool(gateway.tokens))
+            drain = asyncio.ensure_future(driver.drain())
+            await gateway.until(lambda: gateway.draining)
+            gateway.send(gateway.submit(2, range(6), 30))
+            await gateway.until(lambda: len(gateway.ended) == 2)
+            await asyncio.wait_for(drain, 5)
+            assert gateway.ended[request_id(GATEWAY, 2)].message == "draining"
+            assert len(gateway.tokens[request_id(GATEWAY, 1)]) == 30
+
+    run(scenario)
+
+
+def test_two_gateways_get_their_own_tokens_and_both_hear_of_holdings() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, _):
+            one, two = Gateway(driver, GATEWAY), Gateway(driver, OTHER)
+            await one.open()
+            await two.open()
+            one.send(one.submit(1, range(8), 4))
+            two.send(two.submit(1, range(50, 58), 4))
+            await one.until(lambda: len(one.stored) == 4 and bool(one.ended))
+            await two.until(lambda: len(two.stored) == 4 and bool(two.ended))
+            assert list(one.tokens) == [request_id(GATEWAY, 1)]
+            assert list(two.tokens) == [request_id(OTHER, 1)]
+            assert one.stored == two.stored
+
+    run(scenario)

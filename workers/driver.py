@@ -1,0 +1,478 @@
+"""Drives one node in real time: one core, one engine, the gateways that use it and the peers it trades blocks with.
+
+Everything runs on one event loop but the engine's steps and large copies. Events go into the core, its commands are executed at
+once; a command's outcome always comes back as a later event, so the core is never entered twice. Token payloads stay here: the
+core is told how many tokens came and which blocks they completed.
+"""
+
+import asyncio
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, assert_never
+
+import numpy as np
+
+from orchestrator.core.blocks import extend_hashes
+from orchestrator.core.commands import (
+    ClearTimer,
+    Fetch,
+    Forget,
+    NodeCommand,
+    PublishKv,
+    ReportEnded,
+    ReportFirstToken,
+    RunStep,
+    SendBlocks,
+    SetTimer,
+    StopFetch,
+)
+from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.events import (
+    Assigned,
+    Cancelled,
+    DrainRequested,
+    Ended,
+    GatewayLost,
+    NodeEvent,
+    ReplayRequested,
+    SliceResult,
+    StepFailed,
+    StepFinished,
+    TimerFired,
+)
+from orchestrator.core.node import Node
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    FinishReason,
+    GatewayId,
+    KvBatch,
+    Load,
+    NodeSpec,
+    RequestId,
+    TimerKey,
+    gateway_of,
+)
+from orchestrator.wire import codec, node_pb2
+from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput
+from workers.memory import PeerMemory, TransferFailed, TransferLimits
+from workers.outbox import Outbox
+from workers.runner import open_runner
+from workers.transfer import Channels, Exports, Fetches, Stream
+from workers.transports import Transport
+
+HBM = "hbm"
+
+
+@dataclass(frozen=True, slots=True)
+class DriverLimits:
+    """Bounds of a node's dealings with gateways."""
+
+    #: Seconds a gateway may be away before its requests are dropped.
+    gateway_lost_s: float = 3.0
+    #: Tokens and block hashes that may wait for a gateway which does not read.
+    unsent_max: int = 1_000_000
+    #: Seconds after which a gateway that gets no tokens hears of a changed load.
+    load_s: float = 0.1
+    transfer: TransferLimits = field(default_factory=TransferLimits)
+
+
+class GatewayStream(Protocol):
+    """The node's end of a Connect call."""
+
+    async def read(self) -> object: ...
+
+    async def write(self, message: node_pb2.NodeFrame) -> None: ...
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the driver keeps of a request."""
+
+    outbox: Outbox
+    #: Hash of the last full block, or the root; the next block's parent.
+    hash: BlockHash
+    #: Tokens after that block, the newest one (which has no KV yet) included.
+    tail: "array[int]"
+    #: The result of a step that brought one token and nothing else: nearly all of them.
+    one_token: SliceResult
+    source_address: str
+    source_host: str
+
+
+class NodeDriver:
+    """One node.
+
+    Args:
+        spec: what the node tells gateways of itself.
+        scheduler: the core's settings.
+        engine: closed by `close`.
+        transports: ways of moving blocks, by name.
+        choose: names of transports to offer a source on the given host, best first.
+        channels, peers: connections and memory maps, shared by the nodes of a process.
+        fatal: told of an error that leaves the node in an unknown state; the process should end.
+
+    Made on a running loop.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        scheduler: SchedulerConfig,
+        engine: Engine,
+        transports: dict[str, Transport],
+        choose: Callable[[str], list[str]],
+        channels: Channels,
+        peers: PeerMemory,
+        fatal: Callable[[BaseException], None],
+        limits: DriverLimits,
+    ) -> None:
+        self.spec = spec
+        self._core = Node(spec, scheduler)
+        self._engine = engine
+        self._description = engine.description
+        self._runner = open_runner(engine, self._on_step_finished, self._on_step_failed)
+        size = self._description.block_bytes
+        tokens = spec.block_tokens
+        self._exports = Exports(transports, size, tokens, self.handle, limits.transfer)
+        self._fetches = Fetches(transports, choose, size, tokens, channels, peers, self.handle, self._moved, limits.transfer)
+        self._fatal = fatal
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        # Readings of this clock and of any other differ by hours, so that mixing them up shows at once.
+        self._clock_offset_s = random.uniform(1e5, 1e6)
+        self._timers: dict[TimerKey, asyncio.TimerHandle] = {}
+        self._outboxes: dict[GatewayId, Outbox] = {}
+        self._sequences: dict[RequestId, _Sequence] = {}
+        self._draining = False
+        self._closed = False
+        self._idle = asyncio.Event()
+        #: Numbers the loads, so that each gateway's last one is known.
+        self._loads = 0
+        self._load_timer: asyncio.TimerHandle | None = None
+
+    # --- the core -----------------------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """Seconds on the node's clock."""
+        return self._loop.time() + self._clock_offset_s
+
+    def handle(self, event: NodeEvent) -> None:
+        """Take an event to the core, execute what it orders and see that gateways hear of it."""
+        if self._closed:
+            return
+        try:
+            for command in self._core.handle(event, self.now):
+                self._execute(command)
+            self._flush()
+        except Exception as error:  # A core or driver that broke its own rules cannot go on: better a dead node than a wrong one.
+            self._fatal(error)
+            raise
+
+    def _execute(self, command: NodeCommand) -> None:
+        match command:
+            case RunStep():
+                self._runner.run(command)
+            case ReportFirstToken(report):
+                outbox = self._outboxes.get(gateway_of(report.request))
+                if outbox is not None:
+                    outbox.add_first_token(codec.first_token_message(report))
+            case ReportEnded(report):
+                self._forget(report.request)
+                self._report_ended(report)
+            case Forget(request):
+                self._forget(request)
+            case PublishKv(batches, gateway):
+                self._publish(batches, gateway)
+            case Fetch():
+                sequence = self._sequences[command.request]
+                self._fetches.start(command, sequence.source_address, sequence.source_host)
+            case StopFetch(request):
+                self._fetches.stop(request)
+            case SendBlocks():
+                self._exports.send(command)
+            case SetTimer(key, at):
+                self._set_timer(key, at)
+            case ClearTimer(key):
+                self._clear_timer(key)
+            case _:
+                assert_never(command)
+
+    def _forget(self, request: RequestId) -> None:
+        if self._sequences.pop(request, None) is not None:
+            self._runner.forget(request)
+
+    def _set_timer(self, key: TimerKey, at: float) -> None:
+        self._clear_timer(key)
+        self._timers[key] = self._loop.call_at(at - self._clock_offset_s, self._fire, key)
+
+    def _clear_timer(self, key: TimerKey) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _fire(self, key: TimerKey) -> None:
+        del self._timers[key]
+        self.handle(TimerFired(key))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _on_step_finished(self, command: RunStep, outputs: Sequence[SliceOutput], seconds: float) -> None:
+        sequences = self._sequences
+        block_tokens = self.spec.block_tokens
+        results: list[SliceResult] = []
+        for part, output in zip(command.slices, outputs, strict=True):
+            request = part.request
+            sequence = sequences.get(request)
+            tokens = output.tokens
+            if sequence is None:
+                results.append(SliceResult(request, len(tokens), (), output.stopped, output.failure))
+                continue
+            if tokens:
+                outbox = sequence.outbox
+                outbox.requests.append(request)
+                outbox.counts.append(len(tokens))
+                outbox.tokens.extend(tokens)
+                if output.logprobs:
+                    outbox.add_logprobs(request, output.logprobs)
+                tail = sequence.tail
+                tail.extend(tokens)
+                if len(tokens) == 1 and len(tail) <= block_tokens and not output.stopped:
+                    results.append(sequence.one_token)
+                    continue
+            results.append(SliceResult(request, len(tokens), self._completed(sequence), output.stopped, output.failure))
+        self.handle(StepFinished(command.step, tuple(results), seconds))
+
+    def _completed(self, sequence: _Sequence) -> tuple[BlockHash, ...]:
+        """Hash the blocks whose KV is complete now, and cut them off the tail; the newest token's KV comes with the next step."""
+        block_tokens = self.spec.block_tokens
+        full = (len(sequence.tail) - 1) // block_tokens * block_tokens
+        if full <= 0:
+            return ()
+        hashes = extend_hashes(sequence.hash, sequence.tail[:full].tobytes(), block_tokens)
+        sequence.hash = hashes[-1]
+        del sequence.tail[:full]
+        return tuple(hashes)
+
+    def _on_step_failed(self, command: RunStep, reason: str) -> None:
+        self.handle(StepFailed(command.step, reason))
+
+    # --- gateways -----------------------------------------------------------------------------------------------------
+
+    async def serve_gateway(self, stream: GatewayStream) -> None:
+        """Serve one Connect call from its first frame on."""
+        first = await stream.read()
+        if not isinstance(first, node_pb2.GatewayFrame) or not first.HasField("hello"):
+            return
+        outbox, resumed = self._attach(first.hello)
+        welcome = codec.welcome_message(self.spec, self._description.fingerprint, resumed)
+        writer = asyncio.ensure_future(self._write_frames(outbox, stream, welcome))
+        try:
+            while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
+                outbox.frames_received += 1
+                self._on_frame(outbox, frame)
+        finally:
+            writer.cancel()
+            await asyncio.wait((writer,))
+            self._detach(outbox)
+
+    def _attach(self, hello: node_pb2.Hello) -> tuple[Outbox, bool]:
+        """Return the gateway's outbox, and whether its requests go on."""
+        gateway = GatewayId(hello.gateway)
+        outbox = self._outboxes.get(gateway)
+        resumed = (
+            outbox is not None
+            and outbox.incarnation == hello.incarnation
+            and outbox.frames_sent == hello.frames_received
+            and outbox.frames_received == hello.frames_sent
+        )
+        if outbox is not None and not resumed:
+            self._lose(outbox)
+        if outbox is None or not resumed:
+            outbox = self._outboxes[gateway] = Outbox(gateway, hello.incarnation)
+        if outbox.stream is not None:
+            outbox.stream.cancel()
+        if outbox.grace is not None:
+            outbox.grace.cancel()
+            outbox.grace = None
+        outbox.stream = asyncio.current_task()
+        return outbox, resumed
+
+    def _detach(self, outbox: Outbox) -> None:
+        """A stream ended: unless another took its place, the gateway has a while to come back."""
+        if outbox.stream is not asyncio.current_task():
+            return
+        outbox.stream = None
+        if self._outboxes.get(outbox.gateway) is outbox and not self._closed:
+            outbox.grace = self._loop.call_later(self._limits.gateway_lost_s, self._lose, outbox)
+
+    def _lose(self, outbox: Outbox) -> None:
+        """Give a gateway up: drop what waits for it and end its requests."""
+        if outbox.grace is not None:
+            outbox.grace.cancel()
+        if outbox.stream is not None:
+            outbox.stream.cancel()
+        del self._outboxes[outbox.gateway]
+        self.handle(GatewayLost(outbox.gateway))
+
+    async def _write_frames(self, outbox: Outbox, stream: GatewayStream, welcome: node_pb2.Welcome) -> None:
+        first = node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self._core.load()), draining=self._draining)
+        await stream.write(first)
+        while True:
+            await outbox.awake()
+            frame = outbox.take(self._core.load(), self._draining)
+            outbox.loads_seen = self._loads
+            await stream.write(frame)
+
+    def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
+        # Cancels first: a request that is cancelled and given anew in one frame is the older one cancelled.
+        for request in frame.cancels:
+            self.handle(Cancelled(RequestId(request)))
+        for submit in frame.submits:
+            self._on_submit(outbox, submit)
+        if frame.HasField("replay"):
+            after = frame.replay.after if frame.replay.HasField("after") else None
+            self.handle(ReplayRequested(outbox.gateway, after))
+
+    def _on_submit(self, outbox: Outbox, submit: node_pb2.Submit) -> None:
+        request = RequestId(submit.request)
+        try:
+            assignment = codec.assignment_from(submit)
+            self._check(outbox, assignment, submit)
+        except codec.MalformedMessage as error:
+            self._report_ended(Ended(request, FinishReason.FAILED, 0, 0, str(error)))
+            self._flush()
+            return
+        tokens = array("I")
+        tokens.frombytes(submit.tokens)
+        block_tokens = self.spec.block_tokens
+        self._sequences[request] = _Sequence(
+            outbox=outbox,
+            hash=assignment.hashes[-1] if assignment.hashes else BlockHash(submit.hash_root),
+            tail=tokens[len(assignment.hashes) * block_tokens :],
+            one_token=SliceResult(request, 1),
+            source_address=submit.source_address,
+            source_host=submit.source_host,
+        )
+        self._runner.add(request, tokens, sampling_params(submit.sampling))
+        self.handle(Assigned(assignment))
+
+    def _check(self, outbox: Outbox, assignment: Assignment, submit: node_pb2.Submit) -> None:
+        """Raise `MalformedMessage` for what the engine would choke on."""
+        request, blocks = assignment.request, assignment.prompt_tokens // self.spec.block_tokens
+        if gateway_of(request) != outbox.gateway:
+            raise codec.MalformedMessage(f"request {request} is not gateway {outbox.gateway}'s")
+        if request in self._sequences:
+            raise codec.MalformedMessage(f"request {request} is here already")
+        if len(assignment.hashes) != blocks:
+            raise codec.MalformedMessage(f"{assignment.prompt_tokens} tokens fill {blocks} blocks, not {len(assignment.hashes)}")
+        check_vocabulary(self._description, submit)
+
+    def _report_ended(self, report: Ended) -> None:
+        outbox = self._outboxes.get(gateway_of(report.request))
+        if outbox is not None:
+            outbox.add_ended(codec.ended_message(report))
+
+    def _publish(self, batches: Sequence[KvBatch], gateway: GatewayId | None) -> None:
+        messages = [codec.kv_message(batch) for batch in batches]
+        for outbox in self._outboxes.values():
+            if gateway is None or outbox.gateway == gateway:
+                outbox.add_kv(messages)
+
+    def _moved(self, size: int, seconds: float) -> None:
+        for outbox in self._outboxes.values():
+            outbox.add_move(node_pb2.Move(source=HBM, target=HBM, bytes=size, seconds=seconds))
+
+    def _flush(self) -> None:
+        """Wake the streams that have something to say; a changed load alone may wait a little."""
+        self._loads += 1
+        stale = False
+        for outbox in tuple(self._outboxes.values()):
+            if outbox.unsent > self._limits.unsent_max:
+                self._loop.call_soon(self._drop_slow, outbox)
+            elif outbox.pending:
+                outbox.wake()
+            else:
+                stale = True
+        if stale and self._load_timer is None:
+            self._load_timer = self._loop.call_later(self._limits.load_s, self._send_loads)
+        if self._draining and self._quiet:
+            self._idle.set()
+
+    def _drop_slow(self, outbox: Outbox) -> None:
+        if self._outboxes.get(outbox.gateway) is outbox:
+            self._lose(outbox)
+
+    def _send_loads(self) -> None:
+        self._load_timer = None
+        for outbox in self._outboxes.values():
+            if outbox.loads_seen != self._loads:
+                outbox.wake()
+
+    # --- peers --------------------------------------------------------------------------------------------------------
+
+    async def serve_peer(self, stream: Stream) -> None:
+        """Serve one Fetch call from its first frame on."""
+        try:
+            await self._exports.serve(stream)
+        except (TransferFailed, codec.MalformedMessage) as error:
+            await stream.write(node_pb2.BlocksFrame(final=True, failure=str(error)))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> Load:
+        """The node's state now."""
+        return self._core.load()
+
+    @property
+    def _quiet(self) -> bool:
+        load = self._core.load()
+        return not load.running and not load.waiting and not self._sequences
+
+    async def drain(self) -> None:
+        """Take nothing new, tell the gateways, and wait until all that runs has ended."""
+        self._draining = True
+        self.handle(DrainRequested())
+        self._loads += 1
+        self._send_loads()
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Stop at once; what runs is lost."""
+        self._closed = True
+        for timer in (*self._timers.values(), self._load_timer, *(outbox.grace for outbox in self._outboxes.values())):
+            if timer is not None:
+                timer.cancel()
+        await self._fetches.close()
+        # Waiting for the engine's thread must not stop the loop, which the thread's last call needs.
+        await self._loop.run_in_executor(None, self._runner.close)
+        self._engine.close()
+
+
+def sampling_params(sampling: node_pb2.Sampling) -> SamplingParams:
+    """Return what the engine takes; an unset top_p keeps all."""
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p or 1.0,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        logit_bias=dict(sampling.logit_bias),
+    )
+
+
+def check_vocabulary(description: EngineDescription, submit: node_pb2.Submit) -> None:
+    """Raise `MalformedMessage` if a token id is beyond the engine's vocabulary."""
+    highest = int(np.frombuffer(submit.tokens, dtype="<u4").max())
+    highest = max(highest, *submit.sampling.logit_bias, *submit.sampling.stop_token_ids, 0)
+    if highest >= description.vocabulary:
+        raise codec.MalformedMessage(f"token {highest} is beyond the vocabulary of {description.vocabulary}")

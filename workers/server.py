@@ -1,0 +1,217 @@
+"""A node process: opens the engine, serves gateways and peers over gRPC, drains and stops.
+
+Usually one node; several of a profiled pool may share a process, which then call metadata (`weft-node`) tells apart. Does not
+know who starts it: everything comes in through the constructor.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from orchestrator.core.config import PoolConfig
+from orchestrator.core.types import Load, ModelName, NodeId, NodeSpec, PoolName
+from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+from workers.driver import DriverLimits, NodeDriver
+from workers.engines.base import Engine
+from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
+from workers.transfer import Channels
+from workers.transports import NONE, OBJECT, SHM, NoBytesTransport, ObjectStore, ObjectTransport, SharedMemoryTransport, Transport
+
+#: Makes host memory that peers can map.
+Allocate: TypeAlias = Callable[[int], memoryview]
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+
+#: Threads that copy blocks; more would only share one memory bus.
+COPY_THREADS = 2
+
+
+def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate) -> Engine:
+    """Open the engine a pool asks for; only that one is imported."""
+    match pool.engine.name:
+        case "profiled":
+            from workers.engines.profiled import ProfiledEngine  # noqa: PLC0415
+
+            return ProfiledEngine(model_dir, pool.engine, pool.profile, allocate)
+        case _:
+            from workers.engines.eager import EagerEngine  # noqa: PLC0415
+
+            scheduler = pool.scheduler
+            return EagerEngine(model_dir, pool.engine, scheduler.sequences_max, scheduler.step_tokens_max, allocate)
+
+
+class NodeServer:
+    """The nodes of one process.
+
+    Args:
+        pool: what the nodes are.
+        nodes: their ids, at least one.
+        incarnation: higher at each start of the same ids.
+        model_dir: the checkpoint.
+        host: address to listen on and to be reached by; the port is chosen by the system.
+        objects: a store that nodes on other hosts reach, if there is one.
+    """
+
+    def __init__(
+        self,
+        pool: PoolConfig,
+        nodes: Sequence[NodeId],
+        incarnation: int,
+        model_dir: Path,
+        host: str = "127.0.0.1",
+        objects: ObjectStore | None = None,
+        limits: DriverLimits | None = None,
+    ) -> None:
+        assert nodes, "a process without nodes"
+        self._pool = pool
+        self._nodes = tuple(nodes)
+        self._incarnation = incarnation
+        self._model_dir = model_dir
+        self._host = host
+        self._host_id = host_id()
+        self._objects = objects
+        self._limits = limits or DriverLimits()
+        self._channels = Channels(self._limits.transfer.peers_max)
+        self._peers = PeerMemory(self._limits.transfer.peers_max)
+        self._copies = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
+        self._server = grpc.aio.server(options=(*codec.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)))
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._failure: asyncio.Future[BaseException] | None = None
+        self._arenas: list[SharedArena] = []
+        self.drivers: dict[NodeId, NodeDriver] = {}
+
+    async def start(self) -> str:
+        """Open the engines and listen. Returns the address."""
+        self._failure = asyncio.get_running_loop().create_future()
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        address = f"{self._host}:{port}"
+        for node in self._nodes:
+            self.drivers[node] = await self._open(node, address)
+        node_pb2_grpc.add_NodeServicer_to_server(_Service(self.drivers), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return address
+
+    async def wait(self) -> NoReturn:
+        """Wait for an error that leaves a node in an unknown state, and raise it; the process should end then."""
+        assert self._failure is not None, "not started"
+        raise await asyncio.shield(self._failure)
+
+    async def drain(self, seconds: float) -> bool:
+        """Take nothing new and let what runs end. Returns False if some did not end in time."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        drains = [asyncio.ensure_future(driver.drain()) for driver in self.drivers.values()]
+        _, late = await asyncio.wait(drains, timeout=seconds)
+        for drain in late:
+            drain.cancel()
+        return not late
+
+    async def stop(self) -> None:
+        """Stop at once; what runs is lost. Gateways and peers see their streams end."""
+        await self._server.stop(None)
+        for driver in self.drivers.values():
+            await driver.close()
+        await self._channels.close()
+        self._copies.shutdown()
+        for arena in self._arenas:
+            arena.close()
+
+    @property
+    def stats(self) -> dict[NodeId, Load]:
+        """Each node's state now."""
+        return {node: driver.load for node, driver in self.drivers.items()}
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", node_pb2.DESCRIPTOR.services_by_name["Node"].full_name):
+            await self._health.set(service, status)
+
+    async def _open(self, node: NodeId, address: str) -> NodeDriver:
+        arenas: list[SharedArena] = []
+
+        def allocate(size: int) -> memoryview:
+            arenas.append(SharedArena(size))
+            return arenas[-1].view
+
+        engine = await asyncio.get_running_loop().run_in_executor(None, open_engine, self._pool, self._model_dir, allocate)
+        self._arenas.extend(arenas)
+        arena = arenas[0] if engine.pool is not None and arenas else None
+        return NodeDriver(
+            spec=self._spec(node, address, engine),
+            scheduler=self._pool.scheduler,
+            engine=engine,
+            transports=self._transports(engine, arena, self._limits.transfer),
+            choose=lambda host: self._choose(engine, host),
+            channels=self._channels,
+            peers=self._peers,
+            fatal=self._on_fatal,
+            limits=self._limits,
+        )
+
+    def _spec(self, node: NodeId, address: str, engine: Engine) -> NodeSpec:
+        description, pool = engine.description, self._pool
+        return NodeSpec(
+            id=node,
+            model=ModelName(pool.model),
+            pool=PoolName(pool.name),
+            kind=pool.kind,
+            incarnation=self._incarnation,
+            blocks=description.blocks,
+            block_tokens=description.block_tokens,
+            block_bytes=description.block_bytes,
+            sequences_max=pool.scheduler.sequences_max,
+            step_tokens_max=pool.scheduler.step_tokens_max,
+            context_tokens_max=description.context_tokens_max,
+            profile=pool.profile,
+            address=address,
+            host=self._host_id,
+        )
+
+    def _transports(self, engine: Engine, arena: SharedArena | None, limits: TransferLimits) -> dict[str, Transport]:
+        """Return the ways this engine's blocks can go."""
+        if not engine.description.computes:
+            return {NONE: NoBytesTransport(self._pool.profile, engine.description.block_bytes)}
+        copier = Copier(self._copies, limits.inline_bytes_max)
+        transports: dict[str, Transport] = {SHM: SharedMemoryTransport(engine, arena, self._peers, copier, limits)}
+        if self._objects is not None:
+            transports[OBJECT] = ObjectTransport(engine, self._objects, copier, limits)
+        return transports
+
+    def _choose(self, engine: Engine, host: str) -> list[str]:
+        """Return the transports for a source on `host`, best first."""
+        if not engine.description.computes:
+            return [NONE]
+        wanted = self._pool.transport
+        names = [SHM] if wanted != OBJECT and host == self._host_id else []
+        return [*names, OBJECT] if wanted != SHM and self._objects is not None else names
+
+    def _on_fatal(self, error: BaseException) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_result(error)
+
+
+class _Service(node_pb2_grpc.NodeServicer):
+    """Finds the node a call is for."""
+
+    def __init__(self, drivers: dict[NodeId, NodeDriver]) -> None:
+        self._drivers = drivers
+
+    async def Connect(self, request_iterator: object, context: Context) -> None:  # noqa: N802
+        await (await self._driver(context)).serve_gateway(context)
+
+    async def Fetch(self, request_iterator: object, context: Context) -> None:  # noqa: N802
+        await (await self._driver(context)).serve_peer(context)
+
+    async def _driver(self, context: Context) -> NodeDriver:
+        name = dict(context.invocation_metadata() or ()).get(codec.NODE_METADATA)
+        driver = self._drivers.get(NodeId(str(name)))
+        if driver is None:
+            known = ", ".join(self._drivers)
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no node {name!r} here; there are: {known}")
+            raise AssertionError("abort raises")
+        return driver
