@@ -181,7 +181,7 @@ class Node:
         self._admit()
         if self._scheduler.plan is None:
             plan = self._scheduler.plan_step()
-            if plan is None:  # the last one may have given way to itself: it starts over with what is cached
+            if plan is None and self._scheduler.waiting:  # the last one may have given way to itself; it starts over
                 self._admit()
                 plan = self._scheduler.plan_step()
             if plan is not None:

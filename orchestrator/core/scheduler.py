@@ -11,7 +11,7 @@ Rule 4: nothing here is proportional to the waiting queue, and nothing but the t
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import SchedulerConfig
@@ -25,9 +25,12 @@ from orchestrator.core.types import Assignment, BlockHash, FinishReason, NodeSpe
 WATERMARK = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan:
-    """A step that runs: its decoding sequences, then its prompt chunks, in the order of its slices."""
+    """A step that runs: its decoding sequences, then its prompt chunks, in the order of its slices.
+
+    Like `StepOutcome` made once a step, and for that reason not frozen.
+    """
 
     step: StepId
     decoding: list[Sequence]
@@ -36,16 +39,18 @@ class StepPlan:
     predicted_s: float
 
 
-@dataclass(slots=True)
 class StepOutcome:
     """What a finished step means, for the node to act on and to report."""
 
-    #: Sequences to end, with reason and message.
-    ended: list[tuple[Sequence, FinishReason, str]] = field(default_factory=lambda: [])
-    #: Sequences that sampled their first token.
-    started: list[Sequence] = field(default_factory=lambda: [])
-    #: Sequences whose prompt got further; some of them may be complete.
-    advanced: list[Sequence] = field(default_factory=lambda: [])
+    __slots__ = ("advanced", "ended", "started")
+
+    def __init__(self) -> None:
+        #: Sequences to end, with reason and message.
+        self.ended: list[tuple[Sequence, FinishReason, str]] = []
+        #: Sequences that sampled their first token.
+        self.started: list[Sequence] = []
+        #: Sequences whose prompt got further; some of them may be complete.
+        self.advanced: list[Sequence] = []
 
 
 class Scheduler:

@@ -1,0 +1,55 @@
+"""Builders of the core's nouns that default every field, so that a test shows only what matters."""
+
+from typing import Any
+
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    CostProfile,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    PoolName,
+    RequestId,
+    Role,
+)
+
+#: Tokens in a block in tests: few enough to count on one hand.
+BLOCK_TOKENS = 4
+
+
+def node_spec(**changes: Any) -> NodeSpec:
+    """Return a small node: 16 blocks of 4 tokens, 8 sequences, steps of 64 tokens that take no time."""
+    fields: dict[str, Any] = {
+        "id": NodeId("n0"),
+        "model": ModelName("m"),
+        "pool": PoolName("p"),
+        "kind": PoolKind.AGGREGATED,
+        "incarnation": 1,
+        "blocks": 16,
+        "block_tokens": BLOCK_TOKENS,
+        "block_bytes": 64,
+        "sequences_max": 8,
+        "step_tokens_max": 64,
+        "context_tokens_max": 1000,
+        "profile": CostProfile(),
+    }
+    return NodeSpec(**{**fields, **changes})
+
+
+def prompt_hashes(prompt: str) -> tuple[BlockHash, ...]:
+    """Return names for a prompt with one letter a block: "abc" has blocks a, ab and abc."""
+    return tuple(BlockHash(prompt[: index + 1].encode()) for index in range(len(prompt)))
+
+
+def assignment(request: int = 1, prompt: str = "ab", tail: int = 1, **changes: Any) -> Assignment:
+    """Return an assignment to generate 4 tokens after a prompt of one block a letter and `tail` tokens more."""
+    fields: dict[str, Any] = {
+        "request": RequestId(request),
+        "role": Role.GENERATE,
+        "prompt_tokens": len(prompt) * BLOCK_TOKENS + tail,
+        "hashes": prompt_hashes(prompt),
+        "output_tokens_max": 4,
+    }
+    return Assignment(**{**fields, **changes})
