@@ -114,7 +114,10 @@ class Front:
                 model: {"running": running, "waiting": waiting}
                 for model, (running, waiting) in self._metrics.requests_by_model().items()
             },
-            "nodes": [_node_status(node, state) for node, state in self._metrics.nodes.items()],
+            "nodes": [
+                _node_status(node, state) | {"computed_tokens": self._metrics.computed_tokens(node)}
+                for node, state in self._metrics.nodes.items()
+            ],
         }
 
     def _text(self, model: str, folder: Path) -> ModelText:

@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart
-from orchestrator.core.events import ClusterEvent, NodeJoined, NodeLost, NodeReported, RequestAbandoned, RequestArrived
+from orchestrator.core.events import ClusterEvent, Ended, NodeJoined, NodeLost, NodeReported, RequestAbandoned, RequestArrived
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -132,6 +132,8 @@ class _Flight:
     prompt_tokens: int
     #: Pool of the node that generates; None while the request waits for one.
     pool: PoolName | None = None
+    #: Prompt tokens that its prefill node computed.
+    prefilled_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -229,6 +231,9 @@ class Metrics(Collector):
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
         self._reprefilled: Tally[Labels] = Tally()
+        #: By node and pool: parts of this gateway's requests that ended there, and the tokens they computed.
+        self._parts: Tally[Labels] = Tally()
+        self._computed_tokens: Tally[Labels] = Tally()
         self._flights: dict[RequestId, _Flight] = {}
         self._models: dict[ModelName, None] = {}
         self._foreign = frozenset(node for place, node in enumerate(nodes) if place % gateways != gateway)
@@ -342,8 +347,23 @@ class Metrics(Collector):
         if state is None:
             return
         state.load = event.load
+        for ended in event.ended:
+            self._on_part_ended(event.node, state.pool, ended)
         if event.load.step_s > 0.0 and event.node not in self._foreign:
             self._step.child(state.pool).observe(event.load.step_s)
+
+    def _on_part_ended(self, node: NodeId, pool: PoolName, ended: Ended) -> None:
+        """Count what a node did for one request; a generating node's report includes what was computed for it elsewhere."""
+        flight = self._flights.get(ended.request)
+        elsewhere = 0 if flight is None else flight.prefilled_tokens
+        if ended.reason is FinishReason.PREFILLED and flight is not None:
+            flight.prefilled_tokens, elsewhere = ended.computed_tokens, 0
+        self._parts[node, pool] += 1
+        self._computed_tokens[node, pool] += max(ended.computed_tokens - elsewhere, 0) + ended.output_tokens
+
+    def computed_tokens(self, node: NodeId) -> int:
+        """Return the tokens, of prompts and outputs, that a node has computed for this gateway's ended requests."""
+        return int(self._computed_tokens[node, self._nodes[node].pool])
 
     # --- to Prometheus ------------------------------------------------------------------------------------------------
 
@@ -389,6 +409,10 @@ class Metrics(Collector):
         yield _gauge("weft_node_up", "1 while the gateway hears the node.", ("node", "pool"), up)
         yield _gauge("weft_kv_blocks", "KV blocks of a node by state.", ("node", "tier", "state"), blocks)
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
+        where = ("node", "pool")
+        yield _counter("weft_node_requests", "Parts of requests that ended on a node.", where, self._parts)
+        text = "Tokens of prompts and outputs that a node computed for ended requests."
+        yield _counter("weft_node_computed_tokens", text, where, self._computed_tokens)
         ways = ("source", "target")
         yield _counter("weft_kv_moved_bytes", "KV bytes brought from one tier or node to another.", ways, self._moved_bytes)
         yield self._move.family("weft_kv_move_seconds", "Time of such a move.", ways)
