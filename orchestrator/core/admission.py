@@ -89,11 +89,11 @@ class Admission:
 
     __slots__ = ("_limits", "_paces", "_queues", "_tenants", "draining")
 
-    def __init__(self, limits: LimitsConfig) -> None:
+    def __init__(self, limits: LimitsConfig, models: Sequence[ModelName]) -> None:
         self._limits = limits
         self._tenants: dict[TenantId, int] = {}
-        self._queues: dict[ModelName, WaitingQueue] = {}
-        self._paces: dict[ModelName, Pace] = {}
+        self._queues = {model: WaitingQueue() for model in models}
+        self._paces = {model: Pace() for model in models}
         #: True once nothing new is to be let in.
         self.draining = False
 
@@ -108,7 +108,7 @@ class Admission:
 
     def queue(self, model: ModelName) -> WaitingQueue:
         """Return the queue of a model that the cluster serves."""
-        return self._queues.setdefault(model, WaitingQueue())
+        return self._queues[model]
 
     def refusal(self, request: Request, generates: bool, context_tokens_max: int) -> Refuse | None:
         """Return why a new request is not let in, or None.
@@ -161,7 +161,7 @@ class Admission:
 
     def completed(self, model: ModelName, now: float) -> None:
         """Note that a request went well, for estimates."""
-        self._paces.setdefault(model, Pace()).completed(now)
+        self._paces[model].completed(now)
 
     def validate(self, requests: Sequence[Request]) -> None:
         """Raise `AssertionError` unless exactly these requests are counted."""
@@ -170,7 +170,8 @@ class Admission:
         assert self.waiting <= len(requests), f"{self.waiting} requests wait of {len(requests)}"
 
     def _retry_after_s(self, model: ModelName, requests: int) -> float:
-        return self._paces.get(model, Pace()).retry_after_s(requests)
+        pace = self._paces.get(model)
+        return pace.retry_after_s(requests) if pace is not None else RETRY_AFTER_S_MIN
 
 
 def refuse(request: Request, status: int, code: str, message: str, retry_after_s: float | None) -> Refuse:

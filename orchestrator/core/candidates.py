@@ -22,8 +22,9 @@ NOMINAL_TOKEN_S = 1e-5
 NOMINAL_SEQUENCE_S = 1e-4
 #: How much one second of prefill delays each sequence that decodes beside it, seconds: chunks leave room for them.
 DELAY_WEIGHT = 0.25
-#: Work keeps a node from other work; a second of it counts this much beyond its own duration.
-WORK_WEIGHT = 1.0
+#: Prefill keeps a node from other work; a second of it counts this much beyond its own duration. More on nodes of a decode
+#: pool, because decoding is what only they do: cold prompts go to the prefill pool even while no sequence is in the way.
+WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE: 2.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Share:
     #: Prompt tokens to compute and the predicted seconds that takes by the node's profile.
     uncached_tokens: int
     seconds: float
+    #: Prompt tokens that the node will count as queued for it: with those that another request is about to compute there.
+    queued_tokens: int
     #: The whole prompt.
     context_tokens: int
     #: When it was given to the node.
@@ -179,13 +182,13 @@ class Candidate:
         decode_s = STEPS_GUESSED * (self.step_s - scale * profile.step_s)
         self.work_s = self.queue_s + decode_s
         decoding = self.sequences if self.generates else 0
-        self.compute_factor = scale * (1.0 + WORK_WEIGHT + DELAY_WEIGHT * decoding)
+        self.compute_factor = scale * (1.0 + WORK_WEIGHT[self.spec.kind] + DELAY_WEIGHT * decoding)
         self.stale = False
 
     def _token_s(self) -> float:
-        """Return the seconds of one queued prompt token: the average over what we gave, else without its context."""
+        """Return the seconds that a token reported as queued stands for: the average over what we gave the node."""
         uncomputed = self._uncomputed.values()
-        tokens = sum([share.uncached_tokens for share in uncomputed])
+        tokens = sum([share.queued_tokens for share in uncomputed])
         return sum([share.seconds for share in uncomputed]) / tokens if tokens else self.profile.prefill_token_s
 
     def _slot_wait_s(self) -> float:

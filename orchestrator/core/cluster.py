@@ -29,13 +29,12 @@ Rule 2: what was booked for a part is given back in the same call that ends the 
 Rule 3: reports about requests or nodes that are not known are late, not wrong: they are ignored.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
 from orchestrator.core.admission import Admission
-from orchestrator.core.candidates import Candidate, Placement, Share
+from orchestrator.core.candidates import Candidate, Options, Placement, Share
 from orchestrator.core.commands import (
     Abort,
     Assign,
@@ -142,23 +141,18 @@ class Flight:
 class Member:
     """One node of the cluster."""
 
-    __slots__ = ("pools", "replay_wait_s", "replays", "requests", "spec")
+    __slots__ = ("candidate", "pools", "replay_wait_s", "replays", "requests", "spec")
 
-    def __init__(self, spec: NodeSpec, pools: ModelPools) -> None:
-        self.spec = spec
+    def __init__(self, candidate: Candidate, pools: ModelPools) -> None:
+        self.spec = candidate.spec
+        #: What routing knows of it.
+        self.candidate = candidate
         self.pools = pools
         #: Requests that it has a part in, in the order they came.
         self.requests: dict[RequestId, None] = {}
         #: Replays asked for in vain so far; None while none is awaited.
         self.replays: int | None = None
         self.replay_wait_s = REPLAY_S
-
-    @property
-    def candidate(self) -> Candidate:
-        """What routing knows of it."""
-        candidate = self.pools.get(self.spec.id)
-        assert candidate is not None, f"{self.spec.id} is not in its model's pools"
-        return candidate
 
     @property
     def replay_timer(self) -> TimerKey:
@@ -188,8 +182,8 @@ class Cluster:
         self._limits = config.limits
         self._router = make_router(config.router)
         self._sessions = Sessions(config.limits.sessions_max)
-        self._admission = Admission(config.limits)
         self._pools = {ModelName(model): ModelPools(config.limits.node_waiting_max) for model in config.models}
+        self._admission = Admission(config.limits, tuple(self._pools))
         self._members: dict[NodeId, Member] = {}
         self._flights: dict[RequestId, Flight] = {}
         self._now = 0.0
@@ -304,7 +298,7 @@ class Cluster:
         self._sessions.started(request, flight.generate, flight.prefill)
         self._wake(flight, flight.deadline_at)
         self._assign(request, placement)
-        self._book(request, placement, options.held, pools)
+        self._book(request, placement, options, pools)
         return True
 
     def _assign(self, request: Request, placement: Placement) -> None:
@@ -320,18 +314,20 @@ class Cluster:
         part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, pending=prefill is not None)
         self._commands.append(Assign(generate.spec.id, part, placement.scores))
 
-    def _book(self, request: Request, placement: Placement, held: Sequence[int], pools: ModelPools) -> None:
+    def _book(self, request: Request, placement: Placement, options: Options, pools: ModelPools) -> None:
         """Count the work on the nodes that got it, and expect them to hold the prompt's blocks."""
-        computes = placement.computes
-        uncached = request.prompt_tokens - placement.cached_tokens
-        seconds = prompt_seconds(computes.profile, uncached, placement.cached_tokens, computes.spec.step_tokens_max)
-        computes.give(request.id, Share(uncached, seconds, request.prompt_tokens, self._now))
+        computes, cached = placement.computes, placement.cached_tokens
+        uncached = request.prompt_tokens - cached
+        seconds = prompt_seconds(computes.profile, uncached, cached, computes.spec.step_tokens_max)
+        present = max(options.matches.blocks(computes.slot) * computes.spec.block_tokens, placement.source_tokens)
+        queued = max(uncached, request.prompt_tokens - present)
+        computes.give(request.id, Share(uncached, seconds, queued, request.prompt_tokens, self._now))
         if placement.prefill is not None:
-            placement.generate.give(request.id, Share(0, 0.0, request.prompt_tokens, self._now))
+            placement.generate.give(request.id, Share(0, 0.0, 0, request.prompt_tokens, self._now))
         for candidate in (placement.prefill, placement.generate):
             if candidate is not None:
                 self._members[candidate.spec.id].requests[request.id] = None
-                pools.predicted.add(candidate.spec.id, request.id, request.hashes[held[candidate.slot] :])
+                pools.predicted.add(candidate.spec.id, request.id, request.hashes[options.held[candidate.slot] :])
 
     def _on_request_abandoned(self, request: RequestId) -> None:
         flight = self._flights.get(request)
@@ -504,8 +500,7 @@ class Cluster:
             return
         if former is not None:
             self._on_node_lost(spec.id, "it was started anew")
-        member = self._members[spec.id] = Member(spec, pools)
-        pools.join(spec)
+        member = self._members[spec.id] = Member(pools.join(spec), pools)
         self._ask_replay(member)
         self._start_waiting(spec.model)
 

@@ -42,12 +42,8 @@ class ModelPools:
         """True while at least one node takes requests to generate for."""
         return any(candidate.generates and not candidate.draining for candidate in self._candidates.values())
 
-    def get(self, node: NodeId) -> Candidate | None:
-        """Return a node's candidate, None if it is not one of these."""
-        return self._candidates.get(node)
-
-    def join(self, spec: NodeSpec) -> None:
-        """Take a node in; nothing is known of what it holds."""
+    def join(self, spec: NodeSpec) -> Candidate:
+        """Take a node in, of which nothing is known but what it is, and return its candidate."""
         self.index.add_node(spec.id, spec.blocks)
         key = (spec.profile, spec.block_bytes, spec.block_tokens, spec.step_tokens_max, spec.kind)
         kind = self._kinds.setdefault(key, len(self._kinds))
@@ -55,6 +51,7 @@ class ModelPools:
         self._candidates[spec.id] = candidate
         self._peers[candidate.slot] = candidate
         self._measure()
+        return candidate
 
     def leave(self, node: NodeId) -> None:
         """Forget a node."""

@@ -25,18 +25,22 @@ class ReprefillReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What is kept of a prompt: its length and some of its hashes."""
+    """What is kept of a prompt: some of its blocks' hashes."""
 
-    tokens: int
-    #: (blocks up to and with this one, its hash), shortest first.
-    hashes: tuple[tuple[int, BlockHash], ...]
+    #: (blocks up to and with this one, its hash), shortest first; the last is that of the last full block.
+    hashes: tuple[tuple[int, BlockHash], ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Full blocks of the prompt."""
+        return self.hashes[-1][0] if self.hashes else 0
 
     @staticmethod
-    def of(tokens: int, hashes: Sequence[BlockHash]) -> "Marks":
+    def of(hashes: Sequence[BlockHash]) -> "Marks":
         """Return the marks of a prompt."""
         count = min(len(hashes), MARKS_MAX)
         ends = [len(hashes) * (mark + 1) // count for mark in range(count)]
-        return Marks(tokens, tuple((end, hashes[end - 1]) for end in ends))
+        return Marks(tuple((end, hashes[end - 1]) for end in ends))
 
     def repeated_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """Return how many of this prompt's blocks another prompt repeats, as far as the marks tell."""
@@ -58,7 +62,7 @@ class Session:
         self.generated_on: NodeId | None = None
         self.prefilled_on: NodeId | None = None
         #: Of the last prompt that was served to the end.
-        self.marks = Marks(0, ())
+        self.marks = Marks()
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -114,19 +118,17 @@ class Sessions:
         What was computed falls into three parts:
 
             [0, repeated)            was computed for the last turn     evicted or moved
-            [repeated, last length)  differs from the last turn         rewritten
-            [last length, end)       has no counterpart                 new
+            [repeated, last)         differs from the last turn         rewritten
+            [last, end)              has no block in the last turn      new
         """
         session = self.of(request)
-        before = session.marks if session is not None else Marks(0, ())
+        before = session.marks if session is not None else Marks()
         end, start = request.prompt_tokens, request.prompt_tokens - computed_tokens
-        last = min(before.tokens, end)
+        last = min(before.blocks * block_tokens, end)
         repeated = min(before.repeated_blocks(request.hashes) * block_tokens, last)
-        if last - repeated < block_tokens:
-            repeated = last  # what follows the last full block has no hash to tell by
         lost = ReprefillReason.EVICTED if stayed else ReprefillReason.MOVED
         self._reprefilled[ReprefillReason.NEW] += end - max(start, last)
         self._reprefilled[ReprefillReason.REWRITTEN] += max(0, last - max(start, repeated))
         self._reprefilled[lost] += max(0, repeated - start)
         if session is not None:
-            session.marks = Marks.of(request.prompt_tokens, request.hashes)
+            session.marks = Marks.of(request.hashes)

@@ -1,0 +1,74 @@
+"""Cluster files: what a good one becomes, and what a bad one is answered with."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.core.config import ClusterConfig, ConfigError, RouterPolicy
+from orchestrator.core.types import PoolKind
+
+POOL: dict[str, Any] = {"name": "all", "kind": "aggregated"}
+
+
+def problem(**file: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.from_mapping({"pools": [POOL], **file})
+    return str(caught.value)
+
+
+def test_defaults_make_a_cluster_of_one_pool() -> None:
+    config = ClusterConfig.from_mapping({"pools": [POOL]})
+    assert (config.pools[0].name, config.pools[0].kind, config.pools[0].model) == ("all", PoolKind.AGGREGATED, "default")
+    assert config.router.policy is RouterPolicy.PREDICTED_TIME
+    assert config.pools_of("default") == config.pools
+    assert config.pools_of("other") == ()
+
+
+def test_values_find_their_fields() -> None:
+    config = ClusterConfig.from_mapping(
+        {
+            "cluster": {"name": "x", "drain_s": 5},
+            "gateway": {"api_keys": [{"key": "k", "tenant": "t"}]},
+            "router": {"policy": "dynamo", "disaggregation_tokens_min": 512},
+            "models": {"default": {"aliases": ["gpt-*"]}},
+            "pools": [{**POOL, "resources": {"nvl72": 1}, "profile": {"step_s": 1}, "engine": {"name": "profiled"}}],
+        }
+    )
+    assert config.cluster.drain_s == 5.0
+    assert config.gateway.api_keys[0].tenant == "t"
+    assert (config.router.policy, config.router.disaggregation_tokens_min) == (RouterPolicy.DYNAMO, 512)
+    assert config.models["default"].aliases == ("gpt-*",)
+    assert (dict(config.pools[0].resources), config.pools[0].profile.step_s) == ({"nvl72": 1.0}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"router": {"polcy": "x"}}, "router.polcy: unknown key; known here: policy, "),
+        ({"router": {"policy": "x"}}, "router.policy: must be one of predicted-time, round-robin, "),
+        ({"router": {"load_factor_max": 0.5}}, "router.load_factor_max: must be 1 or more, is 0.5"),
+        ({"router": []}, "router: must be a table, is list"),
+        ({"limits": {"waiting_max": 0}}, "limits.waiting_max: must be 1 or more, is 0"),
+        ({"limits": {"waiting_max": True}}, "limits.waiting_max: must be int, is True"),
+        ({"limits": {"waiting_max": 1.5}}, "limits.waiting_max: must be int, is 1.5"),
+        ({"gateway": {"host": "0.0.0.0"}}, "gateway.host: 0.0.0.0 is not loopback, so gateway.api_keys must not be empty"),
+        ({"gateway": {"api_keys": [{"key": "k"}]}}, "gateway.api_keys[0].tenant: is missing"),
+        ({"models": {"default": {"tool_parser": "x"}}}, "models.default.tool_parser: must be one of auto, hermes, llama, none"),
+        ({"pools": []}, "pools: at least one [[pools]] table is needed"),
+        ({"pools": {}}, "pools: must be a list, is dict"),
+        ({"pools": [POOL, POOL]}, "pools[0].name: 'all' is used twice"),
+        ({"pools": [{**POOL, "model": "x"}]}, "pools[0].model: no [models.x] table; there are: default"),
+        ({"pools": [{**POOL, "kind": "prefill"}]}, "models.default: no pool of kind decode or aggregated serves it"),
+        ({"pools": [{**POOL, "engine": {"block_tokens": 0}}]}, "pools[0].engine.block_tokens: must be 1 or more tokens, is 0"),
+        (
+            {"pools": [POOL, {**POOL, "name": "b", "engine": {"block_tokens": 16}}]},
+            "models.default: its pools differ in engine.block_tokens: [16, 64]",
+        ),
+        (
+            {"pools": [{**POOL, "nodes_per_process": 2}]},
+            'pools[0].nodes_per_process: more than 1 needs engine.name = "profiled"',
+        ),
+    ],
+)
+def test_a_bad_file_is_answered_with_the_field(file: dict[str, Any], message: str) -> None:
+    assert problem(**file).startswith(message)
