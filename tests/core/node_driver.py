@@ -245,7 +245,7 @@ class NodeDriver:
         commands = self.nodes[node].handle(event, self.now)
         self.after(self.nodes[node])
         for command in commands:
-            self._execute(node, command)
+            self.execute(node, command)
 
     def break_fetch(self, export: ExportId) -> None:
         """Let the link of a running fetch fail."""
@@ -258,7 +258,8 @@ class NodeDriver:
     def _tell_later(self, node: NodeId, event: NodeEvent) -> None:
         self.later(self.latency_s, lambda: self.tell(node, event))
 
-    def _execute(self, node: NodeId, command: NodeCommand) -> None:
+    def execute(self, node: NodeId, command: NodeCommand) -> None:
+        """Do what a node asks for, or make an appointment for it."""
         match command:
             case RunStep():
                 self._run_step(node, command)

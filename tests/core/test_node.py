@@ -185,6 +185,27 @@ def test_siblings_that_arrive_together_compute_their_common_prefix_once(make_nod
     ]
 
 
+def test_a_follower_computes_for_itself_when_its_leader_is_cancelled(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
+    assert feed(node, Assigned(assignment(2))) == []  # the blocks it needs are on their way
+    assert feed(node, Cancelled(R1)) == [StopFetch(R1), step(1, part(2, 0, 9, 0, (3, 4, 5)))]
+    feed(node, FetchEnded(R1, 0))
+
+
+def test_a_sequence_that_gives_way_to_itself_starts_over_without_its_duplicates(make_node: MakeNode) -> None:
+    node = make_node(blocks=4)
+    # Two short prompts whose outputs are alike: both compute block x, the first one's is cached.
+    feed(node, Assigned(assignment(1, "", tail=2)), Assigned(assignment(2, "", tail=2, output_tokens_max=12)))
+    feed(node, finished(1, token(1)), finished(2, token(1), token(2)))
+    feed(node, finished(3, token(1, b"x", stopped=True), token(2)))
+    feed(node, finished(4, token(2, b"x")), *(finished(number, token(2)) for number in (5, 6, 7)), finished(8, token(2, b"xy")))
+    feed(node, *(finished(number, token(2)) for number in (9, 10, 11)))
+    # It holds three blocks and the cached twin of its first, and needs a fourth: it takes the twin instead of its own.
+    assert feed(node, finished(12, token(2, b"xyz")))[0] == step(13, part(2, 12, 1, 0, (0, 2, 3, 1)))
+    assert node.load().preemptions == 1
+
+
 # --- prefill and decode apart -----------------------------------------------------------------------------------------
 
 
@@ -205,9 +226,11 @@ def test_a_prefill_computes_all_but_the_last_token_and_is_held_for_a_while(make_
 def test_a_prefill_that_is_cached_completely_needs_no_step_and_makes_room_for_the_next(make_node: MakeNode) -> None:
     node = make_node(sequences_max=1)
     feed(node, Assigned(assignment(1, output_tokens_max=1)), finished(1, token(1)), Assigned(assignment(3, "x")))
-    feed(node, Assigned(assignment(2, role=Role.PREFILL)), Assigned(assignment(4, "y", output_tokens_max=1)))
+    feed(node, Assigned(assignment(2, role=Role.PREFILL)), Assigned(assignment(5, role=Role.PREFILL)))
+    feed(node, Assigned(assignment(4, "y", output_tokens_max=1)))
     commands = feed(node, finished(2, token(3, stopped=True)))
     assert ended(2, FinishReason.PREFILLED, computed=0) in commands
+    assert ended(5, FinishReason.PREFILLED, computed=0) in commands
     assert commands[-2] == step(3, part(4, 0, 5, 0, (3, 4)))
 
 
@@ -232,6 +255,9 @@ def test_an_export_closed_before_it_was_sent_leaves_the_prompt_held_for_another(
     assert node.load().blocks_used == 2
     # The peer comes back and wants only what it lacks.
     assert feed(node, ExportOpened(E2, R1, (A, AB), 1, 8, pending=True)) == [SendBlocks(E2, blocks(1), 8, True, 8)]
+    # Cancelled meanwhile: what is being read stays, and so does the block before it, which must not be evicted first.
+    feed(node, Cancelled(R1))
+    assert node.load().blocks_used == 2
 
 
 def test_an_export_may_come_before_its_request(make_node: MakeNode) -> None:

@@ -1,9 +1,14 @@
 """Nodes wired to each other under random load, cancels, broken links and lost gateways: every invariant after every event."""
 
+import os
+import subprocess
+import sys
+from hashlib import blake2b
 from random import Random
 
 import pytest
 
+from orchestrator.core.commands import NodeCommand
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import Cancelled, GatewayLost, ReplayRequested
 from orchestrator.core.node import Node
@@ -124,11 +129,14 @@ class Scenario:
             self.driver.break_fetch(self.random.choice(list(self.driver.transfers)))
 
     def resync(self, node: NodeId) -> None:
-        """Lose what a gateway believes, or a few batches of it, and ask again."""
-        belief = self.driver.beliefs[node]
-        before = dict(belief.parents)
+        """Let a gateway lose all it believes of a node and ask again."""
+        self.driver.beliefs[node].parents = {}
         self.driver.tell(node, ReplayRequested(GatewayId(1), None))
-        assert belief.parents == before
+        self.check_belief(node)
+
+    def check_belief(self, node: NodeId) -> None:
+        """A gateway that heard everything believes exactly what the node holds."""
+        assert sorted(self.driver.beliefs[node].parents) == sorted(self.driver.nodes[node]._pool._block_of)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -142,6 +150,32 @@ def test_random_load_for_longer(seed: int) -> None:
     check_scenario(seed, requests=150)
 
 
+def digest(seed: int) -> str:
+    """Return a fingerprint of everything the nodes of a scenario asked for."""
+    scenario, fingerprint = Scenario(seed, requests=40), blake2b()
+    execute = scenario.driver.execute
+
+    def record(node: NodeId, command: NodeCommand) -> None:
+        fingerprint.update(f"{node} {command}".encode())
+        execute(node, command)
+
+    scenario.driver.execute = record
+    scenario.driver.run()
+    return fingerprint.hexdigest()
+
+
+@pytest.mark.slow
+def test_decisions_do_not_depend_on_the_hash_seed() -> None:
+    script = "from tests.core.test_node_random import digest; print(digest(7))"
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        for seed in ("1", "2")
+    ]
+    assert digests[0].stdout == digests[1].stdout != b""
+
+
 def check_scenario(seed: int, requests: int) -> None:
     scenario = Scenario(seed, requests)
     scenario.driver.run()
@@ -151,6 +185,7 @@ def check_scenario(seed: int, requests: int) -> None:
         load = node.load()
         assert (load.running, load.waiting, load.queued_tokens, load.context_tokens, load.blocks_used) == (0, 0, 0, 0, 0), name
         assert load.blocks_free + load.blocks_cached == node.spec.blocks
+        scenario.check_belief(name)
         assert scenario.driver.engines[name].outputs == {}, "the engine was not told to forget"
     for _, report in scenario.driver.ended:
         assert 0 <= report.computed_tokens <= len(scenario.prompts[report.request])
