@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
             with server as started:
                 concurrencies = [int(part) for part in options.concurrency.split(",")]
                 results[started.name] = measure(started, model.name, words, concurrencies, options.seconds)
-    Console().print(table(results["weft"], results.get("dynamo", ())))
+    Console(width=140).print(table(results["weft"], results.get("dynamo", ())))
     if options.json:
         rows = {name: [asdict(result) for result in found] for name, found in results.items()}
         options.json.write_text(json.dumps(rows, indent=1))

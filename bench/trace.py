@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     print(f"{len(turns)} turns, {blocks} distinct blocks, {share} on each of four nodes", flush=True)
     outcomes = [run(name, cluster, turns) for name, cluster in clusters.items()]
-    Console().print(table(outcomes, outcomes[0]))
+    Console(width=140).print(table(outcomes, outcomes[0]))
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
     return 1 if any(one.failures for one in outcomes) else 0

