@@ -41,6 +41,10 @@ class CheckpointError(ValueError):
         self.path = path
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type["CheckpointError"], tuple[Path, str]]:
+        """Let it cross processes: it is raised in a node's and told by the command."""
+        return type(self), (self.path, self.problem)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file. Raises `CheckpointError` if it is missing or malformed."""
@@ -78,12 +82,13 @@ def fingerprint(directory: Path) -> str:
 
     Hashed are config.json, tokenizer.json, and of each safetensors file its name, size, header (names, shapes and dtypes of the
     tensors) and 16 pieces of 4 KiB spread evenly over its data: a second at most, whatever the size, and weights that were
-    trained or drawn differently differ in every piece. Raises `CheckpointError`.
+    trained or drawn differently differ in every piece. A directory without any weights, which is all that an engine needs
+    that computes nothing, is named by the first two alone. Raises `CheckpointError`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in ("config.json", "tokenizer.json"):
         digest.update(json.dumps(read_json(directory / name), sort_keys=True).encode())
-    for path in weight_files(directory):
+    for path in weight_files(directory) if any(directory.glob("*.safetensors*")) else ():
         size = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
