@@ -1,0 +1,164 @@
+"""Random checkpoints are reproducible and loadable; broken ones are refused with the file and what would be right."""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from orchestrator.core.config import EngineConfig
+from workers.engines.checkpoint import CheckpointError, create_checkpoint, default_model_path, fingerprint
+from workers.engines.eager import EagerEngine
+from workers.engines.shape import read_shape
+from workers.engines.vocabulary import build_tokenizer
+
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look", "parameters": {"type": "object"}}}]
+CONVERSATION: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Look "}, {"type": "text", "text": "around."}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"type": "function", "function": {"name": "look", "arguments": {"where": "here"}}},
+            {"type": "function", "function": {"name": "look", "arguments": '{"where": "there"}'}},
+        ],
+    },
+    {"role": "tool", "content": "a lamp"},
+    {"role": "assistant", "content": "There is a lamp."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    create_checkpoint(tmp_path / "model", "qwen3", 1, layers=1, hidden=32, heads=2, kv_heads=1, intermediate=32, vocabulary=300)
+    return tmp_path / "model"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_same_arguments_give_the_same_bytes(tmp_path: Path, family: str) -> None:
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+        create_checkpoint(tmp_path / name, family, seed, layers=1, hidden=32, heads=2, kv_heads=1)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert fingerprint(tmp_path / "first") == fingerprint(tmp_path / "second")
+    assert fingerprint(tmp_path / "first") != fingerprint(tmp_path / "other")
+
+
+def test_transformers_tokenises_and_renders_it(small: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small)
+    text = "def main():\n    print('é 你好 🙂')"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    rendered = tokenizer.apply_chat_template(CONVERSATION, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+    assert json.dumps(TOOLS[0]) in rendered
+    assert rendered.startswith("<|im_start|>system\nBe brief.\n\n# Tools")
+    assert '<tool_call>\n{"name": "look", "arguments": {"where": "here"}}\n</tool_call>\n<tool_call>' in rendered
+    assert "<|im_start|>user\n<tool_response>\na lamp\n</tool_response><|im_end|>\n" in rendered
+    assert rendered.endswith("<|im_start|>user\nThanks<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_turn_is_rendered_without_looking_at_later_ones(small: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small)
+    rendered = [tokenizer.apply_chat_template(CONVERSATION[:count], tools=TOOLS, tokenize=False) for count in range(1, 7)]
+    for earlier, later in pairwise(rendered):
+        assert later.startswith(earlier)
+
+
+def test_vocabulary_is_exactly_as_asked() -> None:
+    for size in (259, 512, 1000):
+        assert build_tokenizer(size).get_vocab_size() == size
+    with pytest.raises(ValueError, match="at least 259 tokens, is 258"):
+        build_tokenizer(258)
+
+
+def test_the_default_model_is_made_once_however_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        paths = {future.result() for future in [pool.submit(default_model_path) for _ in range(3)]}
+    [path] = paths
+    assert path == default_model_path()
+    assert list((tmp_path / "weft" / "models").iterdir()) == [path]
+    assert read_shape(path).context_tokens_max >= 131072
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model_type": "gpt2"}, "model_type: must be one of llama, qwen3, qwen3_moe, is 'gpt2'"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers: must be a whole number of 1 or more, is 'two'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads: must be a multiple of num_key_value_heads"),
+        ({"hidden_act": "gelu"}, "hidden_act: must be silu, is 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints are not supported"),
+        ({"use_sliding_window": True}, "sliding windows are not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type must be default, linear or llama3, is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "low_freq_factor is missing"),
+        ({"hidden_size": 64}, r"must have shape \(300, 64\), has \(300, 32\)"),
+        ({"num_hidden_layers": 2}, "tensor model.layers.1.input_layernorm.weight is missing"),
+    ],
+)
+def test_unusable_configurations_are_refused(small: Path, changes: dict[str, object], problem: str) -> None:
+    change_config(small, **changes)
+    with pytest.raises(CheckpointError, match=problem):
+        EagerEngine(small, EngineConfig(device="cpu", blocks=4), 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("config.json", None, "config.json: missing"),
+        ("config.json", b"{", "config.json: not readable as JSON"),
+        ("config.json", b"[]", "config.json: must hold a JSON object, holds list"),
+        ("model.safetensors", None, "model.safetensors: missing"),
+        ("model.safetensors", b"no tensors", "model.safetensors: not a readable safetensors file"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "part-1.safetensors"}}', "part-1.safetensors: missing"),
+        ("tokenizer.json", None, "tokenizer.json: missing"),
+    ],
+)
+def test_broken_files_are_named(small: Path, name: str, content: bytes | None, problem: str) -> None:
+    if content is None:
+        (small / name).unlink()
+    else:
+        (small / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=problem):
+        EagerEngine(small, EngineConfig(device="cpu", blocks=4), 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "problem"),
+    [
+        ("gpt2", {}, "family must be one of llama, qwen3, qwen3_moe, is 'gpt2'"),
+        ("llama", {"experts": 4}, "'experts' is no setting of llama"),
+        ("llama", {"layers": 0}, "layers must be 1 or more, is 0"),
+        ("llama", {"heads": 4, "kv_heads": 3}, "multiple of kv_heads, are 4 and 3"),
+        ("llama", {"dtype": "int8"}, "dtype must be float32 or bfloat16, is 'int8'"),
+        ("qwen3_moe", {"experts": 2, "experts_per_token": 3}, "experts_per_token must be at most 2, is 3"),
+    ],
+)
+def test_impossible_orders_are_refused(tmp_path: Path, family: str, overrides: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        create_checkpoint(tmp_path, family, 1, **overrides)
+
+
+def test_bfloat16_weights_are_the_rounded_float32_ones(tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        create_checkpoint(tmp_path / dtype, "llama", 1, layers=1, hidden=32, heads=2, kv_heads=1, dtype=dtype)
+    wide, narrow = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto").state_dict()
+        for dtype in ("float32", "bfloat16")
+    )
+    assert all(torch.equal(tensor.to(torch.bfloat16), narrow[name]) for name, tensor in wide.items())

@@ -1,0 +1,216 @@
+"""The eager engine writes the same tokens as `transformers`, greedily and in float32, however its work is cut up."""
+
+import json
+import random
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import EngineConfig
+from orchestrator.core.types import BlockId, RequestId
+from workers.engines.base import SamplingParams
+from workers.engines.checkpoint import create_checkpoint
+from workers.engines.eager import EagerEngine
+
+BLOCK_TOKENS = 16
+#: Of the tests' checkpoints: ordinary tokens are below.
+VOCABULARY = 512
+GREEDY = SamplingParams(ignore_eos=True)
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+#: Family, overrides of the checkpoint, changes to config.json.
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {}),
+    "qwen3": ("qwen3", {}, {}),
+    "qwen3_moe": ("qwen3_moe", {}, {}),
+    "llama-rope3-tied": ("llama", {"tied": True, "layers": 2}, {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "llama-linear-rope": (
+        "llama",
+        {"layers": 2, "heads": 4, "kv_heads": 4},
+        {"rope_scaling": LINEAR},
+    ),
+    "qwen3-wide-heads": ("qwen3", {"layers": 2, "head_dim": 64, "heads": 8, "kv_heads": 1}, {}),
+    "moe-many-experts": ("qwen3_moe", {"layers": 2, "experts": 32, "experts_per_token": 4, "moe_intermediate": 96}, {}),
+    "moe-raw-weights": ("qwen3_moe", {"layers": 2}, {"norm_topk_prob": False}),
+}
+
+Reference = Callable[[list[int], int], list[int]]
+
+
+def load(directory: Path, variant: str) -> tuple[Path, Reference]:
+    """Make a checkpoint; return it and what `transformers` writes with it."""
+    family, overrides, changes = VARIANTS[variant]
+    path = directory / variant
+    create_checkpoint(path, family, 11, **overrides)
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    torch.set_num_threads(1)
+    return path, reference(path)
+
+
+def reference(path: Path) -> Reference:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    def generate(prompt: list[int], count: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return output[0, len(prompt) :].tolist()
+
+    return generate
+
+
+def engine_of(path: Path, blocks: int = 1024) -> EagerEngine:
+    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks)
+    return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048)
+
+
+class Conductor:
+    """Runs several sequences in one engine: random chunk sizes, joins, preemptions and imported prefixes, all from a seed."""
+
+    def __init__(self, engine: EagerEngine, donor: EagerEngine, seed: int) -> None:
+        self._engine = engine
+        self._donor = donor
+        self._random = random.Random(seed)
+        self._free = [BlockId(block) for block in range(engine.description.blocks)]
+        self._random.shuffle(self._free)
+
+    def run(self, prompts: list[list[int]], count: int, together: int) -> list[list[int]]:
+        """Return `count` tokens of each prompt, `together` at a time."""
+        waiting = [_Running(RequestId(number), prompt) for number, prompt in enumerate(prompts)]
+        everything = list(waiting)
+        running: list[_Running] = []
+        while waiting or running:
+            while waiting and len(running) < together:
+                running.append(self._admit(waiting.pop(0)))
+            if self._random.random() < 0.05:
+                self._preempt(self._random.choice(running))
+            self._step(running)
+            for done in [each for each in running if len(each.output) >= count]:
+                self._free.extend(done.blocks)
+                self._engine.forget(done.request)
+                running.remove(done)
+        return [each.output[:count] for each in everything]
+
+    def _admit(self, new: "_Running") -> "_Running":
+        self._engine.add(new.request, array("I", new.tokens), GREEDY)
+        if len(new.tokens) > 2 * BLOCK_TOKENS and self._random.random() < 0.5:
+            self._import_prefix(new)
+        return new
+
+    def _import_prefix(self, new: "_Running") -> None:
+        """Let the donor compute a prefix, and copy its blocks over."""
+        size = BLOCK_TOKENS
+        computed = self._random.randrange(1, len(new.tokens) // size + 1)
+        told = tuple(BlockId(block) for block in range(computed))
+        self._donor.add(RequestId(0), array("I", new.tokens), GREEDY)
+        self._donor.step([Slice(RequestId(0), 0, computed * size, 0, told, False)])
+        self._donor.forget(RequestId(0))
+        slabs = memoryview(bytearray(computed * self._donor.description.block_bytes))
+        self._donor.read_blocks(told, slabs)
+        new.blocks = [self._free.pop() for _ in told]
+        self._engine.write_blocks(new.blocks, slabs)
+        new.computed = min(computed * size, len(new.tokens) - 1)
+
+    def _preempt(self, victim: "_Running") -> None:
+        self._free[:0] = victim.blocks
+        victim.blocks, victim.computed, victim.told = [], 0, 0
+
+    def _step(self, running: list["_Running"]) -> None:
+        slices: list[Slice] = []
+        for each in running:
+            left = len(each.tokens) - each.computed
+            size = min(left, self._random.choice((1, 5, 16, 33, 200, 2048)))
+            end = each.computed + size
+            each.blocks += [self._free.pop() for _ in range(-(-end // BLOCK_TOKENS) - len(each.blocks))]
+            slices.append(Slice(each.request, each.computed, size, each.told, tuple(each.blocks[each.told :]), size == left))
+            each.computed, each.told = end, len(each.blocks)
+        for each, output in zip(running, self._engine.step(slices), strict=True):
+            assert output.failure is None
+            each.tokens += output.tokens
+            each.output += output.tokens
+
+
+class _Running:
+    def __init__(self, request: RequestId, prompt: list[int]) -> None:
+        self.request = request
+        self.tokens = list(prompt)
+        self.output: list[int] = []
+        self.blocks: list[BlockId] = []
+        #: Blocks that the engine knows of.
+        self.told = 0
+        #: Tokens whose KV is in the blocks.
+        self.computed = 0
+
+
+def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
+    path, generate = load(tmp_path, variant)
+    prompts = prompts_of(1, [1, 15, 16, 17, 90, 201])
+    expected = [generate(prompt, 12) for prompt in prompts]
+    for together in (1, 4):
+        assert Conductor(engine_of(path), engine_of(path), seed=together).run(prompts, 12, together) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_tokens_are_those_of_transformers_for_many_prompts(tmp_path: Path, variant: str) -> None:
+    path, generate = load(tmp_path, variant)
+    source = random.Random(2)
+    prompts = prompts_of(3, [source.randint(1, 1500) for _ in range(30)])
+    expected = [generate(prompt, 48) for prompt in prompts]
+    for together in (1, 8):
+        for seed in range(3):
+            conductor = Conductor(engine_of(path), engine_of(path), seed)
+            assert conductor.run(prompts, 48, together) == expected, f"seed {seed}, {together} together"
+
+
+def test_sharded_checkpoints_and_dense_layers_load(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    create_checkpoint(path, "qwen3_moe", 5, layers=3)
+    tensors = load_file(path / "model.safetensors")
+    dense = transformers.Qwen3MoeConfig(hidden_size=128, intermediate_size=256)
+    # Layer 1 gets an ordinary MLP instead of experts.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.1.mlp.")}
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in (("gate_proj", (256, 128)), ("up_proj", (256, 128)), ("down_proj", (128, 256))):
+        tensors[f"model.layers.1.mlp.{name}.weight"] = torch.randn(shape, generator=generator) / dense.hidden_size**0.5
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
+    (path / "model.safetensors").unlink()
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mlp_only_layers": [1]}))
+    torch.set_num_threads(1)
+    generate = reference(path)
+    prompts = prompts_of(4, [9, 40])
+    assert Conductor(engine_of(path), engine_of(path), 1).run(prompts, 12, 2) == [generate(prompt, 12) for prompt in prompts]
