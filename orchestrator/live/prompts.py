@@ -37,8 +37,6 @@ WHOLE_RUNG_CHARS_MAX = 128 * 1024
 _COMPARE_CHARS = 64 * 1024
 #: Hash chains kept for one prompt: one for each tenant or salt that sent it lately.
 _CHAINS_MAX = 4
-#: From this many segments on the tokenizer's threads are worth waking.
-_BATCH_SEGMENTS_MIN = 16
 #: An older prompt that a newer one extends, but for its last characters (the opened answer), is not kept beside it.
 _TAIL_CHARS = 256
 
@@ -198,13 +196,10 @@ class PromptTokeniser:
         """Tokenise `text` from a cut (or 0) on. Touches no state: it may run in a thread."""
         cut_chars = [start, *self._segmenter.cuts(text, start)]
         segments = [text[begin:end] for begin, end in zip(cut_chars, [*cut_chars[1:], len(text)], strict=True)]
-        if len(segments) < _BATCH_SEGMENTS_MIN:
-            encodings = [self._tokenizer.encode(segment, add_special_tokens=False) for segment in segments]
-        else:
-            encodings = self._tokenizer.encode_batch_fast(segments, add_special_tokens=False)
         packed = array("I")
         cut_tokens: list[int] = []
-        for encoding in encodings:
+        # The fast call leaves out offsets into the text; for one segment too it costs a third less than `encode`.
+        for encoding in self._tokenizer.encode_batch_fast(segments, add_special_tokens=False):
             cut_tokens.append(len(packed))
             packed.extend(encoding.ids)
         return _Tokens(packed.tobytes(), cut_chars, cut_tokens)

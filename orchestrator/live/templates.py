@@ -14,11 +14,15 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 #: Attributes of a dict that a template may mean by `message.items`; every other name can only be a key.
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
+_PLAIN_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 class TemplateFailed(ValueError):
@@ -36,18 +40,22 @@ class _GenerationBlocks(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a short way to a dict's keys: templates do little else, once per message."""
+    """The sandbox, with short ways to what templates do once per message: read a dict's keys and call their own macros."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
-            keys = cast(dict[str, Any], obj)
-            return keys[attribute] if attribute in keys else self.undefined(obj=keys, name=attribute)
+            try:
+                return obj[attribute]  # pyright: ignore[reportUnknownVariableType]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)  # pyright: ignore[reportUnknownArgumentType]
         return super().getattr(obj, attribute)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        if type(obj) is dict and type(argument) is str and argument in obj:
-            return cast(Any, obj[argument])
-        return super().getitem(obj, argument)
+    def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(__obj) is Macro:
+            kwargs.pop("_block_vars", None)
+            kwargs.pop("_loop_vars", None)
+            return __obj(__context.eval_ctx, *args, **kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
 
 
 class _TemplateNamespace(Namespace):
@@ -66,6 +74,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if ensure_ascii is False and indent is None and separators is None and sort_keys is False:
+        return _PLAIN_JSON.encode(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

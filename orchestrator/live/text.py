@@ -39,6 +39,9 @@ class Vocabulary:
         added = cast(list[dict[str, Any]], description.get("added_tokens") or [])
         self._hidden = frozenset(cast(int, token["id"]) for token in added if token["special"] and token["content"] not in kept)
         self._byte_level = _is_byte_level(description.get("decoder"))
+        names = () if self._byte_level else (f"<0x{byte:02X}>" for byte in range(256))
+        #: Tokens of vocabularies with byte fallback that stand for a byte: a run of them is decoded as one.
+        self._lone_bytes = frozenset(token for name in names if (token := tokenizer.token_to_id(name)) is not None)
         #: Filled as tokens are seen, so bounded by the vocabulary. None: the bytes are no whole characters.
         self._texts: dict[int, str | None] = {}
         self._bytes: dict[int, bytes] = {}
@@ -50,7 +53,9 @@ class Vocabulary:
 
     def detokeniser(self) -> Detokeniser:
         """Return one for a new generation."""
-        return _ByteLevelDetokeniser(self) if self._byte_level else _WindowDetokeniser(self._tokenizer, self._hidden)
+        if self._byte_level:
+            return _ByteLevelDetokeniser(self)
+        return _WindowDetokeniser(self._tokenizer, self._hidden, self._lone_bytes)
 
     def token_bytes(self, token: int) -> bytes:
         """Return a token's own bytes, special tokens' names included (for log probabilities)."""
@@ -114,11 +119,12 @@ class _ByteLevelDetokeniser:
 class _WindowDetokeniser:
     """For all other decoders: decodes a sliding window twice and takes the difference."""
 
-    __slots__ = ("_hidden", "_read", "_start", "_tokenizer", "_tokens")
+    __slots__ = ("_hidden", "_lone_bytes", "_read", "_start", "_tokenizer", "_tokens")
 
-    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int], lone_bytes: Collection[int]) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
+        self._lone_bytes = lone_bytes
         self._tokens: list[int] = []
         #: tokens[start:read] are the context of tokens[read:], whose text is not out yet.
         self._start = 0
@@ -128,6 +134,8 @@ class _WindowDetokeniser:
         if token in self._hidden:
             return ""
         self._tokens.append(token)
+        if token in self._lone_bytes:
+            return ""
         before, text = self._window()
         if len(text) <= len(before) or text.endswith(_REPLACEMENT):
             return ""
