@@ -200,7 +200,10 @@ class Node:
 
     def _on_assigned(self, assignment: Assignment) -> None:
         """Queue an assignment, or end it at once with the reason why not."""
-        if assignment.request in self._sequences:  # the one that is here must not be forgotten by the engine
+        former = self._sequences.get(assignment.request)
+        if former is not None and former.phase is Phase.HELD:  # its decode node failed and the request starts over
+            self._stop_holding(former)
+        elif former is not None:  # the engine must not forget the one that is here
             self._report(assignment.request, FinishReason.FAILED, message="this node still has this request")
             return
         refusal = self._refusal(assignment)
@@ -241,8 +244,7 @@ class Node:
         if sequence is None or sequence.ending is not None:
             return
         if sequence.phase is Phase.HELD:
-            self._commands.append(ClearTimer(hold_timer(request)))
-            self._drop_held(sequence)
+            self._stop_holding(sequence)
         elif sequence.phase is Phase.FETCHING or self._scheduler.in_step(sequence):
             sequence.ending = FinishReason.CANCELLED
             self._scheduler.abandon(sequence)
@@ -278,10 +280,16 @@ class Node:
         self._timers[key] = sequence
         self._commands.append(SetTimer(key, self._now + self._config.hold_s_max))
 
+    def _stop_holding(self, sequence: Sequence) -> None:
+        """Give up a held prompt before its time."""
+        key = hold_timer(sequence.request)
+        del self._timers[key]
+        self._commands.append(ClearTimer(key))
+        self._drop_held(sequence)
+
     def _drop_held(self, sequence: Sequence) -> None:
         """Give up the blocks of a PREFILL whose end was reported when it was complete."""
         assert sequence.phase is Phase.HELD, f"request {sequence.request} is {sequence.phase.value}, not held"
-        self._timers.pop(hold_timer(sequence.request), None)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request]
 
@@ -415,8 +423,7 @@ class Node:
         elif export.opened.pending and export.in_flight == 0:
             sequence = self._sequences.get(request)
             if sequence is not None and sequence.phase is Phase.HELD:
-                self._commands.append(ClearTimer(hold_timer(request)))
-                self._drop_held(sequence)
+                self._stop_holding(sequence)
 
     def _forget_readers(self, request: RequestId) -> None:
         """Drop a request's readers that want nothing more of it."""

@@ -372,6 +372,17 @@ def test_a_cancel_of_a_held_prompt_frees_it_and_its_end_is_not_reported_twice(ma
     assert node.load().blocks_used == 0
 
 
+def test_a_held_prompt_that_is_assigned_again_starts_over_from_its_own_cache(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
+    assert feed(node, Assigned(assignment(1, role=Role.PREFILL)), now=2.0) == [
+        ClearTimer(TimerKey("hold:1")),
+        Forget(R1),
+        ended(1, FinishReason.PREFILLED),
+        SetTimer(TimerKey("hold:1"), 32.0),
+    ]
+
+
 def test_readers_of_a_cancelled_request_get_what_there_is(make_node: MakeNode) -> None:
     node = make_node(step_tokens_max=4)
     feed(node, Assigned(assignment(1, role=Role.PREFILL)), ExportOpened(E1, R1, (A, AB), 0, 8, pending=True))
