@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.cluster import Cluster
+from orchestrator.core.config import LimitsConfig, RouterConfig, SchedulerConfig
 from orchestrator.core.node import Node
+from orchestrator.core.types import GatewayId
 from tests.builders import node_spec
+from tests.core.cluster_builders import cluster_config, join
 
 
 @pytest.fixture
@@ -22,3 +25,18 @@ def make_node() -> Iterator[Callable[..., Node]]:
     yield make
     for node in made:
         node.validate()
+
+
+@pytest.fixture
+def make_cluster() -> Iterator[Callable[..., Cluster]]:
+    """Return a maker of clusters that the named nodes have joined, holding nothing."""
+    made: list[Cluster] = []
+
+    def make(*nodes: str, limits: LimitsConfig | None = None, router: RouterConfig | None = None, **spec: Any) -> Cluster:
+        made.append(Cluster(GatewayId(0), cluster_config(limits, router)))
+        join(made[-1], *nodes, **spec)
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.validate()
