@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import quantiles
 
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -39,6 +41,8 @@ class Outcome:
     input_tokens: int
     cached_tokens: int
     output_tokens: int
+    #: KV bytes that went from one node to another.
+    moved_bytes: int
     seconds: float
     ttft_p50_s: float
     ttft_p90_s: float
@@ -75,7 +79,8 @@ def _run(config: ClusterConfig, turns: Sequence[ScaledTurn], words: str, err: Co
         with _progress(len(turns), words, err) as on_end:
             started = time.perf_counter()
             results = asyncio.run(_replay(url, next(iter(config.models)), turns, on_end))
-            return _outcome(results, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+        return _outcome(results, _moved_bytes(url), seconds)
 
 
 async def _replay(url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> list[TurnResult]:
@@ -100,7 +105,14 @@ def _progress(total: int, words: str, err: Console) -> Iterator[Callable[[TurnRe
         yield on_end
 
 
-def _outcome(results: Sequence[TurnResult], seconds: float) -> Outcome:
+def _moved_bytes(url: str) -> int:
+    """Return the KV bytes moved so far, as the gateway counts them."""
+    page = httpx.get(f"{url}/metrics", trust_env=False).raise_for_status().text
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return int(sum(sample.value for sample in samples if sample.name == "weft_kv_moved_bytes_total"))
+
+
+def _outcome(results: Sequence[TurnResult], moved_bytes: int, seconds: float) -> Outcome:
     good = [result for result in results if not result.failure]
     ttft = [result.ttft_s for result in good]
     itl = [result.itl_s for result in good if result.itl_s is not None]
@@ -110,6 +122,7 @@ def _outcome(results: Sequence[TurnResult], seconds: float) -> Outcome:
         input_tokens=sum(len(result.turn.prompt) for result in good),
         cached_tokens=sum(result.cached_tokens for result in good),
         output_tokens=sum(result.output_tokens for result in good),
+        moved_bytes=moved_bytes,
         seconds=seconds,
         ttft_p50_s=_quantile(ttft, 50),
         ttft_p90_s=_quantile(ttft, 90),
@@ -123,14 +136,17 @@ def _quantile(values: Sequence[float], percent: int) -> float:
 
 def _show(config: ClusterConfig, outcomes: Mapping[RouterPolicy, Outcome], out: Console) -> None:
     nodes = ", ".join(f"{pool.nodes} {pool.kind}" for pool in config.pools)
-    title = f"One agent session (main agent, six sub-agents) on {nodes} nodes; both columns were run here"
-    table = Table("", *POLICIES.values(), title=title, title_justify="left")
+    out.print(
+        f"One agent session, a main agent and six sub-agents, on {nodes} nodes. Both columns were run here.", highlight=False
+    )
+    table = Table("", *POLICIES.values())
     rows: dict[str, Callable[[Outcome], str]] = {
         "requests (failed)": lambda one: f"{one.requests} ({one.failures})",
         "input tokens": lambda one: f"{one.input_tokens:,}",
         "  cached": lambda one: f"{one.cached_tokens:,}",
         "  computed": lambda one: f"{one.input_tokens - one.cached_tokens:,}",
         "hit rate": lambda one: f"{one.hit_rate:.1%}",
+        "KV moved between nodes": lambda one: f"{one.moved_bytes / 1e6:.1f} MB",
         "output tokens": lambda one: f"{one.output_tokens:,}",
         "TTFT p50": lambda one: f"{1000 * one.ttft_p50_s:.0f} ms",
         "TTFT p90": lambda one: f"{1000 * one.ttft_p90_s:.0f} ms",
@@ -140,5 +156,8 @@ def _show(config: ClusterConfig, outcomes: Mapping[RouterPolicy, Outcome], out: 
     for name, text in rows.items():
         table.add_row(name, *(text(outcomes[policy]) for policy in POLICIES))
     out.print(table)
-    ours, theirs = (one.input_tokens - one.cached_tokens for one in (outcomes[policy] for policy in POLICIES))
-    out.print(f"Round robin computed {theirs / max(ours, 1):.1f} times the prompt tokens.", highlight=False)
+    ours, theirs = (outcomes[policy] for policy in POLICIES)
+    moved, waited = theirs.moved_bytes / max(ours.moved_bytes, 1), theirs.ttft_p50_s / max(ours.ttft_p50_s, 1e-9)
+    computed = (theirs.input_tokens - theirs.cached_tokens) / max(ours.input_tokens - ours.cached_tokens, 1)
+    cost = f"{computed:.1f} times the prompt tokens computed, {moved:.1f} times the KV moved, {waited:.1f} times the median TTFT"
+    out.print(f"What round robin cost: {cost}.", highlight=False)

@@ -25,7 +25,6 @@ class FrontAddress:
     """Where a gateway serves, and what checkpoints it knows by their fingerprints."""
 
     url: str
-    grpc_address: str
     fingerprints: Mapping[str, str]
 
 
@@ -59,6 +58,7 @@ class Front:
         self._reach = reach
         self._http_port = http_port
         self._fingerprints = dict(fingerprints)
+        self._grpc_address = ""
         self._metrics = Metrics(number, config.gateway.count, pools)
         self._driver = ClusterDriver(number, config, self._metrics, fatal)
         self._health = HealthServer()
@@ -77,7 +77,8 @@ class Front:
             raise OSError(f"HTTP cannot listen on {host}:{self._http_port}: {error.strerror}") from error
         named = self._reach if host in ANY_ADDRESS else host
         shown = f"[{named}]" if ":" in named else named
-        return FrontAddress(f"http://{shown}:{http_port}", f"{shown}:{grpc_port}", self._fingerprints)
+        self._grpc_address = f"{shown}:{grpc_port}"
+        return FrontAddress(f"http://{shown}:{http_port}", self._fingerprints)
 
     async def set_nodes(self, nodes: Sequence[tuple[NodeId, str]]) -> None:
         """Hold streams to exactly these nodes."""
@@ -109,6 +110,7 @@ class Front:
             "cluster": self._config.cluster.name,
             "gateway": self._number,
             "gateways": self._config.gateway.count,
+            "grpc_address": self._grpc_address,
             "ready": self._gateway.ready,
             "requests": {
                 model: {"running": running, "waiting": waiting}
