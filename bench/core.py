@@ -190,6 +190,8 @@ class World:
         self.now = 0.0
         self.digest = blake2b(digest_size=16)
         self.digests = False
+        #: Every event with who took it and when, None for the cluster; None while nothing is recorded.
+        self.record: list[tuple[NodeId | None, Any, float]] | None = None
         self.cluster = Cluster(GATEWAY, cluster_config(nodes))
         specs = [node_spec(kind, number) for kind, count in nodes.items() for number in range(count)]
         self.nodes = {spec.id: Node(spec, SchedulerConfig()) for spec in specs}
@@ -244,6 +246,8 @@ class World:
 
     def tell_cluster(self, event: ClusterEvent) -> None:
         self.totals.cluster_events += 1
+        if self.record is not None:
+            self.record.append((None, event, self.now))
         commands = self.cluster.handle(event, self.now)
         if self.digests:
             self.digest.update(repr(commands).encode())
@@ -271,6 +275,8 @@ class World:
 
     def tell_node(self, node: NodeId, event: NodeEvent) -> None:
         self.totals.node_events += 1
+        if self.record is not None:
+            self.record.append((node, event, self.now))
         state = self.nodes[node]
         commands = state.handle(event, self.now)
         if self.digests:
@@ -375,24 +381,40 @@ LAYOUTS: dict[str, dict[PoolKind, int]] = {
 
 
 def measure_events(agents: int, turns: int, repetitions: int) -> list[dict[str, Any]]:
-    """Run agents' turns through each layout; the driver's own time is counted in."""
+    """Run agents' turns through each layout: with the driver's own time, and the same events again without a driver."""
     rows: list[dict[str, Any]] = []
     for name, layout in LAYOUTS.items():
-        rates: list[float] = []
+        driven: list[float] = []
+        alone: list[float] = []
         totals = Totals()
         for _ in range(repetitions):
             world = World(layout, agents, turns, seed=1)
-            gc.collect()
             start = time.process_time()
             world.run()
             seconds = time.process_time() - start
             totals = world.totals
-            rates.append((totals.cluster_events + totals.node_events) / seconds)
-        row = {"layout": name, "nodes": sum(layout.values()), "events_per_s": statistics.median(rates)}
-        row |= {"events": totals.cluster_events + totals.node_events, "turns": totals.completed}
-        row |= {"sequences_a_step": totals.tokens / max(1, totals.node_events)}
+            events = totals.cluster_events + totals.node_events
+            driven.append(events / seconds)
+            alone.append(events / _replay_seconds(layout, agents, turns))
+        row = {"layout": name, "nodes": sum(layout.values()), "turns": totals.completed}
+        row |= {"events": totals.cluster_events + totals.node_events}
+        row |= {"events_per_s": statistics.median(driven), "core_events_per_s": statistics.median(alone)}
         rows.append(row | {"cached_share": totals.cached_tokens / totals.prompt_tokens})
     return rows
+
+
+def _replay_seconds(layout: dict[PoolKind, int], agents: int, turns: int) -> float:
+    """Record a run's events, then give them to a fresh cluster and fresh nodes and time only that."""
+    recorded, fresh = World(layout, agents, turns, seed=1), World(layout, agents, turns, seed=1)
+    recorded.record = []
+    recorded.run()
+    machines: dict[NodeId | None, Cluster | Node] = {None: fresh.cluster, **fresh.nodes}
+    steps = [(machines[who].handle, event, now) for who, event, now in recorded.record]
+    gc.collect()
+    start = time.process_time()
+    for handle, event, now in steps:
+        handle(event, now)
+    return time.process_time() - start
 
 
 ROUTE_TOKENS = (1_024, 32_768, 400_000)
@@ -471,8 +493,8 @@ def main() -> None:
     events = measure_events(agents, turns, repetitions)
     for row in events:
         print(
-            f"{row['layout']:<11} {row['nodes']:>3} nodes {row['turns']:>6} turns {row['events']:>9,} events "
-            f"{row['events_per_s']:>10,.0f} events/s {row['cached_share']:>7.1%} cached"
+            f"{row['layout']:<11} {row['nodes']:>3} nodes {row['turns']:>6} turns {row['events']:>9,} events: "
+            f"{row['core_events_per_s']:,.0f}/s, with the driver {row['events_per_s']:,.0f}/s; {row['cached_share']:.1%} cached"
         )
     routes = measure_routes(decisions)
     for row in routes:

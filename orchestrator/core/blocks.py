@@ -67,11 +67,6 @@ def split_hashes(packed: bytes) -> tuple[BlockHash, ...]:
     return tuple(chain(chain.from_iterable(runs), struct.unpack(f"{HASH_BYTES}s" * (len(rest) // HASH_BYTES), rest)))
 
 
-def full_blocks(tokens: int, block_tokens: int) -> int:
-    """Return how many blocks a run of tokens fills."""
-    return tokens // block_tokens
-
-
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """Return how many blocks a run of tokens needs, the last one perhaps part filled."""
     return -(-tokens // block_tokens)

@@ -25,6 +25,8 @@ DELAY_WEIGHT = 0.25
 #: Prefill keeps a node from other work; a second of it counts this much beyond its own duration. More on nodes of a decode
 #: pool, because decoding is what only they do: cold prompts go to the prefill pool even while no sequence is in the way.
 WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE: 2.0}
+#: Chance that a cached block which a new prompt pushes out would have been asked for again: then it is computed again.
+EVICTION_WEIGHT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Candidate:
         "context_tokens",
         "context_tokens_max",
         "draining",
+        "evicted_block_s",
+        "free_blocks",
         "generates",
         "kind",
         "load",
@@ -102,8 +106,11 @@ class Candidate:
         self.sequences = 0
         self.waiting = 0
         self.context_tokens = 0
-        #: Blocks that it can fill without pushing out what is in use.
+        #: Blocks that it can fill without pushing out what is in use, and without pushing out anything.
         self.room_blocks = spec.blocks
+        self.free_blocks = spec.blocks
+        #: Seconds of score for each block beyond those that a new prompt pushes out.
+        self.evicted_block_s = EVICTION_WEIGHT * spec.block_tokens * self.profile.prefill_token_s
         #: Seconds of one decode step now; of prefill work before a new prompt; until a new prompt's computing starts.
         self.step_s = 0.0
         self.queue_s = 0.0
@@ -172,7 +179,9 @@ class Candidate:
         self.sequences = load.running + load.waiting + len(fresh)
         self.waiting = load.waiting + max(0, len(fresh) - slots_free)
         self.context_tokens = load.context_tokens + sum([share.context_tokens for share in fresh])
-        self.room_blocks = self._room()
+        given = sum([share.queued_tokens for share in fresh]) // self.spec.block_tokens
+        self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given
+        self.room_blocks = self.free_blocks + load.blocks_cached
         self.step_s = scale * (
             profile.step_s + self.sequences * profile.sequence_s + self.context_tokens * profile.context_token_s
         )
@@ -194,12 +203,6 @@ class Candidate:
     def _slot_wait_s(self) -> float:
         over = self.sequences + 1 - self.spec.sequences_max
         return over * self.step_s * STEPS_GUESSED / self.spec.sequences_max if over > 0 else 0.0
-
-    def _room(self) -> int:
-        held = sum([share.uncached_tokens for share in self._fresh.values()]) // self.spec.block_tokens
-        if not self.reported:
-            return self.spec.blocks - held
-        return self.load.blocks_free + self.load.blocks_cached - held
 
     def validate(self) -> None:
         """Raise `AssertionError` unless what was given is accounted for once."""

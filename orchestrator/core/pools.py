@@ -33,11 +33,6 @@ class ModelPools:
         self.predicted = PredictedKv()
 
     @property
-    def candidates(self) -> Sequence[Candidate]:
-        """All nodes, those that leave included."""
-        return tuple(self._candidates.values())
-
-    @property
     def generates(self) -> bool:
         """True while at least one node takes requests to generate for."""
         return any(candidate.generates and not candidate.draining for candidate in self._candidates.values())

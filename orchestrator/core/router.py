@@ -6,7 +6,8 @@ For each node that generates, two ways are compared:
     apart      the same on the best prefill node, then hand over what the generating node lacks
 
 Computing is charged beyond its own duration: it keeps the node from other work, and it delays the sequences that decode beside
-it. That is why long prompts go to the prefill pool and short uncached tails do not, without any threshold.
+it. That is why long prompts go to the prefill pool and short uncached tails do not, without any threshold. Filling blocks is
+charged where it pushes out others' prefixes.
 
 A node with far more work than its pool's mean is passed over, unless its longer prefix saves more time than its excess costs: so
 a hot prefix gathers its requests until waiting for it costs more than another copy.
@@ -156,7 +157,7 @@ class PredictedTimeRouter:
 
         This loop is what a decision costs: it touches every node, so it holds nothing that could be done before or after.
         """
-        held, way_of, tokens = options.held, prompt.way, prompt.hashes
+        held, way_of = options.held, prompt.way
         limit_s = self._limit_s(prompt, held, candidates)
         tied: list[Candidate] = []
         lowest = inf
@@ -168,7 +169,10 @@ class PredictedTimeRouter:
             if prompt.prefill is not None:
                 score = self._apart_s(prompt, prompt.prefill, candidate, way, score) or score
             score += candidate.step_s * steps_weighed
-            if candidate.work_s + way.seconds > limit_s or tokens - blocks > candidate.room_blocks:
+            new_blocks = prompt.hashes - blocks
+            if new_blocks > candidate.free_blocks:
+                score += (new_blocks - candidate.free_blocks) * candidate.evicted_block_s
+            if candidate.work_s + way.seconds > limit_s or new_blocks > candidate.room_blocks:
                 score += PASSED_OVER_S
             if score < lowest:
                 lowest, tied = score, [candidate]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.core.blocks import blocks_for, extend_hashes, full_blocks, hash_root, pack_hashes, split_hashes
+from orchestrator.core.blocks import blocks_for, extend_hashes, hash_root, pack_hashes, split_hashes
 from orchestrator.core.types import BlockHash
 
 ROOT = hash_root(b"secret", "llama", "tenant")
@@ -59,5 +59,4 @@ def test_a_packed_run_of_the_wrong_length_is_refused() -> None:
 
 
 def test_block_counts() -> None:
-    assert [full_blocks(tokens, 4) for tokens in (0, 3, 4, 9)] == [0, 0, 1, 2]
     assert [blocks_for(tokens, 4) for tokens in (0, 3, 4, 9)] == [0, 1, 1, 3]
