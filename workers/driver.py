@@ -447,6 +447,10 @@ class NodeDriver:
         for timer in (*self._timers.values(), self._load_timer, *(outbox.grace for outbox in self._outboxes.values())):
             if timer is not None:
                 timer.cancel()
+        for outbox in self._outboxes.values():
+            if outbox.stream is not None:
+                outbox.stream.cancel()
+        self._exports.close()
         await self._fetches.close()
         # Waiting for the engine's thread must not stop the loop, which the thread's last call needs.
         await self._loop.run_in_executor(None, self._runner.close)

@@ -21,7 +21,7 @@ from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import Engine
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
 from workers.transfer import Channels
-from workers.transports import NONE, OBJECT, SHM, NoBytesTransport, ObjectStore, ObjectTransport, SharedMemoryTransport, Transport
+from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedTransport, SharedMemoryTransport, Transport
 
 #: Makes host memory that peers can map.
 Allocate: TypeAlias = Callable[[int], memoryview]
@@ -29,6 +29,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
 #: Threads that copy blocks; more would only share one memory bus.
 COPY_THREADS = 2
+#: Seconds that calls have to end once nodes stop.
+STOP_S = 0.5
 
 
 def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate) -> Engine:
@@ -114,9 +116,11 @@ class NodeServer:
 
     async def stop(self) -> None:
         """Stop at once; what runs is lost. Gateways and peers see their streams end."""
-        await self._server.stop(None)
+        # No new calls from now on; those that run are ended by the drivers, the last ones by the grace.
+        stopping = asyncio.ensure_future(self._server.stop(STOP_S))
         for driver in self.drivers.values():
             await driver.close()
+        await stopping
         await self._channels.close()
         self._copies.shutdown()
         for arena in self._arenas:
@@ -146,7 +150,7 @@ class NodeServer:
             scheduler=self._pool.scheduler,
             engine=engine,
             transports=self._transports(engine, arena, self._limits.transfer),
-            choose=lambda host: self._choose(engine, host),
+            choose=self._choose,
             channels=self._channels,
             peers=self._peers,
             fatal=self._on_fatal,
@@ -174,18 +178,17 @@ class NodeServer:
 
     def _transports(self, engine: Engine, arena: SharedArena | None, limits: TransferLimits) -> dict[str, Transport]:
         """Return the ways this engine's blocks can go."""
-        if not engine.description.computes:
-            return {NONE: NoBytesTransport(self._pool.profile, engine.description.block_bytes)}
         copier = Copier(self._copies, limits.inline_bytes_max)
         transports: dict[str, Transport] = {SHM: SharedMemoryTransport(engine, arena, self._peers, copier, limits)}
         if self._objects is not None:
             transports[OBJECT] = ObjectTransport(engine, self._objects, copier, limits)
-        return transports
+        if engine.description.computes:
+            return transports
+        profile, size = self._pool.profile, engine.description.block_bytes
+        return {name: PacedTransport(transport, profile, size) for name, transport in transports.items()}
 
-    def _choose(self, engine: Engine, host: str) -> list[str]:
+    def _choose(self, host: str) -> list[str]:
         """Return the transports for a source on `host`, best first."""
-        if not engine.description.computes:
-            return [NONE]
         wanted = self._pool.transport
         names = [SHM] if wanted != OBJECT and host == self._host_id else []
         return [*names, OBJECT] if wanted != SHM and self._objects is not None else names

@@ -20,7 +20,7 @@ from orchestrator.core.events import BlocksSent, ExportClosed, ExportOpened, Fet
 from orchestrator.core.types import BlockId, ExportId, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from workers.memory import ByteBudget, PeerMemory, PeerUnmappable, TransferFailed, TransferLimits
-from workers.transports import NONE, SHM, Offered, Transport, nothing
+from workers.transports import SHM, Offered, Transport, nothing
 
 
 class Channels:
@@ -124,6 +124,11 @@ class Export:
         if not writer.cancelled() and writer.exception() is not None:
             raise writer.exception() or AssertionError
 
+    def stop(self) -> None:
+        """End the call."""
+        if self._task is not None:
+            self._task.cancel()
+
     def _acknowledged(self) -> None:
         if not self._flights:
             raise TransferFailed("the peer acknowledged a frame that was not sent")
@@ -197,6 +202,11 @@ class Exports:
         export = self._open.get(command.export)
         if export is not None:
             export.send(command)
+
+    def close(self) -> None:
+        """End all calls."""
+        for export in self._open.values():
+            export.stop()
 
     async def serve(self, stream: Stream) -> None:
         """Serve one Fetch call from its first frame on."""
@@ -348,13 +358,18 @@ class Fetches:
         )
 
     async def _take(self, command: Fetch, frame: node_pb2.BlocksFrame, fetch: "_FetchState") -> None:
+        if frame.failure:
+            raise TransferFailed(frame.failure)
         targets = command.blocks[fetch.blocks : fetch.blocks + frame.blocks]
         if len(targets) < frame.blocks:
             raise TransferFailed(f"{command.source} sent more than the {len(command.blocks)} blocks asked for")
         if targets:
             fetch.path = frame.shm.path or fetch.path
             started = time.perf_counter()
-            await self._transports[frame.WhichOneof("payload") or NONE].take(frame, targets)
+            transport = self._transports.get(frame.WhichOneof("payload") or "")
+            if transport is None:
+                raise TransferFailed(f"{command.source} sent {len(targets)} blocks in no way known here")
+            await transport.take(frame, targets)
             fetch.seconds += time.perf_counter() - started
             fetch.bytes += len(targets) * self._block_bytes
         fetch.blocks += len(targets)
@@ -363,7 +378,6 @@ class Fetches:
         if frame.final:
             fetch.final = True
             fetch.computed_tokens = frame.computed_tokens
-            fetch.failure = frame.failure or None
 
 
 @dataclass(slots=True)

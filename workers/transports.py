@@ -19,7 +19,7 @@ from orchestrator.wire import node_pb2
 from workers.engines.base import Engine
 from workers.memory import ByteBudget, Copier, PeerMemory, SharedArena, TransferFailed, TransferLimits, copy_bytes
 
-SHM, OBJECT, NONE = "shm", "ray", "none"
+SHM, OBJECT = "shm", "ray"
 
 
 class ObjectStore(Protocol):
@@ -187,17 +187,17 @@ class ObjectTransport:
         await self._copier.run_blocking(get)
 
 
-class NoBytesTransport:
-    """For engines that keep no bytes: only the time passes that the profile says a copy takes."""
+class PacedTransport:
+    """Another transport, for engines that only pass time: taking lasts as long as the profile says."""
 
-    def __init__(self, profile: CostProfile, block_bytes: int) -> None:
+    def __init__(self, inner: Transport, profile: CostProfile, block_bytes: int) -> None:
+        self._inner = inner
         self._profile = profile
         self._block_bytes = block_bytes
 
     async def offer(self, blocks: Sequence[BlockId]) -> Offered:
-        del blocks
-        return Offered(node_pb2.BlocksFrame(), nothing)
+        return await self._inner.offer(blocks)
 
     async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> None:
-        del frame
+        await self._inner.take(frame, targets)
         await asyncio.sleep(fetch_seconds(self._profile, len(targets) * self._block_bytes))

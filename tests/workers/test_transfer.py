@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import grpc.aio
 import pytest
@@ -26,7 +26,7 @@ from workers.memory import (
     host_id,
 )
 from workers.transfer import Channels, Exports, Fetches
-from workers.transports import NONE, OBJECT, SHM, NoBytesTransport, ObjectTransport, SharedMemoryTransport, Transport, runs
+from workers.transports import OBJECT, SHM, ObjectTransport, PacedTransport, SharedMemoryTransport, Transport, runs
 
 BLOCKS = 16
 BLOCK_TOKENS = 4
@@ -63,8 +63,11 @@ class DictStore:
 
     def __init__(self) -> None:
         self.objects: dict[bytes, bytes] = {}
+        self.full = False
 
     def put(self, data: memoryview) -> tuple[object, bytes]:
+        if self.full:
+            raise TransferFailed("the store is full")
         reference = os.urandom(8)
         self.objects[reference] = bytes(data)
         return reference, reference
@@ -110,9 +113,9 @@ def side(names: list[str], limits: TransferLimits, store: DictStore, executor: T
     transports: dict[str, Transport] = {
         SHM: SharedMemoryTransport(engine, engine.arena if visible else None, PeerMemory(4), copier, limits),
         OBJECT: ObjectTransport(engine, store, copier, limits),
-        NONE: NoBytesTransport(CostProfile(fetch_latency_s=0.0), BLOCK_BYTES),
     }
-    return Side(engine, transports, limits, names)
+    profile = CostProfile(fetch_latency_s=0.0, fetch_bytes_per_s=1e9)
+    return Side(engine, {name: PacedTransport(inner, profile, BLOCK_BYTES) for name, inner in transports.items()}, limits, names)
 
 
 @dataclass
@@ -141,10 +144,12 @@ async def pair(names: list[str], visible: bool = True, limits: TransferLimits | 
         await server.start()
         for block in range(BLOCKS):
             source.engine.block(block)[:] = bytes([block + 1]) * BLOCK_BYTES
-        yield Pair(source, target, f"127.0.0.1:{port}", server, store)
-        await target.fetches.close()
-        await target.channels.close()
-        await server.stop(None)
+        try:
+            yield Pair(source, target, f"127.0.0.1:{port}", server, store)
+        finally:
+            await target.fetches.close()
+            await target.channels.close()
+            await server.stop(None)
 
 
 def fetch(blocks: tuple[int, ...] = (9, 10, 3, 4), first_block: int = 1, tokens: int = 18) -> Fetch:
@@ -211,18 +216,6 @@ def test_an_export_with_nothing_ends_at_once() -> None:
             both.source.exports.send(send(ExportId(1), (), 4, final=True))
             assert await both.target.next() == FetchEnded(REQUEST, 4, 0, None)
             assert both.target.moved == []
-
-    run(scenario)
-
-
-def test_engines_without_bytes_only_wait() -> None:
-    async def scenario() -> None:
-        async with pair([NONE]) as both:
-            both.target.fetches.start(fetch(), both.address, HOST)
-            await both.source.next()
-            both.source.exports.send(send(ExportId(1), (5, 6, 7, 8), 18, final=True))
-            assert await both.target.next() == FetchEnded(REQUEST, 18, 0, None)
-            assert both.target.engine.block(9)[0] == 0
 
     run(scenario)
 
@@ -378,18 +371,12 @@ def test_runs_are_joined_only_where_both_sides_are_consecutive() -> None:
     assert runs((), ()) == []
 
 
-def test_limits_reach_the_object_store() -> None:
-    class NoStore(DictStore):
-        def put(self, data: memoryview) -> tuple[object, bytes]:
-            raise TransferFailed("the store is full")
-
+def test_a_store_that_is_full_ends_the_fetch() -> None:
     async def scenario() -> None:
-        async with pair([OBJECT], limits=replace(TransferLimits(), staged_bytes_max=BLOCK_BYTES)) as both:
-            transport = both.source.transports[OBJECT]
-            assert isinstance(transport, ObjectTransport)
-            transport._store = NoStore()
+        async with pair([OBJECT]) as both:
             both.target.fetches.start(fetch(), both.address, HOST)
             await both.source.next()
+            both.store.full = True
             both.source.exports.send(send(ExportId(1), (5,), 8))
             ended = await both.target.next()
             assert isinstance(ended, FetchEnded)

@@ -191,8 +191,10 @@ async def node(computes: bool = False, limits: DriverLimits | None = None) -> As
         fatal,
         limits or DriverLimits(load_s=0.01),
     )
-    yield driver, engine
-    await driver.close()
+    try:
+        yield driver, engine
+    finally:
+        await driver.close()
     assert engine.closed
 
 

@@ -1,0 +1,165 @@
+"""Real node servers and a real driver on one loop, joined by gRPC over loopback."""
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.core.blocks import extend_hashes, hash_root
+from orchestrator.core.commands import ClusterCommand
+from orchestrator.core.config import ClusterConfig, ClusterSettings, EngineConfig, PoolConfig, RouterConfig, SchedulerConfig
+from orchestrator.core.events import ClusterEvent, NodeReported
+from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, TenantId
+from orchestrator.live.driver import ClusterDriver, TurnStream
+from orchestrator.live.turns import Delta, Prompt, Turn
+from orchestrator.wire import node_pb2
+from workers.server import NodeServer
+from workers.transports import ObjectStore
+
+BLOCK_TOKENS = 16
+ROOT = hash_root(b"secret", "weights", "")
+
+
+def pool(name: str, kind: PoolKind, nodes: int = 1, engine: str = "profiled", **more: Any) -> PoolConfig:
+    """Return a small pool; `more` are fields of the pool."""
+    settings = EngineConfig(name=engine, device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=128, threads=1)
+    scheduler = SchedulerConfig(step_tokens_max=64, sequences_max=16, hold_s_max=0.2)
+    return PoolConfig(**{"name": name, "kind": kind, "nodes": nodes, "engine": settings, "scheduler": scheduler, **more})
+
+
+def split(engine: str = "profiled", decode: int = 1, **more: Any) -> ClusterConfig:
+    """Return a cluster with prefill and decode apart, that always uses both."""
+    pools = (pool("prefill", PoolKind.PREFILL, 1, engine, **more), pool("decode", PoolKind.DECODE, decode, engine, **more))
+    return ClusterConfig(pools=pools, router=RouterConfig(disaggregation_tokens_min=0))
+
+
+def together(engine: str = "profiled", nodes: int = 1, **more: Any) -> ClusterConfig:
+    """Return a cluster of nodes that do both."""
+    return ClusterConfig(pools=(pool("both", PoolKind.AGGREGATED, nodes, engine, **more),))
+
+
+def patient(config: ClusterConfig, node_lost_s: float) -> ClusterConfig:
+    return replace(config, cluster=ClusterSettings(node_lost_s=node_lost_s))
+
+
+@dataclass
+class Observed:
+    """An observer that keeps what it is told, and wakes those who wait for it."""
+
+    events: list[ClusterEvent] = field(default_factory=list)
+    commands: list[ClusterCommand] = field(default_factory=list)
+    moves: list[tuple[NodeId, int]] = field(default_factory=list)
+    loads: dict[NodeId, Load] = field(default_factory=dict)
+    routes: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def observe(self, now: float, event: ClusterEvent, commands: Sequence[ClusterCommand]) -> None:
+        self.commands.extend(commands)
+        if isinstance(event, NodeReported):
+            self.loads[event.node] = event.load
+        else:
+            self.events.append(event)
+        self.changed.set()
+
+    def routed(self, seconds: float) -> None:
+        self.routes += 1
+
+    def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
+        self.moves.append((node, size_bytes))
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        """Wait for something that events bring about."""
+        while not done():
+            self.changed.clear()
+            await asyncio.wait_for(self.changed.wait(), 10)
+
+    def seen(self, kind: type) -> list[Any]:
+        return [event for event in (*self.events, *self.commands) if isinstance(event, kind)]
+
+
+@dataclass
+class Cluster:
+    """Servers, a driver, and what it saw."""
+
+    driver: ClusterDriver
+    servers: dict[NodeId, NodeServer]
+    addresses: dict[NodeId, str]
+    observed: Observed
+    config: ClusterConfig
+    model_dir: Path
+    failures: list[BaseException]
+
+    async def ready(self) -> None:
+        await self.observed.until(lambda: set(self.observed.loads) >= set(self.servers) and self.driver.ready)
+
+    async def idle(self) -> None:
+        """Wait until no node uses a block."""
+
+        def unused(load: Load) -> bool:
+            return load.running == load.waiting == load.blocks_used == 0
+
+        await self.observed.until(lambda: all(unused(self.observed.loads[node]) for node in self.servers))
+
+    async def start_node(self, node: NodeId, incarnation: int, objects: ObjectStore | None = None) -> None:
+        name = str(node).rsplit("-", 1)[0]
+        settings = next(entry for entry in self.config.pools if entry.name == name)
+        server = self.servers[node] = NodeServer(settings, [node], incarnation, self.model_dir, objects=objects)
+        self.addresses[node] = await server.start()
+        self.driver.set_nodes(list(self.addresses.items()))
+
+    async def kill_node(self, node: NodeId) -> None:
+        """End a node's process, as far as the others can tell."""
+        server = self.servers.pop(node)
+        self.observed.loads.pop(node, None)
+        await server.stop()
+
+
+@asynccontextmanager
+async def cluster(config: ClusterConfig, model_dir: Path, objects: ObjectStore | None = None) -> AsyncIterator[Cluster]:
+    """Start a cluster; fails the test if a core or a driver broke its own rules."""
+    observed = Observed()
+    failures: list[BaseException] = []
+    driver = ClusterDriver(GatewayId(0), config, observed, failures.append)
+    started = Cluster(driver, {}, {}, observed, config, model_dir, failures)
+    try:
+        for settings in config.pools:
+            for index in range(settings.nodes):
+                await started.start_node(NodeId(f"{settings.name}-{index}"), 1, objects)
+        await started.ready()
+        yield started
+    finally:
+        await driver.close()
+        for server in started.servers.values():
+            await server.stop()
+    assert not failures, failures
+
+
+def turn(tokens: Sequence[int], output_tokens: int, sampling: node_pb2.Sampling | None = None) -> Turn:
+    """Return a turn; end-of-sequence tokens do not end it unless its sampling says so."""
+    packed = array("I", tokens).tobytes()
+    prompt = Prompt(packed, len(tokens), tuple(extend_hashes(ROOT, packed, BLOCK_TOKENS)), ROOT)
+    return Turn(
+        ModelName("default"),
+        TenantId("t"),
+        prompt,
+        sampling or node_pb2.Sampling(ignore_eos=True),
+        output_tokens_max=output_tokens,
+    )
+
+
+async def finish(stream: TurnStream) -> Delta:
+    """Read a turn to its end and return all of it as one delta."""
+    whole = Delta([], [])
+    while whole.finish is None:
+        delta = await asyncio.wait_for(stream.read(), 20)
+        whole.tokens += delta.tokens
+        whole.logprobs += delta.logprobs
+        whole.finish, whole.cached_tokens = delta.finish, delta.cached_tokens
+    return whole
+
+
+def run(scenario: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), seconds))  # type: ignore[arg-type]

@@ -1,0 +1,255 @@
+"""A link to a node: joining, breaking, coming back with nothing lost, or telling that something was."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from serving import pool, run, turn
+
+from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, request_id
+from orchestrator.live.links import NodeLink
+from orchestrator.wire import node_pb2
+from workers.engines.checkpoint import default_model_path
+from workers.server import NodeServer
+
+NODE = NodeId("both-0")
+GATEWAY = GatewayId(4)
+
+
+class Relay:
+    """A TCP relay before a node, so that a test can cut the wire."""
+
+    def __init__(self, address: str) -> None:
+        self._host, port = address.rsplit(":", 1)
+        self._port = int(port)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.refusing = False
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refusing:
+            writer.close()
+            return
+        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+        self._writers |= {writer, far_writer}
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            pump = asyncio.ensure_future(self._pump(source, target))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                target.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            target.close()
+
+    def cut(self) -> None:
+        """Break every connection."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def close(self) -> None:
+        self.cut()
+        self._server.close()
+        if self._pumps:
+            await asyncio.wait(self._pumps)
+
+
+@dataclass
+class Sink:
+    """Keeps what a link reports."""
+
+    story: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    fit: bool = True
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self, what: str) -> None:
+        self.story.append(what)
+        self.changed.set()
+
+    def node_joined(self, spec: NodeSpec, fingerprint: str) -> bool:
+        self.tell(f"joined {spec.incarnation}" if self.fit else "unfit")
+        return self.fit
+
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        self.tell("lost")
+
+    def node_draining(self, node: NodeId) -> None:
+        self.tell("draining")
+
+    def node_frame(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
+        self.tokens += frame.tokens
+        self.ended += [ended.reason for ended in frame.ended]
+        self.changed.set()
+
+    async def until(self, *story: str) -> None:
+        while self.story != list(story):
+            assert len(self.story) <= len(story), self.story
+            await self.change()
+
+    async def until_ended(self) -> None:
+        while not self.ended:
+            await self.change()
+
+    async def until_tokens(self) -> None:
+        while not self.tokens:
+            await self.change()
+
+    async def change(self) -> None:
+        self.changed.clear()
+        await asyncio.wait_for(self.changed.wait(), 10)
+
+
+@dataclass
+class Linked:
+    link: NodeLink
+    sink: Sink
+    relay: Relay
+    server: NodeServer
+
+    async def away(self) -> None:
+        """Wait until the link knows that its stream is gone; nothing announces that."""
+        while self.link._away is None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    def submit(self, output_tokens: int) -> None:
+        prompt = turn(range(20), output_tokens).prompt
+        self.link.submit(
+            node_pb2.Submit(
+                request=request_id(GATEWAY, 1),
+                role=node_pb2.ROLE_GENERATE,
+                tokens=prompt.tokens,
+                hashes=b"".join(prompt.hashes),
+                hash_root=prompt.hash_root,
+                output_tokens_max=output_tokens,
+                sampling=node_pb2.Sampling(ignore_eos=True),
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def model_dir() -> Path:
+    return default_model_path()
+
+
+@asynccontextmanager
+async def linked(model_dir: Path, lost_s: float = 10.0, fit: bool = True, step_s: float = 0.0) -> AsyncIterator[Linked]:
+    server = NodeServer(pool("both", PoolKind.AGGREGATED, profile=CostProfile(step_s=step_s)), [NODE], 7, model_dir)
+    relay = Relay(await server.start())
+    sink = Sink(fit=fit)
+    link = NodeLink(NODE, await relay.start(), GATEWAY, 1, sink, lost_s)
+    link.start()
+    try:
+        yield Linked(link, sink, relay, server)
+    finally:
+        await link.close()
+        await relay.close()
+        await server.stop()
+
+
+def test_a_cut_that_loses_nothing_is_mended_in_silence(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir) as wire:
+            await wire.sink.until("joined 7")
+            wire.submit(3)
+            await wire.sink.until_ended()
+            wire.sink.ended.clear()
+            wire.relay.cut()
+            await wire.away()
+            # What is said while the stream is down goes out when it is up again.
+            wire.submit(5)
+            await wire.sink.until_ended()
+            assert wire.sink.story == ["joined 7"]
+            assert len(wire.sink.tokens) == 8
+
+    run(scenario)
+
+
+def test_a_node_that_stays_away_is_lost_once_and_joins_again(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir, lost_s=0.1) as wire:
+            await wire.sink.until("joined 7")
+            wire.relay.refusing = True
+            wire.relay.cut()
+            await wire.sink.until("joined 7", "lost")
+            assert wire.link.spec is None
+            wire.relay.refusing = False
+            await wire.sink.until("joined 7", "lost", "joined 7")
+            wire.submit(3)
+            await wire.sink.until_ended()
+
+    run(scenario)
+
+
+def test_frames_lost_with_the_stream_are_noticed(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir, step_s=0.002) as wire:
+            await wire.sink.until("joined 7")
+            wire.submit(4000)
+            await wire.sink.until_tokens()
+            # As if a frame had been under way when the wire broke.
+            wire.link._hello.frames_received -= 1
+            wire.relay.cut()
+            await wire.sink.until("joined 7", "lost", "joined 7")
+            while wire.server.stats[NODE].blocks_used:
+                await wire.sink.change()
+
+    run(scenario)
+
+
+def test_giving_up_reports_at_once(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir) as wire:
+            await wire.sink.until("joined 7")
+            wire.link.give_up("its process is dead")
+            wire.link.give_up("its process is dead")
+            assert wire.sink.story == ["joined 7", "lost"]
+
+    run(scenario)
+
+
+def test_a_submit_that_has_not_gone_out_is_taken_back(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir) as wire:
+            await wire.sink.until("joined 7")
+            wire.submit(3)
+            wire.link.cancel(request_id(GATEWAY, 1))
+            wire.submit(2)
+            await wire.sink.until_ended()
+            assert wire.sink.ended == ["length"]
+            assert len(wire.sink.tokens) == 2
+
+    run(scenario)
+
+
+def test_an_unfit_node_is_not_used(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir, fit=False) as wire:
+            await wire.sink.until("unfit", "unfit")
+            assert wire.link.spec is None
+            assert wire.sink.tokens == []
+
+    run(scenario)
+
+
+def test_draining_is_told_once(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir) as wire:
+            await wire.sink.until("joined 7")
+            assert await wire.server.drain(5)
+            await wire.sink.until("joined 7", "draining")
+
+    run(scenario)
