@@ -25,10 +25,11 @@ from bench.servers import Server, dynamo_python, dynamo_server, isolated, reexec
 
 NODES = 4
 CLUSTER = f"""
-[models.default]
+[models.tiny]
 
 [[pools]]
 name = "decode"
+model = "tiny"
 kind = "aggregated"
 nodes = {NODES}
 nodes_per_process = {NODES}
