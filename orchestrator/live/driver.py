@@ -79,7 +79,7 @@ class Observer(Protocol):
 class TurnStream:
     """The output of one turn, as it comes."""
 
-    __slots__ = ("_cached_tokens", "_driver", "_failure", "_finish", "logprobs", "node", "request", "tokens", "turn", "waiter")
+    __slots__ = ("_driver", "_failure", "_finish", "cached_tokens", "logprobs", "node", "request", "tokens", "turn", "waiter")
 
     def __init__(self, driver: "ClusterDriver", request: RequestId, turn: Turn) -> None:
         self.request = request
@@ -91,7 +91,8 @@ class TurnStream:
         self.logprobs: list[TokenLogprob] = []
         self._driver = driver
         self._finish: FinishReason | None = None
-        self._cached_tokens = 0
+        #: Prompt tokens that were not computed; known from the first token on.
+        self.cached_tokens = 0
         self._failure: TurnFailed | None = None
         #: Whoever waits in `read`; the driver ends the wait.
         self.waiter: asyncio.Future[None] | None = None
@@ -103,7 +104,7 @@ class TurnStream:
             await waiter
         if not self.tokens and self._failure is not None:
             raise self._failure
-        delta = Delta(self.tokens, self.logprobs, self._finish, self._cached_tokens)
+        delta = Delta(self.tokens, self.logprobs, self._finish, self.cached_tokens)
         self.tokens, self.logprobs = [], []
         return delta
 
@@ -128,7 +129,7 @@ class TurnStream:
     def finish(self, reason: FinishReason, cached_tokens: int) -> None:
         """End well."""
         self._finish = reason
-        self._cached_tokens = cached_tokens
+        self.cached_tokens = cached_tokens
         self.wake()
 
     def fail(self, failure: TurnFailed) -> None:
@@ -300,6 +301,10 @@ class ClusterDriver:
             if stream is not None and stream.node == node:
                 top = list(zip(entry.top_tokens, entry.top_logprobs, strict=True))
                 stream.logprobs.append(TokenLogprob(entry.logprob, top))
+        for first in frame.first_tokens:
+            stream = streams.get(RequestId(first.request))
+            if stream is not None and stream.node == node:
+                stream.cached_tokens = max(stream.turn.prompt.count - first.computed_tokens, 0)
         tokens = list(frame.tokens)
         end = 0
         for request, count in zip(frame.requests, frame.counts, strict=True):

@@ -55,7 +55,7 @@ class Delta:
     logprobs: list[TokenLogprob]
     #: Set on the last delta.
     finish: FinishReason | None = None
-    #: Prompt tokens that were not computed again; known on the last delta.
+    #: Prompt tokens that were not computed again; known from the first token on.
     cached_tokens: int = 0
 
 
