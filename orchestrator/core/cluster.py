@@ -20,7 +20,8 @@ A request's life:
                                                    RequestAbandoned                       over         Cancel
 
 Prefill and decode apart, a request has two parts. The prefill part ends with PREFILLED, or by failing or with its node: either
-way the node that generates computes what it did not get, and the request goes on.
+way the node that generates computes what it did not get, and the request goes on. What a prefill node still holds for a
+request is given up with the first token, or with the request.
 
 Rules for editors.
 
@@ -102,6 +103,7 @@ class Flight:
         "deadline_at",
         "failed_on",
         "generate",
+        "holds",
         "phase",
         "predicted_cached_tokens",
         "prefill",
@@ -120,6 +122,8 @@ class Flight:
         #: The nodes that have a part in it; none while it waits.
         self.generate: NodeId | None = None
         self.prefill: NodeId | None = None
+        #: The node that has computed its prompt and may still hold the blocks for the one that generates.
+        self.holds: NodeId | None = None
         #: Nodes on which it failed; they are tried again only if there is no other.
         self.failed_on: tuple[NodeId, ...] = ()
         #: Times it was started over.
@@ -358,9 +362,19 @@ class Cluster:
             flight.generate = None
 
     def _cancel_parts(self, flight: Flight) -> None:
-        for node in flight.nodes:
+        self._cancel_prefill(flight)
+        node = flight.generate
+        if node is not None:
             self._commands.append(Cancel(node, flight.request.id))
             self._end_part(flight, node)
+
+    def _cancel_prefill(self, flight: Flight) -> None:
+        """Let the prefill node drop what it still does or holds for a request: the node that generates needs it no longer."""
+        node, flight.holds = flight.prefill or flight.holds, None
+        if node is not None and node in self._members:
+            self._commands.append(Cancel(node, flight.request.id))
+        if flight.prefill is not None:
+            self._end_part(flight, flight.prefill)
 
     def _wake(self, flight: Flight, at: float) -> None:
         """Set a request's timer (rule 1)."""
@@ -384,12 +398,14 @@ class Cluster:
                 flight.phase = Phase.STREAMING
                 candidate.computed(first.request)
                 member.pools.predicted.remove(event.node, first.request)
+                self._cancel_prefill(flight)
         for ended in event.ended:
             flight = self._flights.get(ended.request)
             if flight is not None and event.node == flight.generate:
                 self._on_generate_ended(flight, ended)
             elif flight is not None and event.node == flight.prefill:
                 self._end_part(flight, event.node)
+                flight.holds = event.node if ended.reason is FinishReason.PREFILLED else None
         self._start_waiting(member.spec.model)
 
     def _on_generate_ended(self, flight: Flight, ended: Ended) -> None:

@@ -123,8 +123,17 @@ def test_the_prompt_is_computed_on_one_node_and_fetched_by_the_other(make_cluste
         Assign(D0, generate(source=P0, source_tokens=9, source_pending=True)),
     ]
     assert cluster.handle(reported("p0", ended=[end_of(1, FinishReason.PREFILLED, 9)]), 1.0) == []
+    # with its first token the generating node has all it needs: what is held for it may go
+    assert cluster.handle(reported("d0", first=[1]), 2.0) == [Cancel(P0, R1)]
     ended = end_of(1, computed_tokens=9)
-    assert without_timers(cluster.handle(reported("d0", ended=[ended]), 2.0)) == [Complete(R1, ended, 0, 0)]
+    assert without_timers(cluster.handle(reported("d0", ended=[ended]), 3.0)) == [Complete(R1, ended, 0, 0)]
+
+
+def test_a_request_given_up_after_its_prefill_leaves_nothing_held(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0", router=APART)
+    cluster.handle(arrived(), 0.0)
+    cluster.handle(reported("p0", ended=[end_of(1, FinishReason.PREFILLED, 9)]), 1.0)
+    assert cluster.handle(RequestAbandoned(R1), 2.0) == [Cancel(P0, R1), Cancel(D0, R1), ClearTimer(DEADLINE)]
 
 
 def test_the_prefill_node_fetches_what_the_session_generated_elsewhere(make_cluster: MakeCluster) -> None:

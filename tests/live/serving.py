@@ -26,7 +26,7 @@ ROOT = hash_root(b"secret", "weights", "")
 def pool(name: str, kind: PoolKind, nodes: int = 1, engine: str = "profiled", **more: Any) -> PoolConfig:
     """Return a small pool; `more` are fields of the pool."""
     settings = EngineConfig(name=engine, device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=128, threads=1)
-    scheduler = SchedulerConfig(step_tokens_max=64, sequences_max=16, hold_s_max=0.2)
+    scheduler = SchedulerConfig(step_tokens_max=64, sequences_max=16)
     return PoolConfig(**{"name": name, "kind": kind, "nodes": nodes, "engine": settings, "scheduler": scheduler, **more})
 
 
