@@ -1,10 +1,11 @@
-"""Decode speed of the eager engine beside `transformers` and, if there, vLLM's CPU build: same checkpoints, same prompts, one run.
+"""Decode speed of the eager engine beside `transformers` and, if there, vLLM's CPU build: same checkpoints and prompts, one run.
 
-    python -m bench.engine [--json FILE] [--rounds N] [--model NAME ...]
+    python -m bench.engine [--json FILE] [--seconds S] [--model NAME ...]
 
 Three random checkpoints, batches of 1, 8 and 32 prompts of 80 to 120 tokens, greedy, 33 tokens each. Two figures a contender:
 milliseconds a step with the prompt's computation included (what a user of a static batch sees), and of a decode step alone.
-Best of all rounds; contenders alternate, so that what else the machine does hits all of them.
+Best of all rounds; contenders alternate, so that what else the machine does hits all. Run it on an idle machine: PyTorch's
+threads wait for each other by spinning, and one busy core can make a step of a small model take ten times as long.
 
 vLLM runs in its own environment, named by VLLM_PYTHON:
 
@@ -41,6 +42,9 @@ from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 
 OUTPUT_TOKENS = 33
+#: Rounds of each contender at a batch, whatever the time they take.
+ROUNDS_MIN = 2
+ROUNDS_MAX = 40
 BATCHES = (1, 8, 32)
 BLOCK_TOKENS = 64
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -146,19 +150,22 @@ if __name__ == "__main__":
     results = []
     for prompts in job["prompts"]:
         run(prompts, job["tokens"])
-        results.append([(run(prompts, 1), run(prompts, job["tokens"])) for _ in range(job["rounds"])])
+        rows, end = [], time.perf_counter() + job["seconds"]
+        while len(rows) < job["rounds_min"] or (time.perf_counter() < end and len(rows) < job["rounds_max"]):
+            rows.append((run(prompts, 1), run(prompts, job["tokens"])))
+        results.append(rows)
     with open(job["output"], "w") as file:
         json.dump(results, file)
 """
 
 
-def vllm_timings(python: str, directory: Path, rounds: int) -> dict[int, Timing]:
+def vllm_timings(python: str, directory: Path, seconds: float) -> dict[int, Timing]:
     """Time vLLM in its own environment and process."""
     with tempfile.TemporaryDirectory() as folder:
         output, program = Path(folder) / "result.json", Path(folder) / "program.py"
         program.write_text(VLLM_PROGRAM)
         job = {"model": str(directory), "prompts": [prompts_of(batch) for batch in BATCHES], "tokens": OUTPUT_TOKENS}
-        job |= {"rounds": rounds, "output": str(output)}
+        job |= {"seconds": seconds, "rounds_min": ROUNDS_MIN, "rounds_max": ROUNDS_MAX, "output": str(output)}
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         done = subprocess.run(
             [python, str(program), json.dumps(job)], env=environment, capture_output=True, text=True, check=False, timeout=900
@@ -177,20 +184,22 @@ def timing(first_s: float, total_s: float) -> Timing:
     return Timing(1000 * total_s / OUTPUT_TOKENS, 1000 * (total_s - first_s) / (OUTPUT_TOKENS - 1))
 
 
-def measure(directory: Path, rounds: int, vllm_python: str | None) -> dict[str, dict[int, Timing]]:
+def measure(directory: Path, seconds: float, vllm_python: str | None) -> dict[str, dict[int, Timing]]:
     """Return the timings of each contender at each batch."""
     contenders = {"weft": ours(directory), "transformers": theirs(directory)}
     timings: dict[str, dict[int, Timing]] = {name: {} for name in contenders}
     for batch in BATCHES:
         prompts = prompts_of(batch)
-        for round_ in range(rounds + 1):
+        for run in contenders.values():
+            run(prompts)
+        rounds, end = 0, time.perf_counter() + seconds * len(contenders)
+        while rounds < ROUNDS_MIN or (time.perf_counter() < end and rounds < ROUNDS_MAX):
+            rounds += 1
             for name, run in contenders.items():
-                found = timing(*run(prompts))
-                if round_:  # the first warms up
-                    timings[name][batch] = found.best(timings[name].get(batch))
+                timings[name][batch] = timing(*run(prompts)).best(timings[name].get(batch))
     del contenders
     if vllm_python:
-        timings["vllm-cpu"] = vllm_timings(vllm_python, directory, rounds)
+        timings["vllm-cpu"] = vllm_timings(vllm_python, directory, seconds)
     return timings
 
 
@@ -212,7 +221,7 @@ def print_table(model: str, timings: dict[str, dict[int, Timing]], console: Cons
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all timings to FILE")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of which the best counts (default: 3)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each contender and batch (default: 5)")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="only this checkpoint; may be given again")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -224,7 +233,7 @@ def main() -> None:
         family, overrides = MODELS[model]
         with tempfile.TemporaryDirectory() as folder:
             create_checkpoint(Path(folder), family, 1, **overrides)
-            timings = measure(Path(folder), options.rounds, vllm_python)
+            timings = measure(Path(folder), options.seconds, vllm_python)
         print_table(model, timings, console)
         report[model] = {name: {str(batch): asdict(row) for batch, row in rows.items()} for name, rows in timings.items()}
     if options.json:

@@ -1,4 +1,8 @@
-"""The eager engine writes the same tokens as `transformers`, greedily and in float32, however its work is cut up."""
+"""The eager engine writes the same tokens as `transformers`, greedily and in float32, however its work is cut up.
+
+Against float64 both are off by up to 3e-5 in a logit, so where the two largest logits are closer than that either token is
+right: prompts that lead to such a tie (one in hundreds) are left out.
+"""
 
 import json
 import random
@@ -48,7 +52,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moe-raw-weights": ("qwen3_moe", {"layers": 2}, {"norm_topk_prob": False}),
 }
 
-Reference = Callable[[list[int], int], list[int]]
+#: Difference of the two largest logits under which float32 does not tell which is larger.
+TIE = 1e-4
+
+#: Returns the tokens after a prompt, or None if it meets a tie.
+Reference = Callable[[list[int], int], list[int] | None]
 
 
 def load(directory: Path, variant: str) -> tuple[Path, Reference]:
@@ -65,20 +73,25 @@ def load(directory: Path, variant: str) -> tuple[Path, Reference]:
 def reference(path: Path) -> Reference:
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
-    def generate(prompt: list[int], count: int) -> list[int]:
+    def generate(prompt: list[int], count: int) -> list[int] | None:
         ids = torch.tensor([prompt])
+        wanted = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return output[0, len(prompt) :].tolist()
+            mask = torch.ones_like(ids)
+            output = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **wanted)
+            best = torch.cat(output.logits).topk(2).values
+        tied = bool((best[:, 0] - best[:, 1] < TIE).any())
+        return None if tied else output.sequences[0, len(prompt) :].tolist()
 
     return generate
+
+
+def without_ties(generate: Reference, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return prompts and what follows them; at most one in ten is left out."""
+    pairs = [(prompt, generate(prompt, count)) for prompt in prompts]
+    kept = [(prompt, tokens) for prompt, tokens in pairs if tokens is not None]
+    assert len(kept) >= 0.9 * len(prompts)
+    return [prompt for prompt, _ in kept], [tokens for _, tokens in kept]
 
 
 def engine_of(path: Path, blocks: int = 1024) -> EagerEngine:
@@ -172,8 +185,7 @@ def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     path, generate = load(tmp_path, variant)
-    prompts = prompts_of(1, [1, 15, 16, 17, 90, 201])
-    expected = [generate(prompt, 12) for prompt in prompts]
+    prompts, expected = without_ties(generate, prompts_of(1, [1, 15, 16, 17, 90, 201]), 12)
     for together in (1, 4):
         assert Conductor(engine_of(path), engine_of(path), seed=together).run(prompts, 12, together) == expected
 
@@ -183,8 +195,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
 def test_tokens_are_those_of_transformers_for_many_prompts(tmp_path: Path, variant: str) -> None:
     path, generate = load(tmp_path, variant)
     source = random.Random(2)
-    prompts = prompts_of(3, [source.randint(1, 1500) for _ in range(30)])
-    expected = [generate(prompt, 48) for prompt in prompts]
+    prompts, expected = without_ties(generate, prompts_of(3, [source.randint(1, 1500) for _ in range(30)]), 48)
     for together in (1, 8):
         for seed in range(3):
             conductor = Conductor(engine_of(path), engine_of(path), seed)
@@ -211,6 +222,5 @@ def test_sharded_checkpoints_and_dense_layers_load(tmp_path: Path) -> None:
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"mlp_only_layers": [1]}))
     torch.set_num_threads(1)
-    generate = reference(path)
-    prompts = prompts_of(4, [9, 40])
-    assert Conductor(engine_of(path), engine_of(path), 1).run(prompts, 12, 2) == [generate(prompt, 12) for prompt in prompts]
+    prompts, expected = without_ties(reference(path), prompts_of(4, [9, 40]), 12)
+    assert Conductor(engine_of(path), engine_of(path), 1).run(prompts, 12, 2) == expected
