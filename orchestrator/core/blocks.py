@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import chain
+from typing import cast
 
 from orchestrator.core.types import BlockHash
 
@@ -15,10 +16,10 @@ HASH_BYTES = 16
 TOKEN_BYTES = 4
 #: blake2b takes no longer key; a longer secret is hashed down to one.
 SECRET_BYTES_MAX = 64
-#: Hashes unpacked by one call into C.
-RUN_HASHES = 64
-_RUN = struct.Struct(f"{HASH_BYTES}s" * RUN_HASHES)
-_RUN_BYTES = HASH_BYTES * RUN_HASHES
+#: Hashes unpacked by one call into C at most.
+RUN_HASHES = 256
+#: By the number of hashes.
+_RUNS = tuple(struct.Struct(f"{HASH_BYTES}s" * count) for count in range(RUN_HASHES + 1))
 
 
 def hash_root(secret: bytes, fingerprint: str, salt: str) -> BlockHash:
@@ -61,10 +62,12 @@ def split_hashes(packed: bytes) -> tuple[BlockHash, ...]:
     """Return the hashes in a packed run. Raises `ValueError` if its length is no multiple of a hash's."""
     if len(packed) % HASH_BYTES:
         raise ValueError(f"{len(packed)} bytes are no whole number of {HASH_BYTES}-byte hashes")
-    whole = len(packed) // _RUN_BYTES * _RUN_BYTES
-    rest = packed[whole:]
-    runs = _RUN.iter_unpack(memoryview(packed)[:whole])
-    return tuple(chain(chain.from_iterable(runs), struct.unpack(f"{HASH_BYTES}s" * (len(rest) // HASH_BYTES), rest)))
+    count = len(packed) // HASH_BYTES
+    if count <= RUN_HASHES:
+        return cast(tuple[BlockHash, ...], _RUNS[count].unpack(packed))
+    whole = count // RUN_HASHES * RUN_HASHES * HASH_BYTES
+    runs = _RUNS[RUN_HASHES].iter_unpack(memoryview(packed)[:whole])
+    return (*chain.from_iterable(runs), *_RUNS[count % RUN_HASHES].unpack(packed[whole:]))
 
 
 def blocks_for(tokens: int, block_tokens: int) -> int:

@@ -99,17 +99,23 @@ class _Holders(dict[BlockHash, int]):
 class _Node:
     """What is believed of one node."""
 
-    __slots__ = ("bit", "blocks", "blocks_max", "sequence", "slot", "trust")
+    __slots__ = ("alone", "bit", "blocks", "blocks_max", "sequence", "slot", "trust")
 
     def __init__(self, slot: int, blocks_max: int) -> None:
-        self.slot = slot
-        self.bit = 1 << slot
+        self.move(slot)
         self.blocks_max = blocks_max
         #: Blocks it is believed to hold.
         self.blocks = 0
         #: Number of the last batch applied; None: only a batch that starts over is of use.
         self.sequence: int | None = None
         self.trust = Trust.BLIND
+
+    def move(self, slot: int) -> None:
+        """Give the node a slot of which no block knows."""
+        self.slot = slot
+        self.bit = 1 << slot
+        #: What is stored for a block that only this node holds; one object, because comparing it with itself costs least.
+        self.alone = ~self.bit
 
 
 class KvIndex:
@@ -247,21 +253,34 @@ class KvIndex:
         assert used == list(range(self._slots)), f"slots {used} are not 0 to {self._slots - 1}"
 
     def _store(self, node: _Node, run: StoredRun) -> bool:
-        """Note blocks as held; False if that cannot be: their parent is not held, or there are more than fit the pool."""
+        """Note blocks as held; False if that cannot be: their parent is not held, or there are more than fit the pool.
+
+        Blocks are nearly always new to the index: they are put in and asked for in one pass, and only those that were there
+        already are gone through again.
+        """
         bit, holders = node.bit, self._holders
         if run.parent is not None and holders[run.parent] & bit:
             return False
-        new = holders.keys().isdisjoint(run.hashes)
-        for value, members in [(NOBODY, run.hashes)] if new else self._grouped(run.hashes):
-            if value & bit:
-                node.blocks += self._replace(members, value & ~bit)
+        before = len(holders)
+        values = list(map(holders.setdefault, run.hashes, repeat(node.alone)))
+        node.blocks += len(holders) - before
+        if values.count(node.alone) < len(values):
+            for value, members in self._grouped(run.hashes):
+                if value & bit:
+                    node.blocks += self._replace(members, value & ~bit)
         return node.blocks <= node.blocks_max
 
     def _remove(self, node: _Node, hashes: Sequence[BlockHash]) -> None:
+        """Note blocks as not held; those that others hold, taken out in the same pass, are put back without the node."""
         bit, holders = node.bit, self._holders
-        for value, members in self._grouped(hashes):
-            if not value & bit:
-                node.blocks -= self._replace(members, value | bit) if value | bit != NOBODY else self._delete(members)
+        before = len(holders)
+        values = list(map(holders.pop, hashes, repeat(NOBODY)))
+        if values.count(node.alone) == len(values):
+            node.blocks -= before - len(holders)
+        else:
+            found = {block: value for block, value in zip(hashes, values, strict=True) if value != NOBODY}
+            holders.update({block: value | bit for block, value in found.items() if value | bit != NOBODY})
+            node.blocks -= sum(not value & bit for value in found.values())
         assert node.blocks >= 0, f"slot {node.slot} holds {node.blocks} blocks of {len(holders)}"
 
     def _replace(self, members: Sequence[BlockHash], value: int) -> int:
@@ -298,8 +317,7 @@ class KvIndex:
         """Let a node hold nothing, under a slot that no block mentions."""
         if node.blocks:
             self._retire(node)
-            node.slot = self._take_slot()
-            node.bit = 1 << node.slot
+            node.move(self._take_slot())
             node.blocks = 0
 
     def _retire(self, node: _Node) -> None:
