@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.core.cluster import REPLAY_S, REPLAYS_MAX, Cluster
 from orchestrator.core.commands import (
@@ -23,6 +24,7 @@ from orchestrator.core.events import (
     NodeLost,
     NodeReported,
     RequestAbandoned,
+    RequestArrived,
     TimerFired,
 )
 from orchestrator.core.kvindex import Trust
@@ -50,7 +52,7 @@ APART = RouterConfig(disaggregation_tokens_min=0)
 DEADLINE = TimerKey("request:1")
 
 
-def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, **changes: object) -> Assignment:
+def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, **changes: Any) -> Assignment:
     """Return what a node is given to generate 8 tokens."""
     part = Assignment(RequestId(request), Role.GENERATE, tokens, prompt_hashes(prompt), 8)
     return replace(part, **changes)
@@ -331,7 +333,7 @@ def test_an_abandoned_request_leaves_the_queue(make_cluster: MakeCluster) -> Non
     assert cluster.handle(reported("a0"), 3.0) == []
 
 
-def status(cluster: Cluster, event: object, now: float = 1.0) -> int | None:
+def status(cluster: Cluster, event: RequestArrived, now: float = 1.0) -> int | None:
     """Return the HTTP status with which an arrival is refused, None if it is not."""
     refusals = [command for command in cluster.handle(event, now) if isinstance(command, Refuse)]
     return refusals[0].status if refusals else None
