@@ -76,6 +76,8 @@ class DriverLimits:
     unsent_max: int = 1_000_000
     #: Seconds after which a gateway that gets no tokens hears of a changed load.
     load_s: float = 0.1
+    #: Seconds between two frames to one gateway at least: steps shorter than that share one.
+    frame_s_min: float = 0.001
     transfer: TransferLimits = field(default_factory=TransferLimits)
 
 
@@ -321,8 +323,12 @@ class NodeDriver:
     async def _write_frames(self, outbox: Outbox, stream: GatewayStream, welcome: node_pb2.Welcome) -> None:
         first = node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self._core.load()), draining=self._draining)
         await stream.write(first)
+        due = 0.0
         while True:
             await outbox.awake()
+            if (wait_s := due - self._loop.time()) > 0.0:
+                await asyncio.sleep(wait_s)
+            due = self._loop.time() + self._limits.frame_s_min
             frame = outbox.take(self._core.load(), self._draining)
             outbox.loads_seen = self._loads
             await stream.write(frame)

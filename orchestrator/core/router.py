@@ -111,7 +111,8 @@ class _Prompt:
         hit = min(blocks * spec.block_tokens, self.tokens - 1)
         compute_s = prompt_seconds(profile, self.tokens - hit, hit, spec.step_tokens_max)
         fetch_s = rest_s = inf
-        if self.reach_blocks > blocks:
+        # The nominal profile of nodes that compute in no time is for ranking alone: they have nothing to gain from a peer.
+        if self.reach_blocks > blocks and spec.profile.prefill_token_s > 0.0:
             reach = min(self.reach_blocks * spec.block_tokens, self.tokens - 1)
             fetch_s = fetch_seconds(profile, (self.reach_blocks - blocks) * spec.block_bytes)
             rest_s = prompt_seconds(profile, self.tokens - reach, reach, spec.step_tokens_max)

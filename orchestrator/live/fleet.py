@@ -15,6 +15,7 @@ import asyncio
 import math
 import os
 import secrets
+import socket
 import time
 import traceback
 from collections import deque
@@ -56,6 +57,8 @@ PING_S = 5.0
 PINGS_MISSED_MAX = 3
 #: Seconds a stopping process gets to close what it holds.
 STOP_S = 5.0
+#: Seconds a Ray cluster's address gets to take a connection.
+CONNECT_S = 5.0
 #: Lines of news kept for the command.
 NEWS_MAX = 1000
 #: Seconds between two looks of the command at its cluster.
@@ -524,6 +527,7 @@ class Fleet:
             if self._address is None:
                 _start_ray(self._config)
             else:
+                _look_for_ray(self._address)
                 ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
             where = "here" if self._address is None else f"at {self._address}"
@@ -590,10 +594,31 @@ class Fleet:
         return drained
 
 
+def _look_for_ray(address: str) -> None:
+    """See that something listens at an address: Ray itself would try for minutes. Raises `OSError`."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    loopback = host in ("127.0.0.1", "localhost")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+        if loopback:
+            _keep_to_loopback()
+    except OSError:
+        if not loopback:
+            raise
+        # By a loopback address Ray means the machine's own.
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), CONNECT_S).close()
+
+
+def _keep_to_loopback() -> None:
+    """Make Ray take a loopback address as it is: it does so only where it believes that it cannot form a cluster."""
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
 def _start_ray(config: ClusterConfig) -> None:
     """Start Ray on this machine for this process alone, on the loopback address."""
-    # Ray replaces a loopback address by the machine's own unless it believes that it cannot form a cluster here.
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    _keep_to_loopback()
     asked = sum(member.bundle.get("CPU", 0.0) for member in members_of(config))
     ray.init(
         address="local",

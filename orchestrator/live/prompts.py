@@ -165,7 +165,7 @@ class PromptTokeniser:
         return Prompt(tokens=tokens, count=len(tokens) // TOKEN_BYTES, hashes=tuple(hashes), hash_root=root)
 
     def _small(self, text: str, root: BlockHash, prefixed: bool) -> Prompt:
-        packed = array("I", self._tokenizer.encode(text, add_special_tokens=False).ids).tobytes()
+        packed = array("I", self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids).tobytes()
         return self.adopt(self._prefix + packed if prefixed else packed, root)
 
     # --- finding what is shared ---------------------------------------------------------------------------------------

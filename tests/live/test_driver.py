@@ -94,7 +94,12 @@ def test_cancelling_is_final_and_harmless_to_repeat(model_dir: Path) -> None:
         async with cluster(together(profile=SLOW), model_dir) as served:
             stream = served.driver.start(turn(range(30), 500))
             await stream.read()
-            reading = asyncio.ensure_future(stream.read())
+
+            async def read_on() -> None:
+                while True:
+                    await stream.read()
+
+            reading = asyncio.ensure_future(read_on())
             await asyncio.sleep(0)
             stream.cancel()
             stream.cancel()

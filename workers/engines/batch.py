@@ -62,8 +62,8 @@ class StepBatch:
     write_index: Tensor
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[PromptChunk, ...]
-    #: Rows whose next token is wanted, in the order of `order`.
-    sampled_rows: Tensor
+    #: Rows whose next token is wanted, in the order of `sampled_slices`; None: all, in order.
+    sampled_rows: Tensor | None
     #: Indexes of the slices that sample, in the order of `sampled_rows`.
     sampled_slices: tuple[int, ...]
 
@@ -94,6 +94,7 @@ class BatchBuilder:
             token_ids, positions = (np.pad(values, (0, rows - tokens)) for values in (token_ids, positions))
         last_rows = self._last_rows(slices, decodes, chunks)
         sampled = [(row, number) for row, number in last_rows if slices[number].sample]
+        everything = len(sampled) == rows
         return StepBatch(
             rows=rows,
             tokens=tokens,
@@ -103,7 +104,7 @@ class BatchBuilder:
             write_index=self._to_device(write_index),
             decodes=tuple(self._decode_groups(slices, sequences, decodes)),
             chunks=tuple(self._prompt_chunks(slices, sequences, chunks, len(decodes))),
-            sampled_rows=self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
+            sampled_rows=None if everything else self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
             sampled_slices=tuple(number for _, number in sampled),
         )
 

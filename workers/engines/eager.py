@@ -27,6 +27,10 @@ from workers.engines.weights import Weights
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
 CPU_POOL_BYTES_MAX = 2 * 1024**3
 
+#: Multiply-adds of a step up to which one CPU thread does it. More threads gain little then, and each of a step's many small
+#: products would wait for a thread that the system may have put off: on a busy machine that was measured to cost tenfold.
+SINGLE_THREAD_OPERATIONS_MAX = 40_000_000
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
 
 
@@ -58,8 +62,8 @@ class EagerEngine:
         device = _device(config.device)
         dtype = _DTYPES[shape.dtype if config.dtype == "auto" else config.dtype]
         context = _context(config, shape)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        self._threads = config.threads or torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         with torch.inference_mode():
             self._model = Model(Weights(model_dir), shape, dtype, device)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
@@ -108,6 +112,8 @@ class EagerEngine:
         if not numbers:
             return outputs
         batch = self._batches.build(slices, sequences, numbers)
+        small = batch.rows * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
+        torch.set_num_threads(1 if small else self._threads)
         logits = self._model.logits(batch, self._pool)
         if batch.sampled_slices:
             chosen = sample(logits, [sequences[number] for number in batch.sampled_slices])
@@ -115,6 +121,7 @@ class EagerEngine:
                 outputs[number] = output
         elif logits.is_cuda:
             torch.cuda.synchronize(logits.device)
+        torch.set_num_threads(self._threads)
         return outputs
 
     def pause_s(self, slices: Sequence[Slice]) -> float:

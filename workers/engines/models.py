@@ -40,7 +40,13 @@ class Model:
         tied = shape.tied and not weights.has("lm_head.weight")
         head = embedding if tied else weights.take("lm_head.weight", (shape.vocabulary, shape.hidden))
         self._head = make_linear(_scaled(head, gain), None, dtype, device)
+        self._row_operations = _row_operations(shape)
         self._rotations = _Rotations(shape.rope, shape.head_dim, device)
+
+    @property
+    def row_operations(self) -> int:
+        """Multiply-adds of one row, attention aside."""
+        return self._row_operations
 
     def logits(self, batch: StepBatch, pool: KvPool) -> Tensor:
         """Compute a step; return [sampled rows, vocabulary] in the model's dtype. Writes the rows' keys and values."""
@@ -48,7 +54,18 @@ class Model:
         rotation = self._rotations.at(batch.positions, batch.positions_max)
         for number, layer in enumerate(self._layers):
             state = layer.forward(state, rotation, batch, pool, number)
-        return self._head(self._norm(state.index_select(0, batch.sampled_rows)))
+        return self._head(self._norm(state))
+
+
+def _row_operations(shape: ModelShape) -> int:
+    """Return the weights that one token is multiplied with in all layers."""
+    attention = 2 * (shape.queries_width + shape.keys_width) * shape.hidden
+    mlp = 3 * shape.hidden * shape.intermediate
+    if shape.experts is None:
+        return shape.layers * (attention + mlp)
+    sparse = 3 * shape.hidden * shape.experts.intermediate * shape.experts.per_token
+    count = len(shape.experts.layers)
+    return shape.layers * attention + count * sparse + (shape.layers - count) * mlp
 
 
 class _Norm:
@@ -113,6 +130,7 @@ class _Layer:
         self._mlp_norm, gain = loader.norm(prefix + "post_attention_layernorm.weight")
         sparse = shape.experts is not None and number in shape.experts.layers
         self._mlp = loader.experts(prefix + "mlp.", gain) if sparse else loader.mlp(prefix + "mlp.", gain)
+        self._last = number == shape.layers - 1
 
     def forward(self, state: Tensor, rotation: Tensor, batch: StepBatch, pool: KvPool, number: int) -> Tensor:
         shape = self._shape
@@ -126,7 +144,11 @@ class _Layer:
             rows[:, : self._queries_keys] = turned.view(batch.rows, -1)
         keys_values = rows[: batch.tokens, shape.queries_width :].view(batch.tokens, 2 * shape.kv_heads, shape.head_dim)
         pool.write(number, batch.write_index, keys_values)
-        state = self._output.add_to(state, attend(rows, batch, pool, number, shape))
+        attended = attend(rows, batch, pool, number, shape)
+        if self._last and batch.sampled_rows is not None:
+            # Nobody looks at the other rows any more; most of a prompt is spared the last MLP.
+            state, attended = state[batch.sampled_rows], attended[batch.sampled_rows]
+        state = self._output.add_to(state, attended)
         return self._mlp.add_to(state, self._mlp_norm(state))
 
 
