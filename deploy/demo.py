@@ -68,7 +68,7 @@ def run_demo(as_json: bool) -> bool:
     if as_json:
         print(json.dumps({str(policy): asdict(one) | {"hit_rate": one.hit_rate} for policy, one in outcomes.items()}, indent=2))
     else:
-        _show(config, outcomes, out)
+        show_outcomes(config, outcomes, out)
     return not any(outcome.failures for outcome in outcomes.values())
 
 
@@ -134,7 +134,8 @@ def _quantile(values: Sequence[float], percent: int) -> float:
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else sum(values)
 
 
-def _show(config: ClusterConfig, outcomes: Mapping[RouterPolicy, Outcome], out: Console) -> None:
+def show_outcomes(config: ClusterConfig, outcomes: Mapping[RouterPolicy, Outcome], out: Console) -> None:
+    """Print the demo's table."""
     nodes = ", ".join(f"{pool.nodes} {pool.kind}" for pool in config.pools)
     out.print(
         f"One agent session, a main agent and six sub-agents, on {nodes} nodes. Both columns were run here.", highlight=False
