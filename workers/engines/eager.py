@@ -59,7 +59,7 @@ class EagerEngine:
             ConfigError: for a device, a context or a memory size that cannot be had.
         """
         shape = read_shape(model_dir)
-        device = _device(config.device)
+        device = self._device = _device(config.device)
         dtype = _DTYPES[shape.dtype if config.dtype == "auto" else config.dtype]
         context = _context(config, shape)
         self._threads = config.threads or torch.get_num_threads()
@@ -115,12 +115,12 @@ class EagerEngine:
         small = batch.rows * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
         torch.set_num_threads(1 if small else self._threads)
         logits = self._model.logits(batch, self._pool)
-        if batch.sampled_slices:
+        if logits is not None:
             chosen = sample(logits, [sequences[number] for number in batch.sampled_slices])
             for number, output in zip(batch.sampled_slices, chosen, strict=True):
                 outputs[number] = output
-        elif logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
+        elif self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         torch.set_num_threads(self._threads)
         return outputs
 

@@ -48,13 +48,16 @@ class Model:
         """Multiply-adds of one row, attention aside."""
         return self._row_operations
 
-    def logits(self, batch: StepBatch, pool: KvPool) -> Tensor:
-        """Compute a step; return [sampled rows, vocabulary] in the model's dtype. Writes the rows' keys and values."""
+    def logits(self, batch: StepBatch, pool: KvPool) -> Tensor | None:
+        """Compute a step; return [sampled rows, vocabulary] in the model's dtype, None if none is sampled.
+
+        Writes the rows' keys and values into the pool.
+        """
         state = functional.embedding(batch.token_ids, self._embedding).float()
         rotation = self._rotations.at(batch.positions, batch.positions_max)
         for number, layer in enumerate(self._layers):
             state = layer.forward(state, rotation, batch, pool, number)
-        return self._head(self._norm(state))
+        return self._head(self._norm(state)) if len(state) else None
 
 
 def _row_operations(shape: ModelShape) -> int:
@@ -148,6 +151,8 @@ class _Layer:
         if self._last and batch.sampled_rows is not None:
             # Nobody looks at the other rows any more; most of a prompt is spared the last MLP.
             state, attended = state[batch.sampled_rows], attended[batch.sampled_rows]
+            if not len(state):
+                return state
         state = self._output.add_to(state, attended)
         return self._mlp.add_to(state, self._mlp_norm(state))
 
