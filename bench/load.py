@@ -139,10 +139,9 @@ class Connection(asyncio.Protocol):
             self._done()
 
     def _take_chunked(self, data: bytes) -> None:
+        self.first_at = self.first_at or time.perf_counter()
         window = self._tail + data
         seen = window.count(EVENT)
-        if seen and not self.first_at:
-            self.first_at = time.perf_counter()
         self.events += seen
         last = window.rfind(EVENT)
         self._tail = window[max(last + len(EVENT) if last >= 0 else 0, len(window) - 16) :]

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -37,6 +37,7 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
+from orchestrator.core.sessions import ReprefillReason
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -221,6 +222,11 @@ class ClusterDriver:
     def ready(self) -> bool:
         """True while every model has at least one node that generates."""
         return self._ready
+
+    @property
+    def reprefilled_tokens(self) -> Mapping[ReprefillReason, int]:
+        """Prompt tokens computed so far, by why they had to be; changes as turns end."""
+        return self._core.sessions.reprefilled_tokens
 
     # --- membership ---------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class Front:
         self._grpc_address = ""
         self._metrics = Metrics(number, config.gateway.count, pools)
         self._driver = ClusterDriver(number, config, self._metrics, fatal)
+        self._metrics.attach(self._driver.reprefilled_tokens)
         self._health = HealthServer()
         secret = config.cluster.secret.encode()
         page, status = self._metrics.render, self.status

@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 
 from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart
 from orchestrator.core.events import ClusterEvent, Ended, NodeJoined, NodeLost, NodeReported, RequestAbandoned, RequestArrived
+from orchestrator.core.sessions import ReprefillReason
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -230,7 +231,9 @@ class Metrics(Collector):
         self._requests: Tally[Labels] = Tally()
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
-        self._reprefilled: Tally[Labels] = Tally()
+        #: Prompt tokens of requests that were started over, and what the core counts by reason.
+        self._restarted_tokens = 0
+        self._by_reason: Mapping[ReprefillReason, int] = {}
         #: By node and pool: parts of this gateway's requests that ended there, and the tokens they computed.
         self._parts: Tally[Labels] = Tally()
         self._computed_tokens: Tally[Labels] = Tally()
@@ -265,6 +268,10 @@ class Metrics(Collector):
     def render(self) -> bytes:
         """Return the exposition, of `CONTENT_TYPE`."""
         return generate_latest(self.registry)
+
+    def attach(self, reprefilled: Mapping[ReprefillReason, int]) -> None:
+        """Export what the core's sessions say of computed prompt tokens; the mapping is read at each scrape."""
+        self._by_reason = reprefilled
 
     # --- from the driver ----------------------------------------------------------------------------------------------
 
@@ -314,7 +321,7 @@ class Metrics(Collector):
             case Restart(request, _):
                 flight = self._flights.get(request)
                 if flight is not None:
-                    self._reprefilled[("restart",)] += flight.prompt_tokens
+                    self._restarted_tokens += flight.prompt_tokens
                     flight.pool = None
             case Refuse() | Abort():
                 self._flights.pop(command.request, None)
@@ -330,8 +337,6 @@ class Metrics(Collector):
         self._input_tokens[labels] += flight.prompt_tokens
         self._cached_tokens[labels] += command.cached_tokens
         self._hit_error.child(flight.model).observe(abs(missed))
-        if missed > 0:
-            self._reprefilled[("stale_index",)] += missed
 
     def _on_joined(self, spec: NodeSpec) -> None:
         self._models[spec.model] = None
@@ -397,7 +402,10 @@ class Metrics(Collector):
         yield _counter("weft_cached_tokens", "Those of them that were not computed again.", (*names, "tier"), cached)
         yield _counter("weft_output_tokens", "Tokens delivered.", names, self.output_tokens)
         text = "Prompt tokens computed although they had been computed before."
-        yield _counter("weft_reprefilled_tokens", text, ("reason",), self._reprefilled)
+        again: dict[Labels, float] = {
+            (str(reason),): count for reason, count in self._by_reason.items() if reason is not ReprefillReason.NEW
+        }
+        yield _counter("weft_reprefilled_tokens", text, ("reason",), again | {("restarted",): self._restarted_tokens})
 
     def _node_families(self) -> Iterable[Metric]:
         up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._exported()}

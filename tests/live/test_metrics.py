@@ -4,6 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.core.commands import Assign, Complete, Restart
 from orchestrator.core.events import Ended, NodeJoined, NodeLost, NodeReported, RequestArrived
+from orchestrator.core.sessions import ReprefillReason
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -117,8 +118,9 @@ def test_a_wrong_prediction_and_a_restart_are_told_as_tokens_computed_again() ->
     metrics.observe(0.0, arrived(), [assign()])
     metrics.observe(0.1, NodeLost(NodeId("decode-0"), "killed"), [Restart(RequestId(1), "node lost"), assign(node="decode-1")])
     metrics.observe(0.2, NodeReported(NodeId("decode-1"), Load()), [complete(cached=16, predicted=32)])
-    assert value(metrics, "weft_reprefilled_tokens_total", reason="restart") == 40
-    assert value(metrics, "weft_reprefilled_tokens_total", reason="stale_index") == 16
+    assert value(metrics, "weft_reprefilled_tokens_total", reason="restarted") == 40
+    metrics.attach({ReprefillReason.NEW: 100, ReprefillReason.EVICTED: 16})
+    assert value(metrics, "weft_reprefilled_tokens_total", reason="evicted") == 16
     assert value(metrics, "weft_route_hit_error_tokens_bucket", model="default", le="16.0") == 1
 
 
