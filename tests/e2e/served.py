@@ -142,3 +142,11 @@ def descendants(root: int) -> list[int]:
         found += children
         wanted += children
     return found
+
+
+def command_of(process: int) -> str:
+    """Return a process's command line, empty if it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from deploy.files import LOCAL_CLUSTER
-from tests.e2e.served import NotServing, Served, owner_of_port
+from tests.e2e.served import NotServing, Served, command_of, descendants, owner_of_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -148,6 +148,16 @@ def test_a_killed_gateway_comes_back_on_its_port(default: Served) -> None:
             assert (await complete(client, prompt(1), 8))[1] == 8
 
     asyncio.run(run())
+
+
+def test_a_killed_controller_takes_the_cluster_over_again_and_goes_on_healing(default: Served) -> None:
+    controllers = [pid for pid in descendants(default.process.pid) if "ray::Controller" in command_of(pid)]
+    assert len(controllers) == 1
+    os.kill(controllers[0], signal.SIGKILL)
+    before = default.node("decode-0")["incarnation"]
+    os.kill(pid_of(default, "decode-0"), signal.SIGKILL)
+    default.until(lambda _: default.node("decode-0")["incarnation"] > before, within_s=2 * HEALED_S)
+    assert default.stop() == 0
 
 
 def test_sigterm_lets_what_runs_end_and_takes_nothing_new(default: Served) -> None:
