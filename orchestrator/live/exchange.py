@@ -4,10 +4,10 @@ This does not know what is asked; see `gateway.py`.
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, MutableMapping
 from types import TracebackType
 from typing import Any
-from uuid import uuid4
 
 from orchestrator.live.openai_api import ApiError
 
@@ -140,7 +140,7 @@ class Watch:
 def _request_id(given: bytes | None) -> bytes:
     if given and len(given) <= _REQUEST_ID_CHARS_MAX and all(33 <= byte <= 126 for byte in given):
         return given
-    return uuid4().hex.encode()
+    return b"%032x" % random.getrandbits(128)
 
 
 def _too_large(bytes_max: int) -> ApiError:

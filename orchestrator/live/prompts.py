@@ -125,6 +125,8 @@ class PromptTokeniser:
         self._by_session: dict[SessionKey, _Entry] = {}
         #: What was last stored with a text that starts so.
         self._by_rung: dict[int, _Entry] = {}
+        #: Short texts, found whole or not at all: at most `prompts_max`, least recently used first.
+        self._short: OrderedDict[tuple[str, BlockHash, bool], Prompt] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -165,8 +167,16 @@ class PromptTokeniser:
         return Prompt(tokens=tokens, count=len(tokens) // TOKEN_BYTES, hashes=tuple(hashes), hash_root=root)
 
     def _small(self, text: str, root: BlockHash, prefixed: bool) -> Prompt:
+        key = text, root, prefixed
+        prompt = self._short.get(key)
+        if prompt is not None:
+            self._short.move_to_end(key)
+            return prompt
         packed = array("I", self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids).tobytes()
-        return self.adopt(self._prefix + packed if prefixed else packed, root)
+        prompt = self._short[key] = self.adopt(self._prefix + packed if prefixed else packed, root)
+        if len(self._short) > self._prompts_max:
+            self._short.popitem(last=False)
+        return prompt
 
     # --- finding what is shared ---------------------------------------------------------------------------------------
 
