@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from serving import BLOCK_TOKENS, cluster, finish, run, split, together, turn
 
 import orchestrator.live.driver as live_driver
 from orchestrator.core.commands import Cancel
@@ -12,6 +11,7 @@ from orchestrator.core.events import NodeLost, RequestAbandoned
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, RequestId
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
+from tests.live.serving import BLOCK_TOKENS, cluster, finish, run, split, together, turn
 from workers.engines.checkpoint import default_model_path
 
 NODE = NodeId("both-0")

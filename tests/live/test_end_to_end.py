@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 
 import pytest
-from serving import BLOCK_TOKENS, cluster, finish, patient, pool, run, split, together, turn
 
 from orchestrator.core.commands import Assign, RequestReplay, Restart
 from orchestrator.core.config import ClusterConfig
@@ -13,6 +12,7 @@ from orchestrator.core.events import NodeJoined, NodeLost
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
+from tests.live.serving import BLOCK_TOKENS, cluster, finish, patient, pool, run, split, together, turn
 from workers.engines.checkpoint import create_checkpoint
 
 VOCABULARY = 512

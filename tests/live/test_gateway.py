@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from scripted import MODEL, Script, Served, make_model, serve
 
 from orchestrator.core.types import ServiceClass, SessionId
 from orchestrator.live.exchange import CLIENT_GONE
 from orchestrator.live.models import ModelText, ModelUnusable
 from orchestrator.live.proxy import owner_of
+from tests.live.scripted import MODEL, Script, Served, make_model, serve
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}]}
 CHAT = "/v1/chat/completions"

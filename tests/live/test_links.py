@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from serving import pool, run, turn
 
 from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, request_id
 from orchestrator.live.links import NodeLink
 from orchestrator.wire import node_pb2
+from tests.live.serving import pool, run, turn
 from workers.engines.checkpoint import default_model_path
 from workers.server import NodeServer
 

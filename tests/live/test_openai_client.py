@@ -8,11 +8,11 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
-from scripted import KEYS, MODEL, Script, Served, make_model, serve
 
 from orchestrator.core.types import FinishReason
 from orchestrator.live.models import ModelText
 from orchestrator.live.turns import TurnFailed
+from tests.live.scripted import KEYS, MODEL, Script, Served, make_model, serve
 
 USER = [{"role": "user", "content": "Hi there"}]
 WEATHER = {
