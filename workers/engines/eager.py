@@ -29,7 +29,7 @@ CPU_POOL_BYTES_MAX = 2 * 1024**3
 
 #: Multiply-adds of a step up to which one CPU thread does it. More threads gain little then, and each of a step's many small
 #: products would wait for a thread that the system may have put off: on a busy machine that was measured to cost tenfold.
-SINGLE_THREAD_OPERATIONS_MAX = 40_000_000
+SINGLE_THREAD_OPERATIONS_MAX = 10_000_000
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
 
