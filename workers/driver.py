@@ -76,7 +76,7 @@ class DriverLimits:
     unsent_max: int = 1_000_000
     #: Seconds after which a gateway that gets no tokens hears of a changed load.
     load_s: float = 0.1
-    #: Seconds between two frames to one gateway at least: steps shorter than that share one.
+    #: Seconds between two frames to one gateway at least, unless one has a first token or an end: shorter steps share one.
     frame_s_min: float = 0.001
     transfer: TransferLimits = field(default_factory=TransferLimits)
 
@@ -313,6 +313,7 @@ class NodeDriver:
 
     def _lose(self, outbox: Outbox) -> None:
         """Give a gateway up: drop what waits for it and end its requests."""
+        outbox.cancel_timer()
         if outbox.grace is not None:
             outbox.grace.cancel()
         if outbox.stream is not None:
@@ -323,12 +324,9 @@ class NodeDriver:
     async def _write_frames(self, outbox: Outbox, stream: GatewayStream, welcome: node_pb2.Welcome) -> None:
         first = node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self._core.load()), draining=self._draining)
         await stream.write(first)
-        due = 0.0
         while True:
             await outbox.awake()
-            if (wait_s := due - self._loop.time()) > 0.0:
-                await asyncio.sleep(wait_s)
-            due = self._loop.time() + self._limits.frame_s_min
+            outbox.due = self._loop.time() + self._limits.frame_s_min
             frame = outbox.take(self._core.load(), self._draining)
             outbox.loads_seen = self._loads
             await stream.write(frame)
@@ -400,13 +398,21 @@ class NodeDriver:
             if outbox.unsent > self._limits.unsent_max:
                 self._loop.call_soon(self._drop_slow, outbox)
             elif outbox.pending:
-                outbox.wake()
+                self._wake_in_time(outbox)
             else:
                 stale = True
         if stale and self._load_timer is None:
             self._load_timer = self._loop.call_later(self._limits.load_s, self._send_loads)
         if self._draining and self._quiet:
             self._idle.set()
+
+    def _wake_in_time(self, outbox: Outbox) -> None:
+        """Have a frame sent: at once if it is urgent, else not too soon after the last one."""
+        wait_s = outbox.due - self._loop.time()
+        if wait_s <= 0.0 or outbox.urgent:
+            outbox.wake()
+        elif outbox.timer is None:
+            outbox.timer = self._loop.call_later(wait_s, outbox.wake)
 
     def _drop_slow(self, outbox: Outbox) -> None:
         if self._outboxes.get(outbox.gateway) is outbox:
@@ -454,6 +460,7 @@ class NodeDriver:
             if timer is not None:
                 timer.cancel()
         for outbox in self._outboxes.values():
+            outbox.cancel_timer()
             if outbox.stream is not None:
                 outbox.stream.cancel()
         self._exports.close()

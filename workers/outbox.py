@@ -17,8 +17,8 @@ class Outbox:
     """One gateway's pending frame and the state of its stream."""
 
     __slots__ = (
-        "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "frames_received", "frames_sent",
-        "gateway", "grace", "incarnation", "loads_seen", "requests", "stream", "tokens",
+        "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due", "frames_received",
+        "frames_sent", "gateway", "grace", "incarnation", "loads_seen", "requests", "stream", "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -31,6 +31,9 @@ class Outbox:
         self.stream: asyncio.Task[None] | None = None
         #: Fires when the gateway has been away too long.
         self.grace: asyncio.TimerHandle | None = None
+        #: When the next frame may go out that is not urgent, and what wakes the writer then.
+        self.due = 0.0
+        self.timer: asyncio.TimerHandle | None = None
         #: The node's load that went out last, as a running number.
         self.loads_seen = 0
         #: Sequence i has counts[i] of tokens, in order; the driver appends to these three itself, once a token.
@@ -50,6 +53,11 @@ class Outbox:
     def pending(self) -> bool:
         """True while there is something that must go out now."""
         return bool(self.requests or self._ended or self._kv or self._first_tokens or self._moves)
+
+    @property
+    def urgent(self) -> bool:
+        """True while somebody waits for a first token or an end."""
+        return bool(self._first_tokens or self._ended)
 
     @property
     def unsent(self) -> int:
@@ -85,7 +93,14 @@ class Outbox:
 
     def wake(self) -> None:
         """Have a frame sent as soon as the stream is free."""
+        self.cancel_timer()
         self._wake.set()
+
+    def cancel_timer(self) -> None:
+        """Let no timer wake the writer."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     async def awake(self) -> None:
         """Wait for `wake`."""

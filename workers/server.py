@@ -7,6 +7,7 @@ know who starts it: everything comes in through the constructor.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -31,6 +32,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 COPY_THREADS = 2
 #: Seconds that calls have to end once nodes stop.
 STOP_S = 0.5
+#: The most seconds that nodes which share a process leave between two frames, however many they are.
+FRAME_S_MOST = 0.004
 
 
 def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate) -> Engine:
@@ -77,7 +80,10 @@ class NodeServer:
         self._host = host
         self._host_id = host_id()
         self._objects = objects
-        self._limits = limits or DriverLimits()
+        given = limits or DriverLimits()
+        # Nodes of one process share its time for frames.
+        frame_s = min(given.frame_s_min * len(nodes), max(FRAME_S_MOST, given.frame_s_min))
+        self._limits = replace(given, frame_s_min=frame_s)
         self._channels = Channels(self._limits.transfer.peers_max)
         self._peers = PeerMemory(self._limits.transfer.peers_max)
         self._copies = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
