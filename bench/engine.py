@@ -167,8 +167,16 @@ class Vllm:
         self._answers = os.fdopen(answers)
         self._log = (directory / "vllm.log").open("w+")
         command = [python, str(program), str(directory), str(OUTPUT_TOKENS), str(theirs_end)]
+        # A session of its own: at its end vLLM kills its whole process group.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=environment, pass_fds=[theirs_end], text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            pass_fds=[theirs_end],
+            start_new_session=True,
+            text=True,
         )
         os.close(theirs_end)
 
