@@ -182,9 +182,12 @@ class Vllm:
 
     def __call__(self, prompts: list[list[int]]) -> tuple[float, float]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(prompts) + "\n")
-        self._process.stdin.flush()
-        answer = self._answers.readline()
+        try:
+            self._process.stdin.write(json.dumps(prompts) + "\n")
+            self._process.stdin.flush()
+            answer = self._answers.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
             self._log.seek(0)
             raise SystemExit(f"vLLM ended early:\n{self._log.read()[-3000:]}")
