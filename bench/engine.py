@@ -116,7 +116,7 @@ def ours(directory: Path) -> Contender:
 
 
 def theirs(directory: Path) -> Contender:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
 
     def run(prompts: list[list[int]]) -> tuple[float, float]:
         width = max(map(len, prompts))
@@ -243,7 +243,7 @@ def print_table(model: str, timings: dict[str, dict[int, Timing]], console: Cons
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all timings to FILE")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each contender and batch (default: 5)")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="only this checkpoint; may be given again")
