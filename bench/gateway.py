@@ -1,6 +1,6 @@
 """Requests and streamed tokens a second through the whole live path, with an engine that takes no time.
 
-    python -m bench.gateway [--seconds 4] [--concurrency 1,16,64,256] [--json FILE]
+    python -m bench.gateway [--seconds 4] [--concurrency 1,16,64,256] [--workload NAME] [--json FILE]
 
 Runs `weft serve` with four profiled nodes and KV-aware routing and loads it over HTTP. With DYNAMO_PYTHON naming the python
 of an environment that has ai-dynamo, NVIDIA Dynamo's frontend (KV routing) and four mocker workers are loaded in the same run,
@@ -38,11 +38,13 @@ scheduler = {{ sequences_max = 1024, step_tokens_max = 16384 }}
 """
 
 
-def measure(server: Server, model: str, words: Sequence[str], concurrencies: Sequence[int], seconds: float) -> list[LoadResult]:
-    """Load one server with every workload at every concurrency."""
+def measure(
+    server: Server, model: str, words: Sequence[str], workloads: Sequence[str], concurrencies: Sequence[int], seconds: float
+) -> list[LoadResult]:
+    """Load one server with each workload at every concurrency."""
     results: list[LoadResult] = []
     url = f"{server.url}/v1/chat/completions"
-    for workload in WORKLOADS.values():
+    for workload in (WORKLOADS[name] for name in workloads):
         bodies = workload.bodies(words, model)
         load(url, workload, bodies, 4, 1.0, server.pids)  # fills caches and connections
         for concurrency in concurrencies:
@@ -96,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds for each figure (default 4)")
     parser.add_argument("--concurrency", default="1,16,64,256", help="clients at once (default 1,16,64,256)")
+    parser.add_argument("--workload", choices=tuple(WORKLOADS), action="append", help="only this one (default: all)")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     if dynamo_python() is not None and not isolated():
@@ -109,7 +112,9 @@ def main(arguments: Sequence[str]) -> int:
         for server in servers(model):
             with server as started:
                 concurrencies = [int(part) for part in options.concurrency.split(",")]
-                results[started.name] = measure(started, model.name, words, concurrencies, options.seconds)
+                results[started.name] = measure(
+                    started, model.name, words, options.workload or tuple(WORKLOADS), concurrencies, options.seconds
+                )
     Console(width=140).print(table(results["weft"], results.get("dynamo", ())))
     if options.json:
         rows = {name: [asdict(result) for result in found] for name, found in results.items()}

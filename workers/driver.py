@@ -274,7 +274,7 @@ class NodeDriver:
         writer = asyncio.ensure_future(self._write_frames(outbox, stream, welcome))
         try:
             while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
-                outbox.frames_received += 1
+                outbox.frames_received += bool(frame.submits or frame.cancels or frame.HasField("replay"))
                 self._on_frame(outbox, frame)
         finally:
             writer.cancel()
@@ -295,6 +295,7 @@ class NodeDriver:
             self._lose(outbox)
         if outbox is None or not resumed:
             outbox = self._outboxes[gateway] = Outbox(gateway, hello.incarnation)
+        outbox.frames_read = outbox.frames_sent
         if outbox.stream is not None:
             outbox.stream.cancel()
         if outbox.grace is not None:
@@ -332,6 +333,9 @@ class NodeDriver:
             await stream.write(frame)
 
     def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
+        outbox.frames_read = frame.frames_received
+        if outbox.pending:
+            self._wake_in_time(outbox)
         # Cancels first: a request that is cancelled and given anew in one frame is the older one cancelled.
         for request in frame.cancels:
             self.handle(Cancelled(RequestId(request)))
@@ -407,7 +411,12 @@ class NodeDriver:
             self._idle.set()
 
     def _wake_in_time(self, outbox: Outbox) -> None:
-        """Have a frame sent: at once if it is urgent, else not too soon after the last one."""
+        """Have a frame sent: at once if it is urgent, else not too soon after the last one.
+
+        A gateway that has not read the last ones yet would only get more to do by another: it gets all at once, later.
+        """
+        if outbox.frames_sent - outbox.frames_read >= codec.FRAMES_UNREAD_MAX:
+            return
         wait_s = outbox.due - self._loop.time()
         if wait_s <= 0.0 or outbox.urgent:
             outbox.wake()

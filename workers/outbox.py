@@ -1,7 +1,7 @@
 """What one gateway has still to be told by one node: everything that piles up between two frames goes out as one.
 
-A slow gateway so gets fewer, larger frames, never a queue of them; past a bound it counts as lost. Counting frames on both ends
-tells after a broken stream whether anything was lost with it.
+A gateway that is behind so gets fewer, larger frames, never a queue of them; past a bound it counts as lost. Counting frames on
+both ends tells after a broken stream whether anything was lost with it.
 """
 
 import asyncio
@@ -17,8 +17,9 @@ class Outbox:
     """One gateway's pending frame and the state of its stream."""
 
     __slots__ = (
-        "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due", "frames_received",
-        "frames_sent", "gateway", "grace", "incarnation", "loads_seen", "requests", "stream", "timer", "tokens",
+        "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due", "frames_read",
+        "frames_received", "frames_sent", "gateway", "grace", "incarnation", "loads_seen", "requests", "stream", "timer",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -27,6 +28,8 @@ class Outbox:
         #: Frames after Hello and Welcome, over all streams.
         self.frames_sent = 0
         self.frames_received = 0
+        #: Of the sent ones, those that the gateway is known to have read.
+        self.frames_read = 0
         #: The task that serves the stream; None while there is none.
         self.stream: asyncio.Task[None] | None = None
         #: Fires when the gateway has been away too long.

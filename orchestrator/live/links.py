@@ -74,6 +74,8 @@ class NodeLink:
         self._submits: dict[RequestId, node_pb2.Submit] = {}
         self._cancels: list[RequestId] = []
         self._replay: node_pb2.Replay | None = None
+        #: Frames that the node knows were read.
+        self._frames_told = 0
         self._wake = asyncio.Event()
         self._away: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -154,6 +156,8 @@ class NodeLink:
                 while isinstance(frame := await call.read(), node_pb2.NodeFrame):
                     self._hello.frames_received += 1
                     self._on_frame(frame)
+                    if self._must_tell:
+                        self._wake.set()
             finally:
                 writer.cancel()
                 await asyncio.wait((writer,))
@@ -192,16 +196,27 @@ class NodeLink:
             self._sink.node_draining(self.node)
         self._sink.node_frame(self.node, frame)
 
+    @property
+    def _must_tell(self) -> bool:
+        """Whether the node must hear that its frames were read, or it stops sending. Else that goes along with the next frame."""
+        return self._hello.frames_received - self._frames_told >= codec.FRAMES_UNREAD_MAX // 2
+
     async def _write(self, call: Call) -> None:
+        self._frames_told = self._hello.frames_received
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if self._submits or self._cancels or self._replay is not None:
-                frame = node_pb2.GatewayFrame(submits=self._submits.values(), cancels=self._cancels, replay=self._replay)
+            # A frame that only tells of others may get lost: it does not count.
+            counts = bool(self._submits or self._cancels or self._replay is not None)
+            if counts or self._must_tell:
+                read = self._frames_told = self._hello.frames_received
+                frame = node_pb2.GatewayFrame(
+                    submits=self._submits.values(), cancels=self._cancels, replay=self._replay, frames_received=read
+                )
                 self._submits.clear()
                 self._cancels.clear()
                 self._replay = None
-                self._hello.frames_sent += 1
+                self._hello.frames_sent += counts
                 await call.write(frame)
 
 

@@ -26,6 +26,9 @@ from orchestrator.wire import node_pb2
 
 #: Call metadata that names the node, since one process may host several.
 NODE_METADATA = "weft-node"
+#: Frames that a node sends to a gateway beyond those it is known to have read; what comes up meanwhile goes out together. The
+#: gateway tells with what it sends anyway, and by itself when half of them are not told.
+FRAMES_UNREAD_MAX = 4
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
