@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.core.config import ClusterConfig, PoolConfig
 from orchestrator.core.types import GatewayId, NodeId
 from orchestrator.live.front import Front, FrontAddress
-from orchestrator.live.loops import LoopThread
+from orchestrator.live.loops import LoopThread, serve_long
 from orchestrator.live.members import Member, State, bundles_of, fits_nowhere, members_of, pools_by_node, unplaceable
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
@@ -128,6 +128,7 @@ class NodeProcess:
         folder = model_folder(self._config, self._pool.model)
         name = fingerprint(folder)
         self._address = NodeAddress(self._loop.run(self._serve(folder)), name)
+        serve_long()
         return self._address
 
     def ping(self) -> int:
@@ -173,6 +174,7 @@ class GatewayProcess:
         folders = {model: model_folder(self._config, model) for model in self._config.models}
         names = {model: fingerprint(folder) for model, folder in folders.items()}
         self._address = self._loop.run(self._serve(folders, names))
+        serve_long()
         return self._address
 
     def ping(self) -> int:
