@@ -120,6 +120,8 @@ class NodeProcess:
         self._server: NodeServer | None = None
         self._address: NodeAddress | None = None
         self._watch: asyncio.Task[None] | None = None
+        # Read when the engine's libraries are loaded: threads that wait for work by spinning take the cores of other nodes.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     def start(self) -> NodeAddress:
         """Open the engine and serve; once it serves, only say where."""

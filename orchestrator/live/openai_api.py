@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from orchestrator.core.types import ServiceClass
+from orchestrator.live.templates import decoded_arguments
 from orchestrator.wire import node_pb2
 
 MESSAGES_MAX = 100_000
@@ -391,9 +392,5 @@ def _joined(parts: Sequence[Part | str] | None) -> str:
 def _template_call(call: MessageToolCall) -> dict[str, Any]:
     arguments: Any = call.function.arguments or {}
     if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments)
-        except msgspec.DecodeError:
-            # What a model wrote need not be JSON; the template then shows it as it is.
-            arguments = call.function.arguments
+        arguments = decoded_arguments(arguments)
     return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}

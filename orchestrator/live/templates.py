@@ -7,10 +7,12 @@ joining, and the part of a turn that could not be shown to depend on its new mes
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
 
 import jinja2
+import msgspec
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -23,6 +25,11 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
 _PLAIN_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
+#: Tool calls come again with every later turn of their conversation: so many arguments are kept decoded, if not longer.
+_ARGUMENTS_KEPT_MAX = 16_384
+_ARGUMENTS_KEPT_CHARS_MAX = 4096
 
 
 class TemplateFailed(ValueError):
@@ -67,6 +74,30 @@ class _TemplateNamespace(Namespace):
         super().__setitem__(name, value)
 
 
+class Arguments(dict[str, Any]):
+    """A tool call's arguments, with the JSON text that templates most often ask for. Shared: templates cannot change it."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__(arguments)
+        self.text = _PLAIN_JSON.encode(arguments)
+
+
+def decoded_arguments(text: str) -> Any:
+    """Return what a tool call's arguments say; the text itself if it is not JSON, which a model need not have written."""
+    return _kept_arguments(text) if len(text) <= _ARGUMENTS_KEPT_CHARS_MAX else _decoded(text)
+
+
+def _decoded(text: str) -> Any:
+    try:
+        arguments = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+    return Arguments(cast("dict[str, Any]", arguments)) if isinstance(arguments, dict) else arguments
+
+
+_kept_arguments = lru_cache(_ARGUMENTS_KEPT_MAX)(_decoded)
+
+
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -75,6 +106,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     if ensure_ascii is False and indent is None and separators is None and sort_keys is False:
+        if isinstance(value, Arguments):
+            return value.text
         return _PLAIN_JSON.encode(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
