@@ -7,7 +7,6 @@ right: prompts that lead to such a tie (one in hundreds) are left out.
 import json
 import random
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.types import BlockId, RequestId
+from tests.oracle import Oracle, oracle
 from workers.engines.base import SamplingParams
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
@@ -52,14 +52,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moe-raw-weights": ("qwen3_moe", {"layers": 2}, {"norm_topk_prob": False}),
 }
 
-#: Difference of the two largest logits under which float32 does not tell which is larger.
-TIE = 1e-4
 
-#: Returns the tokens after a prompt, or None if it meets a tie.
-Reference = Callable[[list[int], int], list[int] | None]
-
-
-def load(directory: Path, variant: str) -> tuple[Path, Reference]:
+def load(directory: Path, variant: str) -> tuple[Path, Oracle]:
     """Make a checkpoint; return it and what `transformers` writes with it."""
     family, overrides, changes = VARIANTS[variant]
     path = directory / variant
@@ -67,26 +61,10 @@ def load(directory: Path, variant: str) -> tuple[Path, Reference]:
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     torch.set_num_threads(1)
-    return path, reference(path)
+    return path, oracle(path)
 
 
-def reference(path: Path) -> Reference:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-    def generate(prompt: list[int], count: int) -> list[int] | None:
-        ids = torch.tensor([prompt])
-        wanted = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        with torch.inference_mode():
-            mask = torch.ones_like(ids)
-            output = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **wanted)
-            best = torch.cat(output.logits).topk(2).values
-        tied = bool((best[:, 0] - best[:, 1] < TIE).any())
-        return None if tied else output.sequences[0, len(prompt) :].tolist()
-
-    return generate
-
-
-def without_ties(generate: Reference, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
+def without_ties(generate: Oracle, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return prompts and what follows them; at most one in ten is left out."""
     pairs = [(prompt, generate(prompt, count)) for prompt in prompts]
     kept = [(prompt, tokens) for prompt, tokens in pairs if tokens is not None]
@@ -222,5 +200,5 @@ def test_sharded_checkpoints_and_dense_layers_load(tmp_path: Path) -> None:
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"mlp_only_layers": [1]}))
     torch.set_num_threads(1)
-    prompts, expected = without_ties(reference(path), prompts_of(4, [9, 40]), 12)
+    prompts, expected = without_ties(oracle(path), prompts_of(4, [9, 40]), 12)
     assert Conductor(engine_of(path), engine_of(path), 1).run(prompts, 12, 2) == expected
