@@ -41,6 +41,7 @@ from orchestrator.core.types import (
     TenantId,
     request_id,
 )
+from orchestrator.live.loops import serve_long
 from orchestrator.live.models import ModelText
 from orchestrator.live.openai_api import parse_chat, template_messages, template_tools
 from orchestrator.live.prompts import PromptTokeniser
@@ -198,6 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = make_text(Path(folder))
+        serve_long()  # as a gateway's process does
         rows = [measure(text, context) for context in CONTEXTS]
     show(rows)
     if arguments.json:
