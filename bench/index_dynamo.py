@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from dynamo._core import RadixTree
+from dynamo._core import RadixTree  # pyright: ignore[reportMissingImports]
 from index_cases import Plan, apply_cases, find_cases
 
 
