@@ -97,6 +97,7 @@ def test_a_killed_node_is_back_in_time_and_no_request_hangs(default: Served, vic
     done: list[int] = []
     failures: list[str] = []
     healed: list[float] = []
+    ended: asyncio.Queue[int] = asyncio.Queue()
 
     async def load(client: openai.AsyncOpenAI, number: int, until: asyncio.Event) -> None:
         turn = 0
@@ -109,12 +110,19 @@ def test_a_killed_node_is_back_in_time_and_no_request_hangs(default: Served, vic
                 done.append(number)
             except openai.APIError as error:
                 failures.append(str(error))
+            ended.put_nowait(number)
+
+    async def more_end(count: int) -> None:
+        while not ended.empty():
+            ended.get_nowait()
+        for _ in range(count):
+            await ended.get()
 
     async def run() -> None:
         async with client_of(default) as client:
             until = asyncio.Event()
             loads = [asyncio.create_task(load(client, number, until)) for number in range(8)]
-            await asyncio.sleep(1.0)
+            await more_end(16)
             before = default.node(victim)["incarnation"]
             os.kill(pid_of(default, victim), signal.SIGKILL)
             killed = time.monotonic()
@@ -126,7 +134,7 @@ def test_a_killed_node_is_back_in_time_and_no_request_hangs(default: Served, vic
                 within_s=60,
             )
             healed.append(time.monotonic() - killed)
-            await asyncio.sleep(1.0)
+            await more_end(16)
             until.set()
             await asyncio.gather(*loads)
 
