@@ -18,8 +18,8 @@ VOCABULARY = 512
 PROMPTS = 30
 TOKENS_MAX = 1500
 OUTPUT_TOKENS = 72
-#: Blocks of one node: about three long prompts, so that sequences that decode run out of them.
-BLOCKS = 320
+#: Blocks of one node: hardly more than the longest prompt, so that sequences that decode run out of them.
+BLOCKS = 144
 
 Expected = dict[tuple[int, ...], list[int]]
 
