@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 #: Blocks that a `stored` event of the lookup cases brings.
 RUN_BLOCKS = 500
-#: Distinct depths of the staggered cases at most.
-DEPTHS_MAX = 50
 APPLY_NODES = 64
 APPLY_BLOCKS = 1024
 

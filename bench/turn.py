@@ -189,7 +189,7 @@ def make_text(folder: Path) -> ModelText:
     """Return a model's text side with a freshly trained tokenizer and a template with tools."""
     write_tokenizer(folder, VOCABULARY, 1 << 20)
     write_json(folder / "config.json", {"max_position_embeddings": 1 << 20})
-    return ModelText.load(folder)
+    return ModelText.load(folder, "bench")
 
 
 def main() -> None:

@@ -190,10 +190,10 @@ class ClusterDriver:
         self._serial += 1
         request = request_id(self._gateway, self._serial)
         stream = self._streams[request] = TurnStream(self, request, turn)
-        self._handle(RequestArrived(self.request_of(turn, request)))
+        self._handle(RequestArrived(self._request_of(turn, request)))
         return stream
 
-    def request_of(self, turn: Turn, request: RequestId) -> Request:
+    def _request_of(self, turn: Turn, request: RequestId) -> Request:
         """Return the turn as the core sees it."""
         return Request(
             id=request,

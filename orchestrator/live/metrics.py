@@ -21,7 +21,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -41,8 +41,6 @@ from orchestrator.core.types import (
     ServiceClass,
     TenantId,
 )
-
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 #: Seconds. TTFT reaches 2560 s because a held request on a busy cluster counts too (the field's dashboards use this range).
 TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -266,7 +264,7 @@ class Metrics(Collector):
         return {labels[0]: (int(count), int(waiting[labels])) for labels, count in running.items()}
 
     def render(self) -> bytes:
-        """Return the exposition, of `CONTENT_TYPE`."""
+        """Return the exposition, in the Prometheus text format."""
         return generate_latest(self.registry)
 
     def attach(self, reprefilled: Mapping[ReprefillReason, int]) -> None:
@@ -333,10 +331,9 @@ class Metrics(Collector):
         if flight is None:
             return
         labels = (flight.model, flight.pool or NO_POOL)
-        missed = command.predicted_cached_tokens - command.cached_tokens
         self._input_tokens[labels] += flight.prompt_tokens
         self._cached_tokens[labels] += command.cached_tokens
-        self._hit_error.child(flight.model).observe(abs(missed))
+        self._hit_error.child(flight.model).observe(abs(command.predicted_cached_tokens - command.cached_tokens))
 
     def _on_joined(self, spec: NodeSpec) -> None:
         self._models[spec.model] = None

@@ -6,7 +6,6 @@ See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `tex
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +18,6 @@ from orchestrator.live.tools import ToolStyle, style_of
 
 #: Context length of a checkpoint that does not name one, tokens.
 _CONTEXT_TOKENS_DEFAULT = 2048
-#: Bytes of a weight file that go into the fingerprint: its header, which names every tensor, and some of the first weights.
-_SAMPLE_BYTES = 256 * 1024
 
 
 class ModelUnusable(ValueError):
@@ -41,16 +38,17 @@ class ModelText:
     eos_token_ids: frozenset[int]
     #: Longest prompt plus output, tokens.
     context_tokens_max: int
-    #: Names configuration, tokenizer and a sample of the weights.
+    #: Names the checkpoint; block hashes start from it.
     fingerprint: str
     tool_style: ToolStyle
 
     @staticmethod
-    def load(folder: Path, tool_parser: str = "auto", context_tokens_max: int = 0) -> "ModelText":
+    def load(folder: Path, fingerprint: str, tool_parser: str = "auto", context_tokens_max: int = 0) -> "ModelText":
         """Read a Hugging Face checkpoint folder.
 
         Args:
             folder: holds config.json, tokenizer.json, tokenizer_config.json.
+            fingerprint: names the checkpoint, as its nodes name it.
             tool_parser: as in the cluster file.
             context_tokens_max: a limit below the model's own; 0 for none.
 
@@ -78,7 +76,7 @@ class ModelText:
             prefix=_prefix(tokenizer),
             eos_token_ids=_eos(generation) or _eos(config),
             context_tokens_max=min(own, context_tokens_max) if context_tokens_max else own,
-            fingerprint=_fingerprint(folder),
+            fingerprint=fingerprint,
             tool_style=style,
         )
 
@@ -110,15 +108,3 @@ def _eos(config: Mapping[str, Any]) -> frozenset[int]:
     if isinstance(written, int):
         return frozenset({written})
     return frozenset(cast(list[int], written)) if isinstance(written, list) else frozenset()
-
-
-def _fingerprint(folder: Path) -> str:
-    """Return a name of the checkpoint that is the same wherever its files are the same."""
-    digest = blake2b(digest_size=16)
-    for name in ("config.json", "tokenizer.json"):
-        digest.update((folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ share, so that either can be tested against a small stand-in for the other.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.core.types import BlockHash, FinishReason, ModelName, Request, RequestId, ServiceClass, SessionId, TenantId
+from orchestrator.core.types import BlockHash, FinishReason, ModelName, RequestId, ServiceClass, SessionId, TenantId
 from orchestrator.wire import node_pb2
 
 
@@ -90,10 +90,6 @@ class TurnDriver(Protocol):
 
     def start(self, turn: Turn) -> TokenStream:
         """Start a turn; refusals come out of the first `read`."""
-        ...
-
-    def request_of(self, turn: Turn, request: RequestId) -> Request:
-        """Return the turn as the core sees it."""
         ...
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.core.config import ApiKey, ClusterConfig, GatewayConfig, ModelConfig, PoolConfig
-from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, Request, RequestId
+from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId
 from orchestrator.live.gateway import Gateway
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.models import ModelText
@@ -80,11 +80,6 @@ class ScriptedDriver:
         self.started.set()
         return stream
 
-    def request_of(self, turn: Turn, request: RequestId) -> Request:
-        """Return the turn as the core sees it."""
-        prompt = turn.prompt
-        return Request(request, turn.model, turn.tenant, prompt.count, prompt.hashes, turn.output_tokens_max)
-
     def tokens(self, step: str | Sequence[int] | None) -> Sequence[int] | None:
         """Return a step's token ids."""
         return self.text.tokenizer.encode(step, add_special_tokens=False).ids if isinstance(step, str) else step
@@ -100,7 +95,7 @@ def make_model(folder: Path, context_tokens: int = 4096) -> ModelText:
     tokenizer = write_tokenizer(folder, VOCABULARY, context_tokens)
     write_json(folder / "config.json", {"max_position_embeddings": context_tokens})
     write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.token_to_id("<|im_end|>")})
-    return ModelText.load(folder)
+    return ModelText.load(folder, "scripted")
 
 
 def make_config(**gateway: object) -> ClusterConfig:

@@ -203,7 +203,7 @@ def test_draining_refuses_what_is_new_and_waits_for_what_runs(text: ModelText) -
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Any) -> None:
     with pytest.raises(ModelUnusable, match=r"config\.json"):
-        ModelText.load(tmp_path)
+        ModelText.load(tmp_path, "none")
 
 
 def foreign_session(gateways: int, owner: int) -> str:
