@@ -4,6 +4,7 @@ A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
     [cluster]  [gateway]  [limits]  [router]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]  [pools.profile]
+    [pools.hardware]
 """
 
 import types
@@ -177,6 +178,9 @@ class ModelConfig:
     aliases: tuple[str, ...] = ()
     #: Parser for tool calls in the output: auto (by the chat template), hermes, llama, none.
     tool_parser: str = "auto"
+    #: For pools with hardware: a built-in model shape (kimi-k2, deepseek-v3, ...) or the path of a config.json. Empty: that in
+    #: `path`.
+    shape: str = ""
 
     def __post_init__(self) -> None:
         known = ("auto", "hermes", "llama", "none")
@@ -213,6 +217,69 @@ class EngineConfig:
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
 
 
+class CachePolicy(StrEnum):
+    """Which of the blocks that nobody uses now is forgotten first."""
+
+    LRU = "lru"
+    VALUE = "value"
+
+
+class Precision(StrEnum):
+    """How numbers are stored and multiplied; NVFP4 has a scale for every 16 elements: 4.5 bits an element."""
+
+    NVFP4 = "nvfp4"
+    FP8 = "fp8"
+    BF16 = "bf16"
+
+
+class DecodeMode(StrEnum):
+    """How a decode step is spread over processors."""
+
+    PLAIN = "plain"  # attention and FFN on the node's own chips
+    AFD = "afd"  # attention on the node's chips, FFN on `ffn_chip`s: activations cross in every layer
+    WHOLE = "whole"  # all of decode on `ffn_chip`s, with their KV; the node's `chip` only names the partner for prices
+    DRAFTER = "drafter"  # `ffn_chip`s draft, the node's own chips verify
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareConfig:
+    """[pools.hardware]: what the pool's nodes are made of; from it and the model's shape follow profile, blocks, price, power.
+
+    A node is one attention rank: `chips` chips that hold one copy of a sequence's KV. `group_nodes` nodes step together and
+    spread the experts over their chips (wide expert parallelism); the batch is taken to be equal on all of them.
+    """
+
+    #: Name of a chip profile: vr200, gb300, gb200, h200, ... Empty: no hardware is given, `[pools.profile]` counts.
+    chip: str = ""
+    #: Chips of one node; they share every layer (tensor parallelism).
+    chips: int = 1
+    #: Nodes that step together and share the experts.
+    group_nodes: int = 1
+    mode: DecodeMode = DecodeMode.PLAIN
+    #: The chip of the other half, and how many of them serve one group.
+    ffn_chip: str = ""
+    ffn_chips: int = 0
+    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong.
+    microbatches: int = 2
+    #: Of weights, of what is multiplied with them, of the KV cache.
+    weights: Precision = Precision.FP8
+    activations: Precision = Precision.FP8
+    kv: Precision = Precision.FP8
+    #: Tokens drafted in each pass, and the chance that one is accepted after all before it were.
+    draft_tokens: int = 0
+    acceptance: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("chips", "group_nodes", "microbatches"):
+            require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
+        for name in ("ffn_chips", "draft_tokens"):
+            require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+        require(0 <= self.acceptance < 1, "acceptance", f"must be in [0, 1), is {self.acceptance}")
+        halves = self.mode is not DecodeMode.PLAIN
+        require(halves == bool(self.ffn_chip), "ffn_chip", f"mode {self.mode.value} {'needs one' if halves else 'has none'}")
+        require(halves == (self.ffn_chips > 0), "ffn_chips", f"mode {self.mode.value} {'needs some' if halves else 'has none'}")
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """[pools.scheduler]: how a node forms its steps."""
@@ -231,6 +298,8 @@ class SchedulerConfig:
     replay_batches_max: int = 4096
     #: Keep computed blocks for later requests with the same prefix.
     prefix_caching: bool = True
+    #: Which unused blocks are forgotten first: lru (longest unused) or value (superseded contexts, then longest unused).
+    cache: CachePolicy = CachePolicy.VALUE
 
     def __post_init__(self) -> None:
         for name in ("step_tokens_max", "sequences_max", "waiting_max", "replay_batches_max"):
@@ -267,9 +336,13 @@ class PoolConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     #: What a step costs; the profiled engine takes this time, the router predicts with it and corrects it by measurement.
     profile: CostProfile = field(default_factory=CostProfile)
+    #: What the nodes are made of, for simulating them and for prices.
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
+        points, seconds = len(self.profile.batch_tokens), len(self.profile.batch_s)
+        require(points == seconds, "profile.batch_s", f"must have as many entries as batch_tokens ({points}), has {seconds}")
         require(self.nodes >= 1, "nodes", f"must be 1 or more, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
         alone = self.nodes_per_process == 1 or self.engine.name == "profiled"

@@ -118,16 +118,21 @@ class Assignment:
     #: True when the source is still computing this very request (prefill and decode apart): wait for it as it goes.
     source_pending: bool = False
     priority: int = 0
+    #: Last block of the session's former prompt, if this prompt replaces it: what only that one had is dead.
+    superseded: BlockHash | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CostProfile:
-    """Step time of one kind of node, affine in what the step does. All in seconds.
+    """Step time of one kind of node, affine in context; see `costs.py` for the formula. All in seconds unless named otherwise.
 
-    step = base + prefill_token * p + prefill_token_context * sum(p_i * c_i) + sequence * n + context_token * sum(c_i)
+        attention = sequence_s * n + context_token_s * sum(c) + prefill_token_context_s * sum(p * (c + p / 2))
+        rest      = prefill_token_s * sum(p) + curve(sum(p) + n * pass_tokens)
+        step      = step_s + (1 - overlap) * (attention + rest) + overlap * max(attention, rest)
 
-    p are prompt tokens computed in the step, c_i the context before them or before a decoded token, n the sequences that
-    decode. All zero means that a step takes no time.
+    p are prompt tokens computed in the step, c the context before them or before a decoded token, n the sequences that
+    decode. `curve` is piecewise linear through (batch_tokens, batch_s): weights read, experts hit, matrix products, hops. All
+    zero means that a step takes no time.
     """
 
     step_s: float = 0.0
@@ -139,6 +144,16 @@ class CostProfile:
     fetch_bytes_per_s: float = 2e9
     #: Seconds before the first fetched byte arrives.
     fetch_latency_s: float = 0.001
+    #: Points of the curve: tokens in a step, ascending, and the seconds of so many; level before the first, the last slope
+    #: goes on after the last.
+    batch_tokens: tuple[int, ...] = ()
+    batch_s: tuple[float, ...] = ()
+    #: Share of attention and the rest that run at the same time on different processors (ping-pong micro-batches), 0 to 1.
+    overlap: float = 0.0
+    #: Tokens computed for each decoding sequence in a pass: 1, and one more for each drafted token to verify.
+    pass_tokens: int = 1
+    #: Tokens a pass yields for each decoding sequence, on average: over 1 with speculation.
+    tokens_per_pass: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         source_tokens=assignment.source_tokens,
         source_pending=assignment.source_pending,
         sampling=sampling,
+        superseded=assignment.superseded or b"",
     )
 
 
@@ -97,6 +98,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         source_tokens=submit.source_tokens,
         source_pending=submit.source_pending,
         priority=submit.priority,
+        superseded=BlockHash(submit.superseded) if submit.superseded else None,
     )
 
 
@@ -123,6 +125,11 @@ def welcome_message(spec: NodeSpec, fingerprint: str, resumed: bool) -> node_pb2
             context_token_s=profile.context_token_s,
             fetch_bytes_per_s=profile.fetch_bytes_per_s,
             fetch_latency_s=profile.fetch_latency_s,
+            batch_tokens=profile.batch_tokens,
+            batch_s=profile.batch_s,
+            overlap=profile.overlap,
+            pass_tokens=profile.pass_tokens,
+            tokens_per_pass=profile.tokens_per_pass,
         ),
         address=spec.address,
         host=spec.host,
@@ -156,6 +163,11 @@ def spec_from(welcome: node_pb2.Welcome) -> NodeSpec:
             context_token_s=profile.context_token_s,
             fetch_bytes_per_s=profile.fetch_bytes_per_s,
             fetch_latency_s=profile.fetch_latency_s,
+            batch_tokens=tuple(profile.batch_tokens),
+            batch_s=tuple(profile.batch_s),
+            overlap=profile.overlap,
+            pass_tokens=profile.pass_tokens,
+            tokens_per_pass=profile.tokens_per_pass,
         ),
         address=welcome.address,
         host=welcome.host,

@@ -43,7 +43,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Submit(_message.Message):
     SOURCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_PENDING_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -70,7 +71,8 @@ class Submit(_message.Message):
     source_tokens: int
     source_pending: bool
     sampling: Sampling
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    superseded: bytes
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
@@ -186,7 +188,7 @@ class Welcome(_message.Message):
     def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ...) -> None: ...
 
 class CostProfile(_message.Message):
-    __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s")
+    __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s", "batch_tokens", "batch_s", "overlap", "pass_tokens", "tokens_per_pass")
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKEN_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +196,11 @@ class CostProfile(_message.Message):
     CONTEXT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_S_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    PASS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_PASS_FIELD_NUMBER: _ClassVar[int]
     step_s: float
     prefill_token_s: float
     prefill_token_context_s: float
@@ -201,7 +208,12 @@ class CostProfile(_message.Message):
     context_token_s: float
     fetch_bytes_per_s: float
     fetch_latency_s: float
-    def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_token_context_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., context_token_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ..., fetch_latency_s: _Optional[float] = ...) -> None: ...
+    batch_tokens: _containers.RepeatedScalarFieldContainer[int]
+    batch_s: _containers.RepeatedScalarFieldContainer[float]
+    overlap: float
+    pass_tokens: int
+    tokens_per_pass: float
+    def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_token_context_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., context_token_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ..., fetch_latency_s: _Optional[float] = ..., batch_tokens: _Optional[_Iterable[int]] = ..., batch_s: _Optional[_Iterable[float]] = ..., overlap: _Optional[float] = ..., pass_tokens: _Optional[int] = ..., tokens_per_pass: _Optional[float] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("request", "logprob", "top_tokens", "top_logprobs")

@@ -1,0 +1,132 @@
+"""What a simulated run amounted to: every request's times, every pool's use, the gaps between tokens.
+
+Filled by `world.py`; `runs.py` makes the figures of it that people read.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import exp, log
+
+from orchestrator.core.types import NodeId, PoolName
+from orchestrator.wire.traces import TracedTurn
+
+#: Logarithmic buckets are this much wider than the one before: a percentile is off by half of it at most.
+BUCKET_RATIO = 1.005
+
+
+@dataclass(slots=True)
+class Served:
+    """One request's way through the cluster. Times are seconds of virtual time from the start."""
+
+    turn: TracedTurn
+    arrived_s: float
+    #: When its first token reached the gateway; None if none did.
+    first_token_s: float | None = None
+    #: When it was over, well or not; None while it is under way.
+    ended_s: float | None = None
+    #: Prompt tokens that were not computed.
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    #: The node that generated, and the one that computed the prompt if that was another.
+    node: NodeId | None = None
+    prefill: NodeId | None = None
+    #: Why it did not complete; None if it did.
+    failure: str | None = None
+    #: Times it was started over on other nodes.
+    restarts: int = 0
+
+    @property
+    def completed(self) -> bool:
+        return self.ended_s is not None and self.failure is None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrived_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens a second after the first one, what a user calls speed; None with fewer than two tokens."""
+        if self.ended_s is None or self.first_token_s is None or self.output_tokens < 2:
+            return None
+        seconds = self.ended_s - self.first_token_s
+        return (self.output_tokens - 1) / seconds if seconds > 0 else None
+
+
+class Distribution:
+    """Counts of positive values in logarithmic buckets: any number of them in little room, percentiles to a quarter of a percent."""
+
+    __slots__ = ("_counts", "total", "weight")
+
+    def __init__(self) -> None:
+        self._counts: dict[int, float] = {}
+        self.weight = 0.0
+        self.total = 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        """Count a value `weight` times; values of zero or less count as the smallest."""
+        bucket = int(log(value) / log(BUCKET_RATIO) // 1) if value > 0 else -100_000
+        self._counts[bucket] = self._counts.get(bucket, 0.0) + weight
+        self.weight += weight
+        self.total += value * weight
+
+    def percentile(self, share: float) -> float:
+        """Return the value below which `share` (0 to 1) of all lie; 0.0 without any."""
+        wanted, seen = share * self.weight, 0.0
+        for bucket in sorted(self._counts):
+            seen += self._counts[bucket]
+            if seen >= wanted:
+                return exp((bucket + 0.5) * log(BUCKET_RATIO)) if bucket > -100_000 else 0.0
+        return 0.0
+
+    def buckets(self) -> Iterable[tuple[float, float]]:
+        """Yield (middle of a bucket, its weight), ascending."""
+        for bucket in sorted(self._counts):
+            yield exp((bucket + 0.5) * log(BUCKET_RATIO)) if bucket > -100_000 else 0.0, self._counts[bucket]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSample:
+    """All nodes of a pool at one moment, summed."""
+
+    at_s: float
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_cached: int
+    blocks_free: int
+
+
+@dataclass(slots=True)
+class PoolUse:
+    """A pool over the whole run."""
+
+    nodes: int
+    blocks: int
+    #: Seconds in which a step ran, summed over the nodes.
+    busy_s: float = 0.0
+    #: Prompt tokens computed and tokens generated.
+    prefill_tokens: int = 0
+    output_tokens: int = 0
+    #: Bytes of KV that came from other nodes.
+    fetched_bytes: int = 0
+    preemptions: int = 0
+    #: Taken at equal intervals of virtual time, some hundreds in a run.
+    samples: list[PoolSample] = field(default_factory=lambda: [])
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A whole run."""
+
+    served: list[Served]
+    pools: dict[PoolName, PoolUse]
+    #: Seconds between two tokens of one request, counted once a token.
+    itl_s: Distribution
+    #: Virtual seconds from the first arrival to the last end; wall seconds that simulating took.
+    duration_s: float = 0.0
+    wall_s: float = 0.0
+    #: Calls of `handle` on clusters and nodes.
+    events: int = 0
+    #: Hash of every command in order; empty unless asked for.
+    digest: str = ""
