@@ -40,6 +40,10 @@ class TracedTurn:
     block_tokens: int
     #: (first id, count) runs that name the prompt's full blocks in order.
     block_runs: tuple[tuple[int, int], ...]
+    model: str = ""
+    tenant: str = ""
+    #: True where the agent's context was rewritten: compacted, edited or reset.
+    seam: bool = False
 
     @property
     def blocks(self) -> list[int]:
