@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.commands import Scores
+from orchestrator.core.costs import decode_seconds, token_seconds
 from orchestrator.core.kvindex import Matches
 from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, RequestId
 
@@ -44,9 +45,14 @@ class Share:
     given_at: float
 
 
+def computes_in_no_time(profile: CostProfile) -> bool:
+    """Return whether prompt tokens cost nothing on a node."""
+    return profile.prefill_token_s <= 0.0 and not any(profile.batch_s)
+
+
 def ranking_profile(profile: CostProfile) -> CostProfile:
     """Return the profile that a node is ranked by: its own, or a nominal one if in that one nothing takes time."""
-    if profile.prefill_token_s > 0.0:
+    if not computes_in_no_time(profile):
         return profile
     sequence_s = profile.sequence_s or NOMINAL_SEQUENCE_S
     return replace(profile, prefill_token_s=NOMINAL_TOKEN_S, sequence_s=sequence_s)
@@ -56,8 +62,10 @@ class Candidate:
     """One node as routing sees it. Derived fields are made up to date by `refresh`, once for any number of changes."""
 
     __slots__ = (
+        "_base_s",
         "_fresh",
         "_shares",
+        "_token_s",
         "_uncomputed",
         "compute_factor",
         "context_tokens",
@@ -110,7 +118,10 @@ class Candidate:
         self.room_blocks = spec.blocks
         self.free_blocks = spec.blocks
         #: Seconds of score for each block beyond those that a new prompt pushes out.
-        self.evicted_block_s = EVICTION_WEIGHT * spec.block_tokens * self.profile.prefill_token_s
+        self._token_s = token_seconds(self.profile, spec.step_tokens_max)
+        self.evicted_block_s = EVICTION_WEIGHT * spec.block_tokens * self._token_s
+        #: A decode step without sequences: what all of them share.
+        self._base_s = decode_seconds(self.profile, 0, 0)
         #: Seconds of one decode step now; of prefill work before a new prompt; until a new prompt's computing starts.
         self.step_s = 0.0
         self.queue_s = 0.0
@@ -182,23 +193,21 @@ class Candidate:
         given = sum([share.queued_tokens for share in fresh]) // self.spec.block_tokens
         self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given
         self.room_blocks = self.free_blocks + load.blocks_cached
-        self.step_s = scale * (
-            profile.step_s + self.sequences * profile.sequence_s + self.context_tokens * profile.context_token_s
-        )
+        self.step_s = scale * decode_seconds(profile, self.sequences, self.context_tokens)
         self.slot_wait_s = self._slot_wait_s()
-        self.queue_s = scale * (self._token_s() * load.queued_tokens + sum([share.seconds for share in fresh]))
+        self.queue_s = scale * (self._queued_token_s() * load.queued_tokens + sum([share.seconds for share in fresh]))
         self.ready_s = self.queue_s + self.step_s / 2 + self.slot_wait_s
-        decode_s = STEPS_GUESSED * (self.step_s - scale * profile.step_s)
+        decode_s = STEPS_GUESSED * (self.step_s - scale * self._base_s)
         self.work_s = self.queue_s + decode_s
         decoding = self.sequences if self.generates else 0
         self.compute_factor = scale * (1.0 + WORK_WEIGHT[self.spec.kind] + DELAY_WEIGHT * decoding)
         self.stale = False
 
-    def _token_s(self) -> float:
+    def _queued_token_s(self) -> float:
         """Return the seconds that a token reported as queued stands for: the average over what we gave the node."""
         uncomputed = self._uncomputed.values()
         tokens = sum([share.queued_tokens for share in uncomputed])
-        return sum([share.seconds for share in uncomputed]) / tokens if tokens else self.profile.prefill_token_s
+        return sum([share.seconds for share in uncomputed]) / tokens if tokens else self._token_s
 
     def _slot_wait_s(self) -> float:
         over = self.sequences + 1 - self.spec.sequences_max

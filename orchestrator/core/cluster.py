@@ -68,6 +68,7 @@ from orchestrator.core.router import make_router
 from orchestrator.core.sessions import Sessions
 from orchestrator.core.types import (
     Assignment,
+    BlockHash,
     FinishReason,
     GatewayId,
     KvBatch,
@@ -301,21 +302,22 @@ class Cluster:
         flight.stayed = session is None or placement.computes.spec.id in session.nodes
         self._sessions.started(request, flight.generate, flight.prefill)
         self._wake(flight, flight.deadline_at)
-        self._assign(request, placement)
+        self._assign(request, placement, session.superseded_by(request) if session is not None else None)
         self._book(request, placement, options, pools)
         return True
 
-    def _assign(self, request: Request, placement: Placement) -> None:
+    def _assign(self, request: Request, placement: Placement, superseded: BlockHash | None) -> None:
         generate, prefill = placement.generate, placement.prefill
         room = generate.context_tokens_max - request.prompt_tokens
         output_tokens_max = min(request.output_tokens_max, room)
         assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
         source, source_tokens = placement.source, placement.source_tokens
         if prefill is not None:
-            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, pending=False)
+            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, pending=False)
             self._commands.append(Assign(prefill.spec.id, part, placement.scores))
             source, source_tokens = prefill.spec.id, request.prompt_tokens
-        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, pending=prefill is not None)
+        apart = prefill is not None
+        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, pending=apart)
         self._commands.append(Assign(generate.spec.id, part, placement.scores))
 
     def _book(self, request: Request, placement: Placement, options: Options, pools: ModelPools) -> None:
@@ -568,7 +570,14 @@ class Cluster:
 
 
 def _part(
-    request: Request, role: Role, output_tokens_max: int, source: NodeId | None, source_tokens: int, *, pending: bool
+    request: Request,
+    role: Role,
+    output_tokens_max: int,
+    source: NodeId | None,
+    source_tokens: int,
+    superseded: BlockHash | None,
+    *,
+    pending: bool,
 ) -> Assignment:
     return Assignment(
         request=request.id,
@@ -580,6 +589,7 @@ def _part(
         source_tokens=source_tokens,
         source_pending=pending,
         priority=request.priority,
+        superseded=superseded,
     )
 
 

@@ -59,10 +59,17 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one engine step. Ended by `StepFinished` or `StepFailed`; at most one step runs at a time."""
+    """Run one engine step. Ended by `StepFinished` or `StepFailed`; at most one step runs at a time.
+
+    The first `decoding` slices only decode. Up to `steps_max` such steps in a row, each a token further, would find the node
+    with nothing to decide, as long as no sequence ends and nothing else happens to it: a driver that knows what they amount to
+    may run them as one.
+    """
 
     step: StepId
     slices: tuple[Slice, ...]
+    decoding: int = 0
+    steps_max: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

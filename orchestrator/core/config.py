@@ -43,6 +43,8 @@ class ClusterSettings:
     node_lost_s: float = 3.0
     #: Seconds running requests get to finish after SIGTERM.
     drain_s: float = 30.0
+    #: Folder, on each host, in which every gateway and node writes down its events and decisions. Empty: they do not.
+    journal: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")

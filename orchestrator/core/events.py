@@ -79,6 +79,8 @@ class StepFinished:
     results: tuple[SliceResult, ...]
     #: Seconds the engine took.
     seconds: float
+    #: Steps that were run as one (`RunStep.steps_max`): every sequence has got a token from each.
+    steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,10 @@ from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
 class BlockPool:
     """Reference-counted blocks with a prefix cache in those that nobody uses."""
 
-    __slots__ = ("_block_of", "_caching", "_free", "_hash_of", "_idle", "_parent_of", "_references", "_removed", "_stored")
+    __slots__ = (
+        "_block_of", "_caching", "_child_of", "_children", "_free", "_hash_of", "_idle", "_parent_of", "_references",
+        "_removed", "_stored",
+    )  # fmt: skip
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
         self._caching = caching
@@ -33,6 +36,10 @@ class BlockPool:
         #: Hash a block is registered under; its parent's hash beside it.
         self._hash_of: list[BlockHash | None] = [None] * blocks
         self._parent_of: list[BlockHash | None] = [None] * blocks
+        #: Cached blocks that follow directly on a cached block.
+        self._children: list[int] = [0] * blocks
+        #: The last that was registered of them; it may be gone.
+        self._child_of: list[BlockHash | None] = [None] * blocks
         #: Inverse of `_hash_of`; in order of registration, so parents stand before children.
         self._block_of: dict[BlockHash, BlockId] = {}
         #: Registered blocks without a reference, the one that idled longest first.
@@ -134,9 +141,42 @@ class BlockPool:
         if twin == block:
             self._hash_of[block], self._parent_of[block] = name, parent
             self._stored[name] = parent
+            if parent is not None:
+                above = self._block_of[parent]
+                self._children[above] += 1
+                self._child_of[above] = name
             return None
         self.retain((twin,))
         return twin
+
+    def retire(self, last: BlockHash, successor: Sequence[BlockHash]) -> None:
+        """Let the end of a dead chain be forgotten before anything else: blocks that only it has, from `last` backwards.
+
+        Generated blocks may follow on `last`, in one line. What `successor` goes on from stays, and so does what another chain
+        continues or somebody uses.
+        """
+        staying = set(successor)
+        dead: list[BlockId] = []
+        name: BlockHash | None = self._end_of_line(last)
+        while name is not None and name not in staying and name in self._block_of:
+            block = self._block_of[name]
+            if block not in self._idle or self._children[block] != (1 if dead else 0):
+                break
+            dead.append(block)
+            name = self._parent_of[block]
+        for block in reversed(dead):
+            self._idle.move_to_end(block, last=False)
+
+    def _end_of_line(self, name: BlockHash) -> BlockHash:
+        """Return the last block that follows on a block as long as there is only one that does."""
+        block = self._block_of.get(name)
+        while block is not None and self._children[block] == 1:
+            child = self._child_of[block]
+            below = self._block_of.get(child) if child is not None else None
+            if child is None or below is None or self._parent_of[below] != name:
+                break
+            name, block = child, below
+        return name
 
     def _evict(self) -> BlockId:
         """Forget the content that idled longest and return its block."""
@@ -144,6 +184,9 @@ class BlockPool:
         name = self._hash_of[block]
         assert name is not None, f"block {block} idles without a hash"
         del self._block_of[name]
+        parent = self._parent_of[block]
+        if parent is not None:
+            self._children[self._block_of[parent]] -= 1
         self._hash_of[block] = self._parent_of[block] = None
         if name in self._stored:  # nobody was told of it yet
             del self._stored[name]
@@ -152,6 +195,11 @@ class BlockPool:
         return block
 
     # --- what gateways are told -------------------------------------------------------------------------------------------
+
+    @property
+    def stored(self) -> bool:
+        """Whether anything was stored since `take_changes`."""
+        return bool(self._stored)
 
     def take_changes(self) -> tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]] | None:
         """Return what was stored and removed since the last call, or None if nothing changed."""
@@ -188,6 +236,7 @@ class BlockPool:
         assert named == len(self._block_of), f"{named} blocks have a hash, {len(self._block_of)} hashes have a block"
         assert self._caching or named == 0, f"{named} blocks are cached though caching is off"
         place = {block: index for index, block in enumerate(self._idle)}
+        children = [0] * self.blocks
         for name, block in self._block_of.items():
             assert self._hash_of[block] == name, f"{name!r} is said to be in block {block}, which holds {self._hash_of[block]!r}"
             count = self._references[block]
@@ -198,8 +247,10 @@ class BlockPool:
             assert parent in self._block_of, f"block {block} is cached, its parent {parent!r} is not"
             above = self._block_of[parent]
             assert count == 0 or self._references[above] > 0, f"block {block} has {count} references, its parent {above} none"
+            children[above] += 1
             if above in place:
                 assert place[block] < place[above], f"block {block} would be evicted after its parent {above}"
+        assert children == self._children, f"cached blocks have {sum(children)} children, {sum(self._children)} are counted"
 
 
 def merged_runs(parents: dict[BlockHash, BlockHash | None]) -> tuple[StoredRun, ...]:

@@ -34,7 +34,7 @@ from orchestrator.core.commands import (
     SetTimer,
     StopFetch,
 )
-from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.config import CachePolicy, SchedulerConfig
 from orchestrator.core.events import (
     Assigned,
     BlocksSent,
@@ -108,10 +108,11 @@ def hold_timer(request: RequestId) -> TimerKey:
 class Node:
     """The state of one node. Deterministic: equal events at equal times give equal commands."""
 
-    def __init__(self, spec: NodeSpec, config: SchedulerConfig) -> None:
+    def __init__(self, spec: NodeSpec, config: SchedulerConfig, pool: BlockPool | None = None) -> None:
+        """Make an idle node; `pool` is its empty block pool if that is to evict by another rule."""
         self.spec = spec
         self._config = config
-        self._pool = BlockPool(spec.blocks, config.prefix_caching)
+        self._pool = pool or BlockPool(spec.blocks, config.prefix_caching)
         self._journal = KvJournal(self._pool, config.replay_batches_max)
         self._scheduler = Scheduler(spec, config, self._pool)
         #: Everything assigned here that still has or wants blocks.
@@ -121,12 +122,16 @@ class Node:
         self._readers: dict[RequestId, list[Export]] = {}
         self._timers: dict[TimerKey, Sequence | Export] = {}
         self._draining = False
+        #: Counts what gateways should hear of beyond tokens: it stays the same while steps do nothing but decode.
+        self.news = 0
+        self._quiet = False
         self._now = 0.0
         self._commands: list[NodeCommand] = []
 
     def handle(self, event: NodeEvent, now: float) -> list[NodeCommand]:
         """Take a fact at time `now`, in seconds, and return what to do about it, in order."""
         self._now = now
+        self._quiet = False
         match event:
             case StepFinished():
                 self._on_step_finished(event)
@@ -177,15 +182,23 @@ class Node:
         )
 
     def _proceed(self) -> None:
-        """Admit what can be admitted, start a step if none runs, and tell what changed in the holdings."""
+        """Admit what can be admitted, start a step if none runs, and tell what changed in the holdings.
+
+        Blocks that a quiet step pushed out are told of with the next news: a wrong belief costs a recompute, a message a step
+        costs more.
+        """
         self._admit()
+        preemptions = self._scheduler.preemptions
         if self._scheduler.plan is None:
             plan = self._scheduler.plan_step()
             if plan is None and self._scheduler.waiting:  # the last one may have given way to itself; it starts over
                 self._admit()
                 plan = self._scheduler.plan_step()
             if plan is not None:
-                self._commands.append(RunStep(plan.step, plan.slices))
+                self._commands.append(RunStep(plan.step, plan.slices, len(plan.decoding), plan.steps_max))
+        if self._quiet and self._scheduler.preemptions == preemptions:
+            return
+        self.news += 1
         batch = self._journal.record()
         if batch is not None:
             self._commands.append(PublishKv((batch,)))
@@ -213,6 +226,8 @@ class Node:
             for export in self._readers.pop(assignment.request, ()):
                 self._send_cached(export)
             return
+        if assignment.superseded is not None and self._config.cache is CachePolicy.VALUE:
+            self._pool.retire(assignment.superseded, assignment.hashes)
         self._sequences[assignment.request] = self._scheduler.enqueue(assignment)
         for export in self._readers.get(assignment.request, ()):
             self._stop_waiting(export)
@@ -297,7 +312,9 @@ class Node:
 
     def _on_step_finished(self, event: StepFinished) -> None:
         self._check_step(event)
-        self._apply(self._scheduler.finish_step(event.results, event.seconds))
+        outcome = self._scheduler.finish_step(event.results, event.seconds, event.steps)
+        self._quiet = outcome.quiet and not self._pool.stored
+        self._apply(outcome)
 
     def _on_step_failed(self, event: StepFailed) -> None:
         self._check_step(event)

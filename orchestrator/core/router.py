@@ -21,7 +21,7 @@ from math import inf
 
 from orchestrator.core.baselines import Router, make_baseline
 from orchestrator.core.blocks import blocks_for
-from orchestrator.core.candidates import Candidate, Options, Placement
+from orchestrator.core.candidates import Candidate, Options, Placement, computes_in_no_time
 from orchestrator.core.commands import Scores
 from orchestrator.core.config import RouterConfig, RouterPolicy
 from orchestrator.core.costs import fetch_seconds, prompt_seconds
@@ -112,7 +112,7 @@ class _Prompt:
         compute_s = prompt_seconds(profile, self.tokens - hit, hit, spec.step_tokens_max)
         fetch_s = rest_s = inf
         # The nominal profile of nodes that compute in no time is for ranking alone: they have nothing to gain from a peer.
-        if self.reach_blocks > blocks and spec.profile.prefill_token_s > 0.0:
+        if self.reach_blocks > blocks and not computes_in_no_time(spec.profile):
             reach = min(self.reach_blocks * spec.block_tokens, self.tokens - 1)
             fetch_s = fetch_seconds(profile, (self.reach_blocks - blocks) * spec.block_bytes)
             rest_s = prompt_seconds(profile, self.tokens - reach, reach, spec.step_tokens_max)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.costs import SCALE_WEIGHT, smoothed_scale, step_seconds
+from orchestrator.core.costs import decode_seconds, smoothed, smoothed_scale, step_seconds
 from orchestrator.core.events import SliceResult
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.sequences import Phase, Sequence
@@ -37,6 +37,10 @@ class StepPlan:
     prefilling: list[Sequence]
     slices: tuple[Slice, ...]
     predicted_s: float
+    #: Context of the decoding sequences before the step.
+    context_tokens: int
+    #: As in `RunStep`.
+    steps_max: int
 
 
 class StepOutcome:
@@ -51,6 +55,11 @@ class StepOutcome:
         self.started: list[Sequence] = []
         #: Sequences whose prompt got further; some of them may be complete.
         self.advanced: list[Sequence] = []
+
+    @property
+    def quiet(self) -> bool:
+        """True if the step brought tokens and nothing else."""
+        return not (self.ended or self.advanced)
 
 
 class Scheduler:
@@ -238,20 +247,23 @@ class Scheduler:
             return None
         self._steps += 1
         prefills = [(sequence.chunk, sequence.computed) for sequence in chunks]
-        predicted_s = step_seconds(self._profile, prefills, len(decoding), self.context_tokens)
-        self.plan = StepPlan(StepId(self._steps), decoding, chunks, tuple(slices), predicted_s)
+        context, count = self.context_tokens, len(decoding)
+        predicted_s = step_seconds(self._profile, prefills, count, context)
+        # Every block that becomes full in so many steps can be followed by another one.
+        steps_max = 1 if chunks else max(1, self._pool.available_blocks // count * self._block_tokens)
+        self.plan = StepPlan(StepId(self._steps), decoding, chunks, tuple(slices), predicted_s, context, steps_max)
         return self.plan
 
     def _plan_decoding(self) -> tuple[list[Sequence], list[Slice]]:
         """Return the decoding sequences and their slices, after those at the end of their blocks got another one."""
-        growing = [sequence for sequence in self._decoding.values() if sequence.computed == sequence.capacity]
-        for sequence in growing:
+        for sequence in [sequence for sequence in self._decoding.values() if sequence.computed == sequence.capacity]:
             self._grow(sequence)
         decoding = list(self._decoding.values())
         slices = [Slice(sequence.request, sequence.computed, 1, sequence.told, sequence.fresh, True) for sequence in decoding]
-        for sequence in growing:
-            sequence.told += len(sequence.fresh)
-            sequence.fresh = ()
+        for sequence in decoding:
+            if sequence.fresh:
+                sequence.told += len(sequence.fresh)
+                sequence.fresh = ()
         return decoding, slices
 
     def _chunk_slice(self, sequence: Sequence) -> Slice:
@@ -269,10 +281,14 @@ class Scheduler:
             running = (*self._decoding.values(), *self._prefilling.values())
             self._preempt(max(running, key=lambda other: other.rank))
         if sequence.phase is Phase.DECODING:
-            blocks = self._pool.allocate(1)
-            sequence.table += blocks
-            sequence.fresh = tuple(blocks)
-            sequence.capacity += self._block_tokens
+            self._extend(sequence, 1)
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        """Give a sequence more blocks, of which there must be enough."""
+        blocks = self._pool.allocate(count)
+        sequence.table += blocks
+        sequence.fresh = (*sequence.fresh, *blocks)
+        sequence.capacity += count * self._block_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait; what it computed stays reusable until its blocks are needed."""
@@ -281,12 +297,15 @@ class Scheduler:
         self.preemptions += 1
         self._wait(sequence)
 
-    def finish_step(self, results: tuple[SliceResult, ...], seconds: float) -> StepOutcome:
-        """Apply the results of the running step; those of sequences that are about to end are dropped."""
+    def finish_step(self, results: tuple[SliceResult, ...], seconds: float, steps: int = 1) -> StepOutcome:
+        """Apply the results of the running step; those of sequences that are about to end are dropped.
+
+        With `steps` over 1 it was repeated, and the results are those of all together.
+        """
         plan = self._end_step()
         assert len(results) == len(plan.slices), f"{len(results)} results for {len(plan.slices)} slices of step {plan.step}"
-        self.cost_scale = smoothed_scale(self.cost_scale, plan.predicted_s, seconds)
-        self.step_s = seconds if self.step_s == 0.0 else self.step_s + SCALE_WEIGHT * (seconds - self.step_s)
+        assert 1 <= steps <= plan.steps_max, f"step {plan.step} was run {steps} times, at most {plan.steps_max} were possible"
+        self._measure(plan, seconds, steps)
         outcome = StepOutcome()
         generated = 0
         for sequence, result in zip(plan.decoding, results, strict=False):
@@ -294,6 +313,8 @@ class Scheduler:
             generated += tokens
             sequence.computed += tokens
             sequence.output_tokens += tokens
+            if sequence.computed > sequence.capacity:
+                self._extend(sequence, self._blocks_for(sequence.computed - sequence.capacity))
             if (
                 result.hashes
                 or result.stopped
@@ -316,6 +337,15 @@ class Scheduler:
             sequence.chunk = 0
             outcome.ended.append((sequence, sequence.ending or FinishReason.FAILED, "" if sequence.ending else reason))
         return outcome
+
+    def _measure(self, plan: StepPlan, seconds: float, steps: int) -> None:
+        """Note how long a step took, beside what it was predicted to take."""
+        predicted_s = plan.predicted_s
+        if steps > 1:
+            predicted_s = decode_seconds(self._profile, len(plan.decoding), plan.context_tokens, steps)
+        self.cost_scale = smoothed_scale(self.cost_scale, predicted_s, seconds, steps)
+        mean_s = seconds / steps
+        self.step_s = mean_s if self.step_s == 0.0 else smoothed(self.step_s, mean_s, steps)
 
     def _end_step(self) -> StepPlan:
         plan = self.plan

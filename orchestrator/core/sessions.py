@@ -69,6 +69,14 @@ class Session:
         """Where the last turn ran."""
         return tuple(node for node in (self.generated_on, self.prefilled_on) if node is not None)
 
+    def superseded_by(self, request: Request) -> BlockHash | None:
+        """Return the last block of the last prompt if a new one replaces its end (a compaction, an edit), None otherwise.
+
+        A prompt that repeats nothing of it is another context under the same name, and replaces nothing.
+        """
+        repeated = self.marks.repeated_blocks(request.hashes)
+        return self.marks.hashes[-1][1] if 0 < repeated < self.marks.blocks else None
+
 
 class Sessions:
     """The sessions heard of lately, at most `sessions_max`."""

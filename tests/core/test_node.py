@@ -65,8 +65,8 @@ PEER = NodeId("peer")
 A, AB, ABC = prompt_hashes("abc")
 
 
-def step(number: int, *slices: Slice) -> RunStep:
-    return RunStep(StepId(number), slices)
+def step(number: int, *slices: Slice, decoding: int = 0) -> RunStep:
+    return RunStep(StepId(number), slices, decoding)
 
 
 def part(request: int, start: int, count: int, first_block: int, blocks: tuple[int, ...], sample: bool = True) -> Slice:
@@ -121,7 +121,7 @@ def test_a_request_is_prefilled_decoded_and_reported(make_node: MakeNode) -> Non
     # The first token is reported, the next step starts at once, the full blocks are published.
     assert feed(node, finished(1, token(1))) == [
         first_token(1, computed=9),
-        step(2, part(1, 9, 1, 3, ())),
+        step(2, part(1, 9, 1, 3, ()), decoding=1),
         stored(1, None, A, AB),
     ]
     # The second token is the last: blocks are given back before the end is reported.
@@ -168,7 +168,7 @@ def test_blocks_that_output_completes_are_published_under_the_names_the_engine_g
     node = make_node()
     feed(node, Assigned(assignment(1, "a", tail=3)), finished(1, token(1)))
     # Computing token 7 (of 0..7) completes the second block.
-    assert feed(node, finished(2, token(1, b"a+"))) == [step(3, part(1, 8, 1, 2, (2,))), stored(2, A, b"a+")]
+    assert feed(node, finished(2, token(1, b"a+"))) == [step(3, part(1, 8, 1, 2, (2,)), decoding=1), stored(2, A, b"a+")]
 
 
 def test_siblings_that_arrive_together_compute_their_common_prefix_once(make_node: MakeNode) -> None:
@@ -464,11 +464,11 @@ def test_tokens_computed_again_after_a_preemption_are_billed_once(make_node: Mak
     feed(node, Assigned(assignment(1, "a", tail=3, output_tokens_max=7)), Assigned(assignment(2, "b", tail=0)))
     feed(node, finished(1, token(1)))
     # Both need a block and one is left: the first takes it, the second gives way.
-    assert feed(node, finished(2, token(1, b"a1"), token(2)))[1] == step(3, part(1, 8, 1, 2, (3,)))
+    assert feed(node, finished(2, token(1, b"a1"), token(2)))[1] == step(3, part(1, 8, 1, 2, (3,)), decoding=1)
     assert (node.load().preemptions, node.load().waiting) == (1, 1)
     feed(node, *(finished(number, token(1)) for number in (3, 4, 5)))
     # The first takes the second's block too: what it held is forgotten.
-    assert feed(node, finished(6, token(1, b"a2")))[0] == step(7, part(1, 12, 1, 3, (2,)))
+    assert feed(node, finished(6, token(1, b"a2")))[0] == step(7, part(1, 12, 1, 3, (2,)), decoding=1)
     # The second starts over with its prompt and the token it has.
     assert step(8, part(2, 0, 5, 0, (2, 3))) in feed(node, finished(7, token(1)))
     report = feed(node, *(finished(number, token(2)) for number in (8, 9, 10)))[-1]

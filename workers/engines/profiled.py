@@ -79,8 +79,7 @@ class ProfiledEngine:
         size = blocks * BLOCK_BYTES
         self._memory = (allocate(size) if allocate else memoryview(mmap.mmap(-1, size))).cast("B")
         self._profile = profile
-        self._costs = profile.step_s or profile.prefill_token_s or profile.sequence_s or profile.context_token_s
-        self._costs = bool(self._costs or profile.prefill_token_context_s)
+        self._costs = step_seconds(profile, [(config.block_tokens, config.block_tokens)], 1, config.block_tokens) > 0.0
         self._turns: dict[RequestId, _Turn] = {}
         #: One output for each token without logprobs or an end: most outputs of all.
         self._outputs: dict[int, SliceOutput] = {}
