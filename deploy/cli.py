@@ -12,6 +12,7 @@ from rich.console import Console
 
 from deploy.demo import run_demo
 from deploy.files import LOCAL_CLUSTER, UnusableInput, read_cluster, with_model
+from deploy.journal import add_journal, with_journal
 from deploy.serve import serve
 from deploy.status import StatusUnreachable, fetch_status, show_status
 from orchestrator.core.config import ClusterConfig, ConfigError
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands.add_parser("status", help="show a running cluster"))
     _add_demo(commands.add_parser("demo", help="run an agent session through a small cluster on this machine"))
     _add_model(commands.add_parser("model", help="make model checkpoints"))
+    add_journal(commands.add_parser("journal", help="check journals of a live cluster"))
     return parser
 
 
@@ -71,6 +73,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grpc-port", type=int, metavar="N", help="the first gateway's; 0: any free port")
     parser.add_argument("--address", help="a running Ray cluster, ray://HOST:PORT or HOST:PORT; without it one is started here")
     parser.add_argument("--attach", action="store_true", help="if a cluster of that name runs at the address, take it over")
+    parser.add_argument("--journal", type=Path, metavar="DIR", help="write down every event and decision here, on each host")
     parser.set_defaults(run=_serve)
 
 
@@ -80,6 +83,8 @@ def _serve(options: argparse.Namespace) -> int:
     config = read_cluster(options.cluster)
     if options.model is not None:
         config = with_model(config, options.model, str(options.cluster))
+    if options.journal is not None:
+        config = with_journal(config, options.journal)
     return DONE if serve(_with_ports(config, options), options.address, options.attach) else FAILED
 
 

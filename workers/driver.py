@@ -56,6 +56,7 @@ from orchestrator.core.types import (
     gateway_of,
 )
 from orchestrator.wire import codec, node_pb2
+from orchestrator.wire.journal import JournalWriter
 from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
@@ -115,6 +116,7 @@ class NodeDriver:
         choose: names of transports to offer a source on the given host, best first.
         channels, peers: connections and memory maps, shared by the nodes of a process.
         fatal: told of an error that leaves the node in an unknown state; the process should end.
+        journal: takes down every event and what came of it; closed by `close`.
 
     Made on a running loop.
     """
@@ -130,8 +132,10 @@ class NodeDriver:
         peers: PeerMemory,
         fatal: Callable[[BaseException], None],
         limits: DriverLimits,
+        journal: JournalWriter | None = None,
     ) -> None:
         self.spec = spec
+        self._journal = journal
         self._core = Node(spec, scheduler)
         self._engine = engine
         self._description = engine.description
@@ -166,11 +170,20 @@ class NodeDriver:
         """Take an event to the core, execute what it orders and see that gateways hear of it."""
         if self._closed:
             return
+        now = self.now
+        commands: Sequence[NodeCommand] | None = None
         try:
-            for command in self._core.handle(event, self.now):
+            commands = self._core.handle(event, now)
+            if self._journal is not None:
+                self._journal.record(now, event, commands)
+            for command in commands:
                 self._execute(command)
             self._flush()
         except Exception as error:  # A core or driver that broke its own rules cannot go on: better a dead node than a wrong one.
+            if self._journal is not None:
+                if commands is None:
+                    self._journal.record(now, event, None)
+                self._journal.close()
             self._fatal(error)
             raise
 
@@ -477,6 +490,8 @@ class NodeDriver:
         # Waiting for the engine's thread must not stop the loop, which the thread's last call needs.
         await self._loop.run_in_executor(None, self._runner.close)
         self._engine.close()
+        if self._journal is not None:
+            await self._loop.run_in_executor(None, self._journal.close)
 
 
 def sampling_params(sampling: node_pb2.Sampling) -> SamplingParams:

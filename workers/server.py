@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.types import Load, ModelName, NodeId, NodeSpec, PoolName
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+from orchestrator.wire.journal import NodeHeader, open_journal
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import Engine
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
@@ -60,6 +61,7 @@ class NodeServer:
         model_dir: the checkpoint.
         host: address to listen on and to be reached by; the port is chosen by the system.
         objects: a store that nodes on other hosts reach, if there is one.
+        journal: folder in which each node writes down what it is told and what it decides; empty for none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class NodeServer:
         host: str = "127.0.0.1",
         objects: ObjectStore | None = None,
         limits: DriverLimits | None = None,
+        journal: str = "",
     ) -> None:
         assert nodes, "a process without nodes"
         self._pool = pool
@@ -80,6 +83,7 @@ class NodeServer:
         self._host = host
         self._host_id = host_id()
         self._objects = objects
+        self._journal = journal
         given = limits or DriverLimits()
         # Nodes of one process share its time for frames.
         frame_s = min(given.frame_s_min * len(nodes), max(FRAME_S_MOST, given.frame_s_min))
@@ -151,8 +155,10 @@ class NodeServer:
         engine = await asyncio.get_running_loop().run_in_executor(None, open_engine, self._pool, self._model_dir, allocate)
         self._arenas.extend(arenas)
         arena = arenas[0] if engine.pool is not None and arenas else None
+        spec = self._spec(node, address, engine)
+        name = f"node-{node}-{spec.incarnation}"
         return NodeDriver(
-            spec=self._spec(node, address, engine),
+            spec=spec,
             scheduler=self._pool.scheduler,
             engine=engine,
             transports=self._transports(engine, arena, self._limits.transfer),
@@ -161,6 +167,7 @@ class NodeServer:
             peers=self._peers,
             fatal=self._on_fatal,
             limits=self._limits,
+            journal=open_journal(self._journal, name, NodeHeader(spec, self._pool.scheduler)),
         )
 
     def _spec(self, node: NodeId, address: str, engine: Engine) -> NodeSpec:

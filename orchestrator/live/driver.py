@@ -54,6 +54,7 @@ from orchestrator.core.types import (
 from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
+from orchestrator.wire.journal import JournalWriter
 
 log = logging.getLogger("weft.driver")
 
@@ -153,15 +154,22 @@ class ClusterDriver:
     Args:
         gateway: this gateway's number; unique in the cluster.
         fatal: told of an error that leaves the core in an unknown state; the process should end.
+        journal: takes down every event and what came of it; closed by `close`.
     """
 
     def __init__(
-        self, gateway: GatewayId, config: ClusterConfig, observer: Observer, fatal: Callable[[BaseException], None]
+        self,
+        gateway: GatewayId,
+        config: ClusterConfig,
+        observer: Observer,
+        fatal: Callable[[BaseException], None],
+        journal: JournalWriter | None = None,
     ) -> None:
         self._gateway = gateway
         self._config = config
         self._observer = observer
         self._fatal = fatal
+        self._journal = journal
         self._core = Cluster(gateway, config)
         self.loop = asyncio.get_running_loop()
         # Readings of this clock and of any other differ by hours, so that mixing them up shows at once.
@@ -332,16 +340,23 @@ class ClusterDriver:
     # --- the core -----------------------------------------------------------------------------------------------------
 
     def _handle(self, event: ClusterEvent) -> None:
+        now = self.now
+        commands: Sequence[ClusterCommand] | None = None
         try:
-            now = self.now
             started = time.perf_counter()
             commands = self._core.handle(event, now)
+            if self._journal is not None:
+                self._journal.record(now, event, commands)
             if isinstance(event, RequestArrived):
                 self._observer.routed(time.perf_counter() - started)
             self._observer.observe(now, event, commands)
             for command in commands:
                 self._execute(command)
         except Exception as error:  # A core or driver that broke its own rules cannot go on: better no gateway than a wrong one.
+            if self._journal is not None:
+                if commands is None:
+                    self._journal.record(now, event, None)
+                self._journal.close()
             self._fatal(error)
             raise
 
@@ -440,3 +455,5 @@ class ClusterDriver:
         self._links.clear()
         if closing or self._closing:
             await asyncio.wait((*closing, *self._closing))
+        if self._journal is not None:
+            await self.loop.run_in_executor(None, self._journal.close)

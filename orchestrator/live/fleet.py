@@ -152,7 +152,8 @@ class NodeProcess:
     async def _serve(self, folder: Path) -> str:
         limits = DriverLimits(gateway_lost_s=self._config.cluster.node_lost_s)
         host = ray.util.get_node_ip_address()
-        self._server = NodeServer(self._pool, self._nodes, self._incarnation, folder, host, RayObjects(), limits)
+        journal = self._config.cluster.journal
+        self._server = NodeServer(self._pool, self._nodes, self._incarnation, folder, host, RayObjects(), limits, journal)
         address = await self._server.start()
         self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
         return address

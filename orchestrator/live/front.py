@@ -3,6 +3,7 @@
 Does not know what process it is in; `fleet.py` makes it an actor.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.live.gateway import Gateway
 from orchestrator.live.health import HealthServer
 from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.models import ModelText
+from orchestrator.wire.journal import cluster_header, open_journal
 
 #: What a server is told to listen on all addresses.
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -60,7 +62,9 @@ class Front:
         self._fingerprints = dict(fingerprints)
         self._grpc_address = ""
         self._metrics = Metrics(number, config.gateway.count, pools)
-        self._driver = ClusterDriver(number, config, self._metrics, fatal)
+        name = f"gateway-{number}-{int(time.time())}"
+        journal = open_journal(config.cluster.journal, name, cluster_header(number, config))
+        self._driver = ClusterDriver(number, config, self._metrics, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
         self._health = HealthServer()
         secret = config.cluster.secret.encode()

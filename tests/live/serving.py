@@ -16,6 +16,7 @@ from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind
 from orchestrator.live.driver import ClusterDriver, TurnStream
 from orchestrator.live.turns import Delta, Prompt, Turn
 from orchestrator.wire import node_pb2
+from orchestrator.wire.journal import cluster_header, open_journal
 from workers.server import NodeServer
 from workers.transports import ObjectStore
 
@@ -39,6 +40,11 @@ def split(engine: str = "profiled", decode: int = 1, **more: Any) -> ClusterConf
 def together(engine: str = "profiled", nodes: int = 1, **more: Any) -> ClusterConfig:
     """Return a cluster of nodes that do both."""
     return ClusterConfig(pools=(pool("both", PoolKind.AGGREGATED, nodes, engine, **more),))
+
+
+def journalled(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    """Return a cluster that writes down what its cores are told and decide."""
+    return replace(config, cluster=replace(config.cluster, journal=str(folder)))
 
 
 def patient(config: ClusterConfig, node_lost_s: float) -> ClusterConfig:
@@ -106,7 +112,8 @@ class Cluster:
     async def start_node(self, node: NodeId, incarnation: int, objects: ObjectStore | None = None) -> None:
         name = str(node).rsplit("-", 1)[0]
         settings = next(entry for entry in self.config.pools if entry.name == name)
-        server = self.servers[node] = NodeServer(settings, [node], incarnation, self.model_dir, objects=objects)
+        journal = self.config.cluster.journal
+        server = self.servers[node] = NodeServer(settings, [node], incarnation, self.model_dir, objects=objects, journal=journal)
         self.addresses[node] = await server.start()
         self.driver.set_nodes(list(self.addresses.items()))
 
@@ -122,7 +129,9 @@ async def cluster(config: ClusterConfig, model_dir: Path, objects: ObjectStore |
     """Start a cluster; fails the test if a core or a driver broke its own rules."""
     observed = Observed()
     failures: list[BaseException] = []
-    driver = ClusterDriver(GatewayId(0), config, observed, failures.append)
+    gateway = GatewayId(0)
+    journal = open_journal(config.cluster.journal, "gateway-0", cluster_header(gateway, config))
+    driver = ClusterDriver(gateway, config, observed, failures.append, journal)
     started = Cluster(driver, {}, {}, observed, config, model_dir, failures)
     try:
         for settings in config.pools:

@@ -1,0 +1,252 @@
+"""Writes down what a core was told and what it answered; `replay.py` runs it again.
+
+A file (gzip) holds one core's life from its start. It is a row of records, each a little-endian u32 with its length and then
+that many bytes of msgpack:
+
+    first       ["weft-journal", 1, weft's version, kind of core, what the core was made from]
+    then        [now, name of the event, event, [[name of the command, command], ...]]    null for commands: the core raised
+    last        [now, "Closed", {"reason": ...}, []]                                      missing if the process was killed
+
+Events and commands are the core's own, field by field, so that floats and hashes come back bit for bit. No prompt, token, key or
+secret is in a journal; session names, tenants, lengths and block hashes are.
+"""
+
+import gzip
+import logging
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from typing import Any, Final, TypeAlias, cast, get_args
+
+import msgspec
+
+from orchestrator.core.commands import ClusterCommand, NodeCommand
+from orchestrator.core.config import ClusterConfig, GatewayConfig, SchedulerConfig
+from orchestrator.core.events import ClusterEvent, NodeEvent
+from orchestrator.core.types import GatewayId, NodeSpec
+
+log = logging.getLogger("weft.journal")
+
+FORMAT: Final = "weft-journal"
+FORMAT_VERSION: Final = 1
+SUFFIX = ".journal.gz"
+#: Bytes that wait before the writing thread gets them, and seconds they wait at most while events come.
+CHUNK_BYTES = 64 * 1024
+CHUNK_S = 1.0
+#: Chunks that may wait for a slow disk. One more, and the journal ends there: serving never waits for it.
+CHUNKS_MAX = 512
+#: Bytes of a file, compressed, after which its journal ends.
+FILE_BYTES_MAX = 4 * 1024**3
+#: Longest record that is believed when reading.
+RECORD_BYTES_MAX = 1 << 28
+
+Event: TypeAlias = ClusterEvent | NodeEvent
+Command: TypeAlias = ClusterCommand | NodeCommand
+
+_LENGTH = struct.Struct("<I")
+_CLOSED = "Closed"
+EVENTS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(ClusterEvent), *get_args(NodeEvent))}
+COMMANDS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(ClusterCommand), *get_args(NodeCommand))}
+
+
+class JournalError(ValueError):
+    """A journal cannot be used; the message is one line that names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterHeader:
+    """What a gateway's core was made from."""
+
+    gateway: GatewayId
+    config: ClusterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHeader:
+    """What a node's core was made from."""
+
+    spec: NodeSpec
+    scheduler: SchedulerConfig
+
+
+Header: TypeAlias = ClusterHeader | NodeHeader
+_HEADERS: dict[str, type] = {"cluster": ClusterHeader, "node": NodeHeader}
+
+
+def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
+    """Return a gateway's header, without the secret and the API keys, which no decision depends on."""
+    return ClusterHeader(gateway, replace(config, cluster=replace(config.cluster, secret=""), gateway=GatewayConfig()))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def open_journal(folder: str, name: str, header: Header) -> "JournalWriter | None":
+    """Start a journal in a folder, which is made if need be; None without a folder. Raises `OSError`."""
+    if not folder:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return JournalWriter(Path(folder) / f"{name}{SUFFIX}", header)
+
+
+class JournalWriter:
+    """One core's journal. Encoding is done by whoever records, compressing and writing by a thread."""
+
+    def __init__(self, path: Path, header: Header, file_bytes_max: int = FILE_BYTES_MAX) -> None:
+        self.path = path
+        self._encoder = msgspec.msgpack.Encoder()
+        #: Whole records that the thread has not got yet.
+        self._buffer = bytearray()
+        self._due_s = 0.0
+        self._now = 0.0
+        #: Why nothing more is taken; empty while the journal is open.
+        self._ended = ""
+        self._file_bytes_max = file_bytes_max
+        self._chunks: Queue[bytes | None] = Queue(CHUNKS_MAX)
+        kind = "cluster" if isinstance(header, ClusterHeader) else "node"
+        self._buffer += _framed(self._encoder, (FORMAT, FORMAT_VERSION, version("weft"), kind, header))
+        self._file = path.open("xb")
+        self._thread = Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def record(self, now: float, event: Event, commands: Sequence[Command] | None) -> None:
+        """Take down one call of the core; None for commands says that it raised."""
+        if self._ended:
+            return
+        named = None if commands is None else [(type(command).__name__, command) for command in commands]
+        self._buffer += _framed(self._encoder, (now, type(event).__name__, event, named))
+        self._now = now
+        if len(self._buffer) >= CHUNK_BYTES or now >= self._due_s:
+            self._due_s = now + CHUNK_S
+            self._hand_over()
+
+    def close(self) -> None:
+        """Write what is left and close the file; waits for the disk. Harmless to repeat."""
+        if not self._ended:
+            self._ended = "stopped"
+            self._chunks.put(bytes(self._buffer))
+        if self._thread.is_alive():
+            self._chunks.put(None)
+            self._thread.join()
+
+    def _hand_over(self) -> None:
+        """Give the thread what has come together; a disk that is far behind ends the journal."""
+        chunk = bytes(self._buffer)
+        self._buffer.clear()
+        try:
+            self._chunks.put_nowait(chunk)
+        except Full:
+            self._give_up("the disk did not keep up")
+
+    def _give_up(self, reason: str) -> None:
+        log.warning("journal %s ends early: %s", self.path, reason)
+        self._ended = reason
+
+    def _work(self) -> None:
+        """Write chunks until there are no more; afterwards take them and drop them, so that nobody waits."""
+        chunk: bytes | None = b""
+        try:
+            with self._file, gzip.GzipFile(fileobj=self._file, mode="wb", compresslevel=1, mtime=0) as stream:
+                while (chunk := self._chunks.get()) is not None and self._file.tell() < self._file_bytes_max:
+                    stream.write(chunk)
+                    # A killed process leaves all whole chunks readable.
+                    stream.flush(zlib.Z_SYNC_FLUSH)
+                    self._file.flush()
+                if chunk is not None:
+                    self._give_up(f"it has reached {self._file_bytes_max} bytes")
+                stream.write(_framed(msgspec.msgpack.Encoder(), (self._now, _CLOSED, {"reason": self._ended}, ())))
+        except OSError as error:
+            self._give_up(error.strerror or str(error))
+        while chunk is not None:
+            chunk = self._chunks.get()
+
+
+def _framed(encoder: msgspec.msgpack.Encoder, record: object) -> bytearray:
+    """Return a record behind its length."""
+    framed = bytearray(_LENGTH.size)
+    encoder.encode_into(record, framed, -1)
+    _LENGTH.pack_into(framed, 0, len(framed) - _LENGTH.size)
+    return framed
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One call of a core. Commands are still encoded, each with its name; None: the core raised."""
+
+    now: float
+    event: Event
+    commands: tuple[tuple[str, bytes], ...] | None
+
+
+@dataclass(slots=True)
+class Journal:
+    """A journal that is being read."""
+
+    path: Path
+    #: Version of Weft that wrote it.
+    written_by: str
+    header: Header
+    entries: Iterator[Entry]
+    #: Known once `entries` is used up: why it ends; empty if its process was killed.
+    ended: str = ""
+
+
+def read_journal(path: Path) -> Journal:
+    """Open a journal; its entries are read as they are asked for. Raises `JournalError`, also from the entries."""
+    records = _records(path)
+    try:
+        first: Any = msgspec.msgpack.decode(next(records, b""))
+        name, number, written_by, kind, _ = first
+    except JournalError:
+        raise
+    except (msgspec.DecodeError, TypeError, ValueError):
+        raise JournalError(f"{path}: is no journal of Weft's") from None
+    if name != FORMAT or number != FORMAT_VERSION or kind not in _HEADERS:
+        raise JournalError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}: starts with {name!r}, {number!r}, {kind!r}")
+    try:
+        header = cast(Header, msgspec.convert(first[4], _HEADERS[kind]))
+    except (msgspec.ValidationError, ValueError) as error:
+        raise JournalError(f"{path}: its header does not fit this version of Weft: {error}") from None
+    journal = Journal(path, str(written_by), header, iter(()))
+    journal.entries = _entries(journal, records)
+    return journal
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """Yield the records; one that is cut off, or a damaged end, is where a killed process's journal ends."""
+    try:
+        with gzip.open(path, "rb") as stream:
+            while len(head := stream.read(_LENGTH.size)) == _LENGTH.size:
+                (size,) = _LENGTH.unpack(head)
+                if size > RECORD_BYTES_MAX or len(record := stream.read(size)) < size:
+                    return
+                yield record
+    except gzip.BadGzipFile:
+        raise JournalError(f"{path}: is not gzip") from None
+    except (EOFError, zlib.error):
+        return
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror}") from None
+
+
+def _entries(journal: Journal, records: Iterator[bytes]) -> Iterator[Entry]:
+    envelope = msgspec.msgpack.Decoder(tuple[float, str, msgspec.Raw, list[tuple[str, msgspec.Raw]] | None])
+    decoders: dict[str, msgspec.msgpack.Decoder[Event]] = {name: msgspec.msgpack.Decoder(kind) for name, kind in EVENTS.items()}
+    for number, record in enumerate(records, 1):
+        try:
+            now, name, event, commands = envelope.decode(record)
+            if name == _CLOSED:
+                journal.ended = str(cast(dict[str, Any], msgspec.msgpack.decode(event))["reason"])
+                return
+            listed = None if commands is None else tuple((kind, bytes(command)) for kind, command in commands)
+            yield Entry(now, decoders[name].decode(event), listed)
+        except (msgspec.DecodeError, KeyError) as error:
+            raise JournalError(f"{journal.path}: record {number + 1}: {error}") from None

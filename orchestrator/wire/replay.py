@@ -1,0 +1,84 @@
+"""Runs a journal through a fresh core and compares every command: equal, or the first event after which they part.
+
+Both are compared as bytes, reasons (`why`) included. A difference means that the core's code has changed since, that the journal
+is damaged, or that something besides events and their times has influenced a decision, which must not be.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import msgspec
+
+from orchestrator.core.cluster import Cluster
+from orchestrator.core.node import Node
+from orchestrator.wire.journal import COMMANDS, ClusterHeader, Command, Event, Header, Journal, NodeHeader
+
+_Handle: TypeAlias = Callable[[Any, float], Sequence[Command]]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first event that a fresh core answers otherwise than the recorded one did."""
+
+    #: Counted from 1.
+    number: int
+    now: float
+    event: Event
+    expected: tuple[str, ...]
+    got: tuple[str, ...]
+
+    def __str__(self) -> str:
+        place = next((i for i, (one, other) in enumerate(zip(self.expected, self.got, strict=False)) if one != other), None)
+        shared = min(len(self.expected), len(self.got)) if place is None else place
+        one, other = (commands[shared] if shared < len(commands) else "nothing more" for commands in (self.expected, self.got))
+        return f"event {self.number} ({type(self.event).__name__}), command {shared + 1}: recorded {one}; got {other}"
+
+
+def replay(journal: Journal, progress: Callable[[int], None] | None = None) -> Difference | None:
+    """Feed a fresh core with the recorded events; return where it first answers otherwise, None if it never does.
+
+    Args:
+        journal: as `read_journal` returned it; its entries are used up.
+        progress: told the number of each event.
+
+    Raises:
+        JournalError: the file is damaged in its middle.
+    """
+    handle = _fresh_core(journal.header)
+    encoder = msgspec.msgpack.Encoder()
+    for number, entry in enumerate(journal.entries, 1):
+        if progress is not None:
+            progress(number)
+        try:
+            got: Sequence[Command] | None = handle(entry.event, entry.now)
+        except Exception as error:  # Whatever the core raises is an answer, to be compared with the recorded one.
+            if entry.commands is not None:
+                return Difference(number, entry.now, entry.event, _shown(entry.commands), (f"{type(error).__name__}: {error}",))
+            return None
+        named = tuple([(type(command).__name__, encoder.encode(command)) for command in got])
+        if named != entry.commands:
+            return Difference(number, entry.now, entry.event, _shown(entry.commands), _shown(named))
+    return None
+
+
+def _fresh_core(header: Header) -> _Handle:
+    match header:
+        case ClusterHeader(gateway, config):
+            return Cluster(gateway, config).handle
+        case NodeHeader(spec, scheduler):
+            return Node(spec, scheduler).handle
+
+
+def _shown(commands: Sequence[tuple[str, bytes]] | None) -> tuple[str, ...]:
+    """Return commands as text; those of a version with other fields as they came."""
+    if commands is None:
+        return ("an error",)
+    return tuple(_text(name, data) for name, data in commands)
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return repr(cast(Command, msgspec.msgpack.decode(data, type=COMMANDS[name])))
+    except (msgspec.DecodeError, KeyError):
+        return f"{name} {msgspec.msgpack.decode(data)!r}"

@@ -1,0 +1,130 @@
+"""Journals: what is written is read again exactly, a killed process leaves the rest usable, what is no journal is refused."""
+
+import gzip
+import random
+from pathlib import Path
+
+import pytest
+
+from orchestrator.core.commands import NodeCommand
+from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, GatewayConfig, PoolConfig, SchedulerConfig
+from orchestrator.core.events import Assigned, NodeEvent, SliceResult, StepFinished
+from orchestrator.core.node import Node
+from orchestrator.core.types import Assignment, BlockHash, GatewayId, PoolKind, Role, StepId, request_id
+from orchestrator.wire.journal import ClusterHeader, JournalError, JournalWriter, NodeHeader, cluster_header, read_journal
+from orchestrator.wire.replay import replay
+from tests.builders import node_spec
+
+HEADER = NodeHeader(node_spec(blocks=8), SchedulerConfig(step_tokens_max=16, sequences_max=4))
+
+
+def assigned(serial: int) -> Assigned:
+    hashes = (BlockHash(random.Random(serial).randbytes(16)),)
+    return Assigned(Assignment(request_id(GatewayId(0), serial), Role.GENERATE, 6, hashes, output_tokens_max=3))
+
+
+def life(path: Path) -> list[tuple[float, NodeEvent, list[NodeCommand]]]:
+    """Write the journal of a node that serves a request; return what is in it."""
+    core, told = Node(HEADER.spec, HEADER.scheduler), []
+    one = SliceResult(request_id(GatewayId(0), 1), 1)
+    events: list[NodeEvent] = [assigned(1), *(StepFinished(StepId(step), (one,), 0.1 + step / 7) for step in (1, 2, 3))]
+    writer = JournalWriter(path, HEADER)
+    for number, event in enumerate(events):
+        now = 100 + number / 3
+        commands = core.handle(event, now)
+        told.append((now, event, commands))
+        writer.record(now, event, commands)
+    writer.close()
+    writer.close()
+    return told
+
+
+def test_what_is_written_is_read_again_to_the_last_bit(tmp_path: Path) -> None:
+    told = life(tmp_path / "one.journal.gz")
+    journal = read_journal(tmp_path / "one.journal.gz")
+    assert journal.header == HEADER
+    assert [(entry.now, entry.event) for entry in journal.entries] == [(now, event) for now, event, _ in told]
+    assert journal.ended == "stopped"
+
+
+def test_a_fresh_core_answers_as_the_recorded_one_did(tmp_path: Path) -> None:
+    life(tmp_path / "one.journal.gz")
+    assert replay(read_journal(tmp_path / "one.journal.gz")) is None
+
+
+def test_canary_a_missing_event_is_noticed_where_it_is_missing(tmp_path: Path) -> None:
+    core, one = Node(HEADER.spec, HEADER.scheduler), SliceResult(request_id(GatewayId(0), 1), 1)
+    writer = JournalWriter(tmp_path / "one.journal.gz", HEADER)
+    writer.record(1.0, assigned(1), core.handle(assigned(1), 1.0))
+    core.handle(assigned(2), 1.5)  # this one is kept from the journal
+    event = StepFinished(StepId(1), (one,), 0.1)
+    writer.record(2.0, event, core.handle(event, 2.0))
+    writer.close()
+    difference = replay(read_journal(tmp_path / "one.journal.gz"))
+    assert difference is not None
+    assert (difference.number, difference.event) == (2, event)
+    assert f"request={request_id(GatewayId(0), 2)}" in str(difference)
+
+
+def test_an_error_of_the_core_is_an_answer_too(tmp_path: Path) -> None:
+    for name, commands in (("raised", None), ("wrong", [])):
+        writer = JournalWriter(tmp_path / name, HEADER)
+        writer.record(1.0, StepFinished(StepId(7), (), 0.1), commands)
+        writer.close()
+    assert replay(read_journal(tmp_path / "raised")) is None
+    difference = replay(read_journal(tmp_path / "wrong"))
+    assert difference is not None
+    assert "step 7 ended but none runs" in str(difference)
+
+
+def test_a_journal_cut_off_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "one.journal.gz"
+    told = life(path)
+    whole = gzip.decompress(path.read_bytes())
+    for cut in (len(whole) - 1, len(whole) - 100):
+        path.write_bytes(gzip.compress(whole[:cut])[:-4])
+        journal = read_journal(path)
+        entries = list(journal.entries)
+        assert journal.ended == ""
+        assert [entry.event for entry in entries] == [event for _, event, _ in told[: len(entries)]]
+        assert replay(read_journal(path)) is None
+
+
+def test_a_journal_ends_at_its_size_and_says_so(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path / "one.journal.gz", HEADER, file_bytes_max=900)
+    for second in range(1, 200):
+        writer.record(second * 10.0, assigned(second), ())
+    writer.close()
+    journal = read_journal(tmp_path / "one.journal.gz")
+    assert 0 < len(list(journal.entries)) < 199
+    assert "has reached 900 bytes" in journal.ended
+
+
+def test_no_secret_and_no_key_is_in_a_header() -> None:
+    config = ClusterConfig(
+        cluster=ClusterSettings(secret="hidden"),
+        gateway=GatewayConfig(api_keys=(ApiKey("hidden", "team"),)),
+        pools=(PoolConfig("both", PoolKind.AGGREGATED),),
+    )
+    header = cluster_header(GatewayId(3), config)
+    assert isinstance(header, ClusterHeader)
+    assert "hidden" not in repr(header)
+    assert header.config.pools == config.pools
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"text", "is not gzip"),
+        (gzip.compress(b""), "is no journal"),
+        (gzip.compress(b"\x02\x00\x00\x00\x01\x01"), "is no journal"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_journal_is_refused_in_one_line(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    path = tmp_path / "other"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(JournalError) as refused:
+        read_journal(path)
+    assert str(refused.value).startswith(f"{path}: {problem}")
