@@ -155,8 +155,6 @@ class NodeDriver:
         self._draining = False
         self._closed = False
         self._idle = asyncio.Event()
-        #: Numbers the loads, so that each gateway's last one is known.
-        self._loads = 0
         self._load_timer: asyncio.TimerHandle | None = None
 
     # --- the core -----------------------------------------------------------------------------------------------------
@@ -341,9 +339,14 @@ class NodeDriver:
         while True:
             await outbox.awake()
             outbox.due = self._loop.time() + self._limits.frame_s_min
-            frame = outbox.take(self._core.load(), self._draining)
-            outbox.loads_seen = self._loads
-            await stream.write(frame)
+            await stream.write(self._frame(outbox))
+
+    def _frame(self, outbox: Outbox) -> node_pb2.NodeFrame:
+        """Return what waits for a gateway; the load goes along only where something besides tokens has changed it."""
+        news = self._core.news
+        tells = outbox.telling or outbox.news_told != news
+        outbox.news_told = news
+        return outbox.take(self._core.load() if tells else None, self._draining)
 
     def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
         outbox.frames_read = frame.frames_received
@@ -409,14 +412,13 @@ class NodeDriver:
 
     def _flush(self) -> None:
         """Wake the streams that have something to say; a changed load alone may wait a little."""
-        self._loads += 1
-        stale = False
+        stale, news = False, self._core.news
         for outbox in tuple(self._outboxes.values()):
             if outbox.unsent > self._limits.unsent_max:
                 self._loop.call_soon(self._drop_slow, outbox)
             elif outbox.pending:
                 self._wake_in_time(outbox)
-            else:
+            elif outbox.news_told != news:
                 stale = True
         if stale and self._load_timer is None:
             self._load_timer = self._loop.call_later(self._limits.load_s, self._send_loads)
@@ -443,7 +445,7 @@ class NodeDriver:
     def _send_loads(self) -> None:
         self._load_timer = None
         for outbox in self._outboxes.values():
-            if outbox.loads_seen != self._loads:
+            if outbox.news_told != self._core.news:
                 outbox.wake()
 
     # --- peers --------------------------------------------------------------------------------------------------------
@@ -471,7 +473,6 @@ class NodeDriver:
         """Take nothing new, tell the gateways, and wait until all that runs has ended."""
         self._draining = True
         self.handle(DrainRequested())
-        self._loads += 1
         self._send_loads()
         await self._idle.wait()
 

@@ -18,8 +18,7 @@ class Outbox:
 
     __slots__ = (
         "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due", "frames_read",
-        "frames_received", "frames_sent", "gateway", "grace", "incarnation", "loads_seen", "requests", "stream", "timer",
-        "tokens",
+        "frames_received", "frames_sent", "gateway", "grace", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -37,8 +36,8 @@ class Outbox:
         #: When the next frame may go out that is not urgent, and what wakes the writer then.
         self.due = 0.0
         self.timer: asyncio.TimerHandle | None = None
-        #: The node's load that went out last, as a running number.
-        self.loads_seen = 0
+        #: The core's news when the gateway was last told of the load.
+        self.news_told = -1
         #: Sequence i has counts[i] of tokens, in order; the driver appends to these three itself, once a token.
         self.requests: list[int] = []
         self.counts: list[int] = []
@@ -56,6 +55,11 @@ class Outbox:
     def pending(self) -> bool:
         """True while there is something that must go out now."""
         return bool(self.requests or self._ended or self._kv or self._first_tokens or self._moves)
+
+    @property
+    def telling(self) -> bool:
+        """True while there is something for the gateway's core, which then wants the load with it."""
+        return bool(self._first_tokens or self._ended or self._kv)
 
     @property
     def urgent(self) -> bool:
@@ -110,13 +114,13 @@ class Outbox:
         await self._wake.wait()
         self._wake.clear()
 
-    def take(self, load: Load, draining: bool) -> node_pb2.NodeFrame:
+    def take(self, load: Load | None, draining: bool) -> node_pb2.NodeFrame:
         """Return all that is pending as one frame, in the order in which it must be applied."""
         frame = node_pb2.NodeFrame(
             requests=self.requests,
             counts=self.counts,
             tokens=self.tokens,
-            load=codec.load_message(load),
+            load=codec.load_message(load) if load is not None else None,
             draining=draining,
         )
         self.requests, self.counts, self.tokens = [], [], []

@@ -297,13 +297,14 @@ class ClusterDriver:
     # --- frames -------------------------------------------------------------------------------------------------------
 
     def node_frame(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
-        """Hand out a frame's tokens, then take the rest to the core."""
+        """Hand out a frame's tokens, then take the rest to the core; a frame without a load brings it nothing."""
         slow: list[TurnStream] = []
         if frame.requests:
             self._deliver(node, frame, slow)
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
-        self._handle(codec.report_from(node, frame))
+        if frame.HasField("load"):
+            self._handle(codec.report_from(node, frame))
         for stream in slow:
             log.warning("request %s: %d tokens unread, cancelled", stream.request, len(stream.tokens))
             self._give_up(stream, TurnFailed(408, "slow_client", f"more than {UNREAD_TOKENS_MAX} tokens were left unread"))

@@ -60,12 +60,14 @@ class Observed:
     moves: list[tuple[NodeId, int]] = field(default_factory=list)
     loads: dict[NodeId, Load] = field(default_factory=dict)
     routes: int = 0
+    reports: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def observe(self, now: float, event: ClusterEvent, commands: Sequence[ClusterCommand]) -> None:
         self.commands.extend(commands)
         if isinstance(event, NodeReported):
             self.loads[event.node] = event.load
+            self.reports += 1
         else:
             self.events.append(event)
         self.changed.set()

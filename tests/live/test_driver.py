@@ -74,6 +74,20 @@ def test_tokens_of_another_node_or_an_ended_turn_are_nobodys(model_dir: Path) ->
     run(scenario)
 
 
+def test_a_frame_of_tokens_alone_is_no_event(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with cluster(together(profile=SLOW), model_dir) as served:
+            frames: list[node_pb2.NodeFrame] = []
+            hand_on = served.driver.node_frame
+            monkeypatch.setattr(served.driver, "node_frame", lambda node, frame: (frames.append(frame), hand_on(node, frame)))
+            reports = served.observed.reports
+            assert len((await finish(served.driver.start(turn(range(30), 40)))).tokens) == 40
+            told = sum(frame.HasField("load") for frame in frames)
+            assert served.observed.reports - reports == told < len(frames)
+
+    run(scenario)
+
+
 def test_a_client_that_does_not_read_is_cancelled(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_driver, "UNREAD_TOKENS_MAX", 30)
 

@@ -99,6 +99,7 @@ class Gateway:
         self.stored: list[bytes] = []
         self.logprobs = 0
         self.load = Load()
+        self.loads = 0
         self.draining = False
 
     async def read(self) -> object:
@@ -131,7 +132,9 @@ class Gateway:
         for batch in frame.kv:
             self.stored += [hash for run in batch.stored for hash in codec.hashes_from(run.hashes)]
         self.logprobs += len(frame.logprobs)
-        self.load = codec.load_from(frame.load)
+        self.loads += frame.HasField("load")
+        if frame.HasField("load"):
+            self.load = codec.load_from(frame.load)
         self.draining = frame.draining
         return frame
 
@@ -218,6 +221,25 @@ def test_tokens_first_token_and_end_come_in_order(computes: bool) -> None:
             assert {ended.reason for ended in gateway.ended.values()} == {"length"}
             await gateway.until(lambda: gateway.load.blocks_used == 0)
             await eventually(lambda: not engine.counts)
+
+    run(scenario)
+
+
+def test_a_load_comes_with_news_and_not_with_tokens_alone() -> None:
+    async def scenario() -> None:
+        async with node(computes=True, limits=DriverLimits(load_s=60.0, frame_s_min=0.0)) as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 41))
+            frames = 0
+            while not gateway.ended:
+                frame = await gateway.next()
+                frames += 1
+                gateway.incoming.put_nowait(node_pb2.GatewayFrame(frames_received=frames))
+                told = bool(frame.first_tokens or frame.ended or frame.kv)
+                # One step in four completes a block; the others have nothing to tell a gateway's core.
+                assert frame.HasField("load") == told
+            assert gateway.loads < frames
 
     run(scenario)
 
