@@ -1,0 +1,56 @@
+"""The one way into a trace file: looks at its first line and lets the reader of that form do the rest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from orchestrator.wire.traces.dynamo import SCHEMA, DynamoReader
+from orchestrator.wire.traces.lines import decoded, read_lines
+from orchestrator.wire.traces.mooncake import MooncakeReader
+from orchestrator.wire.traces.schema import SchemaReader
+from orchestrator.wire.traces.turns import TracedTurn, TraceError
+
+#: Fields that tell Mooncake's lines and their supersets.
+MOONCAKE_FIELDS = frozenset({"input_length", "input_tokens"})
+FIRST_LINE = msgspec.json.Decoder(dict[str, Any])
+
+
+def read_trace(path: Path) -> Iterator[TracedTurn]:
+    """Yield a trace's turns in order of arrival, or of the file. Raises `TraceError` at the first line that cannot be used."""
+    found = False
+    for turn in _reader(path).turns():
+        found = True
+        yield turn
+    if not found:
+        raise TraceError(f"{path}: holds no requests")
+
+
+def _reader(path: Path) -> SchemaReader | MooncakeReader | DynamoReader:
+    first = next(read_lines(path), None)
+    if first is None:
+        raise TraceError(f"{path}: holds no requests")
+    number, text = first
+    fields = decoded(FIRST_LINE, text, f"{path}:{number}")
+    if "block_size" in fields and "schema" not in fields:
+        return SchemaReader(path)
+    if _is_dynamo(fields):
+        return DynamoReader(path)
+    if MOONCAKE_FIELDS & fields.keys() and "schema" not in fields:
+        return MooncakeReader(path)
+    if "schema" in fields:
+        raise TraceError(
+            f"{path}:{number}: schema: {fields['schema']!r} with version {fields.get('version')!r} is not read; Weft's own, "
+            "Mooncake's and dynamo.request.trace.v1 are"
+        )
+    raise TraceError(
+        f"{path}:{number}: input_length: missing; a line must have timestamp, input_length and output_length, or be an event of "
+        "dynamo.request.trace.v1"
+    )
+
+
+def _is_dynamo(fields: dict[str, Any]) -> bool:
+    event = fields.get("event")
+    inner = cast(dict[str, Any], event) if isinstance(event, dict) else fields
+    return str(inner.get("schema", "")).startswith(SCHEMA) or ("event_type" in inner and "block_size" not in inner)
