@@ -136,6 +136,16 @@ def stacked_chart(series: Sequence[Series], axes: Axes) -> go.Figure:
     return figure
 
 
+def bars_chart(groups: Mapping[str, Mapping[str, float]], y: str) -> go.Figure:
+    """Return bars side by side: for each name one colour, over the same groups."""
+    figure = _figure(Axes("", y))
+    for index, (name, values) in enumerate(groups.items()):
+        colour = {"color": COLOURS[index % len(COLOURS)]}
+        figure.add_bar(x=list(values), y=list(values.values()), name=name, marker=colour)
+    figure.update_layout(barmode="group")
+    return figure
+
+
 def tornado_chart(swings: Sequence[Swing], base: float, result: str) -> go.Figure:
     """Return a bar a named assumption from the result at its low end to the one at its high end, the widest on top."""
     ordered = sorted(swings, key=lambda swing: (abs(swing.high - swing.low), swing.name))

@@ -4,6 +4,7 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.core.config import ClusterConfig, ConfigError
 
@@ -21,20 +22,35 @@ class UnusableInput(ValueError):
 
 def read_cluster(path: Path) -> ClusterConfig:
     """Return the configuration in a cluster file. Raises `UnusableInput`."""
+    mapping = read_mapping(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UnusableInput(f"{path}: {reason}") from None
+        return ClusterConfig.from_mapping(mapping)
+    except ConfigError as error:
+        raise located(path, error) from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file as they stand there. Raises `UnusableInput`."""
+    text = _text(path)
     try:
-        return ClusterConfig.from_mapping(tomllib.loads(text))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"^(.*) \(at line (\d+)", str(error))
         problem, line = (found[1], found[2]) if found else (str(error), str(text.count("\n") + 1))
         raise UnusableInput(f"{path}:{line}: {problem[0].lower()}{problem[1:]}") from None
-    except ConfigError as error:
-        line = line_of(text, error.where)
-        raise UnusableInput(f"{path}:{line}: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise UnusableInput(f"{path}: {reason}") from None
+
+
+def located(path: Path, error: ConfigError) -> UnusableInput:
+    """Return the one line that says where in a cluster file something is wrong."""
+    return UnusableInput(f"{path}:{line_of(_text(path), error.where)}: {error}")
 
 
 def with_model(config: ClusterConfig, directory: Path, where: str) -> ClusterConfig:
