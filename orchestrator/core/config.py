@@ -267,6 +267,8 @@ class HardwareConfig:
     weights: Precision = Precision.FP8
     activations: Precision = Precision.FP8
     kv: Precision = Precision.FP8
+    #: Of the weights on `ffn_chip` and of what is multiplied with them there; Groq's chip has no 4-bit numbers.
+    ffn_weights: Precision = Precision.FP8
     #: Tokens drafted in each pass, and the chance that one is accepted after all before it were.
     draft_tokens: int = 0
     acceptance: float = 0.7
@@ -387,6 +389,18 @@ class ClusterConfig:
     def pools_of(self, model: str) -> tuple[PoolConfig, ...]:
         """Return the pools that serve a model, in the file's order."""
         return tuple(pool for pool in self.pools if pool.model == model)
+
+    def model_named(self, name: str) -> str | None:
+        """Return the model that a client's name stands for: its own, or the longest alias that matches; None if none does."""
+        if name in self.models:
+            return name
+        matching = [
+            (len(alias), model)
+            for model, config in self.models.items()
+            for alias in config.aliases
+            if alias == name or (alias.endswith("*") and name.startswith(alias[:-1]))
+        ]
+        return max(matching)[1] if matching else None
 
     @staticmethod
     def from_mapping(mapping: Mapping[str, Any]) -> "ClusterConfig":

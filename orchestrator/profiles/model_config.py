@@ -1,0 +1,137 @@
+"""Reads a Hugging Face config.json (or the built-in shapes, which use its field names) into a `ModelShape`."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from orchestrator.core.shapes import Latent, ModelShape
+
+
+class ShapeError(ValueError):
+    """A model's configuration lacks a field or describes something that the cost model does not know; one line."""
+
+
+#: Kinds of layers whose cost is known, as `layer_types` names them.
+_WINDOWED = "sliding_attention"
+_LAYER_KINDS = ("full_attention", _WINDOWED)
+#: The same count under the names that model families gave it.
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+
+
+class _Fields:
+    """Typed reading of one configuration; every problem is a `ShapeError` naming the field."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """Return a whole number of 0 or more; `default` stands for a missing or null field, None means that it is required."""
+        value = self._values.get(name)
+        if value is None:
+            if default is None:
+                raise ShapeError(f"{name}: is missing")
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ShapeError(f"{name}: must be a whole number of 0 or more, is {value!r}")
+        return value
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        """Return a whole number of 1 or more."""
+        value = self.count(name, default)
+        if value < 1:
+            raise ShapeError(f"{name}: must be 1 or more, is {value}")
+        return value
+
+    def first(self, names: tuple[str, ...]) -> int:
+        """Return the first of the fields that is there, or 0."""
+        return next((self.count(name) for name in names if self._values.get(name) is not None), 0)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return a truth value."""
+        value = self._values.get(name, default)
+        if not isinstance(value, bool):
+            raise ShapeError(f"{name}: must be true or false, is {value!r}")
+        return value
+
+    def entries(self, name: str) -> list[Any]:
+        """Return a list; a missing or null field is an empty one."""
+        value = self._values.get(name) or []
+        if not isinstance(value, list):
+            raise ShapeError(f"{name}: must be a list, is {value!r}")
+        return cast(list[Any], value)
+
+
+def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
+    """Return the shape a configuration describes; multimodal ones by their `text_config`. Raises `ShapeError`."""
+    text = config.get("text_config")
+    values = _Fields(cast(Mapping[str, Any], text) if isinstance(text, Mapping) else config)
+    layers, hidden, heads = (
+        values.positive("num_hidden_layers"),
+        values.positive("hidden_size"),
+        values.positive("num_attention_heads"),
+    )
+    windowed, window = _windows(values, layers)
+    experts = values.first(_EXPERTS)
+    dense = _dense_layers(values, layers) if experts else layers
+    expert_width = values.positive("moe_intermediate_size", values.count("intermediate_size", 0)) if experts else 0
+    shared = values.count("n_shared_experts", 0) * expert_width + values.count("shared_expert_intermediate_size", 0)
+    per_token = values.positive("num_experts_per_tok") if experts else 0
+    if per_token > experts:
+        raise ShapeError(f"num_experts_per_tok: must be at most the number of experts ({experts}), is {per_token}")
+    return ModelShape(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        vocab=values.positive("vocab_size"),
+        heads=heads,
+        kv_heads=values.positive("num_key_value_heads", heads),
+        head_dim=values.positive("head_dim", hidden // heads),
+        context_tokens_max=values.positive("max_position_embeddings"),
+        latent=_latent(values),
+        windowed_layers=windowed,
+        window_tokens=window,
+        dense_layers=dense,
+        dense_intermediate=values.positive("intermediate_size") if dense else 0,
+        experts=experts,
+        experts_per_token=per_token,
+        expert_intermediate=expert_width,
+        shared_intermediate=shared if experts else 0,
+        tied_embeddings=values.flag("tie_word_embeddings", False),
+    )
+
+
+def _latent(values: _Fields) -> Latent | None:
+    """Return the widths of latent attention, which a model with `kv_lora_rank` has."""
+    rank = values.count("kv_lora_rank", 0)
+    if not rank:
+        return None
+    return Latent(
+        query_rank=values.count("q_lora_rank", 0),
+        kv_rank=rank,
+        nope_dim=values.positive("qk_nope_head_dim"),
+        rope_dim=values.positive("qk_rope_head_dim"),
+        value_dim=values.positive("v_head_dim"),
+    )
+
+
+def _windows(values: _Fields, layers: int) -> tuple[int, int]:
+    """Return how many layers see a window only, and its tokens."""
+    window = values.count("sliding_window", 0)
+    kinds = values.entries("layer_types")
+    if kinds:
+        unknown = sorted({str(kind) for kind in kinds} - set(_LAYER_KINDS))
+        if unknown:
+            raise ShapeError(f"layer_types: the cost of {unknown[0]!r} is not known; known: {', '.join(_LAYER_KINDS)}")
+        if len(kinds) != layers:
+            raise ShapeError(f"layer_types: must have an entry a layer ({layers}), has {len(kinds)}")
+        windowed = kinds.count(_WINDOWED)
+        return (windowed, values.positive("sliding_window")) if windowed else (0, 0)
+    if not window or not values.flag("use_sliding_window", True):
+        return 0, 0
+    return max(0, layers - values.count("max_window_layers", 0)), window
+
+
+def _dense_layers(values: _Fields, layers: int) -> int:
+    """Return how many layers of a model with experts have a dense FFN instead."""
+    first, every = values.count("first_k_dense_replace", 0), values.positive("decoder_sparse_step", 1)
+    named = set(values.entries("mlp_only_layers"))
+    return sum(1 for layer in range(layers) if layer < first or layer in named or (layer + 1) % every)
