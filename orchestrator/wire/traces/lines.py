@@ -47,7 +47,7 @@ def decoded(decoder: msgspec.json.Decoder[Line], line: bytes, where: str) -> Lin
     """Return a line as the decoder's type. Raises `TraceError`."""
     try:
         return decoder.decode(line)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TraceError(f"{where}: {_problem(str(error), line)}") from None
 
 
@@ -68,9 +68,9 @@ def _problem(message: str, line: bytes) -> str:
     wrong = _AT_FIELD.match(message)
     if wrong is None:
         return message
-    wanted, got, _ = wrong["wanted"].partition(", got")
-    value = _value(cast(dict[str, Any], record), wrong["field"])
-    return f"{wrong['field']}: {wanted[:1].lower()}{wanted[1:]}" + (f", is {value}" if value or not got else "")
+    wanted, _, got = wrong["wanted"].partition(", got ")
+    value = _value(cast(dict[str, Any], record), wrong["field"]) or got
+    return f"{wrong['field']}: {wanted[:1].lower()}{wanted[1:]}" + (f", is {value}" if value else "")
 
 
 def _value(record: dict[str, Any], field: str) -> str:
