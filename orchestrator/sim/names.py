@@ -65,10 +65,10 @@ def generated_runs(turn: TracedTurn, successor: TracedTurn | None) -> Runs:
         return ()
     if successor is None:
         return ((-(turn.id + 1) * PRIVATE_NAMES, end - first),)
-    return tuple(_between(successor.block_runs, first, end))
+    return tuple(between(successor.block_runs, first, end))
 
 
-def _between(runs: Iterable[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
+def between(runs: Iterable[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield what `runs` names at the positions [first, end)."""
     position = 0
     for name, count in runs:
