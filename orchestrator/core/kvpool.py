@@ -179,8 +179,8 @@ class BlockPool:
         return name
 
     def _evict(self) -> BlockId:
-        """Forget the content that idled longest and return its block."""
-        block, _ = self._idle.popitem(last=False)
+        """Forget the content of an unused block and return the block."""
+        block = self._victim()
         name = self._hash_of[block]
         assert name is not None, f"block {block} idles without a hash"
         del self._block_of[name]
@@ -194,7 +194,16 @@ class BlockPool:
             self._removed[name] = None
         return block
 
+    def _victim(self) -> BlockId:
+        """Take the block that idled longest out of the unused ones."""
+        return self._idle.popitem(last=False)[0]
+
     # --- what gateways are told -------------------------------------------------------------------------------------------
+
+    @property
+    def untold(self) -> bool:
+        """Whether anything was stored or forgotten since `take_changes`."""
+        return bool(self._stored or self._removed)
 
     @property
     def stored(self) -> bool:

@@ -165,6 +165,11 @@ class Node:
         commands, self._commands = self._commands, []
         return commands
 
+    @property
+    def untold(self) -> bool:
+        """Whether holdings changed in a way that gateways have not been told yet."""
+        return self._pool.untold
+
     def load(self) -> Load:
         """Return the counts that the next frame to each gateway carries."""
         scheduler, pool = self._scheduler, self._pool

@@ -1,0 +1,86 @@
+"""What must hold in a simulated world after every event, and at its end. The world does not know how it is checked.
+
+after every event   every cluster's and node's own invariants; whatever is unfinished has something that will wake it
+at the end          every request is over, no node works or holds anything for anybody, beliefs and holdings agree
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from orchestrator.core.cluster import Cluster
+from orchestrator.core.kvindex import Trust
+from orchestrator.core.types import GatewayId, NodeId, RequestId, TimerKey
+from orchestrator.sim.agenda import Agenda
+from orchestrator.sim.machine import Machine
+from orchestrator.sim.network import Transfers
+
+
+class Stuck(AssertionError):
+    """Nothing is left to happen, but requests are unfinished."""
+
+    def __init__(self, now: float, turns: list[int], unfinished: int) -> None:
+        under_way = ", ".join(str(turn) for turn in turns[:5]) or "none"
+        super().__init__(
+            f"at {now:.6f} s nothing is left to happen and {unfinished} turns are unfinished; under way: {under_way}"
+        )
+
+
+class Checked(Protocol):
+    """What the checks look at."""
+
+    agenda: Agenda
+    clusters: dict[GatewayId, Cluster]
+    machines: dict[NodeId, Machine]
+    transfers: Transfers
+
+    @property
+    def visits(self) -> Mapping[RequestId, object]: ...
+
+    def timer(self, owner: GatewayId | NodeId, key: TimerKey) -> float | None: ...
+
+
+class Checks:
+    """The checks of one world."""
+
+    __slots__ = ("_world",)
+
+    def __init__(self, world: Checked) -> None:
+        self._world = world
+
+    def after_event(self) -> None:
+        """Raise `AssertionError` unless everything holds now."""
+        world = self._world
+        for cluster in world.clusters.values():
+            cluster.validate()
+        for machine in world.machines.values():
+            if machine.alive:
+                machine.node.validate()
+                self._check_wakeup(machine)
+
+    def _check_wakeup(self, machine: Machine) -> None:
+        """A node with sequences runs a step, or waits for blocks that are on their way."""
+        load = machine.node.load()
+        if load.running and machine.run is None:
+            assert len(self._world.transfers), f"{machine.spec.id} has {load.running} sequences, no step and nothing to fetch"
+        assert machine.run is None or len(self._world.agenda), f"{machine.spec.id} runs a step that never ends"
+
+    def at_the_end(self) -> None:
+        """Raise `AssertionError` unless nothing is left over."""
+        world = self._world
+        assert not world.visits, f"{len(world.visits)} requests never ended"
+        assert not len(world.transfers), f"{len(world.transfers)} transfers never ended"
+        for gateway, cluster in world.clusters.items():
+            assert cluster.running + cluster.waiting == 0, f"gateway {gateway} has {cluster.running} running requests left"
+            for view in cluster.nodes:
+                self._check_belief(gateway, view.spec.id, view.trust, view.held_blocks)
+        for machine in world.machines.values():
+            load = machine.node.load()
+            assert load.running + load.waiting == 0, f"{machine.spec.id} still has {load.running} + {load.waiting} requests"
+            assert load.blocks_used == 0, f"{machine.spec.id} still uses {load.blocks_used} blocks"
+
+    def _check_belief(self, gateway: GatewayId, node: NodeId, trust: Trust, held_blocks: int) -> None:
+        """In the quiet at the end a gateway that trusts what it knows of a node knows how much that holds, but for late news."""
+        machine = self._world.machines[node]
+        if trust is Trust.EXACT and not machine.node.untold:
+            held = machine.node.load().blocks_cached
+            assert held_blocks == held, f"gateway {gateway} believes that {node} holds {held_blocks} blocks, it holds {held}"

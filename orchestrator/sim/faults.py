@@ -1,0 +1,29 @@
+"""What goes wrong in a simulated cluster, and when: drawn once from a seed, so that a run with faults can be had again.
+
+A fault never makes the cluster wrong, only slower: every request must still end, well or with one clear error.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How much goes wrong until `until_s`; nothing does after it, so that a run can be seen to recover."""
+
+    until_s: float
+    #: Nodes that stop dead, and seconds until each is back, empty.
+    crashes: int = 0
+    restart_s: float = 5.0
+    #: Chance that a message between gateway and node, or between nodes, is late, and by how many seconds at most.
+    late_share: float = 0.0
+    late_s_max: float = 0.5
+    #: Chance that a report loses its news of blocks: the gateway must notice the gap and ask.
+    lost_kv_share: float = 0.0
+    #: Chance that a hand-over of blocks breaks off.
+    broken_fetch_share: float = 0.0
+    #: Chance that a client goes away, and seconds after which at most.
+    abandoned_share: float = 0.0
+    abandoned_s_max: float = 2.0
+    #: Nodes whose steps take `slowness` times as long.
+    slow_nodes: int = 0
+    slowness: float = 3.0

@@ -1,0 +1,215 @@
+"""One simulated node: the core's `Node` and an engine that computes nothing but the time its steps take.
+
+Steps that only decode and that nothing disturbs are taken as one:
+
+    RunStep(steps_max) ----- as many steps as end before a sequence does -----> StepFinished(steps)
+                     |--step--|--step--|--step--|--step--|
+                                  ^ an event: two whole steps are reported as of their end, the third is cut off from the rest
+                                    and ends when it must, and the event is handled in the middle of it, as it would be live
+
+See also: `workers/driver.py`, which drives a node in real time.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from orchestrator.core.commands import NodeCommand, RunStep, Slice
+from orchestrator.core.costs import decode_seconds, step_seconds, steps_within
+from orchestrator.core.events import NodeEvent, SliceResult, StepFinished
+from orchestrator.core.node import Node
+from orchestrator.core.types import BlockHash, NodeSpec, RequestId
+from orchestrator.sim.agenda import Agenda
+from orchestrator.sim.outcome import Distribution, PoolUse
+
+
+class Answer(Protocol):
+    """What an engine must know of a request: how much comes out of it, and what the blocks of that are called."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def output_tokens(self) -> int: ...
+
+    def generated(self) -> tuple[BlockHash, ...]:
+        """Return the names of the blocks that the whole answer fills."""
+        ...
+
+
+class _Progress:
+    """A request on this machine."""
+
+    __slots__ = ("answer", "tokens", "token_at")
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        #: Generated so far, and when the newest of them was.
+        self.tokens = 0
+        self.token_at = 0.0
+
+
+class Machine:
+    """One node in virtual time.
+
+    Args:
+        spec, node: what it is, and its decisions.
+        agenda: the world's time.
+        use, gaps_s: where its work and the times between its tokens are counted.
+        obey: executes everything the node orders but its steps; told the machine, the event it follows, the commands, the time.
+        answer: returns what is to come out of a request.
+        stepwise: take every step by itself.
+    """
+
+    __slots__ = (
+        "_agenda", "_answer", "_gaps_s", "_obey", "_progress", "_run", "_stepwise", "alive", "context_tokens", "events",
+        "news", "node", "run", "slowness", "spec", "started_s", "steps", "use",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        node: Node,
+        agenda: Agenda,
+        use: PoolUse,
+        gaps_s: Distribution,
+        obey: "Callable[[Machine, Sequence[NodeCommand], float], None]",
+        answer: Callable[[RequestId], Answer],
+        stepwise: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.node = node
+        self.use = use
+        #: False once it has crashed; a new machine takes its place.
+        self.alive = True
+        #: Its steps take so many times as long as they should.
+        self.slowness = 1.0
+        #: Calls of the node's `handle`.
+        self.events = 0
+        #: The node's news that gateways were told last.
+        self.news = 0
+        #: What runs, since when, for how many steps, and the context at the start; None while idle.
+        self.run: RunStep | None = None
+        self.started_s = 0.0
+        self.steps = 0
+        self.context_tokens = 0
+        #: Numbers the planned ends of runs: one that was moved is stale.
+        self._run = 0
+        self._agenda = agenda
+        self._gaps_s = gaps_s
+        self._obey = obey
+        self._answer = answer
+        self._stepwise = stepwise
+        self._progress: dict[RequestId, _Progress] = {}
+
+    def tell(self, event: NodeEvent) -> None:
+        """Let something happen to the node now."""
+        if not self.alive:
+            return
+        if self.steps > 1:
+            self._catch_up()
+        self._handle(event, self._agenda.now)
+        if self.steps > 1:
+            self._cut_off()
+
+    def start(self, command: RunStep, now: float) -> None:
+        """Run a step, or as many in a row as nothing can come between."""
+        self.run, self.started_s = command, now
+        decoding = command.decoding
+        chunks = command.slices[decoding:]
+        context = 0
+        for part in command.slices[:decoding]:
+            context += part.start
+        self.context_tokens = context
+        if chunks:
+            seconds, self.steps = (
+                step_seconds(self.spec.profile, [(part.count, part.start) for part in chunks], decoding, context),
+                1,
+            )
+        else:
+            self.steps = 1 if self._stepwise else min(command.steps_max, self._steps_to_an_end(command.slices))
+            seconds = decode_seconds(self.spec.profile, decoding, context, self.steps)
+        self._plan_end(seconds)
+
+    def forget(self, request: RequestId) -> None:
+        self._progress.pop(request, None)
+
+    def crash(self) -> None:
+        """Stop at once; nothing of it happens any more."""
+        self.alive = False
+        self.run, self.steps = None, 0
+        self._run += 1
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _plan_end(self, seconds: float) -> None:
+        self._run += 1
+        end = self.started_s + seconds * self.slowness
+        self._agenda.at(max(end, self._agenda.now), self._end, self._run)
+
+    def _end(self, run: int) -> None:
+        if run == self._run and self.run is not None:
+            self._finish(self.steps, self._agenda.now)
+
+    def _catch_up(self) -> None:
+        """Report the whole steps of a run that have ended by now, as of the end of the last of them."""
+        assert self.run is not None, f"{self.spec.id} has {self.steps} steps to do and runs none"
+        elapsed_s = (self._agenda.now - self.started_s) / self.slowness
+        profile, decoding = self.spec.profile, self.run.decoding
+        ended = steps_within(profile, decoding, self.context_tokens, self.steps - 1, elapsed_s)
+        if ended:
+            seconds = decode_seconds(profile, decoding, self.context_tokens, ended)
+            self._finish(ended, self.started_s + seconds * self.slowness)
+
+    def _cut_off(self) -> None:
+        """Let the run end with the step that is under way: what happened may change the next one."""
+        assert self.run is not None, f"{self.spec.id} has {self.steps} steps to do and runs none"
+        self.steps = 1
+        self._plan_end(decode_seconds(self.spec.profile, self.run.decoding, self.context_tokens))
+
+    def _finish(self, steps: int, at: float) -> None:
+        """Tell the node what the steps of a run did."""
+        command = self.run
+        assert command is not None, f"{self.spec.id} finished a step but runs none"
+        seconds = at - self.started_s
+        decoding, use = command.decoding, self.use
+        results: list[SliceResult] = []
+        for index, part in enumerate(command.slices):
+            if index < decoding:
+                results.append(self._decoded(part, steps, at))
+            else:
+                use.prefill_tokens += part.count
+                results.append(self._decoded(part, 1, at) if part.sample else SliceResult(part.request))
+        if decoding:
+            self._gaps_s.add(seconds / steps, decoding * steps)
+        use.busy_s += seconds
+        use.output_tokens += decoding * steps
+        self.run, self.steps = None, 0
+        self._handle(StepFinished(command.step, tuple(results), seconds, steps), at)
+
+    def _handle(self, event: NodeEvent, at: float) -> None:
+        self.events += 1
+        self._obey(self, self.node.handle(event, at), at)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _of(self, request: RequestId) -> _Progress:
+        progress = self._progress.get(request)
+        if progress is None:
+            progress = self._progress[request] = _Progress(self._answer(request))
+        return progress
+
+    def _steps_to_an_end(self, slices: Sequence[Slice]) -> int:
+        """Return the steps after which the first of the sequences ends."""
+        return min([(progress := self._of(part.request)).answer.output_tokens - progress.tokens for part in slices])
+
+    def _decoded(self, part: Slice, steps: int, at: float) -> SliceResult:
+        """Return what a sequence got; its answer's blocks are named when it is complete."""
+        progress = self._of(part.request)
+        if progress.tokens and part.count > 1:  # it was preempted and has computed all again: a long pause for its user
+            self._gaps_s.add(at - progress.token_at)
+        progress.tokens += steps
+        progress.token_at = at
+        answer = progress.answer
+        if progress.tokens < answer.output_tokens:
+            return SliceResult(part.request, steps)
+        return SliceResult(part.request, steps, answer.generated(), True)

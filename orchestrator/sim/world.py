@@ -1,0 +1,519 @@
+"""A whole cluster in virtual time: gateways' `Cluster`s, nodes, links between them and the agents that use them.
+
+The decisions are those of the live system, because they are the same objects: this file only carries what one of them says to
+the other, a little later, and gives agents their answers. See also: `live/driver.py`, which does it in real time; `machine.py`
+(nodes), `network.py` (links), `faults.py`, `checks.py`.
+
+What is simplified against the live system: a gateway hears of a node's load when something beyond tokens changed (`Node.news`);
+an answer's blocks get their names when it ends; with speculation tokens come evenly, not in the bursts of a pass.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from random import Random
+from zlib import crc32
+
+from orchestrator.core.cluster import Cluster
+from orchestrator.core.commands import (
+    Abort,
+    Assign,
+    Cancel,
+    ClearTimer,
+    ClusterCommand,
+    Complete,
+    Fetch,
+    Forget,
+    NodeCommand,
+    PublishKv,
+    Refuse,
+    ReportEnded,
+    ReportFirstToken,
+    RequestReplay,
+    Restart,
+    RunStep,
+    SendBlocks,
+    SetTimer,
+    StopFetch,
+)
+from orchestrator.core.config import PoolConfig
+from orchestrator.core.events import (
+    Assigned,
+    Cancelled,
+    ClusterEvent,
+    Ended,
+    FirstToken,
+    NodeEvent,
+    NodeJoined,
+    NodeLost,
+    NodeReported,
+    ReplayRequested,
+    RequestAbandoned,
+    RequestArrived,
+    TimerFired,
+)
+from orchestrator.core.node import Node
+from orchestrator.core.types import (
+    BlockHash,
+    GatewayId,
+    KvBatch,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolName,
+    Request,
+    RequestId,
+    Role,
+    SessionId,
+    TenantId,
+    TimerKey,
+    gateway_of,
+    request_id,
+)
+from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.agenda import Agenda
+from orchestrator.sim.checks import Checks, Stuck
+from orchestrator.sim.faults import Faults
+from orchestrator.sim.machine import Machine
+from orchestrator.sim.network import Network, Transfers
+from orchestrator.sim.oracle import Future, OptimalPool
+from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
+from orchestrator.sim.prompts import Prompts
+from orchestrator.wire.traces import TracedTurn
+
+#: Samples of the pools that a run keeps at most; beyond, every second one is dropped.
+SAMPLES_MAX = 512
+#: Context limit of nodes that name none, tokens.
+CONTEXT_TOKENS_DEFAULT = 1 << 20
+#: Blocks of nodes that name none.
+BLOCKS_DEFAULT = 32768
+#: Progress is told after so many ended requests.
+PROGRESS_EVERY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WorldOptions:
+    """How a world runs, beyond its cluster file."""
+
+    #: Of everything random: faults, and nothing else.
+    seed: int = 0
+    #: Take every step by itself: the oracle that the closed form is held against.
+    stepwise: bool = False
+    #: Check every invariant after every event; slow.
+    checks: bool = False
+    #: Hash every command.
+    digest: bool = False
+    #: Forget blocks by Belady's rule, with knowledge of the trace.
+    optimal_cache: bool = False
+    faults: Faults | None = None
+    #: Requests that depend on no other arrive so many times as fast.
+    arrival_speedup: float = 1.0
+    #: Seconds from gateway to node, and from node to node, for a message.
+    hop_s: float = 0.0002
+    #: Seconds from a client's sending to the gateway's decision, and from a frame to its tokens at the client.
+    request_s: float = 0.0
+    reply_s: float = 0.0
+
+
+class _Visit:
+    """One turn of the trace in this world: what its client and the engines that answer it know."""
+
+    __slots__ = ("_prompts", "gateway", "output_tokens", "prompt_tokens", "served", "turn")
+
+    def __init__(self, turn: TracedTurn, served: Served, gateway: GatewayId, prompts: Prompts) -> None:
+        self.turn = turn
+        self.served = served
+        self.gateway = gateway
+        self.prompt_tokens = max(1, turn.input_tokens)
+        self.output_tokens = max(1, turn.output_tokens)
+        self._prompts = prompts
+
+    def generated(self) -> tuple[BlockHash, ...]:
+        """Return the names of the blocks that the answer fills."""
+        return self._prompts.generated(self.turn)
+
+
+class World:
+    """One run of a trace through a cluster. Deterministic: equal arguments give equal outcomes, but for `wall_s`."""
+
+    def __init__(self, resolved: Resolved, turns: Sequence[TracedTurn], options: WorldOptions | None = None) -> None:
+        self._options = options = options or WorldOptions()
+        self._config = config = resolved.config
+        self._turns = turns
+        self._random = Random(options.seed)
+        self._digest = blake2b(digest_size=16)
+        self.agenda = Agenda()
+        self.clusters = {GatewayId(number): Cluster(GatewayId(number), config) for number in range(config.gateway.count)}
+        self.machines: dict[NodeId, Machine] = {}
+        self.uses: dict[PoolName, PoolUse] = {}
+        self.gaps_s = Distribution()
+        self._incarnations: dict[NodeId, int] = {}
+        self._network = Network(self.agenda, options.hop_s, options.faults, self._random)
+        self.transfers = Transfers(self.agenda, self._network, self._tell_node, self._moved, options.faults, self._random)
+        self._pools = {PoolName(pool.name): pool for pool in config.pools}
+        self._prompts = Prompts(turns, config.pools[0].engine.block_tokens)
+        self._future = Future(turns, self._prompts) if options.optimal_cache else None
+        self._timers: dict[tuple[GatewayId | NodeId, TimerKey], float] = {}
+        #: Requests under way, and how many turns each unfinished predecessor's followers still wait for.
+        self.visits: dict[RequestId, _Visit] = {}
+        self._followers: dict[int, list[TracedTurn]] = {}
+        self._awaited: dict[int, int] = {}
+        self._requests = 0
+        self._ended = 0
+        self._cluster_events = 0
+        self._node_events = 0
+        self.served: list[Served] = []
+        self._progress: Callable[[float], None] | None = None
+        self._checks = Checks(self) if options.checks else None
+        for pool in config.pools:
+            self._add_pool(pool, resolved)
+        if options.faults is not None:
+            self._plan_faults(options.faults)
+        self._plan_arrivals()
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Callable[[float], None] | None = None) -> Outcome:
+        """Let everything happen and return what it amounted to.
+
+        Raises:
+            Stuck: nothing is left to happen and requests are unfinished: a bug of the core or of this world.
+        """
+        began = time.perf_counter()
+        self._progress = progress
+        agenda, checks = self.agenda, self._checks
+        last_arrival_s = max((turn.arrival_s for turn in self._turns), default=0.0) / self._options.arrival_speedup
+        interval_s, sample_at = max(last_arrival_s, 1.0) / (SAMPLES_MAX / 2), 0.0
+        while (due := agenda.next_at) is not None and self._ended < len(self._turns):
+            while due > sample_at:
+                interval_s = self._sample(sample_at, interval_s)
+                sample_at += interval_s
+            agenda.step()
+            if checks is not None:
+                checks.after_event()
+        self._settle(checks)
+        starts = [served.arrived_s for served in self.served]
+        ends = [served.ended_s for served in self.served if served.ended_s is not None]
+        for machine in self.machines.values():
+            machine.use.preemptions += machine.node.load().preemptions
+        return Outcome(
+            served=self.served,
+            pools=self.uses,
+            itl_s=self.gaps_s,
+            duration_s=max(ends, default=0.0) - min(starts, default=0.0),
+            wall_s=time.perf_counter() - began,
+            events=self._cluster_events + self._node_events + sum(machine.events for machine in self.machines.values()),
+            digest=self._digest.hexdigest() if self._options.digest else "",
+        )
+
+    def _settle(self, checks: Checks | None) -> None:
+        """See that every request ended; with checks, let what is still on its way arrive and look at what is left."""
+        if self._ended < len(self._turns):
+            raise Stuck(self.agenda.now, [visit.turn.id for visit in self.visits.values()], len(self._turns) - self._ended)
+        if checks is not None:
+            while len(self.agenda):
+                self.agenda.step()
+                checks.after_event()
+            checks.at_the_end()
+
+    def _sample(self, at: float, interval_s: float) -> float:
+        """Note the pools' state; return the interval, which doubles whenever there are too many samples."""
+        for name, use in self.uses.items():
+            loads = [machine.node.load() for machine in self.machines.values() if machine.spec.pool == name]
+            use.samples.append(
+                PoolSample(
+                    at_s=at,
+                    running=sum(load.running for load in loads),
+                    waiting=sum(load.waiting for load in loads),
+                    blocks_used=sum(load.blocks_used for load in loads),
+                    blocks_cached=sum(load.blocks_cached for load in loads),
+                    blocks_free=sum(load.blocks_free for load in loads),
+                )
+            )
+            if len(use.samples) >= SAMPLES_MAX:
+                del use.samples[1::2]
+        full = any(len(use.samples) == SAMPLES_MAX // 2 and at > interval_s * SAMPLES_MAX / 2 for use in self.uses.values())
+        return 2 * interval_s if full else interval_s
+
+    # --- the agents ---------------------------------------------------------------------------------------------------
+
+    def _plan_arrivals(self) -> None:
+        for turn in self._turns:
+            if turn.after:
+                self._awaited[turn.id] = len(turn.after)
+                for other in turn.after:
+                    self._followers.setdefault(other, []).append(turn)
+            else:
+                self.agenda.at(turn.arrival_s / self._options.arrival_speedup, self._arrive, turn)
+
+    def _arrive(self, turn: TracedTurn) -> None:
+        """Let a client send its turn."""
+        agent = f"{turn.session}/{turn.agent}"
+        gateway = GatewayId(crc32(turn.session.encode()) % len(self.clusters))
+        self._requests += 1
+        request = request_id(gateway, self._requests)
+        served = Served(turn, self.agenda.now)
+        self.served.append(served)
+        visit = self.visits[request] = _Visit(turn, served, gateway, self._prompts)
+        hashes = self._prompts.of(turn)
+        asked = Request(
+            id=request,
+            model=self._model_of(turn),
+            tenant=TenantId(turn.tenant or "default"),
+            prompt_tokens=visit.prompt_tokens,
+            hashes=hashes,
+            output_tokens_max=visit.output_tokens,
+            session=SessionId(agent),
+            timeout_s=self._config.limits.request_s_max,
+        )
+        if self._future is not None:
+            self._future.passed(turn)
+        self.agenda.at(self.agenda.now + self._options.request_s, self._tell_cluster, gateway, RequestArrived(asked))
+        faults = self._options.faults
+        if faults is not None and self.agenda.now < faults.until_s and self._random.random() < faults.abandoned_share:
+            self.agenda.at(self.agenda.now + self._random.uniform(0.0, faults.abandoned_s_max), self._abandon, request)
+
+    def _model_of(self, turn: TracedTurn) -> ModelName:
+        """Return the model that a turn goes to: the one that answers to the recorded name, else the cluster's first."""
+        return ModelName(self._config.model_named(turn.model) or next(iter(self._config.models)))
+
+    def _abandon(self, request: RequestId) -> None:
+        visit = self.visits.get(request)
+        if visit is not None:
+            self._tell_cluster(visit.gateway, RequestAbandoned(request))
+            self._end(request, "abandoned by its client")
+
+    def _end(self, request: RequestId, failure: str | None) -> None:
+        """Give a client the end of its turn, and let the turns begin that waited for it."""
+        visit = self.visits.pop(request)
+        visit.served.ended_s = self.agenda.now + self._options.reply_s
+        visit.served.failure = failure
+        self._ended += 1
+        if self._progress is not None and (self._ended % PROGRESS_EVERY == 0 or self._ended == len(self._turns)):
+            self._progress(self._ended / len(self._turns))
+        for turn in self._followers.pop(visit.turn.id, ()):
+            self._awaited[turn.id] -= 1
+            if not self._awaited[turn.id]:
+                del self._awaited[turn.id]
+                self.agenda.at(visit.served.ended_s + turn.gap_s, self._arrive, turn)
+
+    # --- gateways -----------------------------------------------------------------------------------------------------
+
+    def _tell_cluster(self, gateway: GatewayId, event: ClusterEvent) -> None:
+        self._cluster_events += 1
+        commands = self.clusters[gateway].handle(event, self.agenda.now)
+        if self._options.digest:
+            self._digest.update(repr(commands).encode())
+        for command in commands:
+            self._execute(gateway, command)
+
+    def _execute(self, gateway: GatewayId, command: ClusterCommand) -> None:
+        match command:
+            case SetTimer(key, at):
+                self._set_timer(gateway, key, at)
+            case ClearTimer(key):
+                self._timers.pop((gateway, key), None)
+            case Assign(node, assignment):
+                served = self.visits[assignment.request].served
+                if assignment.role is Role.PREFILL:
+                    served.prefill = node
+                else:
+                    served.node = node
+                self._network.send(gateway, node, self._tell_node, node, Assigned(assignment))
+            case Cancel(node, request):
+                self._network.send(gateway, node, self._tell_node, node, Cancelled(request))
+            case RequestReplay(node, after):
+                self._network.send(gateway, node, self._tell_node, node, ReplayRequested(gateway, after))
+            case Complete(request, ended, cached_tokens):
+                served = self.visits[request].served
+                served.cached_tokens, served.output_tokens = cached_tokens, ended.output_tokens
+                self._end(request, None)
+            case Refuse(request, status, code, message) | Abort(request, status, code, message):
+                if request in self.visits:  # an abandoned one has ended already
+                    self._end(request, f"{status} {code}: {message}")
+            case Restart(request):
+                served = self.visits[request].served
+                served.restarts += 1
+                served.prefill = None
+
+    def _on_report(self, gateway: GatewayId, report: NodeReported, incarnation: int) -> None:
+        """Take a node's frame in, unless it is from before a crash."""
+        if self._incarnations[report.node] != incarnation:
+            return
+        for first in report.first_tokens:
+            visit = self.visits.get(first.request)
+            if visit is not None and visit.served.node == report.node:
+                visit.served.first_token_s = self.agenda.now + self._options.reply_s
+        self._tell_cluster(gateway, report)
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def _add_pool(self, pool: PoolConfig, resolved: Resolved) -> None:
+        name, hardware = PoolName(pool.name), resolved.hardware.get(pool.name)
+        blocks = pool.engine.blocks or BLOCKS_DEFAULT
+        self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes)
+        for number in range(pool.nodes):
+            spec = NodeSpec(
+                id=NodeId(f"{pool.name}-{number}"),
+                model=ModelName(pool.model),
+                pool=name,
+                kind=pool.kind,
+                incarnation=1,
+                blocks=blocks,
+                block_tokens=pool.engine.block_tokens,
+                block_bytes=hardware.block_bytes if hardware is not None else 0,
+                sequences_max=pool.scheduler.sequences_max,
+                step_tokens_max=pool.scheduler.step_tokens_max,
+                context_tokens_max=pool.engine.context_tokens_max or CONTEXT_TOKENS_DEFAULT,
+                profile=pool.profile,
+            )
+            self._start_machine(spec)
+
+    def _start_machine(self, spec: NodeSpec) -> None:
+        """Start a node, in place of a crashed one if there was one."""
+        scheduler = self._pools[spec.pool].scheduler
+        pool = OptimalPool(spec.blocks, self._future) if self._future is not None else None
+        self.machines[spec.id] = Machine(
+            spec,
+            Node(spec, scheduler, pool),
+            self.agenda,
+            self.uses[spec.pool],
+            self.gaps_s,
+            self._obey,
+            self.visit_of,
+            self._options.stepwise,
+        )
+        self._incarnations[spec.id] = spec.incarnation
+        for gateway in self.clusters:
+            if spec.incarnation == 1:  # here before the first client
+                self._tell_cluster(gateway, NodeJoined(spec))
+            else:
+                self._network.send(spec.id, gateway, self._tell_cluster, gateway, NodeJoined(spec))
+
+    def visit_of(self, request: RequestId) -> _Visit:
+        """Return what an engine must know of a request; one that has ended meanwhile is as good as answered."""
+        return self.visits.get(request) or _Visit(_NOBODY, Served(_NOBODY, 0.0), gateway_of(request), self._prompts)
+
+    def _tell_node(self, node: NodeId, event: NodeEvent) -> None:
+        machine = self.machines[node]
+        machine.tell(event)
+
+    def _obey(self, machine: Machine, commands: Sequence[NodeCommand], at: float) -> None:
+        """Execute what a node ordered at a time, and tell gateways what it wants them to know."""
+        if self._options.digest:
+            self._digest.update(repr(commands).encode())
+        first_tokens: list[FirstToken] = []
+        ended: list[Ended] = []
+        batches: list[KvBatch] = []
+        for command in commands:
+            match command:
+                case RunStep():
+                    machine.start(command, at)
+                case ReportFirstToken(report):
+                    first_tokens.append(report)
+                case ReportEnded(report):
+                    ended.append(report)
+                case PublishKv(new, None):
+                    batches += new
+                case PublishKv(new, gateway):
+                    self._report(machine, (gateway,), (), (), new)
+                case Forget(request):
+                    machine.forget(request)
+                case SetTimer(key, fires_at):
+                    self._set_timer(machine.spec.id, key, fires_at)
+                case ClearTimer(key):
+                    self._timers.pop((machine.spec.id, key), None)
+                case Fetch():
+                    self.transfers.start(machine.spec, command)
+                case SendBlocks():
+                    self.transfers.carry(command)
+                case StopFetch(request):
+                    self.transfers.stop(machine.spec.id, request)
+        if machine.node.news != machine.news:
+            machine.news = machine.node.news
+            self._report(machine, tuple(self.clusters), first_tokens, ended, batches)
+
+    def _report(
+        self,
+        machine: Machine,
+        gateways: Sequence[GatewayId],
+        first_tokens: Sequence[FirstToken],
+        ended: Sequence[Ended],
+        batches: Sequence[KvBatch],
+    ) -> None:
+        """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
+        spec, load, faults = machine.spec, machine.node.load(), self._options.faults
+        for gateway in gateways:
+            kv = tuple(batches)
+            if kv and faults and self.agenda.now < faults.until_s and self._random.random() < faults.lost_kv_share:
+                kv = ()
+            report = NodeReported(
+                spec.id,
+                load,
+                tuple([first for first in first_tokens if gateway_of(first.request) == gateway]),
+                tuple([end for end in ended if gateway_of(end.request) == gateway]),
+                kv,
+            )
+            self._network.send(spec.id, gateway, self._on_report, gateway, report, spec.incarnation)
+
+    def _moved(self, reader: NodeId, size: int) -> None:
+        self.machines[reader].use.fetched_bytes += size
+
+    # --- timers -------------------------------------------------------------------------------------------------------
+
+    def _set_timer(self, owner: GatewayId | NodeId, key: TimerKey, at: float) -> None:
+        self._timers[owner, key] = at
+        self.agenda.at(max(at, self.agenda.now), self._fire, owner, key, at)
+
+    def _fire(self, owner: GatewayId | NodeId, key: TimerKey, at: float) -> None:
+        if self._timers.get((owner, key)) != at:
+            return
+        del self._timers[owner, key]
+        if isinstance(owner, str):
+            self._tell_node(owner, TimerFired(key))
+        else:
+            self._tell_cluster(owner, TimerFired(key))
+
+    def timer(self, owner: GatewayId | NodeId, key: TimerKey) -> float | None:
+        """Return when a timer fires; None if it is not set."""
+        return self._timers.get((owner, key))
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+
+    def _plan_faults(self, faults: Faults) -> None:
+        nodes = list(self.machines)
+        for _ in range(faults.crashes):
+            self.agenda.at(self._random.uniform(0.0, faults.until_s), self._crash, self._random.choice(nodes), faults)
+        for node in self._random.sample(nodes, min(faults.slow_nodes, len(nodes))):
+            self.machines[node].slowness = faults.slowness
+
+    def _crash(self, node: NodeId, faults: Faults) -> None:
+        """Stop a node dead; gateways notice after a while, and it comes back empty."""
+        machine = self.machines[node]
+        if not machine.alive:
+            return
+        machine.use.preemptions += machine.node.load().preemptions
+        self._node_events += machine.events
+        machine.events = 0
+        machine.crash()
+        self._incarnations[node] += 1
+        self.transfers.drop(node)
+        for key in [key for key in self._timers if key[0] == node]:
+            del self._timers[key]
+        lost_at = self.agenda.now + self._config.cluster.node_lost_s
+        for gateway in self.clusters:
+            self.agenda.at(lost_at, self._lose, gateway, node, self._incarnations[node])
+        self.agenda.at(self.agenda.now + faults.restart_s, self._restart, machine.spec)
+
+    def _lose(self, gateway: GatewayId, node: NodeId, incarnation: int) -> None:
+        """Let a gateway give a node up, unless it is back by now."""
+        if self._incarnations[node] == incarnation and not self.machines[node].alive:
+            self._tell_cluster(gateway, NodeLost(node, "it stopped answering"))
+
+    def _restart(self, spec: NodeSpec) -> None:
+        self._start_machine(replace(spec, incarnation=spec.incarnation + 1))
+
+
+#: Stands for the turn of a request that is over: a node which still works on it may stop after one token.
+_NOBODY = TracedTurn(-1, "", "", 0.0, (), 0.0, 1, 1, 0, ())
