@@ -37,6 +37,8 @@ class Chip:
     """One processor with its memory."""
 
     name: str
+    #: Counts in figures per GPU.
+    is_gpu: bool
     memory_bytes: float
     memory_bytes_per_s: float
     #: Dense FLOP/s by the precision of what is multiplied; a precision that it lacks is absent.
@@ -153,7 +155,7 @@ class Side:
     activations: Precision
 
     def matrix_seconds(self, parameters: float, tokens: float, multiplied: float | None = None) -> float:
-        """Return the seconds to read so many weights and to multiply each of a node's `tokens` with `multiplied` of them, or all."""
+        """Return the seconds to read so many weights and to multiply each token of a node with `multiplied` of them, or all."""
         read = parameters * BYTES[self.weights] / (self.chips * self.chip.memory_bytes_per_s * self.chip.memory_efficiency)
         each = parameters if multiplied is None else multiplied
         rate = self.chips * self.chip.flops[self.activations] * self.chip.matmul_efficiency

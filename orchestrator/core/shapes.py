@@ -91,18 +91,19 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All weights; norms and biases, well under a thousandth, are left out."""
-        return self._common_parameters(self.expert_layers * self.experts)
+        embeddings = 0 if self.tied_embeddings else self.head_parameters
+        return self._multiplied_parameters(self.expert_layers * self.experts) + embeddings
 
     @property
     def active_parameters(self) -> int:
-        """Weights that one token is multiplied with, and its embeddings."""
-        return self._common_parameters(self.expert_layers * self.experts_per_token)
+        """Weights that one token is multiplied with."""
+        return self._multiplied_parameters(self.expert_layers * self.experts_per_token)
 
-    def _common_parameters(self, routed: int) -> int:
+    def _multiplied_parameters(self, routed: int) -> int:
         every_layer = self.layers * self.attention_parameters + self.dense_layers * self.dense_parameters
         router = self.expert_layers * self.hidden * self.experts
         experts = routed * self.expert_parameters + self.expert_layers * self.shared_parameters
-        return every_layer + router + experts + self.head_parameters * (1 if self.tied_embeddings else 2)
+        return every_layer + router + experts + self.head_parameters
 
     @property
     def layer_kv_elements(self) -> int:

@@ -7,7 +7,7 @@ nobody has published: an assumption. A number's name is `FILE.KEY`, such as `lp3
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
@@ -50,7 +50,7 @@ class Number:
 
 
 class Catalog:
-    """All profiles, with overrides applied. Reading one from it notes its number as used (see `uses`)."""
+    """All profiles, with overrides applied."""
 
     def __init__(self, numbers: Mapping[str, Number | Assumption], words: Mapping[str, str]) -> None:
         self._numbers = numbers
@@ -68,9 +68,11 @@ class Catalog:
                     words[name] = entry
                 else:
                     numbers[name] = _number(path.name, key, name, entry)
-        for name, value in (overrides or {}).items():
-            numbers[name] = _overridden(numbers, name, value)
-        return Catalog(numbers, words)
+        return Catalog(numbers, words).overridden(overrides or {})
+
+    def overridden(self, overrides: Mapping[str, float]) -> "Catalog":
+        """Return the same profiles with some numbers replaced. Raises `CatalogError`."""
+        return Catalog({**self._numbers, **{name: self._replaced(name, value) for name, value in overrides.items()}}, self._words)
 
     @property
     def assumptions(self) -> tuple[Assumption, ...]:
@@ -100,35 +102,29 @@ class Catalog:
             raise CatalogError(f"{name}: no such number{_nearest(name, self.names)}")
         return self._numbers[name].value
 
-    def assumptions_of(self, files: frozenset[str]) -> tuple[str, ...]:
-        """Return the names of the assumptions in the given files."""
+    def assumptions_in(self, files: frozenset[str]) -> tuple[str, ...]:
+        """Return the names of the assumptions that some profiles make; a network card's switch counts as part of it."""
+        files |= {self._words[f"{file}.switch"] for file in files if f"{file}.switch" in self._words}
         return tuple(assumption.name for assumption in self.assumptions if assumption.name.partition(".")[0] in files)
-
-    def files_of(self, chip: str) -> frozenset[str]:
-        """Return the files that a chip's numbers come from."""
-        parts = [self._words.get(f"{chip}.{part}") for part in ("scale_up", "scale_out", "host", "storage")]
-        found = {part for part in parts if part is not None}
-        switches = {self._words[f"{part}.switch"] for part in found if f"{part}.switch" in self._words}
-        return frozenset({chip, "economics"} | found | switches | ({"practice"} if chip != "lp30" else {"lpx"}))
 
     def chip(self, name: str) -> Chip:
         """Return a chip. Raises `CatalogError` if no profile has that name."""
         if name not in self.chips:
             raise CatalogError(f"{name}: no such chip; there are: {', '.join(self.chips)}")
         rates = {kind: self._optional(f"{name}.{kind.value}_flops") for kind in Precision}
-        hops = self._words[f"{name}.scale_up"] == "lpx"
-        practice = "lpx" if hops else "practice"
-        floor = self.number("lpx.latency_s") if hops else self.number("practice.kernel_s")
-        unit = "hops" if hops else "kernels"
+        practice = self._words[f"{name}.practice"]
+        floor_s, unit = ("latency_s", "hops") if practice == "lpx" else ("kernel_s", "kernels")
+        floor = self.number(f"{practice}.{floor_s}")
         rental = self.number("economics.rental")
         return Chip(
             name=name,
+            is_gpu=practice != "lpx",
             memory_bytes=self.number(f"{name}.memory_bytes"),
             memory_bytes_per_s=self.number(f"{name}.memory_bytes_per_s"),
             flops={kind: rate for kind, rate in rates.items() if rate},
             memory_efficiency=self.number(f"{practice}.memory_efficiency"),
             matmul_efficiency=self.number(f"{practice}.matmul_efficiency"),
-            attention_efficiency=self.number(f"{practice}.{'matmul' if hops else 'attention'}_efficiency"),
+            attention_efficiency=self.number(f"{practice}.attention_efficiency"),
             attention_floor_s=floor * self.number(f"{practice}.attention_{unit}"),
             ffn_floor_s=floor * self.number(f"{practice}.ffn_{unit}"),
             domain_chips=int(self.number(f"{name}.domain_chips")),
@@ -182,6 +178,13 @@ class Catalog:
         except ShapeError as error:
             raise CatalogError(f"{path.name}: {error}") from None
 
+    def _replaced(self, name: str, value: float) -> Number | Assumption:
+        self.number(name)
+        if not isfinite(value) or value < 0:
+            raise CatalogError(f"{name}: must be a number of 0 or more, is {value}")
+        source = {} if isinstance(self._numbers[name], Assumption) else {"source": "overridden"}
+        return replace(self._numbers[name], value=float(value), **source)
+
     def _optional(self, name: str) -> float:
         return self.number(name) if name in self._numbers else 0.0
 
@@ -227,17 +230,6 @@ def _number(file: str, key: str, name: str, entry: Any) -> Number | Assumption:
     if not low <= value <= high:
         raise CatalogError(f"{where}: {value:g} is not between {low:g} and {high:g}")
     return Assumption(name, value, low, high, found["unit"], found["why"])
-
-
-def _overridden(numbers: Mapping[str, Number | Assumption], name: str, value: float) -> Number | Assumption:
-    if name not in numbers:
-        raise CatalogError(f"{name}: no such number{_nearest(name, tuple(numbers))}")
-    if not isfinite(value) or value < 0:
-        raise CatalogError(f"{name}: must be a number of 0 or more, is {value}")
-    number = numbers[name]
-    if isinstance(number, Number):
-        return Number(name, value, number.unit, "overridden")
-    return Assumption(name, value, number.low, number.high, number.unit, number.why)
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:

@@ -54,7 +54,7 @@ class _Fields:
 
     def entries(self, name: str) -> list[Any]:
         """Return a list; a missing or null field is an empty one."""
-        value = self._values.get(name) or []
+        value: object = self._values.get(name) or []
         if not isinstance(value, list):
             raise ShapeError(f"{name}: must be a list, is {value!r}")
         return cast(list[Any], value)
