@@ -287,7 +287,8 @@ def _ping_pong(machine: Machine, sequences_max: int, points: tuple[int, ...]) ->
     return _Halves(
         step_s=(2 - overlap) * constant + extra,
         sequence_s=(slope + shared) * machine.pass_tokens,
-        prefill_token_s=slope,
+        # A prompt's chunk takes more of attention's side than the constant allows for: the chord from 0 to a full step.
+        prefill_token_s=count * attention_layers_seconds(machine, points[-1] / count) / points[-1],
         batch_s=tuple(batch),
         overlap=overlap,
     )

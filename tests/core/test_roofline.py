@@ -10,11 +10,13 @@ from orchestrator.core.costs import batch_seconds, decode_seconds, step_seconds
 from orchestrator.core.machines import Chip, Coupling, Link, Machine, Practice
 from orchestrator.core.roofline import (
     all_reduce_seconds,
+    attention_layers_seconds,
     batch_points,
     context_token_seconds,
     cost_profile,
     exchange_seconds,
     expert_seconds,
+    ffn_layers_seconds,
     pass_seconds,
     ping_pong_seconds,
     prefill_pair_seconds,
@@ -214,6 +216,13 @@ def test_large_batches_hide_the_all_to_all_and_small_ones_are_not_split() -> Non
         cost_profile(machine(microbatches=2), 64, 16384, LINK).batch_s[-1]
         < cost_profile(machine(microbatches=1), 64, 16384, LINK).batch_s[-1]
     )
+
+
+def test_in_ping_pong_a_chunk_of_prompt_costs_at_least_what_both_halves_need() -> None:
+    node = two_halves(DecodeMode.AFD)
+    chunk = step_seconds(profile_of(node), [(512, 0)], 0, 0)
+    longer = max(2 * attention_layers_seconds(node, 256), 2 * ffn_layers_seconds(node, 256))
+    assert longer <= chunk <= 2 * pass_seconds(node, 512, 0)
 
 
 def test_the_curve_is_sampled_more_densely_where_it_bends() -> None:

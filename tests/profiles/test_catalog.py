@@ -1,0 +1,165 @@
+"""Profiles: every number has its source or its range, any can be overridden, and a bad one is answered with file and key."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.core.config import Precision
+from orchestrator.profiles import catalog as catalog_file
+from orchestrator.profiles.catalog import Catalog, CatalogError
+from orchestrator.profiles.model_config import ShapeError, shape_of
+
+CATALOG = Catalog.load()
+LLAMA = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+
+
+def test_every_published_number_names_a_web_page() -> None:
+    assert [number.name for number in CATALOG.published if not number.source.startswith("https://")] == []
+    assert len(CATALOG.published) > 60
+
+
+def test_every_assumption_has_a_range_and_a_reason() -> None:
+    assert [assumption.name for assumption in CATALOG.assumptions if assumption.low == assumption.high] == []
+    named = {assumption.name for assumption in CATALOG.assumptions}
+    assert named >= {"lp30.tdp_w", "lp30.owner_usd_per_hour", "lpx.link_bytes_per_s", "cmx.bytes_per_s"}
+
+
+def test_every_chip_can_be_built() -> None:
+    assert CATALOG.chips == ("gb200", "gb300", "h200", "lp30", "vr200")
+    chips = {name: CATALOG.chip(name) for name in CATALOG.chips}
+    assert [name for name, chip in chips.items() if not chip.is_gpu] == ["lp30"]
+    assert set(chips["lp30"].flops) == {Precision.FP8}
+    assert set(chips["h200"].flops) == {Precision.FP8, Precision.BF16}
+    storage = chips["vr200"].storage
+    assert storage is not None
+    assert storage.name == "cmx"
+
+
+def test_any_number_can_be_overridden() -> None:
+    changed = Catalog.load({"vr200.memory_bytes_per_s": 19.2e12, "lp30.tdp_w": 500.0, "economics.all_in_per_tdp": 2.0})
+    assert changed.chip("vr200").memory_bytes_per_s == 19.2e12
+    assert changed.chip("lp30").kw == 1.0
+    assert CATALOG.chip("vr200").memory_bytes_per_s != 19.2e12
+
+
+def test_rental_changes_prices_and_nothing_else() -> None:
+    owned, rented = CATALOG.chip("gb200"), Catalog.load({"economics.rental": 1}).chip("gb200")
+    assert owned.usd_per_hour == CATALOG.number("gb200.owner_usd_per_hour")
+    assert rented.usd_per_hour == CATALOG.number("gb200.rental_usd_per_hour")
+    assert owned.kw == rented.kw
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"lp30.tdp": 1.0}, r"lp30\.tdp: no such number; near it: lp30\.tdp_w"),
+        ({"lp30.tdp_w": -1.0}, r"lp30\.tdp_w: must be a number of 0 or more, is -1\.0"),
+        ({"lp30.tdp_w": float("nan")}, r"lp30\.tdp_w: must be a number of 0 or more, is nan"),
+    ],
+)
+def test_a_wrong_override_is_named(overrides: dict[str, float], problem: str) -> None:
+    with pytest.raises(CatalogError, match=f"^{problem}"):
+        Catalog.load(overrides)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("x = 3", r"{ value, unit, source } or { value, low, high, unit, why }"),
+        ('x = { value = 3, unit = "s" }', r"{ value, unit, source }"),
+        ('x = { value = 3, unit = "s", source = "" }', "source must be a text"),
+        ('x = { value = 3, low = 4, high = 5, unit = "s", why = "guess" }', "3 is not between 4 and 5"),
+        ('x = { value = "3", unit = "s", source = "page" }', "value must be a number"),
+        ("x = ", "cannot be read"),
+    ],
+)
+def test_canary_a_profile_without_source_or_range_is_refused(
+    line: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.toml").write_text(line)
+    monkeypatch.setattr(catalog_file, "_FOLDER", tmp_path)
+    with pytest.raises(CatalogError, match=rf"^bad\.toml: .*{problem}"):
+        Catalog.load()
+
+
+# Model shapes
+
+
+@pytest.mark.parametrize("name", CATALOG.shapes)
+def test_a_built_in_model_has_the_parameters_it_is_known_for(name: str) -> None:
+    # Total and active parameters in billions, by the models' own cards.
+    known = {"deepseek-v3": (671, 37), "gpt-oss-120b": (117, 5.1), "kimi-k2": (1026, 32), "llama-3.1-70b": (70.6, 70)}
+    known["qwen3-235b-a22b"] = (235, 22)
+    shape = CATALOG.shape(name)
+    total, active = known[name]
+    assert shape.parameters / 1e9 == pytest.approx(total, rel=0.01)
+    assert shape.active_parameters / 1e9 == pytest.approx(active, rel=0.03)
+
+
+def test_latent_and_grouped_heads_cache_what_they_should() -> None:
+    elements = {name: CATALOG.shape(name).kv_elements for name in CATALOG.shapes}
+    assert elements["kimi-k2"] == elements["deepseek-v3"] == 61 * (512 + 64)
+    assert elements["qwen3-235b-a22b"] == 94 * 2 * 4 * 128
+    # Half of the layers see 128 tokens only.
+    assert elements["gpt-oss-120b"] == 18 * 2 * 8 * 64
+
+
+def test_a_config_json_is_read_from_a_file_or_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    shape = CATALOG.shape(str(tmp_path))
+    assert (shape.layers, shape.dense_layers, shape.experts, shape.head_dim) == (2, 2, 0, 16)
+    assert CATALOG.shape(str(tmp_path / "config.json")).parameters == shape.parameters
+
+
+def test_the_families_name_their_experts_differently() -> None:
+    deepseek = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    first_dense = shape_of("m", {**LLAMA, **deepseek, "first_k_dense_replace": 1})
+    assert (first_dense.experts, first_dense.dense_layers, first_dense.shared_intermediate) == (8, 1, 32)
+    gpt_oss = shape_of("m", {**LLAMA, "num_local_experts": 8, "num_experts_per_tok": 2})
+    assert (gpt_oss.dense_layers, gpt_oss.expert_intermediate) == (0, 128)
+    qwen = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    assert shape_of("m", {**LLAMA, **qwen, "decoder_sparse_step": 2}).dense_layers == 1
+    assert shape_of("m", {**LLAMA, **qwen, "mlp_only_layers": [0, 1]}).dense_layers == 2
+
+
+def test_windows_come_by_layer_or_for_the_upper_layers() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    assert shape_of("m", {**LLAMA, "layer_types": kinds, "sliding_window": 7}).windowed_layers == 1
+    assert shape_of("m", {**LLAMA, "sliding_window": 7, "max_window_layers": 1}).windowed_layers == 1
+    assert shape_of("m", {**LLAMA, "sliding_window": 7, "use_sliding_window": False}).windowed_layers == 0
+    assert shape_of("m", {"text_config": {**LLAMA, "sliding_window": 7}}).windowed_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"vocab_size": "many"}, "vocab_size: must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: must be 1 or more"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: the cost of 'linear_attention' is not known"),
+        ({"layer_types": ["full_attention"]}, r"layer_types: must have an entry a layer \(2\), has 1"),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok: must be at most the number of experts \(4\), is 5"),
+    ],
+)
+def test_an_unusable_config_is_answered_with_its_field(change: dict[str, object], problem: str) -> None:
+    with pytest.raises(ShapeError, match=f"^{problem}"):
+        shape_of("m", {**LLAMA, **change})
+
+
+def test_an_unknown_model_or_chip_is_answered_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"^kimi-k9: .*those are: deepseek-v3, gpt-oss-120b, kimi-k2"):
+        CATALOG.shape("kimi-k9")
+    with pytest.raises(CatalogError, match=r"^b100: no such chip; there are: gb200"):
+        CATALOG.chip("b100")
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CatalogError, match=r"^config\.json: must hold a table"):
+        CATALOG.shape(str(tmp_path))

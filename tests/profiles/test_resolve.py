@@ -1,0 +1,134 @@
+"""Resolved clusters: the shipped files are complete, memory is counted by hand, and what does not fit says by how much."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy.files import FOLDER, read_cluster
+from orchestrator.core.config import (
+    ClusterConfig,
+    ConfigError,
+    DecodeMode,
+    EngineConfig,
+    HardwareConfig,
+    ModelConfig,
+    PoolConfig,
+    Precision,
+)
+from orchestrator.core.types import PoolKind, PoolName
+from orchestrator.profiles.catalog import Catalog
+from orchestrator.profiles.resolve import machine_of, resolve
+
+CATALOG = Catalog.load()
+FILES = sorted((FOLDER / "sim").glob("*.toml"))
+POOL = PoolName("pool")
+
+
+def cluster(hardware: HardwareConfig, shape: str = "kimi-k2", **engine: object) -> ClusterConfig:
+    settings = EngineConfig(**{"memory_fraction": 0.9, **engine})  # pyright: ignore[reportArgumentType]
+    pool = PoolConfig(name=POOL, kind=PoolKind.AGGREGATED, engine=settings, hardware=hardware)
+    return ClusterConfig(models={"default": ModelConfig(shape=shape)}, pools=(pool,))
+
+
+RUBIN = HardwareConfig(chip="vr200", group_nodes=8, weights=Precision.NVFP4, activations=Precision.NVFP4)
+WITH_LPX = replace(RUBIN, mode=DecodeMode.AFD, ffn_chip="lp30", ffn_chips=2304)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_shipped_file_resolves_to_complete_pools(path: Path) -> None:
+    resolved = resolve(read_cluster(path), CATALOG)
+    assert resolved.hardware.keys() == {pool.name for pool in resolved.config.pools}
+    for pool in resolved.config.pools:
+        assert pool.engine.blocks * pool.engine.block_tokens > pool.engine.context_tokens_max > 0
+        assert pool.profile.context_token_s > 0
+        assert resolved.hardware[PoolName(pool.name)].usd_per_hour > 0
+
+
+def test_the_five_clusters_are_there() -> None:
+    assert {path.stem for path in FILES} == {"gb200-nvl72", "gb300-nvl72", "h200", "vr-nvl72", "vr-nvl72-lpx"}
+
+
+def test_a_pool_without_hardware_stays_as_it_is() -> None:
+    config = cluster(HardwareConfig())
+    assert resolve(config, CATALOG).config == config
+    assert resolve(config, CATALOG).hardware == {}
+
+
+def test_blocks_fill_what_weights_and_reserve_leave() -> None:
+    resolved = resolve(cluster(RUBIN), CATALOG)
+    shape = CATALOG.shape("kimi-k2")
+    experts = 60 * 384 * shape.expert_parameters / 8
+    copied = 61 * shape.attention_parameters + shape.dense_parameters + 60 * shape.shared_parameters
+    weights = (experts + copied) * 0.5625 + 2 * shape.head_parameters * 2
+    free = 288e9 * 0.9 - weights - 3.9e9
+    assert resolved.hardware[POOL].block_bytes == 64 * 61 * 576
+    assert resolved.config.pools[0].engine.blocks == int(free / (64 * 61 * 576))
+
+
+def test_own_blocks_and_context_limit_are_kept_and_checked() -> None:
+    engine = resolve(cluster(RUBIN, blocks=5000, context_tokens_max=1000), CATALOG).config.pools[0].engine
+    assert (engine.blocks, engine.context_tokens_max) == (5000, 1000)
+    with pytest.raises(ConfigError, match=r"^pools\[0\]\.engine\.blocks: at most \d+ fit"):
+        resolve(cluster(RUBIN, blocks=10**7), CATALOG)
+    with pytest.raises(ConfigError, match=r"^pools\[0\]\.engine\.context_tokens_max: kimi-k2 has 262144 positions, is 300000"):
+        resolve(cluster(RUBIN, context_tokens_max=300_000), CATALOG)
+
+
+def test_a_node_pays_for_its_share_of_the_other_half() -> None:
+    node = resolve(cluster(WITH_LPX), CATALOG).hardware[POOL]
+    gpu, lpu = CATALOG.chip("vr200"), CATALOG.chip("lp30")
+    assert node.chips == {"vr200": 1.0, "lp30": 288.0}
+    assert node.gpus == 1.0
+    assert node.usd_per_hour == pytest.approx(gpu.usd_per_hour + 288 * lpu.usd_per_hour)
+    assert node.kw == pytest.approx(gpu.kw + 288 * lpu.kw)
+
+
+def test_whole_decode_runs_on_the_other_chips_alone() -> None:
+    node = resolve(cluster(replace(WITH_LPX, mode=DecodeMode.WHOLE, ffn_chips=4096)), CATALOG).hardware[POOL]
+    assert (node.chips, node.gpus) == ({"lp30": 512.0}, 0.0)
+
+
+def test_experts_moved_away_leave_room_for_context() -> None:
+    def blocks(hardware: HardwareConfig) -> int:
+        return resolve(cluster(hardware), CATALOG).config.pools[0].engine.blocks
+
+    assert blocks(WITH_LPX) > blocks(RUBIN) > blocks(replace(RUBIN, group_nodes=4))
+
+
+def test_assumptions_are_those_of_the_chips_and_the_mode() -> None:
+    def names(hardware: HardwareConfig) -> set[str]:
+        return set(resolve(cluster(hardware), CATALOG).hardware[POOL].assumptions)
+
+    assert "vr200.kw" in names(RUBIN)
+    assert "lp30.tdp_w" not in names(RUBIN)
+    assert names(WITH_LPX) >= {"lp30.tdp_w", "lpx.link_latency_s"}
+    assert "lpx.draft_layers" in names(replace(WITH_LPX, mode=DecodeMode.DRAFTER)) - names(WITH_LPX)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "problem"),
+    [
+        (
+            replace(RUBIN, group_nodes=1),
+            r"hardware\.group_nodes: kimi-k2 leaves no room for KV on vr200: .* GB too much .* 3 group",
+        ),
+        (replace(WITH_LPX, ffn_chips=256), r"hardware\.ffn_chips: 256 lp30 hold .* GB of kimi-k2's .* GB; \d+ would"),
+        (replace(RUBIN, chip="h200"), r"hardware\.weights: h200 does not compute in nvfp4; it does in fp8, bf16"),
+        (replace(WITH_LPX, ffn_weights=Precision.NVFP4), r"hardware\.ffn_weights: lp30 does not compute in nvfp4"),
+        (replace(RUBIN, chip="b100"), r"hardware\.chip: b100: no such chip; there are: gb200"),
+    ],
+)
+def test_impossible_hardware_is_answered_with_its_field(hardware: HardwareConfig, problem: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^pools\[0\]\.{problem}"):
+        resolve(cluster(hardware), CATALOG)
+
+
+def test_the_advice_given_fits() -> None:
+    assert resolve(cluster(replace(RUBIN, group_nodes=3)), CATALOG).config.pools[0].engine.blocks > 0
+
+
+def test_a_model_without_shape_is_asked_for_one() -> None:
+    with pytest.raises(ConfigError, match=r"^pools\[0\]\.model: models\.default needs a shape"):
+        resolve(cluster(RUBIN, shape=""), CATALOG)
+    assert machine_of(cluster(RUBIN), cluster(RUBIN).pools[0], CATALOG).shape.name == "kimi-k2"
