@@ -43,9 +43,9 @@ class Chip:
     memory_bytes_per_s: float
     #: Dense FLOP/s by the precision of what is multiplied; a precision that it lacks is absent.
     flops: Mapping[Precision, float]
-    #: Shares of those rates that are reached.
+    #: Shares that are reached: of the memory's rate, of multiplying matrices in each precision, of multiplying in attention.
     memory_efficiency: float
-    matmul_efficiency: float
+    matmul_efficiency: Mapping[Precision, float]
     attention_efficiency: float
     #: What one layer's attention and FFN take however little there is to do: kernels started, or hops over a fabric.
     attention_floor_s: float
@@ -158,5 +158,5 @@ class Side:
         """Return the seconds to read so many weights and to multiply each token of a node with `multiplied` of them, or all."""
         read = parameters * BYTES[self.weights] / (self.chips * self.chip.memory_bytes_per_s * self.chip.memory_efficiency)
         each = parameters if multiplied is None else multiplied
-        rate = self.chips * self.chip.flops[self.activations] * self.chip.matmul_efficiency
+        rate = self.chips * self.chip.flops[self.activations] * self.chip.matmul_efficiency[self.activations]
         return max(read, 2 * each * tokens * self.nodes / rate)

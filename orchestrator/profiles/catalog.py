@@ -128,7 +128,7 @@ class Catalog:
             memory_bytes_per_s=self.number(f"{name}.memory_bytes_per_s"),
             flops={kind: rate for kind, rate in rates.items() if rate},
             memory_efficiency=self.number(f"{practice}.memory_efficiency"),
-            matmul_efficiency=self.number(f"{practice}.matmul_efficiency"),
+            matmul_efficiency={kind: self._matmul_efficiency(practice, kind) for kind in Precision},
             attention_efficiency=self.number(f"{practice}.attention_efficiency"),
             attention_floor_s=floor * self.number(f"{practice}.attention_{unit}"),
             ffn_floor_s=floor * self.number(f"{practice}.ffn_{unit}"),
@@ -195,6 +195,11 @@ class Catalog:
 
     def _optional_link(self, name: str) -> Link | None:
         return self.link(self._words[name]) if name in self._words else None
+
+    def _matmul_efficiency(self, practice: str, precision: Precision) -> float:
+        """Return the share of its rate that a precision reaches; one for all, unless it has its own."""
+        own = f"{practice}.{precision.value}_matmul_efficiency"
+        return self.number(own if own in self._numbers else f"{practice}.matmul_efficiency")
 
     def _kw(self, chip: str) -> float:
         """Return a chip's power with its share of everything around it; where only the chip's own is assumed, times a ratio."""

@@ -141,6 +141,6 @@ def _assumptions(config: ClusterConfig, pool: PoolConfig, machine: Machine, cata
             files |= {chip.name, "practice" if chip.is_gpu else "lpx"}
     named = catalog.assumptions_in(frozenset(files))
     multiplied = {machine.attention.activations, machine.ffn.activations, hardware.kv}
-    idle = {f"{kind.value}_flops" for kind in Precision if kind not in multiplied}
+    idle = {f"{kind.value}_{what}" for kind in Precision if kind not in multiplied for what in ("flops", "matmul_efficiency")}
     idle |= set() if hardware.mode is DecodeMode.DRAFTER else {"draft_parameters", "draft_layers"}
     return tuple(name for name in named if name.partition(".")[2] not in idle)
