@@ -7,7 +7,7 @@ seeing colour well (Okabe and Ito's palette, https://jfly.uni-koeln.de/color/); 
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import plotly.graph_objects as go
@@ -23,12 +23,14 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 #: More points than this make a page slow; whole sessions, or groups of requests, are left out or joined beyond it.
 POINTS_MAX = 2_000
 BARS_MAX = 300
+#: A cell of a table with more characters is prose.
+FIGURE_CHARACTERS_MAX = 36
 PLOT_CONFIG = {"responsive": True, "displayModeBar": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """What the axes say, and which of them are logarithmic."""
+    """What the axes say, and which of them are logarithmic if their values span a factor of ten."""
 
     x: str
     y: str
@@ -79,6 +81,7 @@ class Section:
 
 
 def _figure(axes: Axes) -> go.Figure:
+    """Return an empty chart."""
     figure = go.Figure()
     figure.update_layout(
         xaxis=_axis(axes.x, axes.x_log),
@@ -103,7 +106,9 @@ def _axis(title: str, is_log: bool) -> dict[str, object]:
 
 def lines_chart(series: Sequence[Series], axes: Axes) -> go.Figure:
     """Return lines through points, one colour a series; the dash changes when the colours have been used up."""
-    figure = _figure(axes)
+    x_log = axes.x_log and _spans_ten([x for one in series for x in one.x])
+    y_log = axes.y_log and _spans_ten([y for one in series for y in one.y])
+    figure = _figure(replace(axes, x_log=x_log, y_log=y_log))
     for index, one in enumerate(series):
         figure.add_scatter(
             x=list(one.x),
@@ -116,9 +121,16 @@ def lines_chart(series: Sequence[Series], axes: Axes) -> go.Figure:
     return figure
 
 
+def _spans_ten(values: Sequence[float]) -> bool:
+    positive = [value for value in values if value > 0]
+    return bool(positive) and max(positive) >= 10 * min(positive)
+
+
 def pareto_chart(series: Sequence[Series], x: str, y: str, y_log: bool = True) -> go.Figure:
     """Return what is had against what it costs, such as throughput against interactivity, one line a system."""
-    return lines_chart(series, Axes(x, y, y_log=y_log))
+    figure = lines_chart(series, Axes(x, y, y_log=y_log))
+    figure.update_xaxes(rangemode="tozero")
+    return figure
 
 
 def distribution_chart(quantiles: Mapping[str, Sequence[tuple[float, float]]], x: str) -> go.Figure:
@@ -148,7 +160,7 @@ def bars_chart(groups: Mapping[str, Mapping[str, float]], y: str) -> go.Figure:
 
 def tornado_chart(swings: Sequence[Swing], base: float, result: str) -> go.Figure:
     """Return a bar a named assumption from the result at its low end to the one at its high end, the widest on top."""
-    ordered = sorted(swings, key=lambda swing: (abs(swing.high - swing.low), swing.name))
+    ordered = by_width(swings)[::-1]
     names = [swing.name for swing in ordered]
     figure = _figure(Axes(result, ""))
     ends = (
@@ -157,9 +169,14 @@ def tornado_chart(swings: Sequence[Swing], base: float, result: str) -> go.Figur
     )
     for name, colour, values, labels in ends:
         lengths = [value - base for value in values]
-        figure.add_bar(y=names, x=lengths, base=base, name=name, orientation="h", marker={"color": colour}, text=labels)
+        figure.add_bar(y=names, x=lengths, base=base, name=name, orientation="h", marker={"color": colour}, hovertext=labels)
     figure.update_layout(height=140 + 34 * len(names), barmode="overlay", shapes=[_upright(base)])
     return figure
+
+
+def by_width(swings: Sequence[Swing]) -> list[Swing]:
+    """Return the swings, the widest first."""
+    return sorted(swings, key=lambda swing: (-abs(swing.high - swing.low), swing.name))
 
 
 def _upright(x: float) -> dict[str, object]:
@@ -255,10 +272,16 @@ def _section(index: int, section: Section) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.headers)
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(first)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row">{html.escape(first)}</th>{"".join(_cell(cell) for cell in rest)}</tr>'
         for first, *rest in table.rows
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Return a cell; a long text may be broken into lines, a figure may not."""
+    kind = ' class="text"' if len(text) > FIGURE_CHARACTERS_MAX else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 #: plotly writes colours into every text and line; these rules are what makes them follow the reader's preference.
@@ -276,7 +299,9 @@ figure { margin: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--faint); padding: .25rem .75rem; text-align: right; vertical-align: top; }
-th[scope=row], th:first-child, td.text { text-align: left; font-weight: 500; }
+td { white-space: nowrap; }
+td.text { text-align: left; white-space: normal; }
+th[scope=row], th:first-child { text-align: left; font-weight: 500; }
 .js-plotly-plot .main-svg text { fill: var(--ink) !important; }
 .js-plotly-plot .hoverlayer text { fill: #fff !important; }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--faint) !important; }

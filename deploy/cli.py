@@ -10,13 +10,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from deploy.cases import SimulationFailed
 from deploy.demo import run_demo
 from deploy.files import LOCAL_CLUSTER, UnusableInput, read_cluster, with_model
 from deploy.journal import add_journal, with_journal
 from deploy.serve import serve
+from deploy.simulate import add_simulate
 from deploy.status import StatusUnreachable, fetch_status, show_status
 from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.live.fleet import FleetFailed
+from orchestrator.wire.traces import TraceError
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
@@ -41,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (UnusableInput, ConfigError) as problem:
+    except (UnusableInput, ConfigError, TraceError) as problem:
         return _fail(str(problem), UNUSABLE)
-    except (FleetFailed, StatusUnreachable) as problem:
+    except (FleetFailed, SimulationFailed, StatusUnreachable) as problem:
         return _fail(str(problem), FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", FAILED)
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="start a cluster and serve until interrupted"))
     _add_status(commands.add_parser("status", help="show a running cluster"))
     _add_demo(commands.add_parser("demo", help="run an agent session through a small cluster on this machine"))
+    add_simulate(commands.add_parser("simulate", help="run a trace through a cluster in virtual time, under every policy"))
     _add_model(commands.add_parser("model", help="make model checkpoints"))
     add_journal(commands.add_parser("journal", help="check journals of a live cluster"))
     return parser

@@ -1,0 +1,48 @@
+"""Gets the requests to simulate: from a recorded trace, or made up by its parameters; and says what there is to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from deploy.files import UnusableInput
+from orchestrator.sim.synthetic import parse_synthetic
+from orchestrator.wire.traces import TracedTurn, interleaved, is_per_session_clock, read_trace
+
+#: What a trace's name starts with when it is not a file but the parameters of sessions to make up.
+SYNTHETIC = "synthetic:"
+#: Seconds between the starts of sessions, in the mean, where a trace gives each its own clock.
+SESSION_GAP_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests in the order of their recorded arrival, and what was noticed about them, one line each."""
+
+    turns: Sequence[TracedTurn]
+    notes: tuple[str, ...]
+
+
+def read_workload(trace: str, limit: int | None, seed: int) -> Workload:
+    """Return a trace's first `limit` requests, or all. Raises `TraceError` and `UnusableInput`."""
+    turns = _turns(trace, limit)
+    notes: list[str] = []
+    if limit is not None and len(turns) == limit:
+        notes.append(f"Only the trace's first {limit:,} requests are simulated.")
+    if is_per_session_clock(turns):
+        turns = interleaved(turns, SESSION_GAP_S, seed)
+        notes.append(
+            f"Every session of the trace has its own clock: they are started at random, {SESSION_GAP_S:g} s apart in the mean."
+        )
+    if not any(turn.block_tokens for turn in turns):
+        notes.append("The trace has lengths only: no prefixes are known, so nothing can be found in a cache.")
+    return Workload(turns, tuple(notes))
+
+
+def _turns(trace: str, limit: int | None) -> list[TracedTurn]:
+    if trace.startswith(SYNTHETIC):
+        try:
+            return parse_synthetic(trace.removeprefix(SYNTHETIC))[:limit]
+        except ValueError as error:
+            raise UnusableInput(f"--trace {trace}: {error}") from None
+    return list(islice(read_trace(Path(trace)), limit))

@@ -1,0 +1,196 @@
+"""Runs a trace through a cluster in virtual time and makes of it the figures that people compare.
+
+    field                           unit       what it is
+    policy, cache                              how nodes were chosen; which unused KV blocks were forgotten first
+    requests, completed             count      requests in the trace; those that ended well. All below is of completed ones
+    input_tokens                    tokens     prompts, whether computed or not
+    cached_tokens                   tokens     part of the prompts that was not computed, on whichever node it lay
+    hit_rate                        0 to 1     cached_tokens / input_tokens
+    output_tokens                   tokens     generated
+    ttft_s {p50, p90, p99}          s          from a request's arrival to its first token
+    itl_s {p50, p90, p99}           s          between two tokens of one request, each pair counted once, failed requests' too
+    tokens_per_s_per_user           tokens/s   tokens after the first over the time they took, one value a request of two tokens;
+      {p50, p10}                               p10: nine requests in ten are faster, the slow tail
+    session_s {p50, p90}            s          from a session's first arrival to its last end, pauses of tools and users included,
+                                               only of sessions that completed wholly; a request of no session is its own
+    tokens_per_s_per_gpu            tokens/s   output_tokens / duration_s / GPUs of all pools
+    usd_per_million_output_tokens   USD        price of all nodes for duration_s, idle ones too, over output_tokens
+    usd_per_million_tokens          USD        the same price over input_tokens + output_tokens, cached ones counted
+    kwh_per_million_tokens          kWh        energy of all nodes at full power for duration_s, over input_tokens + output_tokens
+    pools {name: ...}                          see `_pool`
+    duration_s, wall_s              s          virtual time from the first arrival to the last end; time that simulating took
+    failures {reason: count}                   requests that did not complete
+    assumptions                                names of the unpublished numbers that went into it
+
+What cannot be said is null: percentiles of nothing, prices and energy unless every pool has hardware.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from statistics import fmean
+from typing import Any
+
+from orchestrator.core.config import CachePolicy, ClusterConfig, RouterPolicy
+from orchestrator.core.types import PoolName
+from orchestrator.profiles.resolve import PoolHardware, Resolved
+from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
+from orchestrator.sim.world import World, WorldOptions
+from orchestrator.wire.traces import TracedTurn
+
+S_PER_H = 3600.0
+
+
+class CacheRule(StrEnum):
+    """Which unused blocks are forgotten first: what nodes can do, and the optimum that knows the future."""
+
+    LRU = "lru"
+    VALUE = "value"
+    OPTIMAL = "optimal"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One trace through one cluster under one policy."""
+
+    #: As JSON: see this file's table.
+    figures: dict[str, Any]
+    outcome: Outcome
+
+
+def simulate(
+    resolved: Resolved,
+    turns: Sequence[TracedTurn],
+    policy: RouterPolicy,
+    cache: CacheRule | CachePolicy,
+    seed: int,
+    progress: Callable[[float], None] | None = None,
+    arrival_speedup: float = 1.0,
+) -> Run:
+    """Run a trace and return its figures; `progress` is told the share of requests that ended."""
+    rule = CacheRule(cache)
+    options = WorldOptions(seed=seed, optimal_cache=rule is CacheRule.OPTIMAL, arrival_speedup=arrival_speedup)
+    chosen = replace(resolved, config=_configured(resolved.config, policy, rule, seed))
+    outcome = World(chosen, turns, options).run(progress)
+    return Run({"policy": str(policy), "cache": str(rule), **figures(outcome, resolved.hardware)}, outcome)
+
+
+def _configured(config: ClusterConfig, policy: RouterPolicy, rule: CacheRule, seed: int) -> ClusterConfig:
+    """Return a cluster that routes by the policy and forgets by the rule; the optimum is the world's to impose."""
+    router = replace(config.router, policy=policy, seed=seed)
+    if rule is CacheRule.OPTIMAL:
+        return replace(config, router=router)
+    pools = tuple(replace(pool, scheduler=replace(pool.scheduler, cache=CachePolicy(rule))) for pool in config.pools)
+    return replace(config, router=router, pools=pools)
+
+
+def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict[str, Any]:
+    """Return what an outcome amounts to; the fields are in this file's table."""
+    completed = [request for request in outcome.served if request.completed]
+    inputs = sum(request.turn.input_tokens for request in completed)
+    cached = sum(request.cached_tokens for request in completed)
+    outputs = sum(request.output_tokens for request in completed)
+    ttfts = [request.ttft_s for request in completed if request.ttft_s is not None]
+    speeds = [request.tokens_per_s for request in completed if request.tokens_per_s is not None]
+    return {
+        "requests": len(outcome.served),
+        "completed": len(completed),
+        "input_tokens": inputs,
+        "cached_tokens": cached,
+        "hit_rate": _ratio(cached, inputs),
+        "output_tokens": outputs,
+        "ttft_s": percentiles(ttfts, 50, 90, 99),
+        "itl_s": _gap_percentiles(outcome.itl_s, 50, 90, 99),
+        "tokens_per_s_per_user": percentiles(speeds, 50, 10),
+        "session_s": percentiles(session_seconds(outcome.served), 50, 90),
+        **_economics(outcome, hardware, inputs, outputs),
+        "pools": {name: _pool(use, outcome.duration_s) for name, use in outcome.pools.items()},
+        "duration_s": outcome.duration_s,
+        "wall_s": outcome.wall_s,
+        "failures": _failures(outcome.served),
+        "assumptions": sorted({name for pool in hardware.values() for name in pool.assumptions}),
+    }
+
+
+def _failures(served: Sequence[Served]) -> dict[str, int]:
+    reasons = Counter(request.failure or "unfinished" for request in served if not request.completed)
+    return dict(sorted(reasons.items()))
+
+
+def session_seconds(served: Sequence[Served]) -> list[float]:
+    """Return how long each session took whose every request completed, pauses included."""
+    sessions: dict[str, list[Served]] = {}
+    for request in served:
+        sessions.setdefault(request.turn.session, []).append(request)
+    return [
+        max(request.ended_s or 0.0 for request in requests) - min(request.arrived_s for request in requests)
+        for requests in sessions.values()
+        if all(request.completed for request in requests)
+    ]
+
+
+def percentiles(values: Sequence[float], *wanted: int) -> dict[str, float | None]:
+    """Return percentiles by name (`p50`), with linear interpolation between the two nearest values; None of nothing."""
+    ordered = sorted(values)
+    return {f"p{percent}": _percentile(ordered, percent / 100) if ordered else None for percent in wanted}
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def _gap_percentiles(gaps: Distribution, *wanted: int) -> dict[str, float | None]:
+    return {f"p{percent}": gaps.percentile(percent / 100) if gaps.weight else None for percent in wanted}
+
+
+def _economics(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware], inputs: int, outputs: int) -> dict[str, float | None]:
+    """Return throughput of a GPU, price and energy of tokens; None throughout unless every pool has hardware."""
+    names = ("tokens_per_s_per_gpu", "usd_per_million_output_tokens", "usd_per_million_tokens", "kwh_per_million_tokens")
+    if not set(outcome.pools) <= set(hardware):
+        return dict.fromkeys(names)
+    hours = outcome.duration_s / S_PER_H
+    gpus = _over_nodes(outcome.pools, {name: pool.gpus for name, pool in hardware.items()})
+    usd = _over_nodes(outcome.pools, {name: pool.usd_per_hour for name, pool in hardware.items()}) * hours
+    kwh = _over_nodes(outcome.pools, {name: pool.kw for name, pool in hardware.items()}) * hours
+    values = (
+        _ratio(outputs, outcome.duration_s * gpus),
+        _ratio(usd * 1e6, outputs),
+        _ratio(usd * 1e6, inputs + outputs),
+        _ratio(kwh * 1e6, inputs + outputs),
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _over_nodes(pools: Mapping[PoolName, PoolUse], per_node: Mapping[PoolName, float]) -> float:
+    return sum(use.nodes * per_node[name] for name, use in pools.items())
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
+
+
+def _pool(use: PoolUse, duration_s: float) -> dict[str, Any]:
+    """Return a pool's figures.
+
+    `utilisation` is the share of node time in which a step ran; `queue` and `running` are requests that wait on its nodes and
+    run there, in the mean and at most over the run's samples; `kv` is the share of its blocks that hold running contexts
+    (`used`) or contexts kept for later (`cached`), in the mean; tokens and bytes are counts of the whole run.
+    """
+    samples = use.samples or [PoolSample(0.0, 0, 0, 0, 0, 0)]
+    used = fmean(sample.blocks_used for sample in samples)
+    cached = fmean(sample.blocks_cached for sample in samples)
+    return {
+        "nodes": use.nodes,
+        "utilisation": _ratio(use.busy_s, use.nodes * duration_s),
+        "queue": {"mean": fmean(sample.waiting for sample in samples), "max": max(sample.waiting for sample in samples)},
+        "running": {"mean": fmean(sample.running for sample in samples), "max": max(sample.running for sample in samples)},
+        "kv": {"blocks": use.blocks, "used": _ratio(used, use.blocks), "cached": _ratio(cached, use.blocks)},
+        "prefill_tokens": use.prefill_tokens,
+        "output_tokens": use.output_tokens,
+        "fetched_bytes": use.fetched_bytes,
+        "preemptions": use.preemptions,
+    }
