@@ -24,8 +24,8 @@ class BlockPool:
     """Reference-counted blocks with a prefix cache in those that nobody uses."""
 
     __slots__ = (
-        "_block_of", "_caching", "_child_of", "_children", "_free", "_hash_of", "_idle", "_parent_of", "_references",
-        "_removed", "_stored",
+        "_above", "_block_of", "_caching", "_child_of", "_children", "_free", "_hash_of", "_idle", "_references", "_removed",
+        "_stored",
     )  # fmt: skip
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
@@ -33,9 +33,9 @@ class BlockPool:
         #: Blocks without content; the last is handed out first.
         self._free: list[BlockId] = [BlockId(number) for number in range(blocks - 1, -1, -1)]
         self._references: list[int] = [0] * blocks
-        #: Hash a block is registered under; its parent's hash beside it.
+        #: Hash a block is registered under, and the block it follows on, which stays as long as it does (rule 1).
         self._hash_of: list[BlockHash | None] = [None] * blocks
-        self._parent_of: list[BlockHash | None] = [None] * blocks
+        self._above: list[BlockId | None] = [None] * blocks
         #: Cached blocks that follow directly on a cached block.
         self._children: list[int] = [0] * blocks
         #: The last that was registered of them; it may be gone.
@@ -90,7 +90,8 @@ class BlockPool:
 
     def acquire(self, hashes: Sequence[BlockHash], matched: int) -> list[BlockId]:
         """Reference a chain's first `matched` blocks, which must be cached, and return them."""
-        blocks = [self._block_of[hashes[index]] for index in range(matched)]
+        block_of = self._block_of
+        blocks = [block_of[name] for name in hashes[:matched]]
         self.retain(blocks)
         return blocks
 
@@ -108,11 +109,14 @@ class BlockPool:
         At least that many must be available.
         """
         assert count <= self.available_blocks, f"{count} blocks wanted, free {len(self._free)} + idle {len(self._idle)}"
-        blocks: list[BlockId] = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
-            self._references[block] = 1
-            blocks.append(block)
+        free = self._free
+        blocks = free[: -count - 1 : -1] if count else []
+        del free[len(free) - len(blocks) :]
+        if len(blocks) < count:
+            blocks += self._evict(count - len(blocks))
+        references = self._references
+        for block in blocks:
+            references[block] = 1
         return blocks
 
     def release(self, blocks: Iterable[BlockId]) -> None:
@@ -127,27 +131,34 @@ class BlockPool:
                 else:
                     self._idle[block] = None
 
-    def register(self, block: BlockId, name: BlockHash, parent: BlockHash | None) -> BlockId | None:
-        """Cache a used block that is now complete.
+    def register(self, blocks: Sequence[BlockId], names: Sequence[BlockHash], parent: BlockHash | None) -> dict[int, BlockId]:
+        """Cache used blocks that are now complete: a run of a chain that follows on `parent`.
 
-        Returns None, or the twin: another block that is cached under this hash already. Then `block` stays unregistered and
-        the twin has got a reference, which the caller gives back right after the one on `block`.
+        Returns the twins by place in the run: other blocks that are cached under these hashes already. Then that block of the
+        run stays unregistered and the twin has got a reference, which the caller gives back right after the one on the block.
         """
         if not self._caching:
-            return None
-        assert self._references[block] > 0, f"block {block} is registered but not in use"
-        assert parent is None or parent in self._block_of, f"block {block}: parent {parent!r} is not cached"
-        twin = self._block_of.setdefault(name, block)
-        if twin == block:
-            self._hash_of[block], self._parent_of[block] = name, parent
-            self._stored[name] = parent
-            if parent is not None:
-                above = self._block_of[parent]
-                self._children[above] += 1
-                self._child_of[above] = name
-            return None
-        self.retain((twin,))
-        return twin
+            return {}
+        block_of, stored = self._block_of, self._stored
+        hash_of, above_of, children, child_of = self._hash_of, self._above, self._children, self._child_of
+        assert parent is None or parent in block_of, f"block {blocks[0]}: parent {parent!r} is not cached"
+        above = block_of[parent] if parent is not None else None
+        references = self._references
+        assert 0 not in [references[block] for block in blocks], f"one of the blocks {blocks} is registered but not in use"
+        twins: dict[int, BlockId] = {}
+        for place, (block, name) in enumerate(zip(blocks, names, strict=True)):
+            cached = block_of.setdefault(name, block)
+            if cached == block:
+                hash_of[block], above_of[block] = name, above
+                stored[name] = parent
+                if above is not None:
+                    children[above] += 1
+                    child_of[above] = name
+            else:
+                self.retain((cached,))
+                twins[place] = cached
+            parent, above = name, cached
+        return twins
 
     def retire(self, last: BlockHash, successor: Sequence[BlockHash]) -> None:
         """Let the end of a dead chain be forgotten before anything else: blocks that only it has, from `last` backwards.
@@ -163,9 +174,14 @@ class BlockPool:
             if block not in self._idle or self._children[block] != (1 if dead else 0):
                 break
             dead.append(block)
-            name = self._parent_of[block]
+            name = self._parent(block)
         for block in reversed(dead):
             self._idle.move_to_end(block, last=False)
+
+    def _parent(self, block: BlockId) -> BlockHash | None:
+        """Return the hash of the block that a cached one follows on; None at the start of a prompt."""
+        above = self._above[block]
+        return self._hash_of[above] if above is not None else None
 
     def _end_of_line(self, name: BlockHash) -> BlockHash:
         """Return the last block that follows on a block as long as there is only one that does."""
@@ -173,30 +189,33 @@ class BlockPool:
         while block is not None and self._children[block] == 1:
             child = self._child_of[block]
             below = self._block_of.get(child) if child is not None else None
-            if child is None or below is None or self._parent_of[below] != name:
+            if child is None or below is None or self._above[below] != block:
                 break
             name, block = child, below
         return name
 
-    def _evict(self) -> BlockId:
-        """Forget the content of an unused block and return the block."""
-        block = self._victim()
-        name = self._hash_of[block]
-        assert name is not None, f"block {block} idles without a hash"
-        del self._block_of[name]
-        parent = self._parent_of[block]
-        if parent is not None:
-            self._children[self._block_of[parent]] -= 1
-        self._hash_of[block] = self._parent_of[block] = None
-        if name in self._stored:  # nobody was told of it yet
-            del self._stored[name]
-        else:
-            self._removed[name] = None
-        return block
+    def _evict(self, count: int) -> list[BlockId]:
+        """Forget the content of unused blocks and return the blocks."""
+        block_of, stored, removed = self._block_of, self._stored, self._removed
+        hash_of, above_of, children = self._hash_of, self._above, self._children
+        victims = self._victims(count)
+        for block in victims:
+            name, above = hash_of[block], above_of[block]
+            assert name is not None, f"block {block} idles without a hash"
+            del block_of[name]
+            hash_of[block] = None
+            if above is not None:
+                children[above] -= 1
+            if stored and name in stored:  # nobody was told of it yet
+                del stored[name]
+            else:
+                removed[name] = None
+        return victims
 
-    def _victim(self) -> BlockId:
-        """Take the block that idled longest out of the unused ones."""
-        return self._idle.popitem(last=False)[0]
+    def _victims(self, count: int) -> list[BlockId]:
+        """Take the blocks that idled longest out of the unused ones; each before the one it follows on."""
+        take = self._idle.popitem
+        return [take(last=False)[0] for _ in range(count)]
 
     # --- what gateways are told -------------------------------------------------------------------------------------------
 
@@ -220,7 +239,7 @@ class BlockPool:
 
     def snapshot(self) -> tuple[StoredRun, ...]:
         """Return everything that is cached, parents before children."""
-        return merged_runs({name: self._parent_of[block] for name, block in self._block_of.items()})
+        return merged_runs({name: self._parent(block) for name, block in self._block_of.items()})
 
     # --- invariants -------------------------------------------------------------------------------------------------------
 
@@ -250,11 +269,11 @@ class BlockPool:
             assert self._hash_of[block] == name, f"{name!r} is said to be in block {block}, which holds {self._hash_of[block]!r}"
             count = self._references[block]
             assert (count == 0) == (block in place), f"cached block {block} has {count} references, idles: {block in place}"
-            parent = self._parent_of[block]
-            if parent is None:
+            above = self._above[block]
+            if above is None:
                 continue
-            assert parent in self._block_of, f"block {block} is cached, its parent {parent!r} is not"
-            above = self._block_of[parent]
+            parent = self._hash_of[above]
+            assert parent in self._block_of, f"block {block} is cached, its parent {above} is not"
             assert count == 0 or self._references[above] > 0, f"block {block} has {count} references, its parent {above} none"
             children[above] += 1
             if above in place:
@@ -265,13 +284,18 @@ class BlockPool:
 def merged_runs(parents: dict[BlockHash, BlockHash | None]) -> tuple[StoredRun, ...]:
     """Return hashes with their parents as runs, parents before children if they stood so; each goes on the run it continues."""
     runs: list[tuple[BlockHash | None, list[BlockHash]]] = []
-    run_ending_in: dict[BlockHash | None, list[BlockHash]] = {}
+    run_ending_in: dict[BlockHash, list[BlockHash]] = {}
+    run: list[BlockHash] = []
+    last: BlockHash | None = None
     for name, parent in parents.items():
-        run = run_ending_in.pop(parent) if parent in run_ending_in else []
-        if not run:
-            runs.append((parent, run))
+        if parent is None or parent != last:  # nearly all follow on the one before
+            if last is not None:
+                run_ending_in[last] = run
+            run = run_ending_in.pop(parent) if parent is not None and parent in run_ending_in else []
+            if not run:
+                runs.append((parent, run))
         run.append(name)
-        run_ending_in[name] = run
+        last = name
     return tuple(StoredRun(parent, tuple(run)) for parent, run in runs)
 
 

@@ -408,11 +408,11 @@ class Scheduler:
         end = min(sequence.computed // self._block_tokens, len(sequence.hashes))
         if end <= sequence.registered:
             return
-        hashes, table = sequence.hashes, sequence.table
-        for index in range(sequence.registered, end):
-            twin = self._pool.register(table[index], hashes[index], hashes[index - 1] if index else None)
-            if twin is not None:
-                sequence.twins[index] = twin
+        start, hashes = sequence.registered, sequence.hashes
+        parent = hashes[start - 1] if start else None
+        twins = self._pool.register(sequence.table[start:end], hashes[start:end], parent)
+        for place, twin in twins.items():
+            sequence.twins[start + place] = twin
         sequence.registered = end
         if sequence.phase is not Phase.DECODING:
             self._lead(sequence)

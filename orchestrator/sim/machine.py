@@ -39,7 +39,7 @@ class Answer(Protocol):
 class _Progress:
     """A request on this machine."""
 
-    __slots__ = ("answer", "tokens", "token_at")
+    __slots__ = ("answer", "token_at", "tokens")
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer

@@ -80,6 +80,9 @@ class OptimalPool(BlockPool):
                 self._idled[block] = self._idled[-1]
                 heappush(self._ranked, (-self._future.of(name), self._idled[block], block))
 
+    def _victims(self, count: int) -> list[BlockId]:
+        return [self._victim() for _ in range(count)]
+
     def _victim(self) -> BlockId:
         while True:
             key, idled, block = heappop(self._ranked)

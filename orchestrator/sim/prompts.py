@@ -12,21 +12,20 @@ from orchestrator.core.types import BlockHash
 from orchestrator.sim.names import Runs, generated_runs, successors
 from orchestrator.wire.traces import TracedTurn
 
-#: Names of this many blocks are set aside for the unnamed ones of each turn.
-OWN_NAMES = 1 << 32
+#: Names are numbers: the trace's block and the part of it, or, above those, a turn and the position in its context.
+PART_BITS = 16
+OWN_BITS = 80
 
 
 class Prompts:
     """The block names of a trace's turns."""
 
-    __slots__ = ("_block_tokens", "_chains", "_names", "_successors")
+    __slots__ = ("_block_tokens", "_chains", "_successors")
 
-    def __init__(self, turns: Iterable[TracedTurn], block_tokens: int) -> None:
+    def __init__(self, turns: Iterable[TracedTurn], block_tokens: int, answers_return: bool = True) -> None:
         turns = list(turns)
         self._block_tokens = block_tokens
-        self._successors: Mapping[int, TracedTurn] = successors(turns)
-        #: Every name made so far, so that equal names are one object.
-        self._names: dict[int, BlockHash] = {}
+        self._successors: Mapping[int, TracedTurn] = successors(turns) if answers_return else {}
         #: The last chain of each agent: its runs and their names. The next one mostly begins alike.
         self._chains: dict[tuple[str, str], tuple[Runs, list[BlockHash]]] = {}
 
@@ -41,8 +40,7 @@ class Prompts:
         self._chains[key] = turn.block_runs, names
         if len(names) >= count:
             return tuple(names[:count])
-        own = ((turn.id + 1) << 80) + OWN_NAMES
-        return (*names, *(self._name(own + index) for index in range(len(names), count)))
+        return (*names, *_own_names(turn, len(names), count))
 
     def generated(self, turn: TracedTurn) -> tuple[BlockHash, ...]:
         """Return the names of the blocks that a turn's whole answer fills: those after the prompt's full blocks."""
@@ -52,8 +50,7 @@ class Prompts:
             return ()
         successor = self._successors.get(turn.id)
         if successor is None or turn.block_tokens == 0 or self._block_tokens < turn.block_tokens:
-            own = ((turn.id + 1) << 80) + 2 * OWN_NAMES
-            return tuple(self._name(own + index) for index in range(first, end))
+            return _own_names(turn, first, end)
         runs = (*turn.block_runs, *generated_runs(turn, successor))
         return tuple(self._expanded(runs, turn.block_tokens, first)[: end - first])
 
@@ -72,7 +69,7 @@ class Prompts:
 
     def _expanded(self, runs: Iterable[tuple[int, int]], trace_tokens: int, skip: int) -> list[BlockHash]:
         """Return the names in this block size after the first `skip`."""
-        size, name = self._block_tokens, self._name
+        size = self._block_tokens
         names: list[BlockHash] = []
         if not trace_tokens:
             return names
@@ -80,22 +77,23 @@ class Prompts:
         skipped = skip * step // parts
         position = 0
         for first, count in runs:
-            start = max(0, skipped - position)
-            for index in range(start, count):
-                block = first + index
-                if step > 1:
-                    if (position + index + 1) % step == 0:
-                        names.append(name(block << 16))
-                else:
-                    names += [name(block << 16 | part) for part in range(parts)]
+            for index in range(max(0, skipped - position), count):
+                if step > 1 and (position + index + 1) % step:
+                    continue
+                block = (first + index) << PART_BITS
+                names += [_name(block | part) for part in range(parts)]
             position += count
         return names
 
-    def _name(self, number: int) -> BlockHash:
-        found = self._names.get(number)
-        if found is None:
-            found = self._names[number] = BlockHash(number.to_bytes(16, "little", signed=True))
-        return found
+
+def _own_names(turn: TracedTurn, first: int, end: int) -> tuple[BlockHash, ...]:
+    """Return names that no other turn has, for the positions [first, end) of a turn's context."""
+    own = (turn.id + 1) << OWN_BITS
+    return tuple([_name(own + position) for position in range(first, end)])
+
+
+def _name(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(16, "little", signed=True))
 
 
 def misfit(turns: Sequence[TracedTurn], block_tokens: int) -> str | None:

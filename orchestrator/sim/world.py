@@ -8,6 +8,7 @@ What is simplified against the live system: a gateway hears of a node's load whe
 an answer's blocks get their names when it ends; with speculation tokens come evenly, not in the bursts of a pass.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +115,8 @@ class WorldOptions:
     #: Seconds from a client's sending to the gateway's decision, and from a frame to its tokens at the client.
     request_s: float = 0.0
     reply_s: float = 0.0
+    #: An answer's tokens are in the prompt of the turn that continues it; False as where recorded prompts are replayed.
+    answers_return: bool = True
 
 
 class _Visit:
@@ -152,7 +155,7 @@ class World:
         self._network = Network(self.agenda, options.hop_s, options.faults, self._random)
         self.transfers = Transfers(self.agenda, self._network, self._tell_node, self._moved, options.faults, self._random)
         self._pools = {PoolName(pool.name): pool for pool in config.pools}
-        self._prompts = Prompts(turns, config.pools[0].engine.block_tokens)
+        self._prompts = Prompts(turns, config.pools[0].engine.block_tokens, options.answers_return)
         self._future = Future(turns, self._prompts) if options.optimal_cache else None
         self._timers: dict[tuple[GatewayId | NodeId, TimerKey], float] = {}
         #: Requests under way, and how many turns each unfinished predecessor's followers still wait for.
@@ -181,6 +184,15 @@ class World:
             Stuck: nothing is left to happen and requests are unfinished: a bug of the core or of this world.
         """
         began = time.perf_counter()
+        gc.freeze()
+        gc.disable()  # nothing here is cyclic, and there are millions of block names to look through in vain
+        try:
+            return self._run(began, progress)
+        finally:
+            gc.enable()
+            gc.unfreeze()
+
+    def _run(self, began: float, progress: Callable[[float], None] | None) -> Outcome:
         self._progress = progress
         agenda, checks = self.agenda, self._checks
         last_arrival_s = max((turn.arrival_s for turn in self._turns), default=0.0) / self._options.arrival_speedup
@@ -350,7 +362,7 @@ class World:
     # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _add_pool(self, pool: PoolConfig, resolved: Resolved) -> None:
-        name, hardware = PoolName(pool.name), resolved.hardware.get(pool.name)
+        name, hardware = PoolName(pool.name), resolved.hardware.get(PoolName(pool.name))
         blocks = pool.engine.blocks or BLOCKS_DEFAULT
         self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes)
         for number in range(pool.nodes):
@@ -414,10 +426,11 @@ class World:
                     first_tokens.append(report)
                 case ReportEnded(report):
                     ended.append(report)
-                case PublishKv(new, None):
-                    batches += new
                 case PublishKv(new, gateway):
-                    self._report(machine, (gateway,), (), (), new)
+                    if gateway is None:
+                        batches += new
+                    else:
+                        self._report(machine, (gateway,), (), (), new)
                 case Forget(request):
                     machine.forget(request)
                 case SetTimer(key, fires_at):

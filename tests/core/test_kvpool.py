@@ -14,7 +14,7 @@ def computed(pool: BlockPool, prompt: str) -> list[BlockId]:
     blocks = pool.allocate(len(prompt))
     hashes = prompt_hashes(prompt)
     for index, block in enumerate(blocks):
-        assert pool.register(block, hashes[index], hashes[index - 1] if index else None) is None
+        assert pool.register([block], [hashes[index]], hashes[index - 1] if index else None) == {}
     return blocks
 
 
@@ -54,8 +54,8 @@ def test_a_duplicate_references_its_cached_twin_so_that_the_prefix_outlives_the_
     pool = BlockPool(4)
     first = computed(pool, "a")
     own = pool.allocate(2)
-    assert pool.register(own[0], A, None) == first[0]  # computed twice: the twin is referenced, the block stays unnamed
-    assert pool.register(own[1], B, A) is None
+    # Computed twice: the twin is referenced, the block stays unnamed.
+    assert pool.register(own[:2], [A, B], None) == {0: first[0]}
     pool.release(first)
     pool.validate([own[0], first[0], own[1]])
     pool.release([own[1], own[0], first[0]])
@@ -131,7 +131,7 @@ def evict_the_parent_first(pool: BlockPool) -> None:
     [
         (corrupt_count, "block 0 has 1 references, its holders are 0"),
         (lose_a_block, "free 1 \\+ idle 2 \\+ used 0 != total 4"),
-        (forget_a_parent, "its parent b'a' is not"),
+        (forget_a_parent, "block 1 is cached, its parent 0 is not"),
         (evict_the_parent_first, "block 1 would be evicted after its parent 0"),
     ],
 )
