@@ -9,7 +9,8 @@ Patterson, CACM 52(4), 2009), each at a stated share of the chip's published rat
     hops         all-reduce within a node (GenZ's ring formula), all-to-all between the nodes of a group (a straight line with a
                  floor, fitted to measurements), activations to the FFN half and back
 
-Every time is for one node while all nodes of its group do the same. Sources of the numbers: `orchestrator/profiles/*.toml`.
+Every time is for one node while all nodes of its group do the same. Not counted: latent vectors of a cached prefix that are
+expanded again for each chunk of a prompt, which matters for chunks of a few hundred tokens. Sources: `orchestrator/profiles/`.
 """
 
 from collections.abc import Callable
@@ -254,17 +255,11 @@ class _Halves:
 
 
 def _halves(machine: Machine, sequences_max: int, points: tuple[int, ...]) -> _Halves:
-    hardware = machine.hardware
-    if hardware.mode is DecodeMode.AFD and hardware.microbatches > 1:
+    if machine.hardware.mode is DecodeMode.AFD and machine.hardware.microbatches > 1:
         return _ping_pong(machine, sequences_max, points)
-    # What the other half drafts with does not depend on the batch; drafting layers of one's own do.
-    step = draft_seconds(machine, 0) if hardware.mode is DecodeMode.DRAFTER else 0.0
-    drafting = 0.0 if hardware.mode is DecodeMode.DRAFTER else 1.0
-    batch = [
-        joined_or_serial_seconds(machine, tokens) + drafting * draft_seconds(machine, tokens / machine.pass_tokens)
-        for tokens in points
-    ]
-    return _Halves(step, 0.0, 0.0, tuple(batch), 0.0)
+    drafting = [draft_seconds(machine, tokens / machine.pass_tokens) for tokens in points]
+    batch = [joined_or_serial_seconds(machine, tokens) + draft for tokens, draft in zip(points, drafting, strict=True)]
+    return _Halves(0.0, 0.0, 0.0, tuple(batch), 0.0)
 
 
 def _ping_pong(machine: Machine, sequences_max: int, points: tuple[int, ...]) -> _Halves:
