@@ -80,11 +80,6 @@ class Catalog:
         return tuple(number for number in self._numbers.values() if isinstance(number, Assumption))
 
     @property
-    def published(self) -> tuple[Number, ...]:
-        """Every number that has a source."""
-        return tuple(number for number in self._numbers.values() if isinstance(number, Number))
-
-    @property
     def names(self) -> tuple[str, ...]:
         """Every number's name: what may be overridden."""
         return tuple(self._numbers)
