@@ -14,6 +14,7 @@ from deploy.cases import SimulationFailed
 from deploy.demo import run_demo
 from deploy.files import LOCAL_CLUSTER, UnusableInput, read_cluster, with_model
 from deploy.journal import add_journal, with_journal
+from deploy.recording import with_record
 from deploy.serve import serve
 from deploy.simulate import add_simulate
 from deploy.status import StatusUnreachable, fetch_status, show_status
@@ -78,6 +79,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="a running Ray cluster, ray://HOST:PORT or HOST:PORT; without it one is started here")
     parser.add_argument("--attach", action="store_true", help="if a cluster of that name runs at the address, take it over")
     parser.add_argument("--journal", type=Path, metavar="DIR", help="write down every event and decision here, on each host")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what is served here, as a trace without texts")
     parser.set_defaults(run=_serve)
 
 
@@ -89,6 +91,8 @@ def _serve(options: argparse.Namespace) -> int:
         config = with_model(config, options.model, str(options.cluster))
     if options.journal is not None:
         config = with_journal(config, options.journal)
+    if options.record is not None:
+        config = with_record(config, options.record)
     return DONE if serve(_with_ports(config, options), options.address, options.attach) else FAILED
 
 

@@ -45,6 +45,8 @@ class ClusterSettings:
     drain_s: float = 30.0
     #: Folder, on each host, in which every gateway and node writes down its events and decisions. Empty: they do not.
     journal: str = ""
+    #: File, on each gateway's host, that gets what it serves as a trace; further gateways add their numbers. Empty: none.
+    record: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
@@ -248,7 +250,8 @@ class HardwareConfig:
     """[pools.hardware]: what the pool's nodes are made of; from it and the model's shape follow profile, blocks, price, power.
 
     A node is one attention rank: `chips` chips that hold one copy of a sequence's KV. `group_nodes` nodes step together and
-    spread the experts over their chips (wide expert parallelism); the batch is taken to be equal on all of them.
+    spread the experts over their chips (wide expert parallelism); the batch is taken to be equal on all of them. A pool may have
+    fewer nodes than a group: the others are somebody else's.
     """
 
     #: Name of a chip profile: vr200, gb300, gb200, h200, ... Empty: no hardware is given, `[pools.profile]` counts.

@@ -3,6 +3,7 @@
 Does not know what process it is in; `fleet.py` makes it an actor.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from orchestrator.live.gateway import Gateway
 from orchestrator.live.health import HealthServer
 from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.models import ModelText
+from orchestrator.live.recorder import open_recorder
 from orchestrator.wire.journal import cluster_header, open_journal
 
 #: What a server is told to listen on all addresses.
@@ -69,8 +71,10 @@ class Front:
         self._health = HealthServer()
         secret = config.cluster.secret.encode()
         page, status = self._metrics.render, self.status
+        self._recorder = open_recorder(config, number)
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
-        self._gateway = Gateway(config, number, texts, secret, self._driver, self._metrics, page, status)
+        driver, metrics = self._driver, self._metrics
+        self._gateway = Gateway(config, number, texts, secret, driver, metrics, page, status, self._recorder)
 
     async def start(self) -> FrontAddress:
         """Serve. Raises `OSError` if a port is taken."""
@@ -108,6 +112,8 @@ class Front:
         await self._driver.close()
         await self._gateway.stop()
         await self._health.stop()
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
 
     def status(self) -> dict[str, Any]:
         """Return what `/status` shows."""

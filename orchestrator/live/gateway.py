@@ -94,6 +94,14 @@ class GatewayMetrics(Protocol):
         ...
 
 
+class TurnRecorder(Protocol):
+    """Writes down generations; see `recorder.py`."""
+
+    def watch(self, turn: Turn, inner: TurnWatch) -> TurnWatch:
+        """Return what measures a generation that begins now and passes everything on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Model:
     """A served model."""
@@ -137,6 +145,7 @@ class Gateway:
         metrics: is told what happens.
         metrics_page: returns the Prometheus exposition.
         status: returns what `/status` shows, as JSON-able values.
+        recorder: writes generations down; None if nobody asked for that.
     """
 
     def __init__(
@@ -149,12 +158,14 @@ class Gateway:
         metrics: GatewayMetrics,
         metrics_page: Callable[[], bytes],
         status: Callable[[], Any],
+        recorder: TurnRecorder | None = None,
     ) -> None:
         self._config = config
         self._number = gateway
         self._secret = secret
         self._driver = driver
         self._metrics = metrics
+        self._recorder = recorder
         self._models = {name: _Model(name, text, _prompts(config, name, text)) for name, text in models.items()}
         self._aliases = [(alias, name) for name, model in config.models.items() for alias in model.aliases]
         self._tenants = {_digest(entry.key.encode()): TenantId(entry.tenant) for entry in config.gateway.api_keys}
@@ -355,6 +366,8 @@ class Gateway:
         generation = Generation(text.vocabulary.detokeniser(), job.request.stops, ends, parser, scored)
         watch = self._metrics.open_turn(turn.model, turn.service_class)
         stream = self._driver.start(turn)
+        if self._recorder is not None:
+            watch = self._recorder.watch(turn, watch)
         watch.assigned(stream.request)
         return _Choice(index, stream, generation, watch)
 
