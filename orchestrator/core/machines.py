@@ -139,8 +139,10 @@ class Machine:
 
     @property
     def group_link(self) -> Link:
-        """What connects the nodes of the group."""
+        """What connects the GPUs of the group."""
         chips = self.hardware.chips * self.hardware.group_nodes
+        if self.ffn_chip is not None and self.ffn_chip.is_gpu:
+            chips += self.hardware.ffn_chips
         return self.chip.scale_up if chips <= self.chip.domain_chips else self.chip.scale_out
 
 

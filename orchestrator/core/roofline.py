@@ -51,20 +51,31 @@ def all_reduce_seconds(machine: Machine, tokens: float) -> float:
 
 
 def exchange_seconds(machine: Machine, tokens: float) -> float:
-    """Return the seconds of one layer's all-to-all: tokens to their experts as they are multiplied, results back in BF16."""
-    shape, hardware, link = machine.shape, machine.hardware, machine.group_link
-    if hardware.mode in (DecodeMode.AFD, DecodeMode.WHOLE) or hardware.group_nodes == 1 or not shape.experts:
+    """Return the seconds of one layer's all-to-all within a group, there and back; a group of two halves has hops instead."""
+    hardware = machine.hardware
+    if hardware.mode in (DecodeMode.AFD, DecodeMode.WHOLE) or hardware.group_nodes == 1 or not machine.shape.experts:
         return 0.0
-    copies = tokens / hardware.chips * shape.experts_per_token * shape.hidden
-    dispatch = max(link.dispatch_floor_s, link.dispatch_base_s + copies * BYTES[hardware.activations] / link.rate)
+    return _all_to_all_seconds(machine, tokens, BYTES[hardware.activations])
+
+
+def _all_to_all_seconds(machine: Machine, tokens: float, out_bytes: float) -> float:
+    """Return the seconds of tokens to their experts, at so many bytes a number, and of results back in BF16."""
+    link = machine.group_link
+    copies = tokens / machine.hardware.chips * machine.shape.experts_per_token * machine.shape.hidden
+    dispatch = max(link.dispatch_floor_s, link.dispatch_base_s + copies * out_bytes / link.rate)
     combine = max(link.combine_floor_s, link.combine_base_s + copies * BYTES[Precision.BF16] / link.rate)
     return dispatch + combine
 
 
 def hop_seconds(machine: Machine, tokens: float) -> float:
-    """Return the seconds of one way between the halves: activations out as they are multiplied there, back in BF16; the mean."""
+    """Return the seconds of one way between the halves, the mean of both: out as they are multiplied there, back in BF16.
+
+    Between GPUs it is half an all-to-all, a copy for each expert; to an LPX rack each activation goes once.
+    """
     assert machine.coupling is not None, "only a machine with two halves has hops"
     side, link = machine.ffn, machine.coupling.link
+    if side.chip.is_gpu and machine.shape.experts:
+        return _all_to_all_seconds(machine, tokens, BYTES[side.activations]) / 2
     size = tokens * machine.shape.hidden * (BYTES[side.activations] + BYTES[Precision.BF16]) / 2
     return tier_load_seconds(link, size, machine.hardware.chips)
 
@@ -119,12 +130,7 @@ def ping_pong_seconds(first_s: float, second_s: float, hop_s: float, microbatche
     With T_a, T_e and T_c for one micro-batch in one layer, m micro-batches and L layers, MegaScale-Infer (arXiv 2504.02263)
     has T_a + T_e + 2 T_c + (m L - 1) max(T_a, T_e) if m is large enough to hide the hops. A micro-batch comes round after
     T_a + T_e + 2 T_c at the earliest, so that a cycle takes at least that over m; 2 T_c / m on top of the longer half bounds it
-    for any m. With one micro-batch all of it is serial.
-
-    Args:
-        first_s: one half's work of all micro-batches in all layers together.
-        second_s: the other half's.
-        hop_s: one way of one micro-batch.
+    for any m. One micro-batch is serial. Halves are given for all micro-batches and layers, the hop for one way of one.
     """
     rounds = microbatches * layers
     if microbatches == 1:

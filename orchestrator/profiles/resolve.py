@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, PoolConfig, Precision, require
-from orchestrator.core.machines import Chip, Link, Machine
+from orchestrator.core.machines import Chip, Coupling, Link, Machine
 from orchestrator.core.roofline import cost_profile
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError
@@ -74,7 +74,13 @@ def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Mac
         _check_precision(attends, "kv", hardware.kv)
     if other is not None:
         _check_precision(other, "ffn_weights", hardware.ffn_weights)
-    return Machine(shape, hardware, chip, catalog.practice, other, catalog.coupling if halves else None)
+    return Machine(shape, hardware, chip, catalog.practice, other, _coupling(chip, other, catalog) if halves else None)
+
+
+def _coupling(chip: Chip, other: Chip | None, catalog: Catalog) -> Coupling:
+    """Return how the halves are joined: GPUs by their own network, an LPX rack by its link."""
+    coupling = catalog.coupling
+    return replace(coupling, link=chip.scale_up) if other is not None and other.is_gpu else coupling
 
 
 def _found(field: str, look_up: Callable[[str], _T], name: str) -> _T:

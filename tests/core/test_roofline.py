@@ -17,6 +17,7 @@ from orchestrator.core.roofline import (
     exchange_seconds,
     expert_seconds,
     ffn_layers_seconds,
+    hop_seconds,
     pass_seconds,
     ping_pong_seconds,
     prefill_pair_seconds,
@@ -120,6 +121,12 @@ def test_an_all_to_all_has_a_floor_and_then_a_straight_line() -> None:
     copies = 1000 * 4 * 4096
     assert isclose(exchange_seconds(machine(), 1000), 1e-5 + copies / 5e11 + 2e-5 + 2 * copies / 5e11)
     assert exchange_seconds(machine(group_nodes=1), 1000) == 0.0
+
+
+def test_activations_cross_to_the_other_half_once_or_to_each_expert_if_it_is_made_of_gpus() -> None:
+    node = two_halves(DecodeMode.AFD)
+    assert isclose(hop_seconds(node, 1000), 1e-6 + 1000 * 4096 * 1.5 / 5e11)
+    assert isclose(hop_seconds(replace(node, ffn_chip=CHIP), 1000), exchange_seconds(machine(), 1000) / 2)
 
 
 def test_an_all_reduce_is_a_ring() -> None:
