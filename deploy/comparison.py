@@ -63,7 +63,7 @@ def figure_of(run: Run, path: Sequence[str]) -> float | None:
     """Return a figure by the way to it, such as ("session_s", "p50")."""
     value: object = run.figures
     for part in path:
-        value = value[part] if isinstance(value, dict) else None
+        value = value.get(part) if isinstance(value, dict) else None
     return float(value) if isinstance(value, (int, float)) else None
 
 

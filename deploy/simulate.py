@@ -89,11 +89,20 @@ def run_simulate(options: argparse.Namespace) -> int:
     if config is None or options.trace is None:
         if options.assumptions:
             return 0
-        raise UnusableInput(f"weft simulate: --{'trace' if config else 'cluster'} is needed")
+        raise UnusableInput(f"simulate: --{'trace' if config else 'cluster'} is needed")
     if not options.assumptions:
+        _check_places(options)
         config = _changed(options.cluster, config, overrides)
         _run_all(options, config, _resolved(options.cluster, config, catalog), catalog)
     return 0
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """See now, not after minutes, that there is somewhere to write to."""
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UnusableInput(f"--json {options.json}: {options.json.parent} is no folder")
+    if options.report is not None and options.report.exists() and not options.report.is_dir():
+        raise UnusableInput(f"--report {options.report}: is there already and not a folder")
 
 
 def _changed(path: Path, config: ClusterConfig, overrides: Overrides) -> ClusterConfig:

@@ -74,7 +74,7 @@ def _copy(turns: Sequence[TracedTurn], copy: int, span_s: float, chance: random.
 
 
 def swung_cases(pick: Case, config: ClusterConfig, catalog: Catalog) -> list[SwungCases]:
-    """Return runs of a pick with each assumption that its cluster uses at either end; those that give no cluster are left out."""
+    """Return runs of a pick with each assumption that its cluster uses at its ends, where both can be and differ."""
     used = {name for pool in pick.resolved.hardware.values() for name in pool.assumptions}
     ranged = [one for one in catalog.assumptions if one.name in used and one.low < one.high]
     swung: list[SwungCases] = []
@@ -85,7 +85,8 @@ def swung_cases(pick: Case, config: ClusterConfig, catalog: Catalog) -> list[Swu
             )
         except ConfigError:
             continue
-        swung.append(SwungCases(one, low, high))
+        if low.resolved != high.resolved:
+            swung.append(SwungCases(one, low, high))
     return swung
 
 
