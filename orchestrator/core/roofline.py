@@ -172,7 +172,7 @@ def _attention_rate(machine: Machine) -> float:
 
 
 def draft_seconds(machine: Machine, sequences_tokens: float) -> float:
-    """Return the seconds of drafting in a pass: by the other half, or by one more layer and the head a token (arXiv 2412.19437)."""
+    """Return the seconds of drafting in a pass: by the other half, or a layer and the head a token (arXiv 2412.19437)."""
     count, shape = machine.hardware.draft_tokens, machine.shape
     if not count:
         return 0.0

@@ -142,6 +142,7 @@ def _assumptions(config: ClusterConfig, pool: PoolConfig, machine: Machine, cata
     hardware = pool.hardware
     files = {"economics", _fetch_link(config, pool, machine).name}
     files |= {machine.group_link.name} if hardware.chips * hardware.group_nodes > 1 else set()
+    files |= {"lpx"} if hardware.mode is DecodeMode.DRAFTER else set()
     for chip in (machine.chip, machine.ffn_chip):
         if chip is not None:
             files |= {chip.name, "practice" if chip.is_gpu else "lpx"}
