@@ -70,6 +70,11 @@ def test_names_that_are_no_small_numbers_become_dense(tmp_path: Path) -> None:
     assert (run[0], run[1], longer[1]) == (longer[0], 2, 3)
 
 
+def test_dates_become_times_since_the_first_arrival(tmp_path: Path) -> None:
+    turns = read(tmp_path, *({**LINE, "id": number, "timestamp": 1_760_000_000_000 + 500 * number} for number in range(3)))
+    assert [turn.arrival_s for turn in turns] == [0.0, 0.5, 1.0]
+
+
 def test_gzip_is_told_by_content_and_by_name(tmp_path: Path) -> None:
     packed = written(tmp_path / "trace.gz", [LINE])
     assert len(list(read_trace(packed))) == 1
@@ -186,6 +191,7 @@ def without(field: str) -> dict[str, Any]:
         ("[1, 2]", "trace.jsonl:2: must be a JSON object"),
         (without("input_length"), "trace.jsonl:2: input_length: missing"),
         ({**LINE, "id": 1, "input_length": -5}, "trace.jsonl:2: input_length: expected `int` >= 1, is -5"),
+        ({**LINE, "id": 1, "input_length": 2**40}, "trace.jsonl:2: input_length: expected `int` <= 4294967296, is 1099511627776"),
         ({**LINE, "id": 1, "output_length": "many"}, "trace.jsonl:2: output_length: expected `int`, is 'many'"),
         ({**LINE, "id": 1, "timestamp": None}, "trace.jsonl:2: timestamp: expected `float`, is None"),
         ({**LINE, "id": 1, "gap_ms": -1}, "trace.jsonl:2: gap_ms: expected `float` >= 0.0, is -1"),

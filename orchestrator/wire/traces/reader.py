@@ -1,6 +1,7 @@
 """The one way into a trace file: looks at its first line and lets the reader of that form do the rest."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +15,22 @@ from orchestrator.wire.traces.turns import TracedTurn, TraceError
 
 #: Fields that tell Mooncake's lines and their supersets.
 MOONCAKE_FIELDS = frozenset({"input_length", "input_tokens"})
+#: A first arrival that late is a date, in seconds since 1970 (this is in 2001).
+DATES_FROM_S = 1e9
 FIRST_LINE = msgspec.json.Decoder(dict[str, Any])
 
 
 def read_trace(path: Path) -> Iterator[TracedTurn]:
-    """Yield a trace's turns in order of arrival, or of the file. Raises `TraceError` at the first line that cannot be used."""
-    found = False
+    """Yield a trace's turns in order of arrival, or of the file. Raises `TraceError` at the first line that cannot be used.
+
+    Times are seconds since the recording began; where they are dates, since the first arrival.
+    """
+    began_s: float | None = None
     for turn in _reader(path).turns():
-        found = True
-        yield turn
-    if not found:
+        if began_s is None:
+            began_s = turn.arrival_s if turn.arrival_s >= DATES_FROM_S else 0.0
+        yield replace(turn, arrival_s=turn.arrival_s - began_s) if began_s else turn
+    if began_s is None:
         raise TraceError(f"{path}: holds no requests")
 
 

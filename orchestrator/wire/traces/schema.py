@@ -21,9 +21,13 @@ from orchestrator.wire.traces.lines import decoded, read_lines
 from orchestrator.wire.traces.order import Timeline, full_blocks, unmet
 from orchestrator.wire.traces.turns import BlockNames, Runs, TracedTurn, TraceError, merged
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
+#: More tokens than any context or answer has, and more milliseconds than any clock shows: beyond them a number is a mistake.
+TOKENS_MAX = 1 << 32
+MILLISECONDS_MAX = 1e15
+Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=MILLISECONDS_MAX)]
+Identity = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class SchemaLine(msgspec.Struct):
@@ -33,13 +37,13 @@ class SchemaLine(msgspec.Struct):
     input_length: Positive
     output_length: Count
     block_size: Count
-    id: Count | None = None
+    id: Identity | None = None
     session: str | int | None = None
     agent: str | None = None
     deps: list[int] | None = None
     gap_ms: Milliseconds | None = None
     hash_ids: list[int | str] | None = None
-    hash_ranges: list[tuple[Count, Positive]] | None = None
+    hash_ranges: list[tuple[Identity, Positive]] | None = None
     model: str | None = None
     tenant: str | None = None
     seam: bool | None = None
