@@ -1,73 +1,123 @@
 """One node's KV blocks: which are free, which are in use, which hold content worth keeping, and what to tell gateways.
 
     free      no content                     -> allocate() hands these out first
-    used      referenced at least once       -> never handed out
-    cached    registered under a block hash; when nobody references it, it idles until allocate() evicts it
+    private   in use by one sequence, perhaps lent to readers; not complete yet, or a second copy of a cached block
+    cached    complete and named by its block hash; in use while somebody holds a chain through it, else it idles until evicted
+
+Cached blocks form a tree of runs, because chains do: a run is a stretch of blocks that nothing branches off from.
+
+    [ system prompt .......... ]--+--[ agent A's context ............ ]        a Hold on a run holds everything from the
+                                  +--[ agent B's ]--+--[ before compaction ]   start of the prompt to the run's end
+                                                    +--[ after it ]
+
+What a turn costs here grows with the runs it goes through and with its new blocks, not with its context.
 
 Rules for editors.
 
 Rule 1: the cached set is closed under prefix: a cached block's parent is cached. Gateways bisect over it.
-Rule 2: whoever references a cached block references all cached blocks before it in its chain, for at least as long. So chains
-are taken front to back (`acquire`), given back last block first (`release`), and whoever computes a block that is already
-cached (a duplicate) references the cached twin too. It follows that a suffix idles before its prefix does, and that evicting
-the block that idled longest is suffix-first and keeps rule 1.
+Rule 2: only the end of a run that nothing continues and nobody holds is evicted, the one that idled longest first. So a suffix
+goes before its prefix, which keeps rule 1.
 Rule 3: a hash is announced as stored after its parent, and as removed before its parent.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import chain
 
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
 
+#: Stale entries of the eviction order that are put up with before it is cleaned.
+STALE_MAX = 256
+
+
+class Run:
+    """Cached blocks that follow on each other and that nothing branches off from but at their end."""
+
+    __slots__ = ("blocks", "children", "holds", "idled", "names", "parent", "start")
+
+    def __init__(self, parent: "Run | None", start: int) -> None:
+        self.parent = parent
+        #: Blocks of the chain before it.
+        self.start = start
+        self.names: list[BlockHash] = []
+        self.blocks: list[BlockId] = []
+        #: Runs that follow on its last block, by their first name.
+        self.children: dict[BlockHash, Run] = {}
+        #: Holds on it and on everything that follows on it.
+        self.holds = 0
+        #: When it idled last, as a running number; 0 for what is dead.
+        self.idled = 0
+
+    @property
+    def end(self) -> int:
+        """Blocks of the chain up to its end."""
+        return self.start + len(self.names)
+
+
+class Hold:
+    """A claim on a chain of cached blocks: none of them is evicted while it lasts."""
+
+    __slots__ = ("depth", "run")
+
+    def __init__(self, run: Run, depth: int) -> None:
+        self.run = run
+        #: Blocks of the chain that are claimed; the run may have grown past them.
+        self.depth = depth
+
 
 class BlockPool:
-    """Reference-counted blocks with a prefix cache in those that nobody uses."""
+    """Blocks of one node, with a prefix cache in those that nobody uses."""
 
     __slots__ = (
-        "_above", "_block_of", "_caching", "_child_of", "_children", "_free", "_hash_of", "_idle", "_references", "_removed",
+        "_caching",
+        "_free",
+        "_idle_runs",
+        "_lent",
+        "_place",
+        "_removed",
+        "_root",
+        "_serial",
         "_stored",
-    )  # fmt: skip
+        "blocks",
+        "idle_blocks",
+    )
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
+        self.blocks = blocks
+        #: Cached blocks that nobody holds.
+        self.idle_blocks = 0
         self._caching = caching
         #: Blocks without content; the last is handed out first.
         self._free: list[BlockId] = [BlockId(number) for number in range(blocks - 1, -1, -1)]
-        self._references: list[int] = [0] * blocks
-        #: Hash a block is registered under, and the block it follows on, which stays as long as it does (rule 1).
-        self._hash_of: list[BlockHash | None] = [None] * blocks
-        self._above: list[BlockId | None] = [None] * blocks
-        #: Cached blocks that follow directly on a cached block.
-        self._children: list[int] = [0] * blocks
-        #: The last that was registered of them; it may be gone.
-        self._child_of: list[BlockHash | None] = [None] * blocks
-        #: Inverse of `_hash_of`; in order of registration, so parents stand before children.
-        self._block_of: dict[BlockHash, BlockId] = {}
-        #: Registered blocks without a reference, the one that idled longest first.
-        self._idle: OrderedDict[BlockId, None] = OrderedDict()
+        #: Private blocks that readers use beside their owner, and how many do.
+        self._lent: dict[BlockId, int] = {}
+        #: Stands before the first block of every prompt; held for ever.
+        self._root = Run(None, 0)
+        self._root.holds = 1
+        #: The run that each cached block is in.
+        self._place: dict[BlockHash, Run] = {}
+        #: Runs that can be evicted, the one that idled longest first: (when it did, a tie-break, the run). Some are stale.
+        self._idle_runs: list[tuple[int, int, Run]] = []
+        self._serial = 0
         #: Changes since `take_changes`: hash to parent, in order of registration; hashes in order of eviction.
         self._stored: dict[BlockHash, BlockHash | None] = {}
         self._removed: dict[BlockHash, None] = {}
-
-    @property
-    def blocks(self) -> int:
-        return len(self._references)
 
     @property
     def free_blocks(self) -> int:
         return len(self._free)
 
     @property
-    def idle_blocks(self) -> int:
-        return len(self._idle)
-
-    @property
     def available_blocks(self) -> int:
         """Blocks that `allocate` could hand out now."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self.idle_blocks
+
+    # --- looking things up ------------------------------------------------------------------------------------------------
 
     def match(self, hashes: Sequence[BlockHash], blocks_max: int) -> int:
         """Return how many of a chain's first blocks are cached, `blocks_max` at most, by bisection (rule 1)."""
-        known = self._block_of
+        known = self._place
         low, high = 0, min(blocks_max, len(hashes))
         while low < high:
             middle = (low + high + 1) // 2
@@ -78,156 +128,258 @@ class BlockPool:
         return low
 
     def idle_of(self, hashes: Sequence[BlockHash], matched: int) -> int:
-        """Return how many of a chain's first `matched` blocks nobody references; the referenced ones come first (rule 2)."""
-        low, high = 0, matched
+        """Return how many of a chain's first `matched` blocks nobody holds."""
+        idle, end = 0, matched
+        run = self._place[hashes[matched - 1]] if matched else self._root
+        while not run.holds:
+            idle += end - run.start
+            end = run.start
+            assert run.parent is not None, "the root is not held"
+            run = run.parent
+        return idle
+
+    # --- chains of cached blocks ------------------------------------------------------------------------------------------
+
+    def acquire(self, hashes: Sequence[BlockHash], matched: int) -> tuple[Hold, list[BlockId]]:
+        """Hold a chain's first `matched` blocks, which must be cached, and return the hold and the blocks."""
+        tip = self._place[hashes[matched - 1]] if matched else self._root
+        if tip.end > matched:
+            tip = self._split(tip, matched)
+        self._pin(tip)
+        parts: list[list[BlockId]] = []
+        run: Run | None = tip
+        while run is not None:
+            parts.append(run.blocks)
+            run = run.parent
+        return Hold(tip, matched), list(chain.from_iterable(reversed(parts)))
+
+    def share(self, hold: Hold) -> Hold:
+        """Return another hold on the same chain."""
+        self._pin(hold.run)
+        return Hold(hold.run, hold.depth)
+
+    def release(self, hold: Hold) -> None:
+        """Give a hold up; its blocks idle unless others hold them."""
+        self._unpin(hold.run)
+        hold.run = self._root
+
+    def register(self, hold: Hold, blocks: Sequence[BlockId], names: Sequence[BlockHash]) -> int:
+        """Cache private blocks that are now complete and follow on what is held; the hold then covers them too.
+
+        Returns how many of them, the first ones, are cached in other blocks already. Those stay private, and the chain goes
+        through the others.
+        """
+        if not self._caching:
+            return len(blocks)
+        run, depth, place = hold.run, hold.depth, self._place
+        while run.start >= depth and run.parent is not None:  # others grew the run and split it
+            run = run.parent
+        if run.end > depth:
+            run = self._split(run, depth)
+        copies = 0
+        while copies < len(names) and names[copies] in place:  # what follows on an unknown block is unknown (rule 1)
+            run = place[names[copies]]
+            copies += 1
+        hold.depth = depth + len(names)
+        if copies == len(names):
+            self._move(hold, run)
+            return copies
+        if run.end > depth + copies:
+            run = self._split(run, depth + copies)
+        if run is self._root or run.children:
+            parent, run = run, Run(run, run.end)
+            parent.children[names[copies]] = run
+        self._move(hold, run)
+        new = names[copies:]
+        before = run.names[-1] if run.names else self._name_before(run)
+        run.names += new
+        run.blocks += blocks[copies:]
+        place.update(dict.fromkeys(new, run))
+        self._stored.update(zip(new, chain((before,), new), strict=False))
+        return copies
+
+    def retire(self, last: BlockHash, successor: Sequence[BlockHash]) -> None:
+        """Let the end of a dead chain be forgotten before anything else: blocks that only it has, from `last` on and backwards.
+
+        Generated blocks may follow on `last`, in one line. What `successor` goes on from stays, and so does what another chain
+        continues or somebody holds.
+        """
+        run = self._place.get(last)
+        while run is not None and len(run.children) == 1:
+            run = next(iter(run.children.values()))
+        below: Run | None = None
+        while run is not None and not run.holds and len(run.children) == (below is not None):
+            kept = self._shared(run, successor)
+            if kept == len(run.names):
+                return
+            if kept:
+                self._split(run, run.start + kept)
+            run.idled = 0
+            if below is None:
+                self._rank(run)
+            if kept:
+                return
+            below, run = run, run.parent
+
+    @staticmethod
+    def _shared(run: Run, other: Sequence[BlockHash]) -> int:
+        """Return how many of a run's first blocks another chain has at the same place."""
+        low, high = 0, max(0, min(len(run.names), len(other) - run.start))
         while low < high:
             middle = (low + high + 1) // 2
-            if self._references[self._block_of[hashes[middle - 1]]] > 0:
+            if run.names[middle - 1] == other[run.start + middle - 1]:
                 low = middle
             else:
                 high = middle - 1
-        return matched - low
+        return low
 
-    def acquire(self, hashes: Sequence[BlockHash], matched: int) -> list[BlockId]:
-        """Reference a chain's first `matched` blocks, which must be cached, and return them."""
-        block_of = self._block_of
-        blocks = [block_of[name] for name in hashes[:matched]]
-        self.retain(blocks)
-        return blocks
+    def _split(self, run: Run, depth: int) -> Run:
+        """Cut a run in two and return the new, upper one, which ends at `depth`; the old one keeps what follows and its holds."""
+        count, parent = depth - run.start, run.parent
+        assert parent is not None, "the root has nothing to split"
+        assert 0 < count < len(run.names), f"a run of {len(run.names)} blocks cannot be split after {count}"
+        upper = Run(parent, run.start)
+        upper.names, run.names = run.names[:count], run.names[count:]
+        upper.blocks, run.blocks = run.blocks[:count], run.blocks[count:]
+        upper.holds, upper.idled = run.holds, run.idled
+        upper.children[run.names[0]] = run
+        parent.children[upper.names[0]] = upper
+        run.parent, run.start = upper, depth
+        self._place.update(dict.fromkeys(upper.names, upper))
+        return upper
 
-    def retain(self, blocks: Iterable[BlockId]) -> None:
-        """Add a reference to blocks that are cached or in use, front to back."""
-        references, idle = self._references, self._idle
-        for block in blocks:
-            if references[block] == 0:
-                del idle[block]
-            references[block] += 1
+    def _move(self, hold: Hold, run: Run) -> None:
+        if run is not hold.run:
+            self._pin(run)
+            self._unpin(hold.run)
+            hold.run = run
+
+    def _pin(self, tip: Run) -> None:
+        run: Run | None = tip
+        while run is not None:
+            if not run.holds:
+                self.idle_blocks -= len(run.names)
+            run.holds += 1
+            run = run.parent
+
+    def _unpin(self, tip: Run) -> None:
+        self._serial += 1
+        run: Run | None = tip
+        while run is not None:
+            assert run.holds > 0, f"a run of {len(run.names)} blocks from block {run.start} on is released but not held"
+            run.holds -= 1
+            if not run.holds:
+                self.idle_blocks += len(run.names)
+                run.idled = self._serial
+            run = run.parent
+        if not tip.holds and not tip.children:
+            self._rank(tip)
+
+    @staticmethod
+    def _name_before(run: Run) -> BlockHash | None:
+        return run.parent.names[-1] if run.parent is not None and run.parent.names else None
+
+    # --- blocks one by one ------------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[BlockId]:
-        """Return `count` blocks with one reference each; contents that idled longest are forgotten when none is free.
+        """Return `count` private blocks; contents that idled longest are forgotten when none is free.
 
         At least that many must be available.
         """
-        assert count <= self.available_blocks, f"{count} blocks wanted, free {len(self._free)} + idle {len(self._idle)}"
+        assert count <= self.available_blocks, f"{count} blocks wanted, free {len(self._free)} + idle {self.idle_blocks}"
         free = self._free
         blocks = free[: -count - 1 : -1] if count else []
         del free[len(free) - len(blocks) :]
-        if len(blocks) < count:
+        while len(blocks) < count:
             blocks += self._evict(count - len(blocks))
-        references = self._references
-        for block in blocks:
-            references[block] = 1
         return blocks
 
-    def release(self, blocks: Iterable[BlockId]) -> None:
-        """Take one reference from each block; the caller gives a chain back last block first."""
-        references = self._references
+    def lend(self, blocks: Iterable[BlockId]) -> None:
+        """Let a reader use private blocks beside their owner; each gives them back once."""
         for block in blocks:
-            assert references[block] > 0, f"block {block} is released but has {references[block]} references"
-            references[block] -= 1
-            if references[block] == 0:
-                if self._hash_of[block] is None:
-                    self._free.append(block)
-                else:
-                    self._idle[block] = None
+            self._lent[block] = self._lent.get(block, 0) + 1
 
-    def register(self, blocks: Sequence[BlockId], names: Sequence[BlockHash], parent: BlockHash | None) -> dict[int, BlockId]:
-        """Cache used blocks that are now complete: a run of a chain that follows on `parent`.
-
-        Returns the twins by place in the run: other blocks that are cached under these hashes already. Then that block of the
-        run stays unregistered and the twin has got a reference, which the caller gives back right after the one on the block.
-        """
-        if not self._caching:
-            return {}
-        block_of, stored = self._block_of, self._stored
-        hash_of, above_of, children, child_of = self._hash_of, self._above, self._children, self._child_of
-        assert parent is None or parent in block_of, f"block {blocks[0]}: parent {parent!r} is not cached"
-        above = block_of[parent] if parent is not None else None
-        references = self._references
-        assert 0 not in [references[block] for block in blocks], f"one of the blocks {blocks} is registered but not in use"
-        twins: dict[int, BlockId] = {}
-        for place, (block, name) in enumerate(zip(blocks, names, strict=True)):
-            cached = block_of.setdefault(name, block)
-            if cached == block:
-                hash_of[block], above_of[block] = name, above
-                stored[name] = parent
-                if above is not None:
-                    children[above] += 1
-                    child_of[above] = name
+    def give_back(self, blocks: Sequence[BlockId]) -> None:
+        """Take private blocks back; the last who does sets them free."""
+        if not self._lent:
+            self._free += blocks
+            return
+        for block in blocks:
+            readers = self._lent.get(block, 0)
+            if not readers:
+                self._free.append(block)
+            elif readers == 1:
+                del self._lent[block]
             else:
-                self.retain((cached,))
-                twins[place] = cached
-            parent, above = name, cached
-        return twins
-
-    def retire(self, last: BlockHash, successor: Sequence[BlockHash]) -> None:
-        """Let the end of a dead chain be forgotten before anything else: blocks that only it has, from `last` backwards.
-
-        Generated blocks may follow on `last`, in one line. What `successor` goes on from stays, and so does what another chain
-        continues or somebody uses.
-        """
-        staying = set(successor)
-        dead: list[BlockId] = []
-        name: BlockHash | None = self._end_of_line(last)
-        while name is not None and name not in staying and name in self._block_of:
-            block = self._block_of[name]
-            if block not in self._idle or self._children[block] != (1 if dead else 0):
-                break
-            dead.append(block)
-            name = self._parent(block)
-        for block in reversed(dead):
-            self._idle.move_to_end(block, last=False)
-
-    def _parent(self, block: BlockId) -> BlockHash | None:
-        """Return the hash of the block that a cached one follows on; None at the start of a prompt."""
-        above = self._above[block]
-        return self._hash_of[above] if above is not None else None
-
-    def _end_of_line(self, name: BlockHash) -> BlockHash:
-        """Return the last block that follows on a block as long as there is only one that does."""
-        block = self._block_of.get(name)
-        while block is not None and self._children[block] == 1:
-            child = self._child_of[block]
-            below = self._block_of.get(child) if child is not None else None
-            if child is None or below is None or self._above[below] != block:
-                break
-            name, block = child, below
-        return name
+                self._lent[block] = readers - 1
 
     def _evict(self, count: int) -> list[BlockId]:
-        """Forget the content of unused blocks and return the blocks."""
-        block_of, stored, removed = self._block_of, self._stored, self._removed
-        hash_of, above_of, children = self._hash_of, self._above, self._children
-        victims = self._victims(count)
-        for block in victims:
-            name, above = hash_of[block], above_of[block]
-            assert name is not None, f"block {block} idles without a hash"
-            del block_of[name]
-            hash_of[block] = None
-            if above is not None:
-                children[above] -= 1
+        """Forget up to `count` blocks at the end of the run that idled longest, and return them, last block first."""
+        run = self._victim()
+        count = min(count, self._evictable(run))
+        names = run.names[: -count - 1 : -1]
+        blocks = run.blocks[: -count - 1 : -1]
+        del run.names[-count:], run.blocks[-count:]
+        self.idle_blocks -= count
+        stored = self._stored
+        for name in names:
+            del self._place[name]
             if stored and name in stored:  # nobody was told of it yet
                 del stored[name]
             else:
-                removed[name] = None
-        return victims
+                self._removed[name] = None
+        if run.names:
+            self._rank(run)
+        else:
+            self._remove(run, names[-1])
+        return blocks
 
-    def _victims(self, count: int) -> list[BlockId]:
-        """Take the blocks that idled longest out of the unused ones; each before the one it follows on."""
-        take = self._idle.popitem
-        return [take(last=False)[0] for _ in range(count)]
+    def _remove(self, run: Run, first: BlockHash) -> None:
+        """Take an empty run out of the tree; the one before it may be next."""
+        parent = run.parent
+        assert parent is not None, "the root cannot be evicted"
+        del parent.children[first]
+        run.parent = None
+        if not parent.holds and not parent.children:
+            self._rank(parent)
+
+    def _rank(self, run: Run) -> None:
+        """Put a run that nobody holds and nothing continues into the order of eviction."""
+        self._serial += 1
+        heappush(self._idle_runs, (self._urgency(run), self._serial, run))
+        if len(self._idle_runs) > 2 * len(self._place) + STALE_MAX:
+            self._idle_runs = [entry for entry in self._idle_runs if self._fresh(entry)]
+            heapify(self._idle_runs)
+
+    def _victim(self) -> Run:
+        """Take the run to evict from next out of the order."""
+        while not self._fresh(entry := heappop(self._idle_runs)):
+            pass
+        return entry[2]
+
+    def _fresh(self, entry: tuple[int, int, Run]) -> bool:
+        urgency, _, run = entry
+        return bool(run.names) and not run.holds and not run.children and urgency == self._urgency(run)
+
+    def _urgency(self, run: Run) -> int:
+        """Return what orders eviction: lower goes first."""
+        return run.idled
+
+    def _evictable(self, run: Run) -> int:
+        """Return how many blocks at a run's end go before the next run's."""
+        return len(run.names)
 
     # --- what gateways are told -------------------------------------------------------------------------------------------
-
-    @property
-    def untold(self) -> bool:
-        """Whether anything was stored or forgotten since `take_changes`."""
-        return bool(self._stored or self._removed)
 
     @property
     def stored(self) -> bool:
         """Whether anything was stored since `take_changes`."""
         return bool(self._stored)
+
+    @property
+    def untold(self) -> bool:
+        """Whether anything was stored or forgotten since `take_changes`."""
+        return bool(self._stored or self._removed)
 
     def take_changes(self) -> tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]] | None:
         """Return what was stored and removed since the last call, or None if nothing changed."""
@@ -239,46 +391,59 @@ class BlockPool:
 
     def snapshot(self) -> tuple[StoredRun, ...]:
         """Return everything that is cached, parents before children."""
-        return merged_runs({name: self._parent(block) for name, block in self._block_of.items()})
+        return tuple(StoredRun(self._name_before(run), tuple(run.names)) for run in self._runs())
+
+    def _runs(self) -> list[Run]:
+        """Return all runs, each after the one it follows on."""
+        runs = list(self._root.children.values())
+        for run in runs:
+            runs += run.children.values()
+        return runs
 
     # --- invariants -------------------------------------------------------------------------------------------------------
 
-    def validate(self, holders: Iterable[BlockId]) -> None:
-        """Check every invariant; `holders` are all references there should be, a block as often as it is referenced."""
-        expected = [0] * self.blocks
-        for block in holders:
-            expected[block] += 1
-        for block, (found, wanted) in enumerate(zip(self._references, expected, strict=True)):
-            assert found == wanted, f"block {block} has {found} references, its holders are {wanted}"
-        used = sum(1 for count in self._references if count > 0)
-        free, idle = len(self._free), len(self._idle)
-        assert free + idle + used == self.blocks, f"free {free} + idle {idle} + used {used} != total {self.blocks}"
-        assert len(dict.fromkeys((*self._free, *self._idle))) == free + idle, f"a block is twice among free {free}, idle {idle}"
-        for block in self._free:
-            assert self._references[block] == 0, f"free block {block} has {self._references[block]} references"
-            assert self._hash_of[block] is None, f"free block {block} is cached as {self._hash_of[block]!r}"
-        self._validate_cached()
+    def validate(self, holds: Iterable[Hold], private: Iterable[BlockId]) -> None:
+        """Check every invariant, given all holds there are and all private blocks, one as often as it has users."""
+        runs = self._runs()
+        expected = {id(run): 0 for run in runs}
+        for hold in holds:
+            assert hold.depth <= hold.run.end, f"a hold on {hold.depth} blocks is on a run that ends at {hold.run.end}"
+            run: Run | None = hold.run
+            while run is not None and run is not self._root:
+                expected[id(run)] += 1
+                run = run.parent
+        for run in runs:
+            found, wanted = run.holds, expected[id(run)]
+            assert found == wanted, f"the run from block {run.start} on has {found} holds, there are {wanted}"
+            self._validate_run(run)
+        users: dict[BlockId, int] = {}
+        for block in private:
+            users[block] = users.get(block, 0) + 1
+        for block, count in users.items():
+            lent = self._lent.get(block, 0)
+            assert count == lent + 1, f"private block {block} has {count} users, it is lent to {lent}"
+        idle = sum(len(run.names) for run in runs if not run.holds)
+        assert idle == self.idle_blocks, f"{idle} blocks idle, {self.idle_blocks} are counted"
+        cached = [block for run in runs for block in run.blocks]
+        everything = sorted([*self._free, *cached, *users])
+        total = f"free {len(self._free)} + cached {len(cached)} + private {len(users)}"
+        assert everything == list(range(self.blocks)), f"{total} are not the {self.blocks} blocks"
+        assert len(cached) == len(self._place), f"{len(cached)} blocks are cached, {len(self._place)} hashes have a place"
+        assert self._caching or not cached, f"{len(cached)} blocks are cached though caching is off"
 
-    def _validate_cached(self) -> None:
-        named = sum(1 for name in self._hash_of if name is not None)
-        assert named == len(self._block_of), f"{named} blocks have a hash, {len(self._block_of)} hashes have a block"
-        assert self._caching or named == 0, f"{named} blocks are cached though caching is off"
-        place = {block: index for index, block in enumerate(self._idle)}
-        children = [0] * self.blocks
-        for name, block in self._block_of.items():
-            assert self._hash_of[block] == name, f"{name!r} is said to be in block {block}, which holds {self._hash_of[block]!r}"
-            count = self._references[block]
-            assert (count == 0) == (block in place), f"cached block {block} has {count} references, idles: {block in place}"
-            above = self._above[block]
-            if above is None:
-                continue
-            parent = self._hash_of[above]
-            assert parent in self._block_of, f"block {block} is cached, its parent {above} is not"
-            assert count == 0 or self._references[above] > 0, f"block {block} has {count} references, its parent {above} none"
-            children[above] += 1
-            if above in place:
-                assert place[block] < place[above], f"block {block} would be evicted after its parent {above}"
-        assert children == self._children, f"cached blocks have {sum(children)} children, {sum(self._children)} are counted"
+    def _validate_run(self, run: Run) -> None:
+        where = f"the run from block {run.start} on"
+        parent = run.parent
+        assert parent is not None, f"{where} follows on nothing"
+        assert run.names, f"{where} is empty"
+        assert parent.end == run.start, f"{where} follows on one that ends at {parent.end}"
+        assert parent.holds >= run.holds, f"{where} has {run.holds} holds, what it follows on {parent.holds}"
+        assert len(run.names) == len(run.blocks), f"{where} has {len(run.names)} names for {len(run.blocks)} blocks"
+        for name in run.names:
+            assert self._place.get(name) is run, f"{name!r} is in {where}, and said to be elsewhere"
+        if not run.holds and not run.children:
+            ranked = any(entry[2] is run and self._fresh(entry) for entry in self._idle_runs)
+            assert ranked, f"{where} idles and will never be evicted"
 
 
 def merged_runs(parents: dict[BlockHash, BlockHash | None]) -> tuple[StoredRun, ...]:

@@ -53,7 +53,7 @@ from orchestrator.core.events import (
     StepFinished,
     TimerFired,
 )
-from orchestrator.core.kvpool import BlockPool, KvJournal
+from orchestrator.core.kvpool import BlockPool, Hold, KvJournal
 from orchestrator.core.scheduler import Scheduler, StepOutcome
 from orchestrator.core.sequences import Phase, Sequence
 from orchestrator.core.types import (
@@ -77,7 +77,7 @@ EXPORTS_MAX = 256
 class Export:
     """One peer's reading of a prompt's blocks."""
 
-    __slots__ = ("final", "held", "id", "in_flight", "opened", "sent", "tokens", "waits")
+    __slots__ = ("final", "hold", "id", "in_flight", "lent", "opened", "sent", "tokens", "waits")
 
     def __init__(self, opened: ExportOpened) -> None:
         self.id = opened.export
@@ -88,8 +88,9 @@ class Export:
         self.tokens = 0
         #: Blocks handed to the driver that the peer has not copied yet.
         self.in_flight = 0
-        #: Blocks referenced for it, front of the chain first.
-        self.held: list[BlockId] = []
+        #: Its claim on the cached blocks it has sent and all before them, and the private ones lent to it.
+        self.hold: Hold | None = None
+        self.lent: list[BlockId] = []
         #: True once its last blocks are handed over.
         self.final = False
         #: True while it has a timer, because its request is not here yet.
@@ -394,9 +395,11 @@ class Node:
         self._stop_waiting(export)
         opened = export.opened
         matched = self._pool.match(opened.hashes, opened.tokens // self.spec.block_tokens)
+        blocks: list[BlockId] = []
         if matched > export.sent:
-            export.held = self._pool.acquire(opened.hashes, matched)
-        self._hand_over(export, export.held[export.sent :], matched * self.spec.block_tokens, final=True)
+            self._let_go(export)
+            export.hold, blocks = self._pool.acquire(opened.hashes, matched)
+        self._hand_over(export, blocks[export.sent :], matched * self.spec.block_tokens, final=True)
 
     def _send(self, export: Export, sequence: Sequence, final: bool) -> None:
         """Send a reader the blocks that are complete by now and that it has not got.
@@ -412,11 +415,25 @@ class Node:
             return
         blocks = sequence.table[export.sent : end]
         if blocks:
-            chain = sequence.chain(export.sent if export.held else 0, end)
-            self._pool.retain(chain)
-            export.held += chain
+            self._lend(export, sequence, end)
         complete = tokens if sequence.phase is Phase.HELD else end * size
         self._hand_over(export, blocks, complete, final, sequence.computed_tokens if final else 0)
+
+    def _lend(self, export: Export, sequence: Sequence, end: int) -> None:
+        """Let an export read a sequence's blocks up to `end` even when that is gone (rule 3)."""
+        private = sequence.private(export.sent, end)
+        self._pool.lend(private)
+        export.lent += private
+        former, export.hold = export.hold, self._pool.share(sequence.hold) if sequence.hold is not None else None
+        if former is not None:
+            self._pool.release(former)
+
+    def _let_go(self, export: Export) -> None:
+        """Give back what an export reads."""
+        if export.hold is not None:
+            self._pool.release(export.hold)
+        self._pool.give_back(export.lent)
+        export.hold, export.lent = None, []
 
     def _hand_over(self, export: Export, blocks: list[BlockId], tokens: int, final: bool, computed_tokens: int = 0) -> None:
         export.sent += len(blocks)
@@ -437,7 +454,7 @@ class Node:
         if export is None:
             return
         self._stop_waiting(export)
-        self._pool.release(reversed(export.held))
+        self._let_go(export)
         request = export.opened.request
         if export.opened.pending and not export.final:
             export.final = True
@@ -477,14 +494,17 @@ class Node:
 
     def validate(self) -> None:
         """Check every invariant; raises AssertionError with the numbers. Dear: for tests and simulations."""
-        holders: list[BlockId] = []
+        holds: list[Hold] = []
+        private: list[BlockId] = []
         for sequence in self._sequences.values():
             assert sequence.phase is not Phase.GONE, f"request {sequence.request} is gone but still listed"
-            holders += sequence.chain(0, len(sequence.table))
+            private += sequence.private(0, len(sequence.table))
+            holds += [sequence.hold] if sequence.hold is not None else []
         for export in self._exports.values():
-            holders += export.held
+            private += export.lent
+            holds += [export.hold] if export.hold is not None else []
             assert export.in_flight <= export.sent, f"export {export.id}: {export.in_flight} in flight of {export.sent} sent"
-        self._pool.validate(holders)
+        self._pool.validate(holds, private)
         self._scheduler.validate()
         self._validate_wakeups()
 
@@ -504,5 +524,5 @@ class Node:
                 assert export.waits != known, f"export {export.id} waits: {export.waits}, its request is here: {known}"
                 assert not export.final, f"export {export.id} is final but reads on"
         running = self._scheduler.running
-        pinned = held + sum(1 for export in self._exports.values() if export.held)
+        pinned = held + sum(1 for export in self._exports.values() if export.hold is not None)
         assert running or pinned or not waiting, f"{waiting} requests wait though none runs and nothing is pinned"

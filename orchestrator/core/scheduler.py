@@ -209,7 +209,7 @@ class Scheduler:
     def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
         """Give a waiting sequence its blocks and let it begin."""
         self._leave(sequence)
-        sequence.table = self._pool.acquire(sequence.hashes, hit)
+        sequence.hold, sequence.table = self._pool.acquire(sequence.hashes, hit)
         sequence.table += self._pool.allocate(self._blocks_for(sequence.target) - hit)
         sequence.capacity = len(sequence.table) * self._block_tokens
         sequence.fresh = tuple(sequence.table)
@@ -408,11 +408,11 @@ class Scheduler:
         end = min(sequence.computed // self._block_tokens, len(sequence.hashes))
         if end <= sequence.registered:
             return
-        start, hashes = sequence.registered, sequence.hashes
-        parent = hashes[start - 1] if start else None
-        twins = self._pool.register(sequence.table[start:end], hashes[start:end], parent)
-        for place, twin in twins.items():
-            sequence.twins[start + place] = twin
+        start = sequence.registered
+        assert sequence.hold is not None, f"request {sequence.request} has computed {end} blocks without any"
+        copies = self._pool.register(sequence.hold, sequence.table[start:end], sequence.hashes[start:end])
+        if copies:
+            sequence.copies.append((start, start + copies))
         sequence.registered = end
         if sequence.phase is not Phase.DECODING:
             self._lead(sequence)
@@ -489,10 +489,13 @@ class Scheduler:
             del self._queue[bisect_left(self._queue, sequence.rank, key=lambda entry: entry[0])]
 
     def _free(self, sequence: Sequence) -> None:
-        """Give a sequence's blocks back, last block first; its engine will be told a new table."""
-        self._pool.release(reversed(sequence.chain(0, len(sequence.table))))
+        """Give a sequence's blocks back; its engine will be told a new table."""
+        if sequence.hold is not None:
+            self._pool.give_back(sequence.private(0, len(sequence.table))[::-1])
+            self._pool.release(sequence.hold)
+        sequence.hold = None
         sequence.table = []
-        sequence.twins = {}
+        sequence.copies = []
         sequence.fresh = ()
         sequence.capacity = sequence.told = sequence.computed = sequence.registered = 0
 

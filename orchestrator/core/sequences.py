@@ -14,6 +14,7 @@ and its tokens, left to right:
 
 from enum import Enum
 
+from orchestrator.core.kvpool import Hold
 from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role
 
 
@@ -38,12 +39,14 @@ class Sequence:
         "capacity",
         "chunk",
         "computed",
+        "copies",
         "ending",
         "fetched",
         "followers",
         "fresh",
         "frontier",
         "hashes",
+        "hold",
         "leader",
         "output_tokens",
         "output_tokens_max",
@@ -55,7 +58,6 @@ class Sequence:
         "request",
         "table",
         "told",
-        "twins",
     )
 
     def __init__(self, assignment: Assignment, arrival: int, block_tokens: int, blocks_max: int) -> None:
@@ -71,8 +73,10 @@ class Sequence:
         self.hashes: list[BlockHash] = list(assignment.hashes)
         #: Its blocks, first block first; each is referenced once.
         self.table: list[BlockId] = []
-        #: Block index to the cached block of the same content, where this sequence computed a duplicate.
-        self.twins: dict[int, BlockId] = {}
+        #: Its claim on the cached blocks before `registered`; None while it has no blocks.
+        self.hold: Hold | None = None
+        #: [start, end) runs of blocks before `registered` that are second copies of cached ones, and so private.
+        self.copies: list[tuple[int, int]] = []
         #: Tokens that fit into the table.
         self.capacity = 0
         #: Table entries that the engine has been told; those that the next slice tells.
@@ -142,16 +146,12 @@ class Sequence:
                 high = middle - 1
         return low
 
-    def chain(self, first: int, end: int) -> list[BlockId]:
-        """Return the blocks [first, end) and their twins, front to back."""
-        if not self.twins:
-            return self.table[first:end]
+    def private(self, first: int, end: int) -> list[BlockId]:
+        """Return those of the blocks [first, end) that are not cached under their name."""
         blocks: list[BlockId] = []
-        for index in range(first, end):
-            blocks.append(self.table[index])
-            if index in self.twins:
-                blocks.append(self.twins[index])
-        return blocks
+        for start, stop in self.copies:
+            blocks += self.table[max(first, start) : min(end, stop)]
+        return blocks + self.table[max(first, self.registered) : end]
 
     def count_present(self, tokens: int, computed: bool) -> None:
         """Note that the first `tokens` are present, and bill the prompt's new ones among them if they were `computed`."""

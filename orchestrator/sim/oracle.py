@@ -5,10 +5,10 @@ a closed loop follows nearly, not exactly.
 """
 
 from collections.abc import Iterable, Sequence
-from heapq import heappop, heappush
+from heapq import heappop
 
-from orchestrator.core.kvpool import BlockPool
-from orchestrator.core.types import BlockHash, BlockId
+from orchestrator.core.kvpool import BlockPool, Run
+from orchestrator.core.types import BlockHash
 from orchestrator.sim.prompts import Prompts
 from orchestrator.wire.traces import TracedTurn
 
@@ -60,37 +60,28 @@ def _runs(values: Iterable[int]) -> list[tuple[int, int]]:
 class OptimalPool(BlockPool):
     """A `BlockPool` that evicts by the future instead of the past; everything else is the same."""
 
-    __slots__ = ("_future", "_idled", "_ranked")
+    __slots__ = ("_future",)
 
     def __init__(self, blocks: int, future: Future) -> None:
         super().__init__(blocks)
         self._future = future
-        #: (minus the next use when it was looked up, order of idling, block), perhaps out of date.
-        self._ranked: list[tuple[int, int, BlockId]] = []
-        #: When each block idled last, as a running number; a chain's end idles before its front, so ties keep that order.
-        self._idled: list[int] = [0] * (blocks + 1)
 
-    def release(self, blocks: Iterable[BlockId]) -> None:
-        released = list(blocks)
-        super().release(released)
-        for block in released:
-            name = self._hash_of[block]
-            if name is not None and block in self._idle:
-                self._idled[-1] += 1
-                self._idled[block] = self._idled[-1]
-                heappush(self._ranked, (-self._future.of(name), self._idled[block], block))
+    def _urgency(self, run: Run) -> int:
+        return -self._future.of(run.names[-1])
 
-    def _victims(self, count: int) -> list[BlockId]:
-        return [self._victim() for _ in range(count)]
+    def _evictable(self, run: Run) -> int:
+        """Blocks that are used next in the same turn go together."""
+        following, names = self._future.of(run.names[-1]), run.names
+        count = 1
+        while count < len(names) and self._future.of(names[-count - 1]) == following:
+            count += 1
+        return count
 
-    def _victim(self) -> BlockId:
+    def _victim(self) -> Run:
+        """The future moves on: what was looked up too long ago is ranked anew."""
         while True:
-            key, idled, block = heappop(self._ranked)
-            name = self._hash_of[block]
-            if name is None or idled != self._idled[block] or block not in self._idle:
-                continue
-            if -self._future.of(name) != key:
-                heappush(self._ranked, (-self._future.of(name), idled, block))
-                continue
-            del self._idle[block]
-            return block
+            urgency, _, run = heappop(self._idle_runs)
+            if run.names and not run.holds and not run.children:
+                if urgency == self._urgency(run):
+                    return run
+                self._rank(run)

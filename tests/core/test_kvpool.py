@@ -2,84 +2,167 @@
 
 import pytest
 
-from orchestrator.core.kvpool import BlockPool, KvJournal, merged_runs
+from orchestrator.core.kvpool import STALE_MAX, BlockPool, Hold, KvJournal, merged_runs
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
 from tests.builders import prompt_hashes
 
 A, B, C = prompt_hashes("abc")
 
 
-def computed(pool: BlockPool, prompt: str) -> list[BlockId]:
-    """Take blocks for a prompt and register them all, as a request that computed it does."""
+def computed(pool: BlockPool, prompt: str) -> tuple[Hold, list[BlockId]]:
+    """Take blocks for a prompt and register them one by one, as a request that computed it does."""
+    hold, _ = pool.acquire((), 0)
     blocks = pool.allocate(len(prompt))
-    hashes = prompt_hashes(prompt)
-    for index, block in enumerate(blocks):
-        assert pool.register([block], [hashes[index]], hashes[index - 1] if index else None) == {}
+    for block, name in zip(blocks, prompt_hashes(prompt), strict=True):
+        pool.register(hold, [block], [name])
+    return hold, blocks
+
+
+def keep(pool: BlockPool, prompt: str) -> list[BlockId]:
+    """Compute a prompt and let go of it."""
+    hold, blocks = computed(pool, prompt)
+    pool.release(hold)
     return blocks
 
 
 def test_blocks_are_handed_out_in_order_and_come_back_free_without_content() -> None:
     pool = BlockPool(4)
     assert pool.allocate(3) == [0, 1, 2]
-    pool.release([BlockId(2), BlockId(1)])
+    pool.give_back([BlockId(2), BlockId(1)])
     assert (pool.free_blocks, pool.idle_blocks, pool.available_blocks) == (3, 0, 3)
-    pool.validate([BlockId(0)])
+    pool.validate([], [BlockId(0)])
 
 
 def test_completed_blocks_stay_reusable_and_match_as_a_prefix() -> None:
     pool = BlockPool(4)
-    pool.release(reversed(computed(pool, "abc")))
+    keep(pool, "abc")
     assert pool.idle_blocks == 3
     assert pool.match(prompt_hashes("abcd"), 9) == 3
     assert pool.match(prompt_hashes("abx"), 9) == 2
     assert pool.match(prompt_hashes("abc"), 1) == 1  # no more than asked for
     assert pool.match(prompt_hashes("xbc"), 9) == 0
-    assert pool.acquire(prompt_hashes("abc"), 2) == [0, 1]
+    hold, blocks = pool.acquire(prompt_hashes("abc"), 2)
+    assert blocks == [0, 1]
     assert pool.idle_of(prompt_hashes("abc"), 3) == 1  # c alone idles
-    pool.validate([BlockId(0), BlockId(1)])
+    pool.validate([hold], [])
 
 
 def test_eviction_takes_the_suffix_of_what_idled_longest() -> None:
     pool = BlockPool(5)
-    old, new = computed(pool, "abc"), computed(pool, "xy")
-    pool.release(reversed(old))
-    pool.release(reversed(new))
-    assert pool.allocate(2) == [old[2], old[1]]  # c, then b; a is still there
+    old, _ = keep(pool, "abc"), keep(pool, "xy")
+    taken = pool.allocate(2)
+    assert taken == [old[2], old[1]]  # c, then b; a is still there
     assert pool.match((A, B, C), 3) == 1
     assert pool.match(prompt_hashes("xy"), 2) == 2
-    pool.validate([old[2], old[1]])
+    pool.validate([], taken)
 
 
-def test_a_duplicate_references_its_cached_twin_so_that_the_prefix_outlives_the_suffix() -> None:
+def test_a_shared_prefix_outlives_all_that_follows_on_it() -> None:
+    pool = BlockPool(6)
+    keep(pool, "abc")
+    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(hold, pool.allocate(2), [BlockHash(b"abx"), BlockHash(b"abxy")])  # a branch: the run is split after b
+    pool.release(hold)
+    pool.allocate(1 + 1)  # the free one, then c, which idled longest
+    assert [pool.match(prompt_hashes(text), 4) for text in ("abc", "abxy")] == [2, 4]
+    pool.allocate(2)  # the other branch
+    assert pool.match(prompt_hashes("abxy"), 4) == 2
+    pool.allocate(1)
+    assert pool.match(prompt_hashes("ab"), 2) == 1
+
+
+def test_a_copy_stays_private_and_the_chain_goes_through_the_cached_block() -> None:
     pool = BlockPool(4)
-    first = computed(pool, "a")
-    own = pool.allocate(2)
-    # Computed twice: the twin is referenced, the block stays unnamed.
-    assert pool.register(own[:2], [A, B], None) == {0: first[0]}
+    first, _ = computed(pool, "a")
+    own, _ = pool.acquire((), 0)
+    blocks = pool.allocate(2)
+    assert pool.register(own, blocks, [A, B]) == 1
     pool.release(first)
-    pool.validate([own[0], first[0], own[1]])
-    pool.release([own[1], own[0], first[0]])
+    assert pool.idle_blocks == 0  # a is held through b
+    pool.validate([own], blocks[:1])
+    pool.give_back(blocks[:1])
+    pool.release(own)
     assert (pool.free_blocks, pool.idle_blocks) == (2, 2)
-    pool.validate([])
+    pool.validate([], [])
+
+
+def test_two_who_go_on_from_one_chain_branch_where_the_first_of_them_did_not_stop() -> None:
+    pool = BlockPool(8)
+    keep(pool, "ab")
+    one, _ = pool.acquire(prompt_hashes("ab"), 2)
+    two, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(one, pool.allocate(1), [C])  # grows the run that both hold
+    pool.register(two, pool.allocate(1), [BlockHash(b"abx")])
+    pool.validate([one, two], [])
+    assert [pool.match(prompt_hashes(text), 3) for text in ("abc", "abx")] == [3, 3]
+    pool.release(one)
+    pool.release(two)
+    pool.validate([], [])
+
+
+def test_what_is_lent_is_free_when_its_last_user_gives_it_back() -> None:
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    pool.lend(blocks)
+    pool.give_back(blocks)
+    assert pool.free_blocks == 1
+    pool.validate([], blocks)
+    pool.give_back(blocks)
+    assert pool.free_blocks == 2
+
+
+def test_a_dead_end_goes_before_what_idled_longer_and_its_prefix_stays() -> None:
+    pool = BlockPool(7)
+    keep(pool, "xy")
+    keep(pool, "abcde")
+    pool.retire(prompt_hashes("abcd")[-1], prompt_hashes("abz"))  # e was generated after d; the new prompt goes on from b
+    pool.allocate(3)
+    assert [pool.match(prompt_hashes(text), 5) for text in ("abcde", "xy")] == [2, 2]
+    pool.allocate(1)
+    assert [pool.match(prompt_hashes(text), 5) for text in ("abcde", "xy")] == [2, 1]
+
+
+def test_nothing_is_dead_that_somebody_holds_or_another_chain_continues() -> None:
+    pool = BlockPool(8)
+    keep(pool, "xy")
+    keep(pool, "abc")
+    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(hold, pool.allocate(1), [BlockHash(b"abx")])
+    pool.retire(BlockHash(b"abx"), prompt_hashes("z"))  # held
+    pool.retire(B, prompt_hashes("z"))  # continued by two
+    pool.allocate(2 + 2)
+    assert [pool.match(prompt_hashes(text), 3) for text in ("abx", "abc", "xy")] == [3, 3, 0]
 
 
 def test_without_prefix_caching_nothing_is_kept_or_told() -> None:
     pool = BlockPool(2, caching=False)
-    pool.release(reversed(computed(pool, "ab")))
+    hold, blocks = computed(pool, "ab")
+    pool.validate([hold], blocks)
+    pool.give_back(blocks)
     assert (pool.free_blocks, pool.idle_blocks, pool.match((A, B), 2)) == (2, 0, 0)
     assert pool.take_changes() is None
 
 
 def test_changes_are_told_once_as_runs_and_what_came_and_went_unseen_is_not_told() -> None:
     pool = BlockPool(3)
-    pool.release(reversed(computed(pool, "abc")))
+    keep(pool, "abc")
     assert pool.take_changes() == ((StoredRun(None, (A, B, C)),), ())
     assert pool.take_changes() is None
-    pool.release(pool.allocate(2))
+    pool.give_back(pool.allocate(2))
     assert pool.take_changes() == ((), (C, B))
-    pool.release(computed(pool, "x"))
-    pool.release(pool.allocate(3))
+    keep(pool, "x")
+    pool.give_back(pool.allocate(3))
     assert pool.take_changes() == ((), (A,))  # x was stored and evicted in between
+
+
+def test_the_order_of_eviction_is_cleaned_of_what_is_stale() -> None:
+    pool = BlockPool(4)
+    keep(pool, "ab")
+    for _ in range(10 * STALE_MAX):
+        pool.release(pool.acquire(prompt_hashes("ab"), 2)[0])
+    assert len(pool._idle_runs) <= STALE_MAX + 8
+    pool.allocate(3)
+    assert pool.match((A, B), 2) == 1
 
 
 def test_runs_are_merged_across_interleaved_requests_parents_first() -> None:
@@ -110,8 +193,8 @@ def test_the_journal_replays_what_it_still_has_and_else_tells_everything() -> No
     assert journal.since(9) == everything  # a number of another life of this node
 
 
-def corrupt_count(pool: BlockPool) -> None:
-    pool._references[0] += 1
+def hold_once_more(pool: BlockPool) -> None:
+    pool._place[A].holds += 1
 
 
 def lose_a_block(pool: BlockPool) -> None:
@@ -119,26 +202,31 @@ def lose_a_block(pool: BlockPool) -> None:
 
 
 def forget_a_parent(pool: BlockPool) -> None:
-    pool._hash_of[pool._block_of.pop(A)] = None
+    del pool._place[A]
 
 
-def evict_the_parent_first(pool: BlockPool) -> None:
-    pool._idle.move_to_end(BlockId(0), last=False)
+def miscount(pool: BlockPool) -> None:
+    pool.idle_blocks -= 1
+
+
+def never_evict(pool: BlockPool) -> None:
+    pool._idle_runs.clear()
 
 
 @pytest.mark.parametrize(
     ("corrupt", "complaint"),
     [
-        (corrupt_count, "block 0 has 1 references, its holders are 0"),
-        (lose_a_block, "free 1 \\+ idle 2 \\+ used 0 != total 4"),
-        (forget_a_parent, "block 1 is cached, its parent 0 is not"),
-        (evict_the_parent_first, "block 1 would be evicted after its parent 0"),
+        (hold_once_more, "from block 0 on has 1 holds, there are 0"),
+        (lose_a_block, "free 1 \\+ cached 2 \\+ private 0 are not the 4 blocks"),
+        (forget_a_parent, "b'a' is in the run from block 0 on, and said to be elsewhere"),
+        (miscount, "2 blocks idle, 1 are counted"),
+        (never_evict, "idles and will never be evicted"),
     ],
 )
 def test_canary_the_checker_notices_a_corrupted_pool(corrupt, complaint: str) -> None:
     pool = BlockPool(4)
-    pool.release(reversed(computed(pool, "ab")))
-    pool.validate([])
+    keep(pool, "ab")
+    pool.validate([], [])
     corrupt(pool)
     with pytest.raises(AssertionError, match=complaint):
-        pool.validate([])
+        pool.validate([], [])

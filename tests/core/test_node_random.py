@@ -136,7 +136,7 @@ class Scenario:
 
     def check_belief(self, node: NodeId) -> None:
         """A gateway that heard everything believes exactly what the node holds."""
-        assert sorted(self.driver.beliefs[node].parents) == sorted(self.driver.nodes[node]._pool._block_of)
+        assert sorted(self.driver.beliefs[node].parents) == sorted(self.driver.nodes[node]._pool._place)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -34,7 +34,8 @@ class Bench:
         plan = self.scheduler.plan_step()
         if plan is None:
             return []
-        self.pool.validate(block for sequence in self.sequences for block in sequence.chain(0, len(sequence.table)))
+        holds = [sequence.hold for sequence in self.sequences if sequence.hold is not None]
+        self.pool.validate(holds, [block for sequence in self.sequences for block in sequence.private(0, len(sequence.table))])
         self.scheduler.finish_step(tuple(SliceResult(part.request, int(part.sample)) for part in plan.slices), 0.0)
         return [(part.request, part.start, part.count) for part in plan.slices]
 
