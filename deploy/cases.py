@@ -1,5 +1,6 @@
 """Runs several simulations of one trace, in processes side by side where that pays; the results are the same either way."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -68,4 +69,7 @@ def _side_by_side(cases: Sequence[Case], workers: int, progress: Callable[[float
 
 
 def _run(case: Case, progress: Callable[[float], None] | None = None) -> Run:
-    return simulate(case.resolved, case.turns, case.policy, case.cache, case.seed, progress)
+    run = simulate(case.resolved, case.turns, case.policy, case.cache, case.seed, progress)
+    # A world's parts refer to each other, so it stays in memory until someone looks for such rings.
+    gc.collect()
+    return run

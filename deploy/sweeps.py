@@ -14,8 +14,8 @@ from orchestrator.sim.runs import Run
 from orchestrator.wire.traces import TracedTurn
 
 #: Requests of the trace that a sweep repeats, and requests of its heaviest point: they bound how long a report takes.
-SWEPT_REQUESTS_MAX = 2_000
-HEAVIEST_REQUESTS_MAX = 16_000
+SWEPT_REQUESTS_MAX = 1_000
+HEAVIEST_REQUESTS_MAX = 8_000
 #: Each point of a load sweep has this times the load of the one before.
 LOAD_STEP = 2
 #: Seconds over which copies of a trace start that has only one arrival.
