@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import Resolved, resolve
 from orchestrator.sim.bounds import Bound, infinite_cache, offline_optimum
-from orchestrator.sim.runs import CacheRule, Run
+from orchestrator.sim.runs import CacheRule, Run, failure_kind
 from orchestrator.wire.traces import TracedTurn
 
 #: KV blocks of all nodes together in the run that evicts nothing: about 80 bytes of this machine's memory each.
@@ -213,11 +214,10 @@ def summary(simulation: Simulation) -> list[str]:
     lines = list(simulation.notes)
     if simulation.bounds:
         lines.append(bounds_text(simulation))
-    failures: dict[str, int] = {}
-    for column in simulation.columns:
-        for reason, count in column.run.figures["failures"].items():
-            failures[reason] = failures.get(reason, 0) + count
-    lines += [f"{count:,} requests failed, all runs together: {reason}" for reason, count in failures.items()]
+    failed = [request for column in simulation.columns for request in column.run.outcome.served if not request.completed]
+    for kind, count in sorted(Counter(map(failure_kind, failed)).items()):
+        example = next(request.failure for request in failed if failure_kind(request) == kind)
+        lines.append(f"{count:,} requests of all policies together failed, such as: {example}")
     return lines
 
 

@@ -114,8 +114,13 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
 
 
 def _failures(served: Sequence[Served]) -> dict[str, int]:
-    reasons = Counter(request.failure or "unfinished" for request in served if not request.completed)
+    reasons = Counter(failure_kind(request) for request in served if not request.completed)
     return dict(sorted(reasons.items()))
+
+
+def failure_kind(request: Served) -> str:
+    """Return why a request did not complete, without the numbers that are its own."""
+    return (request.failure or "unfinished").partition(":")[0]
 
 
 def session_seconds(served: Sequence[Served]) -> list[float]:

@@ -44,7 +44,7 @@ def outcome(*served: Served) -> Outcome:
 
 
 ENDED = Served(turn(1), 0.0, first_token_s=1.0, ended_s=2.0, cached_tokens=64, output_tokens=3)
-FAILED = Served(turn(2), 4.0, ended_s=5.0, failure="503 full")
+FAILED = Served(turn(2), 4.0, ended_s=5.0, failure="503 full: 12 waiting")
 
 
 def test_figures_count_what_completed_and_name_why_the_rest_did_not() -> None:
