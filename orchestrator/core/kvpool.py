@@ -348,7 +348,8 @@ class BlockPool:
         self._serial += 1
         heappush(self._idle_runs, (self._urgency(run), self._serial, run))
         if len(self._idle_runs) > 2 * len(self._place) + STALE_MAX:
-            self._idle_runs = [entry for entry in self._idle_runs if self._fresh(entry)]
+            idle = [run for run in self._runs() if not run.holds and not run.children]
+            self._idle_runs = [(self._urgency(run), number, run) for number, run in enumerate(idle)]
             heapify(self._idle_runs)
 
     def _victim(self) -> Run:

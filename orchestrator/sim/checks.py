@@ -32,6 +32,7 @@ class Checked(Protocol):
     clusters: dict[GatewayId, Cluster]
     machines: dict[NodeId, Machine]
     transfers: Transfers
+    unaware: dict[tuple[GatewayId, NodeId], bool]
 
     @property
     def visits(self) -> Mapping[RequestId, object]: ...
@@ -81,6 +82,7 @@ class Checks:
     def _check_belief(self, gateway: GatewayId, node: NodeId, trust: Trust, held_blocks: int) -> None:
         """In the quiet at the end a gateway that trusts what it knows of a node knows how much that holds, but for late news."""
         machine = self._world.machines[node]
-        if trust is Trust.EXACT and not machine.node.untold:
+        unaware = self._world.unaware.get((gateway, node), False)
+        if trust is Trust.EXACT and not machine.node.untold and not unaware:
             held = machine.node.load().blocks_cached
             assert held_blocks == held, f"gateway {gateway} believes that {node} holds {held_blocks} blocks, it holds {held}"

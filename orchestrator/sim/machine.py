@@ -143,12 +143,12 @@ class Machine:
 
     def _plan_end(self, seconds: float) -> None:
         self._run += 1
-        end = self.started_s + seconds * self.slowness
-        self._agenda.at(max(end, self._agenda.now), self._end, self._run)
+        seconds *= self.slowness
+        self._agenda.at(max(self.started_s + seconds, self._agenda.now), self._end, self._run, seconds)
 
-    def _end(self, run: int) -> None:
+    def _end(self, run: int, seconds: float) -> None:
         if run == self._run and self.run is not None:
-            self._finish(self.steps, self._agenda.now)
+            self._finish(self.steps, seconds, self._agenda.now)
 
     def _catch_up(self) -> None:
         """Report the whole steps of a run that have ended by now, as of the end of the last of them."""
@@ -157,8 +157,8 @@ class Machine:
         profile, decoding = self.spec.profile, self.run.decoding
         ended = steps_within(profile, decoding, self.context_tokens, self.steps - 1, elapsed_s)
         if ended:
-            seconds = decode_seconds(profile, decoding, self.context_tokens, ended)
-            self._finish(ended, self.started_s + seconds * self.slowness)
+            seconds = decode_seconds(profile, decoding, self.context_tokens, ended) * self.slowness
+            self._finish(ended, seconds, self.started_s + seconds)
 
     def _cut_off(self) -> None:
         """Let the run end with the step that is under way: what happened may change the next one."""
@@ -166,11 +166,10 @@ class Machine:
         self.steps = 1
         self._plan_end(decode_seconds(self.spec.profile, self.run.decoding, self.context_tokens))
 
-    def _finish(self, steps: int, at: float) -> None:
-        """Tell the node what the steps of a run did."""
+    def _finish(self, steps: int, seconds: float, at: float) -> None:
+        """Tell the node what the steps of a run did, and the seconds they took: not the clock's, which are rounded."""
         command = self.run
         assert command is not None, f"{self.spec.id} finished a step but runs none"
-        seconds = at - self.started_s
         decoding, use = command.decoding, self.use
         results: list[SliceResult] = []
         for index, part in enumerate(command.slices):

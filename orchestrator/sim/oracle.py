@@ -77,11 +77,16 @@ class OptimalPool(BlockPool):
             count += 1
         return count
 
+    def _fresh(self, entry: tuple[int, int, Run]) -> bool:
+        run = entry[2]
+        return bool(run.names) and not run.holds and not run.children
+
     def _victim(self) -> Run:
         """The future moves on: what was looked up too long ago is ranked anew."""
         while True:
-            urgency, _, run = heappop(self._idle_runs)
-            if run.names and not run.holds and not run.children:
+            entry = heappop(self._idle_runs)
+            urgency, _, run = entry
+            if self._fresh(entry):
                 if urgency == self._urgency(run):
                     return run
                 self._rank(run)

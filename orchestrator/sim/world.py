@@ -158,6 +158,8 @@ class World:
         self._prompts = Prompts(turns, config.pools[0].engine.block_tokens, options.answers_return)
         self._future = Future(turns, self._prompts) if options.optimal_cache else None
         self._timers: dict[tuple[GatewayId | NodeId, TimerKey], float] = {}
+        #: Whether a gateway cannot know that it missed a node's last batch, since no later one has shown the gap.
+        self.unaware: dict[tuple[GatewayId, NodeId], bool] = {}
         #: Requests under way, and how many turns each unfinished predecessor's followers still wait for.
         self.visits: dict[RequestId, _Visit] = {}
         self._followers: dict[int, list[TracedTurn]] = {}
@@ -459,8 +461,10 @@ class World:
         spec, load, faults = machine.spec, machine.node.load(), self._options.faults
         for gateway in gateways:
             kv = tuple(batches)
-            if kv and faults and self.agenda.now < faults.until_s and self._random.random() < faults.lost_kv_share:
-                kv = ()
+            if kv:
+                lost = faults and self.agenda.now < faults.until_s and self._random.random() < faults.lost_kv_share
+                self.unaware[gateway, spec.id] = bool(lost)
+                kv = () if lost else kv
             report = NodeReported(
                 spec.id,
                 load,

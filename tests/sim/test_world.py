@@ -1,0 +1,181 @@
+"""The simulated world: its closed form is what single steps add up to, it is deterministic, it recovers, its checks can fail."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.core.commands import ReportEnded
+from orchestrator.core.config import CachePolicy, RouterPolicy
+from orchestrator.core.types import PoolKind
+from orchestrator.sim.checks import Stuck
+from orchestrator.sim.faults import Faults
+from orchestrator.sim.machine import Machine
+from orchestrator.sim.outcome import Outcome
+from orchestrator.sim.world import World, WorldOptions
+from tests.sim.worlds import AFFINE, CURVED, OVERLAPPING, SPECULATING, agents, cluster
+
+TOGETHER = {PoolKind.AGGREGATED: 3}
+APART = {PoolKind.PREFILL: 2, PoolKind.DECODE: 2}
+PROFILES = {"affine": AFFINE, "curved": CURVED, "overlapping": OVERLAPPING, "speculating": SPECULATING}
+
+
+def times(outcome: Outcome) -> dict[int, tuple[float, float]]:
+    """Return first token and end of every turn."""
+    return {served.turn.id: (served.first_token_s or 0.0, served.ended_s or 0.0) for served in outcome.served}
+
+
+def assert_equal_times(layout: dict[PoolKind, int], profile: str, blocks: int, seed: int, count: int = 8, turns: int = 4) -> None:
+    resolved = cluster(layout, PROFILES[profile], blocks, gateways=1 + seed % 2)
+    trace = agents(count, turns, seed)
+    closed = World(resolved, trace, WorldOptions()).run()
+    single = World(resolved, trace, WorldOptions(stepwise=True)).run()
+    assert all(served.completed for served in closed.served)
+    assert closed.events < single.events
+    for turn, (first, end) in times(single).items():
+        assert times(closed)[turn] == (pytest.approx(first, rel=1e-9), pytest.approx(end, rel=1e-9)), f"turn {turn}"
+    assert [served.cached_tokens for served in closed.served] == [served.cached_tokens for served in single.served]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+def test_many_steps_at_once_end_when_single_steps_do(layout: dict[PoolKind, int], profile: str) -> None:
+    assert_equal_times(layout, profile, blocks=512, seed=1, count=5, turns=3)
+
+
+def test_many_steps_at_once_end_when_single_steps_do_where_memory_is_short() -> None:
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=120)
+    trace = agents(24, 2, seed=3, context_tokens=500)
+    worlds = [World(resolved, trace, WorldOptions(stepwise=stepwise)) for stepwise in (False, True)]
+    closed, single = (world.run() for world in worlds)
+    preemptions = [sum(use.preemptions for use in outcome.pools.values()) for outcome in (closed, single)]
+    assert preemptions[0] == preemptions[1] > 0
+    assert times(closed) == {turn: pytest.approx(pair, rel=1e-9) for turn, pair in times(single).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_many_steps_at_once_end_when_single_steps_do_for_longer(seed: int) -> None:
+    layout = (TOGETHER, APART, {PoolKind.AGGREGATED: 1})[seed % 3]
+    assert_equal_times(layout, tuple(PROFILES)[seed % 4], blocks=(512, 900)[seed % 2], seed=seed)
+
+
+def test_a_turn_starts_its_pause_after_the_end_of_the_one_before() -> None:
+    trace = agents(1, 3, seed=2)
+    served = World(cluster(TOGETHER), trace, WorldOptions(request_s=0.01, reply_s=0.02)).run().served
+    for before, after in zip(served, served[1:], strict=False):
+        assert before.ended_s is not None
+        assert after.arrived_s == pytest.approx(before.ended_s + after.turn.gap_s)
+        assert after.cached_tokens > 0 or after.turn.seam
+
+
+def test_what_an_answer_fills_is_found_by_the_next_turn_unless_answers_do_not_return() -> None:
+    trace = agents(6, 6, seed=4, seams=0.0)
+    cached = [
+        sum(served.cached_tokens for served in World(cluster(TOGETHER), trace, WorldOptions(answers_return=returns)).run().served)
+        for returns in (True, False)
+    ]
+    assert cached[0] > cached[1]
+
+
+@pytest.mark.parametrize("policy", list(RouterPolicy))
+def test_every_policy_serves_everything(policy: RouterPolicy) -> None:
+    outcome = World(cluster(APART, policy=policy), agents(4, 3, seed=5), WorldOptions(checks=True)).run()
+    assert all(served.completed for served in outcome.served)
+
+
+def test_knowing_the_future_keeps_more_than_the_past_tells() -> None:
+    trace = agents(14, 6, seed=6, context_tokens=1200)
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=2000)
+
+    def cached(options: WorldOptions, cache: CachePolicy) -> int:
+        pools = tuple(replace(pool, scheduler=replace(pool.scheduler, cache=cache)) for pool in resolved.config.pools)
+        world = World(replace(resolved, config=replace(resolved.config, pools=pools)), trace, options)
+        return sum(served.cached_tokens for served in world.run().served)
+
+    value, lru = cached(WorldOptions(), CachePolicy.VALUE), cached(WorldOptions(), CachePolicy.LRU)
+    assert cached(WorldOptions(optimal_cache=True, checks=True), CachePolicy.LRU) > max(value, lru)
+    assert value >= lru
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def faulty(seed: int, layout: dict[PoolKind, int], count: int, turns: int) -> Outcome:
+    faults = Faults(
+        until_s=12.0, crashes=3, restart_s=4.0, late_share=0.05, lost_kv_share=0.1, broken_fetch_share=0.2, abandoned_share=0.05,
+        slow_nodes=1,
+    )  # fmt: skip
+    trace = agents(count, turns, seed)
+    return World(cluster(layout, gateways=2), trace, WorldOptions(seed=seed, checks=True, faults=faults)).run()
+
+
+@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(layout: dict[PoolKind, int]) -> None:
+    outcome = faulty(7, layout, count=4, turns=3)
+    assert all(served.ended_s is not None for served in outcome.served)
+    assert any(served.completed for served in outcome.served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_with_everything_going_wrong_for_longer(seed: int) -> None:
+    outcome = faulty(seed, (TOGETHER, APART)[seed % 2], count=8, turns=4)
+    assert all(served.ended_s is not None for served in outcome.served)
+
+
+# --- determinism and canaries -----------------------------------------------------------------------------------------
+
+
+def run_digest() -> str:
+    """Return the digest of a fixed run with faults."""
+    options = WorldOptions(seed=3, digest=True, faults=Faults(until_s=10.0, crashes=1, late_share=0.1))
+    return World(cluster(APART), agents(6, 3, seed=8), options).run().digest
+
+
+def test_the_same_seed_gives_the_same_commands_whatever_the_hash_seed() -> None:
+    command = [sys.executable, "-c", "from tests.sim.test_world import run_digest; print(run_digest())"]
+    digests = [
+        subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for seed in ("1", "2")
+    ]
+    assert digests[0] == digests[1] == run_digest()
+    assert len(digests[0]) == 32
+
+
+def test_canary_a_lost_end_is_noticed() -> None:
+    world = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions())
+    for machine in world.machines.values():
+        tell = machine.node.handle
+        machine.node.handle = lambda event, now, tell=tell: [  # type: ignore[method-assign]
+            command for command in tell(event, now) if not isinstance(command, ReportEnded)
+        ]
+    outcome = world.run()
+    assert not any(served.completed for served in outcome.served)  # each gateway's deadline ended them
+    assert all(served.failure and "deadline" in served.failure for served in outcome.served)
+
+
+def test_canary_a_world_in_which_nothing_is_left_to_happen_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions())
+    monkeypatch.setattr(Machine, "start", lambda self, command, now: None)
+    world._set_timer = lambda owner, key, at: None  # type: ignore[method-assign]
+    with pytest.raises(Stuck, match="nothing is left to happen and 4 turns are unfinished"):
+        world.run()
+
+
+def test_canary_the_checks_notice_a_block_that_leaks_and_a_belief_that_is_wrong() -> None:
+    leaking = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions(checks=True))
+    next(iter(leaking.machines.values())).node._pool.allocate(1)
+    with pytest.raises(AssertionError, match="are not the 512 blocks"):
+        leaking.run()
+    lying = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions(checks=True))
+    send = lying._report
+    lying._report = lambda machine, gateways, firsts, ended, batches: send(  # type: ignore[method-assign]
+        machine, gateways, firsts, ended, [replace(batch, stored=()) for batch in batches]
+    )
+    with pytest.raises(AssertionError, match="believes that"):
+        lying.run()

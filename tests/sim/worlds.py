@@ -1,0 +1,72 @@
+"""Small clusters and random agents' traces for tests of the simulator."""
+
+from dataclasses import replace
+from random import Random
+
+from orchestrator.core.config import (
+    ClusterConfig,
+    EngineConfig,
+    GatewayConfig,
+    LimitsConfig,
+    PoolConfig,
+    RouterConfig,
+    RouterPolicy,
+    SchedulerConfig,
+)
+from orchestrator.core.types import CostProfile, PoolKind
+from orchestrator.profiles.resolve import Resolved
+from orchestrator.wire.traces import TracedTurn
+
+BLOCK_TOKENS = 16
+AFFINE = CostProfile(0.005, 2e-5, 2e-10, 2e-5, 2e-8, fetch_bytes_per_s=1e9)
+CURVED = replace(AFFINE, prefill_token_s=0.0, batch_tokens=(1, 16, 512), batch_s=(0.004, 0.006, 0.02))
+#: Attention becomes the longer half at a context of some thousand tokens: stretches of steps have a bend in them.
+OVERLAPPING = replace(CURVED, context_token_s=1e-6, overlap=0.9)
+SPECULATING = replace(OVERLAPPING, pass_tokens=4, tokens_per_pass=2.3)
+
+
+def cluster(
+    kinds: dict[PoolKind, int],
+    profile: CostProfile = AFFINE,
+    blocks: int = 512,
+    gateways: int = 1,
+    policy: RouterPolicy = RouterPolicy.PREDICTED_TIME,
+) -> Resolved:
+    """Return a cluster with one pool of each kind."""
+    engine = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=blocks)
+    scheduler = SchedulerConfig(step_tokens_max=512, sequences_max=32)
+    pools = tuple(
+        PoolConfig(kind.value, kind, nodes=count, engine=engine, scheduler=scheduler, profile=profile)
+        for kind, count in kinds.items()
+    )
+    router = RouterConfig(policy=policy)
+    limits = LimitsConfig(waiting_s_max=500.0, request_s_max=500.0)
+    return Resolved(ClusterConfig(gateway=GatewayConfig(count=gateways), limits=limits, router=router, pools=pools), {})
+
+
+def agents(count: int, turns: int, seed: int, context_tokens: int = 2000, seams: float = 0.1) -> list[TracedTurn]:
+    """Return sessions that grow, share their first blocks, and start over now and then."""
+    random = Random(seed)
+    made: list[TracedTurn] = []
+    names = 1_000
+    for session in range(count):
+        at_s, chain, tokens = random.uniform(0.0, 5.0), list(range(random.randrange(1, 12))), 0
+        before: tuple[int, ...] = ()
+        for _ in range(turns):
+            seam = bool(before) and random.random() < seams
+            tokens = len(chain[:8]) * BLOCK_TOKENS if seam else max(tokens, len(chain) * BLOCK_TOKENS)
+            chain = chain[:8] if seam else chain
+            tokens += random.randrange(1, context_tokens)
+            while len(chain) < tokens // BLOCK_TOKENS:
+                names += 1
+                chain.append(names)
+            runs = tuple((name, 1) for name in chain[: tokens // BLOCK_TOKENS])
+            output = random.choice((1, 2, 17, random.randrange(1, 400)))
+            turn = TracedTurn(
+                len(made), f"s{session}", "main", at_s, before, random.uniform(0.0, 3.0), tokens, output, BLOCK_TOKENS, runs,
+                seam=seam,
+            )  # fmt: skip
+            made.append(turn)
+            before = (turn.id,)
+            tokens += output
+    return made
