@@ -66,11 +66,10 @@ def simulate(
     cache: CacheRule | CachePolicy,
     seed: int,
     progress: Callable[[float], None] | None = None,
-    arrival_speedup: float = 1.0,
 ) -> Run:
     """Run a trace and return its figures; `progress` is told the share of requests that ended."""
     rule = CacheRule(cache)
-    options = WorldOptions(seed=seed, optimal_cache=rule is CacheRule.OPTIMAL, arrival_speedup=arrival_speedup)
+    options = WorldOptions(seed=seed, optimal_cache=rule is CacheRule.OPTIMAL)
     chosen = replace(resolved, config=_configured(resolved.config, policy, rule, seed))
     outcome = World(chosen, turns, options).run(progress)
     return Run({"policy": str(policy), "cache": str(rule), **figures(outcome, resolved.hardware)}, outcome)
