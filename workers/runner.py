@@ -12,7 +12,8 @@ from orchestrator.core.commands import RunStep
 from orchestrator.core.types import RequestId
 from workers.engines.base import Engine, SamplingParams, SliceOutput
 
-#: A step that starts this soon after the one before was due continues its beat, so that late wake-ups do not add up.
+#: A step ordered by the end of the one before continues its beat if that came no later than this, so that late wake-ups do not
+#: add up.
 BEAT_S = 0.002
 
 #: Step, outputs and seconds; or step and why it failed.
@@ -60,6 +61,8 @@ class InlineRunner:
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.Handle | None = None
         self._due = 0.0
+        #: True while the end of a step is told: what runs next had not to wait for anything.
+        self._ending = False
         self.add = engine.add
         self.forget = engine.forget
 
@@ -70,17 +73,19 @@ class InlineRunner:
         except Exception as error:  # An engine may fail in any way; that ends the step's sequences and not the node.
             self._handle = self._loop.call_soon(self._failed, command, failure_of(error))
             return
-        pause = self._engine.pause_s(command.slices)
+        pause = self._engine.pause_s(command.slices, command.decoding)
         if pause > 0.0:
             now = self._loop.time()
-            self._due = (self._due if now - self._due < BEAT_S else now) + pause
+            self._due = (self._due if self._ending and now - self._due < BEAT_S else now) + pause
             self._handle = self._loop.call_at(self._due, self._end, command, outputs, started)
         else:
             # Not at once: frames must get out and new work in between two steps.
             self._handle = self._loop.call_soon(self._finished, command, outputs, time.perf_counter() - started)
 
     def _end(self, command: RunStep, outputs: Sequence[SliceOutput], started: float) -> None:
+        self._ending = True
         self._finished(command, outputs, time.perf_counter() - started)
+        self._ending = False
 
     def close(self) -> None:
         if self._handle is not None:

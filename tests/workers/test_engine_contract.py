@@ -266,7 +266,7 @@ def test_no_logprobs_unless_asked(engine: Engine) -> None:
 
 
 def test_pause_is_zero_without_costs(engine: Engine) -> None:
-    assert engine.pause_s([Slice(RequestId(1), 0, 20, 0, (), True)]) == 0.0
+    assert engine.pause_s([Slice(RequestId(1), 0, 20, 0, (), True)], 0) == 0.0
 
 
 def test_nothing_is_held_after_close(engine: Engine) -> None:

@@ -69,7 +69,7 @@ class ScriptedEngine:
         logprobs = (TokenLogprobs(-0.5, ((count, -0.5),)),) if wanted is not None else ()
         return SliceOutput((count,), logprobs, stopped=count >= self.stop_after)
 
-    def pause_s(self, slices: Sequence[Slice]) -> float:
+    def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
         return 0.0
 
     def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:

@@ -107,8 +107,11 @@ class Engine(Protocol):
         """
         ...
 
-    def pause_s(self, slices: Sequence[Slice]) -> float:
-        """Return the seconds a step must appear to take beyond its computing: 0 unless the engine only passes time."""
+    def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
+        """Return the seconds a step must appear to take beyond its computing: 0 unless the engine only passes time.
+
+        The first `decoding` slices decode; a prompt's last token alone looks like one of them and costs otherwise.
+        """
         ...
 
     def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:

@@ -135,19 +135,12 @@ class ProfiledEngine:
             results.append(output)
         return results
 
-    def pause_s(self, slices: Sequence[Slice]) -> float:
-        """Return what the profile says; a slice of one token counts as a decode."""
+    def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
+        """Return what the profile says."""
         if not self._costs:
             return 0.0
-        prefills: list[tuple[int, int]] = []
-        sequences = context = 0
-        for piece in slices:
-            if piece.count == 1:
-                sequences += 1
-                context += piece.start
-            else:
-                prefills.append((piece.count, piece.start))
-        return step_seconds(self._profile, prefills, sequences, context)
+        prefills = [(piece.count, piece.start) for piece in slices[decoding:]]
+        return step_seconds(self._profile, prefills, decoding, sum([piece.start for piece in slices[:decoding]]))
 
     def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
         target = into.cast("B")
