@@ -65,7 +65,7 @@ PROFILE = CostProfile(
 )
 
 
-def sessions(seed: int, count: int = 6, turns: int = 8) -> list[TracedTurn]:
+def sessions(seed: int, count: int = 5, turns: int = 6) -> list[TracedTurn]:
     """Return agents' sessions that share a system prompt and grow; answers are short enough to fill no block."""
     chance = random.Random(seed)
     made: list[TracedTurn] = []
