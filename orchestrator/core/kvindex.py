@@ -363,12 +363,14 @@ class PredictedKv:
     node has told of the blocks itself.
     """
 
-    __slots__ = ("_by_node", "_by_request")
+    __slots__ = ("_by_node", "_by_request", "_requests")
 
     def __init__(self) -> None:
         #: Block to the last request that is about to compute it there.
         self._by_node: dict[NodeId, dict[BlockHash, RequestId]] = {}
         self._by_request: dict[tuple[NodeId, RequestId], Sequence[BlockHash]] = {}
+        #: Requests of which something is expected of a node.
+        self._requests: dict[NodeId, int] = {}
 
     @property
     def nodes(self) -> Sequence[NodeId]:
@@ -380,18 +382,21 @@ class PredictedKv:
         if uncached:
             self._by_request[node, request] = uncached
             self._by_node.setdefault(node, {}).update(dict.fromkeys(uncached, request))
+            self._requests[node] = self._requests.get(node, 0) + 1
 
     def remove(self, node: NodeId, request: RequestId) -> None:
         """Expect nothing more of a request on a node; unknown ones are ignored."""
         uncached = self._by_request.pop((node, request), None)
         if uncached is None:
             return
+        self._requests[node] -= 1
+        if not self._requests[node]:  # most often: nothing else is under way there
+            del self._requests[node], self._by_node[node]
+            return
         expected = self._by_node[node]
         for block in uncached:
             if expected.get(block) == request:
                 del expected[block]
-        if not expected:
-            del self._by_node[node]
 
     def extend(self, node: NodeId, hashes: Sequence[BlockHash], held: int) -> int:
         """Return how many blocks of a chain a node is about to hold, given that it holds the first `held` already."""

@@ -34,7 +34,7 @@ STALE_MAX = 256
 class Run:
     """Cached blocks that follow on each other and that nothing branches off from but at their end."""
 
-    __slots__ = ("blocks", "children", "holds", "idled", "names", "parent", "start")
+    __slots__ = ("blocks", "children", "holds", "idled", "names", "parent", "start", "told")
 
     def __init__(self, parent: "Run | None", start: int) -> None:
         self.parent = parent
@@ -42,6 +42,8 @@ class Run:
         self.start = start
         self.names: list[BlockHash] = []
         self.blocks: list[BlockId] = []
+        #: Its first blocks that gateways have been told of.
+        self.told = 0
         #: Runs that follow on its last block, by their first name.
         self.children: dict[BlockHash, Run] = {}
         #: Holds on it and on everything that follows on it.
@@ -78,7 +80,7 @@ class BlockPool:
         "_removed",
         "_root",
         "_serial",
-        "_stored",
+        "_untold",
         "blocks",
         "idle_blocks",
     )
@@ -100,9 +102,9 @@ class BlockPool:
         #: Runs that can be evicted, the one that idled longest first: (when it did, a tie-break, the run). Some are stale.
         self._idle_runs: list[tuple[int, int, Run]] = []
         self._serial = 0
-        #: Changes since `take_changes`: hash to parent, in order of registration; hashes in order of eviction.
-        self._stored: dict[BlockHash, BlockHash | None] = {}
-        self._removed: dict[BlockHash, None] = {}
+        #: Changes since `take_changes`: runs with blocks that were not told of, hashes of those told of and gone.
+        self._untold: dict[Run, None] = {}
+        self._removed: list[BlockHash] = []
 
     @property
     def free_blocks(self) -> int:
@@ -191,11 +193,10 @@ class BlockPool:
             parent.children[names[copies]] = run
         self._move(hold, run)
         new = names[copies:]
-        before = run.names[-1] if run.names else self._name_before(run)
         run.names += new
         run.blocks += blocks[copies:]
         place.update(dict.fromkeys(new, run))
-        self._stored.update(zip(new, chain((before,), new), strict=False))
+        self._untold[run] = None
         return copies
 
     def retire(self, last: BlockHash, successor: Sequence[BlockHash]) -> None:
@@ -242,6 +243,9 @@ class BlockPool:
         upper.names, run.names = run.names[:count], run.names[count:]
         upper.blocks, run.blocks = run.blocks[:count], run.blocks[count:]
         upper.holds, upper.idled = run.holds, run.idled
+        upper.told, run.told = min(run.told, count), max(0, run.told - count)
+        if upper.told < count:
+            self._untold[upper] = None
         upper.children[run.names[0]] = run
         parent.children[upper.names[0]] = upper
         run.parent, run.start = upper, depth
@@ -274,10 +278,6 @@ class BlockPool:
             run = run.parent
         if not tip.holds and not tip.children:
             self._rank(tip)
-
-    @staticmethod
-    def _name_before(run: Run) -> BlockHash | None:
-        return run.parent.names[-1] if run.parent is not None and run.parent.names else None
 
     # --- blocks one by one ------------------------------------------------------------------------------------------------
 
@@ -321,13 +321,10 @@ class BlockPool:
         blocks = run.blocks[: -count - 1 : -1]
         del run.names[-count:], run.blocks[-count:]
         self.idle_blocks -= count
-        stored = self._stored
-        for name in names:
-            del self._place[name]
-            if stored and name in stored:  # nobody was told of it yet
-                del stored[name]
-            else:
-                self._removed[name] = None
+        deque(map(self._place.__delitem__, names), maxlen=0)
+        untold = max(0, len(run.names) + count - run.told)
+        self._removed += names[untold:]
+        run.told = min(run.told, len(run.names))
         if run.names:
             self._rank(run)
         else:
@@ -375,24 +372,36 @@ class BlockPool:
     @property
     def stored(self) -> bool:
         """Whether anything was stored since `take_changes`."""
-        return bool(self._stored)
+        return bool(self._untold)
 
     @property
     def untold(self) -> bool:
         """Whether anything was stored or forgotten since `take_changes`."""
-        return bool(self._stored or self._removed)
+        return bool(self._untold or self._removed)
 
     def take_changes(self) -> tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]] | None:
         """Return what was stored and removed since the last call, or None if nothing changed."""
-        if not self._stored and not self._removed:
+        if not self.untold:
             return None
-        changes = merged_runs(self._stored), tuple(self._removed)
-        self._stored, self._removed = {}, {}
-        return changes
+        stored: list[StoredRun] = []
+        for run in sorted(self._untold, key=lambda run: run.start):  # parents before children
+            if run.told < len(run.names):
+                stored.append(StoredRun(self._name_before(run, run.told), tuple(run.names[run.told :])))
+                run.told = len(run.names)
+        removed = tuple(self._removed)
+        self._untold, self._removed = {}, []
+        return (tuple(stored), removed) if stored or removed else None
 
     def snapshot(self) -> tuple[StoredRun, ...]:
         """Return everything that is cached, parents before children."""
-        return tuple(StoredRun(self._name_before(run), tuple(run.names)) for run in self._runs())
+        return tuple(StoredRun(self._name_before(run, 0), tuple(run.names)) for run in self._runs())
+
+    @staticmethod
+    def _name_before(run: Run, place: int) -> BlockHash | None:
+        """Return the name of the block before a place in a run; None at the start of a prompt."""
+        if place:
+            return run.names[place - 1]
+        return run.parent.names[-1] if run.parent is not None and run.parent.names else None
 
     def _runs(self) -> list[Run]:
         """Return all runs, each after the one it follows on."""
@@ -439,30 +448,14 @@ class BlockPool:
         assert run.names, f"{where} is empty"
         assert parent.end == run.start, f"{where} follows on one that ends at {parent.end}"
         assert parent.holds >= run.holds, f"{where} has {run.holds} holds, what it follows on {parent.holds}"
+        told = run.told == len(run.names) or run in self._untold
+        assert told, f"{where} has {len(run.names)} blocks, {run.told} are told of and the others will not be"
         assert len(run.names) == len(run.blocks), f"{where} has {len(run.names)} names for {len(run.blocks)} blocks"
         for name in run.names:
             assert self._place.get(name) is run, f"{name!r} is in {where}, and said to be elsewhere"
         if not run.holds and not run.children:
             ranked = any(entry[2] is run and self._fresh(entry) for entry in self._idle_runs)
             assert ranked, f"{where} idles and will never be evicted"
-
-
-def merged_runs(parents: dict[BlockHash, BlockHash | None]) -> tuple[StoredRun, ...]:
-    """Return hashes with their parents as runs, parents before children if they stood so; each goes on the run it continues."""
-    runs: list[tuple[BlockHash | None, list[BlockHash]]] = []
-    run_ending_in: dict[BlockHash, list[BlockHash]] = {}
-    run: list[BlockHash] = []
-    last: BlockHash | None = None
-    for name, parent in parents.items():
-        if parent is None or parent != last:  # nearly all follow on the one before
-            if last is not None:
-                run_ending_in[last] = run
-            run = run_ending_in.pop(parent) if parent is not None and parent in run_ending_in else []
-            if not run:
-                runs.append((parent, run))
-        run.append(name)
-        last = name
-    return tuple(StoredRun(parent, tuple(run)) for parent, run in runs)
 
 
 class KvJournal:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.core.kvpool import STALE_MAX, BlockPool, Hold, KvJournal, merged_runs
+from orchestrator.core.kvpool import STALE_MAX, BlockPool, Hold, KvJournal
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
 from tests.builders import prompt_hashes
 
@@ -165,13 +165,14 @@ def test_the_order_of_eviction_is_cleaned_of_what_is_stale() -> None:
     assert pool.match((A, B), 2) == 1
 
 
-def test_runs_are_merged_across_interleaved_requests_parents_first() -> None:
-    x = BlockHash(b"x")
-    interleaved = {A: None, x: None, B: A, BlockHash(b"xy"): x, C: B, BlockHash(b"abd"): B}
-    assert merged_runs(interleaved) == (
-        StoredRun(None, (A, B, C)),
-        StoredRun(None, (x, BlockHash(b"xy"))),
-        StoredRun(B, (BlockHash(b"abd"),)),
+def test_branches_are_told_of_after_what_they_follow_on_even_when_that_was_split_meanwhile() -> None:
+    pool = BlockPool(8)
+    keep(pool, "abc")
+    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(hold, pool.allocate(1), [BlockHash(b"abx")])
+    assert pool.take_changes() == (
+        (StoredRun(None, (A, B)), StoredRun(B, (C,)), StoredRun(B, (BlockHash(b"abx"),))),
+        (),
     )
 
 
