@@ -104,11 +104,11 @@ def fit(steps: Sequence[Step]) -> Fitted:
     found = nonnegative_least_squares(rows / seconds[:, None], np.ones(len(kinds)))
     curve = np.cumsum(found[3:])
     profile = CostProfile(
-        sequence_s=_rounded(found[0]),
-        context_token_s=_rounded(found[1]),
-        prefill_token_context_s=_rounded(found[2]),
+        sequence_s=rounded(found[0]),
+        context_token_s=rounded(found[1]),
+        prefill_token_context_s=rounded(found[2]),
         batch_tokens=tuple(knots),
-        batch_s=tuple(_rounded(value) for value in curve),
+        batch_s=tuple(rounded(value) for value in curve),
     )
     ratios = quantiles([step.predicted_s(profile) / step.seconds for step in kinds], n=10)
     return Fitted(profile, len(kinds), len(steps), ratios[0], ratios[4], ratios[8])
@@ -202,6 +202,6 @@ def nonnegative_least_squares(rows: Matrix, wanted: Matrix) -> Matrix:
     return found / scale
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Keep four digits: more would be noise."""
     return float(f"{value:.4g}")

@@ -3,9 +3,10 @@
     python -m bench.profile [--model DIR] [--threads 1] [--journal FILE] [--json FILE]
 
 Serves the model on one node, sends it prompts and batches of many lengths over HTTP, and reads the node's own journal: what
-counts is how long the node says that its steps took, from order to answer. Also printed: the time that a request spends outside
-its node, by the length of its prompt. With --journal FILE nothing is started: the profile is fitted to that journal, of any node
-on any hardware. Without --model a random model of three million parameters is made.
+counts is how long the node says that its steps took, from order to answer. Then two nodes show how fast blocks go from one to
+the other (`bench/fetches.py`). Also printed: the time that a request spends outside its node before its first token, by its
+prompt's length. With --journal FILE nothing is started: the steps' part of a profile is fitted to that journal, of any node on
+any hardware. Without --model a random model of 3.3 million parameters is made. Takes about a minute and a half.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.fit import Fitted, Step, fit, steps_of
+from bench.fetches import measure_fetches
+from bench.fit import Fitted, Step, fit, rounded, steps_of
 from bench.servers import weft_server
 from deploy.replay import Replay, ScaledTurn, TurnResult
 from orchestrator.core.commands import ReportFirstToken
@@ -220,8 +222,11 @@ def main(arguments: Sequence[str]) -> int:
         fitted = from_journal(options.journal)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(options.model or make_model(Path(folder) / "model"), options.threads)
-        fitted, overhead = measured.fitted, measured.overhead
+            model = options.model or make_model(Path(folder) / "model")
+            measured = measure(model, options.threads)
+            bandwidth, latency_s = measure_fetches(model, BLOCK_TOKENS, options.threads, TOKEN_FIRST, TOKEN_COUNT)
+        profile = replace(measured.fitted.profile, fetch_bytes_per_s=rounded(bandwidth), fetch_latency_s=rounded(latency_s))
+        fitted, overhead = replace(measured.fitted, profile=profile), measured.overhead
     print(f"\n{profile_text(fitted.profile)}")
     Console(width=100).print(shown(fitted))
     if overhead is not None:
