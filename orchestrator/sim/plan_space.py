@@ -1,0 +1,192 @@
+"""Lists what a cluster may be built of: kinds of nodes, how many of them, and what differs by one step.
+
+    aggregated        nodes that compute prompts and generate
+    prefill, decode   nodes that do one of them; the same precision of KV in both, as it is handed over
+
+A decode node may have its feed-forward half, all of decoding or its drafting on other chips (`DecodeMode`). Chips that only
+serve as such a half never hold a pool of their own.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from orchestrator.core.config import (
+    ClusterConfig,
+    DecodeMode,
+    EngineConfig,
+    HardwareConfig,
+    ModelConfig,
+    PoolConfig,
+    Precision,
+    SchedulerConfig,
+)
+from orchestrator.core.types import PoolKind
+
+#: Chips of one node, nodes that share the experts, tokens drafted in a pass, micro-batches in flight: what is tried.
+CHIPS = (1, 2, 4, 8)
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+DRAFTS = (0, 1, 2, 3)
+MICROBATCHES = (1, 2, 3)
+#: Chips of a feed-forward half: one to nine racks of 256 (NVIDIA's Groq 3 LPX rack,
+#: https://www.nvidia.com/en-us/data-center/lpx/), and small counts for drafting.
+HALVES = (256, 512, 768, 1024, 1280, 1536, 2048, 2304)
+DRAFTERS = (8, 16, 32, 64, 128)
+DRAFTER_DRAFTS = (2, 3, 4, 6, 8)
+#: Attention chips for each feed-forward chip when both are of one kind; optima between 7 and 17 were found on GB200
+#: (https://haoailab.com/blogs/fastafd/).
+ATTENTION_SHARES = (1, 3, 7, 11)
+#: Tokens in a step at most: large where only prompts are computed, small where sequences wait for each step.
+PREFILL_STEPS = (4096, 8192, 16384)
+MIXED_STEPS = (512, 1024, 2048, 4096, 8192)
+#: Nodes in steps that grow with their number, in units of a group.
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512)
+#: Sequences that run together on a node at most.
+SEQUENCES_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the search may use."""
+
+    #: Chips that hold a pool, and chips that may be another's feed-forward half.
+    chips: tuple[str, ...]
+    halves: tuple[str, ...]
+    #: The most chips that share a fast network, by chip.
+    domains: tuple[tuple[str, int], ...]
+    weights: tuple[Precision, ...] = (Precision.NVFP4, Precision.FP8)
+    kv: tuple[Precision, ...] = (Precision.FP8, Precision.NVFP4)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """So many nodes of one kind."""
+
+    kind: PoolKind
+    hardware: HardwareConfig
+    step_tokens_max: int
+    nodes: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Sets of nodes that step together."""
+        return self.nodes // self.hardware.group_nodes
+
+    def sized(self, groups: int) -> "PoolPlan":
+        """Return the same with another number of groups."""
+        return replace(self, nodes=groups * self.hardware.group_nodes)
+
+    def __str__(self) -> str:
+        made = self.hardware
+        parts = [f"{self.kind.value} {self.nodes} x {made.chips} {made.chip}"]
+        if made.group_nodes > 1:
+            parts.append(f"groups of {made.group_nodes}")
+        if made.mode is not DecodeMode.PLAIN:
+            parts.append(f"{made.mode.value} with {made.ffn_chips} {made.ffn_chip} a group")
+        if made.mode is DecodeMode.AFD:
+            parts.append(f"{made.microbatches} micro-batches")
+        parts.append(f"{made.weights.value} weights, {made.kv.value} KV")
+        if made.draft_tokens:
+            parts.append(f"{made.draft_tokens} drafted")
+        parts.append(f"steps of {self.step_tokens_max}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole cluster: one aggregated pool, or a prefill and a decode pool."""
+
+    pools: tuple[PoolPlan, ...]
+
+    @property
+    def prefill(self) -> PoolPlan:
+        """The pool that computes prompts."""
+        return self.pools[0]
+
+    @property
+    def decode(self) -> PoolPlan:
+        """The pool that generates: the same if it does both."""
+        return self.pools[-1]
+
+    @property
+    def family(self) -> tuple[str, str, int]:
+        """What kind of plan it is: chip, how decoding is spread, number of pools."""
+        return self.decode.hardware.chip, self.decode.hardware.mode.value, len(self.pools)
+
+    def __str__(self) -> str:
+        return "; ".join(str(pool) for pool in self.pools)
+
+
+def cluster_of(plan: Plan, model: ModelConfig, block_tokens: int, context_tokens_max: int) -> ClusterConfig:
+    """Return the plan as a cluster file says it."""
+    engine = EngineConfig(block_tokens=block_tokens, context_tokens_max=context_tokens_max)
+    pools = tuple(
+        PoolConfig(
+            name=pool.kind.value,
+            kind=pool.kind,
+            nodes=pool.nodes,
+            gpus=float(pool.hardware.chips),
+            engine=engine,
+            scheduler=SchedulerConfig(step_tokens_max=pool.step_tokens_max, sequences_max=SEQUENCES_MAX),
+            hardware=pool.hardware,
+        )
+        for pool in plan.pools
+    )
+    return ClusterConfig(models={"default": model}, pools=pools)
+
+
+def prefill_kinds(choices: Choices) -> Iterator[PoolPlan]:
+    """Yield every kind of prefill pool, one group of nodes each."""
+    for made in _plain(choices, drafts=(0,)):
+        for step in PREFILL_STEPS:
+            yield PoolPlan(PoolKind.PREFILL, made, step, made.group_nodes)
+
+
+def aggregated_kinds(choices: Choices) -> Iterator[PoolPlan]:
+    """Yield every kind of pool that does both, one group of nodes each."""
+    for made in _plain(choices, DRAFTS):
+        for step in MIXED_STEPS:
+            yield PoolPlan(PoolKind.AGGREGATED, made, step, made.group_nodes)
+
+
+def decode_kinds(choices: Choices) -> Iterator[PoolPlan]:
+    """Yield every kind of decode pool, one group of nodes each."""
+    for made in (*_plain(choices, DRAFTS), *_split(choices)):
+        # What few prompts such a node computes itself come in small pieces, so that they delay nobody much.
+        yield PoolPlan(PoolKind.DECODE, made, MIXED_STEPS[0], made.group_nodes)
+
+
+def _plain(choices: Choices, drafts: Iterable[int]) -> Iterator[HardwareConfig]:
+    """Yield the hardware of nodes that do all on their own chips."""
+    for (chip, domain), weights, kv, drafted in product(choices.domains, choices.weights, choices.kv, drafts):
+        if chip not in choices.chips:
+            continue
+        for chips, group in _spreads(domain):
+            yield HardwareConfig(
+                chip=chip, chips=chips, group_nodes=group, weights=weights, activations=weights, kv=kv, draft_tokens=drafted
+            )
+
+
+def _spreads(domain: int) -> Iterator[tuple[int, int]]:
+    """Yield (chips of a node, nodes of a group) that fit one fast network."""
+    yield from ((chips, group) for chips, group in product(CHIPS, GROUPS) if chips * group <= domain)
+
+
+def _split(choices: Choices) -> Iterator[HardwareConfig]:
+    """Yield the hardware of nodes that leave a part of decoding to other chips."""
+    for made in _plain(choices, drafts=(0,)):
+        for share in ATTENTION_SHARES:
+            if made.group_nodes * made.chips >= 4 * share:
+                own = replace(made, mode=DecodeMode.AFD, ffn_chip=made.chip, ffn_chips=made.group_nodes * made.chips // share)
+                yield from (replace(own, microbatches=count) for count in MICROBATCHES[1:])
+        for half in choices.halves:
+            yield from _on_half(made, half)
+
+
+def _on_half(made: HardwareConfig, half: str) -> Iterator[HardwareConfig]:
+    for count, batches in product(HALVES, MICROBATCHES):
+        yield replace(made, mode=DecodeMode.AFD, ffn_chip=half, ffn_chips=count, microbatches=batches)
+    if made.group_nodes == 1 and made.chips == 1:
+        yield from (replace(made, mode=DecodeMode.WHOLE, ffn_chip=half, ffn_chips=count) for count in HALVES)
+    for count, drafted in product(DRAFTERS, DRAFTER_DRAFTS):
+        yield replace(made, mode=DecodeMode.DRAFTER, ffn_chip=half, ffn_chips=count, draft_tokens=drafted)
