@@ -167,7 +167,6 @@ class Gateway:
         self._metrics = metrics
         self._recorder = recorder
         self._models = {name: _Model(name, text, _prompts(config, name, text)) for name, text in models.items()}
-        self._aliases = [(alias, name) for name, model in config.models.items() for alias in model.aliases]
         self._tenants = {_digest(entry.key.encode()): TenantId(entry.tenant) for entry in config.gateway.api_keys}
         self._session_headers = tuple(name.lower().encode() for name in config.gateway.session_headers)
         self._peers: tuple[str, ...] = ()
@@ -425,7 +424,8 @@ class Gateway:
 
     def model_cards(self) -> list[dict[str, Any]]:
         """Return the models clients may name, in OpenAI's shape; aliases that match by their beginning are left out."""
-        exact = [alias for alias, _ in self._aliases if not alias.endswith("*")]
+        aliases = (alias for model in self._config.models.values() for alias in model.aliases)
+        exact = [alias for alias in aliases if not alias.endswith("*")]
         return [self.model_card(name) for name in (*self._models, *exact)]
 
     def model_card(self, name: str) -> dict[str, Any]:
@@ -442,13 +442,10 @@ class Gateway:
 
     def _model_named(self, name: str) -> _Model:
         """Return the model of that name, or else of the longest alias that matches."""
-        model = self._models.get(ModelName(name))
-        if model is not None:
-            return model
-        matching = [(len(alias), served) for alias, served in self._aliases if _matches(alias, name)]
-        if not matching:
+        served = self._config.model_named(name)
+        if served is None:
             raise ApiError(404, f"the model {name!r} does not exist", code="model_not_found", param="model")
-        return self._models[ModelName(max(matching)[1])]
+        return self._models[ModelName(served)]
 
     def _session_of(self, exchange: Exchange, request: GenerationRequest) -> SessionId | None:
         """Return the session a request belongs to: the first configured header that is there, else what the body says."""
@@ -552,10 +549,6 @@ def _prompts(config: ClusterConfig, name: ModelName, text: ModelText) -> PromptT
         max(1, config.gateway.prompts_cached_max // len(config.models)),
         config.gateway.prompt_chars_cached_max // len(config.models),
     )
-
-
-def _matches(alias: str, name: str) -> bool:
-    return name.startswith(alias[:-1]) if alias.endswith("*") else name == alias
 
 
 def _session(name: str) -> SessionId:
