@@ -17,6 +17,7 @@ from orchestrator.core.config import (
     ClusterSettings,
     EngineConfig,
     GatewayConfig,
+    HardwareConfig,
     LimitsConfig,
     ModelConfig,
     PoolConfig,
@@ -28,10 +29,10 @@ from orchestrator.live.metrics import Metrics
 from orchestrator.wire.traces import read_trace
 
 PARTS = (ClusterSettings, GatewayConfig, ApiKey, LimitsConfig, RouterConfig, ModelConfig)
-TABLES = (*PARTS, PoolConfig, EngineConfig, SchedulerConfig, CostProfile)
+TABLES = (*PARTS, PoolConfig, EngineConfig, SchedulerConfig, CostProfile, HardwareConfig)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("**/*.toml")), ids=lambda path: path.name)
 def test_every_shipped_cluster_file_can_be_read(path: Path) -> None:
     assert read_cluster(path).pools
 
