@@ -65,6 +65,12 @@ class Fastest:
     acceptance_needed: float | None
 
     @property
+    def slowest(self) -> float | None:
+        """Return the speed with the one assumption at that end which hurts most; None if the model fits at no end."""
+        ends = (end for effect in self.effects for end in (effect.result_low, effect.result_high) if end is not None)
+        return min(ends, default=None)
+
+    @property
     def within_range(self) -> bool:
         """Tell whether the assumption with the largest effect gives the target within its stated range."""
         if not self.effects or self.deciding_value is None:
@@ -148,32 +154,20 @@ def _speed_numbers(found: Mapping[str, Fastest]) -> dict[str, float | None]:
 
 
 def _what_it_takes(one: Fastest) -> str:
-    """Return a sentence on one system: what it gives, what decides, what 400 would take."""
-    parts = [f"{one.layout.system.name} ({one.layout.name})"]
-    if one.at_target is None:
-        parts.append(f"stays {SPEED_TARGET / one.alone.tokens_per_s_per_user:.2f} times below 400")
-    else:
-        parts.append(f"gives 400 at {one.at_target.usd_per_million_tokens:.2f} USD for a million tokens")
-    if one.undrafted is not None:
-        parts.append(f"without drafting at most {one.undrafted.tokens_per_s_per_user:.0f}")
+    """Return half a sentence on one system: how it stands to the target, and at which value of what it would just reach it."""
+    speed, name = one.alone.tokens_per_s_per_user, one.layout.system.name
+    standing = f"{name} stays {SPEED_TARGET / speed:.2f} times below it" if speed < SPEED_TARGET else f"{name} reaches it"
+    if one.at_target is not None:
+        standing += f" at {one.at_target.usd_per_million_tokens:.2f} USD for a million tokens"
+    if one.slowest is not None and speed >= SPEED_TARGET:
+        standing += f", with any one assumption at its worse end {one.slowest:.0f}"
+    if one.effects and one.deciding_value is not None:
+        effect = one.effects[0]
+        where = "within" if one.within_range else "outside"
+        standing += f"; 400 is {effect.name} at {one.deciding_value:.3g} {effect.unit} ({where} its range)"
     if one.acceptance_needed is not None:
-        used = one.layout.decode.hardware.acceptance
-        parts.append(f"400 takes an acceptance of {one.acceptance_needed:.2f} ({used:g} is used)")
-    if one.effects:
-        parts.append(_deciding(one))
-        worst = min((end for effect in one.effects for end in (effect.result_low, effect.result_high) if end), default=0.0)
-        if worst >= SPEED_TARGET:
-            parts.append(f"stays at {worst:.0f} or more with any one assumption at its worse end")
-    return ", ".join(parts)
-
-
-def _deciding(one: Fastest) -> str:
-    effect, value = one.effects[0], one.deciding_value
-    ends = " to ".join("does not fit" if end is None else f"{end:.0f}" for end in (effect.result_low, effect.result_high))
-    hangs = f"most hangs on {effect.name} ({effect.low:g} to {effect.high:g} {effect.unit} give {ends})"
-    if value is None:
-        return f"{hangs}, no value of which alone gives 400"
-    return f"{hangs}, which gives 400 at {value:.3g}, {'within' if one.within_range else 'outside'} its range"
+        standing += f" or an acceptance of {one.acceptance_needed:.2f}"
+    return standing
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from plotly.graph_objects import Figure
 
 from deploy.charts import Section, Series, Swing, Table, cache_chart, context_chart, pareto_chart, tornado_chart
 from deploy.figures.checks import Check
+from deploy.figures.claims import Claim
 from deploy.figures.evidence import Evidence
 from deploy.figures.fronts import (
     GB200,
@@ -35,7 +36,7 @@ SWINGS_MAX = 10
 def sections(evidence: Evidence) -> list[Section]:
     """Return the page's sections: the claims first, then the figures, what they rest on last."""
     return [
-        _claims(evidence),
+        *_claims(evidence),
         *_session(evidence),
         _workload_section(evidence, "Figure 6: throughput against interactivity on Blackwell", by_throughput),
         *(_systems_section(evidence, workload, by_throughput) for workload in WORKLOADS),
@@ -52,22 +53,51 @@ def sections(evidence: Evidence) -> list[Section]:
     ]
 
 
-def _claims(evidence: Evidence) -> Section:
-    headers = ("claim", "stated", "ours", "verdict", "why, and what it would take", "how", "public support")
+def _claims(evidence: Evidence) -> list[Section]:
+    rows = [(claim.text, claim.stated, claim.ours, str(claim.verdict)) for claim in evidence.claims]
+    reasons = [(claim.text, claim.reason, claim.how, _support(claim)) for claim in evidence.claims]
+    text = ("Every verdict is computed from the numbers beside it; none is written down in advance.",)
+    why = Table(("claim", "why the verdict, and what it would take", "how it was computed", "public support"), reasons)
+    return [
+        Section("The article's numbers and ours", text, table=Table(("claim", "stated", "ours", "verdict"), rows)),
+        Section("Why: formulas, sources, what would have to be true", table=why),
+        _speeds(evidence),
+    ]
+
+
+def _support(claim: Claim) -> str:
+    return "; ".join(f"{source.text} ({source.url})" for source in claim.support) or "none needed"
+
+
+def _speeds(evidence: Evidence) -> Section:
+    headers = (
+        "system",
+        "tokens/s",
+        "layout",
+        "undrafted",
+        "acceptance for 400",
+        "hangs most on",
+        "which gives 400 at",
+        "USD at 400",
+    )
     rows = [
         (
-            claim.text,
-            claim.stated,
-            claim.ours,
-            str(claim.verdict),
-            claim.reason,
-            claim.how,
-            "; ".join(f"{source.text}: {source.url}" for source in claim.support) or "none needed",
+            name,
+            f"{one.alone.tokens_per_s_per_user:.0f}",
+            one.layout.name,
+            "-" if one.undrafted is None else f"{one.undrafted.tokens_per_s_per_user:.0f}",
+            "-" if one.acceptance_needed is None else f"{one.acceptance_needed:.2f}",
+            one.effects[0].name if one.effects else "-",
+            "-" if one.deciding_value is None else f"{one.deciding_value:.3g} ({'in' if one.within_range else 'out of'} range)",
+            "-" if one.at_target is None else f"{one.at_target.usd_per_million_tokens:.2f}",
         )
-        for claim in evidence.claims
+        for name, one in evidence.fastest.items()
     ]
-    text = ("Every verdict is computed from the numbers beside it; none is written down in advance.",)
-    return Section("The article's numbers and ours", text, table=Table(headers, rows))
+    text = (
+        "Kimi-K2's shape, 404K tokens of context, one user on every decode node. USD: for a million tokens at the cheapest point "
+        "at which every user still gets 400 a second.",
+    )
+    return Section("400 tokens a second at 400K context, system by system", text, table=Table(headers, rows))
 
 
 def _session(evidence: Evidence) -> list[Section]:

@@ -17,7 +17,7 @@ from deploy.figures.sources import (
 )
 from orchestrator.sim.bounds import Bound
 
-MADE_TO = "the session was made to these numbers, so it only shows that they go together"
+MADE_TO = "The session was made to these numbers, so it only shows that they go together"
 #: Main-agent turns over which the article sums.
 EARLY_TURNS = 40
 #: The hit rate of the article's sums, and how far a rounded figure ("about 85%", "roughly 6x") may be off.
