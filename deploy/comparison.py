@@ -50,7 +50,7 @@ ROWS: tuple[Row, ...] = (
     *((f"ITL {at}", ("itl_s", at), seconds) for at in ("p50", "p90", "p99")),
     ("tokens/s/user p50", ("tokens_per_s_per_user", "p50"), number),
     ("tokens/s/user p10", ("tokens_per_s_per_user", "p10"), number),
-    *((f"session time {at}", ("session_s", at), seconds) for at in ("p50", "p90")),
+    *((f"session time {at}", ("session_s", at), seconds) for at in ("mean", "p50", "p90")),
     ("output tokens/s/GPU", ("tokens_per_s_per_gpu",), number),
     ("USD / M output tokens", ("usd_per_million_output_tokens",), number),
     ("USD / M tokens", ("usd_per_million_tokens",), number),

@@ -25,7 +25,7 @@ SWING_MIN = 0.001
 #: What assumptions are asked for.
 RESULTS = (
     ("USD per million tokens", ("usd_per_million_tokens",)),
-    ("median session time, seconds", ("session_s", "p50")),
+    ("mean session time, seconds", ("session_s", "mean")),
     ("median time to first token, seconds", ("ttft_s", "p50")),
 )
 
@@ -113,8 +113,9 @@ def sections(simulation: Simulation, sweeps: Sweeps) -> list[Section]:
 def bounds_text(simulation: Simulation) -> str:
     """Return what the two columns of bounds are."""
     return (
-        f"The last two columns are bounds: {simulation.pick.policy} where nothing is ever evicted, and where what is evicted "
-        "is used again last. Their second row is the hit rate of one single cache, endless or of all nodes' capacity."
+        f"The last two columns: {simulation.pick.policy} (the shortest sessions in the mean), where nothing is ever "
+        "evicted, and where a node evicts what the trace asks for again last, on whichever node. Their second row bounds every "
+        "policy: the hit rate of one single cache, endless or of all nodes' capacity with the future known."
     )
 
 

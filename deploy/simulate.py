@@ -18,6 +18,7 @@ from rich.table import Table as RichTable
 from deploy.cases import Case, run_cases
 from deploy.charts import Table
 from deploy.comparison import Column, comparison, figure_of
+from deploy.figures import write_figures
 from deploy.files import UnusableInput, located, read_cluster, read_mapping
 from deploy.overrides import Overrides, parse_overrides, set_field
 from deploy.report import Simulation, bounds_text, write_report
@@ -66,6 +67,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write index.html with charts there")
     parser.add_argument("--assumptions", action="store_true", help="list the numbers nobody has published, and their ranges")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write the article's figures and numbers beside ours there")
     parser.set_defaults(run=run_simulate)
 
 
@@ -85,10 +87,12 @@ def run_simulate(options: argparse.Namespace) -> int:
         catalog = catalog.overridden(overrides.numbers)
     except CatalogError as error:
         raise UnusableInput(f"--set {error}") from None
+    if options.figures is not None:
+        _made(options.figures, lambda folder: write_figures(folder, overrides.numbers))
     if options.assumptions:
         _list_assumptions(catalog, options.json)
     if config is None or options.trace is None:
-        if options.assumptions:
+        if options.figures is not None or options.assumptions:
             return 0
         raise UnusableInput(f"simulate: --{'trace' if config else 'cluster'} is needed")
     if not options.assumptions:
@@ -158,11 +162,11 @@ def _heading(case: Case, caches: Sequence[CacheRule]) -> str:
 
 
 def best_of(runs: Sequence[Run]) -> int:
-    """Return which run is best: most requests completed, then shortest sessions, then soonest first tokens."""
+    """Return which run is best: most requests completed, then shortest sessions in the mean, then soonest first tokens."""
 
     def merit(index: int) -> tuple[float, ...]:
         run = runs[index]
-        times = (figure_of(run, ("session_s", "p50")), figure_of(run, ("ttft_s", "p50")))
+        times = (figure_of(run, ("session_s", "mean")), figure_of(run, ("ttft_s", "p50")))
         return (-run.figures["completed"], *(float("inf") if time is None else time for time in times))
 
     return min(range(len(runs)), key=merit)

@@ -11,7 +11,7 @@
     itl_s {p50, p90, p99}           s          between two tokens of one request, each pair counted once, failed requests' too
     tokens_per_s_per_user           tokens/s   tokens after the first over the time they took, one value a request of two tokens;
       {p50, p10}                               p10: nine requests in ten are faster, the slow tail
-    session_s {p50, p90}            s          from a session's first arrival to its last end, pauses of tools and users included,
+    session_s {p50, p90, mean}      s          from a session's first arrival to its last end, pauses of tools and users included,
                                                only of sessions that completed wholly; a request of no session is its own
     tokens_per_s_per_gpu            tokens/s   output_tokens / duration_s / GPUs of all pools
     usd_per_million_output_tokens   USD        price of all nodes for duration_s, idle ones too, over output_tokens
@@ -92,6 +92,7 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
     outputs = sum(request.output_tokens for request in completed)
     ttfts = [request.ttft_s for request in completed if request.ttft_s is not None]
     speeds = [request.tokens_per_s for request in completed if request.tokens_per_s is not None]
+    sessions = session_seconds(outcome.served)
     return {
         "requests": len(outcome.served),
         "completed": len(completed),
@@ -102,7 +103,7 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
         "ttft_s": percentiles(ttfts, 50, 90, 99),
         "itl_s": _gap_percentiles(outcome.itl_s, 50, 90, 99),
         "tokens_per_s_per_user": percentiles(speeds, 50, 10),
-        "session_s": percentiles(session_seconds(outcome.served), 50, 90),
+        "session_s": {**percentiles(sessions, 50, 90), "mean": fmean(sessions) if sessions else None},
         **_economics(outcome, hardware, inputs, outputs),
         "pools": {name: _pool(use, outcome.duration_s) for name, use in outcome.pools.items()},
         "duration_s": outcome.duration_s,

@@ -154,6 +154,16 @@ def test_assumptions_are_listed_with_their_ranges(capsys: pytest.CaptureFixture[
     assert all(one["why"] for one in listed.values())
 
 
+def test_figures_need_no_cluster_and_get_the_numbers_that_were_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Path, Any]] = []
+    monkeypatch.setattr("deploy.simulate.write_figures", lambda folder, numbers: asked.append((folder, numbers)))
+    code, out, err = weft(capsys, "--figures", tmp_path / "f", "--set", "lp30.tdp_w=500")
+    assert (code, out, asked) == (0, "", [(tmp_path / "f", {"lp30.tdp_w": 500.0})])
+    assert err == f"weft: wrote {tmp_path / 'f' / 'index.html'}\n"
+
+
 def test_lengths_alone_and_clocks_of_their_own_are_told(tmp_path: Path) -> None:
     lines = [
         {**TRACE_LINE, "id": number, "session": f"s{number // 2}", "timestamp": number % 2, "block_size": 0, "hash_ranges": []}
@@ -187,7 +197,7 @@ def test_what_is_set_is_a_number_of_the_profiles_or_a_field() -> None:
 
 
 def run(completed: int, session_s: float | None, ttft_s: float) -> Run:
-    figures = {"completed": completed, "session_s": {"p50": session_s}, "ttft_s": {"p50": ttft_s}}
+    figures = {"completed": completed, "session_s": {"mean": session_s}, "ttft_s": {"p50": ttft_s}}
     return Run(figures, Outcome([], {}, Distribution()))
 
 

@@ -54,7 +54,7 @@ def test_figures_count_what_completed_and_name_why_the_rest_did_not() -> None:
     # Two tokens after the first in one second.
     assert found["tokens_per_s_per_user"] == {"p50": 2.0, "p10": 2.0}
     # The session did not complete wholly, so how long it took is unknown.
-    assert found["session_s"] == {"p50": None, "p90": None}
+    assert found["session_s"] == {"p50": None, "p90": None, "mean": None}
     assert found["assumptions"] == ["a.y", "b.x"]
 
 
@@ -92,7 +92,7 @@ def test_a_session_takes_from_its_first_arrival_to_its_last_end() -> None:
     first = Served(turn(1), 1.0, first_token_s=2.0, ended_s=3.0)
     second = Served(turn(2), 8.0, first_token_s=9.0, ended_s=11.0)
     alone = Served(turn(3, session="t"), 0.0, first_token_s=1.0, ended_s=2.0)
-    assert figures(outcome(first, second, alone), {})["session_s"] == {"p50": 6.0, "p90": pytest.approx(9.2)}
+    assert figures(outcome(first, second, alone), {})["session_s"] == {"p50": 6.0, "p90": pytest.approx(9.2), "mean": 6.0}
 
 
 def test_percentiles_lie_between_their_neighbours() -> None:
