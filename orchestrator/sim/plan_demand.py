@@ -29,7 +29,7 @@ SLICES = 120
 #: A busy moment: nine in ten slices ask for less.
 BUSY = 0.9
 #: Prompts of a sample: each stands for an equal share of all, from the least to the most to compute.
-SAMPLE_SIZE = 100
+SAMPLE_SIZE = 50
 
 
 @dataclass(frozen=True, slots=True)

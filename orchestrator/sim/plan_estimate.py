@@ -11,7 +11,7 @@ Allen and Cunneen's approximation (https://en.wikipedia.org/wiki/Kingman%27s_for
 Held prefixes are counted where sequences are generated; copies on prefill nodes are taken to save nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil, exp, sqrt
@@ -25,11 +25,11 @@ from orchestrator.sim.plan_space import SEQUENCES_MAX, Plan, PoolPlan
 
 #: Nodes busier with prompts than this have waits that no approximation tells.
 UTILISATION_MAX = 0.95
-#: Rounds in which the batch and the step time settle, at most, and the relative change at which they have.
-ROUNDS = 40
+#: Rounds in which the batch and the step time settle, or a time is enclosed, at most; the relative change that ends them.
+ROUNDS = 20
 SETTLED = 0.01
 #: Neighbours in the sample of prompts whose chunks are taken to be alike where sequences decode beside them.
-PROMPTS_JOINED = 10
+PROMPTS_JOINED = 5
 
 
 class Reason(StrEnum):
@@ -56,8 +56,6 @@ class Sizing:
     usd_per_hour: float
     kw: float
     gpus: float
-    chips: Mapping[str, float]
-    assumptions: tuple[str, ...]
 
 
 #: Returns what one node of a pool is, or None if it cannot be built.
@@ -252,9 +250,10 @@ def _erlang_c(servers: int, load: float) -> float:
 
 def _late(ways: Sequence[float], waits: float, wait_s: float, share: float) -> float:
     """Return the seconds by which all but `share` are done: each takes its way, and a share `waits` waits before it."""
-    low, high = 0.0, max(ways) + 20 * wait_s
+    low, high, most = 0.0, max(ways) + 20 * wait_s, share * len(ways)
+    wait_s = max(wait_s, 1e-9)
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        late = sum(1.0 if way >= middle else waits * exp((way - middle) / wait_s) if wait_s else 0.0 for way in ways)
-        low, high = (middle, high) if late > share * len(ways) else (low, middle)
+        late = sum([1.0 if way >= middle else waits * exp((way - middle) / wait_s) for way in ways])
+        low, high = (middle, high) if late > most else (low, middle)
     return high

@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from orchestrator.core.config import (
-    ClusterConfig,
     DecodeMode,
     EngineConfig,
     HardwareConfig,
-    ModelConfig,
     PoolConfig,
     Precision,
     SchedulerConfig,
@@ -35,7 +33,10 @@ DRAFTERS = (8, 16, 32, 64, 128)
 DRAFTER_DRAFTS = (2, 3, 4, 6, 8)
 #: Attention chips for each feed-forward chip when both are of one kind; optima between 7 and 17 were found on GB200
 #: (https://haoailab.com/blogs/fastafd/).
-ATTENTION_SHARES = (1, 3, 7, 11)
+ATTENTION_SHARES = (3, 7, 11)
+#: Chips that a half is built to stand beside
+#: (https://developer.nvidia.com/blog/inside-nvidia-groq-3-lpx-the-low-latency-inference-accelerator-for-the-nvidia-vera-rubin-platform/).
+PARTNERS = {"lp30": ("vr200",)}
 #: Tokens in a step at most: large where only prompts are computed, small where sequences wait for each step.
 PREFILL_STEPS = (4096, 8192, 16384)
 MIXED_STEPS = (512, 1024, 2048, 4096, 8192)
@@ -43,6 +44,9 @@ MIXED_STEPS = (512, 1024, 2048, 4096, 8192)
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512)
 #: Sequences that run together on a node at most.
 SEQUENCES_MAX = 256
+#: Share of a chip's memory for weights and KV; vLLM's default `gpu_memory_utilization`
+#: (https://docs.vllm.ai/en/latest/configuration/engine_args.html).
+MEMORY_FRACTION = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Choices:
     #: The most chips that share a fast network, by chip.
     domains: tuple[tuple[str, int], ...]
     weights: tuple[Precision, ...] = (Precision.NVFP4, Precision.FP8)
-    kv: tuple[Precision, ...] = (Precision.FP8, Precision.NVFP4)
+    kv: tuple[Precision, ...] = (Precision.FP8,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,41 +121,36 @@ class Plan:
         return "; ".join(str(pool) for pool in self.pools)
 
 
-def cluster_of(plan: Plan, model: ModelConfig, block_tokens: int, context_tokens_max: int) -> ClusterConfig:
-    """Return the plan as a cluster file says it."""
-    engine = EngineConfig(block_tokens=block_tokens, context_tokens_max=context_tokens_max)
-    pools = tuple(
-        PoolConfig(
-            name=pool.kind.value,
-            kind=pool.kind,
-            nodes=pool.nodes,
-            gpus=float(pool.hardware.chips),
-            engine=engine,
-            scheduler=SchedulerConfig(step_tokens_max=pool.step_tokens_max, sequences_max=SEQUENCES_MAX),
-            hardware=pool.hardware,
-        )
-        for pool in plan.pools
+def pool_config(pool: PoolPlan, block_tokens: int) -> PoolConfig:
+    """Return a pool as a cluster file says it."""
+    return PoolConfig(
+        name=pool.kind.value,
+        kind=pool.kind,
+        nodes=pool.nodes,
+        gpus=float(pool.hardware.chips),
+        engine=EngineConfig(device="cuda", dtype="bfloat16", block_tokens=block_tokens, memory_fraction=MEMORY_FRACTION),
+        scheduler=SchedulerConfig(step_tokens_max=pool.step_tokens_max, sequences_max=SEQUENCES_MAX),
+        hardware=pool.hardware,
     )
-    return ClusterConfig(models={"default": model}, pools=pools)
 
 
 def prefill_kinds(choices: Choices) -> Iterator[PoolPlan]:
-    """Yield every kind of prefill pool, one group of nodes each."""
+    """Yield every kind of prefill pool, one group of nodes each; what lies between those is left to improving a plan."""
     for made in _plain(choices, drafts=(0,)):
-        for step in PREFILL_STEPS:
+        for step in PREFILL_STEPS[1:]:
             yield PoolPlan(PoolKind.PREFILL, made, step, made.group_nodes)
 
 
 def aggregated_kinds(choices: Choices) -> Iterator[PoolPlan]:
-    """Yield every kind of pool that does both, one group of nodes each."""
-    for made in _plain(choices, DRAFTS):
-        for step in MIXED_STEPS:
+    """Yield every kind of pool that does both, one group of nodes each, in coarse steps too."""
+    for made in _plain(choices, DRAFTS[::3]):
+        for step in MIXED_STEPS[::2]:
             yield PoolPlan(PoolKind.AGGREGATED, made, step, made.group_nodes)
 
 
 def decode_kinds(choices: Choices) -> Iterator[PoolPlan]:
-    """Yield every kind of decode pool, one group of nodes each."""
-    for made in (*_plain(choices, DRAFTS), *_split(choices)):
+    """Yield every kind of decode pool, one group of nodes each, in coarse steps too."""
+    for made in (*_plain(choices, DRAFTS[::3]), *_split(choices)):
         # What few prompts such a node computes itself come in small pieces, so that they delay nobody much.
         yield PoolPlan(PoolKind.DECODE, made, MIXED_STEPS[0], made.group_nodes)
 
@@ -177,16 +176,17 @@ def _split(choices: Choices) -> Iterator[HardwareConfig]:
     for made in _plain(choices, drafts=(0,)):
         for share in ATTENTION_SHARES:
             if made.group_nodes * made.chips >= 4 * share:
-                own = replace(made, mode=DecodeMode.AFD, ffn_chip=made.chip, ffn_chips=made.group_nodes * made.chips // share)
-                yield from (replace(own, microbatches=count) for count in MICROBATCHES[1:])
+                ffn_chips = made.group_nodes * made.chips // share
+                yield replace(made, mode=DecodeMode.AFD, ffn_chip=made.chip, ffn_chips=ffn_chips, ffn_weights=made.weights)
         for half in choices.halves:
-            yield from _on_half(made, half)
+            if made.chip in PARTNERS.get(half, ()):
+                yield from _on_half(made, half)
 
 
 def _on_half(made: HardwareConfig, half: str) -> Iterator[HardwareConfig]:
-    for count, batches in product(HALVES, MICROBATCHES):
+    for count, batches in product(HALVES, MICROBATCHES[:2]):
         yield replace(made, mode=DecodeMode.AFD, ffn_chip=half, ffn_chips=count, microbatches=batches)
     if made.group_nodes == 1 and made.chips == 1:
         yield from (replace(made, mode=DecodeMode.WHOLE, ffn_chip=half, ffn_chips=count) for count in HALVES)
-    for count, drafted in product(DRAFTERS, DRAFTER_DRAFTS):
+    for count, drafted in product(DRAFTERS[::2], DRAFTER_DRAFTS[::2]):
         yield replace(made, mode=DecodeMode.DRAFTER, ffn_chip=half, ffn_chips=count, draft_tokens=drafted)
