@@ -36,8 +36,7 @@ from workers.engines.checkpoint import create_checkpoint
 
 BLOCK_TOKENS = 16
 STEP_TOKENS_MAX = 512
-#: More sequences of long contexts make the engine's temporary arrays so large (32 MiB) that the C library maps and unmaps them in
-#: every layer of every step, which takes four times as long and no affine profile can tell.
+#: Sequences that run together, as many as the largest batch that is measured.
 SEQUENCES_MAX = 8
 #: The model unless another is given: steps of some milliseconds, so that they and not the process switches are measured.
 MODEL = {"layers": 8, "hidden": 192, "heads": 6, "kv_heads": 2, "head_dim": 32, "intermediate": 512, "vocabulary": 512}
