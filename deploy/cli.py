@@ -14,6 +14,7 @@ from deploy.cases import SimulationFailed
 from deploy.demo import run_demo
 from deploy.files import LOCAL_CLUSTER, UnusableInput, read_cluster, with_model
 from deploy.journal import add_journal, with_journal
+from deploy.plan import add_plan
 from deploy.recording import with_record
 from deploy.serve import serve
 from deploy.simulate import add_simulate
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands.add_parser("status", help="show a running cluster"))
     _add_demo(commands.add_parser("demo", help="run an agent session through a small cluster on this machine"))
     add_simulate(commands.add_parser("simulate", help="run a trace through a cluster in virtual time, under every policy"))
+    add_plan(commands.add_parser("plan", help="find the cheapest cluster that serves a trace fast enough"))
     _add_model(commands.add_parser("model", help="make model checkpoints"))
     add_journal(commands.add_parser("journal", help="check journals of a live cluster"))
     return parser

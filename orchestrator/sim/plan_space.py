@@ -21,6 +21,10 @@ from orchestrator.core.config import (
 )
 from orchestrator.core.types import PoolKind
 
+#: Precisions that are tried unless it is said otherwise: those that published checkpoints and caches use. What they do to answers
+#: is not judged here.
+WEIGHTS = (Precision.NVFP4, Precision.FP8)
+KV = (Precision.FP8,)
 #: Chips of one node, nodes that share the experts, tokens drafted in a pass, micro-batches in flight: what is tried.
 CHIPS = (1, 2, 4, 8)
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
@@ -58,8 +62,8 @@ class Choices:
     halves: tuple[str, ...]
     #: The most chips that share a fast network, by chip.
     domains: tuple[tuple[str, int], ...]
-    weights: tuple[Precision, ...] = (Precision.NVFP4, Precision.FP8)
-    kv: tuple[Precision, ...] = (Precision.FP8,)
+    weights: tuple[Precision, ...] = WEIGHTS
+    kv: tuple[Precision, ...] = KV
 
 
 @dataclass(frozen=True, slots=True)
