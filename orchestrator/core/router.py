@@ -5,6 +5,7 @@ For each node that generates, two ways are compared:
     here       wait for its queue, load the longer prefix of a peer or recompute it (whichever is sooner), compute the rest
     apart      the same on the best prefill node, then hand over what the generating node lacks
 
+Decoding is charged for a guessed number of steps: the request's own, and what it adds to those of all that decode beside it.
 Computing is charged beyond its own duration: it keeps the node from other work, and it delays the sequences that decode beside
 it. That is why long prompts go to the prefill pool and short uncached tails do not, without any threshold. Filling blocks is
 charged where it pushes out others' prefixes.
@@ -21,19 +22,19 @@ from math import inf
 
 from orchestrator.core.baselines import Router, make_baseline
 from orchestrator.core.blocks import blocks_for
-from orchestrator.core.candidates import Candidate, Options, Placement, computes_in_no_time
+from orchestrator.core.candidates import STEPS_GUESSED, Candidate, Options, Placement, computes_in_no_time
 from orchestrator.core.commands import Scores
 from orchestrator.core.config import RouterConfig, RouterPolicy
 from orchestrator.core.costs import fetch_seconds, prompt_seconds
 from orchestrator.core.kvindex import slots_in
 from orchestrator.core.types import NodeId, Request, ServiceClass
 
-#: A node's decode step counts as so many steps of waiting: the more a class cares about inter-token time, the more.
-STEPS_WEIGHED = {
-    ServiceClass.BATCH: 4.0,
-    ServiceClass.STANDARD: 16.0,
-    ServiceClass.INTERACTIVE: 32.0,
-    ServiceClass.CADENCE: 64.0,
+#: How much a second of decoding counts beside one of waiting for the first token.
+DECODE_WEIGHT = {
+    ServiceClass.BATCH: 0.25,
+    ServiceClass.STANDARD: 1.0,
+    ServiceClass.INTERACTIVE: 2.0,
+    ServiceClass.CADENCE: 4.0,
 }
 #: Added to the score of an overloaded node: it is chosen only among others of its kind.
 PASSED_OVER_S = 1e9
@@ -148,13 +149,14 @@ class PredictedTimeRouter:
         prompt = _Prompt(request, options)
         if options.prefillers:
             prompt.prefill = self._best(prompt, options, options.prefillers, 0.0)
-        choice = self._best(prompt, options, options.generators, STEPS_WEIGHED[request.service_class])
+        steps = STEPS_GUESSED * DECODE_WEIGHT[request.service_class]
+        choice = self._best(prompt, options, options.generators, steps)
         if choice.apart and prompt.prefill is not None:
             return self._apart(prompt, options, choice, prompt.prefill)
         return self._here(prompt, options, choice)
 
-    def _best(self, prompt: _Prompt, options: Options, candidates: Sequence[Candidate], steps_weighed: float) -> _Choice:
-        """Return the best of the candidates that are not overloaded, or of all if all are.
+    def _best(self, prompt: _Prompt, options: Options, candidates: Sequence[Candidate], steps: float) -> _Choice:
+        """Return the best of the candidates that are not overloaded, or of all if all are; they decode for so many steps.
 
         This loop is what a decision costs: it touches every node, so it holds nothing that could be done before or after.
         """
@@ -169,7 +171,9 @@ class PredictedTimeRouter:
             score = candidate.ready_s + min(way.compute_s * factor, way.fetch_s + way.rest_s * factor)
             if prompt.prefill is not None:
                 score = self._apart_s(prompt, prompt.prefill, candidate, way, score) or score
-            score += candidate.step_s * steps_weighed
+            if steps:
+                step_s = candidate.step_s + candidate.joining_s + prompt.tokens * candidate.joining_token_s
+                score += step_s * steps
             new_blocks = prompt.hashes - blocks
             if new_blocks > candidate.free_blocks:
                 score += (new_blocks - candidate.free_blocks) * candidate.evicted_block_s
