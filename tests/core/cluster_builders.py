@@ -25,7 +25,7 @@ from orchestrator.core.types import (
 from tests.builders import BLOCK_TOKENS, node_spec, prompt_hashes
 
 #: A token takes 10 ms, a step nothing; a block comes from a peer in 1 ms + 1 ms.
-PROFILE = CostProfile(prefill_token_s=0.01, sequence_s=0.001, fetch_bytes_per_s=64_000.0, fetch_latency_s=0.001)
+PROFILE = CostProfile(prefill_token_s=0.01, sequence_s=0.00001, fetch_bytes_per_s=64_000.0, fetch_latency_s=0.001)
 KINDS = {"p": PoolKind.PREFILL, "d": PoolKind.DECODE, "a": PoolKind.AGGREGATED}
 
 

@@ -126,7 +126,7 @@ def test_a_sibling_goes_where_the_first_is_being_computed() -> None:
 
 def test_an_overloaded_node_is_passed_over_though_it_answers_sooner() -> None:
     place = Place("a0", "a1", "a2", load_floor_s=0.0, load_factor_max=1.0)
-    place.load("a0", running=6)  # six sequences decode: 6 ms a step and 64 steps to come
+    place.load("a0", running=20)  # twenty sequences decode: 0.2 ms a step and 256 steps to come
     place.load("a1", running=1)
     place.load("a2", running=1)
     for name in ("a1", "a2"):
