@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 from orchestrator.core.config import RouterPolicy
 from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.faults import Faults
 from orchestrator.sim.runs import CacheRule, Run, simulate
 from orchestrator.wire.traces import TracedTurn
 
@@ -27,6 +28,9 @@ class Case:
     cache: CacheRule
     turns: Sequence[TracedTurn]
     seed: int
+    faults: Faults | None = None
+    #: Whether every invariant is checked after every event.
+    checks: bool = False
 
 
 class SimulationFailed(Exception):
@@ -69,7 +73,7 @@ def _side_by_side(cases: Sequence[Case], workers: int, progress: Callable[[float
 
 
 def _run(case: Case, progress: Callable[[float], None] | None = None) -> Run:
-    run = simulate(case.resolved, case.turns, case.policy, case.cache, case.seed, progress)
+    run = simulate(case.resolved, case.turns, case.policy, case.cache, case.seed, progress, case.faults, case.checks)
     # A world's parts refer to each other, so it stays in memory until someone looks for such rings.
     gc.collect()
     return run

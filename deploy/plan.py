@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from deploy.cases import Case, run_cases
 from deploy.cluster_text import cluster_text
 from deploy.files import UnusableInput
+from deploy.options import count, pairs, positive
 from deploy.overrides import parse_overrides
 from deploy.plan_report import write_plan_report
 from deploy.plan_text import Told, as_json, print_answer, reasons
@@ -59,53 +59,32 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a number of the hardware profiles"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help=f"plan for the trace's first N requests ({REQUESTS_MAX})")
+    parser.add_argument("--limit", type=count, metavar="N", help=f"plan for the trace's first N requests ({REQUESTS_MAX})")
     parser.add_argument("--quick", action="store_true", help=f"fewer simulations, of {QUICK_REQUESTS_MAX} requests")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (%(default)s)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes at most (as many as cores, for large traces)")
+    parser.add_argument("--jobs", type=count, metavar="N", help="processes at most (as many as cores, for large traces)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the pick as a cluster file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with charts, such as plan.html")
     parser.set_defaults(run=run_plan)
 
 
-def _pairs(text: str, known: Sequence[str]) -> dict[str, str]:
-    """Return what `key=value,key=value` says; argparse names the option in the error."""
-    found: dict[str, str] = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or key not in known:
-            raise argparse.ArgumentTypeError(f"{part!r} must be KEY=VALUE with a key of {', '.join(known)}")
-        found[key] = value
-    return found
-
-
-def _positive(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not (isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{key}: must be a number over 0, is {text!r}")
-    return value
-
-
 def _slo(text: str) -> Slo:
-    pairs = _pairs(text, ("ttft", "itl", "class", "pct"))
-    missing = [key for key in ("ttft", "itl") if key not in pairs]
+    given = pairs(text, ("ttft", "itl", "class", "pct"))
+    missing = [key for key in ("ttft", "itl") if key not in given]
     if missing:
         raise argparse.ArgumentTypeError(f"{missing[0]} is missing")
-    name = pairs.get("class", ServiceClass.STANDARD.value)
+    name = given.get("class", ServiceClass.STANDARD.value)
     if name not in list(ServiceClass):
         raise argparse.ArgumentTypeError(f"class: must be one of {', '.join(ServiceClass)}, is {name!r}")
-    percentile = _positive("pct", pairs["pct"]) / 100 if "pct" in pairs else PERCENTILES[ServiceClass(name)]
+    percentile = positive("pct", given["pct"]) / 100 if "pct" in given else PERCENTILES[ServiceClass(name)]
     if percentile >= 1:
-        raise argparse.ArgumentTypeError(f"pct: must be under 100, is {pairs['pct']}")
-    return Slo(_positive("ttft", pairs["ttft"]), _positive("itl", pairs["itl"]), percentile)
+        raise argparse.ArgumentTypeError(f"pct: must be under 100, is {given['pct']}")
+    return Slo(positive("ttft", given["ttft"]), positive("itl", given["itl"]), percentile)
 
 
 def _budget(text: str) -> Budget:
-    return Budget(**{key: _positive(key, value) for key, value in _pairs(text, BUDGETS).items()})
+    return Budget(**{key: positive(key, value) for key, value in pairs(text, BUDGETS).items()})
 
 
 def _names(text: str) -> tuple[str, ...]:

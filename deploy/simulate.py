@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,6 +20,7 @@ from deploy.charts import Table
 from deploy.comparison import Column, comparison, figure_of
 from deploy.figures import write_figures
 from deploy.files import UnusableInput, located, read_cluster, read_mapping
+from deploy.options import count, number, pairs, whole
 from deploy.overrides import Overrides, parse_overrides, set_field
 from deploy.report import Simulation, bounds_text, write_report
 from deploy.workload import read_workload
@@ -28,6 +29,7 @@ from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import Resolved, resolve
 from orchestrator.sim.bounds import Bound, infinite_cache, offline_optimum
+from orchestrator.sim.faults import Faults
 from orchestrator.sim.runs import CacheRule, Run, failure_kind
 from orchestrator.wire.traces import TracedTurn
 
@@ -35,6 +37,8 @@ from orchestrator.wire.traces import TracedTurn
 BLOCKS_MAX = 32_000_000
 #: Characters of a table's first column and of each other, where no terminal gives the width.
 NAME_WIDTH, FIGURE_WIDTH = 30, 20
+#: The settings of what may go wrong, and what kind of number each is.
+FAULTS: Mapping[str, type] = get_type_hints(Faults)
 NO_EVICTION, OPTIMAL_EVICTION = "no eviction", "optimal eviction"
 
 
@@ -59,9 +63,16 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
         help="a number of the hardware profiles, such as lp30.tdp_w=500, or a cluster field, such as pools[0].nodes=8",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (%(default)s)")
-    parser.add_argument("--limit", type=_count, metavar="N", help="simulate the trace's first N requests")
+    parser.add_argument(
+        "--faults",
+        type=_faults,
+        metavar="until_s=S,NAME=VALUE,...",
+        help=f"let things go wrong for so many seconds; NAME is one of {', '.join(FAULTS)}",
+    )
+    parser.add_argument("--check", action="store_true", help="check every invariant after every event; slow")
+    parser.add_argument("--limit", type=count, metavar="N", help="simulate the trace's first N requests")
     parser.add_argument("--no-bounds", action="store_true", help="leave out the runs without eviction and with optimal eviction")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="processes at most (as many as cores, for large traces)")
+    parser.add_argument("--jobs", type=count, metavar="N", help="processes at most (as many as cores, for large traces)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures as JSON; - for standard output, then no table"
     )
@@ -71,11 +82,16 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_simulate)
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, is {value}")
-    return value
+def _faults(text: str) -> Faults:
+    """Return what goes wrong by `until_s=600,crashes=2`."""
+    readers = {int: whole, float: number}
+    given = {key: readers[FAULTS[key]](key, value) for key, value in pairs(text, tuple(FAULTS)).items()}
+    if "until_s" not in given:
+        raise argparse.ArgumentTypeError("until_s is missing: the second from which on nothing goes wrong any more")
+    try:
+        return Faults(**given)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_simulate(options: argparse.Namespace) -> int:
@@ -138,7 +154,11 @@ def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resol
     workload = read_workload(options.trace, options.limit, options.seed)
     caches = [CacheRule(cache) for cache in dict.fromkeys(options.cache)]
     policies = [RouterPolicy(policy) for policy in dict.fromkeys(options.policy)]
-    cases = [Case(resolved, policy, cache, workload.turns, options.seed) for cache in caches for policy in policies]
+    cases = [
+        Case(resolved, policy, cache, workload.turns, options.seed, options.faults, options.check)
+        for cache in caches
+        for policy in policies
+    ]
     with _progress(len(cases), "simulating") as progress:
         runs = run_cases(cases, options.jobs, progress)
     columns = [Column(_heading(case, caches), run) for case, run in zip(cases, runs, strict=True)]
@@ -219,9 +239,9 @@ def summary(simulation: Simulation) -> list[str]:
     if simulation.bounds:
         lines.append(bounds_text(simulation))
     failed = [request for column in simulation.columns for request in column.run.outcome.served if not request.completed]
-    for kind, count in sorted(Counter(map(failure_kind, failed)).items()):
+    for kind, requests in sorted(Counter(map(failure_kind, failed)).items()):
         example = next(request.failure for request in failed if failure_kind(request) == kind)
-        lines.append(f"{count:,} requests of all policies together failed, such as: {example}")
+        lines.append(f"{requests:,} requests of all policies together failed, such as: {example}")
     return lines
 
 

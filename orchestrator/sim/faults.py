@@ -3,12 +3,17 @@
 A fault never makes the cluster wrong, only slower: every request must still end, well or with one clear error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from orchestrator.core.config import require
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """How much goes wrong until `until_s`; nothing does after it, so that a run can be seen to recover."""
+    """How much goes wrong until `until_s`; nothing does after it, so that a run can be seen to recover.
+
+    Raises `ConfigError` for a chance outside [0, 1], a negative number or a speed-up of slow nodes.
+    """
 
     until_s: float
     #: Nodes that stop dead, and seconds until each is back, empty.
@@ -27,3 +32,10 @@ class Faults:
     #: Nodes whose steps take `slowness` times as long.
     slow_nodes: int = 0
     slowness: float = 3.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            require(value >= 0, item.name, f"must be 0 or more, is {value:g}")
+            require(not item.name.endswith("_share") or value <= 1, item.name, f"must be a share, 1 at most, is {value:g}")
+        require(self.slowness >= 1, "slowness", f"must be 1 or more, is {self.slowness:g}")

@@ -54,7 +54,7 @@ class Served:
 
 
 class Distribution:
-    """Counts of positive values in logarithmic buckets: any number of them in little room, percentiles to a quarter of a percent."""
+    """Counts of positive values in logarithmic buckets: any number of them in little room, percentiles to 0.25 %."""
 
     __slots__ = ("_counts", "total", "weight")
 

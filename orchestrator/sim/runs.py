@@ -35,6 +35,7 @@ from typing import Any
 from orchestrator.core.config import CachePolicy, ClusterConfig, RouterPolicy
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
+from orchestrator.sim.faults import Faults
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.wire.traces import TracedTurn
@@ -66,10 +67,15 @@ def simulate(
     cache: CacheRule | CachePolicy,
     seed: int,
     progress: Callable[[float], None] | None = None,
+    faults: Faults | None = None,
+    checks: bool = False,
 ) -> Run:
-    """Run a trace and return its figures; `progress` is told the share of requests that ended."""
+    """Run a trace and return its figures; `progress` is told the share of requests that ended.
+
+    With `faults` things go wrong as that says; with `checks` every invariant is checked after every event, which is slow.
+    """
     rule = CacheRule(cache)
-    options = WorldOptions(seed=seed, optimal_cache=rule is CacheRule.OPTIMAL)
+    options = WorldOptions(seed=seed, optimal_cache=rule is CacheRule.OPTIMAL, faults=faults, checks=checks)
     chosen = replace(resolved, config=_configured(resolved.config, policy, rule, seed))
     outcome = World(chosen, turns, options).run(progress)
     return Run({"policy": str(policy), "cache": str(rule), **figures(outcome, resolved.hardware)}, outcome)

@@ -87,6 +87,19 @@ def test_a_field_that_is_set_counts(capsys: pytest.CaptureFixture[str], cluster:
     assert (found["runs"][0]["pools"]["workers"]["nodes"], found["bounds"]) == (5, {})
 
 
+def test_what_goes_wrong_is_slower_and_loses_nothing(capsys: pytest.CaptureFixture[str], cluster: Path) -> None:
+    start = ("--cluster", cluster, "--trace", AGENT_SESSION, "--limit", 8, "--policy", "predicted-time", "--no-bounds", "--check")
+    found = [
+        json.loads(weft(capsys, *start, "--json", "-", *flags)[1])["runs"][0]
+        for flags in ((), ("--faults", "until_s=1e6,slow_nodes=2,slowness=4"), ("--faults", "until_s=1e6,abandoned_share=1"))
+    ]
+    well, slow, abandoned = found
+    assert slow["itl_s"]["p50"] == pytest.approx(4 * well["itl_s"]["p50"], rel=0.01)
+    assert well["completed"] == slow["completed"] == 8
+    assert abandoned["failures"] == {"abandoned by its client": 8 - abandoned["completed"]}
+    assert abandoned["completed"] < 8
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -98,7 +111,13 @@ def test_a_field_that_is_set_counts(capsys: pytest.CaptureFixture[str], cluster:
         (("--set", "pools[0].nodes=0"), "--set pools[0].nodes: must be 1 or more, is 0"),
         (("--set", "router.policy=best"), "--set router.policy: must be one of predicted-time"),
         (("--report", "/dev/null"), "--report /dev/null: is there already and not a folder"),
-        (("--limit", "0"), "must be 1 or more"),
+        (("--limit", "0"), "argument --limit: must be a whole number of 1 or more, is '0'"),
+        (("--faults", "crashes=1"), "argument --faults: until_s is missing"),
+        (("--faults", "until_s=9,crash=1"), "argument --faults: 'crash=1' must be KEY=VALUE with a key of until_s, crashes, "),
+        (("--faults", "until_s=9,late_share=2"), "argument --faults: late_share: must be a share, 1 at most, is 2"),
+        (("--faults", "until_s=9,crashes=1.5"), "argument --faults: crashes: must be a whole number, is '1.5'"),
+        (("--faults", "until_s=9,slowness=0.5"), "argument --faults: slowness: must be 1 or more, is 0.5"),
+        (("--faults", "until_s=never"), "argument --faults: until_s: must be a number, is 'never'"),
         (("--policy", "best"), "invalid choice"),
         (("--json", "/nonexistent/x.json"), "--json /nonexistent/x.json: /nonexistent is no folder"),
         (("--trace", "/nonexistent"), "/nonexistent: cannot be read"),

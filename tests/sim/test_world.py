@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_many_steps_at_once_end_when_single_steps_do_for_longer(seed: int) -> No
 def test_a_turn_starts_its_pause_after_the_end_of_the_one_before() -> None:
     trace = agents(1, 3, seed=2)
     served = World(cluster(TOGETHER), trace, WorldOptions(request_s=0.01, reply_s=0.02)).run().served
-    for before, after in zip(served, served[1:], strict=False):
+    for before, after in pairwise(served):
         assert before.ended_s is not None
         assert after.arrived_s == pytest.approx(before.ended_s + after.turn.gap_s)
         assert after.cached_tokens > 0 or after.turn.seam
