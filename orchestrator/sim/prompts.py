@@ -7,14 +7,16 @@ larger blocks) get names of their own, which nothing else has.
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
+from typing import cast
 
 from orchestrator.core.types import BlockHash
 from orchestrator.sim.names import Runs, generated_runs, successors
 from orchestrator.wire.traces import TracedTurn
 
-#: Names are numbers: the trace's block and the part of it, or, above those, a turn and the position in its context.
-PART_BITS = 16
-OWN_BITS = 80
+#: Bytes of a name: the part of a block and the trace's name of it; or a position in a context and the turn, counted from 1.
+#: No trace names blocks with more than 10 bytes, so that the end of a name tells the one from the other.
+PART_BYTES, BLOCK_BYTES = 2, 14
+POSITION_BYTES, TURN_BYTES = 10, 6
 
 
 class Prompts:
@@ -74,26 +76,23 @@ class Prompts:
         if not trace_tokens:
             return names
         parts, step = max(1, trace_tokens // size), max(1, size // trace_tokens)
+        parts_named = [part.to_bytes(PART_BYTES, "little") for part in range(parts)]
         skipped = skip * step // parts
         position = 0
         for first, count in runs:
-            for index in range(max(0, skipped - position), count):
-                if step > 1 and (position + index + 1) % step:
-                    continue
-                block = (first + index) << PART_BITS
-                names += [_name(block | part) for part in range(parts)]
+            blocks = range(first + max(0, skipped - position), first + count)
+            if step > 1:  # the last of every so many stands for all of them
+                blocks = [block for block in blocks if not (position + block - first + 1) % step]
+            named = [block.to_bytes(BLOCK_BYTES, "little", signed=True) for block in blocks]
+            names += cast(list[BlockHash], [part + block for block in named for part in parts_named])
             position += count
         return names
 
 
 def _own_names(turn: TracedTurn, first: int, end: int) -> tuple[BlockHash, ...]:
     """Return names that no other turn has, for the positions [first, end) of a turn's context."""
-    own = (turn.id + 1) << OWN_BITS
-    return tuple([_name(own + position) for position in range(first, end)])
-
-
-def _name(number: int) -> BlockHash:
-    return BlockHash(number.to_bytes(16, "little", signed=True))
+    own = (turn.id + 1).to_bytes(TURN_BYTES, "little", signed=True)
+    return tuple(cast(list[BlockHash], [position.to_bytes(POSITION_BYTES, "little") + own for position in range(first, end)]))
 
 
 def misfit(turns: Sequence[TracedTurn], block_tokens: int) -> str | None:
