@@ -43,6 +43,9 @@ bench: install         ## every measurement that needs no peer; see README for t
 	$(BIN)/python -m bench.turn
 	$(BIN)/python -m bench.gateway
 	$(BIN)/python -m bench.engine
+	$(BIN)/python -m bench.trace
+	$(BIN)/python -m bench.simulate
+	$(BIN)/python -m bench.fidelity
 
 clean:
 	rm -rf .venv out dist
