@@ -193,12 +193,15 @@ def best_of(runs: Sequence[Run]) -> int:
 
 
 def _bound_columns(pick: Case, run: Run, jobs: int | None) -> list[Column]:
-    """Return what the best policy reaches if nothing is ever evicted, and if what is evicted is chosen knowing the future."""
+    """Return what the best policy reaches if nothing is ever evicted, and if what is evicted is chosen knowing the future.
+
+    The caches beside them serve the turns that completed there, in the order in which they came there.
+    """
     pools = pick.resolved.config.pools
-    endless = infinite_cache(pick.turns)
-    optimum = offline_optimum(
-        pick.turns, sum(run.outcome.pools[PoolName(pool.name)].blocks * pool.engine.block_tokens for pool in pools)
-    )
+    served = [request.turn for request in run.outcome.served if request.completed]
+    endless = infinite_cache(served)
+    capacity_tokens = sum(run.outcome.pools[PoolName(pool.name)].blocks * pool.engine.block_tokens for pool in pools)
+    optimum = offline_optimum(served, capacity_tokens)
     cases = [
         replace(pick, resolved=_without_eviction(pick.resolved, pick.turns, endless)),
         replace(pick, cache=CacheRule.OPTIMAL),

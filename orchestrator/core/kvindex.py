@@ -241,7 +241,7 @@ class KvIndex:
         """Check every invariant against every block. Raises `AssertionError`; for tests, as it walks the whole index."""
         counts = [0] * self._slots
         for block, value in self._holders.items():
-            assert value < NOBODY, f"{block.hex()} is kept though nobody holds it"
+            assert value < NOBODY, f"{block!r} is kept though nobody holds it"
             for slot in slots_in(~value):
                 counts[slot] += 1
         for name, node in self._nodes.items():
@@ -265,22 +265,30 @@ class KvIndex:
         values = list(map(holders.setdefault, run.hashes, repeat(node.alone)))
         node.blocks += len(holders) - before
         if values.count(node.alone) < len(values):
-            for value, members in self._grouped(run.hashes):
+            for value, members in _by_value(run.hashes, values):
                 if value & bit:
                     node.blocks += self._replace(members, value & ~bit)
         return node.blocks <= node.blocks_max
 
     def _remove(self, node: _Node, hashes: Sequence[BlockHash]) -> None:
-        """Note blocks as not held; those that others hold, taken out in the same pass, are put back without the node."""
+        """Note blocks as not held. Those that nobody else holds are taken out in the pass that asks for them, if all are such."""
         bit, holders = node.bit, self._holders
-        before = len(holders)
-        values = list(map(holders.pop, hashes, repeat(NOBODY)))
-        if values.count(node.alone) == len(values):
-            node.blocks -= before - len(holders)
+        if holders[hashes[0]] == holders[hashes[-1]] == node.alone:
+            values = list(map(holders.pop, hashes, repeat(NOBODY)))
+            if values.count(node.alone) == len(values):
+                node.blocks -= len(values)
+                return
         else:
-            found = {block: value for block, value in zip(hashes, values, strict=True) if value != NOBODY}
-            holders.update({block: value | bit for block, value in found.items() if value | bit != NOBODY})
-            node.blocks -= sum(not value & bit for value in found.values())
+            values = list(map(holders.__getitem__, hashes))
+        for value, members in _by_value(hashes, values):
+            if value == NOBODY:
+                continue
+            if not value & bit:
+                node.blocks -= len(members)
+            if value | bit == NOBODY:
+                self._delete(members)
+            else:
+                self._replace(members, value | bit)
         assert node.blocks >= 0, f"slot {node.slot} holds {node.blocks} blocks of {len(holders)}"
 
     def _replace(self, members: Sequence[BlockHash], value: int) -> int:
@@ -292,20 +300,6 @@ class KvIndex:
         before = len(self._holders)
         deque(map(self._holders.pop, members, repeat(None)), maxlen=0)
         return before - len(self._holders)
-
-    def _grouped(self, hashes: Sequence[BlockHash]) -> list[tuple[int, Sequence[BlockHash]]]:
-        """Return the blocks by their stored value; nearly always there are only one or two."""
-        first = self._holders[hashes[0]]
-        if {first}.issuperset(map(self._holders.__getitem__, hashes)):
-            return [(first, hashes)]
-        values = list(map(self._holders.__getitem__, hashes))
-        distinct = list(dict.fromkeys(values))
-        if len(distinct) <= GROUPS_PICKED_MAX:
-            return [(value, list(compress(hashes, map(value.__eq__, values)))) for value in distinct]
-        groups: dict[int, list[BlockHash]] = {value: [] for value in distinct}
-        for value, block in zip(values, hashes, strict=True):
-            groups[value].append(block)
-        return list(groups.items())
 
     def _take_slot(self) -> int:
         if self._free:
@@ -337,7 +331,7 @@ class KvIndex:
         """Remove departed nodes from the next `count` blocks; blocks stored meanwhile never mention them (rule 3)."""
         chunk = self._sweep[self._swept : self._swept + count]
         self._swept += len(chunk)
-        for value, members in self._grouped(chunk) if chunk else ():
+        for value, members in _by_value(chunk, list(map(self._holders.__getitem__, chunk))):
             cleaned = value | self._sweeping
             if cleaned == NOBODY:
                 self._delete(members)
@@ -353,6 +347,19 @@ class KvIndex:
         self._sweep = []
         if self._retired:
             self._start_sweep()
+
+
+def _by_value(hashes: Sequence[BlockHash], values: Sequence[int]) -> list[tuple[int, Sequence[BlockHash]]]:
+    """Return blocks by their value; nearly always there are only one or two."""
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) == 1:
+        return [(distinct[0], hashes)]
+    if len(distinct) <= GROUPS_PICKED_MAX:
+        return [(value, list(compress(hashes, map(value.__eq__, values)))) for value in distinct]
+    groups: dict[int, list[BlockHash]] = {value: [] for value in distinct}
+    for value, block in zip(values, hashes, strict=True):
+        groups[value].append(block)
+    return list(groups.items())
 
 
 class PredictedKv:
@@ -381,7 +388,11 @@ class PredictedKv:
         """Expect a node to hold the blocks that it is to compute for a request."""
         if uncached:
             self._by_request[node, request] = uncached
-            self._by_node.setdefault(node, {}).update(dict.fromkeys(uncached, request))
+            expected = dict.fromkeys(uncached, request)
+            if node in self._by_node:
+                self._by_node[node].update(expected)
+            else:
+                self._by_node[node] = expected
             self._requests[node] = self._requests.get(node, 0) + 1
 
     def remove(self, node: NodeId, request: RequestId) -> None:

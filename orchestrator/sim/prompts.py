@@ -3,6 +3,9 @@
 A name stands for the whole prefix up to its block. Where the trace's blocks are larger they are divided, where they are smaller
 only every so-manieth name is taken. Full blocks that the trace does not name (it has lengths only, or ends inside one of its
 larger blocks) get names of their own, which nothing else has.
+
+Names are numbers here, not hashes: the core only compares them, and neighbouring numbers stand side by side in its tables, which
+makes a simulation with many blocks twice as fast.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,16 +16,11 @@ from orchestrator.core.types import BlockHash
 from orchestrator.sim.names import Runs, generated_runs, successors
 from orchestrator.wire.traces import TracedTurn
 
-#: Bytes of a name: the part of a block and the trace's name of it; or a position in a context and the turn, counted from 1.
-#: No trace names blocks with more than 10 bytes, so that the end of a name tells the one from the other.
-PART_BYTES, BLOCK_BYTES = 2, 14
-POSITION_BYTES, TURN_BYTES = 10, 6
-
 
 class Prompts:
     """The block names of a trace's turns."""
 
-    __slots__ = ("_block_tokens", "_chains", "_successors")
+    __slots__ = ("_block_tokens", "_chains", "_own", "_own_of_others", "_successors")
 
     def __init__(self, turns: Iterable[TracedTurn], block_tokens: int, answers_return: bool = True) -> None:
         turns = list(turns)
@@ -30,6 +28,15 @@ class Prompts:
         self._successors: Mapping[int, TracedTurn] = successors(turns) if answers_return else {}
         #: The last chain of each agent: its runs and their names. The next one mostly begins alike.
         self._chains: dict[tuple[str, str], tuple[Runs, list[BlockHash]]] = {}
+        #: By turn: the number over the first of its own names, which go downwards from there and stay below all of the trace's.
+        self._own: dict[int, int] = {}
+        lowest = [first * self._parts(turn) for turn in turns for first, _ in turn.block_runs]
+        number = min(lowest, default=0)
+        for turn in turns:
+            self._own[turn.id] = number
+            number -= (turn.input_tokens + turn.output_tokens) // block_tokens + 1
+        #: The same for a turn that is not in the trace.
+        self._own_of_others = number
 
     def of(self, turn: TracedTurn) -> tuple[BlockHash, ...]:
         """Return the names of a prompt's full blocks."""
@@ -38,11 +45,11 @@ class Prompts:
         former_runs, former = self._chains.get(key, ((), []))
         same = self._shared(former_runs, turn)
         names = former[:same]
-        names += self._expanded(turn.block_runs, turn.block_tokens, len(names))
+        names += self._expanded(turn.block_runs, turn, len(names))
         self._chains[key] = turn.block_runs, names
         if len(names) >= count:
             return tuple(names[:count])
-        return (*names, *_own_names(turn, len(names), count))
+        return (*names, *self._own_names(turn, len(names), count))
 
     def generated(self, turn: TracedTurn) -> tuple[BlockHash, ...]:
         """Return the names of the blocks that a turn's whole answer fills: those after the prompt's full blocks."""
@@ -52,9 +59,9 @@ class Prompts:
             return ()
         successor = self._successors.get(turn.id)
         if successor is None or turn.block_tokens == 0 or self._block_tokens < turn.block_tokens:
-            return _own_names(turn, first, end)
+            return self._own_names(turn, first, end)
         runs = (*turn.block_runs, *generated_runs(turn, successor))
-        return tuple(self._expanded(runs, turn.block_tokens, first)[: end - first])
+        return tuple(self._expanded(runs, turn, first)[: end - first])
 
     def _shared(self, former: Runs, turn: TracedTurn) -> int:
         """Return how many of this block size's first names two chains have in common for certain."""
@@ -69,30 +76,29 @@ class Prompts:
                 break
         return blocks * turn.block_tokens // self._block_tokens
 
-    def _expanded(self, runs: Iterable[tuple[int, int]], trace_tokens: int, skip: int) -> list[BlockHash]:
+    def _parts(self, turn: TracedTurn) -> int:
+        """Return into how many of the cluster's blocks a turn's are divided."""
+        return max(1, turn.block_tokens // self._block_tokens)
+
+    def _expanded(self, runs: Iterable[tuple[int, int]], turn: TracedTurn, skip: int) -> list[BlockHash]:
         """Return the names in this block size after the first `skip`."""
-        size = self._block_tokens
-        names: list[BlockHash] = []
-        if not trace_tokens:
-            return names
-        parts, step = max(1, trace_tokens // size), max(1, size // trace_tokens)
-        parts_named = [part.to_bytes(PART_BYTES, "little") for part in range(parts)]
-        skipped = skip * step // parts
-        position = 0
+        if not turn.block_tokens:
+            return []
+        names: list[int] = []
+        parts, step = self._parts(turn), max(1, self._block_tokens // turn.block_tokens)
+        position = 0  # in blocks of the trace, cut into parts
         for first, count in runs:
-            blocks = range(first + max(0, skipped - position), first + count)
+            start = max(0, skip * step - position)
             if step > 1:  # the last of every so many stands for all of them
-                blocks = [block for block in blocks if not (position + block - first + 1) % step]
-            named = [block.to_bytes(BLOCK_BYTES, "little", signed=True) for block in blocks]
-            names += cast(list[BlockHash], [part + block for block in named for part in parts_named])
-            position += count
-        return names
+                start += -(position + start + 1) % step
+            names += range(first * parts + start, (first + count) * parts, step)
+            position += count * parts
+        return cast(list[BlockHash], names)
 
-
-def _own_names(turn: TracedTurn, first: int, end: int) -> tuple[BlockHash, ...]:
-    """Return names that no other turn has, for the positions [first, end) of a turn's context."""
-    own = (turn.id + 1).to_bytes(TURN_BYTES, "little", signed=True)
-    return tuple(cast(list[BlockHash], [position.to_bytes(POSITION_BYTES, "little") + own for position in range(first, end)]))
+    def _own_names(self, turn: TracedTurn, first: int, end: int) -> tuple[BlockHash, ...]:
+        """Return names that no other turn has, for the positions [first, end) of a turn's context."""
+        own = self._own.get(turn.id, self._own_of_others) - 1
+        return cast(tuple[BlockHash, ...], tuple(range(own - first, own - end, -1)))
 
 
 def misfit(turns: Sequence[TracedTurn], block_tokens: int) -> str | None:

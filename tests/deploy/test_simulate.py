@@ -87,6 +87,20 @@ def test_a_field_that_is_set_counts(capsys: pytest.CaptureFixture[str], cluster:
     assert (found["runs"][0]["pools"]["workers"]["nodes"], found["bounds"]) == (5, {})
 
 
+def test_bounds_leave_out_what_the_cluster_cannot_serve(
+    capsys: pytest.CaptureFixture[str], cluster: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    again = TRACE_LINE | {"id": 2, "deps": [1], "timestamp": 1}
+    too_long = TRACE_LINE | {"id": 3, "session": "t", "timestamp": 2, "input_length": 100_000, "hash_ranges": [[10, 6250]]}
+    trace.write_text("\n".join(map(json.dumps, (TRACE_LINE, again, too_long))))
+    _, out, _ = weft(capsys, "--cluster", cluster, "--trace", trace, "--policy", "predicted-time", "--json", "-")
+    found = json.loads(out)
+    assert found["runs"][0]["completed"] == 2
+    # Of 40 + 40 tokens the second 40 have two full blocks of 16 that the first left behind.
+    assert found["bounds"]["infinite_cache"]["hit_rate"] == found["runs"][0]["hit_rate"] == 32 / 80
+
+
 def test_what_goes_wrong_is_slower_and_loses_nothing(capsys: pytest.CaptureFixture[str], cluster: Path) -> None:
     start = ("--cluster", cluster, "--trace", AGENT_SESSION, "--limit", 8, "--policy", "predicted-time", "--no-bounds", "--check")
     found = [

@@ -226,12 +226,17 @@ async def live(config: ClusterConfig, turns: Sequence[TracedTurn], wires: Wires)
     return decided
 
 
+def hashed(name: BlockHash) -> BlockHash:
+    """Return the bytes that stand for a simulated block, whose name is a number."""
+    return BlockHash(int(name).to_bytes(16, "little", signed=True))
+
+
 def asked(turn: TracedTurn, prompts: Prompts) -> Turn:
     tokens = b"\x01\0\0\0" * turn.input_tokens
     return Turn(
         ModelName("default"),
         TenantId("default"),
-        Prompt(tokens, turn.input_tokens, prompts.of(turn), BlockHash(bytes(16))),
+        Prompt(tokens, turn.input_tokens, tuple(map(hashed, prompts.of(turn))), BlockHash(bytes(16))),
         node_pb2.Sampling(ignore_eos=True),
         output_tokens_max=turn.output_tokens,
         session=SessionId(f"{turn.session}/{turn.agent}"),
