@@ -139,8 +139,18 @@ class Heard:
 
     def handle(self, event: ClusterEvent, now: float) -> list[ClusterCommand]:
         commands = self._core.handle(event, now)  # type: ignore[attr-defined]
-        self._decided.observe(now, event, commands)
+        self._decided.observe(now, event, [in_bytes(command) for command in commands])
         return commands
+
+
+def in_bytes(command: ClusterCommand) -> ClusterCommand:
+    """Return a simulated command as a live gateway gives it: with the bytes that stand for each block."""
+    if not isinstance(command, Assign):
+        return command
+    given = command.assignment
+    last = given.superseded
+    named = replace(given, hashes=tuple(map(hashed, given.hashes)), superseded=None if last is None else hashed(last))
+    return replace(command, assignment=named)
 
 
 def simulated(config: ClusterConfig, turns: Sequence[TracedTurn]) -> Decided:
