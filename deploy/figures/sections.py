@@ -279,10 +279,8 @@ def _restoring(evidence: Evidence) -> Section:
 def _assumptions(evidence: Evidence) -> Section:
     headers = ("assumption", "used", "range", "unit", "why")
     rows = [(one.name, f"{one.value:g}", f"{one.low:g} to {one.high:g}", one.unit, one.why) for one in evidence.assumptions]
-    acceptance = ", ".join(sorted({f"{one.layout.decode.hardware.acceptance:g}" for one in evidence.fastest.values()}))
     text = (
         "Numbers that nobody has published. Each can be set: weft simulate --figures DIR --set NAME=VALUE.",
-        f"Beside these: a drafted token is accepted with probability {acceptance} if those before it were, and Kimi-K2 is taken "
-        "to have one more layer to draft with, which it was not published with.",
+        "Beside these: Kimi-K2 is taken to have one more layer to draft with, which it was not published with.",
     )
     return Section("Assumptions", text, table=Table(headers, rows))

@@ -272,16 +272,17 @@ class HardwareConfig:
     kv: Precision = Precision.FP8
     #: Of the weights on `ffn_chip` and of what is multiplied with them there; Groq's chip has no 4-bit numbers.
     ffn_weights: Precision = Precision.FP8
-    #: Tokens drafted in each pass, and the chance that one is accepted after all before it were.
+    #: Tokens drafted in each pass, and the chance that one is accepted after all before it were; None: as the profiles assume.
     draft_tokens: int = 0
-    acceptance: float = 0.7
+    acceptance: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("chips", "group_nodes", "microbatches"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("ffn_chips", "draft_tokens"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
-        require(0 <= self.acceptance < 1, "acceptance", f"must be in [0, 1), is {self.acceptance}")
+        chance = self.acceptance
+        require(chance is None or 0 <= chance < 1, "acceptance", f"must be in [0, 1), is {chance}")
         halves = self.mode is not DecodeMode.PLAIN
         require(halves == bool(self.ffn_chip), "ffn_chip", f"mode {self.mode.value} {'needs one' if halves else 'has none'}")
         require(halves == (self.ffn_chips > 0), "ffn_chips", f"mode {self.mode.value} {'needs some' if halves else 'has none'}")

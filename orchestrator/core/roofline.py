@@ -6,7 +6,7 @@ Patterson, CACM 52(4), 2009), each at a stated share of the chip's published rat
     matrices     weights are read once a step, multiplied with every token
     experts      E (1 - (1 - k/E)^tokens) of E experts are hit by tokens that choose k each, spread over all chips of the group
     attention    a decoded token reads the KV of its context; a prompt token is multiplied with every token before it
-    hops         all-reduce within a node (GenZ's ring formula), all-to-all between the nodes of a group (a straight line with a
+    hops         all-reduce within a node (GenZ's ring formula), all-to-all between the nodes of a group (straight lines with a
                  floor, fitted to measurements), activations to the FFN half and back
 
 Every time is for one node while all nodes of its group do the same. Not counted: latent vectors of a cached prefix that are
@@ -37,7 +37,7 @@ def expert_seconds(machine: Machine, tokens: float) -> float:
     whole = min(side.chips, shape.experts)
     read = max(hit * machine.practice.expert_imbalance, whole) * shape.expert_parameters
     multiplied = shape.experts_per_token * shape.expert_parameters * machine.practice.expert_imbalance
-    return side.matrix_seconds(read, tokens, multiplied)
+    return side.routed_seconds(read, multiplied, tokens)
 
 
 def all_reduce_seconds(machine: Machine, tokens: float) -> float:
@@ -60,11 +60,9 @@ def exchange_seconds(machine: Machine, tokens: float) -> float:
 
 def _all_to_all_seconds(machine: Machine, tokens: float, out_bytes: float) -> float:
     """Return the seconds of tokens to their experts, at so many bytes a number, and of results back in BF16."""
-    link = machine.group_link
     copies = tokens / machine.hardware.chips * machine.shape.experts_per_token * machine.shape.hidden
-    dispatch = max(link.dispatch_floor_s, link.dispatch_base_s + copies * out_bytes / link.rate)
-    combine = max(link.combine_floor_s, link.combine_base_s + copies * BYTES[Precision.BF16] / link.rate)
-    return dispatch + combine
+    back_bytes = copies * BYTES[Precision.BF16]
+    return machine.group_link.all_to_all_seconds(machine.group_chips, copies * out_bytes, back_bytes)
 
 
 def hop_seconds(machine: Machine, tokens: float) -> float:
@@ -222,7 +220,7 @@ def cost_profile(machine: Machine, sequences_max: int, step_tokens_max: int, fet
     scale = 1 + drafted_layers / shape.layers
     windowed_pairs = shape.windowed_layers * shape.window_tokens
     halves = _halves(machine, sequences_max, batch_points(step_tokens_max))
-    chance = hardware.acceptance
+    chance = machine.acceptance
     return CostProfile(
         step_s=halves.step_s + head_seconds(machine),
         prefill_token_s=halves.prefill_token_s + windowed_pairs * prefill_pair_seconds(machine),

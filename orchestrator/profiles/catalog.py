@@ -13,8 +13,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.core.config import Precision
-from orchestrator.core.machines import Chip, Coupling, Link, Practice
+from orchestrator.core.config import DecodeMode, Precision
+from orchestrator.core.machines import AllToAll, Chip, Coupling, Line, Link, Practice
 from orchestrator.core.shapes import ModelShape
 from orchestrator.profiles.model_config import ShapeError, shape_of
 
@@ -103,33 +103,35 @@ class Catalog:
         return self._numbers[name].value
 
     def assumptions_in(self, files: frozenset[str]) -> tuple[str, ...]:
-        """Return the names of the assumptions that some profiles make; a network card's switch counts as part of it."""
-        files |= {self._words[f"{file}.switch"] for file in files if f"{file}.switch" in self._words}
+        """Return the names of the assumptions that some profiles make, and those that they refer to for their numbers."""
+        names = (f"{file}.{word}" for file in files for word in ("switch", "exchange", "practice"))
+        files |= {self._words[name] for name in names if name in self._words}
         return tuple(assumption.name for assumption in self.assumptions if assumption.name.partition(".")[0] in files)
 
-    def chip(self, name: str) -> Chip:
-        """Return a chip. Raises `CatalogError` if no profile has that name."""
+    def chip(self, name: str, together: int = 1) -> Chip:
+        """Return a chip, of which so many work together. Raises `CatalogError` if no profile has that name."""
         if name not in self.chips:
             raise CatalogError(f"{name}: no such chip; there are: {', '.join(self.chips)}")
         rates = {kind: self._optional(f"{name}.{kind.value}_flops") for kind in Precision}
         practice = self._words[f"{name}.practice"]
-        floor_s, unit = ("latency_s", "hops") if practice == "lpx" else ("kernel_s", "kernels")
-        floor = self.number(f"{practice}.{floor_s}")
+        is_gpu = practice != "lpx"
+        floor_s, unit = (self.number(f"{practice}.kernel_s"), "kernels") if is_gpu else (self._fabric_s(together), "hops")
         rental = self.number("economics.rental")
         return Chip(
             name=name,
-            is_gpu=practice != "lpx",
+            is_gpu=is_gpu,
             memory_bytes=self.number(f"{name}.memory_bytes"),
             memory_bytes_per_s=self.number(f"{name}.memory_bytes_per_s"),
             flops={kind: rate for kind, rate in rates.items() if rate},
             memory_efficiency=self.number(f"{practice}.memory_efficiency"),
-            matmul_efficiency={kind: self._matmul_efficiency(practice, kind) for kind in Precision},
+            matmul_efficiency=self._efficiencies(name, "matmul"),
+            expert_efficiency=self._efficiencies(name, "expert"),
             attention_efficiency=self.number(f"{practice}.attention_efficiency"),
-            attention_floor_s=floor * self.number(f"{practice}.attention_{unit}"),
-            ffn_floor_s=floor * self.number(f"{practice}.ffn_{unit}"),
+            attention_floor_s=floor_s * self.number(f"{practice}.attention_{unit}"),
+            ffn_floor_s=floor_s * self.number(f"{practice}.ffn_{unit}"),
             domain_chips=int(self.number(f"{name}.domain_chips")),
-            scale_up=self.link(self._words[f"{name}.scale_up"]),
-            scale_out=self.link(self._words[f"{name}.scale_out"]),
+            scale_up=self.link(self._words[f"{name}.scale_up"], together),
+            scale_out=self.link(self._words[f"{name}.scale_out"], together),
             host=self._optional_link(f"{name}.host"),
             storage=self._optional_link(f"{name}.storage"),
             kw=self._kw(name),
@@ -137,19 +139,48 @@ class Catalog:
             + rental * self.number(f"{name}.rental_usd_per_hour"),
         )
 
-    def link(self, name: str) -> Link:
+    def link(self, name: str, together: int = 1) -> Link:
         """Return a link; a network card's latency and share of its rate are its switch's. Raises `CatalogError`."""
         shared = self._words.get(f"{name}.switch", name)
-        return Link(
+        link = Link(
             name=name,
             bytes_per_s=self.number(f"{name}.bytes_per_s"),
             efficiency=self.number(f"{shared}.efficiency"),
-            latency_s=self.number(f"{shared}.latency_s"),
-            dispatch_floor_s=self._optional(f"{shared}.dispatch_floor_s"),
-            dispatch_base_s=self._optional(f"{shared}.dispatch_base_s"),
-            combine_floor_s=self._optional(f"{shared}.combine_floor_s"),
-            combine_base_s=self._optional(f"{shared}.combine_base_s"),
+            latency_s=self._fabric_s(together) if name == "lpx" else self.number(f"{shared}.latency_s"),
+            capacity_bytes=self._optional(f"{name}.capacity_bytes"),
         )
+        near, wide = (
+            AllToAll(self._line(link, shared, size, "dispatch"), self._line(link, shared, size, "combine"))
+            for size in ("near_", "")
+        )
+        return replace(link, near=near, wide=wide)
+
+    def _line(self, link: Link, shared: str, size: str, way: str) -> Line:
+        """Return one way of a link's all-to-all; where it is another link's, with its own fixed times and at its own rate."""
+        measured = self._words.get(f"{shared}.exchange", shared)
+        longer, usual = self._optional(f"{shared}.exchange_time", otherwise=1.0), self.number(f"{measured}.efficiency")
+
+        def number(key: str, otherwise: float) -> float:
+            return self._optional(f"{measured}.{size}{way}_{key}", f"{measured}.{way}_{key}", otherwise=otherwise)
+
+        return Line(
+            longer * number("floor_s", 0.0), longer * number("base_s", 0.0), link.rate * number("efficiency", usual) / usual
+        )
+
+    def _fabric_s(self, chips: int) -> float:
+        """Return the seconds from one chip's memory to another's over the LPX fabric, where so many chips can be reached."""
+        racks = chips / self.number("lpx.rack_chips")
+        inside = self.number("lpx.latency_s") + self.number("lpx.rack_latency_s") * min(racks, 1.0)
+        return inside + self.number("lpx.racks_latency_s") * max(racks - 1.0, 0.0)
+
+    def efficiency_name(self, chip: str, precision: Precision, kind: str) -> str:
+        """Return the name of the share of its rate that a chip reaches in a kind of matrices, `matmul` or `expert`.
+
+        There is one for all precisions, unless a precision has its own; and one for both kinds, unless experts have their own.
+        """
+        practice = self._words[f"{chip}.practice"]
+        names = (f"{practice}.{own}_efficiency" for own in (f"{precision.value}_{kind}", kind))
+        return next((name for name in names if name in self._numbers), f"{practice}.matmul_efficiency")
 
     @property
     def practice(self) -> Practice:
@@ -185,22 +216,26 @@ class Catalog:
         source = {} if isinstance(self._numbers[name], Assumption) else {"source": "overridden"}
         return replace(self._numbers[name], value=float(value), **source)
 
-    def _optional(self, name: str) -> float:
-        return self.number(name) if name in self._numbers else 0.0
+    def _optional(self, *names: str, otherwise: float = 0.0) -> float:
+        """Return the first number that there is."""
+        return next((self.number(name) for name in names if name in self._numbers), otherwise)
 
     def _optional_link(self, name: str) -> Link | None:
         return self.link(self._words[name]) if name in self._words else None
 
-    def _matmul_efficiency(self, practice: str, precision: Precision) -> float:
-        """Return the share of its rate that a precision reaches; one for all, unless it has its own."""
-        own = f"{practice}.{precision.value}_matmul_efficiency"
-        return self.number(own if own in self._numbers else f"{practice}.matmul_efficiency")
+    def _efficiencies(self, chip: str, kind: str) -> dict[Precision, float]:
+        return {precision: self.number(self.efficiency_name(chip, precision, kind)) for precision in Precision}
 
     def _kw(self, chip: str) -> float:
         """Return a chip's power with its share of everything around it; where only the chip's own is assumed, times a ratio."""
         if f"{chip}.kw" in self._numbers:
             return self.number(f"{chip}.kw")
         return self.number(f"{chip}.tdp_w") * self.number("economics.all_in_per_tdp") / 1000
+
+
+def acceptance_name(mode: DecodeMode) -> str:
+    """Return the name of the chance that a drafted token is accepted: from another chip's drafter, or from one more layer."""
+    return "lpx.acceptance" if mode is DecodeMode.DRAFTER else "practice.acceptance"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,20 @@ class ShapeError(ValueError):
 #: Kinds of layers whose cost is known, as `layer_types` names them.
 _WINDOWED = "sliding_attention"
 _LAYER_KINDS = ("full_attention", _WINDOWED)
+#: Every so many layers one sees all of the context, where neither `layer_types` nor `sliding_window_pattern` says it: the
+#: defaults of https://github.com/huggingface/transformers (src/transformers/models, configuration_*.py).
+_PATTERNS: Mapping[str, int] = {"gpt_oss": 2, "gemma2": 2, "gemma3_text": 6, "cohere2": 4}
+#: Fields of models whose layers differ in ways that are not known here, and what they stand for.
+_UNKNOWN: Mapping[str, str] = {
+    "index_topk": "attention to chosen tokens only",
+    "full_attention_interval": "linear attention between layers of full attention",
+    "linear_attn_config": "linear attention between layers of full attention",
+    "attention_chunk_size": "attention within chunks",
+    "interleave_moe_layer_step": "dense FFNs of another width between layers of experts",
+    "intermediate_size_mlp": "dense FFNs of another width between layers of experts",
+    "compress_ratios": "compressed attention",
+    "hybrid_override_pattern": "state-space layers",
+}
 #: The same count under the names that model families gave it.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
@@ -22,6 +36,10 @@ class _Fields:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
+
+    def has(self, name: str) -> bool:
+        """Tell whether a field is there and means something."""
+        return bool(self._values.get(name))
 
     def count(self, name: str, default: int | None = None) -> int:
         """Return a whole number of 0 or more; `default` stands for a missing or null field, None means that it is required."""
@@ -45,6 +63,13 @@ class _Fields:
         """Return the first of the fields that is there, or 0."""
         return next((self.count(name) for name in names if self._values.get(name) is not None), 0)
 
+    def text(self, name: str) -> str:
+        """Return a text; a missing or null field is an empty one."""
+        value = self._values.get(name) or ""
+        if not isinstance(value, str):
+            raise ShapeError(f"{name}: must be a text, is {value!r}")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """Return a truth value."""
         value = self._values.get(name, default)
@@ -64,6 +89,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     """Return the shape a configuration describes; multimodal ones by their `text_config`. Raises `ShapeError`."""
     text = config.get("text_config")
     values = _Fields(cast(Mapping[str, Any], text) if isinstance(text, Mapping) else config)
+    _refuse_unknown(values)
     layers, hidden, heads = (
         values.positive("num_hidden_layers"),
         values.positive("hidden_size"),
@@ -99,6 +125,13 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     )
 
 
+def _refuse_unknown(values: _Fields) -> None:
+    """Raise `ShapeError` for a model that would be counted wrongly."""
+    for field, meaning in _UNKNOWN.items():
+        if values.has(field):
+            raise ShapeError(f"{field}: the cost of {meaning} is not known")
+
+
 def _latent(values: _Fields) -> Latent | None:
     """Return the widths of latent attention, which a model with `kv_lora_rank` has."""
     rank = values.count("kv_lora_rank", 0)
@@ -127,6 +160,9 @@ def _windows(values: _Fields, layers: int) -> tuple[int, int]:
         return (windowed, values.positive("sliding_window")) if windowed else (0, 0)
     if not window or not values.flag("use_sliding_window", True):
         return 0, 0
+    pattern = values.count("sliding_window_pattern", _PATTERNS.get(values.text("model_type"), 0))
+    if pattern:
+        return layers - layers // pattern, window
     return max(0, layers - values.count("max_window_layers", 0)), window
 
 

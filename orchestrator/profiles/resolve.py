@@ -7,14 +7,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, PoolConfig, Precision, require
+from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, HardwareConfig, PoolConfig, Precision, require
 from orchestrator.core.machines import Chip, Coupling, Link, Machine
 from orchestrator.core.roofline import cost_profile
 from orchestrator.core.types import PoolName
-from orchestrator.profiles.catalog import Catalog, CatalogError
+from orchestrator.profiles.catalog import Catalog, CatalogError, acceptance_name
 from orchestrator.profiles.memory import block_bytes, kv_blocks
 
 _T = TypeVar("_T")
+#: Endings of the names of numbers that a pool may leave unused although it is made of what they describe.
+_SOMETIMES = (
+    "_flops",
+    "matmul_efficiency",
+    "expert_efficiency",
+    ".domain_chips",
+    ".acceptance",
+    ".draft_parameters",
+    ".draft_layers",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +73,9 @@ def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Mac
     named = model.shape or model.path
     require(bool(named), "model", f"models.{pool.model} needs a shape (or a path) because this pool has hardware")
     halves = hardware.mode is not DecodeMode.PLAIN
-    chip = _found("hardware.chip", catalog.chip, hardware.chip)
-    other = _found("hardware.ffn_chip", catalog.chip, hardware.ffn_chip) if halves else None
+    group, others = hardware.chips * hardware.group_nodes, hardware.ffn_chips
+    chip = _found("hardware.chip", lambda name: catalog.chip(name, group), hardware.chip)
+    other = _found("hardware.ffn_chip", lambda name: catalog.chip(name, others), hardware.ffn_chip) if halves else None
     shape = _found("model", catalog.shape, named)
     if hardware.mode is not DecodeMode.WHOLE:
         _check_precision(chip, "weights", hardware.weights)
@@ -74,7 +85,17 @@ def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Mac
         _check_precision(attends, "kv", hardware.kv)
     if other is not None:
         _check_precision(other, "ffn_weights", hardware.ffn_weights)
-    return Machine(shape, hardware, chip, catalog.practice, other, _coupling(chip, other, catalog) if halves else None)
+    coupling = _coupling(chip, other, catalog) if halves else None
+    return Machine(shape, hardware, chip, catalog.practice, other, coupling, acceptance_of(hardware, catalog))
+
+
+def acceptance_of(hardware: HardwareConfig, catalog: Catalog) -> float:
+    """Return the chance that a drafted token is accepted: the pool's own, else the catalog's. Raises `ConfigError`."""
+    if not hardware.draft_tokens:
+        return 0.0
+    chance = catalog.number(acceptance_name(hardware.mode)) if hardware.acceptance is None else hardware.acceptance
+    require(chance < 1, "hardware.acceptance", f"must be in [0, 1), is {chance}")
+    return chance
 
 
 def _coupling(chip: Chip, other: Chip | None, catalog: Catalog) -> Coupling:
@@ -139,15 +160,26 @@ def _node_hardware(config: ClusterConfig, pool: PoolConfig, machine: Machine, ca
 
 def _assumptions(config: ClusterConfig, pool: PoolConfig, machine: Machine, catalog: Catalog) -> tuple[str, ...]:
     """Return the assumptions in the profiles that a pool's time, memory, price and power are computed from."""
-    hardware = pool.hardware
-    files = {"economics", _fetch_link(config, pool, machine).name}
-    files |= {machine.group_link.name} if hardware.chips * hardware.group_nodes > 1 else set()
+    hardware, other = pool.hardware, machine.ffn_chip
+    files = {"economics", "practice", _fetch_link(config, pool, machine).name}
+    if hardware.mode is not DecodeMode.WHOLE:
+        files |= {machine.chip.name} | ({machine.group_link.name} if hardware.chips * hardware.group_nodes > 1 else set())
+    files |= {other.name} if other is not None else set()
     files |= {"lpx"} if hardware.mode is DecodeMode.DRAFTER else set()
-    for chip in (machine.chip, machine.ffn_chip):
-        if chip is not None:
-            files |= {chip.name, "practice" if chip.is_gpu else "lpx"}
-    named = catalog.assumptions_in(frozenset(files))
-    multiplied = {machine.attention.activations, machine.ffn.activations, hardware.kv}
-    idle = {f"{kind.value}_{what}" for kind in Precision if kind not in multiplied for what in ("flops", "matmul_efficiency")}
-    idle |= set() if hardware.mode is DecodeMode.DRAFTER else {"draft_parameters", "draft_layers"}
-    return tuple(name for name in named if name.partition(".")[2] not in idle)
+    used = _used(machine, catalog)
+    return tuple(name for name in catalog.assumptions_in(frozenset(files)) if name in used or not name.endswith(_SOMETIMES))
+
+
+def _used(machine: Machine, catalog: Catalog) -> set[str]:
+    """Return which of the numbers that only some machines need this one does."""
+    hardware, attention, routed = machine.hardware, machine.attention, machine.routed
+    sides = (attention, machine.ffn)
+    used = {catalog.efficiency_name(side.chip.name, side.activations, "matmul") for side in sides}
+    used |= {f"{side.chip.name}.{side.activations.value}_flops" for side in sides}
+    # Only a node's own chips decide by which network they are joined.
+    used |= {f"{attention.chip.name}.{hardware.kv.value}_flops", f"{machine.chip.name}.domain_chips"}
+    if machine.shape.experts:
+        used.add(catalog.efficiency_name(routed.chip.name, routed.activations, "expert"))
+    if hardware.draft_tokens and hardware.acceptance is None:
+        used.add(acceptance_name(hardware.mode))
+    return used | ({"lpx.draft_parameters", "lpx.draft_layers"} if hardware.mode is DecodeMode.DRAFTER else set())

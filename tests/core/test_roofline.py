@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.core.config import DecodeMode, HardwareConfig, Precision
 from orchestrator.core.costs import batch_seconds, decode_seconds, step_seconds
-from orchestrator.core.machines import Chip, Coupling, Link, Machine, Practice
+from orchestrator.core.machines import AllToAll, Chip, Coupling, Line, Link, Machine, Practice
 from orchestrator.core.roofline import (
     all_reduce_seconds,
     attention_layers_seconds,
@@ -26,7 +26,9 @@ from orchestrator.core.roofline import (
 )
 from orchestrator.core.shapes import Latent, ModelShape
 
-LINK = Link("link", 1e12, 0.5, 1e-6, dispatch_floor_s=2e-5, dispatch_base_s=1e-5, combine_floor_s=3e-5, combine_base_s=2e-5)
+NEAR = AllToAll(Line(2e-5, 1e-5, 5e11), Line(3e-5, 2e-5, 4e11))
+WIDE = AllToAll(Line(4e-5, 3e-5, 3e11), Line(5e-5, 4e-5, 2e11))
+LINK = Link("link", 1e12, 0.5, 1e-6, near=NEAR, wide=WIDE)
 CHIP = Chip(
     name="chip",
     is_gpu=True,
@@ -35,6 +37,7 @@ CHIP = Chip(
     flops={Precision.NVFP4: 4e15, Precision.FP8: 2e15, Precision.BF16: 1e15},
     memory_efficiency=0.5,
     matmul_efficiency={Precision.NVFP4: 0.5, Precision.FP8: 0.5, Precision.BF16: 0.5},
+    expert_efficiency={Precision.NVFP4: 0.25, Precision.FP8: 0.25, Precision.BF16: 0.25},
     attention_efficiency=0.5,
     attention_floor_s=2e-6,
     ffn_floor_s=1e-6,
@@ -73,7 +76,7 @@ LATENT = replace(SHAPE, latent=Latent(query_rank=1024, kv_rank=512, nope_dim=128
 def machine(shape: ModelShape = SHAPE, **fields: object) -> Machine:
     hardware = HardwareConfig(**{"chip": "chip", "group_nodes": 8, "ffn_chips": 0, **fields})  # pyright: ignore[reportArgumentType]
     other = FAST if hardware.ffn_chip else None
-    return Machine(shape, hardware, CHIP, PRACTICE, other, COUPLING if other else None)
+    return Machine(shape, hardware, CHIP, PRACTICE, other, COUPLING if other else None, acceptance=hardware.acceptance or 0.7)
 
 
 def two_halves(mode: DecodeMode, **fields: object) -> Machine:
@@ -110,23 +113,36 @@ def test_the_weights_of_experts_that_are_hit_are_read_at_the_reached_rate() -> N
 
 def test_many_tokens_are_bound_by_multiplying() -> None:
     flops = 2 * 4 * 1.1 * 3 * 4096 * 2048 * (8 * 100_000)
-    assert isclose(expert_seconds(machine(), 100_000), flops / (8 * 2e15 * 0.5))
+    assert isclose(expert_seconds(machine(), 100_000), flops / (8 * 2e15 * 0.25))
     # Twice the rate with half the bits.
     fp4 = machine(weights=Precision.NVFP4, activations=Precision.NVFP4)
     assert isclose(expert_seconds(fp4, 100_000) * 2, expert_seconds(machine(), 100_000))
 
 
+def test_matrices_that_every_token_meets_are_multiplied_at_their_own_share() -> None:
+    # One chip, FP8, half of its rate: attention's projections of ten layers, and two microseconds of kernels for each.
+    flops = 2 * 4096 * 128 * 2 * (32 + 8) * 100_000
+    assert isclose(attention_layers_seconds(machine(), 100_000), 10 * (flops / (2e15 * 0.5) + 2e-6))
+
+
 def test_an_all_to_all_has_a_floor_and_then_a_straight_line() -> None:
     assert exchange_seconds(machine(), 1) == 2e-5 + 3e-5
     copies = 1000 * 4 * 4096
-    assert isclose(exchange_seconds(machine(), 1000), 1e-5 + copies / 5e11 + 2e-5 + 2 * copies / 5e11)
+    assert isclose(exchange_seconds(machine(), 1000), 1e-5 + copies / 5e11 + 2e-5 + 2 * copies / 4e11)
     assert exchange_seconds(machine(group_nodes=1), 1000) == 0.0
+
+
+def test_an_all_to_all_takes_longer_in_larger_groups_by_their_logarithm() -> None:
+    floors = [exchange_seconds(machine(group_nodes=nodes), 1) for nodes in (2, 8, 16, 32, 64, 128)]
+    # 50 us among 8 and fewer, 90 us among 64 and more, a third of the difference for each doubling between.
+    assert [round(floor * 1e6, 3) for floor in floors] == [50, 50, 63.333, 76.667, 90, 90]
 
 
 def test_activations_cross_to_the_other_half_once_or_to_each_expert_if_it_is_made_of_gpus() -> None:
     node = two_halves(DecodeMode.AFD)
     assert isclose(hop_seconds(node, 1000), 1e-6 + 1000 * 4096 * 1.5 / 5e11)
-    assert isclose(hop_seconds(replace(node, ffn_chip=CHIP), 1000), exchange_seconds(machine(), 1000) / 2)
+    # Eight GPUs that attend and 32 that hold the FFNs are a group of 40.
+    assert isclose(hop_seconds(replace(node, ffn_chip=CHIP), 1000), exchange_seconds(machine(group_nodes=40), 1000) / 2)
 
 
 def test_an_all_reduce_is_a_ring() -> None:

@@ -39,6 +39,9 @@ def test_every_assumption_has_a_range_and_a_reason() -> None:
     assert [assumption.name for assumption in CATALOG.assumptions if assumption.low == assumption.high] == []
     named = {assumption.name for assumption in CATALOG.assumptions}
     assert named >= {"lp30.tdp_w", "lp30.owner_usd_per_hour", "lpx.link_bytes_per_s", "cmx.bytes_per_s"}
+    # Estimates of prices differ, and nobody has measured Rubin.
+    assert named >= {f"{chip}.owner_usd_per_hour" for chip in ("vr200", "gb300", "gb200", "h200")}
+    assert {name for name in CATALOG.names if name.startswith("rubin.")} <= named
 
 
 def test_every_chip_can_be_built() -> None:
@@ -50,6 +53,58 @@ def test_every_chip_can_be_built() -> None:
     storage = chips["vr200"].storage
     assert storage is not None
     assert storage.name == "cmx"
+
+
+def test_memory_beside_a_chip_has_a_capacity_and_a_network_has_none() -> None:
+    vr200, h200 = CATALOG.chip("vr200"), CATALOG.chip("h200")
+    assert vr200.host is not None
+    assert vr200.storage is not None
+    assert h200.host is not None
+    assert (vr200.host.capacity_bytes, vr200.storage.capacity_bytes, h200.host.capacity_bytes) == (750e9, 16e12, 250e9)
+    assert vr200.scale_up.capacity_bytes == 0.0
+
+
+def test_experts_have_their_own_efficiency_where_their_chips_practice_names_one() -> None:
+    gb200, lp30 = CATALOG.chip("gb200"), CATALOG.chip("lp30")
+    for precision, own in ((Precision.NVFP4, "nvfp4_"), (Precision.FP8, ""), (Precision.BF16, "")):
+        assert gb200.matmul_efficiency[precision] == CATALOG.number(f"blackwell.{own}matmul_efficiency")
+        assert gb200.expert_efficiency[precision] == CATALOG.number(f"blackwell.{own}expert_efficiency")
+    assert lp30.expert_efficiency == lp30.matmul_efficiency
+
+
+def test_the_lpx_fabric_is_as_quick_as_published_for_each_number_of_chips() -> None:
+    # Gigabytes of reachable memory, half of one a chip, and microseconds: Hot Chips 2026.
+    published = {8: 0.35, 64: 0.75, 128: 1.15, 384: 1.60, 640: 2.05, 896: 2.50, 1152: 2.95}
+    for size, microseconds in published.items():
+        latency_s = CATALOG.chip("lp30", 2 * size).scale_up.latency_s
+        assert latency_s == pytest.approx(microseconds * 1e-6, rel=0.04)
+        assert CATALOG.chip("lp30", 2 * size).ffn_floor_s == pytest.approx(latency_s * CATALOG.number("lpx.ffn_hops"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "dispatch", "combine"),
+    [
+        *((8, 64, 22.3, 34.1), (8, 256, 50.8, 53.0), (8, 2048, 311.8, 322.6), (16, 256, 54.8, 57.0)),
+        *((32, 256, 61.5, 59.7), (32, 2048, 373.7, 369.5), (64, 1024, 209.4, 199.2), (64, 2048, 399.2, 372.1)),
+    ],
+)
+def test_an_all_to_all_on_nvlink_5_takes_what_was_measured(ranks: int, tokens: int, dispatch: float, combine: float) -> None:
+    # Microseconds for tokens to 8 experts of hidden 7168 in BF16: TensorRT-LLM's blog 18.
+    size = tokens * 8 * 7168 * 2
+    seconds = CATALOG.link("nvlink5").all_to_all_seconds(ranks, size, size)
+    assert seconds == pytest.approx((dispatch + combine) * 1e-6, rel=0.05)
+
+
+def test_nvlink_6_takes_nvlink_5s_all_to_all_at_its_own_rate() -> None:
+    def seconds(link: str, size: float, **numbers: float) -> float:
+        return Catalog.load(numbers).link(link).all_to_all_seconds(8, size, size)
+
+    assert seconds("nvlink6", 2e9) - seconds("nvlink6", 1e9) == pytest.approx(
+        (seconds("nvlink5", 2e9) - seconds("nvlink5", 1e9)) / 2
+    )
+    assert seconds("nvlink6", 0.0) == seconds("nvlink5", 0.0)
+    assert seconds("nvlink6", 0.0, **{"nvlink6.exchange_time": 0.5}) == pytest.approx(seconds("nvlink5", 0.0) / 2)
+    assert seconds("nvlink6", 1e9, **{"nvlink6.efficiency": 0.85}) < seconds("nvlink6", 1e9)
 
 
 def test_any_number_can_be_overridden() -> None:
@@ -148,12 +203,34 @@ def test_windows_come_by_layer_or_for_the_upper_layers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "windowed"),
+    [
+        # Gemma 3 27B: every sixth of 62 layers sees everything, by its own word or by its family's.
+        ({"num_hidden_layers": 62, "sliding_window_pattern": 6}, 52),
+        ({"num_hidden_layers": 62, "model_type": "gemma3_text"}, 52),
+        # gpt-oss: the second of each two.
+        ({"num_hidden_layers": 36, "model_type": "gpt_oss"}, 18),
+        ({"num_hidden_layers": 36, "model_type": "mistral"}, 36),
+    ],
+)
+def test_windows_come_by_a_pattern_where_layers_are_not_listed(fields: dict[str, object], windowed: int) -> None:
+    shape = shape_of("m", {**LLAMA, "sliding_window": 7, **fields})
+    assert (shape.windowed_layers, shape.window_tokens) == (windowed, 7)
+
+
+@pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"vocab_size": "many"}, "vocab_size: must be a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: must be 1 or more"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: the cost of 'linear_attention' is not known"),
+        ({"model_type": 3, "sliding_window": 7}, "model_type: must be a text"),
+        # DeepSeek-V3.2, Qwen3-Next and Llama 4, whose layers would be counted as if they were all alike.
+        ({"index_topk": 2048}, "index_topk: the cost of attention to chosen tokens only is not known"),
+        ({"full_attention_interval": 4}, "full_attention_interval: the cost of linear attention .* is not known"),
+        ({"interleave_moe_layer_step": 2}, "interleave_moe_layer_step: the cost of dense FFNs .* is not known"),
+        ({"intermediate_size_mlp": 16384}, "intermediate_size_mlp: the cost of dense FFNs .* is not known"),
         ({"layer_types": ["full_attention"]}, r"layer_types: must have an entry a layer \(2\), has 1"),
         ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok: must be at most the number of experts \(4\), is 5"),
     ],

@@ -15,7 +15,9 @@ from orchestrator.core.config import (
     ModelConfig,
     PoolConfig,
     Precision,
+    SchedulerConfig,
 )
+from orchestrator.core.costs import step_seconds
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import machine_of, resolve
@@ -100,10 +102,64 @@ def test_assumptions_are_those_of_the_chips_and_the_mode() -> None:
     def names(hardware: HardwareConfig) -> set[str]:
         return set(resolve(cluster(hardware), CATALOG).hardware[POOL].assumptions)
 
-    assert "vr200.kw" in names(RUBIN)
+    assert names(RUBIN) >= {"vr200.kw", "rubin.nvfp4_expert_efficiency", "nvlink6.exchange_time"}
+    assert "rubin.expert_efficiency" not in names(RUBIN)
     assert "lp30.tdp_w" not in names(RUBIN)
     assert names(WITH_LPX) >= {"lp30.tdp_w", "lpx.link_latency_s"}
     assert "lpx.draft_layers" in names(replace(WITH_LPX, mode=DecodeMode.DRAFTER)) - names(WITH_LPX)
+    # Experts on LPX, all of decode there: what the GPUs' part would be is not asked.
+    assert "rubin.nvfp4_expert_efficiency" not in names(WITH_LPX)
+    whole = names(replace(WITH_LPX, mode=DecodeMode.WHOLE, ffn_chips=4096))
+    assert not any(name.startswith(("rubin.", "vr200.")) for name in whole)
+    assert "lp30.domain_chips" not in whole
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name"),
+    [
+        (replace(RUBIN, draft_tokens=2), "practice.acceptance"),
+        (replace(WITH_LPX, mode=DecodeMode.DRAFTER, draft_tokens=2), "lpx.acceptance"),
+    ],
+)
+def test_the_chance_that_a_draft_is_accepted_is_an_assumption_of_pools_that_draft(hardware: HardwareConfig, name: str) -> None:
+    def tokens_per_pass(hardware: HardwareConfig, catalog: Catalog) -> float:
+        return resolve(cluster(hardware), catalog).config.pools[0].profile.tokens_per_pass
+
+    def assumed(hardware: HardwareConfig) -> list[str]:
+        names = resolve(cluster(hardware), CATALOG).hardware[POOL].assumptions
+        return [name for name in names if name.endswith(".acceptance")]
+
+    assert assumed(hardware) == [name]
+    assert tokens_per_pass(hardware, Catalog.load({name: 0.5})) == 1.75
+    assert tokens_per_pass(hardware, CATALOG) != 1.75
+    # A pool's own number counts, and a resolved pool still has none of its own.
+    assert tokens_per_pass(replace(hardware, acceptance=0.5), CATALOG) == 1.75
+    assert assumed(replace(hardware, acceptance=0.5)) == assumed(replace(hardware, draft_tokens=0)) == []
+    assert resolve(cluster(hardware), CATALOG).config.pools[0].hardware.acceptance is None
+    with pytest.raises(ConfigError, match=r"^pools\[0\]\.hardware\.acceptance: must be in \[0, 1\), is 1\.0"):
+        tokens_per_pass(hardware, Catalog.load({name: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "hardware", "prompt_tokens", "published", "high"),
+    [
+        # SGLang: DeepSeek-V3's prompts on eight GB200, tokens/s a GPU.
+        ("deepseek-v3", HardwareConfig(chip="gb200", group_nodes=8, kv=Precision.BF16), 2000, 18_471, 1.03),
+        ("deepseek-v3", replace(RUBIN, chip="gb200"), 2000, 26_156, 1.03),
+        # TensorRT-LLM: prompts of a 70B dense model beside their 128 tokens of output each; without those it takes more.
+        ("llama-3.1-70b", HardwareConfig(chip="h200"), 2048, 7_072, 1.2),
+        ("llama-3.1-70b", replace(RUBIN, chip="gb200", group_nodes=1), 2048, 23_200, 1.2),
+    ],
+)
+def test_prompts_take_what_the_efficiencies_were_fitted_to(
+    shape: str, hardware: HardwareConfig, prompt_tokens: int, published: float, high: float
+) -> None:
+    config = cluster(hardware, shape)
+    pool = replace(config.pools[0], scheduler=SchedulerConfig(step_tokens_max=16384))
+    profile = resolve(replace(config, pools=(pool,)), CATALOG).config.pools[0].profile
+    prompts = 16384 // prompt_tokens
+    rate = prompts * prompt_tokens / step_seconds(profile, [(prompt_tokens, 0)] * prompts, 0, 0)
+    assert 0.97 <= rate / published <= high
 
 
 @pytest.mark.parametrize(
