@@ -1,6 +1,7 @@
 """Writes a configuration as a cluster file: only what differs from the defaults, in the order of the known tables."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import StrEnum
@@ -8,10 +9,13 @@ from typing import Any
 
 from orchestrator.core.config import ClusterConfig
 
+#: Characters that TOML has in no comment; a line's end would end it.
+_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
 
 def cluster_text(config: ClusterConfig, comments: Sequence[str], notes: Mapping[str, str]) -> str:
     """Return a cluster file that reads back as `config`; `comments` stand at its top, `notes` under a table's heading."""
-    head = [f"# {line}".rstrip() for line in comments]
+    head = [f"# {_CONTROLS.sub(' ', line)}".rstrip() for line in comments]
     return "\n".join([*head, *_table(config, "", notes)]) + "\n"
 
 
@@ -58,7 +62,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, StrEnum | str):
-        return json.dumps(str(value))
+        return _text(str(value))
     if isinstance(value, tuple):
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, Mapping):
@@ -67,4 +71,9 @@ def _literal(value: Any) -> str:
 
 
 def _key(key: str) -> str:
-    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else _text(key)
+
+
+def _text(text: str) -> str:
+    """Return a quoted text: as JSON has it, but that TOML knows no surrogates and wants a delete escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -135,9 +135,7 @@ def _with_status(total: int, work: Callable[[Callable[[float], None]], Any]) -> 
 def run_plan(options: argparse.Namespace) -> int:
     """Find a plan, tell it, and return 0; 1 if there is none. Raises `UnusableInput` and `TraceError`."""
     catalog = _catalog(options)
-    for path in (options.out, options.json, options.report):
-        if path is not None and not path.parent.is_dir():
-            raise UnusableInput(f"{path}: {path.parent} is no folder")
+    _check_places(options)
     model = _model(options.model, catalog)
     workload = read_workload(
         options.trace, options.limit or (QUICK_REQUESTS_MAX if options.quick else REQUESTS_MAX), options.seed
@@ -159,6 +157,16 @@ def run_plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_places(options: argparse.Namespace) -> None:
+    """See now, not after minutes, that there is somewhere to write to."""
+    for flag in ("out", "json", "report"):
+        path = getattr(options, flag)
+        if path is not None and path.is_dir():
+            raise UnusableInput(f"--{flag} {path}: is a folder; give a file in it")
+        if path is not None and not path.parent.is_dir():
+            raise UnusableInput(f"--{flag} {path}: {path.parent} is no folder")
+
+
 def _catalog(options: argparse.Namespace) -> Catalog:
     catalog = Catalog.load()
     numbers: Mapping[str, float] = parse_overrides(options.set, catalog.names, None).numbers
@@ -174,12 +182,12 @@ def _model(name: str, catalog: Catalog) -> ModelConfig:
         catalog.shape(name)
     except CatalogError as error:
         raise UnusableInput(f"--model {error}") from None
-    built_in = name in catalog.shapes
-    return ModelConfig(path="" if built_in else _folder(Path(name)), aliases=("*",), shape=name if built_in else "")
-
-
-def _folder(path: Path) -> str:
-    return str((path if path.is_dir() else path.parent).resolve())
+    if name in catalog.shapes:
+        return ModelConfig(aliases=("*",), shape=name)
+    path = Path(name).resolve()
+    if not path.is_dir() and path.name != "config.json":
+        return ModelConfig(aliases=("*",), shape=str(path))
+    return ModelConfig(path=str(path if path.is_dir() else path.parent), aliases=("*",))
 
 
 def _check_contexts(turns: Sequence[TracedTurn], model: str, catalog: Catalog) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 
 from deploy.charts import Table
 from orchestrator.profiles.catalog import Catalog
+from orchestrator.profiles.resolve import acceptance_of
 from orchestrator.sim.plan_goal import Slo
 from orchestrator.sim.plan_measure import Measured
 from orchestrator.sim.planner import Answer, Question
@@ -59,7 +60,8 @@ def front_table(told: Told) -> Table:
     percent = f"p{100 * told.question.slo.percentile:g}"
     headers = ["plan", "USD/h", "", "kW", "GPUs", f"TTFT {percent}", f"ITL {percent}", "goodput", "out tokens/USD", "hits", ""]
     front = told.answer.front
-    dearest = max((one.price.usd_per_hour for one in front), default=1.0)
+    # Chips that cost nothing may be planned with too.
+    dearest = max((one.price.usd_per_hour for one in front), default=1.0) or 1.0
     return Table(headers, [_row(told, one, dearest) for one in front])
 
 
@@ -121,7 +123,8 @@ def reasons(told: Told) -> list[str]:
     )
     drafting = [pool.hardware for pool in pick.plan.pools if pool.hardware.draft_tokens]
     if drafting:
-        lines.append(f"Each drafted token is taken to be accepted with a chance of {drafting[0].acceptance:g}: measure yours.")
+        chance = acceptance_of(drafting[0], told.catalog)
+        lines.append(f"Each drafted token is taken to be accepted with a chance of {chance:g}: measure yours.")
     if pick.assumptions:
         lines.append(f"It rests on {len(pick.assumptions)} unpublished numbers: {', '.join(pick.assumptions)}.")
     return lines
@@ -135,9 +138,12 @@ def _used(slo: Slo, one: Measured) -> str:
 
 
 def _beside(pick: Measured, other: Measured) -> str:
-    dearer = other.price.usd_per_hour / pick.price.usd_per_hour - 1
+    more = other.price.usd_per_hour - pick.price.usd_per_hour
+    dearer = f"{100 * more / pick.price.usd_per_hour:.1f} %" if pick.price.usd_per_hour else f"{more:.2f} USD/h"
+    if not pick.itl_s:  # No answer had a second token.
+        return f"{dearer} dearer"
     faster = 1 - other.itl_s / pick.itl_s
-    return f"{100 * dearer:.1f} % dearer, ITL {abs(100 * faster):.0f} % {'shorter' if faster >= 0 else 'longer'}"
+    return f"{dearer} dearer, ITL {abs(100 * faster):.0f} % {'shorter' if faster >= 0 else 'longer'}"
 
 
 def _miss(slo: Slo, one: Measured) -> str:

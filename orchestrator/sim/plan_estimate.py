@@ -142,7 +142,8 @@ class Estimator:
         """Return how a node of the pool generates its share of the tokens."""
         rate = self._demand.output_tokens_per_s / pool.nodes
         chunks = self._chunks(pool, held) if pool.kind is PoolKind.AGGREGATED else []
-        limit = min(SEQUENCES_MAX, size.kv_tokens / self._demand.context_tokens)
+        # A trace without answers has no context of generated tokens.
+        limit = min(SEQUENCES_MAX, size.kv_tokens / max(self._demand.context_tokens, 1.0))
         running = 0.0
         for _ in range(ROUNDS):
             mean_s = self._step(size.profile, running, chunks, None)
@@ -192,10 +193,12 @@ class Estimator:
         if percentile is None:
             return 1.0 / steps
         seen = plain_rate
+        if seen >= percentile * steps:
+            return plain_s
         for seconds, rate in mixed:
-            if seen >= percentile * steps:
-                return max(plain_s, seconds) if seen > plain_rate else plain_s
             seen += rate
+            if seen >= percentile * steps:
+                return max(plain_s, seconds)
         return mixed[-1][0]
 
     def prefilling(self, pool: PoolPlan, size: Sizing, held: Held, decoding: Decoding) -> Prefilling | Reason:

@@ -1,6 +1,7 @@
 """Turns plans into clusters that can be simulated, and simulated runs into what plans are chosen by."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from orchestrator.core.config import ClusterConfig, ConfigError, LimitsConfig, ModelConfig
 from orchestrator.core.types import PoolKind, PoolName
@@ -107,7 +108,7 @@ def measured(plan: Plan, resolved: Resolved, outcome: Outcome, slo: Slo) -> Meas
 
 def _percentile(ordered: list[float], share: float) -> float:
     """Return the least value that at least `share` of the values do not exceed; 0.0 of nothing."""
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+    return ordered[max(ceil(share * len(ordered)), 1) - 1] if ordered else 0.0
 
 
 def _within(request: Served, slo: Slo) -> bool:

@@ -111,7 +111,7 @@ class Planner:
             estimate = estimator.estimate(plan)
             if not isinstance(estimate, Reason) and plan not in self._measured and self._promises(estimate, best):
                 promising.append(estimate)
-        promising.sort(key=lambda one: (one.price.usd_per_hour, self._question.slo.excess(one.ttft_s, one.itl_s), str(one.plan)))
+        promising.sort(key=self._rank_of_cheaper if self._reaches(best) else self._rank_of_faster)
         self._simulate([estimate.plan for estimate in promising[: self._effort.neighbours]])
         return min(self._affordable(), key=self._rank) is not best
 
@@ -123,6 +123,12 @@ class Planner:
         if self._reaches(best):
             return estimate.price.usd_per_hour <= best.price.usd_per_hour and excess <= PROMISING
         return excess <= max(PROMISING, self._excess(best))
+
+    def _rank_of_cheaper(self, estimate: Estimate) -> tuple[float, float, str]:
+        return estimate.price.usd_per_hour, self._question.slo.excess(estimate.ttft_s, estimate.itl_s), str(estimate.plan)
+
+    def _rank_of_faster(self, estimate: Estimate) -> tuple[float, float, str]:
+        return self._question.slo.excess(estimate.ttft_s, estimate.itl_s), estimate.price.usd_per_hour, str(estimate.plan)
 
     def _affordable(self) -> list[Measured]:
         return [one for one in self._measured.values() if self._question.budget.allows(one.price)]
@@ -148,7 +154,7 @@ class Planner:
         for factor in LOOSER if not self._affordable() else ():
             loose = replace(slo, ttft_s=slo.ttft_s * factor, itl_s=slo.itl_s * factor)
             kept = self._sweep(loose, self._question.budget).kept
-            kept.sort(key=lambda one: (slo.excess(one.ttft_s, one.itl_s), one.price.usd_per_hour, str(one.plan)))
+            kept.sort(key=self._rank_of_faster)
             self._simulate([one.plan for one in kept[:NEAREST_MEASURED]])
             if kept:
                 break
@@ -158,7 +164,8 @@ class Planner:
         """Return the plan that reaches all and is over the budget by least; None if no money helps."""
         if self._question.budget == Budget():
             return None
-        kept = self._sweep(self._question.slo, Budget()).kept
+        # What is within the budget was looked at before.
+        kept = [one for one in self._sweep(self._question.slo, Budget()).kept if not self._question.budget.allows(one.price)]
         kept.sort(key=lambda one: (self._question.budget.excess(one.price), one.price.usd_per_hour, str(one.plan)))
         self._simulate([one.plan for one in kept[:NEAREST_MEASURED]])
         reaching = [one for one in self._measured.values() if self._reaches(one)]
@@ -173,7 +180,7 @@ class Planner:
         return Answer(
             pick=pick,
             runner_up=next((one for one in reaching[1:] if one.price != reaching[0].price), None),
-            near_miss=min(cheaper, key=lambda one: (self._excess(one), str(one.plan)), default=None),
+            near_miss=min(cheaper, key=self._rank, default=None),
             closest=closest,
             affordable_at=affordable_at,
             measured=every,
