@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(problem), UNUSABLE)
     except (FleetFailed, SimulationFailed, StatusUnreachable) as problem:
         return _fail(str(problem), FAILED)
+    except BrokenPipeError:  # whoever read the output has read enough; nothing is to be said at the interpreter's end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         return _fail("interrupted", FAILED)
 

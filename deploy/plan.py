@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (%(default)s)")
     parser.add_argument("--jobs", type=count, metavar="N", help="processes at most (as many as cores, for large traces)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the pick as a cluster file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found as JSON")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all that was found as JSON; - for standard output, then no table"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with charts, such as plan.html")
     parser.set_defaults(run=run_plan)
 
@@ -144,10 +147,11 @@ def run_plan(options: argparse.Namespace) -> int:
     question = Question(options.slo, options.budget, _choices(options, catalog))
     builder = Builder(catalog, model, workload.turns[0].block_tokens or BLOCK_TOKENS)
     answer = _Task(question, workload, builder, options).answer()
-    told = Told(" ".join(["weft", *sys.argv[1:]]), question, answer, workload.notes, catalog)
-    print_answer(told)
+    told = Told(shlex.join(["weft", *sys.argv[1:]]), question, answer, workload.notes, catalog)
     if options.json is not None:
         _write(options.json, json.dumps(as_json(told), indent=2) + "\n")
+    if options.json != Path("-"):
+        print_answer(told)
     if options.report is not None:
         _write(options.report, write_plan_report(told))
     if answer.pick is None:
@@ -226,6 +230,9 @@ def _cluster_file(builder: Builder, told: Told, pick: Measured) -> str:
 
 
 def _write(path: Path, text: str) -> None:
+    if path == Path("-"):
+        print(text, end="")
+        return
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

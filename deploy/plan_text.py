@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from deploy.charts import Table
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import acceptance_of
-from orchestrator.sim.plan_goal import Slo
+from orchestrator.sim.plan_goal import Budget, Slo
 from orchestrator.sim.plan_measure import Measured
 from orchestrator.sim.planner import Answer, Question
 
@@ -156,7 +156,9 @@ def _miss(slo: Slo, one: Measured) -> str:
 def shortfalls(told: Told) -> list[str]:
     """Return what would have to change for there to be a plan."""
     slo, answer = told.question.slo, told.answer
-    lines = [f"No plan within the budget keeps TTFT {slo.ttft_s:g} s and ITL {slo.itl_s:g} s at p{100 * slo.percentile:g}."]
+    budgeted = told.question.budget != Budget()
+    within = " within the budget" if budgeted else ""
+    lines = [f"No plan{within} keeps TTFT {slo.ttft_s:g} s and ITL {slo.itl_s:g} s at p{100 * slo.percentile:g}."]
     if answer.affordable_at is not None:
         one = answer.affordable_at
         needs = [
@@ -165,12 +167,13 @@ def shortfalls(told: Told) -> list[str]:
             if isfinite(getattr(told.question.budget, key))
         ]
         lines.append(f"It needs at least {' and '.join(needs)}: {one.plan}.")
-    else:
+    elif budgeted:
         lines.append("No larger budget was found to help.")
     if answer.closest is not None:
         one = answer.closest
         failing = f", {one.failed} requests fail" if one.failed else ""
-        lines.append(f"Within the budget: TTFT {one.ttft_s:.3g} s and ITL {one.itl_s:.3g} s{failing} with {one.plan}.")
+        where = "Within the budget" if budgeted else "Nearest"
+        lines.append(f"{where}: TTFT {one.ttft_s:.3g} s and ITL {one.itl_s:.3g} s{failing} with {one.plan}.")
     return lines
 
 
@@ -179,7 +182,13 @@ def as_json(told: Told) -> dict[str, Any]:
     answer = told.answer
     single = {
         name: None if one is None else told.number(one)
-        for name, one in (("pick", answer.pick), ("runner_up", answer.runner_up), ("near_miss", answer.near_miss))
+        for name, one in (
+            ("pick", answer.pick),
+            ("runner_up", answer.runner_up),
+            ("near_miss", answer.near_miss),
+            ("closest", answer.closest),
+            ("affordable_at", answer.affordable_at),
+        )
     }
     ordered = sorted(answer.measured, key=told.number)
     return {

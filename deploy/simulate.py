@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,7 +166,7 @@ def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resol
     pick = best_of(runs)
     bounds = [] if options.no_bounds else _bound_columns(cases[pick], runs[pick], options.jobs)
     simulation = Simulation(
-        command=" ".join(["weft", *sys.argv[1:]]),
+        command=shlex.join(["weft", *sys.argv[1:]]),
         cluster=config,
         catalog=catalog,
         pick=cases[pick],

@@ -21,6 +21,8 @@ from orchestrator.profiles.model_config import ShapeError, shape_of
 _FOLDER = Path(__file__).parent
 _PUBLISHED = {"value", "unit", "source"}
 _ASSUMED = {"value", "low", "high", "unit", "why"}
+#: Units of what something is divided by: never 0.
+_DIVISORS = {"B", "B/s", "FLOP/s", "chips", "ratio", "share"}
 
 
 class CatalogError(ValueError):
@@ -211,8 +213,9 @@ class Catalog:
 
     def _replaced(self, name: str, value: float) -> Number | Assumption:
         self.number(name)
-        if not isfinite(value) or value < 0:
-            raise CatalogError(f"{name}: must be a number of 0 or more, is {value}")
+        divides = self._numbers[name].unit in _DIVISORS
+        if not isfinite(value) or value < 0 or (divides and value == 0):
+            raise CatalogError(f"{name}: must be a number {'over 0' if divides else 'of 0 or more'}, is {value}")
         source = {} if isinstance(self._numbers[name], Assumption) else {"source": "overridden"}
         return replace(self._numbers[name], value=float(value), **source)
 

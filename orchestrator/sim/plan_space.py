@@ -171,8 +171,10 @@ def _plain(choices: Choices, drafts: Iterable[int]) -> Iterator[HardwareConfig]:
 
 
 def _spreads(domain: int) -> Iterator[tuple[int, int]]:
-    """Yield (chips of a node, nodes of a group) that fit one fast network."""
-    yield from ((chips, group) for chips, group in product(CHIPS, GROUPS) if chips * group <= domain)
+    """Yield (chips of a node, nodes of a group): within one fast network, or some whole networks."""
+    for chips, group in product(CHIPS, GROUPS):
+        if chips * group <= domain or (1 < domain == chips and chips * group <= GROUPS[-1]):
+            yield chips, group
 
 
 def _split(choices: Choices) -> Iterator[HardwareConfig]:

@@ -79,10 +79,13 @@ class Planner:
         self._measure = measure
         self._effort = effort
         self._measured: dict[Plan, Measured] = {}
+        #: Plans within the budget whose prediction is good enough, or nearly.
+        self._kept: Sequence[Estimate] = ()
 
     def search(self) -> Answer:
         """Return the best plan and what stands beside it."""
         swept = self._sweep(self._question.slo, self._question.budget)
+        self._kept = swept.kept
         self._simulate([estimate.plan for estimate in shortlist(swept.kept, self._question.slo, self._effort.shortlist)])
         for _ in range(self._effort.rounds):
             if not self._improve():
@@ -100,17 +103,18 @@ class Planner:
             self._measured.update(zip(new, self._measure(new), strict=True))
 
     def _improve(self) -> bool:
-        """Simulate the best plan's most promising neighbours; tell whether one of them is better."""
+        """Simulate what promises to be better than the best plan, its neighbours above all; tell whether something is."""
         affordable = self._affordable()
         if not affordable:
             return False
         best = min(affordable, key=self._rank)
         estimator = Estimator(self._demand, self._sizer, self._question.slo.percentile)
-        promising: list[Estimate] = []
-        for plan in neighbours(best.plan, self._question.choices):
-            estimate = estimator.estimate(plan)
-            if not isinstance(estimate, Reason) and plan not in self._measured and self._promises(estimate, best):
-                promising.append(estimate)
+        beside = map(estimator.estimate, neighbours(best.plan, self._question.choices))
+        # What is cheaper than a plan that reaches all is tried wherever it is.
+        looked_at = {
+            one.plan: one for one in (*(self._kept if self._reaches(best) else ()), *beside) if not isinstance(one, Reason)
+        }
+        promising = [one for plan, one in looked_at.items() if plan not in self._measured and self._promises(one, best)]
         promising.sort(key=self._rank_of_cheaper if self._reaches(best) else self._rank_of_faster)
         self._simulate([estimate.plan for estimate in promising[: self._effort.neighbours]])
         return min(self._affordable(), key=self._rank) is not best
@@ -190,8 +194,12 @@ class Planner:
 
 
 def front_of(measured: Sequence[Measured]) -> tuple[Measured, ...]:
-    """Return the plans that no other beats in price, times and goodput together, the cheapest first."""
-    front = [one for one in measured if not any(_beats(other, one) for other in measured)]
+    """Return the plans that no other beats in price, times and goodput together, the cheapest first.
+
+    A plan that loses requests has no times to compare and is not among them.
+    """
+    whole = [one for one in measured if not one.failed]
+    front = [one for one in whole if not any(_beats(other, one) for other in whole)]
     return tuple(sorted(front, key=lambda one: (one.price.usd_per_hour, one.itl_s, str(one.plan))))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -66,6 +68,17 @@ def test_nobody_at_an_address_ends_with_1(capsys: pytest.CaptureFixture[str]) ->
         code, out, err = run(capsys, *arguments)
         assert (code, out, err.count("\n")) == (1, "", 1)
         assert "127.0.0.1:1" in err
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_read_enough_is_not_complained_about() -> None:
+    command = [sys.executable, "-c", "from deploy.cli import main; raise SystemExit(main())", "simulate", "--assumptions"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

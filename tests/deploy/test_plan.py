@@ -195,6 +195,30 @@ def test_the_cluster_file_reaches_in_a_simulation_what_the_plan_says(capsys: pyt
 
 
 @pytest.mark.slow
+def test_a_larger_budget_never_makes_the_pick_dearer(capsys: pytest.CaptureFixture[str]) -> None:
+    # The cheapest chip just keeps these limits, by less than its prediction leaves in hand: it is found with more to spend too.
+    flags = ("--model", "gpt-oss-120b", "--slo", "ttft=5,itl=0.0022", "--chips", "gb200,vr200", "--quick", "--json", "-")
+    prices = []
+    for gpus in (1, 4, 100):
+        _, out, _ = weft(capsys, "plan", "--trace", AGENT_SESSION, "--limit", 6, "--budget", f"gpus={gpus}", *flags)
+        found = json.loads(out)
+        prices.append(next(plan for plan in found["plans"] if plan["number"] == found["pick"])["price"]["usd_per_hour"])
+    assert prices == [prices[0]] * 3
+
+
+@pytest.mark.slow
+def test_a_larger_budget_never_makes_the_pick_dearer(capsys: pytest.CaptureFixture[str]) -> None:
+    # The cheapest chip just keeps these limits, by less than its prediction leaves in hand: it is found with more to spend too.
+    flags = ("--model", "gpt-oss-120b", "--slo", "ttft=5,itl=0.0022", "--chips", "gb200,vr200", "--quick", "--json", "-")
+    prices = []
+    for gpus in (1, 4, 100):
+        _, out, _ = weft(capsys, "plan", "--trace", AGENT_SESSION, "--limit", 6, "--budget", f"gpus={gpus}", *flags)
+        found = json.loads(out)
+        prices.append(next(plan for plan in found["plans"] if plan["number"] == found["pick"])["price"]["usd_per_hour"])
+    assert prices == [prices[0]] * 3
+
+
+@pytest.mark.slow
 def test_a_cluster_of_several_nodes_is_simulated_with_the_same_router(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     # Chips that share no network are a node each, and it takes several: where a turn goes decides what it finds in a cache.
     trace = ("--trace", MIX, "--limit", 100, "--set", "h200.domain_chips=1")
@@ -217,12 +241,12 @@ def test_a_model_that_fits_nowhere_ends_with_1_and_says_so(capsys: pytest.Captur
     places = ("--out", tmp_path / "c.toml", "--json", tmp_path / "p.json", "--report", tmp_path / "p.html")
     code, out, _ = planned(capsys, "--weights", "nvfp4", *places)
     assert code == 1
-    assert "No plan within the budget keeps TTFT 5 s and ITL 0.05 s at p90.\nNo larger budget was found to help.\n" in out
+    assert "No plan keeps TTFT 5 s and ITL 0.05 s at p90.\n" in out
     assert "model does not fit the chips" in out
     # What was found is written, but there is no cluster to write.
     found = json.loads((tmp_path / "p.json").read_text())
     assert (found["pick"], found["runner_up"], found["near_miss"], found["plans"], found["front"]) == (None, None, None, [], [])
-    assert "No plan within the budget" in (tmp_path / "p.html").read_text()
+    assert "No plan keeps TTFT" in (tmp_path / "p.html").read_text()
     assert not (tmp_path / "c.toml").exists()
 
 
@@ -487,7 +511,8 @@ def test_shortfalls_name_each_limit_of_the_budget_and_never_less_than_is_needed(
     # 2.043 kW are not there yet with 2.04; dollars are not limited.
     assert lines[1].startswith("It needs at least 3 GPUs and 2.05 kW: aggregated 3 x 1 h200, ")
     assert lines[2].startswith("Within the budget: TTFT 1 s and ITL 0.05 s, 2 requests fail with aggregated 1 x 1 h200, ")
-    assert shortfalls(told())[1:] == ["No larger budget was found to help."]
+    assert shortfalls(told(budget=Budget(kw=1.0)))[1:] == ["No larger budget was found to help."]
+    assert shortfalls(told()) == ["No plan keeps TTFT 2 s and ITL 0.04 s at p90."]
 
 
 def test_the_table_says_of_each_plan_why_it_is_not_the_pick(capsys: pytest.CaptureFixture[str]) -> None:

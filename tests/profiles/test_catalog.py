@@ -127,6 +127,7 @@ def test_rental_changes_prices_and_nothing_else() -> None:
         ({"lp30.tdp": 1.0}, r"lp30\.tdp: no such number; near it: lp30\.tdp_w"),
         ({"lp30.tdp_w": -1.0}, r"lp30\.tdp_w: must be a number of 0 or more, is -1\.0"),
         ({"lp30.tdp_w": float("nan")}, r"lp30\.tdp_w: must be a number of 0 or more, is nan"),
+        ({"h200.memory_bytes_per_s": 0.0}, r"h200\.memory_bytes_per_s: must be a number over 0, is 0\.0"),
     ],
 )
 def test_a_wrong_override_is_named(overrides: dict[str, float], problem: str) -> None:
