@@ -56,7 +56,11 @@ def numbers(evidence: Evidence, overrides: Mapping[str, float]) -> dict[str, Any
             **{f"speed, {name}": [asdict(effect) for effect in one.effects] for name, one in evidence.fastest.items()},
             "cost": [asdict(effect) for effect in evidence.cost.effects] if evidence.cost else [],
         },
+        "compared": [{**asdict(one), "holds": one.holds, "factor": one.factor} for one in evidence.compared],
+        "lpx_gains": [asdict(one) for one in evidence.lpx_gains],
+        "free_decode_gains": evidence.free_decode_gains,
         "restoring": [{**asdict(one), "cmx_gain": one.cmx_gain} for one in evidence.restoring],
+        "spared": [{**asdict(one), "stated": one.stated, "ours": one.ours} for one in evidence.spared],
         "assumptions": [asdict(one) for one in evidence.assumptions],
     }
 

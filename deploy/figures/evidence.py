@@ -4,9 +4,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from deploy.figures.cache_claims import cache_claims
 from deploy.figures.checks import Check, check
 from deploy.figures.claims import Claim
+from deploy.figures.cost_claim import (
+    COST_SPEED,
+    COST_WORKLOAD,
+    CostEffects,
+    Ratio,
+    cost_claim,
+    cost_effects,
+    ratios,
+)
 from deploy.figures.fronts import (
+    AGENTIC,
     BATCH,
     CODING,
     GB200,
@@ -23,23 +34,13 @@ from deploy.figures.fronts import (
     layouts,
     sweep,
 )
-from deploy.figures.hardware_claims import (
-    COST_SPEED,
-    COST_WORKLOAD,
-    FAST_SYSTEMS,
-    CostEffects,
-    Fastest,
-    Ratio,
-    cost_claim,
-    cost_effects,
-    fastest,
-    measured_claim,
-    ratios,
-    speed_claim,
-)
-from deploy.figures.session import SessionRun, read_session, run_session
+from deploy.figures.gpu_afd import gpu_afd, gpu_afd_claim
+from deploy.figures.lpx_claim import LpxGain, free_decode_gains, lpx_claim, lpx_gains
+from deploy.figures.measured import FASTEST_MEASURED, WORKLOAD, Compared, compared, measured_claim
+from deploy.figures.session import SessionRun, one_shot, read_session, run_session
 from deploy.figures.session_claims import session_claims
-from deploy.figures.tiers import Restoring, restoring
+from deploy.figures.speed_claim import FAST_SYSTEMS, Fastest, fastest, speed_claim
+from deploy.figures.tiers import Restoring, Spared, restoring, spared
 from orchestrator.profiles.catalog import Assumption, Catalog
 from orchestrator.profiles.resolve import resolve
 from orchestrator.sim.bounds import infinite_cache
@@ -50,6 +51,9 @@ RENTAL = {"economics.rental": 1.0}
 CHECKED_SYSTEMS = (GB200, RUBIN)
 CHECKED_WORKLOADS = (BATCH, CODING)
 CHECKED_SPEEDS = (50.0, 100.0, 200.0)
+
+#: Profiles that only the times to fetch a context rest on.
+RESTORING = ("cmx.", "vera.")
 
 #: Points by (system, workload).
 Fronts = Mapping[tuple[str, str], Sequence[Point]]
@@ -67,7 +71,13 @@ class Evidence:
     cost: CostEffects | None
     #: VR over GB200, by what is counted.
     ratios: Mapping[str, Sequence[Ratio]]
+    #: VR and GB300 beside measurements.
+    compared: tuple[Compared, ...]
+    #: Ways to use LPX over VR alone, and by speed what decoding for nothing would give.
+    lpx_gains: tuple[LpxGain, ...]
+    free_decode_gains: Mapping[float, float]
     restoring: tuple[Restoring, ...]
+    spared: tuple[Spared, ...]
     claims: tuple[Claim, ...]
     #: Those that anything here rests on, with the overrides in place.
     assumptions: tuple[Assumption, ...]
@@ -81,18 +91,24 @@ def gather(overrides: Mapping[str, float]) -> Evidence:
     made = {system: layouts(system, catalog) for system in SYSTEMS}
     fronts = _fronts(made)
     there = {system.name: found for system in FAST_SYSTEMS if (found := fastest(made[system], catalog)) is not None}
-    used = _assumption_names([layout for some in made.values() for layout in some])
     rental = catalog.overridden(RENTAL)
     owned, rented = _ratios(fronts), _ratios(_fronts({system: layouts(system, rental) for system in (GB200, RUBIN)}))
     better, baseline = _cheapest(made[RUBIN], fronts), _cheapest(made[GB200], fronts)
     cost = None if better is None or baseline is None else cost_effects(better, baseline, catalog)
-    beside = ratios(fronts[RUBIN.name, CODING.name], fronts[GB300.name, CODING.name])
+    agentic = {system: fronts[system.name, AGENTIC.name] for system in SYSTEMS}
+    gains, bounds = lpx_gains(made, agentic, catalog), free_decode_gains(made[RUBIN], agentic[RUBIN])
+    beside = _beside_measurements(made, fronts, catalog)
     claims = (
-        *session_claims(session, infinite_cache(turns)),
+        *session_claims(session),
+        *cache_claims(session, infinite_cache(turns), infinite_cache(one_shot(turns))),
         speed_claim(there),
         cost_claim(owned, rented, cost),
+        lpx_claim(gains, bounds),
         measured_claim(beside),
+        gpu_afd_claim(gpu_afd(catalog)),
     )
+    used = {name for some in made.values() for layout in some for name in layout.assumptions}
+    used |= {name for claim in claims for name in claim.assumptions}
     return Evidence(
         session=session,
         fronts=fronts,
@@ -100,10 +116,21 @@ def gather(overrides: Mapping[str, float]) -> Evidence:
         fastest=there,
         cost=cost,
         ratios={**_labelled("owners' cost", owned), **_labelled("rental", rented)},
+        compared=tuple(beside),
+        lpx_gains=tuple(gains),
+        free_decode_gains=bounds,
         restoring=tuple(restoring(catalog)),
+        spared=tuple(spared(catalog)),
         claims=claims,
-        assumptions=tuple(one for one in catalog.assumptions if one.name in used or one.name.startswith("cmx.")),
+        assumptions=tuple(one for one in catalog.assumptions if one.name in used or one.name.startswith(RESTORING)),
     )
+
+
+def _beside_measurements(made: Mapping[System, Sequence[Layout]], fronts: Fronts, catalog: Catalog) -> list[Compared]:
+    both = ((system, FASTEST_MEASURED[system.name]) for system in (RUBIN, GB300))
+    found = [fastest(made[system], catalog, WORKLOAD, speed) for system, speed in both]
+    better, baseline = (fronts[system.name, WORKLOAD.name] for system in (RUBIN, GB300))
+    return compared(better, baseline, [one for one in found if one is not None])
 
 
 def _fronts(made: Mapping[System, Sequence[Layout]]) -> Fronts:
@@ -115,11 +142,6 @@ def _fronts(made: Mapping[System, Sequence[Layout]]) -> Fronts:
 def _ratios(fronts: Fronts) -> dict[str, list[Ratio]]:
     """Return by workload how much cheaper VR's tokens are than GB200's."""
     return {one.name: ratios(fronts[RUBIN.name, one.name], fronts[GB200.name, one.name]) for one in WORKLOADS}
-
-
-def _assumption_names(made: Sequence[Layout]) -> tuple[str, ...]:
-    names = {name for layout in made for pool in (layout.decode, layout.prefill) for name in layout.hardware(pool).assumptions}
-    return tuple(sorted(names))
 
 
 def _checks(made: Mapping[System, Sequence[Layout]], fronts: Fronts) -> Iterator[Check]:

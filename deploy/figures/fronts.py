@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from math import ceil
 from pathlib import Path
 
 from deploy.files import read_cluster
 from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, HardwareConfig, PoolConfig
 from orchestrator.core.costs import decode_seconds, prompt_seconds
+from orchestrator.core.machines import BYTES
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import PoolHardware, Resolved, resolve
@@ -71,15 +73,24 @@ class System:
     mode: DecodeMode = DecodeMode.PLAIN
     #: Chips of the other half for one group, if it has one.
     ffn_chips: int = 0
+    #: GPUs that can share those chips: a smaller group may also have just its part of them. 0: they are one group's.
+    sharing_gpus: int = 0
+
+    def other_half(self, group_gpus: int) -> tuple[int, ...]:
+        """Return how many chips of the other half a group of so many GPUs may have."""
+        if not 0 < group_gpus < self.sharing_gpus:
+            return (self.ffn_chips,)
+        return (self.ffn_chips, ceil(self.ffn_chips * group_gpus / self.sharing_gpus))
 
 
 GB200 = System("GB200 NVL72", "gb200-nvl72.toml")
 GB300 = System("GB300 NVL72", "gb300-nvl72.toml")
 RUBIN = System("VR NVL72", "vr-nvl72.toml")
-#: Nine racks of 256 LPX chips hold Kimi-K2's FFNs in FP8, sixteen leave room for contexts of 400K beside it, one drafts.
+#: Nine racks of 256 LPX chips hold Kimi-K2's FFNs in FP8, sixteen leave room for contexts of 400K beside it, one drafts for all
+#: 72 GPUs of an NVL72 (`sources.LPX_PAIRING`) or for fewer.
 AFD = System("VR NVL72 + LPX, AFD", "vr-nvl72-lpx.toml", DecodeMode.AFD, 2304)
 WHOLE = System("VR NVL72 + LPX, decode on LPX", "vr-nvl72-lpx.toml", DecodeMode.WHOLE, 4096)
-DRAFTER = System("VR NVL72 + LPX, LPX drafts", "vr-nvl72-lpx.toml", DecodeMode.DRAFTER, 256)
+DRAFTER = System("VR NVL72 + LPX, LPX drafts", "vr-nvl72-lpx.toml", DecodeMode.DRAFTER, 256, 72)
 SYSTEMS = (GB200, GB300, RUBIN, AFD, WHOLE, DRAFTER)
 
 
@@ -109,6 +120,12 @@ class Layout:
     def hardware(self, pool: PoolConfig) -> PoolHardware:
         """Return what a node of the pool is made of and costs."""
         return self.resolved.hardware[PoolName(pool.name)]
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Names of those that time, price or power of either pool rest on."""
+        both = (self.hardware(pool).assumptions for pool in (self.decode, self.prefill))
+        return tuple(sorted({name for names in both for name in names}))
 
     def batch_max(self, workload: Workload) -> int:
         """Return the most sequences of a workload that one decode node has memory for."""
@@ -164,15 +181,29 @@ def layouts(system: System, catalog: Catalog) -> list[Layout]:
     return [layout for layout in made if layout is not None]
 
 
+def gpus_of(config: ClusterConfig) -> int:
+    """Return the GPUs of a cluster file's nodes."""
+    return sum(pool.nodes * pool.hardware.chips for pool in config.pools)
+
+
+def model_of(system: System) -> str:
+    """Return which model a system's decode nodes run and in which precision its weights are."""
+    config = cluster(system.file)
+    pool = _pool(config, PoolKind.DECODE)
+    return f"{config.models[pool.model].shape} in {pool.hardware.weights.value.upper()}"
+
+
 def _candidates(system: System) -> Iterator[HardwareConfig]:
     """Yield what a decode node of the system may be made of; a whole decode on the other half has no choices on this one."""
-    hardware = replace(_pool(cluster(system.file), PoolKind.DECODE).hardware, mode=system.mode, ffn_chips=system.ffn_chips)
+    hardware = replace(_pool(cluster(system.file), PoolKind.DECODE).hardware, mode=system.mode)
     drafts = LPX_DRAFT_TOKENS if system.mode is DecodeMode.DRAFTER else DRAFT_TOKENS
     own_chips, microbatch_counts = (NODE_CHIPS, MICROBATCHES) if system.mode is not DecodeMode.WHOLE else ((1,), (1,))
     for chips, group_chips, drafted, microbatches in product(own_chips, GROUP_CHIPS, drafts, microbatch_counts):
-        if group_chips >= chips:
-            nodes = group_chips // chips
-            yield replace(hardware, chips=chips, group_nodes=nodes, draft_tokens=drafted, microbatches=microbatches)
+        if group_chips < chips:
+            continue
+        made = replace(hardware, chips=chips, group_nodes=group_chips // chips, draft_tokens=drafted, microbatches=microbatches)
+        for others in system.other_half(group_chips):
+            yield replace(made, ffn_chips=others)
 
 
 def _layout(system: System, catalog: Catalog, hardware: HardwareConfig) -> Layout | None:
@@ -185,7 +216,15 @@ def _layout(system: System, catalog: Catalog, hardware: HardwareConfig) -> Layou
         resolved = resolve(replace(config, pools=pools), catalog)
     except ConfigError:
         return None  # the model does not fit
+    if hardware.mode is DecodeMode.DRAFTER and not _drafter_fits(hardware, catalog):
+        return None
     return Layout(system, resolved, _pool(resolved.config, PoolKind.DECODE), _pool(resolved.config, PoolKind.PREFILL))
+
+
+def _drafter_fits(hardware: HardwareConfig, catalog: Catalog) -> bool:
+    """Tell whether the drafter's weights fit into the chips it runs on."""
+    size = catalog.coupling.draft_parameters * BYTES[hardware.ffn_weights]
+    return size <= hardware.ffn_chips * catalog.chip(hardware.ffn_chip).memory_bytes
 
 
 def relaid(layout: Layout, catalog: Catalog, hardware: HardwareConfig | None = None) -> Layout | None:
@@ -199,10 +238,11 @@ def _pool(config: ClusterConfig, kind: PoolKind) -> PoolConfig:
 
 def points_of(layout: Layout, workload: Workload) -> list[Point]:
     """Return a layout's points at every batch that fits."""
-    return [point_at(layout, workload, batch) for batch in _batches(layout.batch_max(workload))]
+    return [point_at(layout, workload, batch) for batch in batches(layout.batch_max(workload))]
 
 
-def _batches(largest: int) -> Iterator[int]:
+def batches(largest: int) -> Iterator[int]:
+    """Yield the batches that are looked at, the smallest first."""
     batch = 1
     while batch <= largest:
         yield batch

@@ -1,13 +1,15 @@
 """Runs the article's session through the simulator: how its contexts grow, what is found in the cache, how long it takes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import plotly.graph_objects as go
 
 from deploy.charts import Axes, Series, lines_chart
 from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.names import between
 from orchestrator.sim.outcome import Served
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.wire.traces import TracedTurn, read_trace
@@ -44,6 +46,17 @@ class SessionRun:
         return max(served.ended_s or 0.0 for served in self.served)
 
     @property
+    def critical_s(self) -> float:
+        """Seconds of answers on the session's critical path: back from the last to end, from each to what it waited for last."""
+        by_id = {served.turn.id: served for served in self.served}
+        one, waited_s = max(self.served, key=_ended), 0.0
+        while one is not None:
+            waited_s += _ended(one) - one.arrived_s
+            before = [by_id[turn] for turn in one.turn.after if turn in by_id]
+            one = max(before, key=_ended, default=None)
+        return waited_s
+
+    @property
     def served_s(self) -> float:
         """Seconds in which the main agent waited for its own answers."""
         return sum((served.ended_s or 0.0) - served.arrived_s for served in self.main)
@@ -54,6 +67,10 @@ class SessionRun:
         sizes = [served.turn.input_tokens for served in self.main]
         shrunk = (turn for turn in range(1, len(sizes)) if sizes[turn] < COMPACTED_SHARE * sizes[turn - 1])
         return next(shrunk, len(sizes))
+
+
+def _ended(served: Served) -> float:
+    return served.ended_s or 0.0
 
 
 def input_tokens(served: Sequence[Served]) -> int:
@@ -69,6 +86,32 @@ def hit_rate(served: Sequence[Served]) -> float:
 def read_session(path: Path = SEED_SESSION) -> list[TracedTurn]:
     """Return the turns of the session that stands for the article's."""
     return list(read_trace(path))
+
+
+def one_shot(turns: Sequence[TracedTurn]) -> list[TracedTurn]:
+    """Return the same turns with every sub-agent's request an agent of its own, as fresh as that sub-agent's first one was.
+
+    Only what its first request shares with other agents, tools and system prompt, can then be found by another.
+    """
+    agents: dict[int, set[str]] = {}
+    first: dict[str, TracedTurn] = {}
+    for turn in turns:
+        first.setdefault(turn.agent, turn)
+        for block in turn.blocks:
+            agents.setdefault(block, set()).add(turn.agent)
+    fresh, found = max(agents, default=0) + 1, list[TracedTurn]()
+    for turn in turns:
+        start = first[turn.agent]
+        if turn.agent == MAIN_AGENT:
+            found.append(turn)
+            continue
+        blocks = start.blocks
+        shared = len(list(takewhile(lambda block: len(agents[block]) > 1, blocks)))
+        private = ((fresh, len(blocks) - shared),) if shared < len(blocks) else ()
+        fresh += len(blocks) - shared
+        runs = (*between(start.block_runs, 0, shared), *private)
+        found.append(replace(turn, agent=f"{turn.agent} {turn.id}", input_tokens=start.input_tokens, block_runs=runs))
+    return found
 
 
 def run_session(resolved: Resolved, turns: Sequence[TracedTurn]) -> SessionRun:
