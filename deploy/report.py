@@ -113,9 +113,9 @@ def sections(simulation: Simulation, sweeps: Sweeps) -> list[Section]:
 def bounds_text(simulation: Simulation) -> str:
     """Return what the two columns of bounds are."""
     return (
-        f"The last two columns: {simulation.pick.policy} (the shortest sessions in the mean), where nothing is ever "
-        "evicted, and where a node evicts what the trace asks for again last, on whichever node. Their second row bounds every "
-        "policy: the hit rate of one single cache, endless or of all nodes' capacity with the future known."
+        f"The last two columns: {simulation.pick.policy} (most requests completed, then the shortest sessions), where nothing is "
+        "ever evicted, and where a node evicts what the trace asks for again last, on whichever node. Their second row bounds "
+        "every policy: the hit rate of one single cache, endless or of all nodes' capacity with the future known."
     )
 
 

@@ -20,7 +20,7 @@ from deploy.cases import Case, run_cases
 from deploy.charts import Table
 from deploy.comparison import Column, comparison, figure_of
 from deploy.figures import write_figures
-from deploy.files import UnusableInput, located, read_cluster, read_mapping
+from deploy.files import UnusableInput, check_file, check_folder, located, read_cluster, read_mapping
 from deploy.options import count, number, pairs, whole
 from deploy.overrides import Overrides, parse_overrides, set_field
 from deploy.report import Simulation, bounds_text, write_report
@@ -31,6 +31,7 @@ from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import Resolved, resolve
 from orchestrator.sim.bounds import Bound, infinite_cache, offline_optimum
 from orchestrator.sim.faults import Faults
+from orchestrator.sim.prompts import misfit
 from orchestrator.sim.runs import CacheRule, Run, failure_kind
 from orchestrator.wire.traces import TracedTurn
 
@@ -72,6 +73,9 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--check", action="store_true", help="check every invariant after every event; slow")
     parser.add_argument("--limit", type=count, metavar="N", help="simulate the trace's first N requests")
+    parser.add_argument(
+        "--load", type=count, default=1, metavar="N", help="N times the traffic: copies that share no prefix (%(default)s)"
+    )
     parser.add_argument("--no-bounds", action="store_true", help="leave out the runs without eviction and with optimal eviction")
     parser.add_argument("--jobs", type=count, metavar="N", help="processes at most (as many as cores, for large traces)")
     parser.add_argument(
@@ -121,10 +125,10 @@ def run_simulate(options: argparse.Namespace) -> int:
 
 def _check_places(options: argparse.Namespace) -> None:
     """See now, not after minutes, that there is somewhere to write to."""
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UnusableInput(f"--json {options.json}: {options.json.parent} is no folder")
-    if options.report is not None and options.report.exists() and not options.report.is_dir():
-        raise UnusableInput(f"--report {options.report}: is there already and not a folder")
+    if options.json is not None:
+        check_file("--json", options.json)
+    if options.report is not None:
+        check_folder("--report", options.report)
 
 
 def _changed(path: Path, config: ClusterConfig, overrides: Overrides) -> ClusterConfig:
@@ -152,7 +156,8 @@ def _resolved(path: Path, config: ClusterConfig, catalog: Catalog) -> Resolved:
 
 
 def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resolved, catalog: Catalog) -> None:
-    workload = read_workload(options.trace, options.limit, options.seed)
+    workload = read_workload(options.trace, options.limit, options.seed, options.load)
+    _check_blocks(options.trace, workload.turns, config)
     caches = [CacheRule(cache) for cache in dict.fromkeys(options.cache)]
     policies = [RouterPolicy(policy) for policy in dict.fromkeys(options.policy)]
     cases = [
@@ -176,6 +181,14 @@ def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resol
         notes=workload.notes,
     )
     _tell(options, simulation)
+
+
+def _check_blocks(trace: str, turns: Sequence[TracedTurn], config: ClusterConfig) -> None:
+    """See that the trace's blocks can be told in the cluster's."""
+    for size in dict.fromkeys(pool.engine.block_tokens for pool in config.pools):
+        problem = misfit(turns, size)
+        if problem is not None:
+            raise UnusableInput(f"--trace {trace}: {problem}")
 
 
 def _heading(case: Case, caches: Sequence[CacheRule]) -> str:

@@ -6,11 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 from deploy.files import UnusableInput
-from orchestrator.sim.synthetic import parse_synthetic
+from deploy.sweeps import copies
+from orchestrator.sim.synthetic import PREFIX, parse_synthetic
 from orchestrator.wire.traces import TracedTurn, interleaved, is_per_session_clock, read_trace
 
-#: What a trace's name starts with when it is not a file but the parameters of sessions to make up.
-SYNTHETIC = "synthetic:"
 #: Seconds between the starts of sessions, in the mean, where a trace gives each its own clock.
 SESSION_GAP_S = 20.0
 
@@ -23,8 +22,8 @@ class Workload:
     notes: tuple[str, ...]
 
 
-def read_workload(trace: str, limit: int | None, seed: int) -> Workload:
-    """Return a trace's first `limit` requests, or all. Raises `TraceError` and `UnusableInput`."""
+def read_workload(trace: str, limit: int | None, seed: int, load: int = 1) -> Workload:
+    """Return a trace's first `limit` requests, or all, `load` times over. Raises `TraceError` and `UnusableInput`."""
     turns = _turns(trace, limit)
     notes: list[str] = []
     if limit is not None and len(turns) == limit:
@@ -34,15 +33,18 @@ def read_workload(trace: str, limit: int | None, seed: int) -> Workload:
         notes.append(
             f"Every session of the trace has its own clock: they are started at random, {SESSION_GAP_S:g} s apart in the mean."
         )
+    if load > 1:
+        turns = copies(turns, load, seed)
+        notes.append(f"The trace is there {load:,} times, copied sessions starting at random over its span.")
     if not any(turn.block_tokens for turn in turns):
         notes.append("The trace has lengths only: no prefixes are known, so nothing can be found in a cache.")
     return Workload(turns, tuple(notes))
 
 
 def _turns(trace: str, limit: int | None) -> list[TracedTurn]:
-    if trace.startswith(SYNTHETIC):
+    if trace.startswith(PREFIX):
         try:
-            return parse_synthetic(trace.removeprefix(SYNTHETIC))[:limit]
+            return parse_synthetic(trace.removeprefix(PREFIX))[:limit]
         except ValueError as error:
             raise UnusableInput(f"--trace {trace}: {error}") from None
     return list(islice(read_trace(Path(trace)), limit))

@@ -233,6 +233,7 @@ class Scheduler:
         A token for every decoding sequence, then as much of the prompts as fits.
         """
         assert self.plan is None, f"step {self._steps} still runs"
+        preemptions = self.preemptions
         decoding, slices = self._plan_decoding()
         budget = self._step_tokens_max - len(slices)
         chunks: list[Sequence] = []
@@ -249,8 +250,9 @@ class Scheduler:
         prefills = [(sequence.chunk, sequence.computed) for sequence in chunks]
         context, count = self.context_tokens, len(decoding)
         predicted_s = step_seconds(self._profile, prefills, count, context)
-        # Every block that becomes full in so many steps can be followed by another one.
-        steps_max = 1 if chunks else max(1, self._pool.available_blocks // count * self._block_tokens)
+        # Every block that becomes full in so many steps can be followed by another one. Who gave way may be back after one.
+        alone = bool(chunks) or self.preemptions > preemptions
+        steps_max = 1 if alone else max(1, self._pool.available_blocks // count * self._block_tokens)
         self.plan = StepPlan(StepId(self._steps), decoding, chunks, tuple(slices), predicted_s, context, steps_max)
         return self.plan
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 from orchestrator.core.blocks import hash_root
 from orchestrator.core.config import ClusterConfig
+from orchestrator.core.sessions import owner_of
 from orchestrator.core.types import (
     BlockHash,
     FinishReason,
@@ -47,7 +48,7 @@ from orchestrator.live.openai_api import (
     tool_names,
 )
 from orchestrator.live.prompts import PromptTokeniser
-from orchestrator.live.proxy import FORWARDED, PeerUnreachable, forward, owner_of
+from orchestrator.live.proxy import FORWARDED, PeerUnreachable, forward
 from orchestrator.live.responses import DONE, Answer, ChatShape, CompletionShape, Shape, Usage
 from orchestrator.live.routes import make_routes
 from orchestrator.live.server import HttpServer

@@ -1,17 +1,14 @@
 """Several gateways, one owner for each session: finds the owner and passes a request on to it.
 
-A session's cache knowledge (its prompt, its place in the index) lives in one gateway. Owners are chosen by rendezvous hashing, so
-that every gateway names the same one without talking to the others.
+A session's cache knowledge (its prompt, its place in the index) lives in one gateway: see `owner_of` in `core/sessions.py`.
 """
 
 import asyncio
-from hashlib import blake2b
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
-from orchestrator.core.types import SessionId
 from orchestrator.live.exchange import Exchange, HeaderList
 
 #: Says that a request was passed on already; it is served where it arrives, whoever owns it.
@@ -30,11 +27,6 @@ class PeerUnreachable(Exception):
 class _Parser(Protocol):
     def feed_data(self, data: bytes) -> None: ...
     def get_status_code(self) -> int: ...
-
-
-def owner_of(session: SessionId, gateways: int) -> int:
-    """Return the gateway that owns a session."""
-    return max(range(gateways), key=lambda gateway: blake2b(f"{gateway}:{session}".encode(), digest_size=8).digest())
 
 
 class _Reply:

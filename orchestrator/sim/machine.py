@@ -55,14 +55,14 @@ class Machine:
         spec, node: what it is, and its decisions.
         agenda: the world's time.
         use, gaps_s: where its work and the times between its tokens are counted.
-        obey: executes everything the node orders but its steps; told the machine, the event it follows, the commands, the time.
+        obey: executes what the node orders, by `start` if it is a step; told the machine, the commands and the time.
         answer: returns what is to come out of a request.
         stepwise: take every step by itself.
     """
 
     __slots__ = (
-        "_agenda", "_answer", "_gaps_s", "_obey", "_progress", "_run", "_stepwise", "alive", "context_tokens", "events",
-        "news", "node", "run", "slowness", "spec", "started_s", "steps", "use",
+        "_agenda", "_answer", "_gaps_s", "_obey", "_pace", "_progress", "_run", "_slowness", "_stepwise", "alive",
+        "context_tokens", "events", "news", "node", "run", "spec", "started_s", "steps", "use",
     )  # fmt: skip
 
     def __init__(
@@ -81,8 +81,6 @@ class Machine:
         self.use = use
         #: False once it has crashed; a new machine takes its place.
         self.alive = True
-        #: Its steps take so many times as long as they should.
-        self.slowness = 1.0
         #: Calls of the node's `handle`.
         self.events = 0
         #: The node's news that gateways were told last.
@@ -94,6 +92,9 @@ class Machine:
         self.context_tokens = 0
         #: Numbers the planned ends of runs: one that was moved is stale.
         self._run = 0
+        #: The steps of a run take so many times as long as they should: from the next run on, and in this one.
+        self._slowness = 1.0
+        self._pace = 1.0
         self._agenda = agenda
         self._gaps_s = gaps_s
         self._obey = obey
@@ -113,7 +114,7 @@ class Machine:
 
     def start(self, command: RunStep, now: float) -> None:
         """Run a step, or as many in a row as nothing can come between."""
-        self.run, self.started_s = command, now
+        self.run, self.started_s, self._pace = command, now, self._slowness
         decoding = command.decoding
         chunks = command.slices[decoding:]
         context = 0
@@ -130,6 +131,14 @@ class Machine:
             seconds = decode_seconds(self.spec.profile, decoding, context, self.steps)
         self._plan_end(seconds)
 
+    def set_slowness(self, slowness: float) -> None:
+        """Let the steps after the one under way take so many times as long as they should."""
+        if self.steps > 1:
+            self._catch_up()
+        if self.steps > 1:
+            self._cut_off()
+        self._slowness = slowness
+
     def forget(self, request: RequestId) -> None:
         self._progress.pop(request, None)
 
@@ -143,7 +152,7 @@ class Machine:
 
     def _plan_end(self, seconds: float) -> None:
         self._run += 1
-        seconds *= self.slowness
+        seconds *= self._pace
         self._agenda.at(max(self.started_s + seconds, self._agenda.now), self._end, self._run, seconds)
 
     def _end(self, run: int, seconds: float) -> None:
@@ -153,11 +162,11 @@ class Machine:
     def _catch_up(self) -> None:
         """Report the whole steps of a run that have ended by now, as of the end of the last of them."""
         assert self.run is not None, f"{self.spec.id} has {self.steps} steps to do and runs none"
-        elapsed_s = (self._agenda.now - self.started_s) / self.slowness
+        elapsed_s = (self._agenda.now - self.started_s) / self._pace
         profile, decoding = self.spec.profile, self.run.decoding
         ended = steps_within(profile, decoding, self.context_tokens, self.steps - 1, elapsed_s)
         if ended:
-            seconds = decode_seconds(profile, decoding, self.context_tokens, ended) * self.slowness
+            seconds = decode_seconds(profile, decoding, self.context_tokens, ended) * self._pace
             self._finish(ended, seconds, self.started_s + seconds)
 
     def _cut_off(self) -> None:
@@ -177,6 +186,7 @@ class Machine:
                 results.append(self._decoded(part, steps, at))
             else:
                 use.prefill_tokens += part.count
+                use.output_tokens += part.sample
                 results.append(self._decoded(part, 1, at) if part.sample else SliceResult(part.request))
         if decoding:
             self._gaps_s.add(seconds / steps, decoding * steps)

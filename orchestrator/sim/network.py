@@ -56,7 +56,7 @@ class Transfers:
     """Blocks on their way from node to node.
 
     Args:
-        tell: lets something happen to a node, if it is still the same incarnation or none is named.
+        tell: lets something happen to a node.
         moved: told reader and bytes of what arrived.
     """
 

@@ -26,6 +26,8 @@ Indexes = NDArray[np.int64]
 KEEPS_S = (0.0, 5.0, 15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3840.0, float("inf"))
 #: The trace's time is cut into so many slices to find its busy moments.
 SLICES = 120
+#: But into fewer where a slice would have fewer requests than this in the mean.
+SLICE_REQUESTS_MIN = 50
 #: A busy moment: nine in ten slices ask for less.
 BUSY = 0.9
 #: Prompts of a sample: each stands for an equal share of all, from the least to the most to compute.
@@ -97,10 +99,14 @@ def demand_of(turns: Sequence[TracedTurn]) -> Demand:
 
 
 def _busy(arrivals: Floats, weights: Floats) -> float:
-    """Return what a busy slice asks over what the mean slice asks, 1 or more."""
+    """Return what a busy slice asks over what the mean slice asks, 1 or more.
+
+    Slices with few requests differ by chance alone, and would make few requests look like bursts.
+    """
     since_s = arrivals - arrivals.min()
-    slices = np.minimum(since_s * SLICES / max(float(since_s.max()), 1.0), SLICES - 1).astype(np.int64)
-    asked = np.bincount(slices, weights=weights, minlength=SLICES)
+    count = min(SLICES, max(1, len(arrivals) // SLICE_REQUESTS_MIN))
+    slices = np.minimum(since_s * count / max(float(since_s.max()), 1.0), count - 1).astype(np.int64)
+    asked = np.bincount(slices, weights=weights, minlength=count)
     mean = float(asked.mean())
     return max(1.0, float(np.quantile(asked, BUSY)) / mean) if mean else 1.0
 

@@ -4,8 +4,9 @@ The decisions are those of the live system, because they are the same objects: t
 the other, a little later, and gives agents their answers. See also: `live/driver.py`, which does it in real time; `machine.py`
 (nodes), `network.py` (links), `faults.py`, `checks.py`.
 
-What is simplified against the live system: a gateway hears of a node's load when something beyond tokens changed (`Node.news`);
-an answer's blocks get their names when it ends; with speculation tokens come evenly, not in the bursts of a pass.
+What is simplified against the live system: frames go out at once, where live nodes gather for some milliseconds; an answer's
+blocks get their names when it ends; with speculation tokens come evenly, not in the bursts of a pass; every request is of class
+`standard`.
 """
 
 import gc
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from random import Random
-from zlib import crc32
+from typing import assert_never
 
 from orchestrator.core.cluster import Cluster
 from orchestrator.core.commands import (
@@ -55,6 +56,7 @@ from orchestrator.core.events import (
     TimerFired,
 )
 from orchestrator.core.node import Node
+from orchestrator.core.sessions import owner_of
 from orchestrator.core.types import (
     BlockHash,
     GatewayId,
@@ -108,8 +110,6 @@ class WorldOptions:
     #: Forget blocks by Belady's rule, with knowledge of the trace.
     optimal_cache: bool = False
     faults: Faults | None = None
-    #: Requests that depend on no other arrive so many times as fast.
-    arrival_speedup: float = 1.0
     #: Seconds from gateway to node, and from node to node, for a message.
     hop_s: float = 0.0002
     #: Seconds from a client's sending to the gateway's decision, and from a frame to its tokens at the client.
@@ -152,11 +152,17 @@ class World:
         self.uses: dict[PoolName, PoolUse] = {}
         self.gaps_s = Distribution()
         self._incarnations: dict[NodeId, int] = {}
+        #: How many times as long the steps of slow nodes take.
+        self._slowness: dict[NodeId, float] = {}
         self._network = Network(self.agenda, options.hop_s, options.faults, self._random)
         self.transfers = Transfers(self.agenda, self._network, self._tell_node, self._moved, options.faults, self._random)
         self._pools = {PoolName(pool.name): pool for pool in config.pools}
-        self._prompts = Prompts(turns, config.pools[0].engine.block_tokens, options.answers_return)
-        self._future = Future(turns, self._prompts) if options.optimal_cache else None
+        #: By model: what its blocks are called; the longest prompt that its nodes take; and, for an optimal cache, the future.
+        self._prompts: dict[ModelName, Prompts] = {}
+        self._prompt_tokens_max: dict[ModelName, int] = {}
+        self._futures: dict[ModelName, Future] = {}
+        for model in map(ModelName, config.models):
+            self._add_model(model)
         self._timers: dict[tuple[GatewayId | NodeId, TimerKey], float] = {}
         #: Whether a gateway cannot know that it missed a node's last batch, since no later one has shown the gap.
         self.unaware: dict[tuple[GatewayId, NodeId], bool] = {}
@@ -187,7 +193,7 @@ class World:
         """
         began = time.perf_counter()
         gc.freeze()
-        gc.disable()  # nothing here is cyclic, and there are millions of block names to look through in vain
+        gc.disable()  # nothing cyclic is dropped on the way, and there are millions of block names to look through in vain
         try:
             return self._run(began, progress)
         finally:
@@ -197,7 +203,7 @@ class World:
     def _run(self, began: float, progress: Callable[[float], None] | None) -> Outcome:
         self._progress = progress
         agenda, checks = self.agenda, self._checks
-        last_arrival_s = max((turn.arrival_s for turn in self._turns), default=0.0) / self._options.arrival_speedup
+        last_arrival_s = max((turn.arrival_s for turn in self._turns), default=0.0)
         interval_s, sample_at = max(last_arrival_s, 1.0) / (SAMPLES_MAX / 2), 0.0
         while (due := agenda.next_at) is not None and self._ended < len(self._turns):
             while due > sample_at:
@@ -252,6 +258,15 @@ class World:
 
     # --- the agents ---------------------------------------------------------------------------------------------------
 
+    def _add_model(self, model: ModelName) -> None:
+        pools = self._config.pools_of(model)
+        turns = [turn for turn in self._turns if self._model_of(turn) == model]
+        limit = max(pool.engine.context_tokens_max or CONTEXT_TOKENS_DEFAULT for pool in pools)
+        prompts = Prompts(turns, pools[0].engine.block_tokens, self._options.answers_return)
+        self._prompts[model], self._prompt_tokens_max[model] = prompts, limit
+        if self._options.optimal_cache:
+            self._futures[model] = Future([turn for turn in turns if turn.input_tokens <= limit], prompts)
+
     def _plan_arrivals(self) -> None:
         for turn in self._turns:
             if turn.after:
@@ -259,30 +274,32 @@ class World:
                 for other in turn.after:
                     self._followers.setdefault(other, []).append(turn)
             else:
-                self.agenda.at(turn.arrival_s / self._options.arrival_speedup, self._arrive, turn)
+                self.agenda.at(turn.arrival_s, self._arrive, turn)
 
     def _arrive(self, turn: TracedTurn) -> None:
         """Let a client send its turn."""
-        agent = f"{turn.session}/{turn.agent}"
-        gateway = GatewayId(crc32(turn.session.encode()) % len(self.clusters))
+        session, model = SessionId(f"{turn.session}/{turn.agent}"), self._model_of(turn)
+        gateway = GatewayId(owner_of(session, len(self.clusters)))
         self._requests += 1
         request = request_id(gateway, self._requests)
         served = Served(turn, self.agenda.now)
         self.served.append(served)
-        visit = self.visits[request] = _Visit(turn, served, gateway, self._prompts)
-        hashes = self._prompts.of(turn)
+        prompts = self._prompts[model]
+        visit = self.visits[request] = _Visit(turn, served, gateway, prompts)
+        fits = turn.input_tokens <= self._prompt_tokens_max[model]  # what is refused for its length needs no names
+        hashes = prompts.of(turn) if fits else ()
         asked = Request(
             id=request,
-            model=self._model_of(turn),
+            model=model,
             tenant=TenantId(turn.tenant or "default"),
             prompt_tokens=visit.prompt_tokens,
             hashes=hashes,
             output_tokens_max=visit.output_tokens,
-            session=SessionId(agent),
+            session=session,
             timeout_s=self._config.limits.request_s_max,
         )
-        if self._future is not None:
-            self._future.passed(turn)
+        if fits and model in self._futures:
+            self._futures[model].passed(turn)
         self.agenda.at(self.agenda.now + self._options.request_s, self._tell_cluster, gateway, RequestArrived(asked))
         faults = self._options.faults
         if faults is not None and self.agenda.now < faults.until_s and self._random.random() < faults.abandoned_share:
@@ -350,6 +367,8 @@ class World:
                 served = self.visits[request].served
                 served.restarts += 1
                 served.prefill = None
+            case _:
+                assert_never(command)
 
     def _on_report(self, gateway: GatewayId, report: NodeReported, incarnation: int) -> None:
         """Take a node's frame in, unless it is from before a crash."""
@@ -387,7 +406,7 @@ class World:
     def _start_machine(self, spec: NodeSpec) -> None:
         """Start a node, in place of a crashed one if there was one."""
         scheduler = self._pools[spec.pool].scheduler
-        pool = OptimalPool(spec.blocks, self._future) if self._future is not None else None
+        pool = OptimalPool(spec.blocks, self._futures[spec.model]) if spec.model in self._futures else None
         self.machines[spec.id] = Machine(
             spec,
             Node(spec, scheduler, pool),
@@ -398,6 +417,7 @@ class World:
             self.visit_of,
             self._options.stepwise,
         )
+        self.machines[spec.id].set_slowness(self._slowness.get(spec.id, 1.0))
         self._incarnations[spec.id] = spec.incarnation
         for gateway in self.clusters:
             if spec.incarnation == 1:  # here before the first client
@@ -407,7 +427,8 @@ class World:
 
     def visit_of(self, request: RequestId) -> _Visit:
         """Return what an engine must know of a request; one that has ended meanwhile is as good as answered."""
-        return self.visits.get(request) or _Visit(_NOBODY, Served(_NOBODY, 0.0), gateway_of(request), self._prompts)
+        nobodys = next(iter(self._prompts.values()))
+        return self.visits.get(request) or _Visit(_NOBODY, Served(_NOBODY, 0.0), gateway_of(request), nobodys)
 
     def _tell_node(self, node: NodeId, event: NodeEvent) -> None:
         machine = self.machines[node]
@@ -445,6 +466,8 @@ class World:
                     self.transfers.carry(command)
                 case StopFetch(request):
                     self.transfers.stop(machine.spec.id, request)
+                case _:
+                    assert_never(command)
         if machine.node.news != machine.news:
             machine.news = machine.node.news
             self._report(machine, tuple(self.clusters), first_tokens, ended, batches)
@@ -503,7 +526,14 @@ class World:
         for _ in range(faults.crashes):
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._crash, self._random.choice(nodes), faults)
         for node in self._random.sample(nodes, min(faults.slow_nodes, len(nodes))):
-            self.machines[node].slowness = faults.slowness
+            self._slowness[node] = faults.slowness
+            self.machines[node].set_slowness(faults.slowness)
+            self.agenda.at(faults.until_s, self._recover, node)
+
+    def _recover(self, node: NodeId) -> None:
+        """Let a slow node be as fast as it should be, whether it was started again meanwhile or not."""
+        del self._slowness[node]
+        self.machines[node].set_slowness(1.0)
 
     def _crash(self, node: NodeId, faults: Faults) -> None:
         """Stop a node dead; gateways notice after a while, and it comes back empty."""

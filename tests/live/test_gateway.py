@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from orchestrator.core.sessions import owner_of
 from orchestrator.core.types import ServiceClass, SessionId
 from orchestrator.live.exchange import CLIENT_GONE
 from orchestrator.live.models import ModelText, ModelUnusable
-from orchestrator.live.proxy import owner_of
 from tests.live.scripted import MODEL, Script, Served, make_model, serve
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}]}

@@ -9,13 +9,15 @@ from itertools import pairwise
 import pytest
 
 from orchestrator.core.commands import ReportEnded
-from orchestrator.core.config import CachePolicy, RouterPolicy
+from orchestrator.core.config import CachePolicy, ModelConfig, RouterPolicy
 from orchestrator.core.types import PoolKind
+from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.checks import Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.machine import Machine
 from orchestrator.sim.outcome import Outcome
 from orchestrator.sim.world import World, WorldOptions
+from orchestrator.wire.traces import TracedTurn
 from tests.sim.worlds import AFFINE, CURVED, OVERLAPPING, SPECULATING, agents, cluster
 
 TOGETHER = {PoolKind.AGGREGATED: 3}
@@ -53,6 +55,16 @@ def test_many_steps_at_once_end_when_single_steps_do_where_memory_is_short() -> 
     closed, single = (world.run() for world in worlds)
     preemptions = [sum(use.preemptions for use in outcome.pools.values()) for outcome in (closed, single)]
     assert preemptions[0] == preemptions[1] > 0
+    assert times(closed) == {turn: pytest.approx(pair, rel=1e-9) for turn, pair in times(single).items()}
+
+
+@pytest.mark.parametrize("seed", [0, 35, 177, 214, 244])
+def test_many_steps_at_once_end_when_single_steps_do_where_hardly_anything_fits(seed: int) -> None:
+    # A sequence that gives way in the planning of a step finds room again after that step, not after all that could follow.
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=(90, 120)[seed % 2])
+    trace = agents(20, 3, seed, context_tokens=500)
+    closed, single = (World(resolved, trace, WorldOptions(stepwise=stepwise)).run() for stepwise in (False, True))
+    assert sum(use.preemptions for use in single.pools.values()) > 0
     assert times(closed) == {turn: pytest.approx(pair, rel=1e-9) for turn, pair in times(single).items()}
 
 
@@ -125,6 +137,44 @@ def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(layout:
 def test_with_everything_going_wrong_for_longer(seed: int) -> None:
     outcome = faulty(seed, (TOGETHER, APART)[seed % 2], count=8, turns=4)
     assert all(served.ended_s is not None for served in outcome.served)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_slow_node_is_slow_until_it_is_said_to_be_and_not_longer(restarts: bool) -> None:
+    def turn(number: int, arrival_s: float) -> TracedTurn:
+        return TracedTurn(number, f"s{number}", "main", arrival_s, (), 0.0, 64, 101, 16, ((1000 * number, 4),))
+
+    trace = [turn(1, 2.0), turn(2, 30.0)]
+    # The node dies at some moment of the first two seconds and is back at once; it is no faster for that.
+    faults = Faults(until_s=2.5, crashes=int(restarts), restart_s=0.0, slow_nodes=1, slowness=10.0)
+    served = World(cluster({PoolKind.AGGREGATED: 1}), trace, WorldOptions(seed=5, faults=faults)).run().served
+    slow, quick = (one.tokens_per_s or 0.0 for one in served)
+    # Half a second at a tenth of the speed, then the rest of the answer at full speed.
+    assert 0.3 < slow / quick < 0.8
+    plain = World(cluster({PoolKind.AGGREGATED: 1}), [turn(2, 30.0)], WorldOptions()).run().served[0]
+    assert quick == pytest.approx(plain.tokens_per_s)
+
+
+def test_models_may_differ_in_their_blocks() -> None:
+    one = cluster({PoolKind.AGGREGATED: 1}).config
+    small = replace(one.pools[0], name="small", model="small", engine=replace(one.pools[0].engine, block_tokens=8, blocks=1024))
+    models = {"large": ModelConfig(), "small": ModelConfig()}
+    both = replace(one, models=models, pools=(replace(one.pools[0], model="large"), small))
+    runs = ((100, 4),)
+    trace = [
+        TracedTurn(number, f"s{number}", "main", float(number), (), 0.0, 64, 2, 16, runs, model=model)
+        for number, model in enumerate(("large", "small", "large", "small"))
+    ]
+    for optimal in (False, True):
+        served = World(Resolved(both, {}), trace, WorldOptions(optimal_cache=optimal)).run().served
+        # All but the last block of each, whose last token is always computed.
+        assert [request.cached_tokens for request in served] == [0, 0, 48, 56]
+
+
+def test_a_prompt_that_no_node_takes_is_refused_without_being_named() -> None:
+    trace = [TracedTurn(1, "s", "main", 0.0, (), 0.0, 1 << 32, 1, 16, ((1, 1 << 28),))]
+    served = World(cluster(TOGETHER), trace, WorldOptions(optimal_cache=True)).run().served[0]
+    assert (served.failure or "").startswith("400 context_length_exceeded")
 
 
 # --- determinism and canaries -----------------------------------------------------------------------------------------
