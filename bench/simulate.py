@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deploy.sweeps import copies
 from orchestrator.core.config import (
     ClusterConfig,
     EngineConfig,
@@ -137,23 +138,6 @@ def shown(row: dict[str, Any]) -> str:
     return text
 
 
-def doubled(turns: Sequence[TracedTurn]) -> list[TracedTurn]:
-    """Return twice the traffic in the same time: every session a second time, under other names."""
-    offset = 1 + max(turn.id for turn in turns)
-    names = 1 + max((first + count for turn in turns for first, count in turn.block_runs), default=0)
-    copies = [
-        replace(
-            turn,
-            id=turn.id + offset,
-            session=f"{turn.session}+",
-            after=tuple(other + offset for other in turn.after),
-            block_runs=tuple((first + names, count) for first, count in turn.block_runs),
-        )
-        for turn in turns
-    ]
-    return [*turns, *copies]
-
-
 def scaling(path: Path, nodes: int, repetitions: int) -> dict[str, Any]:
     """Measure what twice the output, and twice the requests on twice the nodes, cost in wall time; closed loop."""
     turns = list(read_trace(path))
@@ -163,7 +147,7 @@ def scaling(path: Path, nodes: int, repetitions: int) -> dict[str, Any]:
     for _ in range(repetitions):
         walls["plain"].append(simulate(turns, cluster(nodes, block, RouterPolicy.PREDICTED_TIME))[0])
         walls["output"].append(simulate(longer, cluster(nodes, block, RouterPolicy.PREDICTED_TIME))[0])
-        walls["requests"].append(simulate(doubled(turns), cluster(nodes, block, RouterPolicy.PREDICTED_TIME))[0])
+        walls["requests"].append(simulate(copies(turns, 2, 0), cluster(nodes, block, RouterPolicy.PREDICTED_TIME))[0])
     plain_s = statistics.median(walls["plain"])
     figures = {name: statistics.median(seconds) / plain_s for name, seconds in walls.items()}
     print(f"{path.name}: twice the output {figures['output']:.2f}x the wall time, twice the requests {figures['requests']:.2f}x")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 from orchestrator.core.config import RouterPolicy
 from orchestrator.profiles.resolve import Resolved
@@ -56,11 +56,14 @@ def _one_by_one(cases: Sequence[Case], progress: Callable[[float], None]) -> lis
 
 
 def _side_by_side(cases: Sequence[Case], workers: int, progress: Callable[[float], None]) -> list[Run]:
-    # Interrupted workers end without a word of their own: the parent says what happened.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
-    with pool:
-        futures = [pool.submit(_run, case) for case in cases]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         try:
+            # Workers, which are started here, leave interrupts to this process: it ends them and says what happened.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = [pool.submit(_run, case) for case in cases]
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
                 progress(done)
@@ -68,6 +71,8 @@ def _side_by_side(cases: Sequence[Case], workers: int, progress: Callable[[float
             raise SimulationFailed("a simulating process was killed, perhaps for memory; try --jobs 1 or --limit") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
             raise
         return [future.result() for future in futures]
 

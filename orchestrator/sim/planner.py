@@ -177,13 +177,14 @@ class Planner:
 
     def _answer(self, swept: Swept, closest: Measured | None, affordable_at: Measured | None) -> Answer:
         reaching = sorted(self._reaching(), key=self._rank)
-        pick = reaching[0] if reaching else None
+        # Of plans that cost the same the one that nothing beats.
+        pick = next((one for one in reaching if one in front_of(reaching)), None)
         others = [one for one in self._affordable() if not self._reaches(one)]
         cheaper = [one for one in others if pick is not None and one.price.usd_per_hour < pick.price.usd_per_hour]
         every = tuple(self._measured.values())
         return Answer(
             pick=pick,
-            runner_up=next((one for one in reaching[1:] if one.price != reaching[0].price), None),
+            runner_up=next((one for one in reaching if pick is not None and one.price != pick.price), None),
             near_miss=min(cheaper, key=self._rank, default=None),
             closest=closest,
             affordable_at=affordable_at,
