@@ -300,7 +300,7 @@ figure { margin: 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--faint); padding: .25rem .75rem; text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
-td.text { text-align: left; white-space: normal; }
+td.text { min-width: 14em; text-align: left; white-space: normal; }
 th[scope=row], th:first-child { text-align: left; font-weight: 500; }
 .js-plotly-plot .main-svg text { fill: var(--ink) !important; }
 .js-plotly-plot .hoverlayer text { fill: #fff !important; }
