@@ -1,6 +1,7 @@
 """The `weft` command. Exit codes: 0 done, 1 failed, 2 unusable arguments or input; then one line on standard error says why."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -26,6 +28,8 @@ from orchestrator.wire.traces import TraceError
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
+#: What a disk says that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 #: Settings of `weft model create` that are counts, with what they mean.
 MODEL_COUNTS = {
     "layers": "transformer layers (4)",
@@ -46,25 +50,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
     except (UnusableInput, ConfigError, TraceError) as problem:
         return _fail(str(problem), UNUSABLE)
     except (FleetFailed, SimulationFailed, StatusUnreachable) as problem:
         return _fail(str(problem), FAILED)
-    except BrokenPipeError:  # whoever read the output has read enough; nothing is to be said at the interpreter's end either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:  # whoever read the output has read enough
+        return _without_output()
     except KeyboardInterrupt:
         return _fail("interrupted", FAILED)
+    except OSError as problem:  # files are dealt with where they are written; what is left is what is printed
+        if problem.errno not in FULL:
+            raise
+        return _fail(f"standard output: {problem.strerror}", _without_output())
+
+
+def _without_output() -> int:
+    """Have nothing said at the interpreter's end about what could not be printed; return the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _fail(problem: str, code: int) -> int:
-    print(f"weft: {problem}", file=sys.stderr)
+    # What was given may hold line ends, and is quoted as it was given.
+    print(f"weft: {' '.join(problem.splitlines())}", file=sys.stderr)
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message} (see {self.prog} --help)", UNUSABLE))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="weft", description="Agent-aware, disaggregated LLM serving on Ray.")
+    parser = _Parser(prog="weft", description="Agent-aware, disaggregated LLM serving on Ray.")
     parser.add_argument("--version", action="version", version=f"weft {version('weft')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="start a cluster and serve until interrupted"))
@@ -148,8 +171,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _create_model(options: argparse.Namespace) -> int:
     directory: Path = options.directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UnusableInput(f"{directory}: is there already and not an empty directory")
+    _check_free(directory)
     given = {name: getattr(options, name) for name in (*MODEL_COUNTS, "dtype")}
     overrides = {name: value for name, value in given.items() if value is not None} | ({"tied": True} if options.tied else {})
     try:
@@ -160,6 +182,15 @@ def _create_model(options: argparse.Namespace) -> int:
         return _fail(f"{directory}: {error.strerror}", FAILED)
     print(f"weft: wrote a {options.family} checkpoint to {directory}")
     return DONE
+
+
+def _check_free(directory: Path) -> None:
+    try:
+        is_taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    except OSError as error:
+        raise UnusableInput(f"{directory}: {error.strerror}") from None
+    if is_taken:
+        raise UnusableInput(f"{directory}: is there already and not an empty directory")
 
 
 if __name__ == "__main__":

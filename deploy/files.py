@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ AGENT_SESSION = FOLDER / "data" / "agent_session.jsonl"
 
 _TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"^\s*([A-Za-z0-9_\-\".]+)\s*=")
+#: Digits of the longest number that Python reads; a number that long is a mistake.
+_DIGITS_MAX = 4300
+_LONG_NUMBER = re.compile(rf"\d[\d_]{{{_DIGITS_MAX},}}")
+#: A cluster file that is larger is none.
+_BYTES_MAX = 1 << 24
 
 
 class UnusableInput(ValueError):
@@ -33,19 +39,64 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file as they stand there. Raises `UnusableInput`."""
     text = _text(path)
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return parsed(text)
+    except ValueError as error:
         found = re.search(r"^(.*) \(at line (\d+)", str(error))
         problem, line = (found[1], found[2]) if found else (str(error), str(text.count("\n") + 1))
         raise UnusableInput(f"{path}:{line}: {problem[0].lower()}{problem[1:]}") from None
 
 
+def parsed(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text. Raises `TOMLDecodeError`, and another `ValueError` for what is beyond the parser."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        depths = [line.count("[") + line.count("{") for line in text.split("\n")]
+        raise ValueError(f"Lists or tables are nested too deeply (at line {1 + depths.index(max(depths))})") from None
+    except ValueError:
+        found = _LONG_NUMBER.search(text)
+        line = text.count("\n", 0, found.start() if found else 0) + 1
+        raise ValueError(f"A number has more than {_DIGITS_MAX} digits (at line {line})") from None
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UnusableInput(f"{path}: {reason}") from None
+        with path.open("rb") as file:
+            content = file.read(_BYTES_MAX + 1)
+    except OSError as error:
+        raise UnusableInput(f"{path}: {error.strerror}") from None
+    if len(content) > _BYTES_MAX:
+        raise UnusableInput(f"{path}: is no cluster file: it has more than {_BYTES_MAX} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UnusableInput(f"{path}: is not UTF-8 text") from None
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise `UnusableInput` unless a file can be written at a path: in a folder that is there, and not over a folder."""
+    if path == Path("-"):
+        return
+    if _is(Path.is_dir, path, option):
+        raise UnusableInput(f"{option} {path}: is a folder; give a file in it")
+    if not _is(Path.is_dir, path.parent, option):
+        raise UnusableInput(f"{option} {path}: {path.parent} is no folder")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise `UnusableInput` if a path cannot be made a folder because something else is there."""
+    if _is(Path.exists, path, option) and not _is(Path.is_dir, path, option):
+        raise UnusableInput(f"{option} {path}: is there already and not a folder")
+
+
+def _is(kind: Callable[[Path], bool], path: Path, option: str) -> bool:
+    """Ask what a path is. Raises `UnusableInput` where that cannot be found out: no permission, too long a name."""
+    try:
+        return kind(path)
+    except OSError as error:
+        raise UnusableInput(f"{option} {path}: {error.strerror}") from None
 
 
 def located(path: Path, error: ConfigError) -> UnusableInput:
@@ -58,7 +109,7 @@ def with_model(config: ClusterConfig, directory: Path, where: str) -> ClusterCon
     if len(config.models) != 1:
         names = ", ".join(config.models)
         raise UnusableInput(f"--model: {where} has several models ({names}); give their paths there")
-    if not (directory / "config.json").is_file():
+    if not _is(Path.is_file, directory / "config.json", "--model"):
         raise UnusableInput(f"--model: {directory} is no checkpoint directory: it has no config.json")
     (name, model), *_ = config.models.items()
     return replace(config, models={name: replace(model, path=str(directory.resolve()))})

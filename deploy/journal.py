@@ -27,7 +27,7 @@ class Replayed:
     #: Version of Weft that wrote it.
     written_by: str
     events: int
-    #: Why the journal ends; empty if its process was killed.
+    #: Why the journal ends; empty if it ends in the middle.
     ended: str
     #: Where the fresh core first decided otherwise; empty if it never did.
     difference: str
@@ -94,5 +94,6 @@ def _core(header: Header) -> str:
 def _verdict(one: Replayed) -> str:
     if one.difference:
         return f"{one.core}, written by weft {one.written_by}: differs at {one.difference}"
-    end = "" if one.ended == "stopped" else f" (it ends early: {one.ended or 'its process was killed'})"
+    early = f"early: {one.ended}" if one.ended else "in the middle: its process was killed, or the file was cut off"
+    end = "" if one.ended == "stopped" else f" (it ends {early})"
     return f"{one.core}: all {one.events} events replay identically{end}"

@@ -4,6 +4,9 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from math import isfinite
 
+#: More than anything is counted up to.
+COUNT_MAX = 10**9
+
 
 def count(text: str) -> int:
     """Return a whole number of 1 or more."""
@@ -13,6 +16,8 @@ def count(text: str) -> int:
         value = 0
     if value < 1:
         raise ArgumentTypeError(f"must be a whole number of 1 or more, is {text!r}")
+    if value > COUNT_MAX:
+        raise ArgumentTypeError(f"must be at most {COUNT_MAX}, is {text!r}")
     return value
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from deploy.files import UnusableInput
+from deploy.files import UnusableInput, parsed
 from orchestrator.core.config import ClusterConfig
 
 #: Keys and list indices that lead to a field of a parsed cluster file.
@@ -36,7 +36,7 @@ def parse_overrides(texts: Iterable[str], numbers: Collection[str], config: Clus
         if key in numbers:
             given[key] = _number(key, value)
         elif key in known:
-            changes[key] = (known[key], _toml_value(value))
+            changes[key] = (known[key], _toml_value(key, value))
         else:
             raise UnusableInput(
                 f"--set {key}: no such number of the profiles or field of the cluster{_matches(key, [*numbers, *known])}"
@@ -56,12 +56,14 @@ def _number(key: str, value: str) -> float:
         raise UnusableInput(f"--set {key}: must be a number, is {value!r}") from None
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(key: str, text: str) -> Any:
     """Return a value as it would stand in the file; what is not TOML is a text that needs no quotes here."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return parsed(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except ValueError as error:
+        raise UnusableInput(f"--set {key}: {str(error).partition(' (at line')[0].lower()}") from None
 
 
 def field_paths(config: ClusterConfig) -> dict[str, FieldPath]:

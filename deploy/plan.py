@@ -13,8 +13,8 @@ from rich.console import Console
 
 from deploy.cases import Case, run_cases
 from deploy.cluster_text import cluster_text
-from deploy.files import UnusableInput
-from deploy.options import count, pairs, positive
+from deploy.files import UnusableInput, check_file
+from deploy.options import count, number, pairs, positive
 from deploy.overrides import parse_overrides
 from deploy.plan_report import write_plan_report
 from deploy.plan_text import Told, as_json, print_answer, reasons
@@ -80,10 +80,15 @@ def _slo(text: str) -> Slo:
     name = given.get("class", ServiceClass.STANDARD.value)
     if name not in list(ServiceClass):
         raise argparse.ArgumentTypeError(f"class: must be one of {', '.join(ServiceClass)}, is {name!r}")
-    percentile = positive("pct", given["pct"]) / 100 if "pct" in given else PERCENTILES[ServiceClass(name)]
-    if percentile >= 1:
-        raise argparse.ArgumentTypeError(f"pct: must be under 100, is {given['pct']}")
+    percentile = _percentile(given["pct"]) if "pct" in given else PERCENTILES[ServiceClass(name)]
     return Slo(positive("ttft", given["ttft"]), positive("itl", given["itl"]), percentile)
+
+
+def _percentile(text: str) -> float:
+    percent = number("pct", text)
+    if not 1 <= percent < 100:
+        raise argparse.ArgumentTypeError(f"pct: must be from 1 to under 100, is {text}")
+    return percent / 100
 
 
 def _budget(text: str) -> Budget:
@@ -165,10 +170,8 @@ def _check_places(options: argparse.Namespace) -> None:
     """See now, not after minutes, that there is somewhere to write to."""
     for flag in ("out", "json", "report"):
         path = getattr(options, flag)
-        if path is not None and path.is_dir():
-            raise UnusableInput(f"--{flag} {path}: is a folder; give a file in it")
-        if path is not None and not path.parent.is_dir():
-            raise UnusableInput(f"--{flag} {path}: {path.parent} is no folder")
+        if path is not None:
+            check_file(f"--{flag}", path)
 
 
 def _catalog(options: argparse.Namespace) -> Catalog:
@@ -189,6 +192,8 @@ def _model(name: str, catalog: Catalog) -> ModelConfig:
     if name in catalog.shapes:
         return ModelConfig(aliases=("*",), shape=name)
     path = Path(name).resolve()
+    if not str(path).isprintable():
+        raise UnusableInput(f"--model {name!a}: a cluster file can hold no such path")
     if not path.is_dir() and path.name != "config.json":
         return ModelConfig(aliases=("*",), shape=str(path))
     return ModelConfig(path=str(path if path.is_dir() else path.parent), aliases=("*",))
@@ -234,7 +239,8 @@ def _write(path: Path, text: str) -> None:
         print(text, end="")
         return
     try:
-        path.write_text(text, encoding="utf-8")
+        # What was given on the command line need not be UTF-8.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UnusableInput(f"{path}: {error.strerror}") from None
     print(f"weft: wrote {path}", file=sys.stderr)

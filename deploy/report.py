@@ -68,7 +68,8 @@ class Sweeps:
 def write_report(folder: Path, simulation: Simulation, jobs: int | None, progress: Callable[[float], None]) -> None:
     """Write `index.html`. Makes some more runs, for the charts that ask what if; `progress` is told the share that is done."""
     text = page(_title(simulation), _made(simulation), sections(simulation, _sweep(simulation, jobs, progress)))
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    # What was given on the command line need not be UTF-8.
+    (folder / "index.html").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _sweep(simulation: Simulation, jobs: int | None, progress: Callable[[float], None]) -> Sweeps:

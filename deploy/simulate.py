@@ -25,7 +25,7 @@ from deploy.options import count, number, pairs, whole
 from deploy.overrides import Overrides, parse_overrides, set_field
 from deploy.report import Simulation, bounds_text, write_report
 from deploy.workload import read_workload
-from orchestrator.core.config import ClusterConfig, ConfigError, PoolConfig, RouterPolicy
+from orchestrator.core.config import ClusterConfig, ConfigError, PoolConfig, RouterPolicy, require
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import Resolved, resolve
@@ -37,6 +37,8 @@ from orchestrator.wire.traces import TracedTurn
 
 #: KV blocks of all nodes together in the run that evicts nothing: about 80 bytes of this machine's memory each.
 BLOCKS_MAX = 32_000_000
+#: And in every run, where they are not all used: half of that each.
+EMPTY_BLOCKS_MAX = 1 << 28
 #: Characters of a table's first column and of each other, where no terminal gives the width.
 NAME_WIDTH, FIGURE_WIDTH = 30, 20
 #: The settings of what may go wrong, and what kind of number each is.
@@ -119,7 +121,7 @@ def run_simulate(options: argparse.Namespace) -> int:
     if not options.assumptions:
         _check_places(options)
         config = _changed(options.cluster, config, overrides)
-        _run_all(options, config, _resolved(options.cluster, config, catalog), catalog)
+        _run_all(options, config, _resolved(options.cluster, config, catalog, overrides), catalog)
     return 0
 
 
@@ -145,14 +147,26 @@ def _changed(path: Path, config: ClusterConfig, overrides: Overrides) -> Cluster
 
 
 def _unusable(path: Path, error: ConfigError, overrides: Overrides) -> UnusableInput:
-    return UnusableInput(f"--set {error}") if error.where in overrides.cluster else located(path, error)
+    """Say what is wrong with a field, or with an entry of it, and where it was given: on the command line or in the file."""
+    given = any(f"{error.where}.".startswith((f"{name}.", f"{name}[")) for name in overrides.cluster)
+    return UnusableInput(f"--set {error}") if given else located(path, error)
 
 
-def _resolved(path: Path, config: ClusterConfig, catalog: Catalog) -> Resolved:
+def _resolved(path: Path, config: ClusterConfig, catalog: Catalog, overrides: Overrides) -> Resolved:
     try:
-        return resolve(config, catalog)
+        resolved = resolve(config, catalog)
+        _check_memory(resolved.config)
     except ConfigError as error:
-        raise located(path, error) from None
+        raise _unusable(path, error, overrides) from None
+    return resolved
+
+
+def _check_memory(config: ClusterConfig) -> None:
+    """Raise `ConfigError` for more KV blocks than a simulation can hold, at the pool that has most of them."""
+    blocks = [pool.nodes * pool.engine.blocks for pool in config.pools]
+    most = blocks.index(max(blocks))
+    problem = f"all pools' nodes have {sum(blocks):,} KV blocks together; at most {EMPTY_BLOCKS_MAX:,} can be simulated"
+    require(sum(blocks) <= EMPTY_BLOCKS_MAX, f"pools[{most}].nodes", problem)
 
 
 def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resolved, catalog: Catalog) -> None:

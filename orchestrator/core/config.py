@@ -11,9 +11,19 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from itertools import pairwise
+from math import isfinite
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from orchestrator.core.types import CostProfile, PoolKind
+
+#: More nodes than any pool has, and more KV blocks than any node: beyond them a number is a mistake, and takes all of a memory.
+NODES_MAX = 1 << 14
+BLOCKS_MAX = 1 << 27
+GATEWAYS_MAX = 1 << 10
+#: What a whole number in a file may be, and how much of a wrong value is shown.
+WHOLE_MAX = 1 << 53
+SHOWN_MAX = 60
 
 
 class ConfigError(ValueError):
@@ -29,6 +39,15 @@ def require(holds: bool, where: str, problem: str) -> None:
     """Raise `ConfigError` unless `holds`."""
     if not holds:
         raise ConfigError(where, problem)
+
+
+def shown(value: object) -> str:
+    """Return a value that is refused as text, shortened; also one that has too many digits or levels to be written out."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"too long to be shown ({type(value).__name__})"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +122,7 @@ class GatewayConfig:
     resources: Mapping[str, float] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
-        require(self.count >= 1, "count", f"must be 1 or more, is {self.count}")
+        require(1 <= self.count <= GATEWAYS_MAX, "count", f"must be 1 to {GATEWAYS_MAX}, is {self.count}")
         for name, port in (("http_port", self.http_port), ("grpc_port", self.grpc_port)):
             require(0 <= port <= 65535, name, f"must be a port (0 to 65535), is {port}")
         require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
@@ -219,6 +238,7 @@ class EngineConfig:
         require(0 < self.memory_fraction <= 1, "memory_fraction", f"must be in (0, 1], is {self.memory_fraction}")
         for name in ("blocks", "threads", "context_tokens_max"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+        require(self.blocks <= BLOCKS_MAX, "blocks", f"must be at most {BLOCKS_MAX}, is {self.blocks}")
 
 
 class CachePolicy(StrEnum):
@@ -321,6 +341,33 @@ class SchedulerConfig:
         )
 
 
+def _check_profile(profile: CostProfile) -> None:
+    """Raise `ConfigError` unless every step and every fetch takes a finite time of 0 or more, and more work no less of it."""
+    for name in ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_latency_s"):
+        seconds = getattr(profile, name)
+        require(isfinite(seconds) and seconds >= 0, f"profile.{name}", f"must be 0 or more seconds, is {seconds}")
+    rate, share, yielded = profile.fetch_bytes_per_s, profile.overlap, profile.tokens_per_pass
+    require(rate > 0, "profile.fetch_bytes_per_s", f"must be over 0 bytes a second, is {rate}")  # inf: at once
+    require(0 <= share <= 1, "profile.overlap", f"must be a share, 0 to 1, is {share}")
+    require(profile.pass_tokens >= 1, "profile.pass_tokens", f"must be 1 or more, is {profile.pass_tokens}")
+    require(isfinite(yielded) and yielded >= 1, "profile.tokens_per_pass", f"must be 1 or more, is {yielded}")
+    _check_curve(profile)
+
+
+def _check_curve(profile: CostProfile) -> None:
+    tokens, seconds = profile.batch_tokens, profile.batch_s
+    where = "profile.batch_s"
+    require(len(tokens) == len(seconds), where, f"must have as many entries as batch_tokens ({len(tokens)}), has {len(seconds)}")
+    for before, after in pairwise((0, *tokens)):
+        require(before < after, "profile.batch_tokens", f"must be 1 or more and ascend, has {after} after {before}")
+    # Where processors overlap, a point may lie below 0: what it lacks is in `step_s` (see `roofline.py`).
+    for one in seconds:
+        positive = profile.step_s + (1 - profile.overlap) * one >= 0
+        require(isfinite(one) and positive, where, f"must be 0 or more seconds, step_s included, has {one}")
+    # The last slope goes on for ever.
+    require(len(seconds) < 2 or seconds[-2] <= seconds[-1], where, f"must not fall at its end, has {list(seconds[-2:])}")
+
+
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
     """[[pools]]: nodes of one kind for one model."""
@@ -349,9 +396,8 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
-        points, seconds = len(self.profile.batch_tokens), len(self.profile.batch_s)
-        require(points == seconds, "profile.batch_s", f"must have as many entries as batch_tokens ({points}), has {seconds}")
-        require(self.nodes >= 1, "nodes", f"must be 1 or more, is {self.nodes}")
+        _check_profile(self.profile)
+        require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
         alone = self.nodes_per_process == 1 or self.engine.name == "profiled"
         require(alone, "nodes_per_process", 'more than 1 needs engine.name = "profiled"')
@@ -447,12 +493,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _build(cast(type, hint), value, where)
     if issubclass(hint, StrEnum):
         known = [str(member) for member in hint]
-        require(value in known, where, f"must be one of {', '.join(known)}, is {value!r}")
+        require(value in known, where, f"must be one of {', '.join(known)}, is {shown(value)}")
         return hint(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(not whole or abs(value) <= WHOLE_MAX, where, f"must be at most 2^53, is {shown(value)}")
+    if hint is float and whole:
         return float(value)
     right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    require(right, where, f"must be {hint.__name__}, is {value!r}")
+    require(right, where, f"must be {hint.__name__}, is {shown(value)}")
     return value
 
 

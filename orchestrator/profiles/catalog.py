@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,10 @@ _PUBLISHED = {"value", "unit", "source"}
 _ASSUMED = {"value", "low", "high", "unit", "why"}
 #: Units of what something is divided by: never 0.
 _DIVISORS = {"B", "B/s", "FLOP/s", "chips", "ratio", "share"}
+#: Units of what is a part of a whole, or lies between two ways to count: 1 at most.
+_SHARES = {"share", "chance", "switch"}
+#: Nothing is larger, and nothing that is divided by is smaller; beyond them results would no longer be numbers.
+_LARGEST, _SMALLEST = 1e24, 1e-24
 
 
 class CatalogError(ValueError):
@@ -202,9 +205,12 @@ class Catalog:
         """Return a built-in model's shape, or that in a config.json or in the folder that holds one. Raises `CatalogError`."""
         packaged = _FOLDER / "models" / f"{name}.toml"
         path = packaged if name in self.shapes else Path(name)
-        if path.is_dir():
-            path /= "config.json"
-        if not path.is_file():
+        try:
+            path = path / "config.json" if path.is_dir() else path
+            is_there = path.is_file()
+        except OSError as error:
+            raise CatalogError(f"{name}: {error.strerror}") from None
+        if not is_there:
             raise CatalogError(f"{name}: neither a config.json nor a built-in shape; those are: {', '.join(self.shapes)}")
         try:
             return shape_of(name, _read(path))
@@ -213,9 +219,15 @@ class Catalog:
 
     def _replaced(self, name: str, value: float) -> Number | Assumption:
         self.number(name)
-        divides = self._numbers[name].unit in _DIVISORS
-        if not isfinite(value) or value < 0 or (divides and value == 0):
-            raise CatalogError(f"{name}: must be a number {'over 0' if divides else 'of 0 or more'}, is {value}")
+        unit = self._numbers[name].unit
+        # A part of a chip is none.
+        least = 1.0 if unit == "chips" else _SMALLEST if unit in _DIVISORS else 0.0
+        most = 1.0 if unit in _SHARES else _LARGEST
+        if not least <= value:
+            wanted = "over 0" if least == _SMALLEST else f"of {least:g} or more"
+            raise CatalogError(f"{name}: must be a number {wanted}, is {value}")
+        if value > most:
+            raise CatalogError(f"{name}: must be at most {most:g}, is {value:g}")
         source = {} if isinstance(self._numbers[name], Assumption) else {"source": "overridden"}
         return replace(self._numbers[name], value=float(value), **source)
 
@@ -250,6 +262,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CatalogError(f"{path.name}: {error.strerror}") from None
     except ValueError as error:
         raise CatalogError(f"{path.name}: cannot be read: {error}") from None
+    except RecursionError:
+        raise CatalogError(f"{path.name}: cannot be read: its lists or tables are nested too deeply") from None
     if not isinstance(table, dict):
         raise CatalogError(f"{path.name}: must hold a table, holds {type(table).__name__}")
     return cast(dict[str, Any], table)

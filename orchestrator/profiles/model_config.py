@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+from orchestrator.core.config import shown
 from orchestrator.core.shapes import Latent, ModelShape
 
 
@@ -27,6 +28,9 @@ _UNKNOWN: Mapping[str, str] = {
     "compress_ratios": "compressed attention",
     "hybrid_override_pattern": "state-space layers",
 }
+#: More than anything in a model, and more layers than any has: beyond them a number is a mistake.
+_COUNT_MAX = 1 << 32
+_LAYERS_MAX = 1 << 12
 #: The same count under the names that model families gave it.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
@@ -41,20 +45,22 @@ class _Fields:
         """Tell whether a field is there and means something."""
         return bool(self._values.get(name))
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """Return a whole number of 0 or more; `default` stands for a missing or null field, None means that it is required."""
+    def count(self, name: str, default: int | None = None, most: int = _COUNT_MAX) -> int:
+        """Return a whole number from 0 to `most`; `default` stands for a missing or null field; without it that is an error."""
         value = self._values.get(name)
         if value is None:
             if default is None:
                 raise ShapeError(f"{name}: is missing")
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ShapeError(f"{name}: must be a whole number of 0 or more, is {value!r}")
+            raise ShapeError(f"{name}: must be a whole number of 0 or more, is {shown(value)}")
+        if value > most:
+            raise ShapeError(f"{name}: must be at most {most}, is {shown(value)}")
         return value
 
-    def positive(self, name: str, default: int | None = None) -> int:
-        """Return a whole number of 1 or more."""
-        value = self.count(name, default)
+    def positive(self, name: str, default: int | None = None, most: int = _COUNT_MAX) -> int:
+        """Return a whole number from 1 to `most`."""
+        value = self.count(name, default, most)
         if value < 1:
             raise ShapeError(f"{name}: must be 1 or more, is {value}")
         return value
@@ -67,21 +73,21 @@ class _Fields:
         """Return a text; a missing or null field is an empty one."""
         value = self._values.get(name) or ""
         if not isinstance(value, str):
-            raise ShapeError(f"{name}: must be a text, is {value!r}")
+            raise ShapeError(f"{name}: must be a text, is {shown(value)}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a truth value."""
         value = self._values.get(name, default)
         if not isinstance(value, bool):
-            raise ShapeError(f"{name}: must be true or false, is {value!r}")
+            raise ShapeError(f"{name}: must be true or false, is {shown(value)}")
         return value
 
     def entries(self, name: str) -> list[Any]:
         """Return a list; a missing or null field is an empty one."""
         value: object = self._values.get(name) or []
         if not isinstance(value, list):
-            raise ShapeError(f"{name}: must be a list, is {value!r}")
+            raise ShapeError(f"{name}: must be a list, is {shown(value)}")
         return cast(list[Any], value)
 
 
@@ -91,7 +97,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     values = _Fields(cast(Mapping[str, Any], text) if isinstance(text, Mapping) else config)
     _refuse_unknown(values)
     layers, hidden, heads = (
-        values.positive("num_hidden_layers"),
+        values.positive("num_hidden_layers", most=_LAYERS_MAX),
         values.positive("hidden_size"),
         values.positive("num_attention_heads"),
     )
@@ -151,9 +157,9 @@ def _windows(values: _Fields, layers: int) -> tuple[int, int]:
     window = values.count("sliding_window", 0)
     kinds = values.entries("layer_types")
     if kinds:
-        unknown = sorted({str(kind) for kind in kinds} - set(_LAYER_KINDS))
+        unknown = [kind for kind in kinds if kind not in _LAYER_KINDS]
         if unknown:
-            raise ShapeError(f"layer_types: the cost of {unknown[0]!r} is not known; known: {', '.join(_LAYER_KINDS)}")
+            raise ShapeError(f"layer_types: the cost of {shown(unknown[0])} is not known; known: {', '.join(_LAYER_KINDS)}")
         if len(kinds) != layers:
             raise ShapeError(f"layer_types: must have an entry a layer ({layers}), has {len(kinds)}")
         windowed = kinds.count(_WINDOWED)
@@ -169,5 +175,9 @@ def _windows(values: _Fields, layers: int) -> tuple[int, int]:
 def _dense_layers(values: _Fields, layers: int) -> int:
     """Return how many layers of a model with experts have a dense FFN instead."""
     first, every = values.count("first_k_dense_replace", 0), values.positive("decoder_sparse_step", 1)
-    named = set(values.entries("mlp_only_layers"))
+    named = values.entries("mlp_only_layers")
+    wrong = [layer for layer in named if not isinstance(layer, int)]
+    if wrong:
+        raise ShapeError(f"mlp_only_layers: must be whole numbers, has {shown(wrong[0])}")
+    named = set(named)
     return sum(1 for layer in range(layers) if layer < first or layer in named or (layer + 1) % every)

@@ -62,13 +62,14 @@ def resolve(config: ClusterConfig, catalog: Catalog) -> Resolved:
             machine = machine_of(config, pool, catalog)
             pools.append(_filled(config, pool, machine))
         except ConfigError as error:
-            raise ConfigError(f"pools[{index}].{error.where}", error.problem) from None
+            where = error.where if error.where.startswith("models.") else f"pools[{index}].{error.where}"
+            raise ConfigError(where, error.problem) from None
         hardware[PoolName(pool.name)] = _node_hardware(config, pool, machine, catalog)
     return Resolved(replace(config, pools=tuple(pools)), hardware)
 
 
 def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Machine:
-    """Return what a pool's nodes are, ready for the formulas. Raises `ConfigError` naming the field within the pool."""
+    """Return what a pool's nodes are, ready for the formulas. Raises `ConfigError` naming the pool's field, or a model's."""
     hardware, model = pool.hardware, config.models[pool.model]
     named = model.shape or model.path
     require(bool(named), "model", f"models.{pool.model} needs a shape (or a path) because this pool has hardware")
@@ -76,7 +77,7 @@ def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Mac
     group, others = hardware.chips * hardware.group_nodes, hardware.ffn_chips
     chip = _found("hardware.chip", lambda name: catalog.chip(name, group), hardware.chip)
     other = _found("hardware.ffn_chip", lambda name: catalog.chip(name, others), hardware.ffn_chip) if halves else None
-    shape = _found("model", catalog.shape, named)
+    shape = _found(f"models.{pool.model}.{'shape' if model.shape else 'path'}", catalog.shape, named)
     if hardware.mode is not DecodeMode.WHOLE:
         _check_precision(chip, "weights", hardware.weights)
         _check_precision(chip, "activations", hardware.activations)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, fields
 
 from orchestrator.core.config import require
 
+#: Of whatever is counted: more would only take long.
+COUNT_MAX = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
     """How much goes wrong until `until_s`; nothing does after it, so that a run can be seen to recover.
 
-    Raises `ConfigError` for a chance outside [0, 1], a negative number or a speed-up of slow nodes.
+    Raises `ConfigError` for a chance outside [0, 1], a negative number, an endless count or a speed-up of slow nodes.
     """
 
     until_s: float
@@ -38,4 +41,6 @@ class Faults:
             value = getattr(self, item.name)
             require(value >= 0, item.name, f"must be 0 or more, is {value:g}")
             require(not item.name.endswith("_share") or value <= 1, item.name, f"must be a share, 1 at most, is {value:g}")
+        for name in ("crashes", "slow_nodes"):
+            require(getattr(self, name) <= COUNT_MAX, name, f"must be at most {COUNT_MAX}, is {getattr(self, name)}")
         require(self.slowness >= 1, "slowness", f"must be 1 or more, is {self.slowness:g}")

@@ -21,6 +21,8 @@ from orchestrator.wire.traces.turns import merged
 
 #: How `weft simulate --trace` names such sessions, followed by settings: `synthetic:sessions=100,seed=1`.
 PREFIX = "synthetic:"
+#: About 60 requests each.
+SESSIONS_MAX = 1_000_000
 #: Shares of all values that lie below the values of a `Quantiles`.
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 
@@ -265,13 +267,13 @@ def synthetic_trace(options: SyntheticOptions) -> list[TracedTurn]:
 
 
 def parse_synthetic(text: str) -> list[TracedTurn]:
-    """Return the sessions that a text like `synthetic:sessions=100,seed=1` asks for. Raises `TraceError`.
+    """Return the sessions that a text like `synthetic:sessions=100,seed=1` asks for. Raises `TraceError` naming the setting.
 
     Settings are the fields of `SyntheticOptions`; only `sessions` is needed.
     """
     given = dict(_settings(text.removeprefix(PREFIX)))
     if "sessions" not in given:
-        raise TraceError(f"{text}: sessions: missing; say how many, as in {PREFIX}sessions=100")
+        raise TraceError(f"sessions: missing; say how many, as in {PREFIX}sessions=100")
     usual = SyntheticOptions(sessions=int(given["sessions"]))
     return synthetic_trace(
         replace(
@@ -292,9 +294,7 @@ def _settings(text: str) -> Iterator[tuple[str, float]]:
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")
         if not equals or name not in SETTINGS:
-            raise TraceError(
-                f"{PREFIX}{text}: {name or 'nothing'}: not a setting; there are {', '.join(SETTINGS)}, as name=value"
-            )
+            raise TraceError(f"{name or 'nothing'}: not a setting; there are {', '.join(SETTINGS)}, as name=value")
         least, whole = SETTINGS[name]
         try:
             number = int(value) if whole else float(value)
@@ -302,5 +302,7 @@ def _settings(text: str) -> Iterator[tuple[str, float]]:
             number = None
         if number is None or not least <= number < float("inf"):
             kind = "a whole number" if whole else "a number"
-            raise TraceError(f"{PREFIX}{text}: {name}: must be {kind}, {least} or more, is {value!r}")
+            raise TraceError(f"{name}: must be {kind}, {least} or more, is {value!r}")
+        if name == "sessions" and number > SESSIONS_MAX:
+            raise TraceError(f"{name}: must be at most {SESSIONS_MAX}, is {value!r}")
         yield name, number

@@ -26,7 +26,7 @@ from typing import Any, Final, TypeAlias, cast, get_args
 import msgspec
 
 from orchestrator.core.commands import ClusterCommand, NodeCommand
-from orchestrator.core.config import ClusterConfig, GatewayConfig, SchedulerConfig
+from orchestrator.core.config import BLOCKS_MAX, ClusterConfig, GatewayConfig, SchedulerConfig, shown
 from orchestrator.core.events import ClusterEvent, NodeEvent
 from orchestrator.core.types import GatewayId, NodeSpec
 
@@ -195,7 +195,7 @@ class Journal:
     written_by: str
     header: Header
     entries: Iterator[Entry]
-    #: Known once `entries` is used up: why it ends; empty if its process was killed.
+    #: Known once `entries` is used up: why it ends; empty if it ends in the middle: its process was killed, or the file cut off.
     ended: str = ""
 
 
@@ -207,14 +207,17 @@ def read_journal(path: Path) -> Journal:
         name, number, written_by, kind, _ = first
     except JournalError:
         raise
-    except (msgspec.DecodeError, TypeError, ValueError):
+    except (msgspec.DecodeError, TypeError, ValueError, RecursionError):
         raise JournalError(f"{path}: is no journal of Weft's") from None
-    if name != FORMAT or number != FORMAT_VERSION or kind not in _HEADERS:
-        raise JournalError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}: starts with {name!r}, {number!r}, {kind!r}")
+    if name != FORMAT or number != FORMAT_VERSION or kind not in list(_HEADERS):
+        found = ", ".join(map(shown, (name, number, kind)))
+        raise JournalError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}: starts with {found}")
     try:
         header = cast(Header, msgspec.convert(first[4], _HEADERS[kind]))
     except (msgspec.ValidationError, ValueError) as error:
         raise JournalError(f"{path}: its header does not fit this version of Weft: {error}") from None
+    if isinstance(header, NodeHeader) and not 0 < header.spec.blocks <= BLOCKS_MAX:
+        raise JournalError(f"{path}: its header is of no node: it has {header.spec.blocks} blocks")
     journal = Journal(path, str(written_by), header, iter(()))
     journal.entries = _entries(journal, records)
     return journal
@@ -244,9 +247,11 @@ def _entries(journal: Journal, records: Iterator[bytes]) -> Iterator[Entry]:
         try:
             now, name, event, commands = envelope.decode(record)
             if name == _CLOSED:
-                journal.ended = str(cast(dict[str, Any], msgspec.msgpack.decode(event))["reason"])
+                journal.ended = msgspec.msgpack.decode(event, type=dict[str, str])["reason"]
                 return
             listed = None if commands is None else tuple((kind, bytes(command)) for kind, command in commands)
             yield Entry(now, decoders[name].decode(event), listed)
-        except (msgspec.DecodeError, KeyError) as error:
+        except KeyError as error:
+            raise JournalError(f"{journal.path}: record {number + 1}: knows no {error}") from None
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise JournalError(f"{journal.path}: record {number + 1}: {error}") from None

@@ -12,7 +12,7 @@ import msgspec
 
 from orchestrator.core.cluster import Cluster
 from orchestrator.core.node import Node
-from orchestrator.wire.journal import COMMANDS, ClusterHeader, Command, Event, Header, Journal, NodeHeader
+from orchestrator.wire.journal import COMMANDS, ClusterHeader, Command, Event, Header, Journal, JournalError, NodeHeader
 
 _Handle: TypeAlias = Callable[[Any, float], Sequence[Command]]
 
@@ -43,9 +43,12 @@ def replay(journal: Journal, progress: Callable[[int], None] | None = None) -> D
         progress: told the number of each event.
 
     Raises:
-        JournalError: the file is damaged in its middle.
+        JournalError: the file is damaged in its middle, or no core can be made from its header.
     """
-    handle = _fresh_core(journal.header)
+    try:
+        handle = _fresh_core(journal.header)
+    except (AssertionError, ArithmeticError, LookupError, ValueError) as error:
+        raise JournalError(f"{journal.path}: its header makes no core: {type(error).__name__}: {error}") from None
     encoder = msgspec.msgpack.Encoder()
     for number, entry in enumerate(journal.entries, 1):
         if progress is not None:

@@ -68,7 +68,48 @@ def test_values_find_their_fields() -> None:
             {"pools": [{**POOL, "nodes_per_process": 2}]},
             'pools[0].nodes_per_process: more than 1 needs engine.name = "profiled"',
         ),
+        # Counts that would fill a memory before anything else could be noticed.
+        ({"pools": [{**POOL, "nodes": 100_000_000}]}, "pools[0].nodes: must be 1 to 16384, is 100000000"),
+        ({"pools": [{**POOL, "engine": {"blocks": 10**9}}]}, "pools[0].engine.blocks: must be at most 134217728, is 1000000000"),
+        ({"gateway": {"count": 10**8}}, "gateway.count: must be 1 to 1024, is 100000000"),
+        ({"limits": {"waiting_max": 10**18}}, "limits.waiting_max: must be at most 2^53, is 1000000000000000000"),
+        ({"limits": {"waiting_s_max": 10**400}}, f"limits.waiting_s_max: must be at most 2^53, is {10**59}..."),
+        # More digits than Python writes out, as hexadecimal numbers in a file may have.
+        ({"limits": {"waiting_max": 1 << 20_000}}, "limits.waiting_max: must be at most 2^53, is too long to be shown (int)"),
+        ({"router": {"policy": 1 << 20_000}}, "router.policy: must be one of predicted-time, "),
     ],
 )
 def test_a_bad_file_is_answered_with_the_field(file: dict[str, Any], message: str) -> None:
     assert problem(**file).startswith(message)
+
+
+CURVE = {"batch_tokens": [1, 8], "batch_s": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ({"step_s": -1.0}, "step_s: must be 0 or more seconds, is -1.0"),
+        ({"step_s": float("nan")}, "step_s: must be 0 or more seconds, is nan"),
+        ({"context_token_s": float("inf")}, "context_token_s: must be 0 or more seconds, is inf"),
+        ({"fetch_latency_s": -1}, "fetch_latency_s: must be 0 or more seconds, is -1.0"),
+        ({"fetch_bytes_per_s": 0}, "fetch_bytes_per_s: must be over 0 bytes a second, is 0.0"),
+        ({"overlap": 2.0}, "overlap: must be a share, 0 to 1, is 2.0"),
+        ({"pass_tokens": 0}, "pass_tokens: must be 1 or more, is 0"),
+        ({"tokens_per_pass": 0}, "tokens_per_pass: must be 1 or more, is 0.0"),
+        ({"batch_tokens": [1]}, "batch_s: must have as many entries as batch_tokens (1), has 0"),
+        ({**CURVE, "batch_tokens": [1, 1]}, "batch_tokens: must be 1 or more and ascend, has 1 after 1"),
+        ({**CURVE, "batch_tokens": [8, 1]}, "batch_tokens: must be 1 or more and ascend, has 1 after 8"),
+        ({**CURVE, "batch_tokens": [0, 1]}, "batch_tokens: must be 1 or more and ascend, has 0 after 0"),
+        ({**CURVE, "batch_s": [0.1, float("nan")]}, "batch_s: must be 0 or more seconds, step_s included, has nan"),
+        ({**CURVE, "batch_s": [-0.1, 0.1], "step_s": 0.05}, "batch_s: must be 0 or more seconds, step_s included, has -0.1"),
+        ({**CURVE, "batch_s": [0.2, 0.1]}, "batch_s: must not fall at its end, has [0.2, 0.1]"),
+    ],
+)
+def test_a_profile_of_steps_that_cannot_be_is_answered_with_its_field(profile: dict[str, Any], message: str) -> None:
+    assert problem(pools=[{**POOL, "profile": profile}]) == f"pools[0].profile.{message}"
+
+
+def test_profiles_may_be_all_zero_and_what_a_point_of_a_curve_lacks_may_be_in_every_step() -> None:
+    for profile in ({}, {"step_s": 0.0, "fetch_latency_s": 0}, {**CURVE, "batch_s": [-0.1, 0.1], "step_s": 0.1}):
+        assert ClusterConfig.from_mapping({"pools": [{**POOL, "profile": profile}]}).pools

@@ -49,7 +49,9 @@ def test_a_cluster_file_that_cannot_be_used_ends_with_2_and_one_line(capsys: pyt
         (("serve", "--http-port", "70000"), "--http-port: must be a port"),
         (("serve", "--model", "/nonexistent"), "has no config.json"),
         (("serve", "--attach"), "--attach: needs --address"),
-        (("serve", "--no-such-flag"), "unrecognized arguments"),
+        (("serve", "--no-such-flag"), "weft: unrecognized arguments: --no-such-flag (see weft --help)"),
+        (("serve", "--http-port", "x"), "weft: argument --http-port: invalid int value: 'x' (see weft serve --help)"),
+        (("model", "create", "x" * 300, "--family", "llama", "--seed", "1"), "x: File name too long"),
         (("model", "create", "/proc", "--family", "llama", "--seed", "1"), "not an empty directory"),
         (("model", "create", "/nonexistent/x", "--family", "llama", "--seed", "1", "--heads", "3"), "heads must be a multiple"),
         (("model", "create", "/nonexistent/x", "--family", "gpt", "--seed", "1"), "invalid choice"),
@@ -58,7 +60,7 @@ def test_a_cluster_file_that_cannot_be_used_ends_with_2_and_one_line(capsys: pyt
 )
 def test_unusable_arguments_end_with_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str) -> None:
     code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
 
 
@@ -79,6 +81,14 @@ def test_a_reader_that_has_read_enough_is_not_complained_about() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_behind_standard_output_ends_with_1_and_one_line() -> None:
+    command = [sys.executable, "-c", "from deploy.cli import main; raise SystemExit(main())", "simulate", "--assumptions"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*command, "--json", "-"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "weft: standard output: No space left on device\n")
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.files import AGENT_SESSION, FOLDER, LOCAL_CLUSTER, UnusableInput, line_of, read_cluster, with_model
+from deploy.files import (
+    AGENT_SESSION,
+    FOLDER,
+    LOCAL_CLUSTER,
+    UnusableInput,
+    check_file,
+    check_folder,
+    line_of,
+    read_cluster,
+    with_model,
+)
 from orchestrator.core.config import (
     ApiKey,
     ClusterConfig,
@@ -76,6 +87,11 @@ def test_the_default_cluster_is_what_the_readme_says() -> None:
         ("[models.a]\n[[pools]]\nname = 'a'\nkind = 'prefill'\nmodel = 'a'\n", 1, "models.a: no pool of kind decode"),
         ("[[gateway.api_keys]]\nkey = ''\ntenant = 't'\n", 2, "gateway.api_keys[0].key: must not be empty"),
         ("[gateway]\nhost = '0.0.0.0'\n[[pools]]\nname = 'a'\nkind = 'decode'\n", 2, "is not loopback"),
+        # What Python's own parser gives up on: see `parsed`.
+        pytest.param(f"[cluster]\nname = {'[' * 9000}\n", 2, "lists or tables are nested too deeply", id="deep"),
+        pytest.param(f"[cluster]\nname = 1\ndrain_s = {'9' * 5000}\n", 3, "a number has more than 4300 digits", id="long"),
+        pytest.param(f"[cluster]\ndrain_s = 0x{'f' * 5000}\n", 2, "drain_s: must be at most 2^53, is too long", id="hexadecimal"),
+        ("[[pools]]\nname = 'a'\nkind = 'decode'\n[pools.profile]\nbatch_tokens = [2, 1]\nbatch_s = [1, 1]\n", 5, "ascend"),
     ],
 )
 def test_a_bad_file_is_answered_with_file_line_and_field(tmp_path: Path, text: str, line: int, says: str) -> None:
@@ -95,6 +111,30 @@ def test_a_file_that_is_not_there_or_not_text_is_one_line_too(tmp_path: Path) ->
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UnusableInput, match="not UTF-8"):
         read_cluster(tmp_path / "bytes.toml")
+    with pytest.raises(UnusableInput, match="is no cluster file: it has more than"):
+        read_cluster(Path("/dev/zero"))
+
+
+def test_a_byte_order_mark_at_a_files_start_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf" + LOCAL_CLUSTER.read_bytes())
+    assert read_cluster(tmp_path / "marked.toml") == read_cluster(LOCAL_CLUSTER)
+
+
+@pytest.mark.parametrize("check", [check_file, check_folder])
+def test_a_place_that_cannot_be_looked_at_is_answered_with_its_option(
+    check: Callable[[str, Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UnusableInput, match=r"^--json .*: File name too long$"):
+        check("--json", tmp_path / ("x" * 300))
+
+    def locked(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", locked)
+    with pytest.raises(UnusableInput, match=f"^--json {tmp_path}/x: Permission denied$"):
+        check("--json", tmp_path / "x")
+    with pytest.raises(UnusableInput, match=r"^--model .*: Permission denied$"):
+        with_model(ClusterConfig.from_mapping({"pools": [{"name": "a", "kind": "decode"}]}), tmp_path, "local.toml")
 
 
 def test_an_unknown_field_points_to_the_table_that_should_hold_it() -> None:

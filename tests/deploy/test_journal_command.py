@@ -1,5 +1,6 @@
 """`weft journal replay` and `weft serve --journal`: exit codes and one line about what is wrong."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def test_replaying_tells_by_its_exit_code_whether_all_is_the_same(tmp_path: Path
     first, second = json.loads(capsys.readouterr().out)
     assert (first["difference"], second["events"]) == ("", 1)
     assert "event 1 (DrainRequested), command 1: recorded an error; got nothing more" in second["difference"]
+
+
+def test_a_journal_that_is_cut_off_replays_up_to_there_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = journal(tmp_path / "cut", ())
+    cut.write_bytes(gzip.compress(gzip.decompress(cut.read_bytes())[:-10]))
+    assert main(["journal", "replay", str(cut)]) == 0
+    said = "all 1 events replay identically (it ends in the middle: its process was killed, or the file was cut off)"
+    assert capsys.readouterr().out == f"{cut}: node n0: {said}\n"
 
 
 def test_what_cannot_be_used_ends_with_two_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

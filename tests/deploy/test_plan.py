@@ -207,18 +207,6 @@ def test_a_larger_budget_never_makes_the_pick_dearer(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
-def test_a_larger_budget_never_makes_the_pick_dearer(capsys: pytest.CaptureFixture[str]) -> None:
-    # The cheapest chip just keeps these limits, by less than its prediction leaves in hand: it is found with more to spend too.
-    flags = ("--model", "gpt-oss-120b", "--slo", "ttft=5,itl=0.0022", "--chips", "gb200,vr200", "--quick", "--json", "-")
-    prices = []
-    for gpus in (1, 4, 100):
-        _, out, _ = weft(capsys, "plan", "--trace", AGENT_SESSION, "--limit", 6, "--budget", f"gpus={gpus}", *flags)
-        found = json.loads(out)
-        prices.append(next(plan for plan in found["plans"] if plan["number"] == found["pick"])["price"]["usd_per_hour"])
-    assert prices == [prices[0]] * 3
-
-
-@pytest.mark.slow
 def test_a_cluster_of_several_nodes_is_simulated_with_the_same_router(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     # Chips that share no network are a node each, and it takes several: where a turn goes decides what it finds in a cache.
     trace = ("--trace", MIX, "--limit", 100, "--set", "h200.domain_chips=1")
@@ -355,7 +343,8 @@ def test_traces_without_prefixes_or_answers_are_planned_for_too(
         (("--slo", "ttft=5,itl=1,ttft=6"), "argument --slo: ttft is given twice"),
         (("--slo", "ttft=5,itl=1,p90=3"), "argument --slo: 'p90=3' must be KEY=VALUE with a key of ttft, itl, class, pct"),
         (("--slo", "ttft=5,itl=1,class=fast"), "class: must be one of batch, standard, interactive, cadence, is 'fast'"),
-        (("--slo", "ttft=5,itl=1,pct=100"), "argument --slo: pct: must be under 100, is 100"),
+        (("--slo", "ttft=5,itl=1,pct=100"), "argument --slo: pct: must be from 1 to under 100, is 100"),
+        (("--slo", "ttft=5,itl=1,pct=1e-322"), "argument --slo: pct: must be from 1 to under 100, is 1e-322"),
         (("--budget", "cpus=1"), "argument --budget: 'cpus=1' must be KEY=VALUE with a key of gpus, usd_per_hour, kw"),
         (("--budget", "gpus=0"), "argument --budget: gpus: must be a number over 0, is '0'"),
         (("--budget", "kw=inf"), "argument --budget: kw: must be a number, is 'inf'"),
@@ -376,6 +365,8 @@ def test_traces_without_prefixes_or_answers_are_planned_for_too(
         (("--trace", "synthetic:session=3"), "session: not a setting; there are sessions, seed,"),
         (("--out", "/nonexistent/c.toml"), "--out /nonexistent/c.toml: /nonexistent is no folder"),
         (("--json", "/nonexistent/p.json"), "--json /nonexistent/p.json: /nonexistent is no folder"),
+        (("--out", "x" * 300), "x: File name too long"),
+        (("--model", "x" * 300), "x: File name too long"),
         (("--report", "/"), "--report /: is a folder; give a file in it"),
     ],
 )  # fmt: skip
@@ -384,7 +375,8 @@ def test_what_cannot_be_used_ends_with_2_and_says_what_would_be_right(
 ) -> None:
     code, out, err = planned(capsys, *flags)
     assert (code, out) == (2, "")
-    assert says in err.splitlines()[-1]
+    assert says in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("missing", ["--trace", "--model", "--slo"])
@@ -392,7 +384,7 @@ def test_what_must_be_given_is_asked_for(capsys: pytest.CaptureFixture[str], mis
     place = ASKED.index(missing)
     code, _, err = weft(capsys, "plan", *ASKED[:place], *ASKED[place + 2 :])
     assert code == 2
-    assert err.endswith(f"the following arguments are required: {missing}\n")
+    assert err == f"weft: the following arguments are required: {missing} (see weft plan --help)\n"
 
 
 def test_a_trace_that_the_model_has_no_positions_for_is_refused_before_the_search(

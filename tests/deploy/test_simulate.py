@@ -141,6 +141,7 @@ def test_what_goes_wrong_is_slower_and_loses_nothing(capsys: pytest.CaptureFixtu
         (("--set", "lp30.tdp_w=-1"), "--set lp30.tdp_w: must be"),
         (("--set", "pools[0].nodes"), "--set pools[0].nodes: must be KEY=VALUE"),
         (("--set", "pools[0].nodes=0"), "--set pools[0].nodes: must be 1 to 16384, is 0"),
+        (("--set", "pools[0].nodes=16384", "pools[0].engine.blocks=134217728"), "--set pools[0].nodes: all pools' nodes have 2,"),
         (("--set", "router.policy=best"), "--set router.policy: must be one of predicted-time"),
         (("--report", "/dev/null"), "--report /dev/null: is there already and not a folder"),
         (("--limit", "0"), "argument --limit: must be a whole number of 1 or more, is '0'"),
@@ -149,6 +150,9 @@ def test_what_goes_wrong_is_slower_and_loses_nothing(capsys: pytest.CaptureFixtu
         (("--faults", "until_s=9,late_share=2"), "argument --faults: late_share: must be a share, 1 at most, is 2"),
         (("--faults", "until_s=9,crashes=1.5"), "argument --faults: crashes: must be a whole number, is '1.5'"),
         (("--faults", "until_s=9,slowness=0.5"), "argument --faults: slowness: must be 1 or more, is 0.5"),
+        (("--faults", "until_s=9,crashes=1e8"), "--faults: crashes: must be at most 10000, is 100000000 (see weft simulate"),
+        (("--faults", "until_s=9,slow_nodes=1e300"), "argument --faults: slow_nodes: must be at most 10000, is 1"),
+        (("--limit", "9" * 30), "argument --limit: must be at most 1000000000, is '9999"),
         (("--faults", "until_s=never"), "argument --faults: until_s: must be a number, is 'never'"),
         (("--policy", "best"), "invalid choice"),
         (("--set", "pools[0].engine.blocks=" + "9" * 5000), "--set pools[0].engine.blocks: a number has more than 4300 digits"),
@@ -156,12 +160,19 @@ def test_what_goes_wrong_is_slower_and_loses_nothing(capsys: pytest.CaptureFixtu
         (("--json", "x" * 300), "x: File name too long"),
         (("--json", "/nonexistent/x.json"), "--json /nonexistent/x.json: /nonexistent is no folder"),
         (("--trace", "/nonexistent"), "/nonexistent: cannot be read"),
-        (("--trace", "synthetic:session=3"), "--trace synthetic:session=3: "),
+        (("--trace", "synthetic:session=3"), "weft: --trace synthetic:session=3: session: not a setting; there are"),
+        (("--trace", "synthetic:sessions=1000000000"), "sessions: must be at most 1000000, is '1000000000'"),
+        (("--trace", "no\nsuch"), "weft: no such: cannot be read"),
+        # What was set is told as set, also where an entry of it, or what it names, is wrong.
+        (("--set", "models.default.aliases=[1]"), "weft: --set models.default.aliases[0]: must be str, is 1"),
+        (("--set", "pools[0].resources={a = 'x'}"), "weft: --set pools[0].resources.a: must be float, is 'x'"),
+        (("--set", "pools[0].hardware.chip=b100", "models.default.shape=kimi-k2"), "--set pools[0].hardware.chip: b100: no such"),
+        (("--set", "pools[0].hardware.chip=h200", "models.default.shape=k9"), "weft: --set models.default.shape: k9: neither"),
         (("--cluster", "/nonexistent"), "/nonexistent: No such file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_ends_with_2_and_says_so(
-    capsys: pytest.CaptureFixture[str], cluster: Path, flags: tuple[str, str], says: str
+    capsys: pytest.CaptureFixture[str], cluster: Path, flags: tuple[str, ...], says: str
 ) -> None:
     start = ("--cluster", cluster, "--trace", AGENT_SESSION, "--limit", 1, "--policy", "random", "--no-bounds")
     code, _, err = weft(capsys, *start, *flags)
@@ -193,6 +204,25 @@ def test_a_wrong_field_of_the_file_is_named_with_its_line(capsys: pytest.Capture
     path.write_text(CLUSTER.replace("step_s", "steps"))
     code, _, err = weft(capsys, "--cluster", path, "--trace", AGENT_SESSION)
     assert (code, err.startswith(f"weft: {path}:13: pools[0].profile.steps: unknown key")) == (2, True)
+
+
+def test_a_wrong_shape_is_named_where_it_stands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f"[models.default]\nshape = 'kimi-k9'\n{CLUSTER}[pools.hardware]\nchip = 'h200'\n")
+    code, _, err = weft(capsys, "--cluster", path, "--trace", AGENT_SESSION)
+    assert (code, err.startswith(f"weft: {path}:2: models.default.shape: kimi-k9: neither a config.json")) == (2, True)
+
+
+def test_a_trace_whose_name_is_no_utf8_is_reported_on_too(
+    capsys: pytest.CaptureFixture[str], cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "\udcff.jsonl"
+    trace.write_text(json.dumps(TRACE_LINE))
+    monkeypatch.setattr("sys.argv", ["weft", str(trace)])
+    flags = ("--policy", "random", "--no-bounds", "--json", tmp_path / "j.json", "--report", tmp_path / "r")
+    code, _, err = weft(capsys, "--cluster", cluster, "--trace", trace, *flags)
+    assert (code, err) == (0, f"weft: wrote {tmp_path}/r/index.html\n")
+    assert "udcff.jsonl" in (tmp_path / "r" / "index.html").read_text()
 
 
 def test_cluster_or_trace_is_missing(capsys: pytest.CaptureFixture[str], cluster: Path) -> None:

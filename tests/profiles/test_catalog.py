@@ -107,6 +107,13 @@ def test_nvlink_6_takes_nvlink_5s_all_to_all_at_its_own_rate() -> None:
     assert seconds("nvlink6", 1e9, **{"nvlink6.efficiency": 0.85}) < seconds("nvlink6", 1e9)
 
 
+def test_every_packaged_number_and_both_ends_of_its_range_may_be_set() -> None:
+    for name in CATALOG.names:
+        assert CATALOG.overridden({name: CATALOG.number(name)}).number(name) == CATALOG.number(name)
+    for one in CATALOG.assumptions:
+        assert [CATALOG.overridden({one.name: end}).number(one.name) for end in (one.low, one.high)] == [one.low, one.high]
+
+
 def test_any_number_can_be_overridden() -> None:
     changed = Catalog.load({"vr200.memory_bytes_per_s": 19.2e12, "lp30.tdp_w": 500.0, "economics.all_in_per_tdp": 2.0})
     assert changed.chip("vr200").memory_bytes_per_s == 19.2e12
@@ -128,6 +135,13 @@ def test_rental_changes_prices_and_nothing_else() -> None:
         ({"lp30.tdp_w": -1.0}, r"lp30\.tdp_w: must be a number of 0 or more, is -1\.0"),
         ({"lp30.tdp_w": float("nan")}, r"lp30\.tdp_w: must be a number of 0 or more, is nan"),
         ({"h200.memory_bytes_per_s": 0.0}, r"h200\.memory_bytes_per_s: must be a number over 0, is 0\.0"),
+        ({"h200.memory_bytes_per_s": 5e-324}, r"h200\.memory_bytes_per_s: must be a number over 0, is 5e-324"),
+        ({"lp30.tdp_w": 1e300}, r"lp30\.tdp_w: must be at most 1e\+24, is 1e\+300"),
+        ({"lp30.tdp_w": float("inf")}, r"lp30\.tdp_w: must be at most 1e\+24, is inf"),
+        ({"economics.rental": 5}, r"economics\.rental: must be at most 1, is 5"),
+        ({"nvlink6.efficiency": 1.5}, r"nvlink6\.efficiency: must be at most 1, is 1\.5"),
+        ({"practice.acceptance": 2}, r"practice\.acceptance: must be at most 1, is 2"),
+        ({"vr200.domain_chips": 0.5}, r"vr200\.domain_chips: must be a number of 1 or more, is 0\.5"),
     ],
 )
 def test_a_wrong_override_is_named(overrides: dict[str, float], problem: str) -> None:
@@ -232,6 +246,11 @@ def test_windows_come_by_a_pattern_where_layers_are_not_listed(fields: dict[str,
         ({"full_attention_interval": 4}, "full_attention_interval: the cost of linear attention .* is not known"),
         ({"interleave_moe_layer_step": 2}, "interleave_moe_layer_step: the cost of dense FFNs .* is not known"),
         ({"intermediate_size_mlp": 16384}, "intermediate_size_mlp: the cost of dense FFNs .* is not known"),
+        ({"layer_types": [["full_attention"], "full_attention"]}, r"layer_types: the cost of \['full_attention'\] is not known"),
+        ({"num_experts": 4, "num_experts_per_tok": 1, "mlp_only_layers": [[1]]}, r"mlp_only_layers: must be whole .* has \[1\]"),
+        ({"hidden_size": 10**400}, r"hidden_size: must be at most 4294967296, is 10000*\.\.\.$"),
+        ({"hidden_size": 1 << 20_000}, r"hidden_size: must be at most 4294967296, is too long to be shown \(int\)"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers: must be at most 4096, is 1000000"),
         ({"layer_types": ["full_attention"]}, r"layer_types: must have an entry a layer \(2\), has 1"),
         ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok: must be at most the number of experts \(4\), is 5"),
     ],
@@ -249,3 +268,8 @@ def test_an_unknown_model_or_chip_is_answered_with_those_there_are(tmp_path: Pat
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(CatalogError, match=r"^config\.json: must hold a table"):
         CATALOG.shape(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CatalogError, match=r"^config\.json: cannot be read: its lists or tables are nested too deeply"):
+        CATALOG.shape(str(tmp_path))
+    with pytest.raises(CatalogError, match=r"^x*: File name too long"):
+        CATALOG.shape("x" * 300)

@@ -57,15 +57,16 @@ def test_settings_are_kept() -> None:
         ("synthetic:", "nothing: not a setting"),
         ("synthetic:seed=1", "sessions: missing"),
         ("synthetic:sessions=0", "sessions: must be a whole number, 1 or more, is '0'"),
+        ("synthetic:sessions=1000000000", "sessions: must be at most 1000000, is '1000000000'"),
         ("synthetic:sessions=many", "sessions: must be a whole number"),
         ("synthetic:sessions=2,gap_s_max=nan", "gap_s_max: must be a number"),
         ("synthetic:session=2", "session: not a setting; there are sessions, seed"),
     ],
 )
 def test_unusable_settings_are_named(text: str, said: str) -> None:
-    with pytest.raises(TraceError, match=r"^synthetic:") as raised:
+    with pytest.raises(TraceError) as raised:
         parse_synthetic(text)
-    assert said in str(raised.value)
+    assert str(raised.value).startswith(said)
 
 
 def shape(turns: Sequence[TracedTurn]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import gzip
 import random
+import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from orchestrator.core.commands import NodeCommand
@@ -110,6 +112,40 @@ def test_no_secret_and_no_key_is_in_a_header() -> None:
     assert isinstance(header, ClusterHeader)
     assert "hidden" not in repr(header)
     assert header.config.pools == config.pools
+
+
+def packed(*records: object) -> bytes:
+    """Return a journal made by hand."""
+    encoded = [msgspec.msgpack.encode(record) for record in records]
+    return gzip.compress(b"".join(struct.pack("<I", len(record)) + record for record in encoded))
+
+
+FIRST = ("weft-journal", 1, "0.1.0", "node", HEADER)
+NESTED = struct.pack("<I", 9000) + b"\x91" * 9000
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (packed((*FIRST[:3], ["node"], HEADER)), "is no weft-journal of version 1: starts with 'weft-journal', 1, ['node']"),
+        (packed((*FIRST[:4], {})), "its header does not fit this version of Weft: Object missing required field `spec`"),
+        (packed((*FIRST[:4], NodeHeader(node_spec(blocks=-1), SchedulerConfig()))), "its header is of no node: it has -1 blocks"),
+        (packed((*FIRST[:4], NodeHeader(node_spec(blocks=10**12), SchedulerConfig()))), "its header is of no node: it has 1000"),
+        (gzip.compress(NESTED), "is no journal of Weft's"),
+        (packed(FIRST, (1.0, "Closed", ["stopped"], ())), "record 2: Expected `object`, got `array`"),
+        (packed(FIRST, (1.0, "Closed", {"reason": 7}, ())), "record 2: Expected `str`, got `int`"),
+        (packed(FIRST, (1.0, "Closed", {}, ())), "record 2: knows no 'reason'"),
+        (packed(FIRST, (1.0, "Nothing", {}, ())), "record 2: knows no 'Nothing'"),
+        (packed(FIRST, (1.0, "TimerFired", {"key": 5}, ())), "record 2: Expected `str`, got `int`"),
+    ],
+)
+def test_what_is_made_by_hand_is_refused_where_it_is_wrong(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "one.journal.gz"
+    path.write_bytes(content)
+    with pytest.raises(JournalError) as refused:
+        replay(read_journal(path))
+    assert str(refused.value).startswith(f"{path}: {problem}")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

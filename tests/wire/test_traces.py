@@ -2,12 +2,15 @@
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
+from orchestrator.sim.names import PRIVATE_NAMES
 from orchestrator.wire.traces import TracedTurn, TraceError, interleaved, is_per_session_clock, read_trace
 
 LINE = {"timestamp": 0, "session": "a", "id": 0, "input_length": 130, "output_length": 9, "block_size": 64, "hash_ids": [7, 8]}
@@ -41,6 +44,20 @@ def test_a_line_of_ours_keeps_all_that_agents_do(tmp_path: Path) -> None:
     assert first == TracedTurn(0, "a", "main", 0.0, (), 0.0, 130, 9, 64, ((7, 2),))
     assert second == TracedTurn(5, "a", "sub", 2.5, (0,), 0.04, 130, 9, 64, ((7, 2),), "m", "t", True)
     assert second.blocks == [7, 8]
+
+
+def test_ids_that_are_no_small_numbers_become_small(tmp_path: Path) -> None:
+    dates = [1_760_000_000_000 + 7 * number for number in (3, 1, 2)]
+    lines = [{**LINE, "id": date, "deps": dates[:number]} for number, date in enumerate(dates)]
+    zero, *turns = read(tmp_path, {**LINE, "id": 0}, *lines)
+    first = turns[0].id
+    assert [(turn.id - first, turn.after) for turn in turns] == [(0, ()), (1, (first,)), (2, (first, first + 1))]
+    # An answer's blocks have names counted from a turn's id: 64 bits must hold them, and those of a thousand copies.
+    assert zero.id == 0 < 1000 * (first + 2) * PRIVATE_NAMES < 2**63
+    # What is wrong is told in the file's own words.
+    assert problem(tmp_path, *lines, lines[2]) == f"trace.jsonl:4: id: {dates[2]} was used before; every request needs its own"
+    early = [lines[0], {**lines[1], "deps": [dates[2]]}, lines[2]]
+    assert problem(tmp_path, *early) == f"trace.jsonl:2: deps: a cycle: {dates[1]} waits for {dates[2]} waits for {dates[1]}"
 
 
 def test_ranges_and_lists_of_blocks_mean_the_same(tmp_path: Path) -> None:
@@ -79,6 +96,24 @@ def test_gzip_is_told_by_content_and_by_name(tmp_path: Path) -> None:
     packed = written(tmp_path / "trace.gz", [LINE])
     assert len(list(read_trace(packed))) == 1
     assert len(list(read_trace(packed.rename(tmp_path / "trace.jsonl")))) == 1
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_pipe_is_read_like_a_file(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    other = dynamo("a", 1, 1, "s"), dynamo("b", 3, 1, "s")
+    mooncake = [{"timestamp": 5, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}]
+    for lines, found in (([LINE, {**LINE, "id": 1}], 2), (other, 2), (mooncake, 1), ([LINE, {**LINE, "id": 1, "deps": [2]}], 0)):
+        pipe = tmp_path / f"pipe{len(list(tmp_path.iterdir()))}"
+        os.mkfifo(pipe)
+        content = pack("".join(json.dumps(line) + "\n" for line in lines).encode())
+        writer = Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        if found:
+            assert len(list(read_trace(pipe))) == found
+        else:
+            with pytest.raises(TraceError, match="deps: 2 is no request of this file"):
+                list(read_trace(pipe))
+        writer.join()
 
 
 @pytest.mark.parametrize("name", ["deploy/data/agent_session.jsonl", "bench/data/agent_mix.jsonl.gz"])
@@ -161,6 +196,14 @@ def test_dynamo_requests_wait_for_what_had_ended_when_they_came(tmp_path: Path) 
     assert len(turns[0].blocks) == 2
 
 
+def test_many_requests_of_one_dynamo_session_wait_for_the_last_that_had_ended(tmp_path: Path) -> None:
+    # Every request ends long after the next ones have come: each waits for the one 500 before it.
+    lines = [dynamo(str(number), 1000 * number, 500_000, "s") for number in range(3000)]
+    turns = read(tmp_path, *lines)
+    assert [turn.after for turn in turns[499:502]] == [(), (0,), (1,)]
+    assert turns[-1].after == (2499,)
+
+
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +246,14 @@ def without(field: str) -> dict[str, Any]:
         ({**LINE, "id": 1, "hash_ids": [7]}, "trace.jsonl:2: hash_ids: names 1 blocks, but 130 tokens fill 2 blocks of 64"),
         ({**LINE, "id": 1, "hash_ids": [7, 7]}, "trace.jsonl:2: hash_ids: names block 7 twice"),
         ({**LINE, "id": 1, "hash_ranges": [[7, -2]]}, "trace.jsonl:2: hash_ranges[0][1]: expected `int` >= 1"),
+        (
+            {**LINE, "id": 1, "hash_ranges": [[2**63 - 1, 2]]},
+            "trace.jsonl:2: hash_ranges[0][0]: expected `int` <= 281474976710655",
+        ),
+        # Deeper than anybody nests: in a field, beside them, in a field that is wrong besides.
+        (json.dumps(LINE)[:-1] + ', "deps": ' + "[" * 9000, "trace.jsonl:2: lists or objects are nested too deeply"),
+        (json.dumps(LINE)[:-1] + ', "other": ' + "[" * 9000, "trace.jsonl:2: lists or objects are nested too deeply"),
+        ('{"timestamp": "x", "other": ' + '{"a":' * 9000, "trace.jsonl:2: lists or objects are nested too deeply"),
         ({**LINE, "id": 1, "block_size": 32}, "trace.jsonl:2: block_size: is 32, but earlier lines have 64"),
     ],
 )

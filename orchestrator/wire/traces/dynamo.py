@@ -13,11 +13,12 @@ which tools and users took: the lines about tools say nothing more. https://docs
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 
 import msgspec
 
-from orchestrator.wire.traces.lines import decoded, read_lines
+from orchestrator.wire.traces.lines import Lines, decoded
 from orchestrator.wire.traces.order import full_blocks
 from orchestrator.wire.traces.schema import Count, Milliseconds, Positive
 from orchestrator.wire.traces.turns import BlockNames, Runs, TracedTurn, TraceError
@@ -97,23 +98,23 @@ class DynamoReader:
         self._event = msgspec.json.Decoder(Event)
         self._request = msgspec.json.Decoder(Request)
 
-    def turns(self) -> Iterator[TracedTurn]:
+    def turns(self, lines: Lines) -> Iterator[TracedTurn]:
         """Yield the file's turns in order of arrival. Raises `TraceError`."""
         ended: list[_Ended] = []
-        lines: dict[str, int] = {}
-        for number, text in read_lines(self._path):
+        known: dict[str, int] = {}
+        for number, text in lines:
             where = f"{self._path}:{number}"
             one = self._ended(text, number, where)
             if one is None:
                 continue
-            if one.name in lines:
-                raise TraceError(f"{where}: request.request_id: {one.name!r} was on line {lines[one.name]} before")
+            if one.name in known:
+                raise TraceError(f"{where}: request.request_id: {one.name!r} was on line {known[one.name]} before")
             if ended and one.block_tokens != ended[0].block_tokens:
                 raise TraceError(
                     f"{where}: request.replay.trace_block_size: is {one.block_tokens}, line {ended[0].number} has "
                     f"{ended[0].block_tokens} (0 without replay)"
                 )
-            lines[one.name] = number
+            known[one.name] = number
             ended.append(one)
         ended.sort(key=lambda one: (one.received_ms, one.number))
         return _turns(ended)
@@ -164,17 +165,25 @@ class DynamoReader:
 class _Session:
     """What of a session has come so far."""
 
-    __slots__ = ("children", "ended", "parent")
+    __slots__ = ("_latest", "_running", "children", "parent")
 
     def __init__(self, parent: str | None) -> None:
         self.parent = parent
         self.children: list[str] = []
-        #: (end, id) of its requests.
-        self.ended: list[tuple[float, int]] = []
+        #: (end, id) of its requests that had not ended when the latest was last asked for, the soonest end first; and that one.
+        self._running: list[tuple[float, int]] = []
+        self._latest: tuple[float, int] | None = None
+
+    def add(self, end_ms: float, identity: int) -> None:
+        """Take in a request."""
+        heappush(self._running, (end_ms, identity))
 
     def latest(self, before_ms: float) -> tuple[float, int] | None:
-        """Return the end and id of the request that ended last before a moment."""
-        return max((one for one in self.ended if one[0] <= before_ms), default=None)
+        """Return the end and id of the request that ended last before a moment, which is never earlier than the one before."""
+        while self._running and self._running[0][0] <= before_ms:
+            one = heappop(self._running)
+            self._latest = one if self._latest is None else max(self._latest, one)
+        return self._latest
 
 
 def _turns(ended: list[_Ended]) -> Iterator[TracedTurn]:
@@ -199,7 +208,7 @@ def _turns(ended: list[_Ended]) -> Iterator[TracedTurn]:
             block_runs=one.runs,
             model=one.model,
         )
-        sessions[one.session].ended.append((one.ended_ms, identity))
+        sessions[one.session].add(one.ended_ms, identity)
 
 
 def _before(one: _Ended, sessions: Mapping[str, _Session]) -> list[tuple[float, int]]:

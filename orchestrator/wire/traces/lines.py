@@ -6,22 +6,28 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 
+from orchestrator.core.config import shown
 from orchestrator.wire.traces.turns import TraceError
 
 Line = TypeVar("Line")
+#: The number and bytes of each line.
+Lines: TypeAlias = Iterator[tuple[int, bytes]]
 
 GZIP_START = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
+#: A line that is longer is none: one of a prompt of ten million tokens has some 10 MB.
+LINE_BYTES_MAX = 1 << 28
+NESTED = "lists or objects are nested too deeply"
 #: How msgspec ends a message that concerns a field.
 _AT_FIELD = re.compile(r"^(?P<wanted>.*) - at `\$\.?(?P<field>.*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<parent>.*)`)?$")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Lines:
     """Yield the number and bytes of every line that is not blank. Raises `TraceError`; gzip is told by the file's beginning."""
     number = 0
     try:
@@ -30,7 +36,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if path.suffix == ".gz" and start != GZIP_START:
                 raise TraceError(f"{path}: is named .gz but holds no gzip data; rename it or compress it")
             with gzip.GzipFile(fileobj=file) if start == GZIP_START else nullcontext(file) as lines:
-                for number, line in enumerate(lines, 1):
+                for number, line in enumerate(iter(lambda: lines.readline(LINE_BYTES_MAX + 1), b""), 1):
+                    if len(line) > LINE_BYTES_MAX:
+                        raise TraceError(f"{path}:{number}: is longer than {LINE_BYTES_MAX} bytes; a line holds one request")
                     if number == 1:
                         line = line.removeprefix(UTF8_MARK)
                     if not line.isspace():
@@ -47,8 +55,11 @@ def decoded(decoder: msgspec.json.Decoder[Line], line: bytes, where: str) -> Lin
     """Return a line as the decoder's type. Raises `TraceError`."""
     try:
         return decoder.decode(line)
+    except RecursionError:
+        problem = NESTED
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise TraceError(f"{where}: {_problem(str(error), line)}") from None
+        problem = _problem(str(error), line)
+    raise TraceError(f"{where}: {problem}")
 
 
 def _problem(message: str, line: bytes) -> str:
@@ -60,6 +71,8 @@ def _problem(message: str, line: bytes) -> str:
         return f"not UTF-8 text from byte {error.start} on"
     except msgspec.DecodeError as error:
         return f"not JSON: {error}"
+    except RecursionError:
+        return NESTED
     if not isinstance(record, dict):
         return f"must be a JSON object, is {line[:40].decode(errors='replace').strip()!r}"
     missing = _MISSING.match(message)
@@ -80,4 +93,4 @@ def _value(record: dict[str, Any], field: str) -> str:
         if not isinstance(value, dict) or part not in value:
             return ""
         value = cast(dict[str, Any], value)[part]
-    return repr(value)[:40]
+    return shown(value)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from orchestrator.wire.traces.lines import decoded, read_lines
+from orchestrator.wire.traces.lines import Lines, decoded
 from orchestrator.wire.traces.order import Timeline, full_blocks, unmet
 from orchestrator.wire.traces.schema import Count, Milliseconds, Positive
 from orchestrator.wire.traces.turns import DENSE_FIRST, BlockNames, Runs, TracedTurn, TraceError
@@ -72,10 +72,10 @@ class MooncakeReader:
         #: Set if no line has a time: then everything that waits for nothing starts at once.
         self._timeless = False
 
-    def turns(self) -> Iterator[TracedTurn]:
+    def turns(self, lines: Lines) -> Iterator[TracedTurn]:
         """Yield the file's turns in order of arrival. Raises `TraceError`."""
         decoder = msgspec.json.Decoder(MooncakeLine)
-        for number, text in read_lines(self._path):
+        for number, text in lines:
             where = f"{self._path}:{number}"
             self._rows.append(self._row(decoded(decoder, text, where), number, where))
         self._block_tokens = self._block_size()

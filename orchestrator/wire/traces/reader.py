@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
+from orchestrator.core.config import shown
 from orchestrator.wire.traces.dynamo import SCHEMA, DynamoReader
 from orchestrator.wire.traces.lines import decoded, read_lines
 from orchestrator.wire.traces.mooncake import MooncakeReader
@@ -26,7 +28,7 @@ def read_trace(path: Path) -> Iterator[TracedTurn]:
     Times are seconds since the recording began; where they are dates, since the first arrival.
     """
     began_s: float | None = None
-    for turn in _reader(path).turns():
+    for turn in _turns(path):
         if began_s is None:
             began_s = turn.arrival_s if turn.arrival_s >= DATES_FROM_S else 0.0
         yield replace(turn, arrival_s=turn.arrival_s - began_s) if began_s else turn
@@ -34,22 +36,25 @@ def read_trace(path: Path) -> Iterator[TracedTurn]:
         raise TraceError(f"{path}: holds no requests")
 
 
-def _reader(path: Path) -> SchemaReader | MooncakeReader | DynamoReader:
-    first = next(read_lines(path), None)
+def _turns(path: Path) -> Iterator[TracedTurn]:
+    """Return what the reader of a file's form reads. The file is opened once: it may be a pipe."""
+    lines = read_lines(path)
+    first = next(lines, None)
     if first is None:
         raise TraceError(f"{path}: holds no requests")
     number, text = first
     fields = decoded(FIRST_LINE, text, f"{path}:{number}")
+    lines = chain([first], lines)
     if "block_size" in fields and "schema" not in fields:
-        return SchemaReader(path)
+        return SchemaReader(path).turns(lines)
     if _is_dynamo(fields):
-        return DynamoReader(path)
+        return DynamoReader(path).turns(lines)
     if MOONCAKE_FIELDS & fields.keys() and "schema" not in fields:
-        return MooncakeReader(path)
+        return MooncakeReader(path).turns(lines)
     if "schema" in fields:
         raise TraceError(
-            f"{path}:{number}: schema: {fields['schema']!r} with version {fields.get('version')!r} is not read; Weft's own, "
-            "Mooncake's and dynamo.request.trace.v1 are"
+            f"{path}:{number}: schema: {shown(fields['schema'])} with version {shown(fields.get('version'))} is not read; Weft's "
+            "own, Mooncake's and dynamo.request.trace.v1 are"
         )
     raise TraceError(
         f"{path}:{number}: input_length: missing; a line must have timestamp, input_length and output_length, or be an event of "

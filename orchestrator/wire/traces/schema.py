@@ -11,15 +11,15 @@
 A block's name stands for the whole prefix up to and including that block. Other fields are for other readers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from orchestrator.wire.traces.lines import decoded, read_lines
+from orchestrator.wire.traces.lines import Lines, decoded
 from orchestrator.wire.traces.order import Timeline, full_blocks, unmet
-from orchestrator.wire.traces.turns import BlockNames, Runs, TracedTurn, TraceError, merged
+from orchestrator.wire.traces.turns import DENSE_FIRST, BlockNames, Runs, TracedTurn, TraceError, merged
 
 #: More tokens than any context or answer has, and more milliseconds than any clock shows: beyond them a number is a mistake.
 TOKENS_MAX = 1 << 32
@@ -28,6 +28,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=MILLISECONDS_MAX)]
 Identity = Annotated[int, msgspec.Meta(ge=0)]
+#: Ids from here on, such as dates, are replaced by numbers that lie together, from here on too: others count with them.
+NUMBERED_FIRST = 1 << 24
+#: Names beyond are those of blocks that a file names otherwise.
+BlockName = Annotated[int, msgspec.Meta(ge=0, le=DENSE_FIRST - 1)]
 
 
 class SchemaLine(msgspec.Struct):
@@ -43,14 +47,14 @@ class SchemaLine(msgspec.Struct):
     deps: list[int] | None = None
     gap_ms: Milliseconds | None = None
     hash_ids: list[int | str] | None = None
-    hash_ranges: list[tuple[Identity, Positive]] | None = None
+    hash_ranges: list[tuple[BlockName, Positive]] | None = None
     model: str | None = None
     tenant: str | None = None
     seam: bool | None = None
 
 
 class _Waits(msgspec.Struct):
-    """What a line waits for, read again to explain a wrong dependency; lenient, as the line may have other faults."""
+    """What a line waits for, read on to explain a wrong dependency; lenient, as the line may have other faults."""
 
     id: int | None = None
     deps: list[int] | None = None
@@ -64,27 +68,31 @@ class SchemaReader:
         self._decoder = msgspec.json.Decoder(SchemaLine)
         self._names = BlockNames()
         self._timeline = Timeline()
-        self._known: set[int] = set()
+        self._lines: Lines = iter(())
+        #: Of the requests so far, by the ids that the file gives them: their ids from here on, and line and dependencies.
+        self._numbers: dict[int, int] = {}
+        self._waits: dict[int, tuple[int, Sequence[int]]] = {}
         self._block_tokens: int | None = None
         self._numbered = False
 
-    def turns(self) -> Iterator[TracedTurn]:
+    def turns(self, lines: Lines) -> Iterator[TracedTurn]:
         """Yield the file's turns. Raises `TraceError`."""
-        for number, text in read_lines(self._path):
+        self._lines = lines
+        for number, text in lines:
             where = f"{self._path}:{number}"
             line = decoded(self._decoder, text, where)
-            turn = self._turn(line, where)
+            turn = self._turn(line, number, where)
             self._timeline.add(turn, line.session is not None, where)
             yield turn
 
-    def _turn(self, line: SchemaLine, where: str) -> TracedTurn:
-        identity = self._identity(line, where)
+    def _turn(self, line: SchemaLine, number: int, where: str) -> TracedTurn:
+        identity = self._identity(line, number, where)
         return TracedTurn(
-            id=identity,
+            id=self._numbers[identity],
             session=f"request {identity}" if line.session is None else str(line.session),
             agent=line.agent or "main",
             arrival_s=line.timestamp / 1e3,
-            after=tuple(line.deps or ()),
+            after=tuple(self._numbers[other] for other in line.deps or ()),
             gap_s=(line.gap_ms or 0.0) / 1e3,
             input_tokens=line.input_length,
             output_tokens=line.output_length,
@@ -95,28 +103,32 @@ class SchemaReader:
             seam=bool(line.seam),
         )
 
-    def _identity(self, line: SchemaLine, where: str) -> int:
-        if not self._known:
+    def _identity(self, line: SchemaLine, number: int, where: str) -> int:
+        """Return a request's id in the file, which is known from here on. Raises `TraceError`."""
+        if not self._numbers:
             self._numbered = line.id is None
         elif self._numbered is not (line.id is None):
             problem = "missing, but earlier lines have one" if line.id is None else "earlier lines have none"
             raise TraceError(f"{where}: id: {problem}")
-        identity = len(self._known) if line.id is None else line.id
-        if identity in self._known:
+        identity = len(self._numbers) if line.id is None else line.id
+        if identity in self._numbers:
             raise TraceError(f"{where}: id: {identity} was used before; every request needs its own")
-        for other in line.deps or ():
-            if other not in self._known:
-                raise TraceError(f"{where}: deps: {self._unmet(identity, other)}")
-        self._known.add(identity)
+        waits = (number, line.deps or ())
+        for other in waits[1]:
+            if other not in self._numbers:
+                raise TraceError(f"{where}: deps: {unmet(identity, other, self._all_waits(identity, waits))}")
+        self._numbers[identity] = identity if identity < NUMBERED_FIRST else NUMBERED_FIRST + len(self._numbers)
+        self._waits[identity] = waits
         return identity
 
-    def _unmet(self, identity: int, other: int) -> str:
+    def _all_waits(self, identity: int, waits: tuple[int, Sequence[int]]) -> Mapping[int, tuple[int, Sequence[int]]]:
+        """Return line and dependencies of a request, of all before it and, reading on, of all that follow."""
+        found = {**self._waits, identity: waits}
         decoder = msgspec.json.Decoder(_Waits)
-        waits: dict[int, tuple[int, list[int]]] = {}
-        for number, text in read_lines(self._path):
+        for number, text in self._lines:
             line = decoded(decoder, text, f"{self._path}:{number}")
-            waits.setdefault(len(waits) if line.id is None else line.id, (number, line.deps or []))
-        return unmet(identity, other, waits)
+            found.setdefault(len(found) if line.id is None else line.id, (number, line.deps or ()))
+        return found
 
     def _blocks(self, line: SchemaLine, where: str) -> Runs:
         if self._block_tokens is None:
