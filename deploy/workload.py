@@ -13,6 +13,9 @@ from orchestrator.wire.traces import TracedTurn, interleaved, is_per_session_clo
 #: Seconds between the starts of sessions, in the mean, where a trace gives each its own clock.
 SESSION_GAP_S = 20.0
 
+#: Requests of a trace and its copies together.
+REQUESTS_MAX = 10_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -33,6 +36,8 @@ def read_workload(trace: str, limit: int | None, seed: int, load: int = 1) -> Wo
         notes.append(
             f"Every session of the trace has its own clock: they are started at random, {SESSION_GAP_S:g} s apart in the mean."
         )
+    if load * len(turns) > REQUESTS_MAX:
+        raise UnusableInput(f"--load {load}: would be {load * len(turns):,} requests; at most {REQUESTS_MAX:,} can be simulated")
     if load > 1:
         turns = copies(turns, load, seed)
         notes.append(f"The trace is there {load:,} times, copied sessions starting at random over its span.")

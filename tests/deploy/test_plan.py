@@ -256,7 +256,7 @@ def test_limits_that_nothing_keeps_end_with_1_and_name_what_comes_nearest(
 ) -> None:
     code, out, _ = planned(capsys, "--slo", "ttft=5,itl=0.001", "--json", tmp_path / "p.json")
     assert code == 1
-    assert "No larger budget was found to help.\nWithin the budget: TTFT " in out
+    assert "Nearest: TTFT " in out
     plans = json.loads((tmp_path / "p.json").read_text())["plans"]
     nearest = min(plans, key=lambda plan: (plan["itl_s"], plan["price"]["usd_per_hour"], plan["description"]))
     assert f"ITL {nearest['itl_s']:.3g} s with {nearest['description']}." in out

@@ -145,6 +145,7 @@ def test_what_goes_wrong_is_slower_and_loses_nothing(capsys: pytest.CaptureFixtu
         (("--set", "router.policy=best"), "--set router.policy: must be one of predicted-time"),
         (("--report", "/dev/null"), "--report /dev/null: is there already and not a folder"),
         (("--limit", "0"), "argument --limit: must be a whole number of 1 or more, is '0'"),
+        (("--load", "99999999"), "--load 99999999: would be 99,999,999 requests; at most 10,000,000 can be simulated"),
         (("--faults", "crashes=1"), "argument --faults: until_s is missing"),
         (("--faults", "until_s=9,crash=1"), "argument --faults: 'crash=1' must be KEY=VALUE with a key of until_s, crashes, "),
         (("--faults", "until_s=9,late_share=2"), "argument --faults: late_share: must be a share, 1 at most, is 2"),
