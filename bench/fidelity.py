@@ -10,7 +10,6 @@ take turns, which no profile tells. The journals of the live run are replayed th
 """
 
 import argparse
-import asyncio
 import json
 import sys
 import tempfile
@@ -24,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.fit import Step, steps_of
-from bench.profile import Measured, cluster_text, make_model, measure, node_journals, profile_text
-from bench.servers import weft_server
+from bench.profile import Measured, cluster_text, make_model, measure, node_journals, profile_text, replayed
 from bench.trace import NODE_SHARE, SCALE, TRACE, distinct_blocks
-from deploy.replay import Replay, ScaledTurn, TurnResult, scaled_turns
+from deploy.replay import ScaledTurn, TurnResult, scaled_turns
 from orchestrator.core.config import ClusterConfig
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.outcome import Served
@@ -96,22 +94,6 @@ def traced(turns: Sequence[ScaledTurn], recorded: Sequence[TracedTurn]) -> list[
     ]
 
 
-def serve(cluster: str, model: Path, turns: Sequence[ScaledTurn]) -> list[TurnResult]:
-    """Replay the turns on a live cluster."""
-    done = 0
-
-    def on_end(result: TurnResult) -> None:
-        nonlocal done
-        done += 1
-        if result.failure:
-            raise RuntimeError(f"turn {result.turn.id}: {result.failure}")
-        if sys.stderr.isatty():
-            print(f"\rlive: {done} of {len(turns)} turns", end="", file=sys.stderr, flush=True)
-
-    with weft_server(cluster, model) as server:
-        return asyncio.run(Replay(server.url, "default", turns, on_end).run())
-
-
 def predict(cluster: str, turns: Sequence[TracedTurn], measured: Measured) -> list[Served]:
     """Replay the turns in virtual time."""
     resolved = Resolved(ClusterConfig.from_mapping(tomllib.loads(cluster)), {})
@@ -156,7 +138,7 @@ def compare(turns: Sequence[ScaledTurn], model: Path, measured: Measured, blocks
     """Serve and simulate the turns on a cluster with the measured profile."""
     with tempfile.TemporaryDirectory() as folder:
         cluster = cluster_text(Path(folder), blocks, 1, measured.fitted.profile)
-        live = of_live(serve(cluster, model, turns))
+        live = of_live(replayed(cluster, model, turns, "live"))
         predicted = of_simulated(predict(cluster, traced(turns, list(read_trace(TRACE))), measured))
         steps = steps_of(read_journal(node_journals(Path(folder))[0]).entries)
         journals = sorted(Path(folder).glob(f"*{SUFFIX}"))

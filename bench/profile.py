@@ -141,6 +141,17 @@ def alone(turns: Sequence[ScaledTurn]) -> Iterator[int]:
 def measure(model: Path, threads: int) -> Measured:
     """Serve a model on one node and measure it."""
     turns = calibration()
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = sum(len(turn.prompt) + turn.output_tokens for turn in turns) // BLOCK_TOKENS + len(turns)
+        results = replayed(cluster_text(Path(folder), blocks, threads), model, turns, "calibrating")
+        entries = list(read_journal(node_journals(Path(folder))[0]).entries)
+    steps = steps_of(entries)
+    # The first ones warm caches, allocators and code paths.
+    return Measured(fit(steps[len(steps) // 20 :]), _overhead(results, entries, set(alone(turns))))
+
+
+def replayed(cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str) -> list[TurnResult]:
+    """Serve a model on a live cluster and replay the turns there. Raises `RuntimeError` if one of them fails."""
     done = 0
 
     def on_end(result: TurnResult) -> None:
@@ -149,16 +160,10 @@ def measure(model: Path, threads: int) -> Measured:
         if result.failure:
             raise RuntimeError(f"turn {result.turn.id}: {result.failure}")
         if sys.stderr.isatty():
-            print(f"\rcalibrating: {done} of {len(turns)} prompts", end="", file=sys.stderr, flush=True)
+            print(f"\r{doing}: {done} of {len(turns)} turns", end="", file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        blocks = sum(len(turn.prompt) + turn.output_tokens for turn in turns) // BLOCK_TOKENS + len(turns)
-        with weft_server(cluster_text(Path(folder), blocks, threads), model) as server:
-            results = asyncio.run(Replay(server.url, "default", turns, on_end).run())
-        entries = list(read_journal(node_journals(Path(folder))[0]).entries)
-    steps = steps_of(entries)
-    # The first ones warm caches, allocators and code paths.
-    return Measured(fit(steps[len(steps) // 20 :]), _overhead(results, entries, set(alone(turns))))
+    with weft_server(cluster, model) as server:
+        return asyncio.run(Replay(server.url, "default", turns, on_end).run())
 
 
 def node_journals(folder: Path) -> list[Path]:
