@@ -85,6 +85,18 @@ def check_file(option: str, path: Path) -> None:
         raise UnusableInput(f"{option} {path}: {path.parent} is no folder")
 
 
+def write_file(option: str, path: Path, text: str) -> None:
+    """Write a text to a file, or to standard output for `-`. Raises `UnusableInput`."""
+    if path == Path("-"):
+        print(text, end="")
+        return
+    try:
+        # What was given on the command line need not be UTF-8.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UnusableInput(f"{option} {path}: {error.strerror}") from None
+
+
 def check_folder(option: str, path: Path) -> None:
     """Raise `UnusableInput` if a path cannot be made a folder because something else is there."""
     if _is(Path.exists, path, option) and not _is(Path.is_dir, path, option):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deploy.cases import Case, run_cases
 from deploy.cluster_text import cluster_text
-from deploy.files import UnusableInput, check_file
+from deploy.files import UnusableInput, check_file, write_file
 from deploy.options import count, number, pairs, positive
 from deploy.overrides import parse_overrides
 from deploy.plan_report import write_plan_report
@@ -154,15 +154,15 @@ def run_plan(options: argparse.Namespace) -> int:
     answer = _Task(question, workload, builder, options).answer()
     told = Told(shlex.join(["weft", *sys.argv[1:]]), question, answer, workload.notes, catalog)
     if options.json is not None:
-        _write(options.json, json.dumps(as_json(told), indent=2) + "\n")
+        _write("--json", options.json, json.dumps(as_json(told), indent=2) + "\n")
     if options.json != Path("-"):
         print_answer(told)
     if options.report is not None:
-        _write(options.report, write_plan_report(told))
+        _write("--report", options.report, write_plan_report(told))
     if answer.pick is None:
         return 1
     if options.out is not None:
-        _write(options.out, _cluster_file(builder, told, answer.pick))
+        _write("--out", options.out, _cluster_file(builder, told, answer.pick))
     return 0
 
 
@@ -234,13 +234,7 @@ def _cluster_file(builder: Builder, told: Told, pick: Measured) -> str:
     return cluster_text(config, comments, notes)
 
 
-def _write(path: Path, text: str) -> None:
-    if path == Path("-"):
-        print(text, end="")
-        return
-    try:
-        # What was given on the command line need not be UTF-8.
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UnusableInput(f"{path}: {error.strerror}") from None
-    print(f"weft: wrote {path}", file=sys.stderr)
+def _write(option: str, path: Path, text: str) -> None:
+    write_file(option, path, text)
+    if path != Path("-"):
+        print(f"weft: wrote {path}", file=sys.stderr)

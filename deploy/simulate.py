@@ -20,7 +20,7 @@ from deploy.cases import Case, run_cases
 from deploy.charts import Table
 from deploy.comparison import Column, comparison, figure_of
 from deploy.figures import write_figures
-from deploy.files import UnusableInput, check_file, check_folder, located, read_cluster, read_mapping
+from deploy.files import UnusableInput, check_file, check_folder, located, read_cluster, read_mapping, write_file
 from deploy.options import count, number, pairs, whole
 from deploy.overrides import Overrides, parse_overrides, set_field
 from deploy.report import Simulation, bounds_text, write_report
@@ -292,14 +292,7 @@ def as_json(simulation: Simulation, options: argparse.Namespace) -> dict[str, An
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2)
-    if path == Path("-"):
-        print(text)
-        return
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UnusableInput(f"--json {path}: {error.strerror}") from None
+    write_file("--json", path, json.dumps(content, indent=2) + "\n")
 
 
 def _made(folder: Path, write: Callable[[Path], None]) -> None:

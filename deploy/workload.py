@@ -49,7 +49,7 @@ def read_workload(trace: str, limit: int | None, seed: int, load: int = 1) -> Wo
 def _turns(trace: str, limit: int | None) -> list[TracedTurn]:
     if trace.startswith(PREFIX):
         try:
-            return parse_synthetic(trace.removeprefix(PREFIX))[:limit]
+            return parse_synthetic(trace)[:limit]
         except ValueError as error:
             raise UnusableInput(f"--trace {trace}: {error}") from None
     return list(islice(read_trace(Path(trace)), limit))

@@ -178,7 +178,7 @@ class Planner:
     def _answer(self, swept: Swept, closest: Measured | None, affordable_at: Measured | None) -> Answer:
         reaching = sorted(self._reaching(), key=self._rank)
         # Of plans that cost the same the one that nothing beats.
-        pick = next((one for one in reaching if one in front_of(reaching)), None)
+        pick = min(front_of(reaching), key=self._rank, default=None)
         others = [one for one in self._affordable() if not self._reaches(one)]
         cheaper = [one for one in others if pick is not None and one.price.usd_per_hour < pick.price.usd_per_hour]
         every = tuple(self._measured.values())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.config import DecodeMode, HardwareConfig, ModelConfig, Precision
-from orchestrator.core.types import CostProfile, PoolKind
+from orchestrator.core.types import PoolKind
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.sim.names import generated_runs, successors
 from orchestrator.sim.outcome import Distribution, Outcome
@@ -23,12 +23,12 @@ from orchestrator.sim.plan_space import Choices, Plan, PoolPlan, aggregated_kind
 from orchestrator.sim.plan_steps import neighbours
 from orchestrator.sim.plan_sweep import MARGIN, SIZES_KEPT, Sweep, Swept, shortlist
 from orchestrator.wire.traces import TracedTurn
+from tests.sim.plans import DEMAND, NODE, SMALL
 from tests.sim.worlds import agents
 
 BLOCK_TOKENS = 10
 #: One chip, four of which share a network; nobody drafts tokens.
 CHOICES = Choices(chips=("small",), halves=(), domains=(("small", 4),), weights=(Precision.FP8,), kv=(Precision.FP8,))
-SMALL = HardwareConfig(chip="small")
 PREFILL, DECODE, AGGREGATED = PoolKind.PREFILL, PoolKind.DECODE, PoolKind.AGGREGATED
 
 
@@ -182,26 +182,6 @@ def test_memory_keeps_blocks_for_as_long_as_it_has_room() -> None:
 
 
 # Predictions.
-
-NODE = Sizing(
-    profile=CostProfile(step_s=0.01, prefill_token_s=1e-4),
-    kv_tokens=100_000,
-    kv_token_bytes=100.0,
-    usd_per_hour=2.0,
-    kw=1.0,
-    gpus=1.0,
-)
-#: A prompt takes a tenth of a second of one node; a hundred tokens a second keep one sequence of 1,000 tokens running.
-DEMAND = Demand(
-    requests=1000,
-    duration_s=500.0,
-    requests_per_s=2.0,
-    output_tokens_per_s=100.0,
-    context_tokens=1000.0,
-    context_tokens_max=2000,
-    arrival_scv=1.0,
-    held=(Held(0.0, 0.0, 0.0, (Prompt(900.0, 0.0),)),),
-)
 
 
 def sizer(pool: PoolPlan) -> Sizing | None:

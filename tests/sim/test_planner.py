@@ -7,40 +7,25 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.config import ClusterConfig, HardwareConfig, Precision
+from orchestrator.core.config import ClusterConfig, Precision
 from orchestrator.core.types import CostProfile, PoolKind, PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.outcome import Distribution, Outcome, Served
-from orchestrator.sim.plan_demand import Demand, Held, Prompt
+from orchestrator.sim.plan_demand import Held, Prompt
 from orchestrator.sim.plan_estimate import Reason, Sizing, price_of
 from orchestrator.sim.plan_goal import Budget, Price, Slo
 from orchestrator.sim.plan_measure import Measured, measured
 from orchestrator.sim.plan_space import Choices, Plan, PoolPlan
 from orchestrator.sim.planner import Answer, Effort, Planner, Question, front_of
 from orchestrator.wire.traces import TracedTurn
+from tests.sim import plans
+from tests.sim.plans import SMALL
 
 #: One chip of a kind that shares its network with no other: a plan is a number of nodes and the tokens of their steps.
 CHOICES = Choices(chips=("small",), halves=(), domains=(("small", 1),), weights=(Precision.FP8,), kv=(Precision.FP8,))
-SMALL = HardwareConfig(chip="small")
-NODE = Sizing(
-    profile=CostProfile(step_s=0.01, prefill_token_s=1e-5, sequence_s=5e-4),
-    kv_tokens=100_000,
-    kv_token_bytes=100.0,
-    usd_per_hour=2.0,
-    kw=1.0,
-    gpus=1.0,
-)
+NODE = replace(plans.NODE, profile=CostProfile(step_s=0.01, prefill_token_s=1e-5, sequence_s=5e-4))
 #: A second brings 1,000 tokens and two prompts of 1,000 tokens, nothing of which is ever found in a cache: one node is enough.
-DEMAND = Demand(
-    requests=1000,
-    duration_s=500.0,
-    requests_per_s=2.0,
-    output_tokens_per_s=1000.0,
-    context_tokens=1000.0,
-    context_tokens_max=2000,
-    arrival_scv=1.0,
-    held=(Held(0.0, 0.0, 0.0, (Prompt(1000.0, 0.0),)),),
-)
+DEMAND = replace(plans.DEMAND, output_tokens_per_s=1000.0, held=(Held(0.0, 0.0, 0.0, (Prompt(1000.0, 0.0),)),))
 SLO = Slo(ttft_s=1.0, itl_s=0.03, percentile=0.9)
 
 
