@@ -22,7 +22,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.cluster import Cluster
+from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.commands import (
     Assign,
     Cancel,
@@ -42,7 +42,7 @@ from orchestrator.core.commands import (
     StopFetch,
 )
 from orchestrator.core.config import ClusterConfig, PoolConfig, RouterConfig, RouterPolicy, SchedulerConfig
-from orchestrator.core.costs import step_seconds
+from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.events import (
     Assigned,
     BlocksSent,
@@ -63,7 +63,7 @@ from orchestrator.core.events import (
     StepFinished,
     TimerFired,
 )
-from orchestrator.core.node import Node
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     BlockHash,
     CostProfile,

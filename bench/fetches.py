@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from bench.servers import weft_server
-from deploy.replay import Replay, ScaledTurn, TurnResult
+from orchestrator.cli.replay import Replay, ScaledTurn, TurnResult
 from orchestrator.core.commands import Fetch
 from orchestrator.core.events import FetchEnded, FetchProgressed
 from orchestrator.core.types import RequestId

@@ -25,14 +25,14 @@ from rich.table import Table
 from bench.fit import Step, steps_of
 from bench.profile import Measured, cluster_text, make_model, measure, node_journals, profile_text, replayed
 from bench.trace import NODE_SHARE, SCALE, TRACE, distinct_blocks
-from deploy.replay import ScaledTurn, TurnResult, scaled_turns
+from orchestrator.cli.replay import ScaledTurn, TurnResult, scaled_turns
 from orchestrator.core.config import ClusterConfig
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.outcome import Served
 from orchestrator.sim.world import World, WorldOptions
+from orchestrator.traces import TracedTurn, read_trace
 from orchestrator.wire.journal import SUFFIX, read_journal
 from orchestrator.wire.replay import replay
-from orchestrator.wire.traces import TracedTurn, read_trace
 
 #: What predictions should keep to: ratio of the medians, difference of the hit rates.
 RATIO_OFF_MAX = 0.15

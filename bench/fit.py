@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.core.commands import RunStep
-from orchestrator.core.costs import step_seconds
+from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.events import StepFinished
 from orchestrator.core.types import CostProfile
 from orchestrator.wire.journal import Entry

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.index_cases import Plan, apply_cases, find_cases, plan_fields
 from orchestrator.core.blocks import pack_hashes, split_hashes
-from orchestrator.core.kvindex import KvIndex, Matches
+from orchestrator.core.cluster.kvindex import KvIndex, Matches
 from orchestrator.core.types import BlockHash, KvBatch, NodeId, StoredRun
 
 

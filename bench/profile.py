@@ -27,7 +27,7 @@ from rich.table import Table
 from bench.fetches import measure_fetches
 from bench.fit import Fitted, Step, fit, rounded, steps_of
 from bench.servers import weft_server
-from deploy.replay import Replay, ScaledTurn, TurnResult
+from orchestrator.cli.replay import Replay, ScaledTurn, TurnResult
 from orchestrator.core.commands import ReportFirstToken
 from orchestrator.core.events import Assigned
 from orchestrator.core.types import CostProfile, RequestId

@@ -46,7 +46,7 @@ def weft_server(cluster: str, model: Path | None = None) -> Iterator[Server]:
         file.write_text(cluster)
         arguments = ["serve", "--cluster", str(file), "--http-port", str(port), "--grpc-port", "0"]
         arguments += ["--model", str(model)] if model else []
-        command = [sys.executable, "-m", "deploy.cli", *arguments]
+        command = [sys.executable, "-m", "orchestrator.cli.main", *arguments]
         with _running([(command, dict(os.environ))], Path(folder)) as pids:
             url = f"http://127.0.0.1:{port}"
             _wait_for(f"{url}/ready", pids, Path(folder))

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.sweeps import copies
+from orchestrator.cli.sweeps import copies
 from orchestrator.core.config import (
     ClusterConfig,
     EngineConfig,
@@ -35,7 +35,7 @@ from orchestrator.core.config import (
 from orchestrator.core.types import CostProfile, PoolKind
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.world import World, WorldOptions
-from orchestrator.wire.traces import TracedTurn, read_trace
+from orchestrator.traces import TracedTurn, read_trace
 
 AGENT_MIX = Path(__file__).parent / "data" / "agent_mix.jsonl.gz"
 #: About one H200 with a model of eight billion parameters: step times of the order that Dynamo's mocker takes.

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.servers import Server, weft_server
-from deploy.replay import Replay, Scale, ScaledTurn, TurnResult, scaled_turns
+from orchestrator.cli.replay import Replay, Scale, ScaledTurn, TurnResult, scaled_turns
 
 TRACE = Path(__file__).parent / "data" / "agent_mix.jsonl.gz"
 #: 64 recorded tokens become 4. Token ids from 64 on are ordinary tokens of the built-in model.

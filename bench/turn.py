@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.core.blocks import hash_root
-from orchestrator.core.cluster import Cluster
+from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.commands import Assign
 from orchestrator.core.config import ClusterConfig, PoolConfig
 from orchestrator.core.events import Ended, FirstToken, NodeJoined, NodeReported, RequestArrived
@@ -41,10 +41,10 @@ from orchestrator.core.types import (
     TenantId,
     request_id,
 )
-from orchestrator.live.loops import serve_long
-from orchestrator.live.models import ModelText
-from orchestrator.live.openai_api import parse_chat, template_messages, template_tools
-from orchestrator.live.prompts import PromptTokeniser
+from orchestrator.fleet.loops import serve_long
+from orchestrator.live.http.openai.requests import parse_chat, template_messages, template_tools
+from orchestrator.live.text.models import ModelText
+from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.turns import Prompt
 from workers.engines.vocabulary import write_json, write_tokenizer
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("orchestrator", "workers", "deploy", "bench")
+PACKAGES = ("orchestrator", "workers", "bench")
 
 
 def lint(root: Path) -> subprocess.CompletedProcess[str]:

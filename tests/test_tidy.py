@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("orchestrator", "workers", "deploy", "bench", "tests")
+PACKAGES = ("orchestrator", "workers", "bench")
+FOLDERS = (*PACKAGES, "tests")
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 LEFTOVER = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|breakpoint\(\)|\bpdb\b")
 #: Reads this file's own rules, so it is not judged by them.
@@ -42,12 +43,30 @@ def test_canary_the_rules_notice_a_leftover_and_a_missing_first_line() -> None:
     assert first_line("import os\n") == ""
 
 
-def test_the_readme_tree_names_every_source_file_of_the_product() -> None:
-    readme = (ROOT / "README.md").read_text()
-    tree = readme.split("## The tree", 1)[1].split("\n## ", 1)[0]
-    packages = ("orchestrator", "workers", "deploy", "bench")
-    files = [path for path in sources() if path.relative_to(ROOT).parts[0] in packages and path.name != "__init__.py"]
-    assert [str(path.relative_to(ROOT)) for path in files if path.name not in tree] == []
+def tree_of(readme: str) -> list[str]:
+    """Return the files that a README's tree names: a folder ends in a slash, its files stand indented below it."""
+    folder, files = "", []
+    for line in readme.split("## The tree", 1)[1].split("\n## ", 1)[0].splitlines():
+        name = line.split(maxsplit=1)[0] if line.strip() else ""
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith(".py") and line.startswith("      "):
+            files.append(folder + name)
+    return files
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_readme_names_every_source_file_of_its_package_once(package: str) -> None:
+    files = [str(path.relative_to(ROOT)) for path in sources() if path.name != "__init__.py"]
+    named = tree_of((ROOT / package / "README.md").read_text())
+    assert sorted(named) == [name for name in sorted(files) if name.startswith(f"{package}/")]
+
+
+def test_canary_a_name_within_another_name_is_not_in_the_tree() -> None:
+    assert tree_of("## The tree\n\n    a/  all\n      gateway.py  one\n    a/b/\n      x.py  two\n") == [
+        "a/gateway.py",
+        "a/b/x.py",
+    ]
 
 
 def test_proto_holds_no_python() -> None:

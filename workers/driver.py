@@ -42,7 +42,7 @@ from orchestrator.core.events import (
     StepFinished,
     TimerFired,
 )
-from orchestrator.core.node import Node
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     Assignment,
     BlockHash,

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from orchestrator.core.costs import fetch_seconds
+from orchestrator.core.cost.costs import fetch_seconds
 from orchestrator.core.types import BlockId, CostProfile
 from orchestrator.wire import node_pb2
 from workers.engines.base import Engine

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
-from orchestrator.core.cluster import Cluster
+from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import (
     Abort,
     Assign,
@@ -37,7 +38,6 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
-from orchestrator.core.sessions import ReprefillReason
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,

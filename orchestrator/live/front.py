@@ -13,11 +13,11 @@ from typing import Any
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName
 from orchestrator.live.driver import ClusterDriver
-from orchestrator.live.gateway import Gateway
 from orchestrator.live.health import HealthServer
+from orchestrator.live.http.gateway import Gateway
 from orchestrator.live.metrics import Metrics, NodeState
-from orchestrator.live.models import ModelText
 from orchestrator.live.recorder import open_recorder
+from orchestrator.live.text.models import ModelText
 from orchestrator.wire.journal import cluster_header, open_journal
 
 #: What a server is told to listen on all addresses.

@@ -25,9 +25,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart
 from orchestrator.core.events import ClusterEvent, Ended, NodeJoined, NodeLost, NodeReported, RequestAbandoned, RequestArrived
-from orchestrator.core.sessions import ReprefillReason
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,

@@ -24,9 +24,9 @@ import msgspec
 
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import BlockHash, FinishReason, GatewayId, ModelName, RequestId, SessionId, TenantId
-from orchestrator.live.gateway import DEFAULT_TENANT, TurnWatch
+from orchestrator.live.http.gateway import DEFAULT_TENANT, TurnWatch
 from orchestrator.live.turns import Turn
-from orchestrator.wire.traces.turns import Runs, cut, merged
+from orchestrator.traces.turns import Runs, cut, merged
 
 log = logging.getLogger("weft.recorder")
 

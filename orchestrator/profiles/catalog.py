@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.core.config import DecodeMode, Precision
-from orchestrator.core.machines import AllToAll, Chip, Coupling, Line, Link, Practice
-from orchestrator.core.shapes import ModelShape
+from orchestrator.core.cost.machines import AllToAll, Chip, Coupling, Line, Link, Practice
+from orchestrator.core.cost.shapes import ModelShape
 from orchestrator.profiles.model_config import ShapeError, shape_of
 
 _FOLDER = Path(__file__).parent

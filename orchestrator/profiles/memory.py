@@ -3,7 +3,7 @@
 from math import ceil
 
 from orchestrator.core.config import DecodeMode, Precision, require
-from orchestrator.core.machines import BYTES, Chip, Machine
+from orchestrator.core.cost.machines import BYTES, Chip, Machine
 
 
 def block_bytes(machine: Machine, block_tokens: int) -> int:

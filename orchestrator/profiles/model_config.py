@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from orchestrator.core.config import shown
-from orchestrator.core.shapes import Latent, ModelShape
+from orchestrator.core.cost.shapes import Latent, ModelShape
 
 
 class ShapeError(ValueError):

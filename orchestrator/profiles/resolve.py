@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, HardwareConfig, PoolConfig, Precision, require
-from orchestrator.core.machines import Chip, Coupling, Link, Machine
-from orchestrator.core.roofline import cost_profile
+from orchestrator.core.cost.machines import Chip, Coupling, Link, Machine
+from orchestrator.core.cost.roofline import cost_profile
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError, acceptance_name
 from orchestrator.profiles.memory import block_bytes, kv_blocks

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.sim.names import Runs, between, generated_runs, successors
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 Ints = NDArray[np.int64]
 

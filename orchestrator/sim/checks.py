@@ -7,8 +7,8 @@ at the end          every request is over, no node works or holds anything for a
 from collections.abc import Mapping
 from typing import Protocol
 
-from orchestrator.core.cluster import Cluster
-from orchestrator.core.kvindex import Trust
+from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.cluster.kvindex import Trust
 from orchestrator.core.types import GatewayId, NodeId, RequestId, TimerKey
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.machine import Machine

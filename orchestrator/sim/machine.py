@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orchestrator.core.commands import NodeCommand, RunStep, Slice
-from orchestrator.core.costs import decode_seconds, step_seconds, steps_within
+from orchestrator.core.cost.costs import decode_seconds, step_seconds, steps_within
 from orchestrator.core.events import NodeEvent, SliceResult, StepFinished
-from orchestrator.core.node import Node
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import BlockHash, NodeSpec, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.outcome import Distribution, PoolUse

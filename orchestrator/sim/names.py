@@ -10,7 +10,7 @@ fill are the ones the next prompt lists at those positions:
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 Runs = tuple[tuple[int, int], ...]
 

@@ -7,10 +7,10 @@ a closed loop follows nearly, not exactly.
 from collections.abc import Iterable, Sequence
 from heapq import heappop
 
-from orchestrator.core.kvpool import BlockPool, Run
+from orchestrator.core.node.kvpool import BlockPool, Run
 from orchestrator.core.types import BlockHash
 from orchestrator.sim.prompts import Prompts
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 #: The next use of what is never used again.
 NEVER = 1 << 60

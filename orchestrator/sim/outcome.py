@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import exp, log
 
 from orchestrator.core.types import NodeId, PoolName
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 #: Logarithmic buckets are this much wider than the one before: a percentile is off by half of it at most.
 BUCKET_RATIO = 1.005

@@ -14,7 +14,7 @@ from typing import cast
 
 from orchestrator.core.types import BlockHash
 from orchestrator.sim.names import Runs, generated_runs, successors
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 
 class Prompts:

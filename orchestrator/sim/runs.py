@@ -38,7 +38,7 @@ from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
 from orchestrator.sim.world import World, WorldOptions
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 S_PER_H = 3600.0
 

@@ -16,8 +16,8 @@ from itertools import pairwise
 from math import exp, log
 
 from orchestrator.sim.names import between
-from orchestrator.wire.traces import TracedTurn, TraceError, interleaved
-from orchestrator.wire.traces.turns import merged
+from orchestrator.traces import TracedTurn, TraceError, interleaved
+from orchestrator.traces.turns import merged
 
 #: How `weft simulate --trace` names such sessions, followed by settings: `synthetic:sessions=100,seed=1`.
 PREFIX = "synthetic:"

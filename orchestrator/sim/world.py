@@ -17,7 +17,8 @@ from hashlib import blake2b
 from random import Random
 from typing import assert_never
 
-from orchestrator.core.cluster import Cluster
+from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.commands import (
     Abort,
     Assign,
@@ -55,8 +56,7 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
-from orchestrator.core.node import Node
-from orchestrator.core.sessions import owner_of
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     BlockHash,
     GatewayId,
@@ -83,7 +83,7 @@ from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
 from orchestrator.sim.prompts import Prompts
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 #: Samples of the pools that a run keeps at most; beyond, every second one is dropped.
 SAMPLES_MAX = 512

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias, cast
 
 import msgspec
 
-from orchestrator.core.cluster import Cluster
-from orchestrator.core.node import Node
+from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.node.node import Node
 from orchestrator.wire.journal import COMMANDS, ClusterHeader, Command, Event, Header, Journal, JournalError, NodeHeader
 
 _Handle: TypeAlias = Callable[[Any, float], Sequence[Command]]

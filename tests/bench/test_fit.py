@@ -10,7 +10,7 @@ import pytest
 from bench.fit import Step, fit, nonnegative_least_squares, steps_of
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import Assigned, SliceResult, StepFinished
-from orchestrator.core.node import Node
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import CostProfile, RequestId, StepId
 from orchestrator.wire.journal import JournalWriter, NodeHeader, read_journal
 from tests.builders import assignment, node_spec

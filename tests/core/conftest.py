@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.cluster import Cluster
+from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.config import LimitsConfig, RouterConfig, SchedulerConfig
-from orchestrator.core.node import Node
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import GatewayId
 from tests.builders import node_spec
-from tests.core.cluster_builders import cluster_config, join
+from tests.core.cluster.cluster_builders import cluster_config, join
 
 
 @pytest.fixture

@@ -38,7 +38,18 @@ class Served:
 
     def __init__(self, cluster: Path, arguments: tuple[str, ...], log: Path) -> None:
         self.log = log
-        command = [sys.executable, "-m", "deploy.cli", "serve", "--cluster", str(cluster), "--http-port", "0", "--grpc-port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "orchestrator.cli.main",
+            "serve",
+            "--cluster",
+            str(cluster),
+            "--http-port",
+            "0",
+            "--grpc-port",
+            "0",
+        ]
         with log.open("w") as errors:
             self.process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert self.process.stdout is not None

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from deploy.files import LOCAL_CLUSTER
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER
 from tests.e2e.served import NotServing, Served, command_of, descendants, owner_of_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.files import LOCAL_CLUSTER
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER
 from tests.e2e.served import Served, descendants
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from orchestrator.core.config import ApiKey, ClusterConfig, GatewayConfig, ModelConfig, PoolConfig
 from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId
-from orchestrator.live.gateway import Gateway
+from orchestrator.live.http.gateway import Gateway
 from orchestrator.live.metrics import Metrics
-from orchestrator.live.models import ModelText
+from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from workers.engines.vocabulary import write_json, write_tokenizer
 

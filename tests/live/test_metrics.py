@@ -2,9 +2,9 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import Assign, Complete, Restart
 from orchestrator.core.events import Ended, NodeJoined, NodeLost, NodeReported, RequestArrived
-from orchestrator.core.sessions import ReprefillReason
 from orchestrator.core.types import (
     Assignment,
     BlockHash,

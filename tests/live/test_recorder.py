@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.cli import main
-from deploy.files import LOCAL_CLUSTER
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER
+from orchestrator.cli.main import main
 from orchestrator.core.config import ClusterConfig, ClusterSettings
 from orchestrator.core.types import BlockHash, FinishReason, GatewayId, ModelName, NodeId, PoolName, RequestId, SessionId
 from orchestrator.live import recorder
@@ -18,8 +18,8 @@ from orchestrator.live.front import Front
 from orchestrator.live.recorder import BlockNamer, Recorder, open_recorder
 from orchestrator.live.turns import Turn
 from orchestrator.sim.names import starts_with
-from orchestrator.wire.traces import TracedTurn, read_trace
-from orchestrator.wire.traces.turns import Runs
+from orchestrator.traces import TracedTurn, read_trace
+from orchestrator.traces.turns import Runs
 from tests.live.serving import BLOCK_TOKENS, cluster, run, together, turn
 from workers.engines.checkpoint import default_model_path, fingerprint
 

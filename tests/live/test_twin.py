@@ -36,8 +36,8 @@ from orchestrator.live.turns import Prompt, Turn
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.prompts import Prompts
 from orchestrator.sim.world import World, WorldOptions
+from orchestrator.traces import TracedTurn
 from orchestrator.wire import node_pb2, node_pb2_grpc
-from orchestrator.wire.traces import TracedTurn
 from tests.live.virtual import NoChannel, Wires, run_virtually
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.checkpoint import default_model_path

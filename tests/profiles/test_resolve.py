@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.files import FOLDER, read_cluster
+from orchestrator.cli.cluster_file import FOLDER, read_cluster
 from orchestrator.core.config import (
     ClusterConfig,
     ConfigError,
@@ -17,7 +17,7 @@ from orchestrator.core.config import (
     Precision,
     SchedulerConfig,
 )
-from orchestrator.core.costs import step_seconds
+from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import machine_of, resolve

@@ -9,8 +9,8 @@ import pytest
 
 from orchestrator.sim.bounds import infinite_cache, offline_optimum
 from orchestrator.sim.names import generated_runs, successors
-from orchestrator.wire.traces import TracedTurn, read_trace
-from orchestrator.wire.traces.turns import merged
+from orchestrator.traces import TracedTurn, read_trace
+from orchestrator.traces.turns import merged
 
 MIX = Path(__file__).parents[2] / "bench" / "data" / "agent_mix.jsonl.gz"
 BLOCK = 4

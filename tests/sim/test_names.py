@@ -1,7 +1,7 @@
 """Tests of how the blocks that an answer fills are named."""
 
 from orchestrator.sim.names import PRIVATE_NAMES, generated_runs, successors
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 
 def turn(number: int, tokens: int, output: int, *runs: tuple[int, int], agent: str = "main", block: int = 4) -> TracedTurn:

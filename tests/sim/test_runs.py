@@ -9,7 +9,7 @@ from orchestrator.core.types import PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
 from orchestrator.sim.runs import CacheRule, figures, percentiles, simulate
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 POOL = PoolName("p")
 CLUSTER: dict[str, Any] = {

@@ -9,8 +9,8 @@ import pytest
 from orchestrator.sim.bounds import infinite_cache
 from orchestrator.sim.names import successors
 from orchestrator.sim.synthetic import SyntheticOptions, parse_synthetic, synthetic_trace
-from orchestrator.wire.traces import TracedTurn, TraceError, is_per_session_clock, read_trace
-from orchestrator.wire.traces.turns import repeated
+from orchestrator.traces import TracedTurn, TraceError, is_per_session_clock, read_trace
+from orchestrator.traces.turns import repeated
 
 MIX = Path(__file__).parents[2] / "bench" / "data" / "agent_mix.jsonl.gz"
 

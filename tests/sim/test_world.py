@@ -17,7 +17,7 @@ from orchestrator.sim.faults import Faults
 from orchestrator.sim.machine import Machine
 from orchestrator.sim.outcome import Outcome
 from orchestrator.sim.world import World, WorldOptions
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 from tests.sim.worlds import AFFINE, CURVED, OVERLAPPING, SPECULATING, agents, cluster
 
 TOGETHER = {PoolKind.AGGREGATED: 3}

@@ -15,7 +15,7 @@ from orchestrator.core.config import (
 )
 from orchestrator.core.types import CostProfile, PoolKind
 from orchestrator.profiles.resolve import Resolved
-from orchestrator.wire.traces import TracedTurn
+from orchestrator.traces import TracedTurn
 
 BLOCK_TOKENS = 16
 AFFINE = CostProfile(0.005, 2e-5, 2e-10, 2e-5, 2e-8, fetch_bytes_per_s=1e9)

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.core.commands import NodeCommand
 from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, GatewayConfig, PoolConfig, SchedulerConfig
 from orchestrator.core.events import Assigned, NodeEvent, SliceResult, StepFinished
-from orchestrator.core.node import Node
+from orchestrator.core.node.node import Node
 from orchestrator.core.types import Assignment, BlockHash, GatewayId, PoolKind, Role, StepId, request_id
 from orchestrator.wire.journal import ClusterHeader, JournalError, JournalWriter, NodeHeader, cluster_header, read_journal
 from orchestrator.wire.replay import replay

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
-from orchestrator.core.costs import step_seconds
+from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.types import BlockId, CostProfile, RequestId
 from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
 from workers.engines.checkpoint import CheckpointError, read_json

@@ -1,1 +1,0 @@
-"""Brings clusters up: the `weft` command, cluster files, manifests."""

@@ -1,0 +1,1 @@
+"""The `weft` command: one module a verb, and what several of them share."""

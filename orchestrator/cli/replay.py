@@ -1,0 +1,158 @@
+"""Replays agent sessions against a gateway over HTTP, closed loop: a turn starts when those before it have ended.
+
+Used by the demo and by measurements. Prompts are token ids, so that lengths and shared prefixes are exactly those of the trace.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from orchestrator.traces import TracedTurn, read_trace
+
+TURN_S_MAX = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTurn:
+    """One turn of a trace with its lengths scaled and its blocks turned into tokens."""
+
+    id: int
+    session: str
+    agent: str
+    after: tuple[int, ...]
+    gap_s: float
+    prompt: tuple[int, ...] = field(repr=False)
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TurnResult:
+    """How one turn went."""
+
+    turn: ScaledTurn
+    #: Seconds since the replay's start.
+    started_s: float
+    ended_s: float
+    ttft_s: float
+    output_tokens: int
+    cached_tokens: int
+    #: Empty if it went well.
+    failure: str = ""
+
+    @property
+    def itl_s(self) -> float | None:
+        """Mean seconds between tokens, None with fewer than two."""
+        if self.output_tokens < 2:
+            return None
+        return (self.ended_s - self.started_s - self.ttft_s) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How a trace is made small enough for this machine."""
+
+    #: Tokens of one trace block in the replay; the trace's own is usually 64.
+    block_tokens: int
+    #: Replayed tokens a recorded output token.
+    output: float
+    #: Replayed seconds a recorded second of tool or user time.
+    gap: float
+    #: Token ids are drawn from [first, first + count): ordinary tokens of the served model's vocabulary.
+    token_first: int
+    token_count: int
+    gap_s_max: float = 2.0
+
+
+def scaled_turns(path: Path, scale: Scale) -> list[ScaledTurn]:
+    """Read a trace and scale it. A block's tokens depend on its id alone, so that equal ids give equal prefixes."""
+    return [_scaled(turn, scale) for turn in read_trace(path)]
+
+
+def _scaled(turn: TracedTurn, scale: Scale) -> ScaledTurn:
+    prompt = [token for block in turn.blocks for token in block_tokens(block, scale)]
+    tail_tokens = (turn.input_tokens % turn.block_tokens) * scale.block_tokens // turn.block_tokens
+    prompt += block_tokens(-turn.id - 1, scale)[: max(tail_tokens, 1)]
+    return ScaledTurn(
+        id=turn.id,
+        session=f"{turn.session}/{turn.agent}",
+        agent=turn.agent,
+        after=turn.after,
+        gap_s=min(turn.gap_s * scale.gap, scale.gap_s_max),
+        prompt=tuple(prompt),
+        output_tokens=max(1, round(turn.output_tokens * scale.output)),
+    )
+
+
+def block_tokens(block: int, scale: Scale) -> list[int]:
+    """Return the tokens that stand for a trace block."""
+    chance = random.Random(block)
+    return [scale.token_first + chance.randrange(scale.token_count) for _ in range(scale.block_tokens)]
+
+
+class Replay:
+    """One closed-loop replay; `run` may be called once."""
+
+    def __init__(self, url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> None:
+        self._url = url
+        self._model = model
+        self._turns = turns
+        self._on_end = on_end
+        self._ended = {turn.id: asyncio.Event() for turn in turns}
+        self._started_at = 0.0
+
+    async def run(self) -> list[TurnResult]:
+        """Replay all turns and return their results in the trace's order."""
+        self._started_at = time.perf_counter()
+        limits = httpx.Limits(max_connections=256)
+        async with httpx.AsyncClient(base_url=self._url, timeout=TURN_S_MAX, limits=limits, trust_env=False) as client:
+            return await asyncio.gather(*(self._turn(client, turn) for turn in self._turns))
+
+    async def _turn(self, client: httpx.AsyncClient, turn: ScaledTurn) -> TurnResult:
+        for other in turn.after:
+            await self._ended[other].wait()
+        await asyncio.sleep(turn.gap_s)
+        try:
+            result = await self._request(client, turn)
+        except httpx.HTTPError as error:
+            result = self._failed(turn, repr(error))
+        self._ended[turn.id].set()
+        self._on_end(result)
+        return result
+
+    async def _request(self, client: httpx.AsyncClient, turn: ScaledTurn) -> TurnResult:
+        body = {"model": self._model, "prompt": list(turn.prompt), "max_tokens": turn.output_tokens, "ignore_eos": True}
+        body |= {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        started = time.perf_counter()
+        first: float | None = None
+        usage: dict[str, Any] = {}
+        async with client.stream("POST", "/v1/completions", json=body, headers={"x-session-id": turn.session}) as answer:
+            if answer.status_code != httpx.codes.OK:
+                return self._failed(turn, f"{answer.status_code}: {(await answer.aread())[:200]!r}")
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                first = first or time.perf_counter()
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return self._failed(turn, str(event["error"]))
+                usage = event.get("usage") or usage
+        ended = time.perf_counter()
+        return TurnResult(
+            turn=turn,
+            started_s=started - self._started_at,
+            ended_s=ended - self._started_at,
+            ttft_s=(first or ended) - started,
+            output_tokens=int(usage.get("completion_tokens", 0)),
+            cached_tokens=int(usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)),
+        )
+
+    def _failed(self, turn: ScaledTurn, failure: str) -> TurnResult:
+        now = time.perf_counter() - self._started_at
+        return TurnResult(turn, started_s=now, ended_s=now, ttft_s=0.0, output_tokens=0, cached_tokens=0, failure=failure)

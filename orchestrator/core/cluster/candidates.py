@@ -1,0 +1,266 @@
+"""What routing knows of each node: what it is, what it last reported, and what was given to it since.
+
+A node's report is a little old when it comes. What was given to the node since then is counted on top of it, and no longer once
+a report has come that must include it:
+
+    known work = last report + parts given after it
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.core.cluster.kvindex import Matches
+from orchestrator.core.commands import Scores
+from orchestrator.core.cost.costs import decode_seconds, token_seconds
+from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, RequestId
+
+#: A report that comes this many seconds after an assignment was sent includes it: twice the way to a node, generously.
+ASSIGN_LAG_S = 0.005
+#: Steps that a sequence is guessed to run for; nobody knows how long an answer will be. Coding agents' answers have a median of
+#: about 200 tokens and a mean of 400 (https://github.com/callanjfox/kv-cache-tester, 35,000 requests).
+STEPS_GUESSED = 256
+#: What a node is ranked by if its profile says that nothing takes time: cached tokens must still be worth something.
+NOMINAL_TOKEN_S = 1e-5
+NOMINAL_SEQUENCE_S = 1e-4
+#: How much one second of prefill delays each sequence that decodes beside it, seconds: chunks leave room for them.
+DELAY_WEIGHT = 0.25
+#: Prefill keeps a node from other work; a second of it counts this much beyond its own duration. More on nodes of a decode
+#: pool, because decoding is what only they do: cold prompts go to the prefill pool even while no sequence is in the way.
+WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE: 2.0}
+#: Chance that a cached block which a new prompt pushes out would have been asked for again: then it is computed again.
+EVICTION_WEIGHT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one part of a request asks of a node."""
+
+    #: Prompt tokens to compute and the predicted seconds that takes by the node's profile.
+    uncached_tokens: int
+    seconds: float
+    #: Prompt tokens that the node will count as queued for it: with those that another request is about to compute there.
+    queued_tokens: int
+    #: The whole prompt.
+    context_tokens: int
+    #: When it was given to the node.
+    given_at: float
+
+
+def computes_in_no_time(profile: CostProfile) -> bool:
+    """Return whether prompt tokens cost nothing on a node."""
+    return profile.prefill_token_s <= 0.0 and not any(profile.batch_s)
+
+
+def ranking_profile(profile: CostProfile) -> CostProfile:
+    """Return the profile that a node is ranked by: its own, or a nominal one if in that one nothing takes time."""
+    if not computes_in_no_time(profile):
+        return profile
+    sequence_s = profile.sequence_s or NOMINAL_SEQUENCE_S
+    return replace(profile, prefill_token_s=NOMINAL_TOKEN_S, sequence_s=sequence_s)
+
+
+class Candidate:
+    """One node as routing sees it. Derived fields are made up to date by `refresh`, once for any number of changes."""
+
+    __slots__ = (
+        "_base_s",
+        "_fresh",
+        "_shares",
+        "_token_s",
+        "_uncomputed",
+        "compute_factor",
+        "context_tokens",
+        "context_tokens_max",
+        "draining",
+        "evicted_block_s",
+        "free_blocks",
+        "generates",
+        "joining_s",
+        "joining_token_s",
+        "kind",
+        "load",
+        "profile",
+        "queue_s",
+        "ready_s",
+        "reported",
+        "room_blocks",
+        "sequences",
+        "slot",
+        "slot_wait_s",
+        "spec",
+        "stale",
+        "step_s",
+        "waiting",
+        "work_s",
+    )
+
+    def __init__(self, spec: NodeSpec, slot: int, kind: int) -> None:
+        self.spec = spec
+        self.profile = ranking_profile(spec.profile)
+        #: Its bit in the index.
+        self.slot = slot
+        #: Equal on nodes for which the same work costs the same.
+        self.kind = kind
+        self.generates = spec.kind is not PoolKind.PREFILL
+        #: Longest prompt plus output that its model allows and its pool holds.
+        self.context_tokens_max = min(spec.context_tokens_max, spec.blocks * spec.block_tokens)
+        self.load = Load()
+        self.reported = False
+        self.draining = False
+        #: True when the derived fields below are out of date.
+        self.stale = True
+        #: Parts of requests that it has of us, by request; those whose prompt is not computed; those no report includes yet.
+        self._shares: dict[RequestId, Share] = {}
+        self._uncomputed: dict[RequestId, Share] = {}
+        self._fresh: dict[RequestId, Share] = {}
+        #: Sequences it has or is about to have, and those of them that do not run.
+        self.sequences = 0
+        self.waiting = 0
+        self.context_tokens = 0
+        #: Blocks that it can fill without pushing out what is in use, and without pushing out anything.
+        self.room_blocks = spec.blocks
+        self.free_blocks = spec.blocks
+        #: Seconds of score for each block beyond those that a new prompt pushes out.
+        self._token_s = token_seconds(self.profile, spec.step_tokens_max)
+        self.evicted_block_s = EVICTION_WEIGHT * spec.block_tokens * self._token_s
+        #: A decode step without sequences: what all of them share.
+        self._base_s = decode_seconds(self.profile, 0, 0)
+        #: Seconds of one decode step now; of prefill work before a new prompt; until a new prompt's computing starts.
+        self.step_s = 0.0
+        #: What one more sequence adds to a step, counted for each that decodes: as such, and for each token of its context.
+        self.joining_s = 0.0
+        self.joining_token_s = 0.0
+        self.queue_s = 0.0
+        self.ready_s = 0.0
+        #: Seconds of all predicted work.
+        self.work_s = 0.0
+        #: Seconds until a sequence ends and makes place, if all places are taken.
+        self.slot_wait_s = 0.0
+        #: A profile's second of prefill counts as so many here.
+        self.compute_factor = 1.0
+
+    @property
+    def requests(self) -> int:
+        """Parts of requests that this gateway has given to it."""
+        return len(self._shares)
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Prompt tokens of those that are still to be computed, as far as we know."""
+        return sum(share.uncached_tokens for share in self._uncomputed.values())
+
+    @property
+    def prompts_tokens(self) -> int:
+        """Prompt tokens of those, computed or not."""
+        return sum(share.context_tokens for share in self._shares.values())
+
+    def give(self, request: RequestId, share: Share) -> None:
+        """Note a part of a request given to the node."""
+        assert request not in self._shares, f"{self.spec.id} has request {request} already"
+        self._shares[request] = share
+        self._fresh[request] = share
+        if share.uncached_tokens:
+            self._uncomputed[request] = share
+        self.stale = True
+
+    def computed(self, request: RequestId) -> None:
+        """Note that a prompt is computed; the sequence may go on."""
+        if request in self._shares:
+            self._uncomputed.pop(request, None)
+            self._fresh.pop(request, None)
+            self.stale = True
+
+    def take(self, request: RequestId) -> None:
+        """Note that the node has no part in a request any more; unknown ones are ignored."""
+        if self._shares.pop(request, None) is not None:
+            self._uncomputed.pop(request, None)
+            self._fresh.pop(request, None)
+            self.stale = True
+
+    def report(self, load: Load, now: float) -> None:
+        """Take in what the node says of itself."""
+        self.load = load
+        self.reported = True
+        self.stale = True
+        while self._fresh:
+            request, share = next(iter(self._fresh.items()))
+            if share.given_at + ASSIGN_LAG_S > now:
+                break
+            del self._fresh[request]
+
+    def refresh(self) -> None:
+        """Make the derived fields up to date."""
+        load, profile, scale = self.load, self.profile, self.load.cost_scale
+        fresh = self._fresh.values()
+        slots_free = max(0, self.spec.sequences_max - load.running - load.waiting)
+        self.sequences = load.running + load.waiting + len(fresh)
+        self.waiting = load.waiting + max(0, len(fresh) - slots_free)
+        self.context_tokens = load.context_tokens + sum([share.context_tokens for share in fresh])
+        given = sum([share.queued_tokens for share in fresh]) // self.spec.block_tokens
+        self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given
+        self.room_blocks = self.free_blocks + load.blocks_cached
+        self.step_s = scale * decode_seconds(profile, self.sequences, self.context_tokens)
+        one_more_s = scale * decode_seconds(profile, self.sequences + 1, self.context_tokens)
+        self.joining_s = (self.sequences + 1) * (one_more_s - self.step_s)
+        self.joining_token_s = (self.sequences + 1) * scale * profile.context_token_s / profile.tokens_per_pass
+        self.slot_wait_s = self._slot_wait_s()
+        self.queue_s = scale * (self._queued_token_s() * load.queued_tokens + sum([share.seconds for share in fresh]))
+        self.ready_s = self.queue_s + self.step_s / 2 + self.slot_wait_s
+        decode_s = STEPS_GUESSED * (self.step_s - scale * self._base_s)
+        self.work_s = self.queue_s + decode_s
+        decoding = self.sequences if self.generates else 0
+        self.compute_factor = scale * (1.0 + WORK_WEIGHT[self.spec.kind] + DELAY_WEIGHT * decoding)
+        self.stale = False
+
+    def _queued_token_s(self) -> float:
+        """Return the seconds that a token reported as queued stands for: the average over what we gave the node."""
+        uncomputed = self._uncomputed.values()
+        tokens = sum([share.queued_tokens for share in uncomputed])
+        return sum([share.seconds for share in uncomputed]) / tokens if tokens else self._token_s
+
+    def _slot_wait_s(self) -> float:
+        over = self.sequences + 1 - self.spec.sequences_max
+        return over * self.step_s * STEPS_GUESSED / self.spec.sequences_max if over > 0 else 0.0
+
+    def validate(self) -> None:
+        """Raise `AssertionError` unless what was given is accounted for once."""
+        for request in (*self._uncomputed, *self._fresh):
+            assert request in self._shares, f"{self.spec.id} counts request {request} that it does not have"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a router may choose from for one request."""
+
+    #: Nodes that may generate; never empty.
+    generators: Sequence[Candidate]
+    #: Nodes that may compute the prompt for another.
+    prefillers: Sequence[Candidate]
+    #: All nodes of the model by slot: any of them may be fetched from.
+    peers: Mapping[int, Candidate]
+    #: Blocks of the prompt that each node holds or will hold in a moment, by slot.
+    held: Sequence[int]
+    #: What the index says.
+    matches: Matches
+    #: Nodes of the session's last turn.
+    sticky: Sequence[NodeId] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes."""
+
+    generate: Candidate
+    #: Node that computes the prompt; None if the one that generates does it.
+    prefill: Candidate | None
+    #: Node from which the one that computes fetches first, and the prompt tokens it is expected to have.
+    source: NodeId | None
+    source_tokens: int
+    #: Prompt tokens that will not be computed.
+    cached_tokens: int
+    scores: Scores
+
+    @property
+    def computes(self) -> Candidate:
+        """The node that computes what is not cached."""
+        return self.prefill or self.generate

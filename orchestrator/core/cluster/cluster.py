@@ -1,0 +1,605 @@
+"""One gateway's decisions: `Cluster.handle(event, now)` is the only entrance; routing, admission and the index do the hard parts.
+
+A request's life:
+
+    phase       entered by                         left by                                to
+    WAITING     RequestArrived, all nodes full;    NodeReported, NodeJoined (room)        PROMPT       Assign
+                a retry that finds no node         TimerFired                             over         Refuse or Abort
+                                                   RequestAbandoned                       over
+    PROMPT      RequestArrived; room for a held    NodeReported with its FirstToken       STREAMING
+                one                                NodeReported with its Ended:
+                                                     STOP, LENGTH                         over         Complete
+                                                     FAILED; or NodeLost                  PROMPT       Restart, Assign
+                                                                                          WAITING      Restart
+                                                     the same too often                   over         Abort
+                                                   TimerFired (deadline)                  over         Cancel, Abort
+                                                   RequestAbandoned                       over         Cancel
+    STREAMING   FirstToken                         NodeReported with its Ended            over         Complete or Abort
+                                                   NodeLost                               over         Abort
+                                                   TimerFired (deadline)                  over         Cancel, Abort
+                                                   RequestAbandoned                       over         Cancel
+
+Prefill and decode apart, a request has two parts. The prefill part ends with PREFILLED, or by failing or with its node: either
+way the node that generates computes what it did not get, and the request goes on. What a prefill node still holds for a
+request is given up with the first token, or with the request.
+
+Rules for editors.
+
+Rule 1: a request in any phase has a timer, at its deadline at the latest. Nothing hangs.
+Rule 2: what was booked for a part is given back in the same call that ends the part.
+Rule 3: reports about requests or nodes that are not known are late, not wrong: they are ignored.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from orchestrator.core.cluster.admission import Admission
+from orchestrator.core.cluster.candidates import Candidate, Options, Placement, Share
+from orchestrator.core.cluster.kvindex import Trust
+from orchestrator.core.cluster.pools import ModelPools
+from orchestrator.core.cluster.router import make_router
+from orchestrator.core.cluster.sessions import Sessions
+from orchestrator.core.commands import (
+    Abort,
+    Assign,
+    Cancel,
+    ClearTimer,
+    ClusterCommand,
+    Complete,
+    Refuse,
+    RequestReplay,
+    Restart,
+    SetTimer,
+)
+from orchestrator.core.config import ClusterConfig
+from orchestrator.core.cost.costs import prompt_seconds
+from orchestrator.core.events import (
+    ClusterEvent,
+    DrainRequested,
+    Ended,
+    NodeDraining,
+    NodeJoined,
+    NodeLost,
+    NodeReported,
+    RequestAbandoned,
+    RequestArrived,
+    TimerFired,
+)
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    FinishReason,
+    GatewayId,
+    KvBatch,
+    Load,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    Request,
+    RequestId,
+    Role,
+    TimerKey,
+)
+
+#: Seconds until a replay that did not come is asked for again, doubled each time up to the most.
+REPLAY_S = 0.5
+REPLAY_S_MAX = 30.0
+#: Replays asked for in vain after which nothing is believed of a node any more.
+REPLAYS_MAX = 5
+
+
+class Phase(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"  # held: no node has room
+    PROMPT = "prompt"  # given to nodes, nothing delivered yet
+    STREAMING = "streaming"  # its first token came
+
+
+class Flight:
+    """One request under way."""
+
+    __slots__ = (
+        "deadline_at",
+        "failed_on",
+        "generate",
+        "holds",
+        "phase",
+        "predicted_cached_tokens",
+        "prefill",
+        "request",
+        "restarted",
+        "stayed",
+        "wake_at",
+    )
+
+    def __init__(self, request: Request, deadline_at: float) -> None:
+        self.request = request
+        self.phase = Phase.WAITING
+        self.deadline_at = deadline_at
+        #: When its timer fires.
+        self.wake_at = deadline_at
+        #: The nodes that have a part in it; none while it waits.
+        self.generate: NodeId | None = None
+        self.prefill: NodeId | None = None
+        #: The node that has computed its prompt and may still hold the blocks for the one that generates.
+        self.holds: NodeId | None = None
+        #: Nodes on which it failed; they are tried again only if there is no other.
+        self.failed_on: tuple[NodeId, ...] = ()
+        #: Times it was started over.
+        self.restarted = 0
+        self.predicted_cached_tokens = 0
+        #: Whether it was sent where its session's last turn ran.
+        self.stayed = True
+
+    @property
+    def timer(self) -> TimerKey:
+        return TimerKey(f"request:{self.request.id}")
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """The nodes that have a part in it, prefill first."""
+        return tuple(node for node in (self.prefill, self.generate) if node is not None)
+
+
+class Member:
+    """One node of the cluster."""
+
+    __slots__ = ("candidate", "pools", "replay_wait_s", "replays", "requests", "spec")
+
+    def __init__(self, candidate: Candidate, pools: ModelPools) -> None:
+        self.spec = candidate.spec
+        #: What routing knows of it.
+        self.candidate = candidate
+        self.pools = pools
+        #: Requests that it has a part in, in the order they came.
+        self.requests: dict[RequestId, None] = {}
+        #: Replays asked for in vain so far; None while none is awaited.
+        self.replays: int | None = None
+        self.replay_wait_s = REPLAY_S
+
+    @property
+    def replay_timer(self) -> TimerKey:
+        return TimerKey(f"replay:{self.spec.id}")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as status pages show it."""
+
+    spec: NodeSpec
+    load: Load
+    draining: bool
+    trust: Trust
+    #: Requests of this gateway that it has a part in.
+    requests: int
+    #: Blocks it is believed to hold.
+    held_blocks: int
+
+
+class Cluster:
+    """The state of one gateway. Deterministic: equal events at equal times give equal commands."""
+
+    def __init__(self, gateway: GatewayId, config: ClusterConfig) -> None:
+        self.gateway = gateway
+        self._config = config
+        self._limits = config.limits
+        self._router = make_router(config.router)
+        self._sessions = Sessions(config.limits.sessions_max)
+        self._pools = {ModelName(model): ModelPools(config.limits.node_waiting_max) for model in config.models}
+        self._admission = Admission(config.limits, tuple(self._pools))
+        self._members: dict[NodeId, Member] = {}
+        self._flights: dict[RequestId, Flight] = {}
+        self._now = 0.0
+        self._commands: list[ClusterCommand] = []
+
+    # --- views ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> tuple[NodeView, ...]:
+        """All nodes, in the order they joined."""
+        return tuple(_view(member) for member in self._members.values())
+
+    @property
+    def running(self) -> int:
+        """Requests that nodes have."""
+        return len(self._flights) - self._admission.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Requests held because every node is full."""
+        return self._admission.waiting
+
+    @property
+    def sessions(self) -> Sessions:
+        """What is remembered of sessions, and why their prompts were computed again; to be read only."""
+        return self._sessions
+
+    # --- the entrance -----------------------------------------------------------------------------------------------------
+
+    def handle(self, event: ClusterEvent, now: float) -> list[ClusterCommand]:
+        """Take a fact at time `now`, in seconds, and return what to do about it, in order."""
+        self._now = now
+        match event:
+            case NodeReported():
+                self._on_node_reported(event)
+            case RequestArrived():
+                self._on_request_arrived(event.request)
+            case RequestAbandoned():
+                self._on_request_abandoned(event.request)
+            case TimerFired():
+                self._on_timer_fired(event.key)
+            case NodeJoined():
+                self._on_node_joined(event.node)
+            case NodeLost():
+                self._on_node_lost(event.node, event.reason)
+            case NodeDraining():
+                self._on_node_draining(event.node)
+            case DrainRequested():
+                self._admission.draining = True
+            case _:
+                assert_never(event)
+        commands, self._commands = self._commands, []
+        return commands
+
+    # --- requests ---------------------------------------------------------------------------------------------------------
+
+    def _on_request_arrived(self, request: Request) -> None:
+        """Refuse a request, give it to nodes, or hold it behind those that wait already."""
+        assert request.id not in self._flights, f"request {request.id} arrived twice"
+        pools = self._pools.get(request.model)
+        generates = pools is not None and pools.generates
+        refusal = self._admission.refusal(request, generates, pools.context_tokens_max if pools is not None else 0)
+        if refusal is not None:
+            self._commands.append(refusal)
+            return
+        assert pools is not None, f"nodes generate for {request.model}, which has no pools"
+        flight = Flight(request, self._now + min(request.timeout_s, self._limits.request_s_max))
+        queue = self._admission.queue(request.model)
+        if not len(queue) and self._try_start(flight, pools):
+            self._enter(flight)
+            return
+        overflow = self._admission.overflow(request)
+        if overflow is not None:
+            self._commands.append(overflow)
+            return
+        self._enter(flight)
+        self._hold(flight)
+        self._start_waiting(request.model)
+
+    def _enter(self, flight: Flight) -> None:
+        self._admission.entered(flight.request)
+        self._flights[flight.request.id] = flight
+
+    def _hold(self, flight: Flight) -> None:
+        """Let a request wait until a node has room, for a while."""
+        flight.phase = Phase.WAITING
+        self._admission.queue(flight.request.model).push(flight.request)
+        self._wake(flight, min(flight.deadline_at, self._now + self._limits.waiting_s_max))
+
+    def _start_waiting(self, model: ModelName) -> None:
+        """Give held requests to nodes, in order, as long as there is room."""
+        queue = self._admission.queue(model)
+        while (first := queue.first) is not None:
+            if not self._try_start(self._flights[first], self._pools[model]):
+                break
+            queue.remove(first)
+
+    def _try_start(self, flight: Flight, pools: ModelPools) -> bool:
+        """Give a request to the nodes that the router chooses; False if none has room."""
+        request = flight.request
+        session = self._sessions.of(request)
+        options = pools.options(request, flight.failed_on, session.nodes if session is not None else ())
+        placement = self._router.place(request, options) if options is not None else None
+        if options is None or placement is None:
+            return False
+        prefill = placement.prefill
+        flight.generate = placement.generate.spec.id
+        flight.prefill = prefill.spec.id if prefill is not None else None
+        flight.phase = Phase.PROMPT
+        flight.predicted_cached_tokens = placement.cached_tokens
+        flight.stayed = session is None or placement.computes.spec.id in session.nodes
+        self._sessions.started(request, flight.generate, flight.prefill)
+        self._wake(flight, flight.deadline_at)
+        self._assign(request, placement, session.superseded_by(request) if session is not None else None)
+        self._book(request, placement, options, pools)
+        return True
+
+    def _assign(self, request: Request, placement: Placement, superseded: BlockHash | None) -> None:
+        generate, prefill = placement.generate, placement.prefill
+        room = generate.context_tokens_max - request.prompt_tokens
+        output_tokens_max = min(request.output_tokens_max, room)
+        assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
+        source, source_tokens = placement.source, placement.source_tokens
+        if prefill is not None:
+            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, pending=False)
+            self._commands.append(Assign(prefill.spec.id, part, placement.scores))
+            source, source_tokens = prefill.spec.id, request.prompt_tokens
+        apart = prefill is not None
+        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, pending=apart)
+        self._commands.append(Assign(generate.spec.id, part, placement.scores))
+
+    def _book(self, request: Request, placement: Placement, options: Options, pools: ModelPools) -> None:
+        """Count the work on the nodes that got it, and expect them to hold the prompt's blocks."""
+        computes, cached = placement.computes, placement.cached_tokens
+        uncached = request.prompt_tokens - cached
+        seconds = prompt_seconds(computes.profile, uncached, cached, computes.spec.step_tokens_max)
+        present = max(options.matches.blocks(computes.slot) * computes.spec.block_tokens, placement.source_tokens)
+        queued = max(uncached, request.prompt_tokens - present)
+        computes.give(request.id, Share(uncached, seconds, queued, request.prompt_tokens, self._now))
+        if placement.prefill is not None:
+            placement.generate.give(request.id, Share(0, 0.0, 0, request.prompt_tokens, self._now))
+        for candidate in (placement.prefill, placement.generate):
+            if candidate is not None:
+                self._members[candidate.spec.id].requests[request.id] = None
+                pools.predicted.add(candidate.spec.id, request.id, request.hashes[options.held[candidate.slot] :])
+
+    def _on_request_abandoned(self, request: RequestId) -> None:
+        flight = self._flights.get(request)
+        if flight is not None:
+            self._cancel_parts(flight)
+            self._finish(flight)
+
+    def _finish(self, flight: Flight) -> None:
+        """Forget a request that is over, whatever it still had."""
+        request = flight.request
+        for node in flight.nodes:
+            self._end_part(flight, node)
+        self._admission.queue(request.model).remove(request.id)
+        self._admission.left(request)
+        del self._flights[request.id]
+        self._commands.append(ClearTimer(flight.timer))
+
+    def _end_part(self, flight: Flight, node: NodeId) -> None:
+        """Give back what was booked for a request on a node (rule 2)."""
+        request = flight.request.id
+        member = self._members[node]
+        del member.requests[request]
+        member.candidate.take(request)
+        member.pools.predicted.remove(node, request)
+        if node == flight.prefill:
+            flight.prefill = None
+        else:
+            flight.generate = None
+
+    def _cancel_parts(self, flight: Flight) -> None:
+        self._cancel_prefill(flight)
+        node = flight.generate
+        if node is not None:
+            self._commands.append(Cancel(node, flight.request.id))
+            self._end_part(flight, node)
+
+    def _cancel_prefill(self, flight: Flight) -> None:
+        """Let the prefill node drop what it still does or holds for a request: the node that generates needs it no longer."""
+        node, flight.holds = flight.prefill or flight.holds, None
+        if node is not None and node in self._members:
+            self._commands.append(Cancel(node, flight.request.id))
+        if flight.prefill is not None:
+            self._end_part(flight, flight.prefill)
+
+    def _wake(self, flight: Flight, at: float) -> None:
+        """Set a request's timer (rule 1)."""
+        flight.wake_at = at
+        self._commands.append(SetTimer(flight.timer, at))
+
+    # --- what nodes report ------------------------------------------------------------------------------------------------
+
+    def _on_node_reported(self, event: NodeReported) -> None:
+        """Take in holdings and load, then what became of requests, then fill the room that this made."""
+        member = self._members.get(event.node)
+        if member is None:
+            return
+        for batch in event.kv:
+            self._apply(member, batch)
+        candidate = member.candidate
+        candidate.report(event.load, self._now)
+        for first in event.first_tokens:
+            flight = self._flights.get(first.request)
+            if flight is not None and flight.generate == event.node:
+                flight.phase = Phase.STREAMING
+                candidate.computed(first.request)
+                member.pools.predicted.remove(event.node, first.request)
+                self._cancel_prefill(flight)
+        for ended in event.ended:
+            flight = self._flights.get(ended.request)
+            if flight is not None and event.node == flight.generate:
+                self._on_generate_ended(flight, ended)
+            elif flight is not None and event.node == flight.prefill:
+                self._end_part(flight, event.node)
+                flight.holds = event.node if ended.reason is FinishReason.PREFILLED else None
+        self._start_waiting(member.spec.model)
+
+    def _on_generate_ended(self, flight: Flight, ended: Ended) -> None:
+        """Complete a request, or try it elsewhere if nothing of it was delivered."""
+        node = flight.generate
+        assert node is not None, f"request {ended.request} ended on no node"
+        if ended.reason is FinishReason.STOP or ended.reason is FinishReason.LENGTH:
+            self._complete(flight, ended, node)
+            return
+        self._end_part(flight, node)
+        message = ended.message or f"the node ended it: {ended.reason.value}"
+        self._retry_or_abort(flight, node, "node_failed", f"{node}: {message}")
+
+    def _complete(self, flight: Flight, ended: Ended, node: NodeId) -> None:
+        request = flight.request
+        block_tokens = self._members[node].spec.block_tokens
+        cached_tokens = max(0, request.prompt_tokens - ended.computed_tokens)
+        self._sessions.ended(request, request.prompt_tokens - cached_tokens, flight.stayed, block_tokens)
+        self._admission.completed(request.model, self._now)
+        self._end_part(flight, node)
+        self._cancel_parts(flight)
+        self._finish(flight)
+        self._commands.append(Complete(request.id, ended, cached_tokens, flight.predicted_cached_tokens))
+
+    def _retry_or_abort(self, flight: Flight, node: NodeId, code: str, message: str) -> None:
+        """Start a request over on other nodes, or end it with an error if that cannot or should not be."""
+        self._cancel_parts(flight)
+        if flight.phase is Phase.STREAMING or flight.restarted >= self._limits.retries_max:
+            self._abort(flight, 502 if flight.phase is Phase.STREAMING else 503, code, message)
+            return
+        flight.restarted += 1
+        flight.failed_on = (*flight.failed_on, node)
+        self._commands.append(Restart(flight.request.id, message))
+        if not self._try_start(flight, self._pools[flight.request.model]):
+            self._hold(flight)
+
+    def _abort(self, flight: Flight, status: int, code: str, message: str) -> None:
+        self._cancel_parts(flight)
+        self._finish(flight)
+        self._commands.append(Abort(flight.request.id, status, code, message))
+
+    # --- holdings ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, member: Member, batch: KvBatch) -> None:
+        """Take in holdings; ask for a replay once if something was missed."""
+        trust = member.pools.apply(member.spec.id, batch)
+        if trust is Trust.EXACT:
+            if member.replays is not None:
+                member.replays = None
+                self._commands.append(ClearTimer(member.replay_timer))
+        elif member.replays is None:
+            self._ask_replay(member)
+
+    def _ask_replay(self, member: Member) -> None:
+        member.replays = 0 if member.replays is None else member.replays + 1
+        member.replay_wait_s = REPLAY_S if member.replays == 0 else min(2 * member.replay_wait_s, REPLAY_S_MAX)
+        node = member.spec.id
+        self._commands.append(RequestReplay(node, member.pools.index.sequence(node)))
+        self._commands.append(SetTimer(member.replay_timer, self._now + member.replay_wait_s))
+
+    def _on_replay_missing(self, member: Member) -> None:
+        """Ask again; after too many times believe nothing of the node until it starts over."""
+        if member.replays is not None:
+            if member.replays >= REPLAYS_MAX:
+                member.pools.distrust(member.spec.id)
+            self._ask_replay(member)
+
+    # --- timers -----------------------------------------------------------------------------------------------------------
+
+    def _on_timer_fired(self, key: TimerKey) -> None:
+        kind, _, name = key.partition(":")
+        if kind == "replay":
+            member = self._members.get(NodeId(name))
+            if member is not None:
+                self._on_replay_missing(member)
+            return
+        flight = self._flights.get(RequestId(int(name)))
+        if flight is not None:
+            self._on_time_up(flight)
+
+    def _on_time_up(self, flight: Flight) -> None:
+        """End a request that has had its time: the whole of it, or that for finding a node."""
+        request = flight.request
+        held = flight.phase is Phase.WAITING
+        if flight.wake_at >= flight.deadline_at:
+            message = f"not finished within {min(request.timeout_s, self._limits.request_s_max):g} seconds"
+            if held and not flight.restarted:
+                self._finish(flight)
+                self._commands.append(Refuse(request.id, 504, "deadline_exceeded", message))
+            else:
+                self._abort(flight, 504, "deadline_exceeded", message)
+            return
+        assert held, f"request {request.id} is {flight.phase.value} and woke before {flight.deadline_at}"
+        refusal = self._admission.held_too_long(request, self._limits.waiting_s_max)
+        if flight.restarted:
+            self._abort(flight, 503, refusal.code, refusal.message)
+        else:
+            self._finish(flight)
+            self._commands.append(refusal)
+
+    # --- nodes ------------------------------------------------------------------------------------------------------------
+
+    def _on_node_joined(self, spec: NodeSpec) -> None:
+        """Take a node in, in place of its former self if there is one, and ask what it holds."""
+        pools = self._pools.get(spec.model)
+        former = self._members.get(spec.id)
+        if pools is None or (former is not None and former.spec.incarnation >= spec.incarnation):
+            return
+        if former is not None:
+            self._on_node_lost(spec.id, "it was started anew")
+        member = self._members[spec.id] = Member(pools.join(spec), pools)
+        self._ask_replay(member)
+        self._start_waiting(spec.model)
+
+    def _on_node_lost(self, node: NodeId, reason: str) -> None:
+        """Forget a node and start over what it had of requests that had delivered nothing."""
+        member = self._members.get(node)
+        if member is None:
+            return
+        generating: list[Flight] = []
+        for request in tuple(member.requests):
+            flight = self._flights[request]
+            if flight.generate == node:
+                generating.append(flight)
+            self._end_part(flight, node)
+        if member.replays is not None:
+            self._commands.append(ClearTimer(member.replay_timer))
+        del self._members[node]
+        member.pools.leave(node)
+        for flight in generating:
+            self._retry_or_abort(flight, node, "node_lost", f"{node} was lost: {reason}")
+
+    def _on_node_draining(self, node: NodeId) -> None:
+        member = self._members.get(node)
+        if member is not None:
+            member.candidate.draining = True
+
+    # --- invariants -------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check every invariant. Raises `AssertionError`; for tests and simulations, as it walks everything."""
+        for request, flight in self._flights.items():
+            self._validate_flight(request, flight)
+        self._admission.validate([flight.request for flight in self._flights.values()])
+        for node, member in self._members.items():
+            assert member.candidate.requests == len(member.requests), f"{node}: {member.candidate.requests} booked"
+            for request in member.requests:
+                assert node in self._flights[request].nodes, f"{node} has a part in request {request} that does not know of it"
+        for pools in self._pools.values():
+            pools.validate()
+
+    def _validate_flight(self, request: RequestId, flight: Flight) -> None:
+        held = request in self._admission.queue(flight.request.model)
+        assert held == (flight.phase is Phase.WAITING), f"request {request} is {flight.phase.value}, held: {held}"
+        assert held == (flight.generate is None), f"request {request} is {flight.phase.value} on {flight.generate}"
+        assert flight.wake_at >= self._now, f"request {request} should have woken at {flight.wake_at}, it is {self._now}"
+        assert flight.wake_at <= flight.deadline_at, f"request {request} wakes at {flight.wake_at}, after {flight.deadline_at}"
+        for node in flight.nodes:
+            assert request in self._members[node].requests, f"request {request} is on {node}, which does not know of it"
+
+
+def _part(
+    request: Request,
+    role: Role,
+    output_tokens_max: int,
+    source: NodeId | None,
+    source_tokens: int,
+    superseded: BlockHash | None,
+    *,
+    pending: bool,
+) -> Assignment:
+    return Assignment(
+        request=request.id,
+        role=role,
+        prompt_tokens=request.prompt_tokens,
+        hashes=request.hashes,
+        output_tokens_max=output_tokens_max,
+        source=source,
+        source_tokens=source_tokens,
+        source_pending=pending,
+        priority=request.priority,
+        superseded=superseded,
+    )
+
+
+def _view(member: Member) -> NodeView:
+    node, index, candidate = member.spec.id, member.pools.index, member.candidate
+    return NodeView(
+        spec=member.spec,
+        load=candidate.load,
+        draining=candidate.draining,
+        trust=index.trust(node),
+        requests=candidate.requests,
+        held_blocks=index.held_blocks(node),
+    )

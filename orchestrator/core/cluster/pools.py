@@ -1,0 +1,125 @@
+"""The nodes of one model: what they hold, what they do, and which of them may take a request.
+
+See also `kvindex.py` for holdings, `candidates.py` for load; `cluster.py` has one of these for each model.
+"""
+
+from collections.abc import Sequence
+
+from orchestrator.core.cluster.candidates import Candidate, Options
+from orchestrator.core.cluster.kvindex import KvIndex, PredictedKv, Trust
+from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request
+
+#: A hit on a node that missed batches counts this much until it is mended: some of its blocks may be gone.
+STALE_CREDIT = 0.5
+
+
+class ModelPools:
+    """All nodes that serve one model, in the order they joined."""
+
+    __slots__ = ("_candidates", "_kinds", "_node_waiting_max", "_peers", "_stale", "context_tokens_max", "index", "predicted")
+
+    def __init__(self, node_waiting_max: int) -> None:
+        self._node_waiting_max = node_waiting_max
+        self._candidates: dict[NodeId, Candidate] = {}
+        #: By their slot in the index.
+        self._peers: dict[int, Candidate] = {}
+        #: Numbers what makes work cost differently.
+        self._kinds: dict[object, int] = {}
+        #: Nodes whose holdings are believed in part only.
+        self._stale: dict[NodeId, None] = {}
+        #: Longest prompt plus output that any node takes; 0 without nodes that generate.
+        self.context_tokens_max = 0
+        self.index = KvIndex()
+        self.predicted = PredictedKv()
+
+    @property
+    def generates(self) -> bool:
+        """True while at least one node takes requests to generate for."""
+        return any(candidate.generates and not candidate.draining for candidate in self._candidates.values())
+
+    def join(self, spec: NodeSpec) -> Candidate:
+        """Take a node in, of which nothing is known but what it is, and return its candidate."""
+        self.index.add_node(spec.id, spec.blocks)
+        key = (spec.profile, spec.block_bytes, spec.block_tokens, spec.step_tokens_max, spec.kind)
+        kind = self._kinds.setdefault(key, len(self._kinds))
+        candidate = Candidate(spec, self.index.slot(spec.id), kind)
+        self._candidates[spec.id] = candidate
+        self._peers[candidate.slot] = candidate
+        self._measure()
+        return candidate
+
+    def leave(self, node: NodeId) -> None:
+        """Forget a node."""
+        candidate = self._candidates.pop(node)
+        del self._peers[candidate.slot]
+        self._stale.pop(node, None)
+        self.index.remove_node(node)
+        if not self._candidates:
+            self._kinds.clear()
+        self._measure()
+
+    def _measure(self) -> None:
+        contexts = [candidate.context_tokens_max for candidate in self._candidates.values() if candidate.generates]
+        self.context_tokens_max = max(contexts, default=0)
+
+    def apply(self, node: NodeId, batch: KvBatch) -> Trust:
+        """Take in what a node says of its holdings. Returns how far they are believed now."""
+        trust = self.index.apply(node, batch)
+        self._note(node, trust)
+        return trust
+
+    def distrust(self, node: NodeId) -> None:
+        """Believe nothing of a node until it starts over."""
+        self.index.distrust(node)
+        self._note(node, Trust.BLIND)
+
+    def _note(self, node: NodeId, trust: Trust) -> None:
+        """Follow a node's slot, which changes when it starts over, and whether it is believed."""
+        candidate, slot = self._candidates[node], self.index.slot(node)
+        if slot != candidate.slot:
+            del self._peers[candidate.slot]
+            candidate.slot = slot
+            self._peers[slot] = candidate
+        if trust is Trust.STALE:
+            self._stale[node] = None
+        else:
+            self._stale.pop(node, None)
+
+    def options(self, request: Request, excluded: Sequence[NodeId], sticky: Sequence[NodeId]) -> Options | None:
+        """Return what may serve a request now, None if every node is full. Excluded nodes are a last resort."""
+        generators: list[Candidate] = []
+        prefillers: list[Candidate] = []
+        for candidate in self._candidates.values():
+            if candidate.stale:
+                candidate.refresh()
+            if candidate.draining or candidate.waiting >= self._node_waiting_max:
+                continue
+            if not candidate.generates:
+                prefillers.append(candidate)
+            elif candidate.context_tokens_max > request.prompt_tokens:
+                generators.append(candidate)
+        if not generators:
+            return None
+        if excluded:
+            generators = [candidate for candidate in generators if candidate.spec.id not in excluded] or generators
+            prefillers = [candidate for candidate in prefillers if candidate.spec.id not in excluded]
+        matches = self.index.find(request.hashes)
+        held = matches.by_slot(self.index.slots)
+        for node in self._stale:
+            slot = self._candidates[node].slot
+            held[slot] = int(held[slot] * STALE_CREDIT)
+        for node in self.predicted.nodes:
+            slot = self._candidates[node].slot
+            held[slot] = self.predicted.extend(node, request.hashes, held[slot])
+        return Options(generators, prefillers, self._peers, held, matches, sticky)
+
+    def validate(self) -> None:
+        """Raise `AssertionError` unless all parts agree on which nodes there are."""
+        self.index.validate()
+        for node, candidate in self._candidates.items():
+            candidate.validate()
+            assert candidate.slot == self.index.slot(node), f"{node} is in slot {self.index.slot(node)}, not {candidate.slot}"
+            assert self._peers[candidate.slot] is candidate, f"slot {candidate.slot} is not {node}"
+        assert len(self._peers) == len(self._candidates), f"{len(self._peers)} slots for {len(self._candidates)} nodes"
+        for node in (*self._stale, *self.predicted.nodes):
+            assert node in self._candidates, f"{node} is remembered after it left"

@@ -1,0 +1,1 @@
+"""What steps and transfers cost: measured profiles, and rooflines over chips and model shapes."""

@@ -1,0 +1,1 @@
+"""One node's decisions: its steps and its KV blocks."""

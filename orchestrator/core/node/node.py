@@ -1,0 +1,528 @@
+"""One node's decisions: `Node.handle(event, now)` is the only entrance; `kvpool.py` and `scheduler.py` do the two hard parts.
+
+What happens to a request here, by role:
+
+    GENERATE  Assigned .. [Fetch .. FetchEnded] .. steps .. ReportFirstToken .. steps .. Forget, ReportEnded
+    PREFILL   Assigned .. [Fetch .. FetchEnded] .. steps .. Forget, ReportEnded(PREFILLED), SetTimer(hold)
+              .. an export of it is fully sent and closed, or the timer fires, or Cancelled: its blocks are given back
+
+and to an export (a peer reading blocks):
+
+    pending   ExportOpened .. [SetTimer until the request is assigned] .. SendBlocks as blocks complete .. SendBlocks(final)
+    other     ExportOpened .. SendBlocks(final) of what is cached
+              .. BlocksSent for each .. ExportClosed
+
+Rules for editors.
+
+Rule 1: blocks are given back before the end is reported, so that a retry cannot overlap the cleanup.
+Rule 2: a request whose blocks a step or a fetch may write to is only marked; it ends with the step or the fetch.
+Rule 3: an export references what it has sent, and everything before it in the chain, until it is closed.
+"""
+
+from typing import assert_never
+
+from orchestrator.core.commands import (
+    ClearTimer,
+    Fetch,
+    Forget,
+    NodeCommand,
+    PublishKv,
+    ReportEnded,
+    ReportFirstToken,
+    RunStep,
+    SendBlocks,
+    SetTimer,
+    StopFetch,
+)
+from orchestrator.core.config import CachePolicy, SchedulerConfig
+from orchestrator.core.events import (
+    Assigned,
+    BlocksSent,
+    Cancelled,
+    DrainRequested,
+    Ended,
+    ExportClosed,
+    ExportOpened,
+    FetchEnded,
+    FetchProgressed,
+    FirstToken,
+    GatewayLost,
+    NodeEvent,
+    ReplayRequested,
+    StepFailed,
+    StepFinished,
+    TimerFired,
+)
+from orchestrator.core.node.kvpool import BlockPool, Hold, KvJournal
+from orchestrator.core.node.scheduler import Scheduler, StepOutcome
+from orchestrator.core.node.sequences import Phase, Sequence
+from orchestrator.core.types import (
+    Assignment,
+    BlockId,
+    ExportId,
+    FinishReason,
+    GatewayId,
+    Load,
+    NodeSpec,
+    RequestId,
+    Role,
+    TimerKey,
+    gateway_of,
+)
+
+#: Peers that may read at once; each holds blocks, and one more than this computes its prompt itself.
+EXPORTS_MAX = 256
+
+
+class Export:
+    """One peer's reading of a prompt's blocks."""
+
+    __slots__ = ("final", "hold", "id", "in_flight", "lent", "opened", "sent", "tokens", "waits")
+
+    def __init__(self, opened: ExportOpened) -> None:
+        self.id = opened.export
+        self.opened = opened
+        #: Index of the block after the last one sent.
+        self.sent = opened.first_block
+        #: Prompt tokens that are complete at the peer once it has them all.
+        self.tokens = 0
+        #: Blocks handed to the driver that the peer has not copied yet.
+        self.in_flight = 0
+        #: Its claim on the cached blocks it has sent and all before them, and the private ones lent to it.
+        self.hold: Hold | None = None
+        self.lent: list[BlockId] = []
+        #: True once its last blocks are handed over.
+        self.final = False
+        #: True while it has a timer, because its request is not here yet.
+        self.waits = False
+
+    @property
+    def timer(self) -> TimerKey:
+        return TimerKey(f"export:{self.id}")
+
+
+def hold_timer(request: RequestId) -> TimerKey:
+    """Return the key of the timer that ends the holding of a prefilled request."""
+    return TimerKey(f"hold:{request}")
+
+
+class Node:
+    """The state of one node. Deterministic: equal events at equal times give equal commands."""
+
+    def __init__(self, spec: NodeSpec, config: SchedulerConfig, pool: BlockPool | None = None) -> None:
+        """Make an idle node; `pool` is its empty block pool if that is to evict by another rule."""
+        self.spec = spec
+        self._config = config
+        self._pool = pool or BlockPool(spec.blocks, config.prefix_caching)
+        self._journal = KvJournal(self._pool, config.replay_batches_max)
+        self._scheduler = Scheduler(spec, config, self._pool)
+        #: Everything assigned here that still has or wants blocks.
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._exports: dict[ExportId, Export] = {}
+        #: The pending ones that are not final, by the request they read.
+        self._readers: dict[RequestId, list[Export]] = {}
+        self._timers: dict[TimerKey, Sequence | Export] = {}
+        self._draining = False
+        #: Counts what gateways should hear of beyond tokens: it stays the same while steps do nothing but decode.
+        self.news = 0
+        self._quiet = False
+        self._now = 0.0
+        self._commands: list[NodeCommand] = []
+
+    def handle(self, event: NodeEvent, now: float) -> list[NodeCommand]:
+        """Take a fact at time `now`, in seconds, and return what to do about it, in order."""
+        self._now = now
+        self._quiet = False
+        match event:
+            case StepFinished():
+                self._on_step_finished(event)
+            case Assigned():
+                self._on_assigned(event.assignment)
+            case Cancelled():
+                self._on_cancelled(event.request)
+            case FetchProgressed():
+                self._on_fetch_progressed(event)
+            case FetchEnded():
+                self._on_fetch_ended(event)
+            case ExportOpened():
+                self._on_export_opened(event)
+            case BlocksSent():
+                self._on_blocks_sent(event)
+            case ExportClosed():
+                self._on_export_closed(event.export)
+            case TimerFired():
+                self._on_timer_fired(event.key)
+            case StepFailed():
+                self._on_step_failed(event)
+            case GatewayLost():
+                self._on_gateway_lost(event.gateway)
+            case ReplayRequested():
+                self._commands.append(PublishKv(self._journal.since(event.after), event.gateway))
+            case DrainRequested():
+                self._draining = True
+            case _:
+                assert_never(event)
+        self._proceed()
+        commands, self._commands = self._commands, []
+        return commands
+
+    @property
+    def untold(self) -> bool:
+        """Whether holdings changed in a way that gateways have not been told yet."""
+        return self._pool.untold
+
+    def load(self) -> Load:
+        """Return the counts that the next frame to each gateway carries."""
+        scheduler, pool = self._scheduler, self._pool
+        return Load(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            queued_tokens=scheduler.queued_tokens,
+            context_tokens=scheduler.context_tokens,
+            blocks_free=pool.free_blocks,
+            blocks_cached=pool.idle_blocks,
+            blocks_used=pool.blocks - pool.available_blocks,
+            cost_scale=scheduler.cost_scale,
+            preemptions=scheduler.preemptions,
+            step_s=scheduler.step_s,
+        )
+
+    def _proceed(self) -> None:
+        """Admit what can be admitted, start a step if none runs, and tell what changed in the holdings.
+
+        Blocks that a quiet step pushed out are told of with the next news: a wrong belief costs a recompute, a message a step
+        costs more.
+        """
+        self._admit()
+        preemptions = self._scheduler.preemptions
+        if self._scheduler.plan is None:
+            plan = self._scheduler.plan_step()
+            if plan is None and self._scheduler.waiting:  # the last one may have given way to itself; it starts over
+                self._admit()
+                plan = self._scheduler.plan_step()
+            if plan is not None:
+                self._commands.append(RunStep(plan.step, plan.slices, len(plan.decoding), plan.steps_max))
+        if self._quiet and self._scheduler.preemptions == preemptions:
+            return
+        self.news += 1
+        batch = self._journal.record()
+        if batch is not None:
+            self._commands.append(PublishKv((batch,)))
+
+    def _admit(self) -> None:
+        """Admit until nobody else can be: one with nothing to compute makes room for the next."""
+        while admitted := self._scheduler.admit():
+            for sequence in admitted:
+                self._begin(sequence)
+
+    # --- requests ---------------------------------------------------------------------------------------------------------
+
+    def _on_assigned(self, assignment: Assignment) -> None:
+        """Queue an assignment, or end it at once with the reason why not."""
+        former = self._sequences.get(assignment.request)
+        if former is not None and former.phase is Phase.HELD:  # its decode node failed and the request starts over
+            self._stop_holding(former)
+        elif former is not None:  # the engine must not forget the one that is here
+            self._report(assignment.request, FinishReason.FAILED, message="this node still has this request")
+            return
+        refusal = self._refusal(assignment)
+        if refusal is not None:
+            self._commands.append(Forget(assignment.request))
+            self._report(assignment.request, FinishReason.FAILED, message=refusal)
+            for export in self._readers.pop(assignment.request, ()):
+                self._send_cached(export)
+            return
+        if assignment.superseded is not None and self._config.cache is CachePolicy.VALUE:
+            self._pool.retire(assignment.superseded, assignment.hashes)
+        self._sequences[assignment.request] = self._scheduler.enqueue(assignment)
+        for export in self._readers.get(assignment.request, ()):
+            self._stop_waiting(export)
+
+    def _refusal(self, assignment: Assignment) -> str | None:
+        if self._draining:
+            return "draining"
+        waiting = self._scheduler.waiting
+        if waiting >= self._config.waiting_max:
+            return f"queue full: {waiting} requests wait, at most {self._config.waiting_max} may"
+        return self._scheduler.refusal(assignment)
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Start the fetch of an admitted sequence, or hold it if everything is here already."""
+        self._advance(sequence)
+        if sequence.phase is not Phase.FETCHING:
+            return
+        assignment, first_block = sequence.assignment, sequence.registered
+        assert assignment.source is not None, f"request {sequence.request} fetches from nowhere"
+        tokens = sequence.fetch_tokens(first_block)
+        end = -(-tokens // self.spec.block_tokens)
+        blocks = tuple(sequence.table[first_block:end])
+        pending = assignment.source_pending
+        self._commands.append(Fetch(sequence.request, assignment.source, assignment.hashes, first_block, blocks, tokens, pending))
+
+    def _on_cancelled(self, request: RequestId) -> None:
+        """End a request now, or with the step or fetch that may write to its blocks (rule 2)."""
+        sequence = self._sequences.get(request)
+        if sequence is None or sequence.ending is not None:
+            return
+        if sequence.phase is Phase.HELD:
+            self._stop_holding(sequence)
+        elif sequence.phase is Phase.FETCHING or self._scheduler.in_step(sequence):
+            sequence.ending = FinishReason.CANCELLED
+            self._scheduler.abandon(sequence)
+            if sequence.phase is Phase.FETCHING:
+                self._commands.append(StopFetch(request))
+        else:
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def _on_gateway_lost(self, gateway: GatewayId) -> None:
+        """Cancel everything that a gateway had assigned."""
+        for request in [request for request in self._sequences if gateway_of(request) == gateway]:
+            self._on_cancelled(request)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
+        """Let readers have what there is, give the blocks back, then report."""
+        for export in self._readers.pop(sequence.request, ()):
+            self._send(export, sequence, final=True)
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request]
+        self._commands.append(Forget(sequence.request))
+        self._report(sequence.request, reason, message, sequence)
+
+    def _report(self, request: RequestId, reason: FinishReason, message: str = "", of: Sequence | None = None) -> None:
+        output_tokens, computed_tokens = (of.output_tokens, of.computed_tokens) if of is not None else (0, 0)
+        self._commands.append(ReportEnded(Ended(request, reason, output_tokens, computed_tokens, message)))
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Report a completed PREFILL and keep its blocks for the decode node, for a while."""
+        self._scheduler.hold(sequence)
+        self._commands.append(Forget(sequence.request))
+        self._report(sequence.request, FinishReason.PREFILLED, of=sequence)
+        key = hold_timer(sequence.request)
+        self._timers[key] = sequence
+        self._commands.append(SetTimer(key, self._now + self._config.hold_s_max))
+
+    def _stop_holding(self, sequence: Sequence) -> None:
+        """Give up a held prompt before its time."""
+        key = hold_timer(sequence.request)
+        del self._timers[key]
+        self._commands.append(ClearTimer(key))
+        self._drop_held(sequence)
+
+    def _drop_held(self, sequence: Sequence) -> None:
+        """Give up the blocks of a PREFILL whose end was reported when it was complete."""
+        assert sequence.phase is Phase.HELD, f"request {sequence.request} is {sequence.phase.value}, not held"
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request]
+
+    # --- steps and fetches ------------------------------------------------------------------------------------------------
+
+    def _on_step_finished(self, event: StepFinished) -> None:
+        self._check_step(event)
+        outcome = self._scheduler.finish_step(event.results, event.seconds, event.steps)
+        self._quiet = outcome.quiet and not self._pool.stored
+        self._apply(outcome)
+
+    def _on_step_failed(self, event: StepFailed) -> None:
+        self._check_step(event)
+        self._apply(self._scheduler.fail_step(event.reason))
+
+    def _check_step(self, event: StepFinished | StepFailed) -> None:
+        plan = self._scheduler.plan
+        assert plan is not None, f"step {event.step} ended but none runs"
+        assert plan.step == event.step, f"step {event.step} ended but step {plan.step} runs"
+
+    def _apply(self, outcome: StepOutcome) -> None:
+        """Report first tokens, serve readers of prompts that got further, end what ended."""
+        for sequence in outcome.started:
+            self._commands.append(ReportFirstToken(FirstToken(sequence.request, sequence.computed_tokens)))
+        for sequence in outcome.advanced:
+            self._advance(sequence)
+        for sequence, reason, message in outcome.ended:
+            self._end(sequence, reason, message)
+
+    def _advance(self, sequence: Sequence) -> None:
+        """Note that more of a prompt is present: complete a PREFILL, serve its readers."""
+        complete = sequence.assignment.role is Role.PREFILL and sequence.remaining_tokens == 0
+        if complete and sequence.phase is Phase.PREFILLING:
+            self._hold(sequence)
+        if sequence.request in self._readers:
+            for export in self._readers[sequence.request]:
+                self._send(export, sequence, final=complete)
+            self._forget_readers(sequence.request)
+
+    def _on_fetch_progressed(self, event: FetchProgressed) -> None:
+        sequence = self._sequences.get(event.request)
+        if sequence is None or sequence.phase is not Phase.FETCHING or sequence.ending is not None:
+            return
+        self._scheduler.advance_fetch(sequence, event.tokens)
+        self._advance(sequence)
+
+    def _on_fetch_ended(self, event: FetchEnded) -> None:
+        """Compute what did not come, or end a request that was cancelled meanwhile."""
+        sequence = self._sequences.get(event.request)
+        if sequence is None or sequence.phase is not Phase.FETCHING:
+            return
+        if sequence.ending is not None:
+            self._end(sequence, sequence.ending)
+            return
+        self._scheduler.advance_fetch(sequence, event.tokens)
+        self._scheduler.end_fetch(sequence, event.computed_tokens)
+        self._advance(sequence)
+
+    # --- exports ----------------------------------------------------------------------------------------------------------
+
+    def _on_export_opened(self, event: ExportOpened) -> None:
+        """Send what is cached, or follow a request that is computed here or soon will be."""
+        if len(self._exports) >= EXPORTS_MAX:
+            self._commands.append(SendBlocks(event.export, (), 0, final=True))
+            return
+        assert event.export not in self._exports, f"export {event.export} is open already"
+        export = self._exports[event.export] = Export(event)
+        if not event.pending:
+            self._send_cached(export)
+            return
+        self._readers.setdefault(event.request, []).append(export)
+        sequence = self._sequences.get(event.request)
+        if sequence is not None:
+            self._advance(sequence)
+            return
+        export.waits = True
+        self._timers[export.timer] = export
+        self._commands.append(SetTimer(export.timer, self._now + self._config.fetch_wait_s_max))
+
+    def _send_cached(self, export: Export) -> None:
+        """End an export with what the cache has of the wanted blocks."""
+        self._stop_waiting(export)
+        opened = export.opened
+        matched = self._pool.match(opened.hashes, opened.tokens // self.spec.block_tokens)
+        blocks: list[BlockId] = []
+        if matched > export.sent:
+            self._let_go(export)
+            export.hold, blocks = self._pool.acquire(opened.hashes, matched)
+        self._hand_over(export, blocks[export.sent :], matched * self.spec.block_tokens, final=True)
+
+    def _send(self, export: Export, sequence: Sequence, final: bool) -> None:
+        """Send a reader the blocks that are complete by now and that it has not got.
+
+        The unfilled last one goes out of a held prompt only: no step writes to that any more. After a preemption a reader
+        goes on where it was.
+        """
+        size = self.spec.block_tokens
+        tokens = min(sequence.computed, export.opened.tokens)
+        final = final or tokens == export.opened.tokens
+        end = -(-tokens // size) if sequence.phase is Phase.HELD else tokens // size
+        if end <= export.sent and not final:
+            return
+        blocks = sequence.table[export.sent : end]
+        if blocks:
+            self._lend(export, sequence, end)
+        complete = tokens if sequence.phase is Phase.HELD else end * size
+        self._hand_over(export, blocks, complete, final, sequence.computed_tokens if final else 0)
+
+    def _lend(self, export: Export, sequence: Sequence, end: int) -> None:
+        """Let an export read a sequence's blocks up to `end` even when that is gone (rule 3)."""
+        private = sequence.private(export.sent, end)
+        self._pool.lend(private)
+        export.lent += private
+        former, export.hold = export.hold, self._pool.share(sequence.hold) if sequence.hold is not None else None
+        if former is not None:
+            self._pool.release(former)
+
+    def _let_go(self, export: Export) -> None:
+        """Give back what an export reads."""
+        if export.hold is not None:
+            self._pool.release(export.hold)
+        self._pool.give_back(export.lent)
+        export.hold, export.lent = None, []
+
+    def _hand_over(self, export: Export, blocks: list[BlockId], tokens: int, final: bool, computed_tokens: int = 0) -> None:
+        export.sent += len(blocks)
+        export.in_flight += len(blocks)
+        export.tokens = max(export.tokens, tokens)
+        export.final = final
+        self._commands.append(SendBlocks(export.id, tuple(blocks), export.tokens, final, computed_tokens))
+
+    def _on_blocks_sent(self, event: BlocksSent) -> None:
+        export = self._exports.get(event.export)
+        if export is not None:
+            export.in_flight -= len(event.blocks)
+            assert export.in_flight >= 0, f"export {event.export}: {-export.in_flight} blocks sent that were not handed over"
+
+    def _on_export_closed(self, identity: ExportId) -> None:
+        """Release an export's blocks, and those of its request if that was held for it."""
+        export = self._exports.pop(identity, None)
+        if export is None:
+            return
+        self._stop_waiting(export)
+        self._let_go(export)
+        request = export.opened.request
+        if export.opened.pending and not export.final:
+            export.final = True
+            self._forget_readers(request)
+        elif export.opened.pending and export.in_flight == 0:
+            sequence = self._sequences.get(request)
+            if sequence is not None and sequence.phase is Phase.HELD:
+                self._stop_holding(sequence)
+
+    def _forget_readers(self, request: RequestId) -> None:
+        """Drop a request's readers that want nothing more of it."""
+        readers = [export for export in self._readers.get(request, ()) if not export.final]
+        if readers:
+            self._readers[request] = readers
+        else:
+            self._readers.pop(request, None)
+
+    def _stop_waiting(self, export: Export) -> None:
+        if export.waits:
+            export.waits = False
+            del self._timers[export.timer]
+            self._commands.append(ClearTimer(export.timer))
+
+    def _on_timer_fired(self, key: TimerKey) -> None:
+        """Stop holding a prompt that nobody fetched, or answer a peer whose request was never assigned here."""
+        match self._timers.pop(key, None):
+            case Sequence() as sequence:
+                self._drop_held(sequence)
+            case Export() as export:
+                export.waits = False
+                self._send_cached(export)
+                self._forget_readers(export.opened.request)
+            case None:
+                pass
+
+    # --- invariants -------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check every invariant; raises AssertionError with the numbers. Dear: for tests and simulations."""
+        holds: list[Hold] = []
+        private: list[BlockId] = []
+        for sequence in self._sequences.values():
+            assert sequence.phase is not Phase.GONE, f"request {sequence.request} is gone but still listed"
+            private += sequence.private(0, len(sequence.table))
+            holds += [sequence.hold] if sequence.hold is not None else []
+        for export in self._exports.values():
+            private += export.lent
+            holds += [export.hold] if export.hold is not None else []
+            assert export.in_flight <= export.sent, f"export {export.id}: {export.in_flight} in flight of {export.sent} sent"
+        self._pool.validate(holds, private)
+        self._scheduler.validate()
+        self._validate_wakeups()
+
+    def _validate_wakeups(self) -> None:
+        """Check that whatever is unfinished has something running, or a timer, that will go on with it."""
+        phases = [sequence.phase for sequence in self._sequences.values()]
+        held, waiting = phases.count(Phase.HELD), phases.count(Phase.WAITING)
+        assert waiting == self._scheduler.waiting, f"waiting {waiting} != the scheduler's {self._scheduler.waiting}"
+        for sequence in self._sequences.values():
+            timed = hold_timer(sequence.request) in self._timers
+            assert timed == (sequence.phase is Phase.HELD), (
+                f"request {sequence.request} is {sequence.phase.value}, timer: {timed}"
+            )
+        for request, readers in self._readers.items():
+            for export in readers:
+                known = request in self._sequences
+                assert export.waits != known, f"export {export.id} waits: {export.waits}, its request is here: {known}"
+                assert not export.final, f"export {export.id} is final but reads on"
+        running = self._scheduler.running
+        pinned = held + sum(1 for export in self._exports.values() if export.hold is not None)
+        assert running or pinned or not waiting, f"{waiting} requests wait though none runs and nothing is pinned"

@@ -1,0 +1,566 @@
+"""Forms a node's steps: who is admitted, who computes how much next, who gives way when blocks run out.
+
+See also: `sequences.py`, the life of one assignment.
+
+Rules for editors.
+
+Rule 1: blocks for the whole target are taken at admission, so only decoding sequences ever need another block.
+Rule 2: who ranks before whom is (priority, arrival) everywhere; a sequence never takes a block from one that ranks before it.
+Rule 3: while a step runs, every decoding sequence is in it; nothing that a step or a fetch may write to is released.
+Rule 4: nothing here is proportional to the waiting queue, and nothing but the two loops over a step's slices to the batch.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from orchestrator.core.commands import Slice
+from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.cost.costs import decode_seconds, smoothed, smoothed_scale, step_seconds
+from orchestrator.core.events import SliceResult
+from orchestrator.core.node.kvpool import BlockPool
+from orchestrator.core.node.sequences import Phase, Sequence
+from orchestrator.core.types import Assignment, BlockHash, FinishReason, NodeSpec, RequestId, Role, StepId
+
+#: Blocks that an admission leaves available, as a share of the pool: vLLM's block manager uses the same.
+WATERMARK = 0.01
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """A step that runs: its decoding sequences, then its prompt chunks, in the order of its slices.
+
+    Like `StepOutcome` made once a step, and for that reason not frozen.
+    """
+
+    step: StepId
+    decoding: list[Sequence]
+    prefilling: list[Sequence]
+    slices: tuple[Slice, ...]
+    predicted_s: float
+    #: Context of the decoding sequences before the step.
+    context_tokens: int
+    #: As in `RunStep`.
+    steps_max: int
+
+
+class StepOutcome:
+    """What a finished step means, for the node to act on and to report."""
+
+    __slots__ = ("advanced", "ended", "started")
+
+    def __init__(self) -> None:
+        #: Sequences to end, with reason and message.
+        self.ended: list[tuple[Sequence, FinishReason, str]] = []
+        #: Sequences that sampled their first token.
+        self.started: list[Sequence] = []
+        #: Sequences whose prompt got further; some of them may be complete.
+        self.advanced: list[Sequence] = []
+
+    @property
+    def quiet(self) -> bool:
+        """True if the step brought tokens and nothing else."""
+        return not (self.ended or self.advanced)
+
+
+class Scheduler:
+    """The sequences of one node, by phase, and the step that runs."""
+
+    def __init__(self, spec: NodeSpec, config: SchedulerConfig, pool: BlockPool) -> None:
+        self._profile = spec.profile
+        self._pool = pool
+        self._caching = config.prefix_caching
+        self._block_tokens = spec.block_tokens
+        self._context_tokens_max = spec.context_tokens_max
+        self._step_tokens_max = min(spec.step_tokens_max, config.step_tokens_max)
+        self._running_max = min(spec.sequences_max, config.sequences_max, self._step_tokens_max)
+        self._watermark = int(spec.blocks * WATERMARK) + 1
+        self._arrivals = 0
+        self._steps = 0
+        #: Waiting sequences that nobody computes for, by rank.
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []
+        #: Sequences by phase, in order of their coming into it.
+        self._fetching: dict[RequestId, Sequence] = {}
+        self._prefilling: dict[RequestId, Sequence] = {}
+        self._decoding: dict[RequestId, Sequence] = {}
+        #: Who registers a block next. A block that two compute at once is the first one's.
+        self._leaders: dict[BlockHash, Sequence] = {}
+        #: The step that runs.
+        self.plan: StepPlan | None = None
+        #: Sums over sequences: waiting ones (queue and followers); `queued` of all, of the prefilling; context of the decoding.
+        self.waiting = 0
+        self.queued_tokens = 0
+        self._backlog_tokens = 0
+        self.context_tokens = 0
+        self.preemptions = 0
+        self.cost_scale = 1.0
+        self.step_s = 0.0
+
+    @property
+    def running(self) -> int:
+        """Sequences that are admitted and not yet complete."""
+        return len(self._decoding) + len(self._prefilling) + len(self._fetching)
+
+    def in_step(self, sequence: Sequence) -> bool:
+        """Return whether the running step may write to a sequence's blocks (rule 3)."""
+        return self.plan is not None and (sequence.phase is Phase.DECODING or sequence.chunk > 0)
+
+    # --- coming and going -------------------------------------------------------------------------------------------------
+
+    def refusal(self, assignment: Assignment) -> str | None:
+        """Return why this node can never serve an assignment, or None if it can."""
+        prompt, output = assignment.prompt_tokens, assignment.output_tokens_max
+        generates = assignment.role is Role.GENERATE
+        if prompt < 1 or (generates and output < 1):
+            return f"a prompt of {prompt} tokens with at most {output} tokens of output: both must be 1 or more"
+        if len(assignment.hashes) != prompt // self._block_tokens:
+            return f"{len(assignment.hashes)} block hashes for {prompt} tokens in blocks of {self._block_tokens}"
+        if prompt + output * generates > self._context_tokens_max:
+            return f"{prompt} prompt tokens and {output} of output are over the context limit of {self._context_tokens_max}"
+        needed = self._blocks_for(prompt + 1 if generates else prompt - 1)
+        if needed > self._pool.blocks:
+            return f"a prompt of {prompt} tokens needs {needed} blocks, the pool has {self._pool.blocks}"
+        return None
+
+    def enqueue(self, assignment: Assignment) -> Sequence:
+        """Let an assignment that is not refused wait for its admission."""
+        sequence = Sequence(assignment, self._arrivals, self._block_tokens, self._pool.blocks)
+        self._arrivals += 1
+        self._wait(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence in any phase and give its blocks back. No step and no fetch may be writing to them."""
+        assert not self.in_step(sequence), f"request {sequence.request} is in running step {self._steps}"
+        self._leave(sequence)
+        self._free(sequence)
+        self._set_queued(sequence, 0)
+        sequence.phase = Phase.GONE
+
+    def abandon(self, sequence: Sequence) -> None:
+        """Let nobody wait any longer for blocks of a sequence that is about to end."""
+        if sequence.frontier is not None:
+            if self._leaders.get(sequence.frontier) is sequence:
+                del self._leaders[sequence.frontier]
+            sequence.frontier = None
+        self._release_followers(sequence, everyone=True)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Take a completely prefilled sequence out of the batch; its blocks stay until it is removed."""
+        self._leave(sequence)
+        sequence.phase = Phase.HELD
+
+    def advance_fetch(self, sequence: Sequence, tokens: int) -> None:
+        """Note that a fetch has brought the first `tokens` of a prompt."""
+        sequence.computed = max(sequence.computed, min(tokens, sequence.fetch_tokens(0)))
+        sequence.count_present(sequence.computed, computed=False)
+        self._register(sequence)
+
+    def end_fetch(self, sequence: Sequence, computed_tokens: int) -> None:
+        """Let a sequence whose fetch is over compute what is missing; its source computed some tokens for it."""
+        sequence.billed_tokens += computed_tokens
+        sequence.fetched = True
+        self._leave(sequence)
+        self._set_queued(sequence, sequence.remaining_tokens)
+        self._prefill(sequence)
+
+    # --- admission --------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> list[Sequence]:
+        """Admit waiting sequences by rank as long as there is room, and return them: prefilling, or to be fetched for.
+
+        One whose next block is being computed by another steps aside until that block is there. The first that finds too
+        few blocks, or a step's worth of prompts before it, holds up those behind it.
+        """
+        admitted: list[Sequence] = []
+        while self._queue and self.running < self._running_max:
+            sequence = self._queue[0][1]
+            hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
+            fetches = sequence.fetch_tokens(hit) > 0
+            if not fetches and self._step_aside(sequence, hit):
+                continue
+            full = not fetches and self._backlog_tokens + len(self._decoding) >= self._step_tokens_max
+            if full or not self._has_room(sequence, hit):
+                break
+            self._place(sequence, hit, fetches)
+            admitted.append(sequence)
+        return admitted
+
+    def _step_aside(self, sequence: Sequence, hit: int) -> bool:
+        """Make a sequence follow the one that computes its next missing block, if there is one."""
+        if hit >= min(len(sequence.hashes), sequence.hit_blocks_max):
+            return False
+        leader = self._leaders.get(sequence.hashes[hit])
+        if leader is None:
+            return False
+        self._leave(sequence)
+        self.waiting += 1
+        leader.followers.append((leader.shared_blocks(sequence), sequence))
+        sequence.leader = leader
+        return True
+
+    def _has_room(self, sequence: Sequence, hit: int) -> bool:
+        """Return whether the pool has the blocks for a sequence and, beside others, one more for each that decodes."""
+        needed = self._blocks_for(sequence.target) - hit
+        if self.running:
+            needed += max(self._watermark, len(self._decoding))
+        available = self._pool.available_blocks
+        return needed <= available and needed + self._pool.idle_of(sequence.hashes, hit) <= available
+
+    def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
+        """Give a waiting sequence its blocks and let it begin."""
+        self._leave(sequence)
+        sequence.hold, sequence.table = self._pool.acquire(sequence.hashes, hit)
+        sequence.table += self._pool.allocate(self._blocks_for(sequence.target) - hit)
+        sequence.capacity = len(sequence.table) * self._block_tokens
+        sequence.fresh = tuple(sequence.table)
+        sequence.registered = hit
+        sequence.computed = hit * self._block_tokens
+        sequence.count_present(sequence.computed, computed=False)
+        self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+        if fetches:
+            sequence.phase = Phase.FETCHING
+            self._fetching[sequence.request] = sequence
+            self._lead(sequence)
+        else:
+            sequence.fetched = True
+            self._prefill(sequence)
+
+    # --- steps ------------------------------------------------------------------------------------------------------------
+
+    def plan_step(self) -> StepPlan | None:
+        """Start the next step, and return it, or None if there is nothing to compute. No step may be running.
+
+        A token for every decoding sequence, then as much of the prompts as fits.
+        """
+        assert self.plan is None, f"step {self._steps} still runs"
+        preemptions = self.preemptions
+        decoding, slices = self._plan_decoding()
+        budget = self._step_tokens_max - len(slices)
+        chunks: list[Sequence] = []
+        for sequence in self._prefilling.values():
+            if budget <= 0:
+                break
+            sequence.chunk = min(sequence.remaining_tokens, budget)
+            budget -= sequence.chunk
+            chunks.append(sequence)
+            slices.append(self._chunk_slice(sequence))
+        if not slices:
+            return None
+        self._steps += 1
+        prefills = [(sequence.chunk, sequence.computed) for sequence in chunks]
+        context, count = self.context_tokens, len(decoding)
+        predicted_s = step_seconds(self._profile, prefills, count, context)
+        # Every block that becomes full in so many steps can be followed by another one. Who gave way may be back after one.
+        alone = bool(chunks) or self.preemptions > preemptions
+        steps_max = 1 if alone else max(1, self._pool.available_blocks // count * self._block_tokens)
+        self.plan = StepPlan(StepId(self._steps), decoding, chunks, tuple(slices), predicted_s, context, steps_max)
+        return self.plan
+
+    def _plan_decoding(self) -> tuple[list[Sequence], list[Slice]]:
+        """Return the decoding sequences and their slices, after those at the end of their blocks got another one."""
+        for sequence in [sequence for sequence in self._decoding.values() if sequence.computed == sequence.capacity]:
+            self._grow(sequence)
+        decoding = list(self._decoding.values())
+        slices = [Slice(sequence.request, sequence.computed, 1, sequence.told, sequence.fresh, True) for sequence in decoding]
+        for sequence in decoding:
+            if sequence.fresh:
+                sequence.told += len(sequence.fresh)
+                sequence.fresh = ()
+        return decoding, slices
+
+    def _chunk_slice(self, sequence: Sequence) -> Slice:
+        """Return the slice of a sequence's chunk; the first one tells all blocks."""
+        end = sequence.computed + sequence.chunk
+        samples = end == sequence.target and sequence.assignment.role is Role.GENERATE
+        part = Slice(sequence.request, sequence.computed, sequence.chunk, sequence.told, sequence.fresh, samples)
+        sequence.told += len(sequence.fresh)
+        sequence.fresh = ()
+        return part
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Give a decoding sequence one more block, preempting the last in rank, at worst itself, while there is none."""
+        while sequence.phase is Phase.DECODING and self._pool.available_blocks == 0:
+            running = (*self._decoding.values(), *self._prefilling.values())
+            self._preempt(max(running, key=lambda other: other.rank))
+        if sequence.phase is Phase.DECODING:
+            self._extend(sequence, 1)
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        """Give a sequence more blocks, of which there must be enough."""
+        blocks = self._pool.allocate(count)
+        sequence.table += blocks
+        sequence.fresh = (*sequence.fresh, *blocks)
+        sequence.capacity += count * self._block_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to wait; what it computed stays reusable until its blocks are needed."""
+        self._leave(sequence)
+        self._free(sequence)
+        self.preemptions += 1
+        self._wait(sequence)
+
+    def finish_step(self, results: tuple[SliceResult, ...], seconds: float, steps: int = 1) -> StepOutcome:
+        """Apply the results of the running step; those of sequences that are about to end are dropped.
+
+        With `steps` over 1 it was repeated, and the results are those of all together.
+        """
+        plan = self._end_step()
+        assert len(results) == len(plan.slices), f"{len(results)} results for {len(plan.slices)} slices of step {plan.step}"
+        assert 1 <= steps <= plan.steps_max, f"step {plan.step} was run {steps} times, at most {plan.steps_max} were possible"
+        self._measure(plan, seconds, steps)
+        outcome = StepOutcome()
+        generated = 0
+        for sequence, result in zip(plan.decoding, results, strict=False):
+            tokens = result.output_tokens
+            generated += tokens
+            sequence.computed += tokens
+            sequence.output_tokens += tokens
+            if sequence.computed > sequence.capacity:
+                self._extend(sequence, self._blocks_for(sequence.computed - sequence.capacity))
+            if (
+                result.hashes
+                or result.stopped
+                or sequence.output_tokens >= sequence.output_tokens_max
+                or sequence.ending is not None
+                or result.failure is not None
+                or tokens == 0
+            ):
+                self._settle(sequence, result, outcome)
+        self.context_tokens += generated
+        for sequence, result in zip(plan.prefilling, results[len(plan.decoding) :], strict=True):
+            self._finish_chunk(sequence, result, outcome)
+        return outcome
+
+    def fail_step(self, reason: str) -> StepOutcome:
+        """End every sequence of the running step, which computed nothing."""
+        plan = self._end_step()
+        outcome = StepOutcome()
+        for sequence in (*plan.decoding, *plan.prefilling):
+            sequence.chunk = 0
+            outcome.ended.append((sequence, sequence.ending or FinishReason.FAILED, "" if sequence.ending else reason))
+        return outcome
+
+    def _measure(self, plan: StepPlan, seconds: float, steps: int) -> None:
+        """Note how long a step took, beside what it was predicted to take."""
+        predicted_s = plan.predicted_s
+        if steps > 1:
+            predicted_s = decode_seconds(self._profile, len(plan.decoding), plan.context_tokens, steps)
+        self.cost_scale = smoothed_scale(self.cost_scale, predicted_s, seconds, steps)
+        mean_s = seconds / steps
+        self.step_s = mean_s if self.step_s == 0.0 else smoothed(self.step_s, mean_s, steps)
+
+    def _end_step(self) -> StepPlan:
+        plan = self.plan
+        assert plan is not None, f"no step runs after step {self._steps}"
+        self.plan = None
+        return plan
+
+    def _finish_chunk(self, sequence: Sequence, result: SliceResult, outcome: StepOutcome) -> None:
+        """Apply what a step did for a prompt (or, after a preemption, for prompt and output so far)."""
+        chunk, sequence.chunk = sequence.chunk, 0
+        if sequence.ending is not None or result.failure is not None:
+            self._settle(sequence, result, outcome)
+            return
+        sequence.computed += chunk
+        sequence.count_present(sequence.computed, computed=True)
+        self._backlog_tokens -= chunk
+        self._set_queued(sequence, sequence.queued - chunk)
+        sampled = sequence.remaining_tokens == 0 and sequence.assignment.role is Role.GENERATE
+        assert (result.output_tokens > 0) == sampled, f"request {sequence.request}: {result.output_tokens} tokens, {sampled=}"
+        if not sampled:
+            self._register(sequence)
+            outcome.advanced.append(sequence)
+            return
+        self._name_blocks(sequence, result)
+        outcome.advanced.append(sequence)
+        if sequence.output_tokens == 0:
+            outcome.started.append(sequence)
+        sequence.output_tokens += result.output_tokens
+        self._decode(sequence)
+        self._settle(sequence, result, outcome)
+
+    def _settle(self, sequence: Sequence, result: SliceResult, outcome: StepOutcome) -> None:
+        """Register what a sequence completed, or end it, whichever its result says."""
+        if sequence.ending is not None:
+            outcome.ended.append((sequence, sequence.ending, ""))
+            return
+        if result.failure is not None:
+            outcome.ended.append((sequence, FinishReason.FAILED, result.failure))
+            return
+        assert result.output_tokens > 0, f"request {sequence.request} sampled nothing in step {self._steps}"
+        self._name_blocks(sequence, result)
+        if result.stopped:
+            outcome.ended.append((sequence, FinishReason.STOP, ""))
+        elif sequence.output_tokens >= sequence.output_tokens_max:
+            outcome.ended.append((sequence, FinishReason.LENGTH, ""))
+
+    # --- blocks that become complete --------------------------------------------------------------------------------------
+
+    def _name_blocks(self, sequence: Sequence, result: SliceResult) -> None:
+        """Take the names of blocks that generated tokens completed, and register them."""
+        if result.hashes:
+            first = sequence.computed // self._block_tokens - len(result.hashes)
+            known = len(sequence.hashes)
+            assert 0 <= first <= known, f"request {sequence.request}: hashes from block {first} on, {known} are known"
+            sequence.hashes[first:] = result.hashes
+        self._register(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer a sequence's newly complete blocks for reuse and wake those who wait for them."""
+        end = min(sequence.computed // self._block_tokens, len(sequence.hashes))
+        if end <= sequence.registered:
+            return
+        start = sequence.registered
+        assert sequence.hold is not None, f"request {sequence.request} has computed {end} blocks without any"
+        copies = self._pool.register(sequence.hold, sequence.table[start:end], sequence.hashes[start:end])
+        if copies:
+            sequence.copies.append((start, start + copies))
+        sequence.registered = end
+        if sequence.phase is not Phase.DECODING:
+            self._lead(sequence)
+
+    def _lead(self, sequence: Sequence) -> None:
+        """Announce the next block that a sequence will register, and release followers that have what they need."""
+        if sequence.frontier is not None and self._leaders.get(sequence.frontier) is sequence:
+            del self._leaders[sequence.frontier]
+        sequence.frontier = None
+        index = sequence.registered
+        if self._caching and sequence.ending is None and index < min(len(sequence.hashes), sequence.target // self._block_tokens):
+            sequence.frontier = sequence.hashes[index]
+            self._leaders.setdefault(sequence.frontier, sequence)
+        self._release_followers(sequence, everyone=sequence.frontier is None)
+
+    def _release_followers(self, leader: Sequence, everyone: bool) -> None:
+        """Put followers back into the queue: those whose blocks are registered now, or all."""
+        if not leader.followers:
+            return
+        staying: list[tuple[int, Sequence]] = []
+        for needed, follower in leader.followers:
+            if everyone or needed <= leader.registered:
+                follower.leader = None
+                insort(self._queue, (follower.rank, follower))
+            else:
+                staying.append((needed, follower))
+        leader.followers = staying
+
+    # --- phases and sums --------------------------------------------------------------------------------------------------
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.WAITING
+        self.waiting += 1
+        insort(self._queue, (sequence.rank, sequence))
+        hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
+        self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+
+    def _prefill(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.PREFILLING
+        self._prefilling[sequence.request] = sequence
+        self._backlog_tokens += sequence.queued
+        self._lead(sequence)
+
+    def _decode(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.phase = Phase.DECODING
+        self._decoding[sequence.request] = sequence
+        self.context_tokens += sequence.computed
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of its phase's table and sums; the caller puts it into another."""
+        match sequence.phase:
+            case Phase.WAITING:
+                self._leave_queue(sequence)
+            case Phase.FETCHING:
+                del self._fetching[sequence.request]
+            case Phase.PREFILLING:
+                del self._prefilling[sequence.request]
+                self._backlog_tokens -= sequence.queued
+            case Phase.DECODING:
+                del self._decoding[sequence.request]
+                self.context_tokens -= sequence.computed
+            case Phase.HELD | Phase.GONE:
+                pass
+        self.abandon(sequence)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting -= 1
+        leader = sequence.leader
+        if leader is not None:
+            leader.followers = [entry for entry in leader.followers if entry[1] is not sequence]
+            sequence.leader = None
+        else:
+            del self._queue[bisect_left(self._queue, sequence.rank, key=lambda entry: entry[0])]
+
+    def _free(self, sequence: Sequence) -> None:
+        """Give a sequence's blocks back; its engine will be told a new table."""
+        if sequence.hold is not None:
+            self._pool.give_back(sequence.private(0, len(sequence.table))[::-1])
+            self._pool.release(sequence.hold)
+        sequence.hold = None
+        sequence.table = []
+        sequence.copies = []
+        sequence.fresh = ()
+        sequence.capacity = sequence.told = sequence.computed = sequence.registered = 0
+
+    def _set_queued(self, sequence: Sequence, tokens: int) -> None:
+        self.queued_tokens += tokens - sequence.queued
+        sequence.queued = tokens
+
+    def _tokens_to_compute(self, sequence: Sequence, hit: int) -> int:
+        """Return the tokens that will probably be computed here: neither held nor expected from a source."""
+        return sequence.target - max(hit * self._block_tokens, sequence.fetch_tokens(hit))
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
+
+    # --- invariants -------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check the sums and every sequence's own invariants."""
+        followers = [follower for leader in self._admitted() for _, follower in leader.followers]
+        queued = [sequence for _, sequence in self._queue]
+        waiting = [*queued, *followers]
+        assert self._queue == sorted(self._queue, key=lambda entry: entry[0]), f"queue of {len(queued)} is out of order"
+        assert self.waiting == len(waiting), f"waiting {self.waiting} != queue {len(queued)} + followers {len(followers)}"
+        total = sum(sequence.queued for sequence in (*waiting, *self._admitted()))
+        assert self.queued_tokens == total, f"queued tokens {self.queued_tokens} != sum {total}"
+        backlog = sum(sequence.remaining_tokens for sequence in self._prefilling.values())
+        assert self._backlog_tokens == backlog, f"backlog {self._backlog_tokens} != sum {backlog}"
+        context = sum(sequence.computed for sequence in self._decoding.values())
+        assert self.context_tokens == context, f"context tokens {self.context_tokens} != sum {context}"
+        assert self.running <= self._running_max, f"running {self.running} > max {self._running_max}"
+        for sequence in waiting:
+            assert sequence.phase is Phase.WAITING, f"request {sequence.request} waits but is {sequence.phase.value}"
+            assert not sequence.table, f"request {sequence.request} waits with {len(sequence.table)} blocks"
+        for sequence in self._admitted():
+            self._validate_admitted(sequence)
+        for name, leader in self._leaders.items():
+            assert leader.frontier == name, f"request {leader.request} leads {name!r} but comes to {leader.frontier!r}"
+        self._validate_step()
+
+    def _admitted(self) -> list[Sequence]:
+        return [*self._fetching.values(), *self._prefilling.values(), *self._decoding.values()]
+
+    def _validate_admitted(self, sequence: Sequence) -> None:
+        name = f"request {sequence.request}, {sequence.phase.value}"
+        blocks, size = len(sequence.table), self._block_tokens
+        assert sequence.capacity == blocks * size, f"{name}: capacity {sequence.capacity} != {blocks} blocks of {size}"
+        assert sequence.computed <= sequence.capacity, f"{name}: computed {sequence.computed} > capacity {sequence.capacity}"
+        assert sequence.told + len(sequence.fresh) == blocks, f"{name}: told {sequence.told} of {blocks} blocks"
+        assert sequence.registered <= sequence.computed // size, f"{name}: registered {sequence.registered} blocks"
+        if sequence.phase is Phase.DECODING:
+            held = sequence.target - 1
+            assert sequence.computed == held, f"{name}: computed {sequence.computed} of {sequence.target}"
+        else:
+            needed = self._blocks_for(sequence.target)
+            assert blocks == needed, f"{name}: {blocks} blocks, needs {needed}"
+        assert not sequence.followers or sequence.frontier is not None, f"{name}: {len(sequence.followers)} wait for nothing"
+
+    def _validate_step(self) -> None:
+        decoding, prefilling = len(self._decoding), len(self._prefilling)
+        if self.plan is None:
+            assert decoding + prefilling == 0, f"no step runs for {decoding} decoding and {prefilling} prefilling"
+            return
+        planned = len(self.plan.decoding)
+        assert planned == decoding, f"step {self.plan.step} decodes {planned} of {decoding} sequences"
+        tokens = sum(part.count for part in self.plan.slices)
+        assert tokens <= self._step_tokens_max, f"step {self.plan.step} has {tokens} tokens, max {self._step_tokens_max}"

@@ -1,0 +1,162 @@
+"""One assignment on a node: how far it has come, which blocks it has, what it still needs.
+
+A sequence's life:
+
+    WAITING -> FETCHING -> PREFILLING -> DECODING        role GENERATE; FETCHING only with something to fetch
+    WAITING -> FETCHING -> PREFILLING -> HELD            role PREFILL: its blocks are kept for the decode node
+       ^-------------------- preempted ----'
+
+and its tokens, left to right:
+
+    |-- registered blocks --|-- computed --|-- target --|
+     offered to everybody    KV is present  KV is needed before the next token is sampled
+"""
+
+from enum import Enum
+
+from orchestrator.core.node.kvpool import Hold
+from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role
+
+
+class Phase(Enum):
+    """Where a sequence is in its life; the values are what messages say."""
+
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    HELD = "held"
+    GONE = "gone"
+
+
+class Sequence:
+    """One assignment on this node, and how far it has come."""
+
+    __slots__ = (
+        "assignment",
+        "billed_tokens",
+        "block_tokens",
+        "capacity",
+        "chunk",
+        "computed",
+        "copies",
+        "ending",
+        "fetched",
+        "followers",
+        "fresh",
+        "frontier",
+        "hashes",
+        "hold",
+        "leader",
+        "output_tokens",
+        "output_tokens_max",
+        "phase",
+        "present_tokens",
+        "queued",
+        "rank",
+        "registered",
+        "request",
+        "table",
+        "told",
+    )
+
+    def __init__(self, assignment: Assignment, arrival: int, block_tokens: int, blocks_max: int) -> None:
+        self.assignment = assignment
+        self.request: RequestId = assignment.request
+        #: Rule 2: a lower rank goes first. Arrivals are unique, and so are ranks.
+        self.rank: tuple[int, int] = (-assignment.priority, arrival)
+        self.block_tokens = block_tokens
+        self.phase = Phase.WAITING
+        #: Why it will end as soon as no step or fetch touches its blocks.
+        self.ending: FinishReason | None = None
+        #: Names of its full blocks, as far as known: the prompt's, then those that generated tokens completed.
+        self.hashes: list[BlockHash] = list(assignment.hashes)
+        #: Its blocks, first block first; each is referenced once.
+        self.table: list[BlockId] = []
+        #: Its claim on the cached blocks before `registered`; None while it has no blocks.
+        self.hold: Hold | None = None
+        #: [start, end) runs of blocks before `registered` that are second copies of cached ones, and so private.
+        self.copies: list[tuple[int, int]] = []
+        #: Tokens that fit into the table.
+        self.capacity = 0
+        #: Table entries that the engine has been told; those that the next slice tells.
+        self.told = 0
+        self.fresh: tuple[BlockId, ...] = ()
+        #: Tokens whose KV is present. While it decodes, all but the last of prompt and output.
+        self.computed = 0
+        #: Prompt tokens in the running step.
+        self.chunk = 0
+        #: Full blocks that are offered for reuse or duplicate others that are.
+        self.registered = 0
+        self.output_tokens = 0
+        #: An output that outgrows the pool ends early: its last token needs no KV.
+        self.output_tokens_max = min(assignment.output_tokens_max, blocks_max * block_tokens - assignment.prompt_tokens + 1)
+        #: Prompt tokens computed here or, for this very request, on its source; none is counted again after a preemption.
+        self.billed_tokens = 0
+        #: Prompt tokens that have been present at some time.
+        self.present_tokens = 0
+        #: Its part of the load's queued tokens.
+        self.queued = 0
+        #: True once its source was asked, or is not needed.
+        self.fetched = assignment.source is None
+        #: The block it will register next; others who need it wait for it (`followers`: registered blocks needed, who).
+        self.frontier: BlockHash | None = None
+        self.followers: list[tuple[int, Sequence]] = []
+        self.leader: Sequence | None = None
+
+    @property
+    def target(self) -> int:
+        """Tokens whose KV must be present before it decodes or is handed over; the decode node computes the last one itself."""
+        if self.assignment.role is Role.PREFILL:
+            return self.assignment.prompt_tokens - 1
+        return self.assignment.prompt_tokens + self.output_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.target - self.computed
+
+    @property
+    def hit_blocks_max(self) -> int:
+        """Blocks that may come from the cache: a sequence that samples computes at least one token."""
+        return (self.target if self.assignment.role is Role.PREFILL else self.target - 1) // self.block_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        """What the client is billed for as not cached."""
+        return min(self.billed_tokens, self.assignment.prompt_tokens)
+
+    def fetch_tokens(self, hit_blocks: int) -> int:
+        """Return up to which token of the prompt to fetch when `hit_blocks` are here already; 0 when nothing is."""
+        if self.fetched:
+            return 0
+        if self.assignment.source_pending:
+            wanted = self.assignment.prompt_tokens - 1
+        else:
+            wanted = min(self.assignment.source_tokens // self.block_tokens, self.hit_blocks_max) * self.block_tokens
+        return wanted if wanted > hit_blocks * self.block_tokens else 0
+
+    def shared_blocks(self, other: "Sequence") -> int:
+        """Return how many first blocks of this sequence the other can use; equal hashes have equal hashes before them."""
+        low, high = 0, min(self.target // self.block_tokens, other.hit_blocks_max, len(self.hashes), len(other.hashes))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.hashes[middle - 1] == other.hashes[middle - 1]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def private(self, first: int, end: int) -> list[BlockId]:
+        """Return those of the blocks [first, end) that are not cached under their name."""
+        blocks: list[BlockId] = []
+        for start, stop in self.copies:
+            blocks += self.table[max(first, start) : min(end, stop)]
+        return blocks + self.table[max(first, self.registered) : end]
+
+    def count_present(self, tokens: int, computed: bool) -> None:
+        """Note that the first `tokens` are present, and bill the prompt's new ones among them if they were `computed`."""
+        reached = min(tokens, self.assignment.prompt_tokens)
+        if reached > self.present_tokens:
+            if computed:
+                self.billed_tokens += reached - self.present_tokens
+            self.present_tokens = reached

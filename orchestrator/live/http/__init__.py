@@ -1,0 +1,1 @@
+"""HTTP: one gateway's port, and the words that clients use on it."""

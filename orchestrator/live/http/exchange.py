@@ -1,0 +1,147 @@
+"""One HTTP request and its answer over ASGI: the body in, bytes out, and word of a client that goes away.
+
+This does not know what is asked; see `gateway.py`.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import TracebackType
+from typing import Any
+
+from orchestrator.live.http.openai.requests import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+HeaderList = list[tuple[bytes, bytes]]
+
+#: What is written down for a client that did not wait for its answer; nobody receives it.
+CLIENT_GONE = 499
+#: Longer request ids are replaced, not cut: a cut one would name another request.
+_REQUEST_ID_CHARS_MAX = 128
+_JSON = (b"content-type", b"application/json")
+_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer was complete."""
+
+
+class Exchange:
+    """One request being answered.
+
+    Args:
+        scope, receive, send: ASGI's.
+        gateway: this gateway's number, told to the client.
+    """
+
+    __slots__ = ("_gateway", "_receive", "_send", "headers", "path", "request_id", "status", "streaming")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, gateway: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._gateway = b"%d" % gateway
+        self.path: str = scope["path"]
+        #: The last of each name; names in lower case.
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = _request_id(self.headers.get(b"x-request-id"))
+        #: Status sent, or to be written down; 0 before there is one.
+        self.status = 0
+        self.streaming = False
+
+    async def body(self, bytes_max: int) -> bytes:
+        """Return the whole body. Raises `ApiError` 413 over the limit, `ClientGone` if it never ends."""
+        declared = self.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > bytes_max:
+            raise _too_large(bytes_max)
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk: bytes = message.get("body", b"")
+            size += len(chunk)
+            if size > bytes_max:
+                raise _too_large(bytes_max)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def answer(self, status: int, body: bytes, headers: HeaderList | None = None) -> None:
+        """Send a whole JSON answer."""
+        length = (b"content-length", b"%d" % len(body))
+        await self.open(status, [_JSON, length, *(headers or ())])
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error body."""
+        retry = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % max(1, round(error.retry_after_s)))]
+        reason = [(b"x-weft-refused", error.code.encode())] if error.status in (429, 503, 529) and error.code else []
+        await self.answer(error.status, error.body(), [*retry, *reason])
+
+    async def open_events(self) -> None:
+        """Start a stream of server-sent events."""
+        self.streaming = True
+        await self.open(200, _STREAM)
+
+    async def open(self, status: int, headers: HeaderList, named: bool = False) -> None:
+        """Send status and headers; `named` ones say already which request and gateway this is."""
+        self.status = status
+        if not named:
+            headers = [*headers, (b"x-request-id", self.request_id), (b"x-weft-gateway", self._gateway)]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes) -> None:
+        """Send a part of the body; waits while the client reads more slowly than we write."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def close(self, data: bytes = b"") -> None:
+        """Send the last part of the body."""
+        await self._send({"type": "http.response.body", "body": data})
+
+    def watch(self, on_gone: Callable[[], None]) -> "Watch":
+        """Return a context in which a client that goes away has `on_gone` called at once and raises `ClientGone`."""
+        return Watch(self._receive, on_gone)
+
+
+class Watch:
+    """Listens for the end of the connection beside the task that answers."""
+
+    __slots__ = ("_gone", "_listener", "_on_gone", "_receive", "_task")
+
+    def __init__(self, receive: Receive, on_gone: Callable[[], None]) -> None:
+        self._receive = receive
+        self._on_gone = on_gone
+        self._gone = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a watch needs a task to interrupt"
+        self._task = task
+        self._listener = asyncio.ensure_future(self._receive())
+        self._listener.add_done_callback(self._heard)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._listener.remove_done_callback(self._heard)
+        self._listener.cancel()
+        if self._gone and kind is asyncio.CancelledError and self._task.uncancel() == 0:
+            raise ClientGone from error
+
+    def _heard(self, listener: "asyncio.Future[Message]") -> None:
+        if not listener.cancelled():
+            self._gone = True
+            self._on_gone()
+            self._task.cancel()
+
+
+def _request_id(given: bytes | None) -> bytes:
+    if given and len(given) <= _REQUEST_ID_CHARS_MAX and all(33 <= byte <= 126 for byte in given):
+        return given
+    return b"%032x" % random.getrandbits(128)
+
+
+def _too_large(bytes_max: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {bytes_max} bytes", code="request_too_large")

@@ -1,0 +1,1 @@
+"""OpenAI's words: chat and text completions, asked and answered."""

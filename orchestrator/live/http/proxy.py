@@ -1,0 +1,101 @@
+"""Several gateways, one owner for each session: finds the owner and passes a request on to it.
+
+A session's cache knowledge (its prompt, its place in the index) lives in one gateway: see `owner_of` in `core/sessions.py`.
+"""
+
+import asyncio
+from typing import Any, Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from orchestrator.live.http.exchange import Exchange, HeaderList
+
+#: Says that a request was passed on already; it is served where it arrives, whoever owns it.
+FORWARDED = b"x-weft-forwarded"
+_CONNECT_S_MAX = 2.0
+_READ_BYTES = 64 * 1024
+#: Headers that belong to one connection, or that the answering side writes itself.
+_OWN_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"host", b"expect", FORWARDED})
+_CONNECTION_HEADERS = _OWN_HEADERS | {b"date"}
+
+
+class PeerUnreachable(Exception):
+    """The owner could not be reached; nothing was sent to the client yet."""
+
+
+class _Parser(Protocol):
+    def feed_data(self, data: bytes) -> None: ...
+    def get_status_code(self) -> int: ...
+
+
+class _Reply:
+    """Collects what httptools reads from the peer's answer."""
+
+    def __init__(self) -> None:
+        self.headers: HeaderList = []
+        self.body: list[bytes] = []
+        self.headed = False
+        self.complete = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.headed = True
+
+    def on_body(self, body: bytes) -> None:
+        self.body.append(body)
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+
+async def forward(exchange: Exchange, body: bytes, peer: str) -> None:
+    """Answer a request with what the peer at base URL `peer` answers, as it comes.
+
+    A client that goes away ends the connection to the peer, which notices as if the client were its own.
+
+    Raises:
+        PeerUnreachable: before anything was sent to the client.
+        ConnectionError: the peer went away in the middle of its answer.
+    """
+    address = urlsplit(peer)
+    try:
+        opening = asyncio.open_connection(address.hostname, address.port)
+        reader, writer = await asyncio.wait_for(opening, _CONNECT_S_MAX)
+    except (TimeoutError, OSError) as error:
+        raise PeerUnreachable(f"{peer}: {error}") from error
+    try:
+        with exchange.watch(writer.close):
+            writer.write(_request(exchange, body, address.netloc))
+            await _relay(reader, exchange, peer)
+    finally:
+        writer.close()
+
+
+def _request(exchange: Exchange, body: bytes, host: str) -> bytes:
+    kept = [(name, value) for name, value in exchange.headers.items() if name not in _OWN_HEADERS]
+    named = [(b"host", host.encode()), (b"connection", b"close"), (b"content-length", b"%d" % len(body)), (FORWARDED, b"1")]
+    ids = [] if b"x-request-id" in exchange.headers else [(b"x-request-id", exchange.request_id)]
+    lines = [b"%s: %s\r\n" % pair for pair in (*kept, *named, *ids)]
+    return b"POST %s HTTP/1.1\r\n" % exchange.path.encode() + b"".join(lines) + b"\r\n" + body
+
+
+async def _relay(reader: asyncio.StreamReader, exchange: Exchange, peer: str) -> None:
+    reply = _Reply()
+    parser = cast(_Parser, cast(Any, httptools).HttpResponseParser(reply))
+    while not reply.complete:
+        data = await reader.read(_READ_BYTES)
+        if not data and not reply.headed:
+            raise PeerUnreachable(f"{peer}: closed before its answer")
+        if not data:
+            raise ConnectionError(f"{peer}: closed in the middle of its answer")
+        parser.feed_data(data)
+        if reply.headed and not exchange.status:
+            headers = [(name, value) for name, value in reply.headers if name not in _CONNECTION_HEADERS]
+            await exchange.open(parser.get_status_code(), headers, named=True)
+        if reply.body and not reply.complete:
+            await exchange.write(b"".join(reply.body))
+            reply.body.clear()
+    await exchange.close(b"".join(reply.body))

@@ -1,0 +1,149 @@
+"""One answer in the making: tokens come in, pieces ready to be sent come out.
+
+    tokens -> text (whole characters) -> stop strings cut out -> tool calls found -> pieces
+
+Log probabilities travel beside the text: a token's entry comes out with the last of its characters, and not at all if they fell
+to a stop string.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from orchestrator.core.types import FinishReason
+from orchestrator.live.text.detokenise import Detokeniser, StopStrings
+from orchestrator.live.text.tools import ToolCall, ToolParser
+from orchestrator.live.turns import Delta, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Text with the log probabilities of the tokens that end in it."""
+
+    text: str
+    tokens: tuple[tuple[int, TokenLogprob], ...]
+
+
+Piece = str | Scored | ToolCall
+
+#: OpenAI's words for why an answer ended.
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "stop",
+    FinishReason.FAILED: "error",
+}
+
+
+class Generation:
+    """The state of one answer.
+
+    Args:
+        detokeniser: fresh.
+        stops: stop strings.
+        ends: tokens that end the answer and are no part of it.
+        parser: fresh, or None if the answer can hold no tool calls.
+        scored: log probabilities come with the tokens and are wanted.
+    """
+
+    __slots__ = (
+        "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_text_chars",
+        "cached_tokens", "called", "finish_reason", "stopped", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, detokeniser: Detokeniser, stops: Sequence[str], ends: Collection[int], parser: ToolParser | None, scored: bool
+    ) -> None:
+        self._detokeniser = detokeniser
+        self._stops = StopStrings(stops) if stops else None
+        self._ends = ends
+        self._parser = parser
+        self._scored = scored
+        #: Tokens whose text is not out yet, with the number of characters up to their end.
+        self._scores: deque[tuple[int, int, TokenLogprob]] = deque()
+        self._text_chars = 0
+        self._out_chars = 0
+        #: Tokens generated, the ending one included.
+        self.tokens = 0
+        self.cached_tokens = 0
+        #: True once there was a tool call.
+        self.called = False
+        #: True once a stop string came: nobody wants more of the turn.
+        self.stopped = False
+        self.finish_reason: str | None = None
+
+    def take(self, delta: Delta) -> list[Piece]:
+        """Return what is ready after some more tokens; `finish_reason` is set once there will be no more."""
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        if self._stops is None and self._parser is None and not self._scored:
+            pieces = self._take_plain(delta.tokens)
+        else:
+            pieces = self._take_careful(delta)
+        if delta.finish is not None and not self.stopped:
+            pieces += self._flush()
+            self.finish_reason = _REASONS.get(delta.finish, "stop")
+        if self.stopped:
+            self.finish_reason = "stop"
+        if self.called and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return pieces
+
+    def _take_plain(self, tokens: Sequence[int]) -> list[Piece]:
+        self.tokens += len(tokens)
+        add, ends = self._detokeniser.add, self._ends
+        return [text for token in tokens if token not in ends and (text := add(token))]
+
+    def _take_careful(self, delta: Delta) -> list[Piece]:
+        pieces: list[Piece] = []
+        for place, token in enumerate(delta.tokens):
+            self.tokens += 1
+            if token in self._ends:
+                continue
+            text = self._detokeniser.add(token)
+            if self._scored and delta.logprobs:
+                self._scores.append((token, self._text_chars + len(text), delta.logprobs[place]))
+            self._text_chars += len(text)
+            if self._stops is not None:
+                text = self._stops.add(text)
+            pieces += self._pieces(text)
+            if self._stops is not None and self._stops.found:
+                self.stopped = True
+                return pieces + self._end_parser()
+        return pieces
+
+    def _flush(self) -> list[Piece]:
+        """Return what was held back when the tokens ended."""
+        text = self._detokeniser.finish()
+        self._text_chars += len(text)
+        if self._stops is not None:
+            text = self._stops.add(text) + self._stops.finish()
+            self.stopped = self._stops.found
+        return self._pieces(text) + self._end_parser()
+
+    def _pieces(self, text: str) -> list[Piece]:
+        """Return certain text as pieces, with the log probabilities it completes."""
+        self._out_chars += len(text)
+        scores = self._due()
+        parts: list[str | ToolCall] = self._parser.add(text) if self._parser is not None else [text] if text else []
+        return self._dressed(parts, scores)
+
+    def _end_parser(self) -> list[Piece]:
+        return self._dressed(self._parser.finish(), ()) if self._parser is not None else []
+
+    def _dressed(self, parts: list[str | ToolCall], scores: tuple[tuple[int, TokenLogprob], ...]) -> list[Piece]:
+        self.called = self.called or any(isinstance(part, ToolCall) for part in parts)
+        if not scores:
+            return list(parts)
+        match parts:
+            case [str(first), *rest]:
+                return [Scored(first, scores), *rest]
+            case _:
+                return [Scored("", scores), *parts]
+
+    def _due(self) -> tuple[tuple[int, TokenLogprob], ...]:
+        """Return the entries whose text is out now."""
+        due: list[tuple[int, TokenLogprob]] = []
+        while self._scores and self._scores[0][1] <= self._out_chars:
+            token, _, logprob = self._scores.popleft()
+            due.append((token, logprob))
+        return tuple(due)

@@ -1,0 +1,110 @@
+"""What a gateway knows of a model: the text side of a checkpoint folder. Weights are the nodes' business.
+
+See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `text.py` (tokens to text).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+
+from orchestrator.live.text.detokenise import Vocabulary
+from orchestrator.live.text.segments import Segmenter
+from orchestrator.live.text.templates import ChatTemplate, load_template
+from orchestrator.live.text.tools import ToolStyle, style_of
+
+#: Context length of a checkpoint that does not name one, tokens.
+_CONTEXT_TOKENS_DEFAULT = 2048
+
+
+class ModelUnusable(ValueError):
+    """A checkpoint folder lacks something or holds something wrong; the message names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """The text side of one checkpoint."""
+
+    tokenizer: Tokenizer
+    segmenter: Segmenter
+    template: ChatTemplate
+    vocabulary: Vocabulary
+    #: Tokens in front of a plain prompt, such as the beginning-of-sequence token.
+    prefix: tuple[int, ...]
+    #: Tokens that end a generation.
+    eos_token_ids: frozenset[int]
+    #: Longest prompt plus output, tokens.
+    context_tokens_max: int
+    #: Names the checkpoint; block hashes start from it.
+    fingerprint: str
+    tool_style: ToolStyle
+
+    @staticmethod
+    def load(folder: Path, fingerprint: str, tool_parser: str = "auto", context_tokens_max: int = 0) -> "ModelText":
+        """Read a Hugging Face checkpoint folder.
+
+        Args:
+            folder: holds config.json, tokenizer.json, tokenizer_config.json.
+            fingerprint: names the checkpoint, as its nodes name it.
+            tool_parser: as in the cluster file.
+            context_tokens_max: a limit below the model's own; 0 for none.
+
+        Raises:
+            ModelUnusable: a file is missing or malformed.
+        """
+        config = _read(folder / "config.json")
+        described = _read(folder / "tokenizer.json")
+        named = {
+            **_read(folder / "special_tokens_map.json", needed=False),
+            **_read(folder / "tokenizer_config.json", needed=False),
+        }
+        generation = _read(folder / "generation_config.json", needed=False)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        template = load_template(folder, named)
+        style = style_of(tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
+        own = int(config.get("max_position_embeddings") or _CONTEXT_TOKENS_DEFAULT)
+        return ModelText(
+            tokenizer=tokenizer,
+            segmenter=Segmenter(described),
+            template=template,
+            vocabulary=Vocabulary(tokenizer, described, style.kept_tokens),
+            prefix=_prefix(tokenizer),
+            eos_token_ids=_eos(generation) or _eos(config),
+            context_tokens_max=min(own, context_tokens_max) if context_tokens_max else own,
+            fingerprint=fingerprint,
+            tool_style=style,
+        )
+
+
+def _read(path: Path, needed: bool = True) -> dict[str, Any]:
+    if not needed and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelUnusable(f"{path}: must hold an object, holds {type(value).__name__}")
+    return cast(dict[str, Any], value)
+
+
+def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return what the tokenizer puts before a text; what it would put after is left out, since the model continues there."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    dressed = tokenizer.encode("a").ids
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return tuple(dressed[:start])
+    return ()
+
+
+def _eos(config: Mapping[str, Any]) -> frozenset[int]:
+    written = config.get("eos_token_id")
+    if isinstance(written, int):
+        return frozenset({written})
+    return frozenset(cast(list[int], written)) if isinstance(written, list) else frozenset()

@@ -1,0 +1,221 @@
+"""The KV index: nested holders found by bisection, batches applied in order, departed nodes cleaned up."""
+
+import random
+
+import pytest
+
+from orchestrator.core.cluster.kvindex import KvIndex, Matches, PredictedKv, Trust
+from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, StoredRun
+from tests.builders import prompt_hashes
+from tests.core.cluster.cluster_builders import stored
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+
+
+def index_of(**held: str) -> KvIndex:
+    """Return an index in which each node holds one prompt, one letter a block."""
+    index = KvIndex()
+    for name, prompt in held.items():
+        index.add_node(NodeId(name), blocks_max=1000)
+        index.apply(NodeId(name), stored(prompt, cleared=True))
+    return index
+
+
+def found(index: KvIndex, prompt: str) -> dict[str, int]:
+    matches = index.find(prompt_hashes(prompt))
+    index.validate()
+    return {name: matches.blocks(index.slot(NodeId(name))) for name in ("a", "b", "c")}
+
+
+def test_each_node_matches_as_far_as_it_holds_the_prompt() -> None:
+    index = index_of(a="uvwxyz", b="uvw", c="uv12")
+    assert found(index, "uvwxyz") == {"a": 6, "b": 3, "c": 2}
+    assert found(index, "uvw") == {"a": 3, "b": 3, "c": 2}
+    assert found(index, "uv1") == {"a": 2, "b": 2, "c": 3}
+    assert found(index, "q") == {"a": 0, "b": 0, "c": 0}
+    assert found(index, "") == {"a": 0, "b": 0, "c": 0}
+
+
+def test_matches_say_how_many_nodes_share_a_depth() -> None:
+    index = index_of(a="uvwxyz", b="uvw", c="uvw")
+    a, bc = 1 << index.slot(A), 1 << index.slot(B) | 1 << index.slot(C)
+    assert index.find(prompt_hashes("uvwxyz")) == Matches(((3, a | bc), (6, a)))
+    assert index.find(prompt_hashes("uvwxyz")).blocks_max == 6
+
+
+@pytest.mark.parametrize(
+    ("levels", "held"),
+    [
+        ((), [0, 0, 0, 0]),
+        (((5, 0b1111),), [5, 5, 5, 5]),
+        (((5, 0b0100),), [0, 0, 5, 0]),
+        (((1, 0b1111), (2, 0b0011), (9, 0b0010)), [2, 9, 1, 1]),
+    ],
+)
+def test_blocks_by_slot(levels: tuple[tuple[int, int], ...], held: list[int]) -> None:
+    assert Matches(levels).by_slot(4) == held
+    assert [Matches(levels).blocks(slot) for slot in range(4)] == held
+
+
+def test_removed_blocks_are_forgotten_for_one_node_only() -> None:
+    index = index_of(a="uvw", b="uvw")
+    index.add_node(C, blocks_max=10)
+    assert index.apply(A, KvBatch(2, removed=prompt_hashes("uvw")[1:])) is Trust.EXACT
+    assert found(index, "uvw") == {"a": 1, "b": 3, "c": 0}
+    assert (index.held_blocks(A), index.held_blocks(B), index.blocks) == (1, 3, 3)
+    index.apply(B, KvBatch(2, removed=prompt_hashes("uvw")[1:]))
+    assert index.blocks == 1  # nobody holds the others any more
+
+
+def test_a_batch_removes_before_it_stores() -> None:
+    index = index_of(a="uv", b="", c="")
+    batch = KvBatch(2, stored=(StoredRun(None, prompt_hashes("xy")),), removed=prompt_hashes("uv"))
+    assert index.apply(A, batch) is Trust.EXACT
+    assert (found(index, "uv")["a"], found(index, "xy")["a"]) == (0, 2)
+
+
+def test_what_is_told_twice_counts_once() -> None:
+    index = index_of(a="uv", b="", c="")
+    index.apply(A, stored("uv", sequence=1))  # seen already: ignored
+    index.apply(A, stored("uvw", sequence=2))
+    assert index.held_blocks(A) == 3
+    index.apply(A, KvBatch(3, removed=(*prompt_hashes("uvw")[2:], BlockHash(b"unknown"))))
+    assert index.held_blocks(A) == 2
+    assert found(index, "uvw")["a"] == 2
+
+
+def test_a_gap_makes_a_node_stale_until_the_replay_came() -> None:
+    index = index_of(a="u", b="", c="")
+    assert index.apply(A, stored("uvw", sequence=3)) is Trust.STALE
+    assert (index.sequence(A), found(index, "uvw")["a"]) == (1, 1)  # what comes after a gap waits for the replay
+    assert index.apply(A, stored("uv", sequence=2)) is Trust.EXACT
+    assert index.apply(A, stored("uvw", sequence=3)) is Trust.EXACT
+    assert found(index, "uvw")["a"] == 3
+
+
+def test_a_node_is_blind_until_it_starts_over() -> None:
+    index = KvIndex()
+    index.add_node(A, blocks_max=10)
+    assert (index.trust(A), index.sequence(A)) == (Trust.BLIND, None)
+    assert index.apply(A, stored("uv", sequence=7)) is Trust.BLIND
+    assert index.blocks == 0
+    assert index.apply(A, stored("uv", sequence=7, cleared=True)) is Trust.EXACT
+    index.distrust(A)
+    assert (index.trust(A), index.held_blocks(A)) == (Trust.BLIND, 0)
+    index.validate()
+
+
+def test_starting_over_forgets_what_was_held_before() -> None:
+    index = index_of(a="uvw", b="uv", c="")
+    index.apply(A, stored("xy", sequence=9, cleared=True))
+    assert found(index, "uvw") == {"a": 0, "b": 2, "c": 0}
+    assert found(index, "xy")["a"] == 2
+    assert index.apply(A, stored("uvw", sequence=8, cleared=True)) is Trust.EXACT  # an old one: ignored
+    assert found(index, "uvw")["a"] == 0
+
+
+def test_a_run_after_an_unknown_parent_asks_for_everything() -> None:
+    index = index_of(a="u", b="uvw", c="")
+    run = StoredRun(prompt_hashes("uvw")[-1], prompt_hashes("uvwx")[3:])
+    assert index.apply(A, KvBatch(2, stored=(run,))) is Trust.STALE  # b holds the parent, a does not
+    assert index.sequence(A) is None
+    assert found(index, "uvwx") == {"a": 1, "b": 3, "c": 0}
+
+
+def test_a_node_that_claims_more_than_its_pool_is_not_believed() -> None:
+    index = KvIndex()
+    index.add_node(A, blocks_max=2)
+    assert index.apply(A, stored("uvw", cleared=True)) is Trust.STALE
+    assert index.sequence(A) is None
+
+
+def test_a_departed_node_is_cleaned_up_by_later_batches_and_its_slot_reused() -> None:
+    index = index_of(a="uvw", b="uv", c="")
+    slot = index.slot(A)
+    index.remove_node(A)
+    matches = index.find(prompt_hashes("uvw"))
+    assert (matches.blocks(slot), matches.blocks(index.slot(B))) == (0, 2)  # at once, before any cleaning
+    index.apply(B, stored("xy", sequence=2))
+    assert index.blocks == 4  # u, v, x, y: w was held by nobody else
+    index.add_node(A, blocks_max=10)
+    assert index.slot(A) == slot
+    assert found(index, "uvw") == {"a": 0, "b": 2, "c": 0}
+
+
+class Model:
+    """What the index should know, kept the plain way."""
+
+    def __init__(self) -> None:
+        self.held: dict[NodeId, dict[BlockHash, None]] = {}
+        self.sequences: dict[NodeId, int] = {}
+
+    def longest(self, node: NodeId, chain: tuple[BlockHash, ...]) -> int:
+        return next((index for index, block in enumerate(chain) if block not in self.held[node]), len(chain))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_histories_match_a_plain_model(seed: int) -> None:
+    generator = random.Random(seed)
+    index, model = KvIndex(), Model()
+    chains = [prompt_hashes(f"{generator.choice('rst') * generator.randrange(1, 30)}{number}{'x' * 40}") for number in range(12)]
+    names = [NodeId(f"n{number}") for number in range(6)]
+    for _ in range(150):
+        node = generator.choice(names)
+        if node not in model.held:
+            index.add_node(node, blocks_max=10_000)
+            index.apply(node, KvBatch(0, cleared=True))
+            model.held[node], model.sequences[node] = {}, 0
+        elif generator.random() < 0.05:
+            index.remove_node(node)
+            del model.held[node]
+        else:
+            change(generator, index, model, node, generator.choice(chains))
+        index.validate()
+        chain = generator.choice(chains)
+        matches = index.find(chain)
+        by_slot = matches.by_slot(index.slots)
+        assert {name: by_slot[index.slot(name)] for name in model.held} == {
+            name: model.longest(name, chain) for name in model.held
+        }, f"seed {seed}"
+
+
+def change(generator: random.Random, index: KvIndex, model: Model, node: NodeId, chain: tuple[BlockHash, ...]) -> None:
+    """Let a node store more of a chain, drop the ends of what it holds, or start over."""
+    held = model.held[node]
+    model.sequences[node] += 1
+    number = model.sequences[node]
+    if generator.random() < 0.05:
+        held.clear()
+        index.apply(node, KvBatch(number, cleared=True))
+        return
+    removed: list[BlockHash] = []
+    if generator.random() < 0.5:
+        for _ in range(generator.randrange(20)):
+            if held:
+                removed.append(held.popitem()[0])  # the last stored has no child
+    start = model.longest(node, chain)
+    run = chain[start : start + generator.randrange(1, 40)]
+    held.update(dict.fromkeys(run))
+    stored_runs = (StoredRun(chain[start - 1] if start else None, run),) if run else ()
+    assert index.apply(node, KvBatch(number, stored_runs, tuple(removed))) is Trust.EXACT
+
+
+def test_siblings_find_what_the_first_is_about_to_compute() -> None:
+    predicted = PredictedKv()
+    predicted.add(A, RequestId(1), prompt_hashes("uvwx")[1:])
+    assert predicted.extend(A, prompt_hashes("uvwyz"), held=1) == 3
+    assert predicted.extend(A, prompt_hashes("uvwyz"), held=0) == 0  # its first block is neither held nor expected
+    assert predicted.extend(B, prompt_hashes("uvwyz"), held=1) == 1
+    assert predicted.extend(A, prompt_hashes("u"), held=1) == 1
+
+
+def test_a_prediction_ends_with_its_request_unless_a_later_one_shares_it() -> None:
+    predicted = PredictedKv()
+    predicted.add(A, RequestId(1), prompt_hashes("uv"))
+    predicted.add(A, RequestId(2), prompt_hashes("uvw"))
+    predicted.remove(A, RequestId(1))
+    assert predicted.extend(A, prompt_hashes("uvw"), held=0) == 3
+    predicted.remove(A, RequestId(2))
+    predicted.remove(A, RequestId(2))
+    assert predicted.extend(A, prompt_hashes("uvw"), held=0) == 0
+    assert predicted.nodes == ()

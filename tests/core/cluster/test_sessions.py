@@ -1,0 +1,84 @@
+"""What is remembered of sessions: where they ran, what their prompts repeat, and not more of them than allowed."""
+
+import pytest
+
+from orchestrator.core.cluster.sessions import MARKS_MAX, Marks, ReprefillReason, Sessions
+from orchestrator.core.types import BlockHash, NodeId, SessionId
+from tests.builders import BLOCK_TOKENS, prompt_hashes
+from tests.core.cluster.cluster_builders import make_request
+
+A, B = NodeId("a"), NodeId("b")
+
+
+def turn(sessions: Sessions, prompt: str, computed_tokens: int, stayed: bool = True, session: str = "s") -> None:
+    request = make_request(prompt=prompt, session=SessionId(session))
+    sessions.started(request, A, None)
+    sessions.ended(request, computed_tokens, stayed, BLOCK_TOKENS)
+
+
+def test_a_session_knows_where_its_last_turn_ran() -> None:
+    sessions = Sessions(sessions_max=4)
+    request = make_request(session=SessionId("s"))
+    assert sessions.of(request) is None
+    sessions.started(request, A, B)
+    known = sessions.of(request)
+    assert known is not None
+    assert known.nodes == (A, B)
+    sessions.started(request, B, None)
+    assert known.nodes == (B,)
+
+
+def test_requests_without_a_session_are_not_remembered() -> None:
+    sessions = Sessions(sessions_max=4)
+    sessions.started(make_request(), A, None)
+    assert len(sessions) == 0
+
+
+def test_the_longest_quiet_session_goes_first() -> None:
+    sessions = Sessions(sessions_max=2)
+    for name in ("x", "y", "x", "z"):
+        sessions.started(make_request(session=SessionId(name)), A, None)
+    assert [sessions.of(make_request(session=SessionId(name))) is not None for name in "xyz"] == [True, False, True]
+
+
+def test_the_same_name_of_another_tenant_or_model_is_another_session() -> None:
+    sessions = Sessions(sessions_max=4)
+    sessions.started(make_request(session=SessionId("s")), A, None)
+    assert sessions.of(make_request(session=SessionId("s"), tenant="u")) is None
+    assert sessions.of(make_request(session=SessionId("s"), model="other")) is None
+
+
+@pytest.mark.parametrize(
+    ("second", "computed", "stayed", "expected"),
+    [
+        # 2 blocks and 1 token first, then 2 blocks more: what follows the 2 full blocks is new
+        ("uvwx", 9, True, {"new": 9 + 9}),
+        # the first block was gone from the node that served it
+        ("uvwx", 17, True, {"new": 9 + 9, "evicted": 8}),
+        # the session had to move
+        ("uvwx", 17, False, {"new": 9 + 9, "moved": 8}),
+        # the second block was changed: the first is repeated, the rest was rewritten
+        ("u1wx", 13, True, {"new": 9 + 9, "rewritten": 4}),
+        ("u1wx", 17, True, {"new": 9 + 9, "rewritten": 4, "evicted": 4}),
+        # a shorter prompt than before
+        ("u", 1, True, {"new": 9, "rewritten": 1}),
+    ],
+)
+def test_every_computed_token_has_one_reason(second: str, computed: int, stayed: bool, expected: dict[str, int]) -> None:
+    sessions = Sessions(sessions_max=4)
+    turn(sessions, "uv", computed_tokens=9)
+    turn(sessions, second, computed, stayed)
+    assert {reason: tokens for reason, tokens in sessions.reprefilled_tokens.items() if tokens} == {
+        ReprefillReason(name): tokens for name, tokens in expected.items()
+    }
+    assert sum(sessions.reprefilled_tokens.values()) == 9 + computed
+
+
+def test_few_marks_tell_how_much_of_a_long_prompt_is_repeated() -> None:
+    old = [BlockHash(index.to_bytes(16, "big")) for index in range(1000)]
+    marks = Marks.of(old)
+    assert len(marks.hashes) == MARKS_MAX
+    assert marks.repeated_blocks(old) == 1000
+    assert marks.repeated_blocks(old[:700]) == 687
+    assert marks.repeated_blocks([*old[:500], *prompt_hashes("x" * 600)]) == 500
+    assert Marks.of([]).repeated_blocks(old) == 0

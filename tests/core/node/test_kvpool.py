@@ -1,0 +1,233 @@
+"""The block pool: references, prefix matching, suffix-first eviction, what gateways are told, and that its checker notices."""
+
+import pytest
+
+from orchestrator.core.node.kvpool import STALE_MAX, BlockPool, Hold, KvJournal
+from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
+from tests.builders import prompt_hashes
+
+A, B, C = prompt_hashes("abc")
+
+
+def computed(pool: BlockPool, prompt: str) -> tuple[Hold, list[BlockId]]:
+    """Take blocks for a prompt and register them one by one, as a request that computed it does."""
+    hold, _ = pool.acquire((), 0)
+    blocks = pool.allocate(len(prompt))
+    for block, name in zip(blocks, prompt_hashes(prompt), strict=True):
+        pool.register(hold, [block], [name])
+    return hold, blocks
+
+
+def keep(pool: BlockPool, prompt: str) -> list[BlockId]:
+    """Compute a prompt and let go of it."""
+    hold, blocks = computed(pool, prompt)
+    pool.release(hold)
+    return blocks
+
+
+def test_blocks_are_handed_out_in_order_and_come_back_free_without_content() -> None:
+    pool = BlockPool(4)
+    assert pool.allocate(3) == [0, 1, 2]
+    pool.give_back([BlockId(2), BlockId(1)])
+    assert (pool.free_blocks, pool.idle_blocks, pool.available_blocks) == (3, 0, 3)
+    pool.validate([], [BlockId(0)])
+
+
+def test_completed_blocks_stay_reusable_and_match_as_a_prefix() -> None:
+    pool = BlockPool(4)
+    keep(pool, "abc")
+    assert pool.idle_blocks == 3
+    assert pool.match(prompt_hashes("abcd"), 9) == 3
+    assert pool.match(prompt_hashes("abx"), 9) == 2
+    assert pool.match(prompt_hashes("abc"), 1) == 1  # no more than asked for
+    assert pool.match(prompt_hashes("xbc"), 9) == 0
+    hold, blocks = pool.acquire(prompt_hashes("abc"), 2)
+    assert blocks == [0, 1]
+    assert pool.idle_of(prompt_hashes("abc"), 3) == 1  # c alone idles
+    pool.validate([hold], [])
+
+
+def test_eviction_takes_the_suffix_of_what_idled_longest() -> None:
+    pool = BlockPool(5)
+    old, _ = keep(pool, "abc"), keep(pool, "xy")
+    taken = pool.allocate(2)
+    assert taken == [old[2], old[1]]  # c, then b; a is still there
+    assert pool.match((A, B, C), 3) == 1
+    assert pool.match(prompt_hashes("xy"), 2) == 2
+    pool.validate([], taken)
+
+
+def test_a_shared_prefix_outlives_all_that_follows_on_it() -> None:
+    pool = BlockPool(6)
+    keep(pool, "abc")
+    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(hold, pool.allocate(2), [BlockHash(b"abx"), BlockHash(b"abxy")])  # a branch: the run is split after b
+    pool.release(hold)
+    pool.allocate(1 + 1)  # the free one, then c, which idled longest
+    assert [pool.match(prompt_hashes(text), 4) for text in ("abc", "abxy")] == [2, 4]
+    pool.allocate(2)  # the other branch
+    assert pool.match(prompt_hashes("abxy"), 4) == 2
+    pool.allocate(1)
+    assert pool.match(prompt_hashes("ab"), 2) == 1
+
+
+def test_a_copy_stays_private_and_the_chain_goes_through_the_cached_block() -> None:
+    pool = BlockPool(4)
+    first, _ = computed(pool, "a")
+    own, _ = pool.acquire((), 0)
+    blocks = pool.allocate(2)
+    assert pool.register(own, blocks, [A, B]) == 1
+    pool.release(first)
+    assert pool.idle_blocks == 0  # a is held through b
+    pool.validate([own], blocks[:1])
+    pool.give_back(blocks[:1])
+    pool.release(own)
+    assert (pool.free_blocks, pool.idle_blocks) == (2, 2)
+    pool.validate([], [])
+
+
+def test_two_who_go_on_from_one_chain_branch_where_the_first_of_them_did_not_stop() -> None:
+    pool = BlockPool(8)
+    keep(pool, "ab")
+    one, _ = pool.acquire(prompt_hashes("ab"), 2)
+    two, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(one, pool.allocate(1), [C])  # grows the run that both hold
+    pool.register(two, pool.allocate(1), [BlockHash(b"abx")])
+    pool.validate([one, two], [])
+    assert [pool.match(prompt_hashes(text), 3) for text in ("abc", "abx")] == [3, 3]
+    pool.release(one)
+    pool.release(two)
+    pool.validate([], [])
+
+
+def test_what_is_lent_is_free_when_its_last_user_gives_it_back() -> None:
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    pool.lend(blocks)
+    pool.give_back(blocks)
+    assert pool.free_blocks == 1
+    pool.validate([], blocks)
+    pool.give_back(blocks)
+    assert pool.free_blocks == 2
+
+
+def test_a_dead_end_goes_before_what_idled_longer_and_its_prefix_stays() -> None:
+    pool = BlockPool(7)
+    keep(pool, "xy")
+    keep(pool, "abcde")
+    pool.retire(prompt_hashes("abcd")[-1], prompt_hashes("abz"))  # e was generated after d; the new prompt goes on from b
+    pool.allocate(3)
+    assert [pool.match(prompt_hashes(text), 5) for text in ("abcde", "xy")] == [2, 2]
+    pool.allocate(1)
+    assert [pool.match(prompt_hashes(text), 5) for text in ("abcde", "xy")] == [2, 1]
+
+
+def test_nothing_is_dead_that_somebody_holds_or_another_chain_continues() -> None:
+    pool = BlockPool(8)
+    keep(pool, "xy")
+    keep(pool, "abc")
+    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(hold, pool.allocate(1), [BlockHash(b"abx")])
+    pool.retire(BlockHash(b"abx"), prompt_hashes("z"))  # held
+    pool.retire(B, prompt_hashes("z"))  # continued by two
+    pool.allocate(2 + 2)
+    assert [pool.match(prompt_hashes(text), 3) for text in ("abx", "abc", "xy")] == [3, 3, 0]
+
+
+def test_without_prefix_caching_nothing_is_kept_or_told() -> None:
+    pool = BlockPool(2, caching=False)
+    hold, blocks = computed(pool, "ab")
+    pool.validate([hold], blocks)
+    pool.give_back(blocks)
+    assert (pool.free_blocks, pool.idle_blocks, pool.match((A, B), 2)) == (2, 0, 0)
+    assert pool.take_changes() is None
+
+
+def test_changes_are_told_once_as_runs_and_what_came_and_went_unseen_is_not_told() -> None:
+    pool = BlockPool(3)
+    keep(pool, "abc")
+    assert pool.take_changes() == ((StoredRun(None, (A, B, C)),), ())
+    assert pool.take_changes() is None
+    pool.give_back(pool.allocate(2))
+    assert pool.take_changes() == ((), (C, B))
+    keep(pool, "x")
+    pool.give_back(pool.allocate(3))
+    assert pool.take_changes() == ((), (A,))  # x was stored and evicted in between
+
+
+def test_the_order_of_eviction_is_cleaned_of_what_is_stale() -> None:
+    pool = BlockPool(4)
+    keep(pool, "ab")
+    for _ in range(10 * STALE_MAX):
+        pool.release(pool.acquire(prompt_hashes("ab"), 2)[0])
+    assert len(pool._idle_runs) <= STALE_MAX + 8
+    pool.allocate(3)
+    assert pool.match((A, B), 2) == 1
+
+
+def test_branches_are_told_of_after_what_they_follow_on_even_when_that_was_split_meanwhile() -> None:
+    pool = BlockPool(8)
+    keep(pool, "abc")
+    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(hold, pool.allocate(1), [BlockHash(b"abx")])
+    assert pool.take_changes() == (
+        (StoredRun(None, (A, B)), StoredRun(B, (C,)), StoredRun(B, (BlockHash(b"abx"),))),
+        (),
+    )
+
+
+def test_the_journal_replays_what_it_still_has_and_else_tells_everything() -> None:
+    pool = BlockPool(8)
+    journal = KvJournal(pool, batches_max=2)
+    assert journal.record() is None
+    batches: list[KvBatch | None] = []
+    for prompt in ("ab", "x", "y"):
+        computed(pool, prompt)
+        batches.append(journal.record())
+    everything = (KvBatch(3, (StoredRun(None, (A, B)), *(StoredRun(None, (BlockHash(h),)) for h in (b"x", b"y"))), cleared=True),)
+    assert [batch and batch.sequence for batch in batches] == [1, 2, 3]
+    assert journal.since(1) == tuple(batches[1:])
+    assert journal.since(2) == tuple(batches[2:])
+    assert journal.since(0) == everything  # number 1 is gone
+    assert journal.since(None) == everything
+    assert journal.since(3) == everything  # nothing was missed: whoever asks is answered all the same
+    assert journal.since(9) == everything  # a number of another life of this node
+
+
+def hold_once_more(pool: BlockPool) -> None:
+    pool._place[A].holds += 1
+
+
+def lose_a_block(pool: BlockPool) -> None:
+    pool._free.pop()
+
+
+def forget_a_parent(pool: BlockPool) -> None:
+    del pool._place[A]
+
+
+def miscount(pool: BlockPool) -> None:
+    pool.idle_blocks -= 1
+
+
+def never_evict(pool: BlockPool) -> None:
+    pool._idle_runs.clear()
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "complaint"),
+    [
+        (hold_once_more, "from block 0 on has 1 holds, there are 0"),
+        (lose_a_block, "free 1 \\+ cached 2 \\+ private 0 are not the 4 blocks"),
+        (forget_a_parent, "b'a' is in the run from block 0 on, and said to be elsewhere"),
+        (miscount, "2 blocks idle, 1 are counted"),
+        (never_evict, "idles and will never be evicted"),
+    ],
+)
+def test_canary_the_checker_notices_a_corrupted_pool(corrupt, complaint: str) -> None:
+    pool = BlockPool(4)
+    keep(pool, "ab")
+    pool.validate([], [])
+    corrupt(pool)
+    with pytest.raises(AssertionError, match=complaint):
+        pool.validate([], [])

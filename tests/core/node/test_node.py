@@ -1,0 +1,516 @@
+"""A node's rules as literals: events in, commands out."""
+
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.core.commands import (
+    ClearTimer,
+    Fetch,
+    Forget,
+    NodeCommand,
+    PublishKv,
+    ReportEnded,
+    ReportFirstToken,
+    RunStep,
+    SendBlocks,
+    SetTimer,
+    Slice,
+    StopFetch,
+)
+from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.events import (
+    Assigned,
+    BlocksSent,
+    Cancelled,
+    DrainRequested,
+    Ended,
+    ExportClosed,
+    ExportOpened,
+    FetchEnded,
+    FetchProgressed,
+    FirstToken,
+    GatewayLost,
+    NodeEvent,
+    ReplayRequested,
+    SliceResult,
+    StepFailed,
+    StepFinished,
+    TimerFired,
+)
+from orchestrator.core.node import node as node_module
+from orchestrator.core.node.node import Node
+from orchestrator.core.types import (
+    BlockHash,
+    BlockId,
+    ExportId,
+    FinishReason,
+    GatewayId,
+    KvBatch,
+    Load,
+    NodeId,
+    RequestId,
+    Role,
+    StepId,
+    StoredRun,
+    TimerKey,
+    request_id,
+)
+from tests.builders import assignment, prompt_hashes
+
+MakeNode = Callable[..., Node]
+R1, R2, R3 = RequestId(1), RequestId(2), RequestId(3)
+E1, E2 = ExportId(1), ExportId(2)
+PEER = NodeId("peer")
+A, AB, ABC = prompt_hashes("abc")
+
+
+def step(number: int, *slices: Slice, decoding: int = 0) -> RunStep:
+    return RunStep(StepId(number), slices, decoding)
+
+
+def part(request: int, start: int, count: int, first_block: int, blocks: tuple[int, ...], sample: bool = True) -> Slice:
+    return Slice(RequestId(request), start, count, first_block, tuple(BlockId(block) for block in blocks), sample)
+
+
+def finished(number: int, *results: SliceResult) -> StepFinished:
+    return StepFinished(StepId(number), results, 0.0)
+
+
+def token(request: int, *hashes: bytes, stopped: bool = False) -> SliceResult:
+    return SliceResult(RequestId(request), 1, tuple(BlockHash(name) for name in hashes), stopped)
+
+
+def nothing(request: int) -> SliceResult:
+    return SliceResult(RequestId(request))
+
+
+def ended(request: int, reason: FinishReason, output: int = 0, computed: int = 0, message: str = "") -> ReportEnded:
+    return ReportEnded(Ended(RequestId(request), reason, output, computed, message))
+
+
+def first_token(request: int, computed: int) -> ReportFirstToken:
+    return ReportFirstToken(FirstToken(RequestId(request), computed))
+
+
+def stored(sequence: int, parent: bytes | None, *hashes: bytes) -> PublishKv:
+    run = StoredRun(None if parent is None else BlockHash(parent), tuple(BlockHash(name) for name in hashes))
+    return PublishKv((KvBatch(sequence, (run,)),))
+
+
+def blocks(*numbers: int) -> tuple[BlockId, ...]:
+    return tuple(BlockId(number) for number in numbers)
+
+
+def feed(node: Node, *events: NodeEvent, now: float = 0.0) -> list[NodeCommand]:
+    """Let several things happen; returns what the last one led to."""
+    commands: list[NodeCommand] = []
+    for event in events:
+        commands = node.handle(event, now)
+        node.validate()
+    return commands
+
+
+# --- generating -------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_prefilled_decoded_and_reported(make_node: MakeNode) -> None:
+    node = make_node()
+    # The whole prompt is one chunk; its slice tells three blocks and asks for a token.
+    assert feed(node, Assigned(assignment(1, "ab", tail=1, output_tokens_max=2))) == [step(1, part(1, 0, 9, 0, (0, 1, 2)))]
+    # The first token is reported, the next step starts at once, the full blocks are published.
+    assert feed(node, finished(1, token(1))) == [
+        first_token(1, computed=9),
+        step(2, part(1, 9, 1, 3, ()), decoding=1),
+        stored(1, None, A, AB),
+    ]
+    # The second token is the last: blocks are given back before the end is reported.
+    assert feed(node, finished(2, token(1))) == [Forget(R1), ended(1, FinishReason.LENGTH, output=2, computed=9)]
+    assert node.load() == Load(blocks_free=14, blocks_cached=2)
+
+
+def test_a_stop_token_ends_a_request(make_node: MakeNode) -> None:
+    node = make_node()
+    commands = feed(node, Assigned(assignment(1, "", tail=3)), finished(1, token(1, stopped=True)))
+    assert commands == [first_token(1, computed=3), Forget(R1), ended(1, FinishReason.STOP, output=1, computed=3)]
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_samples_at_its_end_only(make_node: MakeNode) -> None:
+    node = make_node(step_tokens_max=4)
+    assert feed(node, Assigned(assignment(1, "a", tail=2))) == [step(1, part(1, 0, 4, 0, (0, 1), sample=False))]
+    assert feed(node, finished(1, nothing(1))) == [step(2, part(1, 4, 2, 2, ())), stored(1, None, A)]
+
+
+def test_a_second_request_reuses_the_prefix_and_is_billed_for_the_rest(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "ab", output_tokens_max=1)), finished(1, token(1)))
+    # Blocks 0 and 1 are reused; block 2 came back free.
+    assert feed(node, Assigned(assignment(2, "abc", tail=1))) == [step(2, part(2, 8, 5, 0, (0, 1, 2, 3)))]
+    assert feed(node, finished(2, token(2)))[0] == first_token(2, computed=5)
+
+
+def test_a_prompt_that_is_cached_to_its_end_still_computes_a_token(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "ab", tail=0, output_tokens_max=1)), finished(1, token(1)))
+    # Only the first of its two cached blocks may be used: a sequence that samples computes at least one token.
+    assert feed(node, Assigned(assignment(2, "ab", tail=0))) == [step(2, part(2, 4, 4, 0, (0, 2)))]
+
+
+def test_without_prefix_caching_everything_is_computed_again(make_node: MakeNode) -> None:
+    node = make_node(config=SchedulerConfig(prefix_caching=False))
+    assert feed(node, Assigned(assignment(1, output_tokens_max=1)), finished(1, token(1)))[-1] == ended(
+        1, FinishReason.LENGTH, 1, 9
+    )
+    assert feed(node, Assigned(assignment(2))) == [step(2, part(2, 0, 9, 0, (0, 1, 2)))]
+
+
+def test_blocks_that_output_completes_are_published_under_the_names_the_engine_gives(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "a", tail=3)), finished(1, token(1)))
+    # Computing token 7 (of 0..7) completes the second block.
+    assert feed(node, finished(2, token(1, b"a+"))) == [step(3, part(1, 8, 1, 2, (2,)), decoding=1), stored(2, A, b"a+")]
+
+
+def test_siblings_that_arrive_together_compute_their_common_prefix_once(make_node: MakeNode) -> None:
+    node = make_node(step_tokens_max=8)
+    assert feed(node, Assigned(assignment(1, "ab", tail=1))) == [step(1, part(1, 0, 8, 0, (0, 1, 2), sample=False))]
+    # The second follows the first; a stranger passes it, as far as the step allows.
+    assert feed(node, Assigned(assignment(2, "ab", tail=2))) == []
+    assert feed(node, Assigned(assignment(3, "", tail=2))) == []
+    assert node.load().waiting == 2
+    # The shared blocks are there: the sibling gets them and computes its own two tokens.
+    assert feed(node, finished(1, nothing(1))) == [
+        step(2, part(1, 8, 1, 3, ()), part(2, 8, 2, 0, (0, 1, 3)), part(3, 0, 2, 0, (4,))),
+        stored(1, None, A, AB),
+    ]
+
+
+def test_a_follower_computes_for_itself_when_its_leader_is_cancelled(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
+    assert feed(node, Assigned(assignment(2))) == []  # the blocks it needs are on their way
+    assert feed(node, Cancelled(R1)) == [StopFetch(R1), step(1, part(2, 0, 9, 0, (3, 4, 5)))]
+    feed(node, FetchEnded(R1, 0))
+
+
+def test_a_sequence_that_gives_way_to_itself_starts_over_without_its_duplicates(make_node: MakeNode) -> None:
+    node = make_node(blocks=4)
+    # Two short prompts whose outputs are alike: both compute block x, the first one's is cached.
+    feed(node, Assigned(assignment(1, "", tail=2)), Assigned(assignment(2, "", tail=2, output_tokens_max=12)))
+    feed(node, finished(1, token(1)), finished(2, token(1), token(2)))
+    feed(node, finished(3, token(1, b"x", stopped=True), token(2)))
+    feed(node, finished(4, token(2, b"x")), *(finished(number, token(2)) for number in (5, 6, 7)), finished(8, token(2, b"xy")))
+    feed(node, *(finished(number, token(2)) for number in (9, 10, 11)))
+    # It holds three blocks and the cached twin of its first, and needs a fourth: it takes the twin instead of its own.
+    assert feed(node, finished(12, token(2, b"xyz")))[0] == step(13, part(2, 12, 1, 0, (0, 2, 3, 1)))
+    assert node.load().preemptions == 1
+
+
+# --- prefill and decode apart -----------------------------------------------------------------------------------------
+
+
+def test_a_prefill_computes_all_but_the_last_token_and_is_held_for_a_while(make_node: MakeNode) -> None:
+    node = make_node()
+    assert feed(node, Assigned(assignment(1, role=Role.PREFILL))) == [step(1, part(1, 0, 8, 0, (0, 1), sample=False))]
+    assert feed(node, finished(1, nothing(1)), now=5.0) == [
+        Forget(R1),
+        ended(1, FinishReason.PREFILLED, computed=8),
+        SetTimer(TimerKey("hold:1"), 35.0),
+        stored(1, None, A, AB),
+    ]
+    assert node.load().blocks_used == 2
+    assert feed(node, TimerFired(TimerKey("hold:1")), now=35.0) == []
+    assert node.load() == Load(blocks_free=14, blocks_cached=2)
+
+
+def test_a_prefill_that_is_cached_completely_needs_no_step_and_makes_room_for_the_next(make_node: MakeNode) -> None:
+    node = make_node(sequences_max=1)
+    feed(node, Assigned(assignment(1, output_tokens_max=1)), finished(1, token(1)), Assigned(assignment(3, "x")))
+    feed(node, Assigned(assignment(2, role=Role.PREFILL)), Assigned(assignment(5, role=Role.PREFILL)))
+    feed(node, Assigned(assignment(4, "y", output_tokens_max=1)))
+    commands = feed(node, finished(2, token(3, stopped=True)))
+    assert ended(2, FinishReason.PREFILLED, computed=0) in commands
+    assert ended(5, FinishReason.PREFILLED, computed=0) in commands
+    assert commands[-2] == step(3, part(4, 0, 5, 0, (3, 4)))
+
+
+def test_an_export_follows_a_prefill_and_sends_the_unfilled_block_last(make_node: MakeNode) -> None:
+    node = make_node(step_tokens_max=4)
+    feed(node, Assigned(assignment(1, "a", tail=3, role=Role.PREFILL)))
+    assert feed(node, ExportOpened(E1, R1, (A,), 0, 6, pending=True)) == []
+    assert feed(node, finished(1, nothing(1)))[0] == SendBlocks(E1, blocks(0), 4, final=False)
+    commands = feed(node, finished(2, nothing(1)))
+    assert commands[2:] == [SetTimer(TimerKey("hold:1"), 30.0), SendBlocks(E1, blocks(1), 6, final=True, computed_tokens=6)]
+    # Sent and closed: the prompt is not held any longer.
+    assert feed(node, BlocksSent(E1, blocks(0)), BlocksSent(E1, blocks(1))) == []
+    assert feed(node, ExportClosed(E1)) == [ClearTimer(TimerKey("hold:1"))]
+    assert node.load() == Load(blocks_free=15, blocks_cached=1)
+
+
+def test_an_export_closed_before_it_was_sent_leaves_the_prompt_held_for_another(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
+    assert feed(node, ExportOpened(E1, R1, (A, AB), 0, 8, pending=True)) == [SendBlocks(E1, blocks(0, 1), 8, True, 8)]
+    assert feed(node, ExportClosed(E1)) == []
+    assert node.load().blocks_used == 2
+    # The peer comes back and wants only what it lacks.
+    assert feed(node, ExportOpened(E2, R1, (A, AB), 1, 8, pending=True)) == [SendBlocks(E2, blocks(1), 8, True, 8)]
+    # Cancelled meanwhile: what is being read stays, and so does the block before it, which must not be evicted first.
+    feed(node, Cancelled(R1))
+    assert node.load().blocks_used == 2
+
+
+def test_an_export_may_come_before_its_request(make_node: MakeNode) -> None:
+    node = make_node()
+    opened = ExportOpened(E1, R1, (A, AB), 0, 8, pending=True)
+    assert feed(node, opened, now=1.0) == [SetTimer(TimerKey("export:1"), 6.0)]
+    assert feed(node, Assigned(assignment(1, role=Role.PREFILL))) == [
+        ClearTimer(TimerKey("export:1")),
+        step(1, part(1, 0, 8, 0, (0, 1), sample=False)),
+    ]
+    assert SendBlocks(E1, blocks(0, 1), 8, True, 8) in feed(node, finished(1, nothing(1)))
+
+
+def test_an_export_whose_request_does_not_come_is_answered_with_what_is_cached(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "a", output_tokens_max=1)), finished(1, token(1)))
+    feed(node, ExportOpened(E1, R2, (A, AB), 0, 8, pending=True))
+    assert feed(node, TimerFired(TimerKey("export:1"))) == [SendBlocks(E1, blocks(0), 4, final=True)]
+    assert node.load().blocks_used == 1  # until it is closed
+    assert feed(node, ExportClosed(E1)) == []
+    assert node.load().blocks_used == 0
+
+
+def test_an_export_of_cached_blocks_starts_where_the_peer_wants(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "ab", output_tokens_max=1)), finished(1, token(1)))
+    assert feed(node, ExportOpened(E1, R2, (A, AB, ABC), 1, 12, pending=False)) == [SendBlocks(E1, blocks(1), 8, True)]
+    assert feed(node, ExportOpened(E2, R2, (ABC,), 0, 4, pending=False)) == [SendBlocks(E2, (), 0, True)]
+    assert node.load().blocks_used == 2  # the one sent, and the one before it, which must not be evicted first
+
+
+def test_more_exports_than_allowed_are_answered_with_nothing(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "EXPORTS_MAX", 0)
+    node = make_node()
+    assert feed(node, ExportOpened(E1, R1, (A,), 0, 4, pending=True)) == [SendBlocks(E1, (), 0, final=True)]
+    assert feed(node, ExportClosed(E1)) == []
+
+
+def test_a_decode_node_fetches_what_is_being_computed_and_computes_the_last_token(make_node: MakeNode) -> None:
+    node = make_node()
+    source = {"source": PEER, "source_tokens": 9, "source_pending": True}
+    # Blocks for the whole prompt; the last token's block is not fetched.
+    assert feed(node, Assigned(assignment(1, **source))) == [Fetch(R1, PEER, (A, AB), 0, blocks(0, 1), 8, pending=True)]
+    assert feed(node, FetchProgressed(R1, 4)) == [stored(1, None, A)]
+    assert feed(node, FetchEnded(R1, 8, computed_tokens=5)) == [step(1, part(1, 8, 1, 0, (0, 1, 2))), stored(2, A, AB)]
+    # Five tokens were computed for this request there, one here.
+    assert feed(node, finished(1, token(1)))[0] == first_token(1, computed=6)
+
+
+def test_what_a_fetch_does_not_bring_is_computed_here(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
+    commands = feed(node, FetchEnded(R1, 4, failure="link broken"))
+    assert commands[0] == step(1, part(1, 4, 5, 0, (0, 1, 2)))
+    assert feed(node, finished(1, token(1)))[0] == first_token(1, computed=5)
+
+
+def test_blocks_cached_at_a_peer_are_fetched_if_there_is_a_whole_one(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "a", output_tokens_max=1)), finished(1, token(1)))
+    # Block a is here; the peer has 11 tokens, so b can be fetched and the rest of c cannot.
+    assert feed(node, Assigned(assignment(2, "abc", source=PEER, source_tokens=11))) == [
+        Fetch(R2, PEER, (A, AB, ABC), 1, blocks(1), 8, pending=False)
+    ]
+    # Others step meanwhile; this one has nothing to fetch.
+    assert feed(node, Assigned(assignment(3, "a", source=PEER, source_tokens=7)))[0] == step(2, part(3, 4, 1, 0, (0, 4)))
+
+
+def test_a_prefill_may_fetch_too_and_passes_on_what_its_source_computed(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "ab", role=Role.PREFILL, source=PEER, source_tokens=8)))
+    feed(node, ExportOpened(E1, R1, (A, AB), 0, 8, pending=True))
+    assert feed(node, FetchProgressed(R1, 4))[0] == SendBlocks(E1, blocks(0), 4, final=False)
+    assert feed(node, FetchEnded(R1, 8, computed_tokens=3))[1:4:2] == [
+        ended(1, FinishReason.PREFILLED, computed=3),
+        SendBlocks(E1, blocks(1), 8, final=True, computed_tokens=3),
+    ]
+
+
+# --- ends of all kinds ------------------------------------------------------------------------------------------------
+
+
+def test_a_waiting_request_is_cancelled_at_once(make_node: MakeNode) -> None:
+    node = make_node(sequences_max=1)
+    feed(node, Assigned(assignment(1)), Assigned(assignment(2)))
+    assert feed(node, Cancelled(R2)) == [Forget(R2), ended(2, FinishReason.CANCELLED)]
+    assert feed(node, Cancelled(R3)) == []  # unknown
+
+
+def test_a_cancel_during_a_step_waits_for_its_end_and_drops_its_result(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1)))
+    assert feed(node, Cancelled(R1), Cancelled(R1)) == []
+    assert node.load().blocks_used == 3
+    assert feed(node, finished(1, token(1))) == [Forget(R1), ended(1, FinishReason.CANCELLED)]
+    assert node.load() == Load(blocks_free=16)
+
+
+def test_a_cancel_during_a_fetch_stops_it_and_waits_for_its_end(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
+    assert feed(node, Cancelled(R1)) == [StopFetch(R1)]
+    assert feed(node, FetchProgressed(R1, 4)) == []
+    assert node.load().blocks_used == 3
+    assert feed(node, FetchEnded(R1, 4)) == [Forget(R1), ended(1, FinishReason.CANCELLED)]
+
+
+def test_a_cancel_of_a_held_prompt_frees_it_and_its_end_is_not_reported_twice(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
+    assert feed(node, Cancelled(R1)) == [ClearTimer(TimerKey("hold:1"))]
+    assert node.load().blocks_used == 0
+
+
+def test_a_held_prompt_that_is_assigned_again_starts_over_from_its_own_cache(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
+    assert feed(node, Assigned(assignment(1, role=Role.PREFILL)), now=2.0) == [
+        ClearTimer(TimerKey("hold:1")),
+        Forget(R1),
+        ended(1, FinishReason.PREFILLED),
+        SetTimer(TimerKey("hold:1"), 32.0),
+    ]
+
+
+def test_readers_of_a_cancelled_request_get_what_there_is(make_node: MakeNode) -> None:
+    node = make_node(step_tokens_max=4)
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), ExportOpened(E1, R1, (A, AB), 0, 8, pending=True))
+    feed(node, finished(1, nothing(1)), Cancelled(R1))
+    commands = feed(node, finished(2, nothing(1)))
+    assert commands == [SendBlocks(E1, (), 4, True, 4), Forget(R1), ended(1, FinishReason.CANCELLED, computed=4)]
+    assert node.load().blocks_used == 1  # the peer may still be reading it
+    feed(node, BlocksSent(E1, blocks(0)), ExportClosed(E1))
+    assert node.load().blocks_used == 0
+
+
+def test_a_lost_gateway_takes_its_requests_with_it(make_node: MakeNode) -> None:
+    node = make_node(sequences_max=1)
+    mine, other = request_id(GatewayId(1), 1), request_id(GatewayId(2), 1)
+    for request in (mine, other, mine + 1):
+        feed(node, Assigned(assignment(request)))
+    assert feed(node, GatewayLost(GatewayId(1))) == [Forget(RequestId(mine + 1)), ended(mine + 1, FinishReason.CANCELLED)]
+    assert feed(node, finished(1, token(mine)))[:2] == [Forget(mine), ended(mine, FinishReason.CANCELLED)]
+    assert node.load().running == 1
+
+
+def test_a_failed_step_ends_its_sequences_and_the_node_goes_on(make_node: MakeNode) -> None:
+    node = make_node(sequences_max=1)
+    feed(node, Assigned(assignment(1)), Assigned(assignment(2, "x")))
+    assert feed(node, StepFailed(StepId(1), "out of memory")) == [
+        Forget(R1),
+        ended(1, FinishReason.FAILED, message="out of memory"),
+        step(2, part(2, 0, 5, 0, (0, 1))),
+    ]
+
+
+def test_a_sequence_that_fails_alone_ends_alone(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1)), finished(1, token(1)))
+    assert feed(node, finished(2, SliceResult(R1, failure="not a number"))) == [
+        Forget(R1),
+        ended(1, FinishReason.FAILED, output=1, computed=9, message="not a number"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ([DrainRequested()], "draining"),
+        ([Assigned(assignment(8)), Assigned(assignment(9))], "queue full: 1 requests wait, at most 1 may"),
+        ([Assigned(assignment(1))], "this node still has this request"),
+    ],
+)
+def test_assignments_that_cannot_be_taken_fail_at_once(make_node: MakeNode, events: list[NodeEvent], message: str) -> None:
+    node = make_node(config=SchedulerConfig(waiting_max=1), sequences_max=1)
+    feed(node, *events)
+    commands = feed(node, Assigned(assignment(1)))
+    assert commands[-1] == ended(1, FinishReason.FAILED, message=message)
+    # The engine keeps what it has of a request that is still here.
+    assert (Forget(R1) in commands) == (message != "this node still has this request")
+
+
+def test_a_reader_of_a_refused_request_is_answered_at_once(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, DrainRequested(), ExportOpened(E1, R1, (A, AB), 0, 8, pending=True))
+    assert feed(node, Assigned(assignment(1, role=Role.PREFILL))) == [
+        Forget(R1),
+        ended(1, FinishReason.FAILED, message="draining"),
+        ClearTimer(TimerKey("export:1")),
+        SendBlocks(E1, (), 0, final=True),
+    ]
+
+
+def test_waiting_requests_wait_while_held_prompts_pin_all_blocks(make_node: MakeNode) -> None:
+    node = make_node(blocks=3)
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
+    assert feed(node, Assigned(assignment(2, "xy", tail=0))) == []
+    commands = feed(node, TimerFired(TimerKey("hold:1")))
+    assert commands == [step(2, part(2, 0, 8, 0, (2, 1))), PublishKv((KvBatch(2, removed=(AB,)),))]
+
+
+def test_tokens_computed_again_after_a_preemption_are_billed_once(make_node: MakeNode) -> None:
+    node = make_node(blocks=4)
+    feed(node, Assigned(assignment(1, "a", tail=3, output_tokens_max=7)), Assigned(assignment(2, "b", tail=0)))
+    feed(node, finished(1, token(1)))
+    # Both need a block and one is left: the first takes it, the second gives way.
+    assert feed(node, finished(2, token(1, b"a1"), token(2)))[1] == step(3, part(1, 8, 1, 2, (3,)), decoding=1)
+    assert (node.load().preemptions, node.load().waiting) == (1, 1)
+    feed(node, *(finished(number, token(1)) for number in (3, 4, 5)))
+    # The first takes the second's block too: what it held is forgotten.
+    assert feed(node, finished(6, token(1, b"a2")))[0] == step(7, part(1, 12, 1, 3, (2,)), decoding=1)
+    # The second starts over with its prompt and the token it has.
+    assert step(8, part(2, 0, 5, 0, (2, 3))) in feed(node, finished(7, token(1)))
+    report = feed(node, *(finished(number, token(2)) for number in (8, 9, 10)))[-1]
+    assert report == ended(2, FinishReason.LENGTH, output=4, computed=4)
+
+
+# --- what gateways are told -------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_that_missed_batches_gets_them_or_everything(make_node: MakeNode) -> None:
+    node = make_node(config=SchedulerConfig(replay_batches_max=1), sequences_max=1)
+    for number, prompt in ((1, "a"), (2, "x")):
+        feed(node, Assigned(assignment(number, prompt, output_tokens_max=1)), finished(number, token(number)))
+    second = KvBatch(2, (StoredRun(None, prompt_hashes("x")),))
+    everything = KvBatch(2, (StoredRun(None, (A,)), StoredRun(None, prompt_hashes("x"))), cleared=True)
+    gateway = GatewayId(7)
+    assert feed(node, ReplayRequested(gateway, 1)) == [PublishKv((second,), gateway)]
+    assert feed(node, ReplayRequested(gateway, 0)) == [PublishKv((everything,), gateway)]
+    assert feed(node, ReplayRequested(gateway, None)) == [PublishKv((everything,), gateway)]
+
+
+def test_the_load_counts_what_is_there_now(make_node: MakeNode) -> None:
+    node = make_node(step_tokens_max=8)
+    feed(node, Assigned(assignment(1, "", tail=2)), finished(1, token(1)), Assigned(assignment(2, "ab", tail=1)))
+    feed(node, Assigned(assignment(3, "xy", tail=1)))
+    # One decodes two tokens of context, one is being prefilled, one waits; nothing of the nine tokens each is computed yet.
+    assert node.load() == Load(running=2, waiting=1, queued_tokens=18, context_tokens=2, blocks_free=12, blocks_used=4)
+
+
+def test_tokens_that_a_source_will_bring_are_not_queued_work(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "ab", tail=1, source=PEER, source_tokens=9, source_pending=True)))
+    assert node.load().queued_tokens == 1
+    feed(node, FetchEnded(R1, 0, failure="gone"))
+    assert node.load().queued_tokens == 9
+
+
+def test_canary_the_checker_notices_a_leaked_block(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1)))
+    sequence = node._sequences[R1]
+    lost = sequence.table.pop()
+    with pytest.raises(AssertionError, match="free 13 \\+ cached 0 \\+ private 2 are not the 16 blocks"):
+        node.validate()
+    sequence.table.append(lost)

@@ -1,0 +1,193 @@
+"""Nodes wired to each other under random load, cancels, broken links and lost gateways: every invariant after every event."""
+
+import os
+import subprocess
+import sys
+from hashlib import blake2b
+from random import Random
+
+import pytest
+
+from orchestrator.core.commands import NodeCommand
+from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.events import Cancelled, GatewayLost, ReplayRequested
+from orchestrator.core.node.node import Node
+from orchestrator.core.types import (
+    Assignment,
+    CostProfile,
+    FinishReason,
+    GatewayId,
+    NodeId,
+    RequestId,
+    Role,
+    gateway_of,
+    request_id,
+)
+from tests.builders import BLOCK_TOKENS, node_spec
+from tests.core.node.node_driver import CheckingEngine, EngineBroken, NodeDriver, block_hashes
+
+PROFILE = CostProfile(step_s=0.01, prefill_token_s=0.0002, sequence_s=0.0005)
+PREFILL, DECODE, OTHER = NodeId("prefill"), NodeId("decode"), NodeId("other")
+
+
+class FlakyEngine(CheckingEngine):
+    """Fails a sequence now and then, and more rarely a whole step."""
+
+    def __init__(self, spec, prompts, random: Random) -> None:
+        super().__init__(spec, prompts)
+        self.random = random
+
+    def step(self, slices):
+        if self.random.random() < 0.001:
+            raise EngineBroken("out of memory")
+        return super().step(slices)
+
+    def compute(self, part):
+        result = super().compute(part)
+        if self.random.random() < 0.002:
+            result.failure, result.output_tokens, result.stopped = "not a number", 0, False
+        return result
+
+
+class Scenario:
+    """A load of sessions that grow turn by turn, over three nodes, with everything that can go wrong."""
+
+    def __init__(self, seed: int, requests: int) -> None:
+        self.random = Random(seed)
+        self.prompts: dict[RequestId, list[int]] = {}
+        self.assigned: list[tuple[NodeId, RequestId]] = []
+        caching = self.random.random() < 0.9
+        config = SchedulerConfig(
+            step_tokens_max=24,
+            sequences_max=6,
+            waiting_max=12,
+            hold_s_max=2.0,
+            fetch_wait_s_max=0.5,
+            replay_batches_max=8,
+            prefix_caching=caching,
+        )
+        specs = [
+            node_spec(id=node, blocks=self.random.randint(14, 30), step_tokens_max=24, sequences_max=6, profile=PROFILE)
+            for node in (PREFILL, DECODE, OTHER)
+        ]
+        nodes = {spec.id: Node(spec, config) for spec in specs}
+        engines = {spec.id: FlakyEngine(spec, self.prompts, self.random) for spec in specs}
+        self.driver = NodeDriver(dict(engines), nodes, Node.validate)
+        self.stems = [[self.random.randrange(50) for _ in range(self.random.randint(0, 30))] for _ in range(4)]
+        for serial in range(requests):
+            self.driver.later(self.random.uniform(0, requests * 0.03), lambda serial=serial: self.arrive(serial))
+
+    def arrive(self, serial: int) -> None:
+        """Assign one request to one node or, prefill and decode apart, to two; perhaps let something go wrong later."""
+        random = self.random
+        request = request_id(GatewayId(random.randint(1, 3)), serial)
+        stem = random.choice(self.stems)
+        tokens = stem + [random.randrange(50) for _ in range(random.randint(1, 12))]
+        if random.random() < 0.5 and len(tokens) < 44:
+            stem[:] = tokens
+        self.prompts[request] = tokens
+        hashes = block_hashes(tokens, BLOCK_TOKENS)
+        output, priority = random.randint(1, 24), random.choice((0, 0, 0, 1))
+        whole = Assignment(request, Role.GENERATE, len(tokens), hashes, output, priority=priority)
+        match random.choice(("alone", "apart", "apart", "peer")):
+            case "alone":
+                self.assign(random.choice((DECODE, OTHER)), whole)
+            case "apart":
+                first = Assignment(request, Role.PREFILL, len(tokens), hashes, output, priority=priority)
+                second = Assignment(request, Role.GENERATE, len(tokens), hashes, output, PREFILL, len(tokens), True, priority)
+                decode = random.choice((DECODE, OTHER))
+                order = [(PREFILL, first), (decode, second)]
+                for node, part in order if random.random() < 0.7 else reversed(order):
+                    self.driver.later(random.choice((0.0, 0.02)), lambda node=node, part=part: self.assign(node, part))
+            case _:
+                source_tokens = random.randint(0, len(tokens))
+                part = Assignment(request, Role.GENERATE, len(tokens), hashes, output, OTHER, source_tokens, False, priority)
+                self.assign(DECODE, part)
+        self.disturb(request)
+
+    def assign(self, node: NodeId, part: Assignment) -> None:
+        self.driver.engines[node].stops[part.request] = self.random.randint(1, 40)
+        self.assigned.append((node, part.request))
+        self.driver.assign(node, part)
+
+    def disturb(self, request: RequestId) -> None:
+        chance, driver = self.random.random(), self.driver
+        delay_s = self.random.uniform(0, 1.0)
+        node = self.random.choice((PREFILL, DECODE, OTHER))
+        if chance < 0.25:
+            driver.later(delay_s, lambda: driver.tell(node, Cancelled(request)))
+        elif chance < 0.40:
+            driver.later(delay_s, self.break_some_fetch)
+        elif chance < 0.42:
+            gateway = gateway_of(request)
+            driver.later(delay_s, lambda: driver.tell(node, GatewayLost(gateway)))
+        elif chance < 0.47:
+            driver.later(delay_s, lambda: self.resync(node))
+
+    def break_some_fetch(self) -> None:
+        if self.driver.transfers:
+            self.driver.break_fetch(self.random.choice(list(self.driver.transfers)))
+
+    def resync(self, node: NodeId) -> None:
+        """Let a gateway lose all it believes of a node and ask again."""
+        self.driver.beliefs[node].parents = {}
+        self.driver.tell(node, ReplayRequested(GatewayId(1), None))
+        self.check_belief(node)
+
+    def check_belief(self, node: NodeId) -> None:
+        """A gateway that heard everything believes exactly what the node holds."""
+        assert sorted(self.driver.beliefs[node].parents) == sorted(self.driver.nodes[node]._pool._place)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_load_keeps_every_invariant_and_ends_every_request_once(seed: int) -> None:
+    check_scenario(seed, requests=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_random_load_for_longer(seed: int) -> None:
+    check_scenario(seed, requests=150)
+
+
+def digest(seed: int) -> str:
+    """Return a fingerprint of everything the nodes of a scenario asked for."""
+    scenario, fingerprint = Scenario(seed, requests=40), blake2b()
+    execute = scenario.driver.execute
+
+    def record(node: NodeId, command: NodeCommand) -> None:
+        fingerprint.update(f"{node} {command}".encode())
+        execute(node, command)
+
+    scenario.driver.execute = record
+    scenario.driver.run()
+    return fingerprint.hexdigest()
+
+
+@pytest.mark.slow
+def test_decisions_do_not_depend_on_the_hash_seed() -> None:
+    script = "from tests.core.node.test_node_random import digest; print(digest(7))"
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        for seed in ("1", "2")
+    ]
+    assert digests[0].stdout == digests[1].stdout != b""
+
+
+def check_scenario(seed: int, requests: int) -> None:
+    scenario = Scenario(seed, requests)
+    scenario.driver.run()
+    ended = sorted((node, report.request) for node, report in scenario.driver.ended)
+    assert ended == sorted(scenario.assigned), f"seed {seed}"
+    for name, node in scenario.driver.nodes.items():
+        load = node.load()
+        assert (load.running, load.waiting, load.queued_tokens, load.context_tokens, load.blocks_used) == (0, 0, 0, 0, 0), name
+        assert load.blocks_free + load.blocks_cached == node.spec.blocks
+        scenario.check_belief(name)
+        assert scenario.driver.engines[name].outputs == {}, "the engine was not told to forget"
+    for _, report in scenario.driver.ended:
+        assert 0 <= report.computed_tokens <= len(scenario.prompts[report.request])
+        if report.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert report.output_tokens >= 1
