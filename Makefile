@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo serve test test-slow check format proto bench clean
+.PHONY: install demo serve test test-slow test-ray check format proto bench clean
 
 install: $(STAMP)
 
@@ -24,6 +24,9 @@ test: install          ## what must always pass
 
 test-slow: install     ## the long ones: wide identity runs, Ray clusters, killed nodes
 	$(BIN)/pytest -m slow --timeout 1200
+
+test-ray: install      ## a few of those: a killed node, two hosts
+	$(BIN)/pytest -m ray --timeout 600
 
 check: install         ## format, lint, types
 	$(BIN)/ruff format --check .

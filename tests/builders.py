@@ -1,6 +1,7 @@
 """Builders of the core's nouns that default every field, so that a test shows only what matters."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from orchestrator.core.types import (
     Assignment,
@@ -14,6 +15,8 @@ from orchestrator.core.types import (
     RequestId,
     Role,
 )
+
+T = TypeVar("T")
 
 #: Tokens in a block in tests: few enough to count on one hand.
 BLOCK_TOKENS = 4
@@ -53,3 +56,10 @@ def assignment(request: int = 1, prompt: str = "ab", tail: int = 1, **changes: A
         "output_tokens_max": 4,
     }
     return Assignment(**{**fields, **changes})
+
+
+def some(items: Iterable[T]) -> list[T]:
+    """Return what is to be looked at, of which there must be something: `all` of nothing is true."""
+    listed = list(items)
+    assert listed, "there is nothing to look at"
+    return listed

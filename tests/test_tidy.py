@@ -69,6 +69,47 @@ def test_canary_a_name_within_another_name_is_not_in_the_tree() -> None:
     ]
 
 
+def vacuous(text: str) -> list[str]:
+    """Return the assertions that also hold of nothing: `all(...)` or `not any(...)` over what may be empty."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case (
+                ast.Assert(test=ast.Call(func=ast.Name("all"), args=[ast.GeneratorExp(generators=[first, *_])]))
+                | ast.Assert(
+                    test=ast.UnaryOp(ast.Not(), ast.Call(func=ast.Name("any"), args=[ast.GeneratorExp(generators=[first, *_])]))
+                )
+            ):
+                if not is_filled(first.iter):
+                    found.append(ast.unparse(node))
+            case _:
+                pass
+    return found
+
+
+def is_filled(source: ast.expr) -> bool:
+    """Tell whether what is gone through is there by construction, or seen to be by `some`."""
+    match source:
+        case ast.Tuple(elts=[_, *_]) | ast.List(elts=[_, *_]) | ast.Call(func=ast.Name("some" | "range")):
+            return True
+        case _:
+            return False
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sources() if "tests" in path.parts], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_test_is_content_with_nothing(path: Path) -> None:
+    assert vacuous(path.read_text()) == []
+
+
+def test_canary_an_assertion_about_nothing_is_noticed() -> None:
+    assert vacuous("assert all(x for x in xs)\nassert not any(x for x in xs)\nassert all(x for x in some(xs))") == [
+        "assert all((x for x in xs))",
+        "assert not any((x for x in xs))",
+    ]
+
+
 def test_proto_holds_no_python() -> None:
     assert [path.name for path in (ROOT / "proto").rglob("*") if path.is_file() and path.suffix != ".proto"] == []
 

@@ -10,7 +10,7 @@ from bench.article.evidence import Evidence, gather
 from bench.article.fronts import WORKLOADS, by_power, by_price, by_throughput, front
 from bench.article.sections import axis, sections
 from bench.article.sources import ARTICLE
-from orchestrator.cli.report.charts import page
+from orchestrator.cli.report.page import page
 
 PAGE, NUMBERS = "index.html", "figures.json"
 TITLE = "The article's figures, simulated"

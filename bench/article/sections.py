@@ -37,7 +37,8 @@ from bench.article.tables import (
     speed_section,
     speeds_section,
 )
-from orchestrator.cli.report.charts import Section, Series, Table, cache_chart, context_chart, pareto_chart
+from orchestrator.cli.report.charts import Series, cache_chart, context_chart, pareto_chart
+from orchestrator.cli.report.page import Section, Table
 from orchestrator.core.config import DecodeMode
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-import plotly.graph_objects as go
-
 from orchestrator.cli.report.charts import Axes, Series, lines_chart
+from orchestrator.cli.report.page import Figure
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.names import between
 from orchestrator.sim.outcome import Served
@@ -122,7 +121,7 @@ def run_session(resolved: Resolved, turns: Sequence[TracedTurn]) -> SessionRun:
     return SessionRun(tuple(sorted(outcome.served, key=lambda one: (one.arrived_s, one.turn.id))))
 
 
-def growth_chart(run: SessionRun) -> go.Figure:
+def growth_chart(run: SessionRun) -> Figure:
     """Return the prompt length of each agent's n-th request: the main agent's and those of its sub-agents."""
     series = [_growth("main agent", run.main)]
     for name in run.sub_agents:

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from plotly.graph_objects import Figure
-
 from bench.article.checks import DECODE_NODES, PREFILL_NODES, Check
 from bench.article.claims import ABOUT
 from bench.article.cost_claim import COST_SPEED, COST_TARGET, COST_WORKLOAD, SPEEDS, CostEffects
@@ -13,7 +11,8 @@ from bench.article.measured import Compared
 from bench.article.sensitivity import Sensitivity
 from bench.article.sources import CMX_PORT, STORE_SIMULATOR
 from bench.article.speed_claim import SPEED_TARGET, Fastest
-from orchestrator.cli.report.charts import Section, Swing, Table, tornado_chart
+from orchestrator.cli.report.charts import Swing, tornado_chart
+from orchestrator.cli.report.page import Figure, Section, Table
 
 INTERACTIVITY = "tokens/s for every user"
 #: Speeds of the table under the fronts, tokens/s/user.

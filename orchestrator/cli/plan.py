@@ -16,6 +16,7 @@ from orchestrator.cli.cluster_file import UnusableInput, check_file, write_file
 from orchestrator.cli.cluster_text import cluster_text
 from orchestrator.cli.options import count, number, pairs, positive
 from orchestrator.cli.overrides import parse_overrides
+from orchestrator.cli.report.page import plotly_script
 from orchestrator.cli.report.plan import write_plan_report
 from orchestrator.cli.report.plan_text import Told, as_json, print_answer, reasons
 from orchestrator.cli.workload import Workload, read_workload
@@ -172,6 +173,8 @@ def _check_places(options: argparse.Namespace) -> None:
         path = getattr(options, flag)
         if path is not None:
             check_file(f"--{flag}", path)
+    if options.report is not None:
+        plotly_script()
 
 
 def _catalog(options: argparse.Namespace) -> Catalog:

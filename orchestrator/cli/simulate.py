@@ -20,8 +20,8 @@ from orchestrator.cli.cases import Case, run_cases
 from orchestrator.cli.cluster_file import UnusableInput, check_file, check_folder, located, read_cluster, read_mapping, write_file
 from orchestrator.cli.options import count, number, pairs, whole
 from orchestrator.cli.overrides import Overrides, parse_overrides, set_field
-from orchestrator.cli.report.charts import Table
 from orchestrator.cli.report.comparison import Column, comparison, figure_of
+from orchestrator.cli.report.page import Table, plotly_script
 from orchestrator.cli.report.simulation import Simulation, bounds_text, write_report
 from orchestrator.cli.workload import read_workload
 from orchestrator.core.config import ClusterConfig, ConfigError, PoolConfig, RouterPolicy, require
@@ -122,11 +122,12 @@ def run_simulate(options: argparse.Namespace) -> int:
 
 
 def _check_places(options: argparse.Namespace) -> None:
-    """See now, not after minutes, that there is somewhere to write to."""
+    """See now, not after minutes, that there is somewhere to write to, and what to draw with."""
     if options.json is not None:
         check_file("--json", options.json)
     if options.report is not None:
         check_folder("--report", options.report)
+        plotly_script()
 
 
 def _changed(path: Path, config: ClusterConfig, overrides: Overrides) -> ClusterConfig:

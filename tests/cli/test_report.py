@@ -1,26 +1,17 @@
 """The report of a simulation: one page that needs nothing else, a section for every question, tables beside charts."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.cli.cases import Case
-from orchestrator.cli.cluster_file import AGENT_SESSION
+from orchestrator.cli.cluster_file import AGENT_SESSION, UnusableInput
 from orchestrator.cli.main import main
-from orchestrator.cli.report.charts import (
-    Section,
-    Series,
-    Swing,
-    Table,
-    by_width,
-    cache_chart,
-    context_chart,
-    longest_sessions,
-    page,
-    pareto_chart,
-)
+from orchestrator.cli.report.charts import Series, Swing, by_width, cache_chart, context_chart, longest_sessions, pareto_chart
+from orchestrator.cli.report.page import Badge, Section, Table, Tone, page
 from orchestrator.cli.report.runs import gap_curve
 from orchestrator.cli.sweeps import HEAVIEST_REQUESTS_MAX, copies, load_factors, swings, swung_cases
 from orchestrator.core.config import ClusterConfig, RouterPolicy
@@ -29,6 +20,7 @@ from orchestrator.profiles.resolve import resolve
 from orchestrator.sim.outcome import Distribution, Outcome, Served
 from orchestrator.sim.runs import CacheRule, Run
 from orchestrator.traces import TracedTurn
+from tests.builders import some
 
 CLUSTER = """
 [cluster]
@@ -97,10 +89,42 @@ def test_a_page_is_the_same_for_the_same_arguments_and_escapes_what_it_is_told()
     ] * 4
 
 
+def test_words_stand_at_the_left_and_figures_at_the_right() -> None:
+    table = Table(["what", "figure", "words"], [["a", "1.5 to 2", "fits"], ["b", "-", "x" * 40], ["c", "<0.1 ms", "<b>"]])
+    text = page("t", [], [Section("s", table=table)])
+    assert '<th scope="col" class="text">what</th><th scope="col">figure</th><th scope="col" class="text">words</th>' in text
+    assert '<td>1.5 to 2</td><td class="text">fits</td>' in text
+    assert "&lt;0.1 ms" in text
+
+
+def test_a_badge_has_a_word_and_a_colour() -> None:
+    text = page("t", [], [Section("s", table=Table(["what", "verdict"], [["a", Badge("holds & more", Tone.GOOD)]]))])
+    assert '<span class="badge good">holds &amp; more</span>' in text
+
+
+def test_a_folded_section_is_opened_by_its_reader_or_by_a_link_to_it() -> None:
+    text = page("t", [], [Section("seen"), Section("detail", ["small print"], folded=True)])
+    assert '<section id="s0">' in text
+    assert '<details id="s1"><summary><h2>detail</h2></summary><p>small print</p></details>' in text
+    assert 'href="#s1"' in text
+
+
+def test_charts_without_plotly_are_one_clear_error_and_pages_without_charts_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert "Plotly" not in page("t", [], [Section("s", ["text"])])
+    with pytest.raises(UnusableInput, match=r"pip install 'weft\[plan\]'"):
+        page("t", [], [Section("s", figure=pareto_chart([Series("a", [1], [2])], "x", "y"))])
+
+
+def test_what_a_chart_names_cannot_end_its_script() -> None:
+    text = page("t", [], [Section("s", figure=pareto_chart([Series("</script><b>", [1], [2])], "x", "y"))])
+    assert "</script><b>" not in text
+
+
 def test_contexts_are_drawn_an_agent_a_line_with_the_main_agent_on_top() -> None:
     requests = [served(1), served(2, agent="explore"), served(3)]
     lines = context_chart(requests).data
-    assert [(line.name, list(line.x)) for line in lines] == [("sub-agents", [2.0]), ("main agent", [1.0, 3.0])]
+    assert [(line["name"], line["x"]) for line in lines] == [("sub-agents", [2.0]), ("main agent", [1.0, 3.0])]
 
 
 def test_only_whole_sessions_are_drawn_the_longest_first_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +137,9 @@ def test_only_whole_sessions_are_drawn_the_longest_first_and_at_least_one(monkey
 
 def test_cached_and_computed_tokens_are_joined_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [served(1, 10), served(2, 20), served(3, 30)]
-    assert [list(bar.y) for bar in cache_chart(requests).data] == [[10, 20, 30], [90, 80, 70]]
+    assert [bar["y"] for bar in cache_chart(requests).data] == [[10, 20, 30], [90, 80, 70]]
     monkeypatch.setattr("orchestrator.cli.report.charts.BARS_MAX", 2)
-    assert [list(bar.y) for bar in cache_chart(requests).data] == [[30, 30], [170, 70]]
+    assert [bar["y"] for bar in cache_chart(requests).data] == [[30, 30], [170, 70]]
 
 
 def test_copies_share_nothing_and_keep_what_depends_on_what() -> None:
@@ -144,7 +168,7 @@ def test_each_assumption_that_a_cluster_rests_on_is_run_at_both_ends() -> None:
     used = set(next(iter(pick.resolved.hardware.values())).assumptions)
     assert {one.assumption.name for one in cases} <= used
     assert cases
-    assert all(one.low.resolved != one.high.resolved for one in cases)
+    assert all(one.low.resolved != one.high.resolved for one in some(cases))
     # Runs come back low and high in turn; a figure that a run does not have draws nothing.
     runs = [run(float(number)) for number in range(2 * len(cases))]
     assert [(swing.low, swing.high) for swing in swings(cases, runs, ("cost",))][:2] == [(0.0, 1.0), (2.0, 3.0)]

@@ -18,6 +18,7 @@ from orchestrator.core.config import ClusterConfig, RouterPolicy
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.outcome import Distribution, Outcome
 from orchestrator.sim.runs import CacheRule, Run
+from tests.builders import some
 
 CLUSTER = """
 [[pools]]
@@ -74,7 +75,7 @@ def test_json_has_every_run_under_every_cache_and_the_bounds(capsys: pytest.Capt
     assert code == 0
     runs = [(run["policy"], run["cache"]) for run in found["runs"]]
     assert runs == [("dynamo", "lru"), ("sglang", "lru"), ("dynamo", "value"), ("sglang", "value")]
-    assert all(run["completed"] == run["requests"] == 5 for run in found["runs"])
+    assert all(run["completed"] == run["requests"] == 5 for run in some(found["runs"]))
     assert found["seed"] == 7
     assert found["bounds"]["offline_optimum"]["run"]["cache"] == "optimal"
     assert found["bounds"]["infinite_cache"]["cached_tokens"] >= found["bounds"]["offline_optimum"]["cached_tokens"]
@@ -235,8 +236,8 @@ def test_assumptions_are_listed_with_their_ranges(capsys: pytest.CaptureFixture[
     code, out, _ = weft(capsys, "--assumptions", "--json", tmp_path / "a.json", "--set", "lp30.tdp_w=444")
     listed = {one["name"]: one for one in json.loads((tmp_path / "a.json").read_text())["assumptions"]}
     assert (code, listed["lp30.tdp_w"]["value"]) == (0, 444)
-    assert all(name in out for name in listed)
-    assert all(one["why"] for one in listed.values())
+    assert all(name in out for name in some(listed))
+    assert all(one["why"] for one in some(listed.values()))
 
 
 def test_lengths_alone_and_clocks_of_their_own_are_told(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_200_cancelled_streams_leave_every_block_free(default: Served) -> None:
     default.until_idle()
 
 
-@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+@pytest.mark.parametrize("victim", [pytest.param("decode-0", marks=pytest.mark.ray), "prefill-0"])
 def test_a_killed_node_is_back_in_time_and_no_request_hangs(default: Served, victim: str) -> None:
     done: list[int] = []
     failures: list[str] = []

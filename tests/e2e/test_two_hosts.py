@@ -86,7 +86,7 @@ def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.parametrize("way", ["address", "client"])
+@pytest.mark.parametrize("way", [pytest.param("address", marks=pytest.mark.ray), "client"])
 def test_pools_land_where_they_are_asked_for_and_tokens_cross_unchanged(
     serve: Callable[..., Served], hosts: dict[str, Any], tmp_path: Path, way: str
 ) -> None:

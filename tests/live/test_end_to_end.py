@@ -12,6 +12,7 @@ from orchestrator.core.events import NodeJoined, NodeLost
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
+from tests.builders import some
 from tests.live.serving import BLOCK_TOKENS, cluster, finish, patient, pool, run, split, together, turn
 from workers.engines.checkpoint import create_checkpoint
 
@@ -44,8 +45,8 @@ async def generate(config: ClusterConfig, model_dir: Path, work: list[list[int]]
             deltas = await asyncio.gather(*[finish(stream) for stream in streams])
         else:
             deltas = [await finish(served.driver.start(turn(prompt, 12))) for prompt in work]
-        assert all(len(delta.tokens) == 12 for delta in deltas)
-        assert all(delta.finish is FinishReason.LENGTH for delta in deltas)
+        assert all(len(delta.tokens) == 12 for delta in some(deltas))
+        assert all(delta.finish is FinishReason.LENGTH for delta in some(deltas))
         await served.idle()
         return [delta.tokens for delta in deltas]
 
@@ -127,7 +128,7 @@ def test_cancels_leave_every_block_free(model_dir: Path, apart: bool) -> None:
             for stream in streams:
                 stream.cancel()
             results = await asyncio.gather(*readers, return_exceptions=True)
-            assert all(not isinstance(result, BaseException) or isinstance(result, TurnFailed) for result in results)
+            assert all(not isinstance(result, BaseException) or isinstance(result, TurnFailed) for result in some(results))
             await served.idle()
 
     run(scenario)
@@ -148,7 +149,7 @@ def test_a_node_that_dies_before_the_first_token_is_replaced(model_dir: Path) ->
                 streams.append(served.driver.start(turn([len(streams)] * 40, 5)))
             await served.kill_node(first)
             deltas = [await finish(stream) for stream in streams]
-            assert all(len(delta.tokens) == 5 for delta in deltas)
+            assert all(len(delta.tokens) == 5 for delta in some(deltas))
             assert [event.node for event in observed.seen(NodeLost)] == [first]
             assert observed.seen(Restart)
             await served.idle()

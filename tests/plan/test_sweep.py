@@ -23,6 +23,7 @@ from orchestrator.profiles.catalog import Catalog
 from orchestrator.sim.names import generated_runs, successors
 from orchestrator.sim.outcome import Distribution, Outcome
 from orchestrator.traces import TracedTurn
+from tests.builders import some
 from tests.plan.plans import DEMAND, NODE, SMALL
 from tests.sim.worlds import agents
 
@@ -276,10 +277,10 @@ def test_more_nodes_are_never_slower_and_a_higher_percentile_is_never_sooner() -
     growing = replace(NODE, profile=replace(NODE.profile, sequence_s=2e-4, context_token_s=2e-8))
     for form in (whole, lambda count: pair(count, count)):
         by_count = [prediction(form(count), loaded, size=lambda _: growing) for count in (1, 2, 4, 8)]
-        assert all(more.itl_s <= fewer.itl_s and more.ttft_s <= fewer.ttft_s for fewer, more in pairwise(by_count))
+        assert all(more.itl_s <= fewer.itl_s and more.ttft_s <= fewer.ttft_s for fewer, more in some(pairwise(by_count)))
         assert by_count[-1].ttft_s < by_count[0].ttft_s
         by_share = [prediction(form(2), loaded, share, lambda _: growing) for share in (0.5, 0.9, 0.99)]
-        assert all(low.itl_s <= high.itl_s and low.ttft_s <= high.ttft_s for low, high in pairwise(by_share))
+        assert all(low.itl_s <= high.itl_s and low.ttft_s <= high.ttft_s for low, high in some(pairwise(by_share)))
         # Now and then more sequences run together than in the mean.
         assert by_share[0].itl_s < by_share[-1].itl_s
 
@@ -436,7 +437,7 @@ def test_halves_are_paired_only_with_halves_of_their_chip_and_precisions() -> No
     found = Sweep(DEMAND, sizer, SLO, Budget(), choices).run()
     pairs = [one.plan for one in found.kept if len(one.plan.pools) == 2]
     made = [[(half.hardware.chip, half.hardware.weights, half.hardware.kv) for half in plan.pools] for plan in pairs]
-    assert all(prefill == decode for prefill, decode in made)
+    assert all(prefill == decode for prefill, decode in some(made))
     assert len({tuple(halves) for halves in made}) == 2 * 2 * 2
 
 
@@ -563,7 +564,7 @@ def test_chips_that_only_serve_as_a_half_hold_no_pool_and_stand_beside_their_par
     modes = {kind.hardware.mode for kind in kinds if kind.hardware.ffn_chip == "lp30"}
     assert modes == {DecodeMode.AFD, DecodeMode.WHOLE, DecodeMode.DRAFTER}
     assert {kind.hardware.mode for kind in kinds if kind.kind is not DECODE} == {DecodeMode.PLAIN}
-    assert all(kind.hardware.chips * kind.hardware.group_nodes <= 72 for kind in kinds)
+    assert all(kind.hardware.chips * kind.hardware.group_nodes <= 72 for kind in some(kinds))
     assert len(set(kinds)) == len(kinds)
 
 
@@ -600,4 +601,4 @@ def test_a_sweep_of_real_chips_keeps_only_what_can_be_simulated() -> None:
     assert {mode for _, mode, _ in families} == {mode.value for mode in DecodeMode}
     for estimate in families.values():
         resolved = builder.resolved(estimate.plan)
-        assert all(one.engine.blocks * 64 >= 200_000 for one in resolved.config.pools)
+        assert all(one.engine.blocks * 64 >= 200_000 for one in some(resolved.config.pools))

@@ -22,9 +22,10 @@ def test_turns_are_well_formed() -> None:
         assert sum(count for _, count in turn.block_runs) == turn.input_tokens // turn.block_tokens
         assert repeated(turn.block_runs) is None
         assert turn.output_tokens > 0
-        assert all(seen[other].session == turn.session for other in turn.after), "waits for earlier turns of its session"
+        assert {seen[other].session for other in turn.after} <= {turn.session}, "waits for earlier turns of its session"
         seen[turn.id] = turn
     assert len(seen) == len(turns)
+    assert any(turn.after for turn in turns)
     assert len({turn.session for turn in turns}) == 40
     assert [turn.arrival_s for turn in turns] == sorted(turn.arrival_s for turn in turns)
     assert not is_per_session_clock(turns)

@@ -18,6 +18,7 @@ from orchestrator.sim.machine import Machine
 from orchestrator.sim.outcome import Outcome
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
+from tests.builders import some
 from tests.sim.worlds import AFFINE, CURVED, OVERLAPPING, SPECULATING, agents, cluster
 
 TOGETHER = {PoolKind.AGGREGATED: 3}
@@ -35,7 +36,7 @@ def assert_equal_times(layout: dict[PoolKind, int], profile: str, blocks: int, s
     trace = agents(count, turns, seed)
     closed = World(resolved, trace, WorldOptions()).run()
     single = World(resolved, trace, WorldOptions(stepwise=True)).run()
-    assert all(served.completed for served in closed.served)
+    assert all(served.completed for served in some(closed.served))
     assert closed.events < single.events
     for turn, (first, end) in times(single).items():
         assert times(closed)[turn] == (pytest.approx(first, rel=1e-9), pytest.approx(end, rel=1e-9)), f"turn {turn}"
@@ -96,7 +97,7 @@ def test_what_an_answer_fills_is_found_by_the_next_turn_unless_answers_do_not_re
 @pytest.mark.parametrize("policy", list(RouterPolicy))
 def test_every_policy_serves_everything(policy: RouterPolicy) -> None:
     outcome = World(cluster(APART, policy=policy), agents(4, 3, seed=5), WorldOptions(checks=True)).run()
-    assert all(served.completed for served in outcome.served)
+    assert all(served.completed for served in some(outcome.served))
 
 
 def test_knowing_the_future_keeps_more_than_the_past_tells() -> None:
@@ -128,7 +129,7 @@ def faulty(seed: int, layout: dict[PoolKind, int], count: int, turns: int) -> Ou
 @pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
 def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(layout: dict[PoolKind, int]) -> None:
     outcome = faulty(7, layout, count=4, turns=3)
-    assert all(served.ended_s is not None for served in outcome.served)
+    assert all(served.ended_s is not None for served in some(outcome.served))
     assert any(served.completed for served in outcome.served)
 
 
@@ -136,7 +137,7 @@ def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(layout:
 @pytest.mark.parametrize("seed", range(60))
 def test_with_everything_going_wrong_for_longer(seed: int) -> None:
     outcome = faulty(seed, (TOGETHER, APART)[seed % 2], count=8, turns=4)
-    assert all(served.ended_s is not None for served in outcome.served)
+    assert all(served.ended_s is not None for served in some(outcome.served))
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -206,8 +207,8 @@ def test_canary_a_lost_end_is_noticed() -> None:
             command for command in tell(event, now) if not isinstance(command, ReportEnded)
         ]
     outcome = world.run()
-    assert not any(served.completed for served in outcome.served)  # each gateway's deadline ended them
-    assert all(served.failure and "deadline" in served.failure for served in outcome.served)
+    assert not any(served.completed for served in some(outcome.served))  # each gateway's deadline ended them
+    assert all(served.failure and "deadline" in served.failure for served in some(outcome.served))
 
 
 def test_canary_a_world_in_which_nothing_is_left_to_happen_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.sim.names import PRIVATE_NAMES
 from orchestrator.traces import TracedTurn, TraceError, interleaved, is_per_session_clock, read_trace
+from tests.builders import some
 
 LINE = {"timestamp": 0, "session": "a", "id": 0, "input_length": 130, "output_length": 9, "block_size": 64, "hash_ids": [7, 8]}
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,7 @@ def test_a_pipe_is_read_like_a_file(tmp_path: Path, pack: Callable[[bytes], byte
 
 @pytest.mark.parametrize("name", ["orchestrator/cli/data/agent_session.jsonl", "bench/data/agent_mix.jsonl.gz"])
 def test_shipped_traces_are_readable(name: str) -> None:
-    assert all(turn.block_runs for turn in read_trace(ROOT / name))
+    assert all(turn.block_runs for turn in some(read_trace(ROOT / name)))
 
 
 # --- others' lines ----------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_sessions_with_clocks_of_their_own_are_told_and_interleaved(tmp_path: Pa
     assert [turn.arrival_s for turn in mixed] == sorted(turn.arrival_s for turn in mixed)
     assert not is_per_session_clock(mixed)
     starts = {turn.session: turn.arrival_s for turn in reversed(mixed)}
-    assert all(turn.arrival_s - starts[turn.session] in (0.0, pytest.approx(1.0)) for turn in mixed)
+    assert all(turn.arrival_s - starts[turn.session] in (0.0, pytest.approx(1.0)) for turn in some(mixed))
     assert not is_per_session_clock(read(tmp_path, LINE, {**LINE, "id": 1, "session": "b"}))
 
 

@@ -1,11 +1,14 @@
 """What every engine promises its node, checked on each of them."""
 
+import gc
 import random
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from mmap import mmap
 from pathlib import Path
+from types import FunctionType, ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -255,7 +258,7 @@ def test_logprobs_have_the_shape_asked_for(engine: Engine, count: int) -> None:
     [report] = output.logprobs
     assert report.logprob <= 0
     assert len(report.top) == count
-    assert all(first[1] >= second[1] for first, second in pairwise(report.top))
+    assert list(report.top) == sorted(report.top, key=lambda pair: -pair[1])
     if count:
         assert report.top[0] == (output.tokens[0], report.logprob)
 
@@ -269,6 +272,29 @@ def test_pause_is_zero_without_costs(engine: Engine) -> None:
     assert engine.pause_s([Slice(RequestId(1), 0, 20, 0, (), True)], 0) == 0.0
 
 
+def reachable_bytes(root: object) -> int:
+    """Return the bytes of all tensors, buffers and maps that can be reached from an object."""
+    seen, waiting, total = {id(root)}, [root], 0
+    while waiting:
+        one = waiting.pop()
+        match one:
+            case torch.Tensor() | memoryview() | np.ndarray():
+                total += one.nbytes
+            case bytearray() | mmap():
+                total += len(one)
+            case _:
+                pass
+        for other in gc.get_referents(one):
+            if id(other) not in seen and not isinstance(other, (type, ModuleType, FunctionType)):
+                seen.add(id(other))
+                waiting.append(other)
+    return total
+
+
 def test_nothing_is_held_after_close(engine: Engine) -> None:
     generate(engine, 1, prompt(1, 4), 1)
+    engine.add(RequestId(2), prompt(2, 4), GREEDY)
+    pool_bytes = BLOCKS * engine.description.block_bytes
+    assert reachable_bytes(engine) >= pool_bytes
     engine.close()
+    assert reachable_bytes(engine) < engine.description.block_bytes

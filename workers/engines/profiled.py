@@ -158,6 +158,7 @@ class ProfiledEngine:
 
     def close(self) -> None:
         self._turns.clear()
+        del self._memory
 
     def _special_output(self, turn: _Turn, token: int) -> SliceOutput:
         logprobs: tuple[TokenLogprobs, ...] = ()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cli.report.charts import Table
+from orchestrator.cli.report.page import Table
 from orchestrator.sim.bounds import Bound
 from orchestrator.sim.runs import Run
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from orchestrator.cli.report.charts import Section, Series, Table, page, pareto_chart
+from orchestrator.cli.report.charts import Series, pareto_chart
+from orchestrator.cli.report.page import Section, Table, page
 from orchestrator.cli.report.plan_text import Told, front_table, pruned_table, reasons, shortfalls
 from orchestrator.plan.measure import Measured
 

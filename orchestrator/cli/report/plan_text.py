@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from orchestrator.cli.report.charts import Table
+from orchestrator.cli.report.page import Table
 from orchestrator.plan.goal import Budget, Slo
 from orchestrator.plan.measure import Measured
 from orchestrator.plan.planner import Answer, Question

@@ -5,9 +5,7 @@ from itertools import accumulate
 
 from orchestrator.cli.report.charts import (
     Axes,
-    Section,
     Series,
-    Table,
     bars_chart,
     cache_chart,
     context_chart,
@@ -17,6 +15,7 @@ from orchestrator.cli.report.charts import (
     stacked_chart,
 )
 from orchestrator.cli.report.comparison import Column, figure_of, number, percent, seconds
+from orchestrator.cli.report.page import Section, Table
 from orchestrator.sim.outcome import Distribution, Outcome, PoolUse, Served
 from orchestrator.sim.runs import Run, percentiles
 

@@ -6,8 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from orchestrator.cli.cases import Case, run_cases
-from orchestrator.cli.report.charts import Section, Series, Table, by_width, page, pareto_chart, tornado_chart
+from orchestrator.cli.report.charts import Series, by_width, pareto_chart, tornado_chart
 from orchestrator.cli.report.comparison import Column, comparison, figure_of, number
+from orchestrator.cli.report.page import Section, Table, page
 from orchestrator.cli.report.runs import cache_section, context_section, distribution_sections, pool_sections
 from orchestrator.cli.sweeps import SwungCases, copies, load_factors, stretch, swings, swung_cases
 from orchestrator.core.config import ClusterConfig
@@ -90,7 +91,7 @@ def _title(simulation: Simulation) -> str:
 def _made(simulation: Simulation) -> list[str]:
     return [
         f"Made by: {simulation.command}",
-        f"Weft {version('weft')}, plotly {version('plotly')}, seed {simulation.pick.seed}. All times are virtual.",
+        f"Weft {version('weft')}, seed {simulation.pick.seed}. All times are virtual.",
         f"Unless said otherwise, charts show the best run: {simulation.columns[simulation.picked].heading}.",
         *simulation.notes,
     ]
