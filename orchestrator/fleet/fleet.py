@@ -32,10 +32,10 @@ from ray.util.placement_group import PlacementGroup, get_placement_group, placem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.core.config import ClusterConfig, PoolConfig
-from orchestrator.core.types import GatewayId, NodeId
+from orchestrator.core.types import GatewayId, NodeId, PoolName
 from orchestrator.fleet.loops import LoopThread, serve_long
 from orchestrator.fleet.members import Member, State, bundles_of, fits_nowhere, members_of, pools_by_node, unplaceable
-from orchestrator.live.front import Front, FrontAddress
+from orchestrator.live.front import Front, FrontAddress, Membership, NodePlace
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
@@ -184,13 +184,9 @@ class GatewayProcess:
         """Return the process id; comes back only if the event loop turns."""
         return self._loop.run(_process_id(), PING_S)
 
-    def set_nodes(self, nodes: Sequence[tuple[NodeId, str]]) -> None:
-        """Tell the gateway all nodes that serve."""
-        self._loop.run(self._running.set_nodes(nodes))
-
-    def set_peers(self, urls: Sequence[str]) -> None:
-        """Tell the gateway where all gateways are, in order of their numbers; itself among them."""
-        self._loop.run(self._running.set_peers(urls))
+    def set_members(self, members: Membership) -> None:
+        """Tell the gateway all nodes, and all gateways that take requests."""
+        self._loop.run(self._running.set_members(members))
 
     def mark_dead(self, nodes: Sequence[NodeId]) -> None:
         """Tell the gateway that nodes died."""
@@ -243,6 +239,7 @@ class Controller:
         self._watches: list[asyncio.Task[None]] = []
         self._news: deque[str] = deque(maxlen=NEWS_MAX)
         self._serial = 0
+        self._told = int(time.time())
         self._started: Started | None = None
         self._resuming: asyncio.Task[None] | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -318,8 +315,7 @@ class Controller:
             if problem is not None:
                 raise FleetFailed(f"{member.name}: {problem}")
         self._check_fingerprints()
-        await self._tell_nodes()
-        await self._tell_peers()
+        await self._tell_members()
         self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
 
     async def _try_start(self, member: Member) -> str | None:
@@ -422,8 +418,7 @@ class Controller:
         problem = await self._try_start(member)
         if problem is None:
             self._tell(f"{member.name} serves again after {time.monotonic() - started:.1f} s")
-            await self._tell_nodes()
-            await self._tell_peers()
+            await self._tell_members()
         else:
             self._tell(f"{member.name}: {problem}")
             member.went_down(time.monotonic())
@@ -432,12 +427,16 @@ class Controller:
         if member.nodes:
             await self._tell_gateways("mark_dead", member.nodes)
 
-    async def _tell_nodes(self) -> None:
-        up = [(node, member.address) for member in self._nodes if member.state is State.UP for node in member.nodes]
-        await self._tell_gateways("set_nodes", up)
-
-    async def _tell_peers(self) -> None:
-        await self._tell_gateways("set_peers", [member.address for member in self._gateways])
+    async def _tell_members(self) -> None:
+        """Tell all gateways who is there."""
+        self._told += 1
+        nodes = [
+            NodePlace(node, PoolName(cast(PoolConfig, member.pool).name), member.address if member.state is State.UP else "")
+            for member in self._nodes
+            for node in member.nodes
+        ]
+        gateways = {cast(GatewayId, member.gateway): member.address for member in self._gateways if member.state is State.UP}
+        await self._tell_gateways("set_members", Membership(self._told, tuple(nodes), gateways))
 
     async def _tell_gateways(self, method: str, argument: Any) -> None:
         up = [member for member in self._gateways if member.state is State.UP]
@@ -461,8 +460,7 @@ class Controller:
                 if name.startswith(f"{prefix}/{member.name}/"):
                     await self._adopt(member, name)
         self._tell("the controller was started again")
-        await self._tell_nodes()
-        await self._tell_peers()
+        await self._tell_members()
         self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
         self._serving()
 

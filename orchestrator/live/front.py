@@ -6,7 +6,7 @@ Does not know what process it is in; `fleet.py` makes it an actor.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,25 @@ from orchestrator.wire.journal import cluster_header, open_journal
 
 #: What a server is told to listen on all addresses.
 ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """A node that the cluster has, and where it serves; an empty address while it does not."""
+
+    node: NodeId
+    pool: PoolName
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """All nodes that the cluster has, and the URLs of all gateways that take requests."""
+
+    #: Grows with each one told.
+    serial: int = 0
+    nodes: tuple[NodePlace, ...] = ()
+    gateways: Mapping[GatewayId, str] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,7 @@ class Front:
         self._http_port = http_port
         self._fingerprints = dict(fingerprints)
         self._grpc_address = ""
+        self._members = Membership()
         self._metrics = Metrics(number, config.gateway.count, pools)
         name = f"gateway-{number}-{int(time.time())}"
         journal = open_journal(config.cluster.journal, name, cluster_header(number, config))
@@ -89,13 +109,14 @@ class Front:
         self._grpc_address = f"{shown}:{grpc_port}"
         return FrontAddress(f"http://{shown}:{http_port}", self._fingerprints)
 
-    async def set_nodes(self, nodes: Sequence[tuple[NodeId, str]]) -> None:
-        """Hold streams to exactly these nodes."""
-        self._driver.set_nodes(nodes)
-
-    async def set_peers(self, urls: Sequence[str]) -> None:
-        """Learn where all gateways are; a lone one has nobody to pass sessions on to."""
-        self._gateway.join(urls if len(urls) > 1 else ())
+    async def set_members(self, members: Membership) -> None:
+        """Hold streams to exactly the nodes that serve, and pass sessions on to the gateways that take requests."""
+        if members.serial <= self._members.serial:  # overtaken by a later one
+            return
+        self._members = members
+        self._driver.set_nodes([(place.node, place.address) for place in members.nodes if place.address])
+        self._metrics.set_members({place.node: place.pool for place in members.nodes}, sorted(members.gateways))
+        self._gateway.join(members.gateways)
 
     async def mark_dead(self, nodes: Sequence[NodeId]) -> None:
         """Give nodes up at once."""
@@ -120,7 +141,7 @@ class Front:
         return {
             "cluster": self._config.cluster.name,
             "gateway": self._number,
-            "gateways": self._config.gateway.count,
+            "gateways": max(len(self._members.gateways), 1),
             "grpc_address": self._grpc_address,
             "ready": self._gateway.ready,
             "requests": {

@@ -7,8 +7,8 @@ Facts come from two sides, both on the gateway's event loop, so nothing here tak
     gateway  `answered(...)` for each HTTP answer, `open_turn(...)` for each generation, then `Watch.delivered(tokens)`
 
 Every fact is exported by exactly one gateway, so that sums over all gateways are right: what is counted per request is counted
-by the gateway that served it, and what is measured per node (blocks, steps, up) is exported by the gateway whose number is the
-node's place in the cluster file modulo the number of gateways. With one gateway its endpoint covers the whole cluster; with
+by the gateway that served it, and what is measured per node (blocks, steps, up) is exported by one of the gateways that take
+requests: the node's place in the cluster modulo their number. With one gateway its endpoint covers the whole cluster; with
 several, scrape each. The `vllm:*` families carry `engine`: the node for a node's gauges, the pool for what requests add up.
 
 A histogram here is a list of counts and one bisection: observing costs a fraction of a microsecond (tokens are observed one by
@@ -237,9 +237,10 @@ class Metrics(Collector):
         self._computed_tokens: Tally[Labels] = Tally()
         self._flights: dict[RequestId, _Flight] = {}
         self._models: dict[ModelName, None] = {}
-        self._foreign = frozenset(node for place, node in enumerate(nodes) if place % gateways != gateway)
         #: All nodes, also those that other gateways export.
-        self._nodes = {node: NodeState(pool) for node, pool in nodes.items()}
+        self._nodes: dict[NodeId, NodeState] = {}
+        self._foreign: frozenset[NodeId] = frozenset()
+        self.set_members(nodes, range(gateways))
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -270,6 +271,15 @@ class Metrics(Collector):
     def attach(self, reprefilled: Mapping[ReprefillReason, int]) -> None:
         """Export what the core's sessions say of computed prompt tokens; the mapping is read at each scrape."""
         self._by_reason = reprefilled
+
+    def set_members(self, nodes: Mapping[NodeId, PoolName], gateways: Sequence[int]) -> None:
+        """Learn which nodes and gateways the cluster has from now on; what was counted of a node that left is forgotten."""
+        self._nodes = {node: self._nodes.get(node) or NodeState(pool) for node, pool in nodes.items()}
+        exporters = [gateways[place % len(gateways)] if gateways else None for place in range(len(nodes))]
+        self._foreign = frozenset(node for node, by in zip(nodes, exporters, strict=True) if by != self._gateway)
+        for tally in (self._parts, self._computed_tokens):
+            for labels in [labels for labels in tally if labels[0] not in nodes]:
+                del tally[labels]
 
     # --- from the driver ----------------------------------------------------------------------------------------------
 

@@ -279,7 +279,7 @@ class World:
     def _arrive(self, turn: TracedTurn) -> None:
         """Let a client send its turn."""
         session, model = SessionId(f"{turn.session}/{turn.agent}"), self._model_of(turn)
-        gateway = GatewayId(owner_of(session, len(self.clusters)))
+        gateway = owner_of(session, map(GatewayId, range(len(self.clusters))))
         self._requests += 1
         request = request_id(gateway, self._requests)
         served = Served(turn, self.agenda.now)

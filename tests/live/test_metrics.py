@@ -155,6 +155,24 @@ def test_sums_over_two_gateways_count_every_node_once() -> None:
     assert len(used) == 2
 
 
+def test_nodes_that_come_and_go_and_gateways_that_drain_change_who_exports_what() -> None:
+    pair = [cluster(gateway=number, gateways=2) for number in range(2)]
+    grown = {**NODES, NodeId("decode-2"): PoolName("decode")}
+    for metrics in pair:  # gateway 0 drains: the other one exports every node, the new one as well, which is not up yet
+        metrics.set_members(grown, [1])
+    assert [len(ups(metrics)) for metrics in pair] == [0, len(grown)]
+    assert value(pair[1], "weft_node_up", node="decode-2", pool="decode") == 0
+    gone = next(iter(NODES))
+    kept = {node: pool for node, pool in grown.items() if node != gone}
+    for metrics in pair:
+        metrics.set_members(kept, [0, 1])
+    assert sorted(node for metrics in pair for node in ups(metrics)) == sorted(kept)
+
+
+def ups(metrics: Metrics) -> list[str]:
+    return [dict(labels)["node"] for (sample, labels) in samples(metrics) if sample == "weft_node_up"]
+
+
 def test_answers_are_counted_by_status_and_routes_by_time() -> None:
     metrics = cluster()
     metrics.answered("default", "/v1/chat/completions", 529, TenantId("t"))

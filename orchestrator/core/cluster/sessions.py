@@ -6,20 +6,23 @@ were computed again. Bounded: the session that was quiet for longest is forgotte
 Where there are several gateways each session belongs to one, so that what is known of it is in one place (`owner_of`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
 
-from orchestrator.core.types import BlockHash, ModelName, NodeId, Request, SessionId, TenantId
+from orchestrator.core.types import BlockHash, GatewayId, ModelName, NodeId, Request, SessionId, TenantId
 
 #: Hashes kept of a session's last prompt, evenly spaced: they tell how much of it a new prompt repeats to one part in so many.
 MARKS_MAX = 16
 
 
-def owner_of(session: SessionId, gateways: int) -> int:
-    """Return the number of the gateway that a session belongs to: the same everywhere, by rendezvous hashing."""
-    return max(range(gateways), key=lambda gateway: blake2b(f"{gateway}:{session}".encode(), digest_size=8).digest())
+def owner_of(session: SessionId, gateways: Iterable[GatewayId]) -> GatewayId:
+    """Return which of the gateways that take requests a session belongs to: the same everywhere, by rendezvous hashing.
+
+    While a gateway is away only its own sessions belong to others.
+    """
+    return max(gateways, key=lambda gateway: blake2b(f"{gateway}:{session}".encode(), digest_size=8).digest())
 
 
 class ReprefillReason(StrEnum):

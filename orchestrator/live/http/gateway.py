@@ -170,7 +170,8 @@ class Gateway:
         self._models = {name: _Model(name, text, _prompts(config, name, text)) for name, text in models.items()}
         self._tenants = {_digest(entry.key.encode()): TenantId(entry.tenant) for entry in config.gateway.api_keys}
         self._session_headers = tuple(name.lower().encode() for name in config.gateway.session_headers)
-        self._peers: tuple[str, ...] = ()
+        #: Base URLs of the gateways that take requests; this one is not among them while it drains.
+        self._peers: dict[GatewayId, str] = {}
         self._posts: dict[str, Callable[[Exchange], Awaitable[None]]] = {
             "/v1/chat/completions": self._chat,
             "/v1/completions": self._completions,
@@ -189,10 +190,9 @@ class Gateway:
         """Listen; return the port, which is `port` unless that is 0. Raises `OSError` if it is taken."""
         return await self._server.start(host, port)
 
-    def join(self, peers: Sequence[str]) -> None:
-        """Learn the base URLs of all gateways, this one's at its own number: from now on sessions are served by their owner."""
-        assert not peers or self._number < len(peers), f"gateway {self._number} is not among {len(peers)} peers"
-        self._peers = tuple(peers)
+    def join(self, peers: Mapping[GatewayId, str]) -> None:
+        """Learn the base URLs of all gateways that take requests: from now on sessions are served by their owner among them."""
+        self._peers = dict(peers)
 
     async def drain(self, seconds: float) -> bool:
         """Take nothing new and wait for what runs, `seconds` at most; return True if nothing is left."""
@@ -247,7 +247,8 @@ class Gateway:
         tenant, label = DEFAULT_TENANT, UNKNOWN_MODEL
         try:
             tenant = self.authenticate(exchange.headers)
-            if self._draining:
+            # What another gateway passed on before it heard of the drain is served like what runs.
+            if self._draining and FORWARDED not in exchange.headers:
                 raise ApiError(503, "this gateway is shutting down", code="draining", retry_after_s=_DRAIN_RETRY_S)
             body = await exchange.body(self._config.gateway.body_bytes_max)
             request = parse(body)
@@ -265,9 +266,9 @@ class Gateway:
 
     async def _passed_on(self, exchange: Exchange, body: bytes, session: SessionId) -> bool:
         """Let the session's owner answer, if that is another gateway that can be reached."""
-        if len(self._peers) < 2 or FORWARDED in exchange.headers:
+        if not self._peers or FORWARDED in exchange.headers:
             return False
-        owner = owner_of(session, len(self._peers))
+        owner = owner_of(session, self._peers)
         if owner == self._number:
             return False
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from orchestrator.core.cluster.sessions import owner_of
-from orchestrator.core.types import ServiceClass, SessionId
+from orchestrator.core.types import GatewayId, ServiceClass, SessionId
 from orchestrator.live.http.exchange import CLIENT_GONE
 from orchestrator.live.text.models import ModelText, ModelUnusable
 from tests.builders import some
@@ -196,6 +196,9 @@ def test_draining_refuses_what_is_new_and_waits_for_what_runs(text: ModelText) -
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
         assert not served.gateway.ready
+        # Another gateway passed this on before it heard of the drain.
+        served.driver.script = lambda turn: Script(["late"])
+        assert (await client.post(CHAT, json=BODY, headers={"x-weft-forwarded": "1"})).status_code == 200
         running.cancel()
         assert await served.gateway.drain(5)
 
@@ -208,14 +211,30 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Any) -> None:
 
 
 def foreign_session(gateways: int, owner: int) -> str:
-    return next(name for name in map(str, range(1000)) if owner_of(SessionId(name), gateways) == owner)
+    return next(name for name in map(str, range(1000)) if owner_of(SessionId(name), numbers(gateways)) == owner)
+
+
+def numbers(gateways: int) -> list[GatewayId]:
+    return [GatewayId(number) for number in range(gateways)]
+
+
+def peers_of(gateways: Sequence[Served]) -> dict[GatewayId, str]:
+    return {GatewayId(number): one.url for number, one in enumerate(gateways)}
 
 
 def test_sessions_are_spread_and_stay_when_a_gateway_is_added() -> None:
-    owners = [owner_of(SessionId(f"session {number}"), 3) for number in range(3000)]
-    assert {owner: 900 < owners.count(owner) < 1100 for owner in range(3)} == {0: True, 1: True, 2: True}
-    later = [owner_of(SessionId(f"session {number}"), 4) for number in range(3000)]
+    owners = [owner_of(SessionId(f"session {number}"), numbers(3)) for number in range(3000)]
+    assert {owner: 900 < owners.count(owner) < 1100 for owner in numbers(3)} == dict.fromkeys(numbers(3), True)
+    later = [owner_of(SessionId(f"session {number}"), numbers(4)) for number in range(3000)]
     assert all(new in (old, 3) for old, new in some(zip(owners, later, strict=True)))
+
+
+def test_only_the_sessions_of_a_gateway_that_is_away_move() -> None:
+    sessions = [SessionId(f"session {number}") for number in range(300)]
+    owners = [owner_of(session, numbers(3)) for session in sessions]
+    meanwhile = [owner_of(session, [GatewayId(0), GatewayId(2)]) for session in sessions]
+    assert all(new == old for old, new in some(zip(owners, meanwhile, strict=True)) if old != 1)
+    assert {new for old, new in zip(owners, meanwhile, strict=True) if old == 1} == {0, 2}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -224,7 +243,7 @@ def test_a_session_is_served_by_its_owner_whichever_gateway_is_asked(text: Model
         async with AsyncExitStack() as stack:
             gateways = [await stack.enter_async_context(serve(text, number)) for number in range(2)]
             for one in gateways:
-                one.gateway.join([other.url for other in gateways])
+                one.gateway.join(peers_of(gateways))
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=gateways[0].url))
             headers = {"x-session-id": foreign_session(2, 1), "x-request-id": "through"}
             answer = await client.post(CHAT, json={**BODY, "stream": stream}, headers=headers)
@@ -249,7 +268,7 @@ def test_a_client_that_leaves_a_proxied_request_frees_it_on_the_owner(text: Mode
         async with AsyncExitStack() as stack:
             gateways = [await stack.enter_async_context(serve(text, number)) for number in range(2)]
             for one in gateways:
-                one.gateway.join([other.url for other in gateways])
+                one.gateway.join(peers_of(gateways))
             gateways[1].driver.script = lambda turn: Script(["some", None])
             client = await stack.enter_async_context(httpx.AsyncClient(base_url=gateways[0].url))
             headers = {"x-session-id": foreign_session(2, 1)}
@@ -264,7 +283,7 @@ def test_a_client_that_leaves_a_proxied_request_frees_it_on_the_owner(text: Mode
 
 def test_an_owner_that_cannot_be_reached_costs_the_affinity_and_not_the_request(text: ModelText) -> None:
     async def talk(client: httpx.AsyncClient, served: Served) -> None:
-        served.gateway.join([served.url, "http://127.0.0.1:9"])
+        served.gateway.join({GatewayId(0): served.url, GatewayId(1): "http://127.0.0.1:9"})
         answer = await client.post(CHAT, json=BODY, headers={"x-session-id": foreign_session(2, 1)})
         assert (answer.status_code, answer.headers["x-weft-gateway"]) == (200, "0")
 
