@@ -31,6 +31,8 @@ DRAFT_TOKENS = (0, 3)
 LPX_DRAFT_TOKENS = (1, 3, 5)
 MICROBATCHES = (1, 2)
 SEQUENCES_MAX = 512
+#: What the x axis of every front says.
+INTERACTIVITY = "tokens/s for every user"
 #: Neighbouring batches differ by this factor at least.
 BATCH_RATIO = 1.12
 

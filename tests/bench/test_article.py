@@ -8,10 +8,22 @@ from typing import Any
 import pytest
 
 from bench.article import write_figures
-from bench.article.cache_claims import cache_claims
-from bench.article.caching import PLAIN, WITH_WRITES
-from bench.article.claims import ABOUT, Claim, Reading, Verdict, agreement, judged, put_in
-from bench.article.cost_claim import gain
+from bench.article.claim import ABOUT, Claim, Reading, Verdict, agreement, judged, put_in
+from bench.article.claims.caching import (
+    MIX_CACHED_TOKENS,
+    MIX_INPUT_TOKENS,
+    MIX_REQUESTS,
+    MIX_SESSIONS,
+    PLAIN,
+    WITH_WRITES,
+    cache_claims,
+)
+from bench.article.claims.cost import gain
+from bench.article.claims.gpu_afd import FAST_AFD_GAIN, gpu_afd, gpu_afd_claim
+from bench.article.claims.measured import Compared, measured_claim
+from bench.article.claims.restoring import restoring, spared
+from bench.article.claims.session import session_claims
+from bench.article.claims.speed import fastest, speed_claim
 from bench.article.fronts import (
     AFD,
     AGENTIC,
@@ -30,14 +42,8 @@ from bench.article.fronts import (
     point_at,
     relaid,
 )
-from bench.article.gpu_afd import gpu_afd, gpu_afd_claim
-from bench.article.measured import Compared, measured_claim
 from bench.article.sensitivity import crossing, leading, reach
 from bench.article.session import hit_rate, input_tokens, one_shot, read_session, run_session
-from bench.article.session_claims import session_claims
-from bench.article.sources import FAST_AFD_GAIN, MIX_CACHED_TOKENS, MIX_INPUT_TOKENS, MIX_REQUESTS, MIX_SESSIONS
-from bench.article.speed_claim import fastest, speed_claim
-from bench.article.tiers import restoring, spared
 from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import resolve
 from orchestrator.sim.bounds import infinite_cache

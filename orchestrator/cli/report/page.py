@@ -148,7 +148,7 @@ def _kind(is_prose: bool) -> str:
 def _row(row: Sequence[str], prose: Sequence[bool]) -> str:
     first, *rest = row
     cells = "".join(f"<td{_kind(is_prose)}>{_cell(cell)}</td>" for cell, is_prose in zip(rest, prose[1:], strict=True))
-    return f'<tr><th scope="row">{_cell(first)}</th>{cells}</tr>'
+    return f'<tr><th scope="row"{_kind(prose[0])}>{_cell(first)}</th>{cells}</tr>'
 
 
 def _cell(cell: str) -> str:
@@ -200,6 +200,7 @@ td { white-space: nowrap; }
 th.text, td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 td.text { min-width: 8em; }
 th[scope=row], th:first-child { text-align: left; font-weight: 500; }
+th[scope=row].text { min-width: 14em; }
 .badge { border-radius: .3rem; padding: .05rem .5rem; color: #fff; font-weight: 600; white-space: nowrap; }
 .badge.good { background: #00704f; }
 .badge.middling { background: #8a5a00; }

@@ -1,13 +1,15 @@
 """The article's claim of 400 tokens a second for a user at 400K of context: each system's fastest layout, what it hangs on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from bench.article.claims import Claim, Verdict
+from bench.article.claim import Claim, Finding, Verdict
+from bench.article.effects import effects_section
 from bench.article.fronts import (
     AFD,
     AGENTIC,
     DRAFTER,
+    INTERACTIVITY,
     RUBIN,
     WHOLE,
     Layout,
@@ -21,9 +23,20 @@ from bench.article.fronts import (
     relaid,
 )
 from bench.article.sensitivity import Sensitivity, crossing, leading, sensitivities, value_for
-from bench.article.sources import AGENTX_SPEEDS, ALL_TO_ALL_FLOOR, FUSED_KERNEL, LPX_PROJECTION
+from bench.article.sources import AGENTX_SPEEDS, LPX_PROJECTION, Source
+from bench.article.study import Study
+from orchestrator.cli.report.page import Section, Table
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import acceptance_of
+
+FUSED_KERNEL = Source(
+    "TileRT on 8 B200 with GLM-5: 340 tokens/s/user at 8K context with one request at a time and fused communication",
+    "https://inferencex.semianalysis.com/blog/ultra-high-interactivity-on-nvidia",
+)
+ALL_TO_ALL_FLOOR = Source(
+    "TensorRT-LLM on GB200: dispatch and combine of a layer's experts take about 50 us however small the batch",
+    "https://github.com/NVIDIA/TensorRT-LLM/tree/main/docs/source/blogs/tech_blog",
+)
 
 SPEED_TARGET = 400.0
 #: Systems that the claim may be about, the one without LPX first.
@@ -191,3 +204,51 @@ def _what_it_takes(one: Fastest) -> str:
     if one.slowest is not None and speed >= target:
         standing += f", and {one.slowest:.0f} with the one assumption that hurts most at its worse end"
     return f"{standing}; {target:.0f} is {' or '.join(one.ways)}" if one.ways else standing
+
+
+def find(study: Study) -> Finding:
+    """Return what the fastest layouts say."""
+    found = {system.name: one for system in FAST_SYSTEMS if (one := fastest(study.made[system], study.catalog)) is not None}
+    sections = [_speeds_section(found), *(_hangs_on(one) for one in found.values() if one.effects)]
+    effects = {f"speed, {name}": [asdict(effect) for effect in one.effects] for name, one in found.items()}
+    return Finding((speed_claim(found),), tuple(sections), {"effects": effects})
+
+
+def _speeds_section(found: Mapping[str, Fastest]) -> Section:
+    headers = (
+        "system",
+        "tokens/s",
+        "layout",
+        "undrafted",
+        "acceptance",
+        "400 at acceptance",
+        "hangs most on, acceptance aside",
+        "400 at",
+        "USD at 400",
+    )
+    rows = [
+        (
+            name,
+            f"{one.alone.tokens_per_s_per_user:.0f}",
+            one.layout.name,
+            "-" if one.undrafted is None else f"{one.undrafted.tokens_per_s_per_user:.0f}",
+            "-" if one.acceptance is None else f"{one.acceptance:g}",
+            "-" if one.acceptance_needed is None else f"{one.acceptance_needed:.2f}",
+            one.leading.name if one.leading else "-",
+            "-" if one.deciding_value is None else f"{one.deciding_value:.3g} ({'in' if one.within_range else 'out of'} range)",
+            "-" if one.at_target is None else f"{one.at_target.usd_per_million_tokens:.2f}",
+        )
+        for name, one in found.items()
+    ]
+    text = (
+        f"{model_of(RUBIN)}, {AGENTIC.context_tokens:,} tokens of context, one user on every decode node. Acceptance: the "
+        "chance that a drafted token is taken if those before it were; an assumption that every drafted speed rests on. USD: "
+        f"for a million tokens at the cheapest point at which every user still gets {SPEED_TARGET:.0f} a second.",
+    )
+    return Section("400 tokens a second at 400K context, system by system", text, table=Table(headers, rows), folded=True)
+
+
+def _hangs_on(one: Fastest) -> Section:
+    text = (f"One user a decode node, {one.layout.name}. The article states {SPEED_TARGET:.0f} and more.",)
+    heading = f"What the speed at 400K context hangs on: {one.layout.system.name}"
+    return effects_section(heading, text, one.effects, one.alone.tokens_per_s_per_user, INTERACTIVITY, "tokens/s")

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from bench.article.sources import Source
+from orchestrator.cli.report.page import Section, Tone
 
 #: What is "about" a number is within this factor of it, either way: a tenth for one who rounds, as much again for another model.
 ABOUT = 1.2
@@ -20,6 +22,14 @@ class Verdict(StrEnum):
     NOT_SUPPORTED = "not supported by public numbers"
 
 
+#: How a verdict looks at a glance.
+TONES: Mapping[Verdict, Tone] = {
+    Verdict.GIVEN: Tone.NEUTRAL,
+    Verdict.REPRODUCED: Tone.GOOD,
+    Verdict.ASSUMING: Tone.MIDDLING,
+    Verdict.NOT_REPRODUCED: Tone.BAD,
+    Verdict.NOT_SUPPORTED: Tone.BAD,
+}
 #: What the page says of each.
 MEANINGS: Mapping[Verdict, str] = {
     Verdict.GIVEN: "the session is ours, made to the article's totals; checked is only that it has them",
@@ -49,6 +59,16 @@ class Claim:
     support: tuple[Source, ...] = ()
     #: Names of the assumptions in it.
     assumptions: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one file of `claims/` has found: its claims, the page's sections behind them, and their numbers for programs."""
+
+    claims: tuple[Claim, ...]
+    sections: tuple[Section, ...] = ()
+    #: As they stand in the JSON file.
+    numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def judged(value: float, low: float, high: float, what: str, missed: Verdict = Verdict.NOT_SUPPORTED) -> tuple[Verdict, str]:

@@ -1,24 +1,80 @@
 """The article's claims about what a session finds in the cache, what that saves, and how many tokens it takes beside a chat."""
 
-from bench.article.caching import PLAIN, WITH_WRITES
-from bench.article.claims import Claim, Reading, Verdict, about, agreement, judged
-from bench.article.session import SessionRun, hit_rate, input_tokens
-from bench.article.sources import (
-    AGENTX_INPUT,
-    API_PRICES,
-    CHAT_INPUT_TOKENS,
-    CHAT_OUTPUT_TOKENS,
-    CHAT_REQUESTS,
-    CHAT_TRACE,
-    CODING_AGENTS,
-    MIX_CACHED_TOKENS,
-    MIX_INPUT_TOKENS,
-    MIX_REQUESTS,
-    MIX_SESSIONS,
-    MULTI_AGENT,
-    REAL_HIT_RATES,
+from dataclasses import dataclass
+
+from bench.article.claim import Claim, Finding, Reading, Verdict, about, agreement, judged
+from bench.article.session import SessionRun, hit_rate, input_tokens, one_shot
+from bench.article.sources import Source
+from bench.article.study import Study
+from orchestrator.sim.bounds import Bound, infinite_cache
+
+#: What a cached prompt token costs against a fresh one, and what writing one to the cache costs (five-minute lifetime).
+CACHE_READ_PRICE = 0.1
+CACHE_WRITE_PRICE = 1.25
+API_PRICES = Source(
+    "Anthropic's price list: a cache read is 0.1 of an input token, a five-minute cache write 1.25",
+    "https://platform.claude.com/docs/en/about-claude/pricing",
 )
-from orchestrator.sim.bounds import Bound
+
+#: Chat requests of an hour of Kimi: how many, and their prompt and answer tokens; counted in the published file.
+CHAT_REQUESTS, CHAT_INPUT_TOKENS, CHAT_OUTPUT_TOKENS = 12_031, 144_793_823, 4_122_048
+CHAT_TRACE = Source(
+    "an hour of Kimi chat, 12,031 requests: 12,035 prompt and 343 answer tokens each, counted in the published trace",
+    "https://github.com/kvcache-ai/Mooncake/tree/3b5a594133958449a1feaf1c9e0fc1b553e34a28/FAST25-release/traces",
+)
+MULTI_AGENT = Source(
+    "Anthropic: agents take about 4 times the tokens of a chat, multi-agent systems about 15 times",
+    "https://www.anthropic.com/engineering/multi-agent-research-system",
+)
+
+CODING_AGENTS = Source(
+    "35,339 requests of 586 Claude Code sessions: share of the prompt blocks that were seen before, counted in November 2026 in "
+    "the published traces (commits 7647c82 and 94f6046)",
+    "https://github.com/callanjfox/kv-cache-tester",
+)
+#: What those sessions find, (least, most) over the two sets of traces, by how long a block is kept after its last use.
+REAL_HIT_RATES = {
+    "with an endless cache": (0.955, 0.961),
+    "if a block is dropped after an hour without use": (0.952, 0.959),
+    "if it is dropped after five minutes": (0.912, 0.913),
+}
+#: Prompt tokens of the first 28 requests of 16 of those sessions, and how many of them an endless cache finds: counted by
+#: `orchestrator/sim/bounds.py` in `bench/data/agent_mix.jsonl.gz`, which is not shipped; a test counts again.
+MIX_SESSIONS, MIX_REQUESTS = 16, 28
+MIX_INPUT_TOKENS, MIX_CACHED_TOKENS = 34_412_246, 32_208_192
+AGENTX_INPUT = Source(
+    "SemiAnalysis AgentX: median prompt of 140K tokens, 99.2% of it could come from a cache",
+    "https://inferencex.semianalysis.com/blog/ultra-high-interactivity-on-nvidia",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CachePrices:
+    """Prices of a prompt token in units of the plain price: found in the cache, and computed (and kept)."""
+
+    read: float = CACHE_READ_PRICE
+    write: float = 1.0
+
+    def share(self, hit_rate: float) -> float:
+        """Return the bill for prompts with caching, as a share of the bill without."""
+        return self.read * hit_rate + self.write * (1.0 - hit_rate)
+
+    def saving(self, hit_rate: float) -> float:
+        """Return the share of the bill that caching saves."""
+        return 1.0 - self.share(hit_rate)
+
+    def multiple(self, hit_rate: float) -> float:
+        """Return how many times the bill would be without caching."""
+        return 1.0 / self.share(hit_rate)
+
+    def hit_rate_for(self, multiple: float) -> float:
+        """Return the hit rate at which the bill without caching is so many times the bill with it."""
+        return (self.write - 1.0 / multiple) / (self.write - self.read)
+
+
+#: As the article reckons, and with what a provider charges for keeping what was computed.
+PLAIN = CachePrices()
+WITH_WRITES = CachePrices(write=CACHE_WRITE_PRICE)
 
 HIT_BAND = (0.95, 0.98)
 #: The hit rate of the article's sums, and how far a rounded figure ("about 85%", "roughly 6x") may be off.
@@ -160,3 +216,8 @@ def _chat(run: SessionRun) -> Claim:
         f"{total / (turns * STATED_CHAT_RATIO) / 1e3:.1f}K tokens a turn; the public trace's has {chat_turn / 1e3:.1f}K.",
         support=(MULTI_AGENT, CHAT_TRACE),
     )
+
+
+def find(study: Study) -> Finding:
+    """Return the claims on hits, bill and size."""
+    return Finding(tuple(cache_claims(study.session, infinite_cache(study.turns), infinite_cache(one_shot(study.turns)))))

@@ -1,15 +1,16 @@
 """NVIDIA's projected gains of three ways to use LPX beside ours: tokens a second for each MW against VR NVL72 alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from bench.article.claims import ABOUT, Claim, Verdict
-from bench.article.cost_claim import SPEEDS, gain
+from bench.article.claim import ABOUT, Claim, Finding, Verdict
+from bench.article.claims.cost import SPEEDS, gain
 from bench.article.fronts import (
     AFD,
     AGENTIC,
     DRAFTER,
     RUBIN,
+    SYSTEMS,
     WHOLE,
     Layout,
     Point,
@@ -22,8 +23,17 @@ from bench.article.fronts import (
     relaid,
 )
 from bench.article.sensitivity import Reach, reach
-from bench.article.sources import LPX_AFD_GAIN, LPX_DRAFTER_GAIN, LPX_PAIRING, LPX_PROJECTION, LPX_WHOLE_GAIN
+from bench.article.sources import LPX_PROJECTION, Source
+from bench.article.study import Study
+from orchestrator.cli.report.page import Section, Table
 from orchestrator.profiles.catalog import Catalog
+
+#: That projection's gains over VR NVL72 alone.
+LPX_AFD_GAIN, LPX_WHOLE_GAIN, LPX_DRAFTER_GAIN = 3.0, 3.0, 5.0
+LPX_PAIRING = Source(
+    "one LPX rack of 256 chips stands beside an NVL72 of 72 GPUs; by analysts, NVIDIA has not said it",
+    "https://newsletter.semianalysis.com/p/nvidia-the-inference-kingdom-expands",
+)
 
 QUOTED: Mapping[System, float] = {AFD: LPX_AFD_GAIN, WHOLE: LPX_WHOLE_GAIN, DRAFTER: LPX_DRAFTER_GAIN}
 
@@ -149,3 +159,28 @@ def _reason(one: LpxGain) -> str:
     return (
         f"{one.system} misses {one.quoted:g}x by a factor of {factor:.1f} at its best speed, {one.best_speed:.0f}; {one.reach}."
     )
+
+
+def find(study: Study) -> Finding:
+    """Return what three ways to use LPX give for each MW."""
+    agentic = {system: study.fronts[system.name, AGENTIC.name] for system in SYSTEMS}
+    gains, bounds = lpx_gains(study.made, agentic, study.catalog), free_decode_gains(study.made[RUBIN], agentic[RUBIN])
+    numbers = {"lpx_gains": [asdict(one) for one in gains], "free_decode_gains": bounds}
+    return Finding((lpx_claim(gains, bounds),), (_section(gains, bounds),), numbers)
+
+
+def _section(gains: Sequence[LpxGain], bounds: Mapping[float, float]) -> Section:
+    """Return the gains of three ways to use LPX beside the projected ones."""
+    headers = ("tokens/s for each MW over VR NVL72's", "projected", *(f"at {speed:.0f}" for speed in SPEEDS))
+    rows: list[Sequence[str]] = [(one.system, f"about {one.quoted:g}", *_by_speed(one.by_speed)) for one in gains]
+    rows.append(("decoding for nothing, prompts on VR", "-", *_by_speed(bounds)))
+    text = (
+        f"{model_of(RUBIN)}, {AGENTIC.why}; columns are tokens/s for every user, as far as both reach it. The projection says "
+        "neither at which speed nor against which batch. Where VR alone gives out there is no ratio. The last row is what no "
+        "way to decode can beat.",
+    )
+    return Section("What LPX adds for each MW, beside NVIDIA's projection", text, table=Table(headers, rows), folded=True)
+
+
+def _by_speed(found: Mapping[float, float]) -> list[str]:
+    return [f"{found[speed]:.2f}" if speed in found else "-" for speed in SPEEDS]

@@ -1,20 +1,21 @@
 """Our model of VR and GB300 beside what AgentX measured: tokens for a dollar, tokens for a MW and top speed, each for itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from bench.article.claims import Claim, Verdict, about
-from bench.article.cost_claim import gain
+from bench.article.claim import ABOUT, Claim, Finding, Verdict, about
+from bench.article.claims.cost import gain
+from bench.article.claims.gpu_afd import AGENTX_FASTEST_GB300, AGENTX_FASTEST_VR
+from bench.article.claims.speed import Fastest, fastest
 from bench.article.fronts import CODING, GB300, RUBIN, Point, by_power, by_price, model_of
-from bench.article.sources import (
-    AGENTX_FASTEST_GB300,
-    AGENTX_FASTEST_VR,
-    AGENTX_MEASURED,
-    AGENTX_PER_DOLLAR,
-    AGENTX_PER_MW,
-    AGENTX_SPEEDS,
-)
-from bench.article.speed_claim import Fastest
+from bench.article.sources import AGENTX_MEASURED, AGENTX_SPEEDS
+from bench.article.study import Study
+from orchestrator.cli.report.page import Badge, Section, Table, Tone
+
+#: (tokens/s/user, least, most) of VR over GB300 as AgentX measured it: tokens for a dollar, tokens/s for a MW. A single number
+#: stands twice.
+AGENTX_PER_DOLLAR = ((60.0, 1.4, 3.0), (100.0, 1.4, 3.0), (200.0, 2.72, 2.72))
+AGENTX_PER_MW = ((100.0, 59.4 / 28.5, 59.4 / 21.1), (150.0, 7.2, 7.2))
 
 #: The same kind of work as AgentX's, as far as its lengths go.
 WORKLOAD = CODING
@@ -114,3 +115,31 @@ def _shifted(rows: Sequence[Compared]) -> list[str]:
         f"{GB300.name} runs out at {last.low:.0f} tokens/s/user as measured and at {last.ours:.0f} in ours, so what happens to "
         "ratios near its end comes at other speeds in ours"
     ]
+
+
+def find(study: Study) -> Finding:
+    """Return how VR and GB300 stand beside measurements."""
+    both = ((system, FASTEST_MEASURED[system.name]) for system in (RUBIN, GB300))
+    found = [fastest(study.made[system], study.catalog, WORKLOAD, speed) for system, speed in both]
+    better, baseline = (study.fronts[system.name, WORKLOAD.name] for system in (RUBIN, GB300))
+    rows = compared(better, baseline, [one for one in found if one is not None])
+    numbers = {"compared": [{**asdict(one), "holds": one.holds, "factor": one.factor} for one in rows]}
+    return Finding((measured_claim(rows),), (_section(rows),), numbers)
+
+
+def _section(found: Sequence[Compared]) -> Section:
+    """Return our VR and GB300 beside what others measured of them, number by number."""
+    headers = ("what", "measured", "ours", "ours over measured", "")
+    rows = [
+        (one.what, one.measured, *_ours(one), Badge("holds", Tone.GOOD) if one.holds else Badge("misses", Tone.BAD))
+        for one in found
+    ]
+    text = (
+        "SemiAnalysis AgentX on DeepSeek-V4-Pro against our formulas. Ours holds if it lies in a measured range, or within "
+        f"{ABOUT:g} times of a single number.",
+    )
+    return Section("The model against measurements of VR and GB300", text, table=Table(headers, rows), folded=True)
+
+
+def _ours(one: Compared) -> tuple[str, str]:
+    return "not reached" if one.ours is None else f"{one.ours:.3g}", "-" if one.factor is None else f"{one.factor:.2f}"

@@ -1,7 +1,8 @@
 """The article's claims about the shape of one coding session, beside the simulated session that was made to its totals."""
 
-from bench.article.claims import Claim, Verdict, judged, put_in
+from bench.article.claim import Claim, Finding, Verdict, judged, put_in
 from bench.article.session import SessionRun, input_tokens
+from bench.article.study import Study
 
 #: What the article states, and the bands of what is rounded to that.
 MAIN_TURNS, SUB_AGENT_REQUESTS = 58, 225
@@ -104,3 +105,8 @@ def _late_input(run: SessionRun) -> Claim:
         verdict=verdict,
         reason=f"{reason}. Sub-agents add {input_tokens(run.delegated) / 1e6:.2f}M, which the article does not count.",
     )
+
+
+def find(study: Study) -> Finding:
+    """Return the claims on the session's shape."""
+    return Finding(tuple(session_claims(study.session)))

@@ -1,15 +1,42 @@
 """The article's claim of a tenth of Blackwell's cost for a token: ratios of cost speed by speed, and what they hang on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from bench.article.claims import Claim, Verdict
-from bench.article.fronts import CODING, Layout, Merit, Point, best_at, by_price, by_throughput, points_of, relaid
+from bench.article.claim import Claim, Finding, Verdict
+from bench.article.effects import effects_section
+from bench.article.fronts import (
+    CODING,
+    GB200,
+    RUBIN,
+    WORKLOADS,
+    Layout,
+    Merit,
+    Point,
+    System,
+    best_at,
+    by_price,
+    by_throughput,
+    layouts,
+    points_of,
+    relaid,
+)
 from bench.article.sensitivity import Reach, Sensitivity, reach
-from bench.article.sources import AGENTX_MEASURED, HARDWARE_PRICES, RUBIN_CLAIM
+from bench.article.sources import AGENTX_MEASURED, HARDWARE_PRICES, Source
+from bench.article.study import Fronts, Study, fronts_of, named
+from orchestrator.cli.report.page import Section, Table
 from orchestrator.profiles.catalog import Catalog
 
+RUBIN_CLAIM = Source(
+    "NVIDIA's projection: a tenth of GB200 NVL72's cost per token, Kimi-K2-Thinking with 32K in and 8K out",
+    "https://developer.nvidia.com/blog/inside-the-nvidia-rubin-platform-six-new-chips-one-ai-supercomputer/",
+)
+
 COST_TARGET = 10.0
+#: The number of the catalogue that turns owners' cost into rental prices.
+RENTAL = {"economics.rental": 1.0}
+#: Speeds of the table under the fronts, tokens/s/user.
+TABLE_SPEEDS = (50.0, 100.0, 200.0, 400.0)
 #: Where the effects of assumptions on the ratio of costs are looked at, tokens/s/user.
 COST_SPEED = 100.0
 COST_WORKLOAD = CODING
@@ -139,3 +166,61 @@ def _ratio_numbers(basis: str, found: Mapping[str, Sequence[Ratio]]) -> dict[str
         for name, some in found.items()
         for ratio in some
     }
+
+
+def find(study: Study) -> Finding:
+    """Return what the fronts of VR and GB200 say, at owners' and at rental prices."""
+    rental = study.catalog.overridden(RENTAL)
+    owned, rented = _by_workload(study.fronts), _by_workload(fronts_of({one: layouts(one, rental) for one in (GB200, RUBIN)}))
+    better, baseline = _cheapest(study, RUBIN), _cheapest(study, GB200)
+    cost = None if better is None or baseline is None else cost_effects(better, baseline, study.catalog)
+    labelled = {**_labelled("owners' cost", owned), **_labelled("rental", rented)}
+    sections = [_front_table(study.fronts), _ratios_section(labelled), *([_hangs_on(cost)] if cost else [])]
+    numbers = {
+        "ratios": {name: [asdict(ratio) for ratio in some] for name, some in labelled.items()},
+        "effects": {"cost": [asdict(effect) for effect in cost.effects] if cost else []},
+    }
+    return Finding((cost_claim(owned, rented, cost),), tuple(sections), numbers)
+
+
+def _by_workload(fronts: Fronts) -> dict[str, list[Ratio]]:
+    """Return by workload how much cheaper VR's tokens are than GB200's."""
+    return {one.name: ratios(fronts[RUBIN.name, one.name], fronts[GB200.name, one.name]) for one in WORKLOADS}
+
+
+def _labelled(basis: str, found: Mapping[str, Sequence[Ratio]]) -> dict[str, Sequence[Ratio]]:
+    return {f"{workload}, {basis}": some for workload, some in found.items()}
+
+
+def _cheapest(study: Study, system: System) -> Layout | None:
+    """Return a system's cheapest layout where the effects of assumptions on cost are looked at; None if it is too slow."""
+    chosen = best_at(study.fronts[system.name, COST_WORKLOAD.name], COST_SPEED, by_price)
+    return None if chosen is None else named(study.made[system], chosen.layout)
+
+
+def _front_table(fronts: Fronts) -> Section:
+    headers = ("system, work", *(f"at {speed:.0f} tokens/s/user" for speed in TABLE_SPEEDS), "fastest")
+    rows: list[Sequence[str]] = []
+    for (system, workload), points in fronts.items():
+        found = [best_at(points, speed, by_price) for speed in TABLE_SPEEDS]
+        cells = ["-" if one is None else f"{one.usd_per_million_tokens:.2f} USD" for one in found]
+        fastest = max((point.tokens_per_s_per_user for point in points), default=None)
+        rows.append((f"{system}, {workload}", *cells, "does not fit" if fastest is None else f"{fastest:.0f}"))
+    return Section("USD for a million tokens at some speeds", table=Table(headers, rows), folded=True)
+
+
+def _ratios_section(found: Mapping[str, Sequence[Ratio]]) -> Section:
+    headers = ("GB200 NVL72's cost over VR NVL72's", *(f"at {speed:.0f} tokens/s/user" for speed in SPEEDS))
+    rows: list[Sequence[str]] = []
+    for name, some in found.items():
+        by_speed = {ratio.tokens_per_s_per_user: f"{ratio.price:.2f}" for ratio in some}
+        rows.append((name, *(by_speed.get(speed, "-") for speed in SPEEDS)))
+    return Section("How many times cheaper a token is", table=Table(headers, rows), folded=True)
+
+
+def _hangs_on(cost: CostEffects) -> Section:
+    text = (
+        f"GB200 NVL72's price over VR NVL72's at {COST_SPEED:.0f} tokens/s/user, {COST_WORKLOAD.name}, owners' cost, with the "
+        f"layouts kept: {cost.base:.2f}. The article states {COST_TARGET:.0f}.",
+    )
+    return effects_section("What the ratio of costs hangs on", text, cost.effects, cost.base, "times cheaper", "times cheaper")

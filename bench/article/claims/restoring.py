@@ -1,10 +1,13 @@
 """Fetching a long context back from CPU memory or context storage against computing it again, on the article's hardware."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from bench.article.fronts import RUBIN, cluster
-from bench.article.sources import STORE_RATES, RequestRates
+from bench.article.claim import Finding
+from bench.article.fronts import RUBIN, cluster, model_of
+from bench.article.sources import Source
+from bench.article.study import Study
+from orchestrator.cli.report.page import Section, Table
 from orchestrator.core.config import ConfigError, PoolConfig
 from orchestrator.core.cost.costs import prompt_seconds
 from orchestrator.core.cost.machines import Link, Machine
@@ -12,6 +15,39 @@ from orchestrator.core.cost.roofline import tier_load_seconds
 from orchestrator.core.types import PoolKind
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import machine_of, resolve
+
+CMX_PORT = Source(
+    "BlueField-4 has a port of 800 Gb/s; what one GPU gets of context memory storage is not published",
+    "https://developer.nvidia.com/blog/inside-the-nvidia-rubin-platform-six-new-chips-one-ai-supercomputer/",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRates:
+    """Requests a second that one GPU computes with their context loaded, and with it computed again."""
+
+    model: str
+    #: Built-in shape of that model; empty if its shape is not published.
+    shape: str
+    cached_tokens: int
+    new_tokens: int
+    output_tokens: int
+    loaded: float
+    computed: float
+
+
+STORE_SIMULATOR = Source(
+    "constants in a public KV-store simulator: requests a second of one GPU with the cached context loaded and with it computed "
+    "again; GPU and method are not stated there",
+    "a GitHub repository named storage-sim, read in 2026; its address was not kept",
+)
+STORE_RATES = (
+    RequestRates("DeepSeek-V3", "deepseek-v3", 131_072, 2_048, 1_000, 1.6988, 0.0956),
+    RequestRates("Kimi-K2", "kimi-k2", 131_072, 2_048, 1_000, 3.1607, 0.3558),
+    RequestRates("Kimi-K2", "kimi-k2", 204_800, 4_096, 200, 3.2222, 0.1711),
+    RequestRates("GPT-OSS-2T", "", 409_600, 4_096, 200, 2.4520, 0.0596),
+    RequestRates("Kimi-K2", "kimi-k2", 1_048_576, 4_096, 200, 0.6678, 0.0074),
+)
 
 CONTEXTS = tuple(sorted({rates.cached_tokens for rates in STORE_RATES}))
 
@@ -136,3 +172,77 @@ def _link(link: Link | None, what: str) -> Link:
     if link is None:
         raise ConfigError("hardware.chip", f"the chip of {RUBIN.file} has no {what}")
     return link
+
+
+def find(study: Study) -> Finding:
+    """Return both tables; the article states no number of them."""
+    brought, saved = restoring(study.catalog), spared(study.catalog)
+    numbers = {
+        "restoring": [{**asdict(one), "cmx_gain": one.cmx_gain} for one in brought],
+        "spared": [{**asdict(one), "stated": one.stated, "ours": one.ours} for one in saved],
+    }
+    return Finding((), (_restoring_section(brought), _spared_section(saved)), numbers)
+
+
+def _restoring_section(found: Sequence[Restoring]) -> Section:
+    headers = (
+        "context",
+        "KV, GB",
+        "from CPU memory, s",
+        "from CMX, s",
+        "computed again, s",
+        "CMX sooner by",
+        "CMX must give, GB/s",
+        "fit in CPU memory",
+        "fit in CMX",
+    )
+    rows = [
+        (
+            f"{one.context_tokens:,} tokens",
+            f"{one.size_bytes / 1e9:.1f}",
+            f"{one.cpu_s:.3f}",
+            f"{one.cmx_s:.2f}",
+            f"{one.recompute_s:.2f}",
+            f"{one.cmx_gain:.0f} times",
+            f"{one.cmx_bytes_per_s_least / 1e9:.2f}",
+            f"{one.cpu_contexts:,}",
+            f"{one.cmx_contexts:,}",
+        )
+        for one in found
+    ]
+    text = (
+        f"{model_of(RUBIN)} with an FP8 cache on one prefill GPU of {RUBIN.name}, nothing else running. What CMX must give is "
+        "the rate at which fetching takes as long as computing: anything faster wins. The last columns count contexts of that "
+        "length in one GPU's part of either tier.",
+        f"{CMX_PORT.text} ({CMX_PORT.url}); the rate used is the assumption cmx.bytes_per_s.",
+    )
+    return Section("Fetching a context back or computing it again", text, table=Table(headers, rows), folded=True)
+
+
+def _spared_section(found: Sequence[Spared]) -> Section:
+    """Return how much work a loaded context spares a GPU in another simulator and here."""
+    headers = (
+        "model, cached + new tokens",
+        "theirs, loaded over computed",
+        "ours, loading free",
+        "ours, waiting for CMX",
+        "ours is of",
+    )
+    rows = [
+        (
+            f"{one.theirs.model}, {one.theirs.cached_tokens:,} + {one.theirs.new_tokens:,}",
+            f"{one.stated:.1f}",
+            f"{one.ours:.1f}",
+            f"{one.ours_waiting:.1f}",
+            one.shape,
+        )
+        for one in found
+    ]
+    answers = [one.theirs.output_tokens for one in found]
+    text = (
+        f"How many times the requests a GPU computes if it need not compute the cached context. Theirs: {STORE_SIMULATOR.text} "
+        f"({STORE_SIMULATOR.url}); their answers of {min(answers):,} to {max(answers):,} tokens may be in it. Ours: seconds of "
+        "a prefill GPU for the whole prompt over those for its new tokens alone, and over those with the GPU idle until CMX "
+        "has delivered; answers are not in it.",
+    )
+    return Section("What a loaded context spares, beside another simulator", text, table=Table(headers, rows), folded=True)
