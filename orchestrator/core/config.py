@@ -56,7 +56,8 @@ class ClusterSettings:
 
     #: Shown in `weft status` and in metrics.
     name: str = "weft"
-    #: Keys block hashes, so that nobody outside can forge one. Empty: a random one at each start.
+    #: Keys block hashes, so that nobody outside can forge one; or where it is, on each host: env:NAME or file:PATH. Empty: a
+    #: random one at each start.
     secret: str = ""
     #: Seconds a node may be unreachable before all it did is given up.
     node_lost_s: float = 3.0
@@ -75,7 +76,7 @@ class ClusterSettings:
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """[[gateway.api_keys]]: a bearer token and the tenant it stands for."""
+    """[[gateway.api_keys]]: a bearer token, or where it is (env:NAME or file:PATH), and the tenant it stands for."""
 
     key: str
     tenant: str

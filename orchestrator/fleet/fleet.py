@@ -36,6 +36,7 @@ from orchestrator.core.types import GatewayId, NodeId, PoolName
 from orchestrator.fleet.loops import LoopThread, serve_long
 from orchestrator.fleet.members import Member, State, bundles_of, fits_nowhere, members_of, pools_by_node, unplaceable
 from orchestrator.live.front import Front, FrontAddress, Membership, NodePlace
+from orchestrator.live.secret import with_secrets
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
@@ -127,6 +128,7 @@ class NodeProcess:
         """Open the engine and serve; once it serves, only say where."""
         if self._address is not None:
             return self._address
+        self._config = with_secrets(self._config)
         folder = model_folder(self._config, self._pool.model)
         name = fingerprint(folder)
         self._address = NodeAddress(self._loop.run(self._serve(folder)), name)
@@ -174,6 +176,7 @@ class GatewayProcess:
         """Read the models' text sides and serve; once it serves, only say where."""
         if self._address is not None:
             return self._address
+        self._config = with_secrets(self._config)
         folders = {model: model_folder(self._config, model) for model in self._config.models}
         names = {model: fingerprint(folder) for model, folder in folders.items()}
         self._address = self._loop.run(self._serve(folders, names))

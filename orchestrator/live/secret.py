@@ -1,0 +1,66 @@
+"""Where secrets of a cluster file really are: in the file itself, in the environment (`env:NAME`) or in a file (`file:PATH`).
+
+Each process of the cluster looks on its own host, so that a secret that is only named in the cluster file is never sent anywhere:
+not to a ConfigMap, a command line, a log, or Ray's tables.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.core.config import ClusterConfig, ConfigError
+
+ENVIRONMENT = "env:"
+FILE = "file:"
+#: A file that is longer holds no secret.
+_BYTES_MAX = 1 << 16
+
+
+def is_named(text: str) -> bool:
+    """Return whether a text of the cluster file says where a secret is, instead of being it."""
+    return text.startswith((ENVIRONMENT, FILE))
+
+
+def reveal(text: str, where: str) -> str:
+    """Return the secret that a text of the cluster file is or names; line ends around that of a file are none of it.
+
+    Args:
+        text: the value of the field.
+        where: the field, such as `cluster.secret`.
+
+    Raises:
+        ConfigError: it is not to be found, or empty; the message does not contain it.
+    """
+    if text.startswith(ENVIRONMENT):
+        found = os.environ.get(text.removeprefix(ENVIRONMENT), "")
+    elif text.startswith(FILE):
+        found = _content(Path(text.removeprefix(FILE)), where).strip("\r\n")
+    else:
+        return text
+    if not found:
+        raise ConfigError(where, f"{text} is {'not set' if text.startswith(ENVIRONMENT) else 'empty'} on this host")
+    return found
+
+
+def with_secrets(config: ClusterConfig) -> ClusterConfig:
+    """Return a configuration with what its secrets name in their places. Raises `ConfigError`."""
+    secret = reveal(config.cluster.secret, "cluster.secret")
+    keys = tuple(
+        replace(entry, key=reveal(entry.key, f"gateway.api_keys[{index}].key"))
+        for index, entry in enumerate(config.gateway.api_keys)
+    )
+    return replace(config, cluster=replace(config.cluster, secret=secret), gateway=replace(config.gateway, api_keys=keys))
+
+
+def _content(path: Path, where: str) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(where, f"{FILE}{path}: {error.strerror}") from None
+    if len(content) > _BYTES_MAX:
+        raise ConfigError(where, f"{FILE}{path}: more than {_BYTES_MAX} bytes are no secret")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(where, f"{FILE}{path}: is not UTF-8 text") from None

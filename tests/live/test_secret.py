@@ -1,0 +1,50 @@
+"""Secrets that a cluster file names instead of holding them."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, ConfigError, GatewayConfig, PoolConfig
+from orchestrator.core.types import PoolKind
+from orchestrator.live.secret import reveal, with_secrets
+
+
+def test_a_secret_is_in_the_file_the_environment_or_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_TEST_KEY", "from the environment")
+    (tmp_path / "secret").write_text("from a file\n")
+    assert reveal("as it stands: env:WEFT_TEST_KEY", "x") == "as it stands: env:WEFT_TEST_KEY"
+    assert reveal("env:WEFT_TEST_KEY", "x") == "from the environment"
+    assert reveal(f"file:{tmp_path}/secret", "x") == "from a file"
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "problem"),
+    [
+        ("env:WEFT_TEST_NOT_THERE", None, "env:WEFT_TEST_NOT_THERE is not set on this host"),
+        ("env:", None, "env: is not set on this host"),
+        ("file:{folder}/none", None, "No such file or directory"),
+        ("file:{folder}", None, "Is a directory"),
+        ("file:{folder}/secret", b"\n", "is empty on this host"),
+        ("file:{folder}/secret", b"\xff\xfe", "is not UTF-8 text"),
+        ("file:{folder}/secret", b"x" * 70000, "are no secret"),
+    ],
+)
+def test_a_secret_that_is_not_there_is_told_by_its_field(tmp_path: Path, text: str, content: bytes | None, problem: str) -> None:
+    if content is not None:
+        (tmp_path / "secret").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        reveal(text.format(folder=tmp_path), "cluster.secret")
+    assert caught.value.where == "cluster.secret"
+    assert problem in caught.value.problem
+
+
+def test_all_secrets_of_a_cluster_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_TEST_KEY", "k")
+    config = ClusterConfig(
+        ClusterSettings(secret="env:WEFT_TEST_KEY"),
+        GatewayConfig(api_keys=(ApiKey("plain", "a"), ApiKey("env:WEFT_TEST_KEY", "b"))),
+        pools=(PoolConfig("pool", PoolKind.AGGREGATED),),
+    )
+    found = with_secrets(config)
+    assert found.cluster.secret == "k"
+    assert [entry.key for entry in found.gateway.api_keys] == ["plain", "k"]
