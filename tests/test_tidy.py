@@ -122,3 +122,20 @@ def test_the_committed_stubs_are_what_the_proto_files_give(tmp_path: Path) -> No
     made = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*_pb2*") if path.is_file()}
     assert made
     assert {name: (ROOT / name).read_text() for name in made} == made, "run `make proto`"
+
+
+def dead_links(readme: Path, text: str) -> list[str]:
+    """Return the relative links of a page that lead nowhere."""
+    found = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    return [link for link in found if "://" not in link and not (readme.parent / link).exists()]
+
+
+@pytest.mark.parametrize(
+    "readme", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/README.md")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_lead_somewhere(readme: Path) -> None:
+    assert dead_links(readme, readme.read_text()) == []
+
+
+def test_canary_a_dead_link_is_noticed() -> None:
+    assert dead_links(ROOT / "README.md", "[a](gone.md) [b](README.md#part) [c](https://example.org)") == ["gone.md"]
