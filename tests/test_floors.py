@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("orchestrator", "workers", "bench")
 
@@ -22,12 +24,35 @@ def test_every_import_contract_is_kept() -> None:
     assert report.returncode == 0, report.stdout + report.stderr
 
 
-def test_canary_a_clock_in_the_core_and_an_unplaced_file_are_noticed(tmp_path: Path) -> None:
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "orchestrator" / "core" / "stray.py").write_text('"""Has no place."""\n\nimport time\n\nNOW = time.time()\n')
-    report = lint(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("machine", ["cluster", "node", "cost"])
+def test_canary_a_clock_in_the_core_is_noticed(tree: Path, machine: str) -> None:
+    (tree / "orchestrator" / "core" / machine / "__init__.py").write_text(
+        '"""Has a clock."""\n\nimport time\n\nNOW = time.time()\n'
+    )
+    report = lint(tree)
     assert report.returncode == 1
-    assert "orchestrator.core.stray -> time" in report.stdout
-    assert "missing layers" in report.stdout.lower() or "stray" in report.stdout
+    assert f"orchestrator.core.{machine} -> time" in report.stdout
+
+
+@pytest.mark.parametrize("folder", ["orchestrator", "orchestrator/core", "orchestrator/core/cluster", "orchestrator/core/cost"])
+def test_canary_a_file_without_a_layer_is_noticed(tree: Path, folder: str) -> None:
+    (tree / folder / "stray.py").write_text('"""Imports nothing and is imported by nobody."""\n')
+    report = lint(tree)
+    assert report.returncode == 1
+    assert f"{folder.replace('/', '.')}.stray" in report.stdout
+
+
+def test_canary_an_import_that_goes_up_is_noticed(tree: Path) -> None:
+    path = tree / "orchestrator" / "wire" / "codec.py"
+    path.write_text(path.read_text() + "\nimport orchestrator.live.driver  # noqa\n")
+    report = lint(tree)
+    assert report.returncode == 1
+    assert "orchestrator.wire.codec -> orchestrator.live.driver" in report.stdout
