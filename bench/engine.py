@@ -99,7 +99,7 @@ def ours(directory: Path) -> Contender:
     def run(prompts: list[list[int]]) -> tuple[float, float]:
         requests = [RequestId(number) for number in range(len(prompts))]
         for request, prompt in zip(requests, prompts, strict=True):
-            engine.add(request, array("I", prompt), SamplingParams(ignore_eos=True))
+            engine.add(request, array("I", prompt), SamplingParams())
         tables = [tuple(BlockId(request * blocks_each + place) for place in range(blocks_each)) for request in requests]
         began = time.perf_counter()
         slices = [Slice(request, 0, len(prompts[request]), 0, tables[request], True) for request in requests]

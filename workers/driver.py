@@ -506,7 +506,6 @@ def sampling_params(sampling: node_pb2.Sampling) -> SamplingParams:
         frequency_penalty=sampling.frequency_penalty,
         seed=sampling.seed if sampling.HasField("seed") else None,
         stop_token_ids=tuple(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         logit_bias=dict(sampling.logit_bias),
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from orchestrator.core.config import shown
-from orchestrator.core.cost.shapes import Latent, ModelShape
+from orchestrator.core.cost.shapes import Latent, ModelShape, context_tokens_of
 
 
 class ShapeError(ValueError):
@@ -40,6 +40,10 @@ class _Fields:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
+
+    @property
+    def all(self) -> Mapping[str, Any]:
+        return self._values
 
     def has(self, name: str) -> bool:
         """Tell whether a field is there and means something."""
@@ -117,7 +121,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
         heads=heads,
         kv_heads=values.positive("num_key_value_heads", heads),
         head_dim=values.positive("head_dim", hidden // heads),
-        context_tokens_max=values.positive("max_position_embeddings"),
+        context_tokens_max=context_tokens_of(values.positive("max_position_embeddings"), values.all),
         latent=_latent(values),
         windowed_layers=windowed,
         window_tokens=window,

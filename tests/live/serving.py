@@ -156,7 +156,7 @@ def turn(tokens: Sequence[int], output_tokens: int, sampling: node_pb2.Sampling 
         ModelName("default"),
         TenantId("t"),
         prompt,
-        sampling or node_pb2.Sampling(ignore_eos=True),
+        sampling or node_pb2.Sampling(),
         output_tokens_max=output_tokens,
     )
 

@@ -100,7 +100,7 @@ def test_stop_tokens_and_logprobs_come_through(model_dir: Path) -> None:
         async with cluster(together("eager"), model_dir) as served:
             plain = await finish(served.driver.start(turn(range(30), 8)))
             stop = plain.tokens[3]
-            sampling = node_pb2.Sampling(ignore_eos=True, stop_token_ids=[stop], logprobs=2)
+            sampling = node_pb2.Sampling(stop_token_ids=[stop], logprobs=2)
             delta = await finish(served.driver.start(turn(range(30), 8, sampling)))
             assert delta.finish is FinishReason.STOP
             assert delta.tokens == plain.tokens[: plain.tokens.index(stop) + 1]

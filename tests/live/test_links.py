@@ -135,7 +135,7 @@ class Linked:
                 hashes=b"".join(prompt.hashes),
                 hash_root=prompt.hash_root,
                 output_tokens_max=output_tokens,
-                sampling=node_pb2.Sampling(ignore_eos=True),
+                sampling=node_pb2.Sampling(),
             )
         )
 

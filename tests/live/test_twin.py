@@ -248,7 +248,7 @@ def asked(turn: TracedTurn, prompts: Prompts) -> Turn:
         ModelName("default"),
         TenantId("default"),
         Prompt(tokens, turn.input_tokens, tuple(map(hashed, prompts.of(turn))), BlockHash(bytes(16))),
-        node_pb2.Sampling(ignore_eos=True),
+        node_pb2.Sampling(),
         output_tokens_max=turn.output_tokens,
         session=SessionId(f"{turn.session}/{turn.agent}"),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from orchestrator.core.config import EngineConfig
 from tests.builders import some
@@ -106,8 +107,18 @@ def test_the_default_model_is_made_once_however_many_ask(tmp_path: Path, monkeyp
         ({"hidden_act": "gelu"}, "hidden_act: must be silu, is 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints are not supported"),
         ({"use_sliding_window": True}, "sliding windows are not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type must be default, linear or llama3, is 'yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "low_freq_factor is missing"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope_type must be default, linear, dynamic, llama3 or yarn, is 'longrope'",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "rope_scaling: low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor must be a number over 0, is '4'"),
+        ({"rope_scaling": ["yarn"]}, r"rope_scaling: must be an object, is \['yarn'\]"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: must be 1.0, is 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "must be full_attention throughout"),
+        ({"num_hidden_layers": 1.5}, "must be a whole number of 1 or more, is 1.5"),
+        ({"attention_bias": True}, "tensor model.layers.0.self_attn.q_proj.bias is missing"),
         ({"hidden_size": 64}, r"must have shape \(300, 64\), has \(300, 32\)"),
         ({"num_hidden_layers": 2}, "tensor model.layers.1.input_layernorm.weight is missing"),
     ],
@@ -116,6 +127,38 @@ def test_unusable_configurations_are_refused(small: Path, changes: dict[str, obj
     change_config(small, **changes)
     with pytest.raises(CheckpointError, match=problem):
         EagerEngine(small, EngineConfig(device="cpu", blocks=4), 1, 16)
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.mlp.up_proj.weight", "visual.patch"])
+def test_tensors_that_no_part_of_the_model_reads_are_named(small: Path, extra: str) -> None:
+    tensors = load_file(small / "model.safetensors") | {extra: torch.zeros(2)}
+    save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"1 tensors are no part of the model in config.json: {extra}"):
+        EagerEngine(small, EngineConfig(device="cpu", blocks=4), 1, 16)
+
+
+def test_tensors_that_follow_from_config_json_may_be_there(small: Path) -> None:
+    derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    save_file(load_file(small / "model.safetensors") | derived, small / "model.safetensors", metadata={"format": "pt"})
+    EagerEngine(small, EngineConfig(device="cpu", blocks=4), 1, 16).close()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions", "limit"),
+    [
+        (None, 2048, 2048),
+        ({"rope_type": "linear", "factor": 4.0}, 2048, 2048),
+        ({"rope_type": "dynamic", "factor": 4.0}, 2048, 2048),  # beyond, keys hang on what comes after them
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072, 131072),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 40960, 131072),  # Qwen3's cards
+        ({"type": "yarn", "factor": 4.0}, 32768, 131072),
+    ],
+)
+def test_contexts_are_as_long_as_their_rotations_reach(
+    small: Path, scaling: dict[str, Any] | None, positions: int, limit: int
+) -> None:
+    change_config(small, rope_scaling=scaling, max_position_embeddings=positions)
+    assert read_shape(small).context_tokens_max == limit
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sequence(sampling: SamplingParams, prompt: tuple[int, ...] = (1, 2, 3)) -> TokenSequence:
-    return TokenSequence(array("I", prompt), sampling, (0,), 1 << 20)
+    return TokenSequence(array("I", prompt), sampling, 1 << 20)
 
 
 def drawn(logits: list[float], sampling: SamplingParams, draws: int = 400) -> dict[int, int]:
@@ -140,7 +140,7 @@ def test_a_broken_weight_fails_only_who_uses_it(model_dir: Path, tmp_path: Path)
     tensors["model.embed_tokens.weight"][77] = math.nan
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     broken, sound = EagerEngine(tmp_path, CONFIG, 8, 256), EagerEngine(model_dir, CONFIG, 8, 256)
-    greedy = SamplingParams(ignore_eos=True)
+    greedy = SamplingParams()
     good, bad = array("I", [5, 6, 7]), array("I", [5, 77, 7, *range(40)])
     for engine in (broken, sound):
         engine.add(RequestId(1), good, greedy)
@@ -184,7 +184,7 @@ def test_contexts_of_very_different_length_share_a_step(model_dir: Path) -> None
     first: list[tuple[int, ...]] = []
     taken = 0
     for number, length in enumerate(lengths):
-        engine.add(RequestId(number), array("I", [source.randrange(500) for _ in range(length)]), SamplingParams(ignore_eos=True))
+        engine.add(RequestId(number), array("I", [source.randrange(500) for _ in range(length)]), SamplingParams())
         count = length // 16 + 1
         tables.append(tuple(BlockId(block) for block in range(taken, taken + count)))
         taken += count
@@ -201,7 +201,7 @@ def test_bfloat16_runs_and_agrees_with_itself(model_dir: Path) -> None:
     assert engine.description.block_bytes * 2 == EagerEngine(model_dir, CONFIG, 8, 256).description.block_bytes
     found: list[tuple[int, ...]] = []
     for number in range(2):
-        engine.add(RequestId(number), array("I", range(40)), SamplingParams(ignore_eos=True))
+        engine.add(RequestId(number), array("I", range(40)), SamplingParams())
         blocks = tuple(BlockId(4 * number + place) for place in range(3))
         engine.step([Slice(RequestId(number), 0, 40, 0, blocks, True)])
         found.append(engine.step([Slice(RequestId(number), 40, 1, 0, (), True)])[0].tokens)
@@ -234,7 +234,7 @@ def test_cuda_writes_the_same_tokens(model_dir: Path) -> None:
     for device in ("cpu", "cuda"):
         config = EngineConfig(device=device, dtype="float32", block_tokens=16, blocks=64)
         engine = EagerEngine(model_dir, config, 8, 256)
-        engine.add(RequestId(1), array("I", range(40)), SamplingParams(ignore_eos=True))
+        engine.add(RequestId(1), array("I", range(40)), SamplingParams())
         blocks = tuple(BlockId(place) for place in range(4))
         tokens = list(engine.step([Slice(RequestId(1), 0, 40, 0, blocks, True)])[0].tokens)
         while len(tokens) < 20:

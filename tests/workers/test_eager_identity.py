@@ -26,7 +26,7 @@ from workers.engines.eager import EagerEngine
 BLOCK_TOKENS = 16
 #: Of the tests' checkpoints: ordinary tokens are below.
 VOCABULARY = 512
-GREEDY = SamplingParams(ignore_eos=True)
+GREEDY = SamplingParams()
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
@@ -36,7 +36,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-#: Family, overrides of the checkpoint, changes to config.json.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+#: Family, overrides of the checkpoint, changes to config.json; None takes a field away.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "qwen3": ("qwen3", {}, {}),
@@ -50,6 +51,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3-wide-heads": ("qwen3", {"layers": 2, "head_dim": 64, "heads": 8, "kv_heads": 1}, {}),
     "moe-many-experts": ("qwen3_moe", {"layers": 2, "experts": 32, "experts_per_token": 4, "moe_intermediate": 96}, {}),
     "moe-raw-weights": ("qwen3_moe", {"layers": 2}, {"norm_topk_prob": False}),
+    "llama-mlp-bias": ("llama", {"layers": 2}, {"mlp_bias": True}),
+    "llama-attention-bias": ("llama", {"layers": 2}, {"attention_bias": True}),
+    "llama-all-biases": ("llama", {"layers": 2}, {"attention_bias": True, "mlp_bias": True}),
+    "qwen3-attention-bias": ("qwen3", {"layers": 2}, {"attention_bias": True}),
+    "moe-attention-bias": ("qwen3_moe", {"layers": 2}, {"attention_bias": True}),
+    "qwen3-yarn": ("qwen3", {"layers": 2}, {"rope_scaling": YARN, "max_position_embeddings": 1024}),
+    "llama-yarn-untruncated": ("llama", {"layers": 2}, {"rope_parameters": YARN | {"truncate": False, "beta_fast": 16}}),
+    "llama-yarn-stated-factor": ("llama", {"layers": 2}, {"rope_parameters": YARN | {"attention_factor": 1.5}}),
+    "llama-yarn-mscale": ("llama", {"layers": 2}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "llama-dynamic-rope": ("llama", {"layers": 2}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "moe-local-experts": ("qwen3_moe", {"layers": 2}, {"num_local_experts": 8, "num_experts": None}),
+    "qwen3-unsaid-head-dim": ("qwen3", {"layers": 2, "head_dim": 128}, {"head_dim": None}),
+    "llama-unsaid-head-dim": ("llama", {"layers": 2}, {"head_dim": None}),
 }
 
 
@@ -59,9 +73,23 @@ def load(directory: Path, variant: str) -> tuple[Path, Oracle]:
     path = directory / variant
     create_checkpoint(path, family, 11, **overrides)
     config = path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    changed = json.loads(config.read_text()) | changes
+    config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+    for switch, part in (("attention_bias", "self_attn"), ("mlp_bias", "mlp")):
+        if changes.get(switch):
+            add_biases(path / "model.safetensors", part)
     torch.set_num_threads(1)
     return path, oracle(path)
+
+
+def add_biases(path: Path, part: str) -> None:
+    """Give every product in a part of each layer a bias."""
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in list(tensors.items()):
+        if f".{part}." in name and name.endswith("_proj.weight"):
+            tensors[name.replace(".weight", ".bias")] = 0.5 * torch.randn(len(weight), generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def without_ties(generate: Oracle, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -22,7 +22,7 @@ from workers.engines.profiled import ProfiledEngine
 
 BLOCK_TOKENS = 16
 BLOCKS = 96
-GREEDY = SamplingParams(ignore_eos=True)
+GREEDY = SamplingParams()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,6 @@ def test_description_agrees_with_configuration(engine: Engine) -> None:
     assert (known.blocks, known.block_tokens, known.vocabulary) == (BLOCKS, BLOCK_TOKENS, 512)
     assert known.block_bytes > 0
     assert known.context_tokens_max >= 131072
-    assert known.eos_token_ids == (511, 509)
     assert known.computes == isinstance(engine, EagerEngine)
     assert engine.pool is not None
     assert engine.pool.nbytes >= known.blocks * known.block_bytes
@@ -225,9 +224,9 @@ def test_forgotten_requests_leave_nothing_behind(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        SamplingParams(temperature=1.0, seed=5, ignore_eos=True),
-        SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.01, seed=5, ignore_eos=True),
-        SamplingParams(temperature=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=2**63, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=5),
+        SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.01, seed=5),
+        SamplingParams(temperature=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=2**63),
     ],
 )
 def test_a_seed_fixes_the_output(engine: Engine, sampling: SamplingParams) -> None:
@@ -247,13 +246,13 @@ def test_a_seed_fixes_the_output(engine: Engine, sampling: SamplingParams) -> No
 def test_stop_tokens_end_a_sequence_and_are_included(engine: Engine) -> None:
     tokens = prompt(13, 20)
     free = generate(engine, 1, tokens, 8)
-    stopped = generate(engine, 1, tokens, 8, SamplingParams(stop_token_ids=(free[3],), ignore_eos=True))
+    stopped = generate(engine, 1, tokens, 8, SamplingParams(stop_token_ids=(free[3],)))
     assert stopped == free[: free.index(free[3]) + 1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_logprobs_have_the_shape_asked_for(engine: Engine, count: int) -> None:
-    engine.add(RequestId(1), prompt(14, 20), SamplingParams(logprobs=count, ignore_eos=True))
+    engine.add(RequestId(1), prompt(14, 20), SamplingParams(logprobs=count))
     output = prefill(engine, 1, 20, blocks_for(21), 256)
     [report] = output.logprobs
     assert report.logprob <= 0

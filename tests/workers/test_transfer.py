@@ -35,7 +35,7 @@ SOURCE = NodeId("prefill-0")
 REQUEST = RequestId(7)
 HASHES = tuple(BlockHash(os.urandom(16)) for _ in range(6))
 HOST = host_id()
-DESCRIPTION = EngineDescription(BLOCKS, BLOCK_TOKENS, BLOCK_BYTES, 256, 64, (), "weights", "cpu", True)
+DESCRIPTION = EngineDescription(BLOCKS, BLOCK_TOKENS, BLOCK_BYTES, 256, 64, "weights", "cpu", True)
 
 
 class PoolEngine:

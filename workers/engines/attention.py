@@ -6,13 +6,13 @@ from torch.nn import functional
 
 from workers.engines.batch import DecodeGroup, PromptChunk, StepBatch
 from workers.engines.kvpool import KvPool
-from workers.engines.shape import ModelShape
+from workers.engines.shape import Architecture
 
 #: Entries of the mask of one piece of a prompt chunk: chunks after a long context are attended in pieces of so many rows.
 MASK_ENTRIES_MAX = 1 << 24
 
 
-def attend(rows: Tensor, batch: StepBatch, pool: KvPool, layer: int, shape: ModelShape) -> Tensor:
+def attend(rows: Tensor, batch: StepBatch, pool: KvPool, layer: int, shape: Architecture) -> Tensor:
     """Return [rows, heads x head dimension]; `rows` holds queries, keys and values side by side, rotated and stored."""
     if len(batch.decodes) == 1 and batch.decodes[0].count == batch.rows:
         return _decode(rows, batch.decodes[0], pool, layer, shape)
@@ -24,7 +24,7 @@ def attend(rows: Tensor, batch: StepBatch, pool: KvPool, layer: int, shape: Mode
     return attended
 
 
-def _decode(rows: Tensor, group: DecodeGroup, pool: KvPool, layer: int, shape: ModelShape) -> Tensor:
+def _decode(rows: Tensor, group: DecodeGroup, pool: KvPool, layer: int, shape: Architecture) -> Tensor:
     """Attend one query token of each sequence of a group: [count, heads x head dimension].
 
     The query heads that share a KV head are the rows of one small matrix, so keys and values are never repeated.
@@ -40,7 +40,7 @@ def _decode(rows: Tensor, group: DecodeGroup, pool: KvPool, layer: int, shape: M
     return torch.bmm(scores.softmax(-1), values).view(group.count, -1)
 
 
-def _attend_chunk(rows: Tensor, chunk: PromptChunk, pool: KvPool, layer: int, shape: ModelShape, attended: Tensor) -> None:
+def _attend_chunk(rows: Tensor, chunk: PromptChunk, pool: KvPool, layer: int, shape: Architecture, attended: Tensor) -> None:
     """Attend a run of one sequence's tokens; writes its part of `attended`."""
     heads = rows.view(chunk.count, -1, shape.head_dim).transpose(0, 1).unsqueeze(0)
     queries = heads[:, : shape.heads]

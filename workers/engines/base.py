@@ -27,8 +27,6 @@ class EngineDescription:
     vocabulary: int
     #: Longest prompt plus output, tokens.
     context_tokens_max: int
-    #: Token ids that end a sequence unless the request says to ignore them.
-    eos_token_ids: tuple[int, ...]
     #: Names weights, dtype-independent; nodes of one model must agree, since blocks are exchanged.
     fingerprint: str
     #: cpu, cuda:0, or none.
@@ -50,8 +48,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     #: Same seed, prompt and parameters give the same tokens, whatever else is in the batch; None draws a fresh one.
     seed: int | None = None
+    #: Tokens that end the sequence: who asks knows the checkpoint's own ends (a chat has others than a completion).
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
     #: Report the sampled token's log probability and those of this many most likely tokens; None: not at all.
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=lambda: {})

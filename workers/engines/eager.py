@@ -21,7 +21,7 @@ from workers.engines.linear import rows_min
 from workers.engines.models import Model
 from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
-from workers.engines.shape import ModelShape, read_shape
+from workers.engines.shape import Architecture, read_shape
 from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
@@ -78,7 +78,6 @@ class EagerEngine:
             block_bytes=self._pool.block_bytes,
             vocabulary=shape.vocabulary,
             context_tokens_max=context,
-            eos_token_ids=shape.eos_token_ids,
             fingerprint=fingerprint(model_dir),
             device=str(device),
             computes=True,
@@ -91,7 +90,7 @@ class EagerEngine:
     def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
         known = self.description
-        self._sequences[request] = TokenSequence(tokens, sampling, known.eos_token_ids, known.vocabulary)
+        self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary)
 
     def forget(self, request: RequestId) -> None:
         self._sequences.pop(request, None)
@@ -154,21 +153,21 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _context(config: EngineConfig, shape: ModelShape) -> int:
+def _context(config: EngineConfig, shape: Architecture) -> int:
     limit = shape.context_tokens_max
     if config.context_tokens_max > limit:
         raise ConfigError("engine.context_tokens_max", f"must be at most the model's {limit}, is {config.context_tokens_max}")
     return config.context_tokens_max or limit
 
 
-def _row_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     """Return an upper estimate of the bytes of activations that one token of a step needs at a time."""
     widest = 2 * max(shape.intermediate, shape.queries_width + 2 * shape.keys_width)
     return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
 
 
 def _blocks(
-    config: EngineConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device, tokens_max: int, reserve: int
+    config: EngineConfig, shape: Architecture, dtype: torch.dtype, device: torch.device, tokens_max: int, reserve: int
 ) -> int:
     """Return how many blocks fit into the share of free memory that the engine may take, at most what it can use."""
     size = block_bytes(shape.layers, shape.kv_heads, config.block_tokens, shape.head_dim, dtype)

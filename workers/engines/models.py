@@ -20,17 +20,19 @@ from workers.engines.batch import StepBatch
 from workers.engines.experts import ExpertMlp
 from workers.engines.kvpool import KvPool
 from workers.engines.linear import Linear, make_linear
-from workers.engines.shape import ModelShape, Rope
+from workers.engines.shape import Architecture, Llama3Rope, Rope, YarnRope
 from workers.engines.weights import Weights
 
 #: Positions whose rotations are computed at first; doubled whenever a longer context comes.
 ROTATIONS_MIN = 4096
+#: The two products that are computed as one.
+GATE_UP = ("gate_proj", "up_proj")
 
 
 class Model:
     """One loaded model: tokens in, logits out."""
 
-    def __init__(self, weights: Weights, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weights: Weights, shape: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         loader = _Loader(weights, shape, dtype, device)
         embedding = weights.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
@@ -42,6 +44,7 @@ class Model:
         self._head = make_linear(_scaled(head, gain), None, dtype, device)
         self._row_operations = _row_operations(shape)
         self._rotations = _Rotations(shape.rope, shape.head_dim, device)
+        weights.check_all_taken()
 
     @property
     def row_operations(self) -> int:
@@ -60,7 +63,7 @@ class Model:
         return self._head(self._norm(state)) if len(state) else None
 
 
-def _row_operations(shape: ModelShape) -> int:
+def _row_operations(shape: Architecture) -> int:
     """Return the weights that one token is multiplied with in all layers."""
     attention = 2 * (shape.queries_width + shape.keys_width) * shape.hidden
     mlp = 3 * shape.hidden * shape.intermediate
@@ -93,6 +96,7 @@ class _Rotations:
 
     def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
         self._frequencies = _frequencies(rope, head_dim).to(device)
+        self._amplitude = rope.way.amplitude if isinstance(rope.way, YarnRope) else 1.0
         self._table = torch.empty(0, head_dim // 2, dtype=torch.complex64, device=device)
 
     def at(self, positions: Tensor, highest: int) -> Tensor:
@@ -100,7 +104,7 @@ class _Rotations:
         if highest >= len(self._table):
             count = max(ROTATIONS_MIN, 1 << highest.bit_length())
             angles = torch.arange(count, dtype=torch.float32, device=positions.device)[:, None] * self._frequencies
-            self._table = torch.complex(angles.cos(), angles.sin())
+            self._table = torch.complex(angles.cos(), angles.sin()) * self._amplitude
         return self._table.index_select(0, positions).unsqueeze(1)
 
 
@@ -108,15 +112,20 @@ def _frequencies(rope: Rope, head_dim: int) -> Tensor:
     """Return the angle per position of each pair of dimensions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / (rope.theta**exponents)
-    if rope.low_frequency_factor is None or rope.high_frequency_factor is None or rope.original_context_tokens is None:
-        return plain / rope.factor
-    low, high, original = rope.low_frequency_factor, rope.high_frequency_factor, rope.original_context_tokens
-    wavelengths = 2 * math.pi / plain
-    smooth = (original / wavelengths - low) / (high - low)
-    blended = (1 - smooth) * plain / rope.factor + smooth * plain
-    stretched = torch.where(wavelengths > original / low, plain / rope.factor, plain)
-    between = (wavelengths <= original / low) & (wavelengths >= original / high)
-    return torch.where(between, blended, stretched)
+    match rope.way:
+        case None:
+            return plain / rope.factor
+        case YarnRope(low, high):
+            pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+            share = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
+            return plain / rope.factor * share + plain * (1 - share)
+        case Llama3Rope(low, high, original):
+            wavelengths = 2 * math.pi / plain
+            smooth = (original / wavelengths - low) / (high - low)
+            blended = (1 - smooth) * plain / rope.factor + smooth * plain
+            stretched = torch.where(wavelengths > original / low, plain / rope.factor, plain)
+            between = (wavelengths <= original / low) & (wavelengths >= original / high)
+            return torch.where(between, blended, stretched)
 
 
 class _Layer:
@@ -129,7 +138,7 @@ class _Layer:
         self._attention_norm, gain = loader.norm(prefix + "input_layernorm.weight")
         self._queries_keys_values = loader.queries_keys_values(prefix + "self_attn.", gain)
         self._head_norm = loader.head_norm(prefix + "self_attn.") if shape.normed_heads else None
-        self._output = loader.linear(prefix + "self_attn.o_proj", shape.hidden, shape.queries_width)
+        self._output = loader.linear(prefix + "self_attn.o_proj", shape.hidden, shape.queries_width, shape.attention_bias)
         self._mlp_norm, gain = loader.norm(prefix + "post_attention_layernorm.weight")
         sparse = shape.experts is not None and number in shape.experts.layers
         self._mlp = loader.experts(prefix + "mlp.", gain) if sparse else loader.mlp(prefix + "mlp.", gain)
@@ -188,7 +197,7 @@ class GatedMlp:
 class _Loader:
     """Reads tensors and lays them out for the device."""
 
-    def __init__(self, weights: Weights, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weights: Weights, shape: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self._weights = weights
         self._dtype = dtype
@@ -211,9 +220,9 @@ class _Loader:
         stacked = (torch.cat(gains).double() * math.sqrt(shape.head_dim)).float()
         return _HeadNorm(stacked.to(self._device), math.sqrt(shape.head_dim * shape.norm_epsilon))
 
-    def linear(self, name: str, outputs: int, inputs: int) -> Linear:
+    def linear(self, name: str, outputs: int, inputs: int, biased: bool) -> Linear:
         weight = self._weights.take(f"{name}.weight", (outputs, inputs))
-        return make_linear(weight, self._bias(name, outputs), self._dtype, self._device)
+        return make_linear(weight, self._bias(name, outputs, biased), self._dtype, self._device)
 
     def queries_keys_values(self, prefix: str, gain: Tensor | None) -> Linear:
         shape = self.shape
@@ -221,7 +230,7 @@ class _Loader:
         biases: list[Tensor] = []
         for name, width in (("q_proj", shape.queries_width), ("k_proj", shape.keys_width), ("v_proj", shape.keys_width)):
             weight = self._weights.take(f"{prefix}{name}.weight", (width, shape.hidden))
-            bias = self._bias(prefix + name, width)
+            bias = self._bias(prefix + name, width, shape.attention_bias)
             bias = torch.zeros(width) if bias is None else bias
             turned = name != "v_proj"
             weights.append(_paired(weight, shape.head_dim) if turned else weight)
@@ -230,9 +239,11 @@ class _Loader:
         return make_linear(_scaled(torch.cat(weights), gain), bias if bias.any() else None, self._dtype, self._device)
 
     def mlp(self, prefix: str, gain: Tensor | None) -> GatedMlp:
-        width = self.shape.intermediate
-        gate_up = make_linear(_scaled(self._gate_up(prefix, width), gain), None, self._dtype, self._device)
-        return GatedMlp(gate_up, self.linear(prefix + "down_proj", self.shape.hidden, width), width)
+        width, biased = self.shape.intermediate, self.shape.mlp_bias
+        biases = [self._bias(prefix + name, width, biased) for name in GATE_UP]
+        bias = torch.cat([one for one in biases if one is not None]) if biased else None
+        gate_up = make_linear(_scaled(self._gate_up(prefix, width), gain), bias, self._dtype, self._device)
+        return GatedMlp(gate_up, self.linear(prefix + "down_proj", self.shape.hidden, width, biased), width)
 
     def experts(self, prefix: str, gain: Tensor | None) -> ExpertMlp:
         experts = self.shape.experts
@@ -245,12 +256,10 @@ class _Loader:
         return ExpertMlp(experts, router, gate_ups, downs, self._dtype, self._device)
 
     def _gate_up(self, prefix: str, width: int) -> Tensor:
-        return torch.cat(
-            [self._weights.take(f"{prefix}{name}.weight", (width, self.shape.hidden)) for name in ("gate_proj", "up_proj")]
-        )
+        return torch.cat([self._weights.take(f"{prefix}{name}.weight", (width, self.shape.hidden)) for name in GATE_UP])
 
-    def _bias(self, name: str, outputs: int) -> Tensor | None:
-        return self._weights.take(f"{name}.bias", (outputs,)) if self._weights.has(f"{name}.bias") else None
+    def _bias(self, name: str, outputs: int, biased: bool) -> Tensor | None:
+        return self._weights.take(f"{name}.bias", (outputs,)) if biased else None
 
 
 def _scaled(weight: Tensor, gain: Tensor | None) -> Tensor:

@@ -16,15 +16,17 @@ from pathlib import Path
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.cost.costs import step_seconds
+from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.core.types import BlockId, CostProfile, RequestId
 from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
 from workers.engines.checkpoint import CheckpointError, read_json
-from workers.engines.shape import eos_token_ids
 
 #: Bytes of a block: enough to tell any two apart.
 BLOCK_BYTES = 64
 #: Blocks of a node unless the configuration says otherwise: two million tokens of 64 a block.
 BLOCKS_DEFAULT = 32768
+#: Longest context of a checkpoint that names none, tokens.
+POSITIONS_DEFAULT = 131072
 
 _NOTHING = SliceOutput()
 
@@ -71,10 +73,10 @@ class ProfiledEngine:
         vocabulary = settings.get("vocab_size")
         if not isinstance(vocabulary, int) or vocabulary < 1:
             raise CheckpointError(model_dir / "config.json", f"vocab_size: must be 1 or more, is {vocabulary!r}")
-        eos = eos_token_ids(model_dir)
-        special = _special_token_ids(model_dir) | frozenset(eos)
+        #: They never come out.
+        self._special = _special_token_ids(model_dir)
         #: Tokens that may come out: all that are ordinary text.
-        self._allowed = array("I", [token for token in range(vocabulary) if token not in special] or [0])
+        self._allowed = array("I", [token for token in range(vocabulary) if token not in self._special] or [0])
         blocks = config.blocks or BLOCKS_DEFAULT
         size = blocks * BLOCK_BYTES
         self._memory = (allocate(size) if allocate else memoryview(mmap.mmap(-1, size))).cast("B")
@@ -83,14 +85,14 @@ class ProfiledEngine:
         self._turns: dict[RequestId, _Turn] = {}
         #: One output for each token without logprobs or an end: most outputs of all.
         self._outputs: dict[int, SliceOutput] = {}
+        positions = int(settings.get("max_position_embeddings") or POSITIONS_DEFAULT)
         name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.description = EngineDescription(
             blocks=blocks,
             block_tokens=config.block_tokens,
             block_bytes=BLOCK_BYTES,
             vocabulary=vocabulary,
-            context_tokens_max=config.context_tokens_max or int(settings.get("max_position_embeddings") or 131072),
-            eos_token_ids=eos,
+            context_tokens_max=config.context_tokens_max or context_tokens_of(positions, settings),
             fingerprint=f"profiled-{name}",
             device="none",
             computes=False,
@@ -102,7 +104,7 @@ class ProfiledEngine:
         return self._memory
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
-        ending = frozenset(sampling.stop_token_ids)
+        ending = frozenset(sampling.stop_token_ids) - self._special
         self._turns[request] = _Turn(tokens.tobytes(), ending, sampling.logprobs)
 
     def forget(self, request: RequestId) -> None:
@@ -192,9 +194,11 @@ class ProfiledEngine:
 
 @functools.lru_cache(maxsize=16)
 def _special_token_ids(model_dir: Path) -> frozenset[int]:
-    """Return the special tokens of tokenizer.json; none if there is no such file."""
+    """Return what is no text: the special tokens of tokenizer.json, if there is such a file, and all ends that are named."""
     path = model_dir / "tokenizer.json"
-    if not path.exists():
-        return frozenset()
-    added = read_json(path).get("added_tokens") or []
-    return frozenset(token["id"] for token in added if token.get("special"))
+    added = (read_json(path).get("added_tokens") or []) if path.exists() else []
+    found = {token["id"] for token in added if token.get("special")}
+    for name in ("config.json", "generation_config.json"):
+        ends = read_json(model_dir / name).get("eos_token_id") if (model_dir / name).exists() else None
+        found.update([ends] if isinstance(ends, int) else ends or ())
+    return frozenset(found)

@@ -16,13 +16,13 @@ class TokenSequence:
 
     __slots__ = ("counts", "ending", "failure", "plain", "sampling", "seed", "table", "tokens")
 
-    def __init__(self, tokens: "array[int]", sampling: SamplingParams, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
+    def __init__(self, tokens: "array[int]", sampling: SamplingParams, vocabulary: int) -> None:
         #: Prompt and output so far.
         self.tokens = array("I", tokens)
         self.sampling = sampling
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
-        self.ending = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_token_ids)
+        self.ending = frozenset(sampling.stop_token_ids)
         penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
         #: True when the most likely token is taken and nothing else is asked for.
         self.plain = sampling.temperature == 0 and not (penalised or sampling.logit_bias or sampling.logprobs is not None)

@@ -1,23 +1,43 @@
 """What a checkpoint's config.json means: the sizes and switches of one decoder-only model, checked. No torch."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.core.cost.shapes import context_tokens_of
 from workers.engines.checkpoint import FAMILIES, CheckpointError, read_json
 
 
 @dataclass(frozen=True, slots=True)
+class Llama3Rope:
+    """Llama 3's way of stretching: wavelengths over a limit are divided, those between two limits partly."""
+
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnRope:
+    """YaRN's way (https://arxiv.org/abs/2309.00071): dimensions that turn seldom are divided, those that turn often are not.
+
+    Between `low` and `high`, numbers of pairs of dimensions, both are mixed. `amplitude` multiplies sines and cosines.
+    """
+
+    low: float
+    high: float
+    amplitude: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding: plain, or stretched as Llama 3 does (wavelengths over a limit are divided by `factor`)."""
+    """Rotary position embedding: plain, or stretched by `factor` altogether or in one of two ways."""
 
     theta: float
     #: 1.0 leaves frequencies as they are.
     factor: float = 1.0
-    #: Only set for the llama3 kind; `factor` then applies to low frequencies only.
-    low_frequency_factor: float | None = None
-    high_frequency_factor: float | None = None
-    original_context_tokens: int | None = None
+    way: Llama3Rope | YarnRope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +54,7 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
+class Architecture:
     """One model's sizes."""
 
     family: str
@@ -53,8 +73,9 @@ class ModelShape:
     experts: Experts | None
     #: The checkpoint's own dtype: float32, bfloat16 or float16.
     dtype: str
-    #: From generation_config.json and config.json together.
-    eos_token_ids: tuple[int, ...]
+    #: The MLPs' products have a bias, and so do attention's.
+    mlp_bias: bool
+    attention_bias: bool
 
     @property
     def queries_width(self) -> int:
@@ -70,7 +91,7 @@ class ModelShape:
         return self.family != "llama"
 
 
-def read_shape(directory: Path) -> ModelShape:
+def read_shape(directory: Path) -> Architecture:
     """Return the shape of the model in a checkpoint directory. Raises `CheckpointError` naming the file and the field."""
     config = _Config(directory / "config.json")
     family = config.text("model_type")
@@ -78,15 +99,16 @@ def read_shape(directory: Path) -> ModelShape:
         raise config.error("model_type", f"must be one of {', '.join(FAMILIES)}, is {family!r}")
     _refuse_unsupported(config)
     heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
-    head_dim = config.count("head_dim", hidden // heads)
+    # transformers' own default: 128 for Qwen3, whatever the width; Qwen3-MoE and Llama divide it.
+    head_dim = config.count("head_dim", 128 if family == "qwen3" else hidden // heads)
     kv_heads = config.count("num_key_value_heads", heads)
     if heads % kv_heads:
         raise config.error("num_attention_heads", f"must be a multiple of num_key_value_heads ({kv_heads}), is {heads}")
     if head_dim % 2:
         raise config.error("head_dim", f"must be even, is {head_dim}")
     layers = config.count("num_hidden_layers")
-    context_tokens_max = config.count("max_position_embeddings", 2048)
-    return ModelShape(
+    positions = config.count("max_position_embeddings", 2048)
+    return Architecture(
         family=family,
         layers=layers,
         hidden=hidden,
@@ -95,13 +117,14 @@ def read_shape(directory: Path) -> ModelShape:
         head_dim=head_dim,
         intermediate=config.count("intermediate_size"),
         vocabulary=config.count("vocab_size"),
-        context_tokens_max=context_tokens_max,
+        context_tokens_max=context_tokens_of(positions, config.fields),
         norm_epsilon=config.number("rms_norm_eps", 1e-6),
         tied=config.switch("tie_word_embeddings", False),
-        rope=_rope(config, context_tokens_max),
+        rope=_rope(config, head_dim, positions),
         experts=_experts(config, layers) if family == "qwen3_moe" else None,
         dtype=str(config.fields.get("torch_dtype") or config.fields.get("dtype") or "float32"),
-        eos_token_ids=eos_token_ids(directory),
+        mlp_bias=family == "llama" and config.switch("mlp_bias", False),
+        attention_bias=config.switch("attention_bias", False),
     )
 
 
@@ -136,6 +159,8 @@ class _Config:
 
     def count(self, name: str, default: int | None = None) -> int:
         value = self._value(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(name, f"must be a whole number of 1 or more, is {value!r}")
         return value
@@ -150,37 +175,99 @@ def _refuse_unsupported(config: _Config) -> None:
         raise config.error("quantization_config", "quantised checkpoints are not supported; use the original weights")
     if config.fields.get("use_sliding_window"):
         raise config.error("use_sliding_window", "sliding windows are not supported; must be false")
-    if config.fields.get("partial_rotary_factor", 1.0) not in (None, 1.0, 1):
-        raise config.error("partial_rotary_factor", f"must be 1.0, is {config.fields['partial_rotary_factor']!r}")
+    kinds = set(config.fields.get("layer_types") or ())
+    if not kinds <= {"full_attention"}:
+        raise config.error("layer_types", f"must be full_attention throughout, has {', '.join(sorted(map(str, kinds)))}")
+    scaling = config.fields.get("rope_parameters") or config.fields.get("rope_scaling") or {}
+    for fields in (config.fields, scaling if isinstance(scaling, dict) else {}):
+        if fields.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise config.error("partial_rotary_factor", f"must be 1.0, is {fields['partial_rotary_factor']!r}")
 
 
-def _rope(config: _Config, context_tokens_max: int) -> Rope:
+def _rope(config: _Config, head_dim: int, positions: int) -> Rope:
     """Read rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
-    settings = config.fields.get("rope_parameters") or config.fields.get("rope_scaling") or {}
-    if not isinstance(settings, dict):
-        raise config.error("rope_scaling", f"must be an object, is {settings!r}")
-    theta = float(settings.get("rope_theta") or config.fields.get("rope_theta") or 10000.0)
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind == "default":
-        return Rope(theta)
-    if kind not in ("linear", "llama3"):
-        raise config.error("rope_scaling", f"rope_type must be default, linear or llama3, is {kind!r}")
-    try:
-        factor = float(settings["factor"])
-        if kind == "linear":
-            return Rope(theta, factor)
-        low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
-    except KeyError as missing:
-        raise config.error("rope_scaling", f"{missing.args[0]} is missing") from None
-    original = int(settings.get("original_max_position_embeddings") or context_tokens_max)
-    return Rope(theta, factor, low, high, original)
+    settings = _Settings(config, "rope_parameters" if config.fields.get("rope_parameters") else "rope_scaling")
+    theta = settings.number("rope_theta", config.number("rope_theta", 10000.0))
+    kind = settings.fields.get("rope_type") or settings.fields.get("type") or "default"
+    match kind:
+        case "default":
+            return Rope(theta)
+        case "dynamic":
+            # It changes with a sequence's length, but not up to `positions`. Beyond, keys would hang on what came after them and
+            # no block could be shared: that is where contexts end.
+            settings.number("factor")
+            return Rope(theta)
+        case "linear":
+            return Rope(theta, settings.number("factor"))
+        case "llama3":
+            low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
+            original = int(settings.number("original_max_position_embeddings", positions))
+            return Rope(theta, settings.number("factor"), Llama3Rope(low, high, original))
+        case "yarn":
+            return _yarn(settings, theta, head_dim, positions)
+        case _:
+            raise settings.error("rope_type", f"must be default, linear, dynamic, llama3 or yarn, is {kind!r}")
+
+
+def _yarn(settings: "_Settings", theta: float, head_dim: int, positions: int) -> Rope:
+    """Return YaRN's mixture of dimensions, as `transformers` has it."""
+    original = settings.number("original_max_position_embeddings", positions)
+    factor = settings.number("factor", positions / original)
+
+    def turning(rotations: float) -> float:
+        """The pair of dimensions that turns so many times over the original context."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turning(settings.number("beta_fast", 32.0)), turning(settings.number("beta_slow", 1.0))
+    if settings.fields.get("truncate", True):
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    way = YarnRope(max(low, 0.0), min(high, float(head_dim - 1)), _amplitude(settings, factor))
+    return Rope(theta, factor, way)
+
+
+def _amplitude(settings: "_Settings", factor: float) -> float:
+    """Return what YaRN multiplies sines and cosines by: stated, or from the factor, since longer contexts need sharper scores."""
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
+
+    if settings.fields.get("attention_factor") is not None:
+        return settings.number("attention_factor")
+    if settings.fields.get("mscale") and settings.fields.get("mscale_all_dim"):
+        return scale(settings.number("mscale")) / scale(settings.number("mscale_all_dim"))
+    return scale(1.0)
+
+
+class _Settings:
+    """An object within config.json, with checked access."""
+
+    def __init__(self, config: _Config, name: str) -> None:
+        found = config.fields.get(name) or {}
+        if not isinstance(found, dict):
+            raise config.error(name, f"must be an object, is {found!r}")
+        self._config, self._name = config, name
+        self.fields: dict[str, Any] = found
+
+    def error(self, name: str, problem: str) -> CheckpointError:
+        return self._config.error(self._name, f"{name} {problem}")
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a number over 0."""
+        value = self.fields.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(name, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(name, f"must be a number over 0, is {value!r}")
+        return float(value)
 
 
 def _experts(config: _Config, layers: int) -> Experts:
     dense = set(config.fields.get("mlp_only_layers") or ())
     every = config.count("decoder_sparse_step", 1)
     experts = Experts(
-        count=config.count("num_experts"),
+        # transformers 5 writes the other name.
+        count=config.count("num_experts", config.fields.get("num_local_experts")),
         per_token=config.count("num_experts_per_tok"),
         intermediate=config.count("moe_intermediate_size"),
         normalised=config.switch("norm_topk_prob", False),
@@ -189,14 +276,3 @@ def _experts(config: _Config, layers: int) -> Experts:
     if experts.per_token > experts.count:
         raise config.error("num_experts_per_tok", f"must be at most num_experts ({experts.count}), is {experts.per_token}")
     return experts
-
-
-def eos_token_ids(directory: Path) -> tuple[int, ...]:
-    """Return all end-of-sequence ids of a checkpoint: generation_config.json's, if it has one, and config.json's."""
-    generation = directory / "generation_config.json"
-    sources = [read_json(generation)] if generation.exists() else []
-    found: dict[int, None] = {}
-    for source in (*sources, read_json(directory / "config.json")):
-        value = source.get("eos_token_id")
-        found |= dict.fromkeys([value] if isinstance(value, int) else value or ())
-    return tuple(found)

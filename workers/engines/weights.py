@@ -8,6 +8,10 @@ from torch import Tensor
 
 from workers.engines.checkpoint import CheckpointError, weight_files
 
+#: Tensors that old checkpoints keep although they follow from config.json.
+DERIVED = (".rotary_emb.inv_freq",)
+TENSORS_NAMED_MAX = 5
+
 
 class Weights:
     """The tensors of one checkpoint by name, mapped from disk: `take` copies what it is asked for."""
@@ -21,6 +25,7 @@ class Weights:
                 raise CheckpointError(path, f"not a readable safetensors file: {error}") from None
             self._files |= dict.fromkeys(file.keys(), (path, file))
         self._directory = directory
+        self._taken: set[str] = set()
 
     def has(self, name: str) -> bool:
         return name in self._files
@@ -29,8 +34,16 @@ class Weights:
         """Return a tensor as float32 on the CPU. Raises `CheckpointError` if it is missing or of another shape."""
         if name not in self._files:
             raise CheckpointError(self._directory, f"tensor {name} is missing from its safetensors files")
+        self._taken.add(name)
         path, file = self._files[name]
         tensor = file.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(path, f"tensor {name} must have shape {shape}, has {tuple(tensor.shape)}")
         return tensor.to(torch.float32)
+
+    def check_all_taken(self) -> None:
+        """Raise `CheckpointError` for tensors that nothing asked for: the model that they belong to is another one."""
+        left = [name for name in self._files if name not in self._taken and not name.endswith(DERIVED)]
+        if left:
+            named = ", ".join(left[:TENSORS_NAMED_MAX]) + (", ..." if len(left) > TENSORS_NAMED_MAX else "")
+            raise CheckpointError(self._directory, f"{len(left)} tensors are no part of the model in config.json: {named}")

@@ -345,7 +345,8 @@ class Gateway:
 
     def _turn(self, job: _Job, prompt: Prompt, output_tokens_wanted: int | None, logprobs: int | None, sample: int) -> Turn:
         request, text = job.request, job.model.text
-        sampling = sampling_of(request, logprobs, text.vocabulary.size)
+        sampling = sampling_of(request, logprobs, text.vocabulary_size)
+        sampling.stop_token_ids.extend(sorted(_own_ends(job).difference(sampling.stop_token_ids)))
         if request.seed is not None:
             sampling.seed = (request.seed + sample) & 0xFFFF_FFFF_FFFF_FFFF
         room = text.context_tokens_max - prompt.count
@@ -362,8 +363,7 @@ class Gateway:
 
     def _start(self, job: _Job, turn: Turn, index: int, parser: ToolParser | None, scored: bool) -> _Choice:
         text = job.model.text
-        stop_token_ids = job.request.stop_token_ids or ()
-        ends = text.eos_token_ids.union(stop_token_ids) if not job.request.ignore_eos else frozenset(stop_token_ids)
+        ends = frozenset(turn.sampling.stop_token_ids)
         generation = Generation(text.vocabulary.detokeniser(), job.request.stops, ends, parser, scored)
         watch = self._metrics.open_turn(turn.model, turn.service_class)
         stream = self._driver.start(turn)
@@ -464,7 +464,7 @@ class Gateway:
         return await model.prompts.encode_aside(text, self._root(model, tenant, salt), key, prefixed)
 
     def _adopt(self, model: _Model, tokens: Sequence[int], tenant: TenantId, salt: str) -> Prompt:
-        size = model.text.vocabulary.size
+        size = model.text.vocabulary_size
         if min(tokens) < 0 or max(tokens) >= size:
             raise ApiError(400, f"prompt: token ids must be from 0 to {size - 1}", code="invalid_value", param="prompt")
         return model.prompts.adopt(array("I", tokens).tobytes(), self._root(model, tenant, salt))
@@ -482,6 +482,14 @@ class Gateway:
 
     def _answer(self, kind: str, request: GenerationRequest, model: _Model) -> Answer:
         return Answer(f"{kind}-{token_hex(12)}", int(time.time()), request.model, model.text.vocabulary)
+
+
+def _own_ends(job: _Job) -> frozenset[int]:
+    """Return the tokens with which the model itself ends such an answer, none if they are to be ignored."""
+    if job.request.ignore_eos:
+        return frozenset()
+    text = job.model.text
+    return text.chat_eos_token_ids if isinstance(job.request, ChatRequest) else text.eos_token_ids
 
 
 async def _read(choice: _Choice) -> list[Piece]:

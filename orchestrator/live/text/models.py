@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.templates import ChatTemplate, load_template
@@ -34,8 +35,11 @@ class ModelText:
     vocabulary: Vocabulary
     #: Tokens in front of a plain prompt, such as the beginning-of-sequence token.
     prefix: tuple[int, ...]
-    #: Tokens that end a generation.
+    #: Token ids are below this: the model's, which may be more than the tokenizer has texts for.
+    vocabulary_size: int
+    #: Tokens that end a completion, and those that end an answer in a chat (see `_eos`).
     eos_token_ids: frozenset[int]
+    chat_eos_token_ids: frozenset[int]
     #: Longest prompt plus output, tokens.
     context_tokens_max: int
     #: Names the checkpoint; block hashes start from it.
@@ -67,14 +71,18 @@ class ModelText:
         tokenizer.no_padding()
         template = load_template(folder, named)
         style = style_of(tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
-        own = int(config.get("max_position_embeddings") or _CONTEXT_TOKENS_DEFAULT)
+        own = context_tokens_of(int(config.get("max_position_embeddings") or _CONTEXT_TOKENS_DEFAULT), config)
+        size = max(int(config.get("vocab_size") or 0), tokenizer.get_vocab_size())
+        eos = _eos(folder, generation, config, size)
         return ModelText(
             tokenizer=tokenizer,
             segmenter=Segmenter(described),
             template=template,
             vocabulary=Vocabulary(tokenizer, described, style.kept_tokens),
             prefix=_prefix(tokenizer),
-            eos_token_ids=_eos(generation) or _eos(config),
+            vocabulary_size=size,
+            eos_token_ids=eos,
+            chat_eos_token_ids=eos | _own_eos(named, tokenizer),
             context_tokens_max=min(own, context_tokens_max) if context_tokens_max else own,
             fingerprint=fingerprint,
             tool_style=style,
@@ -103,8 +111,21 @@ def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def _eos(config: Mapping[str, Any]) -> frozenset[int]:
-    written = config.get("eos_token_id")
-    if isinstance(written, int):
-        return frozenset({written})
-    return frozenset(cast(list[int], written)) if isinstance(written, list) else frozenset()
+def _eos(folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any], size: int) -> frozenset[int]:
+    """Return what ends any text: generation_config.json's ends, config.json's if that names none, as `transformers` has it."""
+    for name, fields in (("generation_config.json", generation), ("config.json", config)):
+        written = fields.get("eos_token_id")
+        ids = cast(list[Any], written) if isinstance(written, list) else [] if written is None else [written]
+        if not all(isinstance(one, int) and 0 <= one < size for one in ids):
+            raise ModelUnusable(f"{folder / name}: eos_token_id: must be token ids from 0 to {size - 1}, is {written!r}")
+        if ids:
+            return frozenset(ids)
+    return frozenset()
+
+
+def _own_eos(named: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the token that the tokenizer itself ends a turn with, which checkpoints of chats often name nowhere else."""
+    written = named.get("eos_token")
+    content = cast(Mapping[str, Any], written).get("content") if isinstance(written, dict) else written
+    token = tokenizer.token_to_id(content) if isinstance(content, str) else None
+    return frozenset() if token is None else frozenset({token})

@@ -187,7 +187,6 @@ def test_sampling_parameters_reach_the_turn(text: ModelText) -> None:
         assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
         assert dict(sampling.logit_bias) == {7: 2.0}
         assert list(sampling.stop_token_ids) == [5]
-        assert sampling.ignore_eos
 
     play(text, talk)
 

@@ -322,7 +322,6 @@ def sampling_of(request: GenerationRequest, logprobs: int | None, vocabulary: in
         min_p=request.min_p or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        ignore_eos=bool(request.ignore_eos),
     )
     if request.seed is not None:
         sampling.seed = request.seed & 0xFFFF_FFFF_FFFF_FFFF
