@@ -200,15 +200,21 @@ class ModelConfig:
     path: str = ""
     #: Other names clients may use; a trailing * matches any ending.
     aliases: tuple[str, ...] = ()
-    #: Parser for tool calls in the output: auto (by the chat template), hermes, llama, none.
+    #: Parser for tool calls in the output: auto (by the chat template), hermes, qwen3_coder, llama or none.
     tool_parser: str = "auto"
+    #: How thoughts are told from answers: auto (by the chat template), think (<think> tags) or none.
+    reasoning_parser: str = "auto"
     #: For pools with hardware: a built-in model shape (kimi-k2, deepseek-v3, ...) or the path of a config.json. Empty: that in
     #: `path`.
     shape: str = ""
 
     def __post_init__(self) -> None:
-        known = ("auto", "hermes", "llama", "none")
+        known = ("auto", "hermes", "qwen3_coder", "llama", "none")
         require(self.tool_parser in known, "tool_parser", f"must be one of {', '.join(known)}, is {self.tool_parser!r}")
+        known = ("auto", "think", "none")
+        require(
+            self.reasoning_parser in known, "reasoning_parser", f"must be one of {', '.join(known)}, is {self.reasoning_parser!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ class Front:
     def _text(self, model: str, folder: Path) -> ModelText:
         limits = [pool.engine.context_tokens_max for pool in self._config.pools_of(model)]
         shortest = min((limit for limit in limits if limit), default=0)
-        return ModelText.load(folder, self._fingerprints[model], self._config.models[model].tool_parser, shortest)
+        return ModelText.load(folder, self._fingerprints[model], self._config.models[model], shortest)
 
 
 def _node_status(node: NodeId, state: NodeState) -> dict[str, Any]:

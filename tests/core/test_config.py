@@ -53,7 +53,10 @@ def test_values_find_their_fields() -> None:
         ({"limits": {"waiting_max": 1.5}}, "limits.waiting_max: must be int, is 1.5"),
         ({"gateway": {"host": "0.0.0.0"}}, "gateway.host: 0.0.0.0 is not loopback, so gateway.api_keys must not be empty"),
         ({"gateway": {"api_keys": [{"key": "k"}]}}, "gateway.api_keys[0].tenant: is missing"),
-        ({"models": {"default": {"tool_parser": "x"}}}, "models.default.tool_parser: must be one of auto, hermes, llama, none"),
+        (
+            {"models": {"default": {"tool_parser": "x"}}},
+            "models.default.tool_parser: must be one of auto, hermes, qwen3_coder, llama, none",
+        ),
         ({"pools": []}, "pools: at least one [[pools]] table is needed"),
         ({"pools": {}}, "pools: must be a list, is dict"),
         ({"pools": [POOL, POOL]}, "pools[0].name: 'all' is used twice"),

@@ -44,7 +44,7 @@ from orchestrator.live.http.openai.requests import (
     sampling_of,
     template_messages,
     template_tools,
-    tool_names,
+    tool_parameters,
 )
 from orchestrator.live.http.proxy import FORWARDED, PeerUnreachable, forward
 from orchestrator.live.http.routes import make_routes
@@ -52,10 +52,12 @@ from orchestrator.live.http.server import HttpServer
 from orchestrator.live.text.generation import Generation, Piece
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.prompts import PromptTokeniser
+from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.tools import ToolParser, make_parser
 from orchestrator.live.turns import Prompt, TokenStream, Turn, TurnDriver, TurnFailed
 
+AnswerParser = ToolParser | ThinkParser
 Asked = TypeVar("Asked", bound=GenerationRequest)
 
 DEFAULT_TENANT = TenantId("default")
@@ -291,13 +293,20 @@ class Gateway:
         prompt = await self._encode(model, text, tenant, session, request.salt, prefixed=False)
         shape = ChatShape(self._answer("chatcmpl", request, model), request.choices, request.include_usage)
         job = _Job(exchange, model, tenant, session, request, shape)
-        names = tool_names(tools)
+        parameters = tool_parameters(tools)
+        thinks = model.text.reasoning_style is not ReasoningStyle.NONE
+        opened = model.text.reasoning_style.opened_by(text)
+
+        def parser() -> AnswerParser | None:
+            calls = make_parser(model.text.tool_style, parameters) if tools else None
+            return ThinkParser(opened, calls) if thinks else calls
+
         await self._run(
             job,
             [prompt],
             request.output_tokens_wanted,
             request.logprobs_wanted,
-            lambda: make_parser(model.text.tool_style, names) if tools else None,
+            parser,
         )
 
     async def _completion_answer(
@@ -322,7 +331,7 @@ class Gateway:
         prompts: Sequence[Prompt],
         output_tokens_wanted: int | None,
         logprobs: int | None,
-        make_tool_parser: Callable[[], ToolParser | None],
+        make_answer_parser: Callable[[], AnswerParser | None],
     ) -> None:
         """Start every choice of every prompt and send what they bring; whatever happens, no turn stays behind."""
         for prompt in prompts:
@@ -333,7 +342,7 @@ class Gateway:
                 for prompt in prompts:
                     for sample in range(job.request.choices):
                         turn = self._turn(job, prompt, output_tokens_wanted, logprobs, sample)
-                        choices.append(self._start(job, turn, len(choices), make_tool_parser(), logprobs is not None))
+                        choices.append(self._start(job, turn, len(choices), make_answer_parser(), logprobs is not None))
                 if job.request.stream:
                     await self._stream(job, prompts, choices)
                 else:
@@ -361,7 +370,7 @@ class Gateway:
             priority=request.urgency,
         )
 
-    def _start(self, job: _Job, turn: Turn, index: int, parser: ToolParser | None, scored: bool) -> _Choice:
+    def _start(self, job: _Job, turn: Turn, index: int, parser: AnswerParser | None, scored: bool) -> _Choice:
         text = job.model.text
         ends = frozenset(turn.sampling.stop_token_ids)
         generation = Generation(text.vocabulary.detokeniser(), job.request.stops, ends, parser, scored)

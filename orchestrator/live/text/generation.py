@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.detokenise import Detokeniser, StopStrings
+from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.tools import ToolCall, ToolParser
 from orchestrator.live.turns import Delta, TokenLogprob
 
@@ -24,7 +25,7 @@ class Scored:
     tokens: tuple[tuple[int, TokenLogprob], ...]
 
 
-Piece = str | Scored | ToolCall
+Piece = str | Scored | ToolCall | Reasoning
 
 #: OpenAI's words for why an answer ended.
 _REASONS = {
@@ -42,7 +43,7 @@ class Generation:
         detokeniser: fresh.
         stops: stop strings.
         ends: tokens that end the answer and are no part of it.
-        parser: fresh, or None if the answer can hold no tool calls.
+        parser: fresh, or None if the answer can hold neither thoughts nor tool calls.
         scored: log probabilities come with the tokens and are wanted.
     """
 
@@ -52,7 +53,12 @@ class Generation:
     )  # fmt: skip
 
     def __init__(
-        self, detokeniser: Detokeniser, stops: Sequence[str], ends: Collection[int], parser: ToolParser | None, scored: bool
+        self,
+        detokeniser: Detokeniser,
+        stops: Sequence[str],
+        ends: Collection[int],
+        parser: ToolParser | ThinkParser | None,
+        scored: bool,
     ) -> None:
         self._detokeniser = detokeniser
         self._stops = StopStrings(stops) if stops else None
@@ -124,13 +130,15 @@ class Generation:
         """Return certain text as pieces, with the log probabilities it completes."""
         self._out_chars += len(text)
         scores = self._due()
-        parts: list[str | ToolCall] = self._parser.add(text) if self._parser is not None else [text] if text else []
+        parts: list[str | ToolCall | Reasoning] = (
+            [*self._parser.add(text)] if self._parser is not None else [text] if text else []
+        )
         return self._dressed(parts, scores)
 
     def _end_parser(self) -> list[Piece]:
-        return self._dressed(self._parser.finish(), ()) if self._parser is not None else []
+        return self._dressed([*self._parser.finish()], ()) if self._parser is not None else []
 
-    def _dressed(self, parts: list[str | ToolCall], scores: tuple[tuple[int, TokenLogprob], ...]) -> list[Piece]:
+    def _dressed(self, parts: list[str | ToolCall | Reasoning], scores: tuple[tuple[int, TokenLogprob], ...]) -> list[Piece]:
         self.called = self.called or any(isinstance(part, ToolCall) for part in parts)
         if not scores:
             return list(parts)

@@ -11,8 +11,10 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+from orchestrator.core.config import ModelConfig
 from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.live.text.detokenise import Vocabulary
+from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.templates import ChatTemplate, load_template
 from orchestrator.live.text.tools import ToolStyle, style_of
@@ -45,15 +47,16 @@ class ModelText:
     #: Names the checkpoint; block hashes start from it.
     fingerprint: str
     tool_style: ToolStyle
+    reasoning_style: ReasoningStyle
 
     @staticmethod
-    def load(folder: Path, fingerprint: str, tool_parser: str = "auto", context_tokens_max: int = 0) -> "ModelText":
+    def load(folder: Path, fingerprint: str, parsers: ModelConfig | None = None, context_tokens_max: int = 0) -> "ModelText":
         """Read a Hugging Face checkpoint folder.
 
         Args:
             folder: holds config.json, tokenizer.json, tokenizer_config.json.
             fingerprint: names the checkpoint, as its nodes name it.
-            tool_parser: as in the cluster file.
+            parsers: the model's table in the cluster file, for how its answers are read; None: as its template teaches.
             context_tokens_max: a limit below the model's own; 0 for none.
 
         Raises:
@@ -70,7 +73,9 @@ class ModelText:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         template = load_template(folder, named)
-        style = style_of(tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
+        parsers = parsers or ModelConfig()
+        style = style_of(parsers.tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
+        reasoning = reasoning_style_of(parsers.reasoning_parser, template.sources.get("default", ""))
         own = context_tokens_of(int(config.get("max_position_embeddings") or _CONTEXT_TOKENS_DEFAULT), config)
         size = max(int(config.get("vocab_size") or 0), tokenizer.get_vocab_size())
         eos = _eos(folder, generation, config, size)
@@ -78,7 +83,7 @@ class ModelText:
             tokenizer=tokenizer,
             segmenter=Segmenter(described),
             template=template,
-            vocabulary=Vocabulary(tokenizer, described, style.kept_tokens),
+            vocabulary=Vocabulary(tokenizer, described, (*style.kept_tokens, *reasoning.kept_tokens)),
             prefix=_prefix(tokenizer),
             vocabulary_size=size,
             eos_token_ids=eos,
@@ -86,6 +91,7 @@ class ModelText:
             context_tokens_max=min(own, context_tokens_max) if context_tokens_max else own,
             fingerprint=fingerprint,
             tool_style=style,
+            reasoning_style=reasoning,
         )
 
 

@@ -90,7 +90,7 @@ def decoded_arguments(text: str) -> Any:
 def _decoded(text: str) -> Any:
     try:
         arguments = msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return text
     return Arguments(cast("dict[str, Any]", arguments)) if isinstance(arguments, dict) else arguments
 
@@ -154,7 +154,7 @@ class ChatTemplate:
             return self._choose(tools).render(
                 variables, messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             # What a template does to messages it did not expect: each of these is the client's to mend.
             raise TemplateFailed(f"the chat template cannot render these messages: {error}") from error
 

@@ -12,6 +12,7 @@ import msgspec
 
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.generation import Generation, Piece, Scored
+from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import ToolCall
 from orchestrator.live.turns import TokenLogprob
 
@@ -157,8 +158,10 @@ class ChatShape(Shape):
 
     def message(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
-        text = _joined(pieces)
+        text, thoughts = _joined(pieces), "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if thoughts:
+            message["reasoning_content"] = thoughts
         if calls:
             message["tool_calls"] = [_call(call, call.arguments) for call in calls]
         return {"message": message}
@@ -174,6 +177,8 @@ class ChatShape(Shape):
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
+        if isinstance(piece, Reasoning):
+            return [self._event(index, {"delta": {"reasoning_content": piece.text}, "logprobs": None, "finish_reason": None})]
         if not isinstance(piece, ToolCall):
             return super()._special(index, piece)
         place = self._calls[index]
@@ -224,7 +229,7 @@ class CompletionShape(Shape):
 
 
 def _joined(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text if isinstance(piece, Scored) else piece for piece in pieces if not isinstance(piece, ToolCall))
+    return "".join(piece.text if isinstance(piece, Scored) else piece for piece in pieces if isinstance(piece, str | Scored))
 
 
 def _call(call: ToolCall, arguments: str) -> dict[str, Any]:

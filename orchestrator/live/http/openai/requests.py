@@ -350,10 +350,16 @@ def template_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, 
     return [{key: value for key, value in tool.items() if key != "cache_control"} for tool in tools]
 
 
-def tool_names(tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str]:
-    """Return the names of the functions among some tools."""
-    functions = [cast("Mapping[str, Any]", tool.get("function") or {}) for tool in tools or ()]
-    return frozenset(str(function["name"]) for function in functions if "name" in function)
+def tool_parameters(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
+    """Return the functions among some tools by name, each with the schema of its parameters."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for tool in tools or ():
+        function = tool.get("function")
+        if isinstance(function, Mapping) and "name" in function:
+            function = cast("Mapping[str, Any]", function)
+            parameters = function.get("parameters")
+            found[str(function["name"])] = cast("Mapping[str, Any]", parameters) if isinstance(parameters, Mapping) else {}
+    return found
 
 
 def _template_message(message: Message) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""Tells what a model thinks from what it answers, while the text still comes in.
+
+    think    <think> thoughts </think> answer       Qwen3, DeepSeek-R1 and most others; some prompts end with the first tag
+
+Only an answer's beginning is looked at: a tag further on is text. White space next to the tags belongs to them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.live.text.detokenise import partial_match
+from orchestrator.live.text.tools import ToolCall, ToolParser
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+class ReasoningStyle(StrEnum):
+    """How a model marks its thoughts."""
+
+    THINK = "think"
+    NONE = "none"
+
+    @property
+    def kept_tokens(self) -> tuple[str, ...]:
+        """Special tokens the parser must see."""
+        return (_OPEN, _CLOSE) if self is ReasoningStyle.THINK else ()
+
+    def opened_by(self, prompt: str) -> bool:
+        """Tell whether a prompt ends with the tag, so that the answer begins with thoughts."""
+        return self is ReasoningStyle.THINK and prompt.rstrip().endswith(_OPEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Some of what a model thinks."""
+
+    text: str
+
+
+def reasoning_style_of(reasoning_parser: str, template: str) -> ReasoningStyle:
+    """Return the style a cluster file names; for `auto` the one that the chat template knows of."""
+    if reasoning_parser != "auto":
+        return ReasoningStyle(reasoning_parser)
+    return ReasoningStyle.THINK if _CLOSE in template else ReasoningStyle.NONE
+
+
+class ThinkParser:
+    """Splits one generation into thoughts and an answer, in which tool calls may be found.
+
+    Args:
+        opened: the prompt ended with the first tag.
+        tools: finds tool calls in the answer; None if it can hold none.
+    """
+
+    __slots__ = ("_held", "_phase", "_said", "_tools")
+
+    def __init__(self, opened: bool, tools: ToolParser | None) -> None:
+        self._tools = tools
+        self._phase = _Phase.THINKING if opened else _Phase.START
+        #: Text that is not certain yet: what may become a tag, and white space that may belong to one.
+        self._held = ""
+        #: Whether thoughts have come out: white space before the first ones is the tag's.
+        self._said = False
+
+    def add(self, text: str) -> list[str | ToolCall | Reasoning]:
+        """Take more text; return what is certain now."""
+        if self._phase is _Phase.ANSWER:
+            return self._answer(text)
+        self._held += text
+        parts: list[str | ToolCall | Reasoning] = []
+        if self._phase is _Phase.START:
+            start = self._held.lstrip()
+            if not start or (len(start) < len(_OPEN) and _OPEN.startswith(start)):
+                return parts
+            if not start.startswith(_OPEN):
+                held, self._held, self._phase = self._held, "", _Phase.ANSWER
+                return self._answer(held)
+            self._held, self._phase = start[len(_OPEN) :], _Phase.THINKING
+        if self._phase is _Phase.THINKING:
+            parts += self._think()
+        if self._phase is _Phase.CLOSED and (answer := self._held.lstrip()):
+            self._held, self._phase = "", _Phase.ANSWER
+            parts += self._answer(answer)
+        return parts
+
+    def finish(self) -> Sequence[str | ToolCall | Reasoning]:
+        """Return what was still held back; nothing is added afterwards."""
+        held, self._held = self._held, ""
+        parts: list[str | ToolCall | Reasoning] = []
+        match self._phase:
+            case _Phase.THINKING:
+                thought = held.rstrip() if self._said else held.strip()
+                return [Reasoning(thought)] if thought else []
+            case _Phase.START:
+                parts += self._answer(held)
+            case _Phase.CLOSED | _Phase.ANSWER:
+                pass
+        return [*parts, *(self._tools.finish() if self._tools is not None else ())]
+
+    def _think(self) -> list[Reasoning]:
+        """Return thoughts up to the tag or to what may become one."""
+        thought, tag, rest = self._held.partition(_CLOSE)
+        if tag:
+            self._held, self._phase = rest, _Phase.CLOSED
+            thought = thought.rstrip()
+        else:
+            sure = self._held[: len(self._held) - partial_match(self._held, _CLOSE)].rstrip()
+            thought, self._held = sure, self._held[len(sure) :]
+        if not self._said:
+            thought = thought.lstrip()
+        self._said = self._said or bool(thought)
+        return [Reasoning(thought)] if thought else []
+
+    def _answer(self, text: str) -> list[str | ToolCall | Reasoning]:
+        if self._tools is not None:
+            return [*self._tools.add(text)]
+        return [text] if text else []
+
+
+class _Phase(StrEnum):
+    START = "start"
+    THINKING = "thinking"
+    CLOSED = "closed"
+    ANSWER = "answer"

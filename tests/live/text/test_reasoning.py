@@ -1,0 +1,77 @@
+"""Thoughts are told from answers however the text is cut; what is none stays text."""
+
+import random
+
+import pytest
+
+from orchestrator.live.text.reasoning import Reasoning, ReasoningStyle, ThinkParser, reasoning_style_of
+from orchestrator.live.text.tools import ToolCall, ToolStyle, make_parser
+
+CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+
+def parse(text: str, seed: int, opened: bool = False, tools: bool = True) -> tuple[str, str, list[str]]:
+    """Return the thoughts, the answer and the names of calls."""
+    source = random.Random(seed)
+    parser = ThinkParser(opened, make_parser(ToolStyle.HERMES, {"f": {}}) if tools else None)
+    parts: list[str | ToolCall | Reasoning] = []
+    while text:
+        count = source.randint(1, 7)
+        parts += parser.add(text[:count])
+        text = text[count:]
+    parts += parser.finish()
+    assert all(parts), "nothing empty comes out"
+    return (
+        "".join(part.text for part in parts if isinstance(part, Reasoning)),
+        "".join(part for part in parts if isinstance(part, str)),
+        [part.name for part in parts if isinstance(part, ToolCall)],
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<think>why</think>because", ("why", "because", [])),
+        ("\n<think>\nwhy \n so\n</think>\n\nbecause\n", ("why \n so", "because\n", [])),
+        (f"<think>I could write {CALL} here</think>The answer", (f"I could write {CALL} here", "The answer", [])),
+        (f"<think>now</think>\n{CALL}", ("now", "", ["f"])),
+        ("<think>\n\n</think>\n\nplain", ("", "plain", [])),
+        ("<think>never ends, 1 < 2 </thin", ("never ends, 1 < 2 </thin", "", [])),
+        ("no thoughts, <think>not</think> here", ("", "no thoughts, <think>not</think> here", [])),
+        ("<thinking>other</thinking>", ("", "<thinking>other</thinking>", [])),
+        ("<thi", ("", "<thi", [])),
+        ("<think>", ("", "", [])),
+        (f"  {CALL}", ("", "", ["f"])),
+        ("a</think>b", ("", "a</think>b", [])),
+    ],
+)
+def test_an_answer_that_begins_its_own_thoughts(text: str, found: tuple[str, str, list[str]], seed: int) -> None:
+    assert parse(text, seed) == found
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("why</think>because", ("why", "because", [])),
+        ("\nwhy\n</think>\n" + CALL, ("why", "", ["f"])),
+        ("</think>because", ("", "because", [])),
+        ("cut off", ("cut off", "", [])),
+    ],
+)
+def test_an_answer_whose_prompt_began_its_thoughts(text: str, found: tuple[str, str, list[str]], seed: int) -> None:
+    assert parse(text, seed, opened=True) == found
+
+
+def test_without_tools_the_answer_is_text_throughout() -> None:
+    assert parse(f"<think>why</think>{CALL}", 0, tools=False) == ("why", CALL, [])
+
+
+def test_the_style_is_what_the_template_knows_of() -> None:
+    assert reasoning_style_of("auto", "{{ '<think>\\n' }} ... </think>") is ReasoningStyle.THINK
+    assert reasoning_style_of("auto", "{{ messages }}") is ReasoningStyle.NONE
+    assert reasoning_style_of("none", "</think>") is ReasoningStyle.NONE
+    assert ReasoningStyle.THINK.opened_by("<|im_start|>assistant\n<think>\n")
+    assert not ReasoningStyle.THINK.opened_by("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not ReasoningStyle.NONE.opened_by("<think>")
