@@ -373,7 +373,8 @@ class Gateway:
     def _start(self, job: _Job, turn: Turn, index: int, parser: AnswerParser | None, scored: bool) -> _Choice:
         text = job.model.text
         ends = frozenset(turn.sampling.stop_token_ids)
-        generation = Generation(text.vocabulary.detokeniser(), job.request.stops, ends, parser, scored)
+        detokeniser = text.vocabulary.detokeniser(turn.prompt.tokens, marked=parser is not None)
+        generation = Generation(detokeniser, job.request.stops, ends, parser, scored)
         watch = self._metrics.open_turn(turn.model, turn.service_class)
         stream = self._driver.start(turn)
         if self._recorder is not None:

@@ -1,16 +1,28 @@
-"""From tokens back to text, one token at a time: whole characters only, and stop strings cut out.
+"""From tokens back to text, one token at a time and whole characters only.
 
-Joined, the pieces are exactly what decoding all tokens at once gives.
+Rule 1: what comes out is what the tokens add to the prompt. Joined, the pieces are decode(prompt + answer) without what it has in
+common with decode(prompt): a tokenizer that drops the first space of a text must not drop that of an answer.
+
+Rule 2: what comes out is never taken back, so it is held back until nothing that follows can change it.
+
+See also: `stops.py`, which cuts the text; `generation.py`, which puts the parts together.
 """
 
 from codecs import getincrementaldecoder
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer
 
 _Utf8Decoder = getincrementaldecoder("utf-8")
 _REPLACEMENT = "\ufffd"
+#: No vocabulary is so large; decoders pass over what they do not know.
+_NO_TOKEN = (1 << 32) - 1
+#: Tokens of the prompt that show in the text and that an answer's first ones are decoded after. One would do for all decoders
+#: but for those that join bytes, which need as many as a character has.
+_CONTEXT_TOKENS = 4
+#: Tokens of the prompt looked at to find them: after so many that do not show there is nothing to continue.
+_CONTEXT_SEARCH_MAX = 256
 
 
 class Detokeniser(Protocol):
@@ -24,6 +36,11 @@ class Detokeniser(Protocol):
         """Return what was still held back; nothing is added afterwards."""
         ...
 
+    @property
+    def held_chars(self) -> int:
+        """Whole characters held back: a next token's text starts so many after what came out."""
+        ...
+
 
 class Vocabulary:
     """Every token's text, and detokenisers over it.
@@ -31,31 +48,47 @@ class Vocabulary:
     Args:
         tokenizer: the model's.
         description: its tokenizer.json.
-        kept: special tokens that show in the text all the same, because something reads them there.
+        special: more tokens that do not show, beside those that tokenizer.json calls special.
+        marks: special tokens that something reads in the text of an answer; see `detokeniser`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, description: Mapping[str, Any], kept: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        description: Mapping[str, Any],
+        special: Collection[str] = (),
+        marks: Collection[str] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         added = cast(list[dict[str, Any]], description.get("added_tokens") or [])
-        self._hidden = frozenset(cast(int, token["id"]) for token in added if token["special"] and token["content"] not in kept)
-        self._byte_level = _is_byte_level(description.get("decoder"))
-        names = () if self._byte_level else (f"<0x{byte:02X}>" for byte in range(256))
-        #: Tokens of vocabularies with byte fallback that stand for a byte: a run of them is decoded as one.
-        self._lone_bytes = frozenset(token for name in names if (token := tokenizer.token_to_id(name)) is not None)
+        names = {cast(int, token["id"]): cast(str, token["content"]) for token in added if token["special"]}
+        more = {number: name for name in special if (number := tokenizer.token_to_id(name)) is not None}
+        #: What special tokens are called. They do not show.
+        self._special = names | more
+        self._marks = {number: name for number, name in self._special.items() if name in marks}
+        decoder = description.get("decoder")
+        self._byte_level = _is_byte_level(decoder)
+        #: Bytes that tokens of a vocabulary with byte fallback stand for: a run of them is decoded as one.
+        self._lone_bytes = _lone_bytes(tokenizer) if _falls_back_to_bytes(decoder) else {}
         #: Filled as tokens are seen, so bounded by the vocabulary. None: the bytes are no whole characters.
         self._texts: dict[int, str | None] = {}
         self._bytes: dict[int, bytes] = {}
+        #: A token that others' texts are told from when they follow it; found when it is first needed.
+        self._anchor: tuple[int, str] | None = None
 
-    @property
-    def size(self) -> int:
-        """Token ids are below this."""
-        return self._tokenizer.get_vocab_size()
+    def detokeniser(self, prompt: bytes = b"", marked: bool = False) -> Detokeniser:
+        """Return one for a new generation.
 
-    def detokeniser(self) -> Detokeniser:
-        """Return one for a new generation."""
+        Args:
+            prompt: the tokens it continues (uint32, packed); empty if it continues nothing.
+            marked: special tokens that mark parts of an answer show in its text.
+        """
+        marks = self._marks if marked else {}
         if self._byte_level:
-            return _ByteLevelDetokeniser(self)
-        return _WindowDetokeniser(self._tokenizer, self._hidden, self._lone_bytes)
+            open_bytes = self._open_bytes(prompt)
+            return _ByteLevelDetokeniser(self.marked_text if marks else self.token_text, self.token_bytes, open_bytes)
+        hidden = self._special.keys() - marks.keys()
+        return _WindowDetokeniser(self._tokenizer, hidden, self._lone_bytes, self._context(prompt))
 
     def token_bytes(self, token: int) -> bytes:
         """Return a token's own bytes, special tokens' names included (for log probabilities)."""
@@ -65,13 +98,13 @@ class Vocabulary:
         return found
 
     def token_text(self, token: int) -> str | None:
-        """Return what a token adds to the text: nothing for a hidden one; None if its bytes need their neighbours'."""
+        """Return what a token of bytes adds to the text: nothing if it is hidden; None if its bytes need their neighbours'."""
         try:
             return self._texts[token]
         except KeyError:
             pass
         text: str | None = ""
-        if token not in self._hidden:
+        if token not in self._special:
             try:
                 text = self.token_bytes(token).decode()
             except UnicodeDecodeError:
@@ -79,120 +112,148 @@ class Vocabulary:
         self._texts[token] = text
         return text
 
+    def marked_text(self, token: int) -> str | None:
+        """Return what `token_text` does, but a mark's name."""
+        return self._marks[token] if token in self._marks else self.token_text(token)
+
     def _make_bytes(self, token: int) -> bytes:
         content = self._tokenizer.id_to_token(token)
         if content is None:
             return b""
+        if token in self._special:
+            return content.encode()
+        if token in self._lone_bytes:
+            return bytes([self._lone_bytes[token]])
         if not self._byte_level:
-            return self._tokenizer.decode([token], skip_special_tokens=False).encode()
+            # Alone it would lose what decoders take from the first token of a text, most often a space.
+            anchor, before = self._find_anchor()
+            return self._tokenizer.decode([anchor, token], skip_special_tokens=False)[len(before) :].encode()
         try:
             return bytes([_BYTE_OF[character] for character in content])
         except KeyError:
             # An added token written as it is; the decoder leaves such ones alone.
             return content.encode()
 
+    def _find_anchor(self) -> tuple[int, str]:
+        """Return a token that is a plain word or letter, and what it says; if there is none, one that says nothing."""
+        if self._anchor is None:
+            decode = self._tokenizer.decode
+            tokens = (token for token in range(self._tokenizer.get_vocab_size()) if token not in self._lone_bytes)
+            words = ((token, decode([token])) for token in tokens if token not in self._special)
+            self._anchor = next((pair for pair in words if pair[1].isascii() and pair[1].isalpha()), (_NO_TOKEN, ""))
+        return self._anchor
+
+    def _context(self, prompt: bytes) -> list[int]:
+        """Return the last tokens of a prompt that show, with all of a run of bytes it ends in."""
+        found: list[int] = []
+        for token in memoryview(prompt).cast("I")[: -_CONTEXT_SEARCH_MAX - 1 : -1]:
+            if token in self._special or self._tokenizer.id_to_token(token) is None:
+                continue
+            if len(found) >= _CONTEXT_TOKENS and not all(one in self._lone_bytes for one in found):
+                break
+            found.append(token)
+        return found[::-1]
+
+    def _open_bytes(self, prompt: bytes) -> bytes:
+        """Return the bytes at a prompt's end that begin a character; only prompts given as tokens can end so."""
+        tokens = memoryview(prompt).cast("I")
+        if not tokens or self.token_text(tokens[-1]):
+            return b""
+        decoder = _Utf8Decoder(errors="replace")
+        decoder.decode(b"".join(map(self.token_bytes, self._context(prompt))))
+        return decoder.getstate()[0]
+
 
 class _ByteLevelDetokeniser:
     """For vocabularies of bytes: looks up and joins."""
 
-    __slots__ = ("_decoder", "_held", "_vocabulary")
+    __slots__ = ("_bytes_of", "_decoder", "_held", "_owed", "_text_of")
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, text_of: Callable[[int], str | None], bytes_of: Callable[[int], bytes], open_bytes: bytes) -> None:
+        self._text_of = text_of
+        self._bytes_of = bytes_of
         self._decoder = _Utf8Decoder(errors="replace")
-        self._held = False
+        self._decoder.decode(open_bytes)
+        self._held = bool(open_bytes)
+        #: True while a character that the prompt began may turn out to be none: that was the prompt's to show.
+        self._owed = self._held
+
+    @property
+    def held_chars(self) -> int:
+        return 0
 
     def add(self, token: int) -> str:
-        text = self._vocabulary.token_text(token)
+        text = self._text_of(token)
         if not self._held and text is not None:
             return text
         if text == "":
             return ""
-        text = self._decoder.decode(self._vocabulary.token_bytes(token))
+        data = self._bytes_of(token) if text is None else text.encode()
+        text = self._decoder.decode(data)
         self._held = self._decoder.getstate()[0] != b""
-        return text
+        return self._own(text)
 
     def finish(self) -> str:
-        return self._decoder.decode(b"", True)
+        return self._own(self._decoder.decode(b"", True))
+
+    def _own(self, text: str) -> str:
+        """Return the answer's part of a text."""
+        if self._owed and text:
+            self._owed = False
+            return text.removeprefix(_REPLACEMENT)
+        return text
 
 
 class _WindowDetokeniser:
-    """For all other decoders: decodes a sliding window twice and takes the difference."""
+    """For all other decoders: decodes the newest tokens after those before them, and takes what they add."""
 
-    __slots__ = ("_hidden", "_lone_bytes", "_read", "_start", "_tokenizer", "_tokens")
+    __slots__ = ("_before", "_context", "_fresh", "_hidden", "_lone_bytes", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int], lone_bytes: Collection[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, hidden: Collection[int], lone_bytes: Mapping[int, int], context: Sequence[int]
+    ) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
         self._lone_bytes = lone_bytes
-        self._tokens: list[int] = []
-        #: tokens[start:read] are the context of tokens[read:], whose text is not out yet.
-        self._start = 0
-        self._read = 0
+        #: Tokens whose text is out or the prompt's, and that text.
+        self._context = list(context)
+        self._before = self._decode(self._context)
+        #: Tokens whose text is not out yet.
+        self._fresh: list[int] = []
+
+    @property
+    def held_chars(self) -> int:
+        data = bytes(self._lone_bytes[token] for token in self._fresh if token in self._lone_bytes)
+        return len(data.decode(errors="ignore"))
 
     def add(self, token: int) -> str:
-        if token in self._hidden:
+        if token in self._hidden or self._tokenizer.id_to_token(token) is None:
             return ""
-        self._tokens.append(token)
+        self._fresh.append(token)
         if token in self._lone_bytes:
+            # One byte that fits no character spoils all of its run, so none of it is certain before the run ends.
             return ""
-        before, text = self._window()
-        if len(text) <= len(before) or text.endswith(_REPLACEMENT):
+        text = self._decode([*self._context, *self._fresh])
+        added = _added(self._before, text)
+        if not added or text.endswith(_REPLACEMENT):
             return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return text[len(before) :]
+        self._context, self._fresh = self._fresh, []
+        self._before = self._decode(self._context)
+        return added
 
     def finish(self) -> str:
-        before, text = self._window()
+        return _added(self._before, self._decode([*self._context, *self._fresh]))
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def _added(before: str, text: str) -> str:
+    """Return what `text` has beyond `before`; a prompt's last characters may have changed with what follows them."""
+    if text.startswith(before):
         return text[len(before) :]
-
-    def _window(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        before = decode(self._tokens[self._start : self._read], skip_special_tokens=False)
-        return before, decode(self._tokens[self._start :], skip_special_tokens=False)
-
-
-class StopStrings:
-    """Cuts a text at the first of some strings, holding back what may become one."""
-
-    __slots__ = ("_held", "_strings", "found")
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = strings
-        self._held: str = ""
-        #: True once a stop string came; everything added later is dropped.
-        self.found = False
-
-    def add(self, text: str) -> str:
-        """Return the text that is certainly outside any stop string."""
-        if self.found:
-            return ""
-        text = self._held + text
-        places = [(place + len(string), place) for string in self._strings if (place := text.find(string)) >= 0]
-        if places:
-            # The one that is complete first wins, so that it does not matter how the text was cut into pieces.
-            self.found = True
-            self._held = ""
-            return text[: min(places)[1]]
-        held = max(partial_match(text, string) for string in self._strings)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def finish(self) -> str:
-        """Return what was held back and became no stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def partial_match(text: str, string: str) -> int:
-    """Return the length of the longest end of `text` that begins `string` without being all of it."""
-    first = string[0]
-    place = text.find(first, max(0, len(text) - len(string) + 1))
-    while place >= 0:
-        if string.startswith(text[place:]):
-            return len(text) - place
-        place = text.find(first, place + 1)
-    return 0
+    pairs = zip(before, text, strict=False)
+    return text[next((place for place, (old, new) in enumerate(pairs) if old != new), min(len(before), len(text))) :]
 
 
 def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
@@ -203,6 +264,21 @@ def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
             return True
         case _:
             return False
+
+
+def _falls_back_to_bytes(decoder: Mapping[str, Any] | None) -> bool:
+    match decoder:
+        case {"type": "ByteFallback"}:
+            return True
+        case {"type": "Sequence", "decoders": parts}:
+            return any(_falls_back_to_bytes(part) for part in cast(list[dict[str, Any]], parts))
+        case _:
+            return False
+
+
+def _lone_bytes(tokenizer: Tokenizer) -> dict[int, int]:
+    names = ((byte, name) for byte in range(256) for name in {f"<0x{byte:02X}>", f"<0x{byte:02x}>"})
+    return {token: byte for byte, name in names if (token := tokenizer.token_to_id(name)) is not None}
 
 
 def _byte_of() -> dict[str, int]:

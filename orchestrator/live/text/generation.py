@@ -11,10 +11,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orchestrator.core.types import FinishReason
-from orchestrator.live.text.detokenise import Detokeniser, StopStrings
+from orchestrator.live.text.detokenise import Detokeniser
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
+from orchestrator.live.text.stops import StopStrings
 from orchestrator.live.text.tools import ToolCall, ToolParser
 from orchestrator.live.turns import Delta, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token with its log probabilities."""
+
+    token: int
+    logprob: TokenLogprob
+    #: Characters of the answer before the one in which the token begins.
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +33,7 @@ class Scored:
     """Text with the log probabilities of the tokens that end in it."""
 
     text: str
-    tokens: tuple[tuple[int, TokenLogprob], ...]
+    tokens: tuple[ScoredToken, ...]
 
 
 Piece = str | Scored | ToolCall | Reasoning
@@ -65,8 +76,8 @@ class Generation:
         self._ends = ends
         self._parser = parser
         self._scored = scored
-        #: Tokens whose text is not out yet, with the number of characters up to their end.
-        self._scores: deque[tuple[int, int, TokenLogprob]] = deque()
+        #: Tokens whose text is not out yet, each after the number of characters up to its end.
+        self._scores: deque[tuple[int, ScoredToken]] = deque()
         self._text_chars = 0
         self._out_chars = 0
         #: Tokens generated, the ending one included.
@@ -105,9 +116,10 @@ class Generation:
             self.tokens += 1
             if token in self._ends:
                 continue
+            start = self._text_chars + self._detokeniser.held_chars if self._scored else 0
             text = self._detokeniser.add(token)
             if self._scored and delta.logprobs:
-                self._scores.append((token, self._text_chars + len(text), delta.logprobs[place]))
+                self._scores.append((self._text_chars + len(text), ScoredToken(token, delta.logprobs[place], start)))
             self._text_chars += len(text)
             if self._stops is not None:
                 text = self._stops.add(text)
@@ -138,7 +150,7 @@ class Generation:
     def _end_parser(self) -> list[Piece]:
         return self._dressed([*self._parser.finish()], ()) if self._parser is not None else []
 
-    def _dressed(self, parts: list[str | ToolCall | Reasoning], scores: tuple[tuple[int, TokenLogprob], ...]) -> list[Piece]:
+    def _dressed(self, parts: list[str | ToolCall | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
         self.called = self.called or any(isinstance(part, ToolCall) for part in parts)
         if not scores:
             return list(parts)
@@ -148,10 +160,9 @@ class Generation:
             case _:
                 return [Scored("", scores), *parts]
 
-    def _due(self) -> tuple[tuple[int, TokenLogprob], ...]:
+    def _due(self) -> tuple[ScoredToken, ...]:
         """Return the entries whose text is out now."""
-        due: list[tuple[int, TokenLogprob]] = []
-        while self._scores and self._scores[0][1] <= self._out_chars:
-            token, _, logprob = self._scores.popleft()
-            due.append((token, logprob))
+        due: list[ScoredToken] = []
+        while self._scores and self._scores[0][0] <= self._out_chars:
+            due.append(self._scores.popleft()[1])
         return tuple(due)

@@ -16,7 +16,7 @@ from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
-from orchestrator.live.text.templates import ChatTemplate, load_template
+from orchestrator.live.text.templates import ChatTemplate, load_template, special_tokens
 from orchestrator.live.text.tools import ToolStyle, style_of
 
 #: Context length of a checkpoint that does not name one, tokens.
@@ -83,7 +83,7 @@ class ModelText:
             tokenizer=tokenizer,
             segmenter=Segmenter(described),
             template=template,
-            vocabulary=Vocabulary(tokenizer, described, (*style.kept_tokens, *reasoning.kept_tokens)),
+            vocabulary=Vocabulary(tokenizer, described, _special(named), (*style.marks, *reasoning.marks)),
             prefix=_prefix(tokenizer),
             vocabulary_size=size,
             eos_token_ids=eos,
@@ -105,6 +105,15 @@ def _read(path: Path, needed: bool = True) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelUnusable(f"{path}: must hold an object, holds {type(value).__name__}")
     return cast(dict[str, Any], value)
+
+
+def _special(named: Mapping[str, Any]) -> frozenset[str]:
+    """Return the tokens that tokenizer_config.json calls special; `transformers` hides them whatever tokenizer.json says."""
+    decoder = cast("Mapping[str, Mapping[str, Any]]", named.get("added_tokens_decoder") or {})
+    added = [token.get("content") for token in decoder.values() if token.get("special")]
+    lists = [cast("list[Any]", named.get(name) or []) for name in ("additional_special_tokens", "extra_special_tokens")]
+    more = [one.get("content") if isinstance(one, dict) else one for one in (*lists[0], *lists[1])]
+    return frozenset(name for name in (*special_tokens(named).values(), *added, *more) if isinstance(name, str))
 
 
 def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:

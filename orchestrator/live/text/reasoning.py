@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orchestrator.live.text.detokenise import partial_match
+from orchestrator.live.text.stops import partial_match
 from orchestrator.live.text.tools import ToolCall, ToolParser
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -22,7 +22,7 @@ class ReasoningStyle(StrEnum):
     NONE = "none"
 
     @property
-    def kept_tokens(self) -> tuple[str, ...]:
+    def marks(self) -> tuple[str, ...]:
         """Special tokens the parser must see."""
         return (_OPEN, _CLOSE) if self is ReasoningStyle.THINK else ()
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import msgspec
 
-from orchestrator.live.text.detokenise import partial_match
+from orchestrator.live.text.stops import partial_match
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = "<function="
@@ -35,7 +35,7 @@ class ToolStyle(StrEnum):
     NONE = "none"
 
     @property
-    def kept_tokens(self) -> tuple[str, ...]:
+    def marks(self) -> tuple[str, ...]:
         """Special tokens the parser must see."""
         match self:
             case ToolStyle.HERMES | ToolStyle.QWEN3_CODER:

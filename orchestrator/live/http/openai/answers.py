@@ -11,10 +11,9 @@ from typing import Any
 import msgspec
 
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.generation import Generation, Piece, Scored
+from orchestrator.live.text.generation import Generation, Piece, Scored, ScoredToken
 from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import ToolCall
-from orchestrator.live.turns import TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -167,14 +166,15 @@ class ChatShape(Shape):
         return {"message": message}
 
     def scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        return {"content": [self._score(token, logprob) for piece in scored for token, logprob in piece.tokens]}
+        return {"content": [self._score(token) for piece in scored for token in piece.tokens]}
 
-    def _score(self, token: int, logprob: TokenLogprob) -> dict[str, Any]:
-        return {**self._named(token, logprob.logprob), "top_logprobs": [self._named(*entry) for entry in logprob.top]}
+    def _score(self, scored: ScoredToken) -> dict[str, Any]:
+        top = [self._named(*entry) for entry in scored.logprob.top]
+        return {**self._named(scored.token, scored.logprob.logprob), "top_logprobs": top}
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._answer.vocabulary.token_bytes(token)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+        return {"token": data.decode(errors="backslashreplace"), "logprob": logprob, "bytes": list(data)}
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         if isinstance(piece, Reasoning):
@@ -196,10 +196,6 @@ class CompletionShape(Shape):
     whole_object = "text_completion"
     text_before = b'"text":'
 
-    def __init__(self, answer: Answer, choices: int, usage_follows: bool) -> None:
-        super().__init__(answer, choices, usage_follows)
-        self._offsets = [0] * choices
-
     def delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
@@ -207,25 +203,28 @@ class CompletionShape(Shape):
         return {"text": _joined(pieces)}
 
     def scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        tokens = [entry for piece in scored for entry in piece.tokens]
-        names = [self._name(token) for token, _ in tokens]
-        offsets = [sum(map(len, names[:place])) for place in range(len(names))]
+        tokens = [token for piece in scored for token in piece.tokens]
         return {
-            "tokens": names,
-            "token_logprobs": [logprob.logprob for _, logprob in tokens],
-            "top_logprobs": [{self._name(token): value for token, value in logprob.top} for _, logprob in tokens],
-            "text_offset": offsets,
+            "tokens": [self._name(token.token) for token in tokens],
+            "token_logprobs": [token.logprob.logprob for token in tokens],
+            "top_logprobs": [self._named(token.logprob.top) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
     def _name(self, token: int) -> str:
-        return self._answer.vocabulary.token_bytes(token).decode(errors="replace")
+        """Return a token's text; bytes that are none are written as OpenAI writes them, so that they stay apart."""
+        data = self._answer.vocabulary.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def _special(self, index: int, piece: Piece) -> list[bytes]:
-        assert isinstance(piece, Scored), f"{type(piece).__name__} in a plain completion"
-        scores = self.scores([piece])
-        scores["text_offset"] = [self._offsets[index] + offset for offset in scores["text_offset"]]
-        self._offsets[index] += sum(map(len, scores["tokens"]))
-        return [self._event(index, {**self.delta(piece.text), "logprobs": scores, "finish_reason": None})]
+    def _named(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Return log probabilities by name; of tokens of one name (a special one may be called like another) the likeliest."""
+        named: dict[str, float] = {}
+        for token, logprob in top:
+            named.setdefault(self._name(token), logprob)
+        return named
 
 
 def _joined(pieces: Sequence[Piece]) -> str:

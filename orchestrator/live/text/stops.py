@@ -1,0 +1,46 @@
+"""Stop strings: cut out of a text that still comes in, however it is cut into pieces."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Cuts a text at the first of some strings, holding back what may become one."""
+
+    __slots__ = ("_held", "_strings", "found")
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = strings
+        self._held: str = ""
+        #: True once a stop string came; everything added later is dropped.
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """Return the text that is certainly outside any stop string."""
+        if self.found:
+            return ""
+        text = self._held + text
+        places = [(place + len(string), place) for string in self._strings if (place := text.find(string)) >= 0]
+        if places:
+            # The one that is complete first wins, so that it does not matter how the text was cut into pieces.
+            self.found = True
+            self._held = ""
+            return text[: min(places)[1]]
+        held = max(partial_match(text, string) for string in self._strings)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """Return what was held back and became no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def partial_match(text: str, string: str) -> int:
+    """Return the length of the longest end of `text` that begins `string` without being all of it."""
+    first = string[0]
+    place = text.find(first, max(0, len(text) - len(string) + 1))
+    while place >= 0:
+        if string.startswith(text[place:]):
+            return len(text) - place
+        place = text.find(first, place + 1)
+    return 0
