@@ -4,7 +4,6 @@ See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `tex
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from orchestrator.core.config import ModelConfig
 from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.live.text.detokenise import Vocabulary
+from orchestrator.live.text.files import Fields, ModelUnusable, read_fields
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.templates import ChatTemplate, load_template, special_tokens
@@ -21,10 +21,6 @@ from orchestrator.live.text.tools import ToolStyle, style_of
 
 #: Context length of a checkpoint that does not name one, tokens.
 _CONTEXT_TOKENS_DEFAULT = 2048
-
-
-class ModelUnusable(ValueError):
-    """A checkpoint folder lacks something or holds something wrong; the message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,7 @@ class ModelText:
     prefix: tuple[int, ...]
     #: Token ids are below this: the model's, which may be more than the tokenizer has texts for.
     vocabulary_size: int
-    #: Tokens that end a completion, and those that end an answer in a chat (see `_eos`).
+    #: Tokens that end a completion, and those that end an answer in a chat (a chat's are the tokenizer's own too).
     eos_token_ids: frozenset[int]
     chat_eos_token_ids: frozenset[int]
     #: Longest prompt plus output, tokens.
@@ -62,28 +58,24 @@ class ModelText:
         Raises:
             ModelUnusable: a file is missing or malformed.
         """
-        config = _read(folder / "config.json")
-        described = _read(folder / "tokenizer.json")
-        named = {
-            **_read(folder / "special_tokens_map.json", needed=False),
-            **_read(folder / "tokenizer_config.json", needed=False),
-        }
-        generation = _read(folder / "generation_config.json", needed=False)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        config = read_fields(folder / "config.json")
+        described = read_fields(folder / "tokenizer.json")
+        named = _named(folder)
+        generation = read_fields(folder / "generation_config.json", needed=False)
+        tokenizer = _tokenizer(described)
         template = load_template(folder, named)
         parsers = parsers or ModelConfig()
         style = style_of(parsers.tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
         reasoning = reasoning_style_of(parsers.reasoning_parser, template.sources.get("default", ""))
-        own = context_tokens_of(int(config.get("max_position_embeddings") or _CONTEXT_TOKENS_DEFAULT), config)
-        size = max(int(config.get("vocab_size") or 0), tokenizer.get_vocab_size())
-        eos = _eos(folder, generation, config, size)
+        own = context_tokens_of(config.count("max_position_embeddings", _CONTEXT_TOKENS_DEFAULT), config.values)
+        size = max(config.count("vocab_size", 1), tokenizer.get_vocab_size())
+        # generation_config.json's ends, config.json's if that names none, as `transformers` has it.
+        eos = generation.token_ids("eos_token_id", size) or config.token_ids("eos_token_id", size)
         return ModelText(
             tokenizer=tokenizer,
-            segmenter=Segmenter(described),
+            segmenter=Segmenter(described.values),
             template=template,
-            vocabulary=Vocabulary(tokenizer, described, _special(named), (*style.marks, *reasoning.marks)),
+            vocabulary=Vocabulary(tokenizer, described.values, _special(named), (*style.marks, *reasoning.marks)),
             prefix=_prefix(tokenizer),
             vocabulary_size=size,
             eos_token_ids=eos,
@@ -95,25 +87,36 @@ class ModelText:
         )
 
 
-def _read(path: Path, needed: bool = True) -> dict[str, Any]:
-    if not needed and not path.is_file():
-        return {}
+def _named(folder: Path) -> Fields:
+    """Return tokenizer_config.json, with what only the older special_tokens_map.json says."""
+    older = read_fields(folder / "special_tokens_map.json", needed=False)
+    newer = read_fields(folder / "tokenizer_config.json", needed=False)
+    return Fields(newer.path, {**older.values, **newer.values})
+
+
+def _tokenizer(described: Fields) -> Tokenizer:
+    """Return the tokenizer that a tokenizer.json describes. Raises `ModelUnusable`."""
+    for token in described.objects("added_tokens"):
+        token.text("content")
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelUnusable(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelUnusable(f"{path}: must hold an object, holds {type(value).__name__}")
-    return cast(dict[str, Any], value)
+        tokenizer = Tokenizer.from_str(json.dumps(described.values, ensure_ascii=False))
+    except Exception as error:  # The library has no narrower class for a file it cannot use.
+        raise ModelUnusable(f"{described.path}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def _special(named: Mapping[str, Any]) -> frozenset[str]:
+def _special(named: Fields) -> frozenset[str]:
     """Return the tokens that tokenizer_config.json calls special; `transformers` hides them whatever tokenizer.json says."""
-    decoder = cast("Mapping[str, Mapping[str, Any]]", named.get("added_tokens_decoder") or {})
-    added = [token.get("content") for token in decoder.values() if token.get("special")]
-    lists = [cast("list[Any]", named.get(name) or []) for name in ("additional_special_tokens", "extra_special_tokens")]
-    more = [one.get("content") if isinstance(one, dict) else one for one in (*lists[0], *lists[1])]
-    return frozenset(name for name in (*special_tokens(named).values(), *added, *more) if isinstance(name, str))
+    added = named.object("added_tokens_decoder")
+    names = [token.text("content") for token in map(added.object, added.values) if token.values.get("special")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        found = named.values.get(name)
+        listed = {str(place): one for place, one in enumerate(cast("list[Any]", found))} if isinstance(found, list) else None
+        more = Fields(named.path, listed) if listed is not None else named.object(name)
+        names += [text for one in more.values if (text := more.token_text(one)) is not None]
+    return frozenset((*names, *special_tokens(named).values()))
 
 
 def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -126,21 +129,8 @@ def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def _eos(folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any], size: int) -> frozenset[int]:
-    """Return what ends any text: generation_config.json's ends, config.json's if that names none, as `transformers` has it."""
-    for name, fields in (("generation_config.json", generation), ("config.json", config)):
-        written = fields.get("eos_token_id")
-        ids = cast(list[Any], written) if isinstance(written, list) else [] if written is None else [written]
-        if not all(isinstance(one, int) and 0 <= one < size for one in ids):
-            raise ModelUnusable(f"{folder / name}: eos_token_id: must be token ids from 0 to {size - 1}, is {written!r}")
-        if ids:
-            return frozenset(ids)
-    return frozenset()
-
-
-def _own_eos(named: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+def _own_eos(named: Fields, tokenizer: Tokenizer) -> frozenset[int]:
     """Return the token that the tokenizer itself ends a turn with, which checkpoints of chats often name nowhere else."""
-    written = named.get("eos_token")
-    content = cast(Mapping[str, Any], written).get("content") if isinstance(written, dict) else written
-    token = tokenizer.token_to_id(content) if isinstance(content, str) else None
+    content = named.token_text("eos_token")
+    token = tokenizer.token_to_id(content) if content is not None else None
     return frozenset() if token is None else frozenset({token})

@@ -20,6 +20,8 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from orchestrator.live.text.files import Fields, ModelUnusable, read_text
+
 #: Attributes of a dict that a template may mean by `message.items`; every other name can only be a key.
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 
@@ -166,31 +168,35 @@ class ChatTemplate:
         return self._templates["default"]
 
 
-def load_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
-    """Return the template of a checkpoint folder: `chat_template.jinja` before what tokenizer_config.json holds."""
-    sources: dict[str, str] = {}
-    written = tokenizer_config.get("chat_template")
-    if isinstance(written, str):
-        sources["default"] = written
-    elif isinstance(written, list):
-        sources.update({entry["name"]: entry["template"] for entry in cast(list[dict[str, str]], written)})
+def load_template(folder: Path, tokenizer_config: Fields) -> ChatTemplate:
+    """Return the template of a checkpoint folder: `chat_template.jinja` before what tokenizer_config.json holds.
+
+    Raises:
+        ModelUnusable: a template is malformed; the message names its file.
+    """
+    sources = {name: (tokenizer_config.path, source) for name, source in _written(tokenizer_config).items()}
+    paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
-        sources["default"] = (folder / "chat_template.jinja").read_text()
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        sources[path.stem] = path.read_text()
-    return ChatTemplate(sources, special_tokens(tokenizer_config))
+        paths["default"] = folder / "chat_template.jinja"
+    sources |= {name: (path, read_text(path)) for name, path in paths.items()}
+    for path, source in sources.values():
+        try:
+            _environment().parse(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelUnusable(f"{path}: chat template, line {error.lineno}: {error.message}") from error
+    return ChatTemplate({name: source for name, (_, source) in sources.items()}, special_tokens(tokenizer_config))
 
 
-def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+def _written(tokenizer_config: Fields) -> dict[str, str]:
+    """Return the templates that tokenizer_config.json holds: one, or several by name."""
+    if isinstance(tokenizer_config.values.get("chat_template"), list):
+        return {entry.text("name"): entry.text("template") for entry in tokenizer_config.objects("chat_template")}
+    if tokenizer_config.values.get("chat_template") is None:
+        return {}
+    return {"default": tokenizer_config.text("chat_template")}
+
+
+def special_tokens(tokenizer_config: Fields) -> dict[str, str]:
     """Return the named special tokens (`bos_token` and so on), each written as text or as an added-token table."""
-    found: dict[str, str] = {}
-    for name, value in tokenizer_config.items():
-        if not name.endswith("_token"):
-            continue
-        if isinstance(value, str):
-            found[name] = value
-        elif isinstance(value, dict):
-            content = cast(dict[str, Any], value).get("content")
-            if isinstance(content, str):
-                found[name] = content
-    return found
+    names = [name for name, value in tokenizer_config.values.items() if name.endswith("_token") and isinstance(value, str | dict)]
+    return {name: text for name in names if (text := tokenizer_config.token_text(name)) is not None}

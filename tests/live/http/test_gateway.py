@@ -12,7 +12,8 @@ import pytest
 from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.types import GatewayId, ServiceClass, SessionId
 from orchestrator.live.http.exchange import CLIENT_GONE
-from orchestrator.live.text.models import ModelText, ModelUnusable
+from orchestrator.live.text.files import ModelUnusable
+from orchestrator.live.text.models import ModelText
 from tests.builders import some
 from tests.live.scripted import MODEL, Script, Served, make_model, serve
 

@@ -1,6 +1,5 @@
 """Chat templates render to exactly what `transformers` renders, tools and odd features included."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from orchestrator.live.text.files import Fields, read_fields
 from orchestrator.live.text.templates import ChatTemplate, TemplateFailed, load_template
 from workers.engines.vocabulary import CHAT_TEMPLATE, write_json, write_tokenizer
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_folder_renders_and_tokenises_as_in_transformers(tmp_path: 
     tokenizer = write_tokenizer(tmp_path, 600, 4096)
     write_json(tmp_path / "config.json", {"model_type": "llama"})
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    ours = load_template(tmp_path, json.loads((tmp_path / "tokenizer_config.json").read_text()))
+    ours = load_template(tmp_path, read_fields(tmp_path / "tokenizer_config.json"))
     for messages in CONVERSATIONS:
         expected = theirs.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=True, tokenize=False)
         assert ours.render(messages, TOOLS) == expected
@@ -96,12 +96,15 @@ def test_a_checkpoint_folder_renders_and_tokenises_as_in_transformers(tmp_path: 
 
 def test_templates_are_found_where_checkpoints_keep_them(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
-    several = load_template(tmp_path, {"chat_template": named})
+    several = load_template(tmp_path, Fields(tmp_path, {"chat_template": named}))
     assert several.render([], None) == "plain"
     assert several.render([], TOOLS) == "tools"
     (tmp_path / "chat_template.jinja").write_text("from the file {{ bos_token }}{{ cls_token }}")
     tokens = {"bos_token": {"content": "<s>"}, "cls_token": None}
-    assert load_template(tmp_path, {"chat_template": "overridden", **tokens}).render([], None) == "from the file <s>"
+    assert (
+        load_template(tmp_path, Fields(tmp_path, {"chat_template": "overridden", **tokens})).render([], None)
+        == "from the file <s>"
+    )
 
 
 @pytest.mark.parametrize(
