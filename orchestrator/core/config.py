@@ -115,6 +115,13 @@ class GatewayConfig:
     )
     #: Largest request body, bytes.
     body_bytes_max: int = 64 * 1024 * 1024
+    #: Generations one request may ask for: its prompts times n. All are admitted or none.
+    generations_max: int = 128
+    #: Web pages from these origins (such as https://app.example.com; * for all) may call the API; empty: no page may.
+    cors_origins: tuple[str, ...] = ()
+    #: Key that `/metrics` asks for, or where it is (env:NAME or file:PATH). Empty: any API key does, and none is asked for where
+    #: there are none.
+    metrics_key: str = ""
     #: Prompts whose text and tokens are kept so that a next turn tokenises only what is new.
     prompts_cached_max: int = 4096
     #: Characters kept in all of them together.
@@ -127,6 +134,7 @@ class GatewayConfig:
         for name, port in (("http_port", self.http_port), ("grpc_port", self.grpc_port)):
             require(0 <= port <= 65535, name, f"must be a port (0 to 65535), is {port}")
         require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
+        require(self.generations_max > 0, "generations_max", f"must be over 0, is {self.generations_max}")
         require(self.prompts_cached_max > 0, "prompts_cached_max", f"must be over 0, is {self.prompts_cached_max}")
         loopback = self.host in ("127.0.0.1", "::1", "localhost")
         require(loopback or bool(self.api_keys), "host", f"{self.host} is not loopback, so gateway.api_keys must not be empty")

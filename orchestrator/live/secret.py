@@ -49,7 +49,9 @@ def with_secrets(config: ClusterConfig) -> ClusterConfig:
         replace(entry, key=reveal(entry.key, f"gateway.api_keys[{index}].key"))
         for index, entry in enumerate(config.gateway.api_keys)
     )
-    return replace(config, cluster=replace(config.cluster, secret=secret), gateway=replace(config.gateway, api_keys=keys))
+    metrics_key = reveal(config.gateway.metrics_key, "gateway.metrics_key")
+    gateway = replace(config.gateway, api_keys=keys, metrics_key=metrics_key)
+    return replace(config, cluster=replace(config.cluster, secret=secret), gateway=gateway)
 
 
 def _content(path: Path, where: str) -> str:

@@ -42,9 +42,10 @@ def test_all_secrets_of_a_cluster_are_looked_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WEFT_TEST_KEY", "k")
     config = ClusterConfig(
         ClusterSettings(secret="env:WEFT_TEST_KEY"),
-        GatewayConfig(api_keys=(ApiKey("plain", "a"), ApiKey("env:WEFT_TEST_KEY", "b"))),
+        GatewayConfig(api_keys=(ApiKey("plain", "a"), ApiKey("env:WEFT_TEST_KEY", "b")), metrics_key="env:WEFT_TEST_KEY"),
         pools=(PoolConfig("pool", PoolKind.AGGREGATED),),
     )
     found = with_secrets(config)
     assert found.cluster.secret == "k"
     assert [entry.key for entry in found.gateway.api_keys] == ["plain", "k"]
+    assert found.gateway.metrics_key == "k"

@@ -37,13 +37,14 @@ class Exchange:
         gateway: this gateway's number, told to the client.
     """
 
-    __slots__ = ("_gateway", "_receive", "_send", "headers", "path", "request_id", "status", "streaming")
+    __slots__ = ("_gateway", "_receive", "_send", "headers", "method", "path", "request_id", "status", "streaming")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, gateway: int) -> None:
         self._receive = receive
         self._send = send
         self._gateway = b"%d" % gateway
         self.path: str = scope["path"]
+        self.method: str = scope["method"]
         #: The last of each name; names in lower case.
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = _request_id(self.headers.get(b"x-request-id"))
@@ -53,6 +54,10 @@ class Exchange:
 
     async def body(self, bytes_max: int) -> bytes:
         """Return the whole body. Raises `ApiError` 413 over the limit, `ClientGone` if it never ends."""
+        coding = self.headers.get(b"content-encoding", b"identity").strip().lower()
+        if coding not in (b"identity", b""):
+            problem = f"bodies are read as they are, not with content-encoding {coding.decode('latin-1')!r}"
+            raise ApiError(415, problem, code="unsupported_content_encoding")
         declared = self.headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > bytes_max:
             raise _too_large(bytes_max)
@@ -80,7 +85,17 @@ class Exchange:
         """Answer with an error body."""
         retry = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % max(1, round(error.retry_after_s)))]
         reason = [(b"x-weft-refused", error.code.encode())] if error.status in (429, 503, 529) and error.code else []
-        await self.answer(error.status, error.body(), [*retry, *reason])
+        allow = [(b"allow", b"POST")] if error.status == 405 else []
+        await self.answer(error.status, error.body(), [*retry, *reason, *allow])
+
+    async def fail(self) -> None:
+        """End an answer after a fault of ours: with an error body, or by ending the stream where it stands."""
+        error = ApiError(500, "internal error; its cause is in the server's log", code="internal_error")
+        if not self.status:
+            await self.refuse(error)
+        else:
+            await self.close(b"data: " + error.body() + b"\n\n" if self.streaming else b"")
+        self.status = error.status
 
     async def open_events(self) -> None:
         """Start a stream of server-sent events."""

@@ -10,14 +10,18 @@ The generation endpoints are plain ASGI; everything else is a FastAPI applicatio
 """
 
 import asyncio
+import logging
 import time
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from hashlib import blake2b
+from hmac import compare_digest
 from secrets import token_hex
 from typing import Any, Protocol, TypeVar
+
+from starlette.middleware.cors import CORSMiddleware
 
 from orchestrator.core.blocks import hash_root
 from orchestrator.core.cluster.sessions import owner_of
@@ -32,7 +36,7 @@ from orchestrator.core.types import (
     SessionId,
     TenantId,
 )
-from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Receive, Scope, Send
+from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send
 from orchestrator.live.http.openai.answers import DONE, Answer, ChatShape, CompletionShape, Shape, Usage
 from orchestrator.live.http.openai.requests import (
     ApiError,
@@ -47,7 +51,7 @@ from orchestrator.live.http.openai.requests import (
     tool_parameters,
 )
 from orchestrator.live.http.proxy import FORWARDED, PeerUnreachable, forward
-from orchestrator.live.http.routes import make_routes
+from orchestrator.live.http.routes import MODELS, PROBED, make_routes
 from orchestrator.live.http.server import HttpServer
 from orchestrator.live.text.generation import Generation, Piece
 from orchestrator.live.text.models import ModelText
@@ -57,12 +61,16 @@ from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.tools import ToolParser, make_parser
 from orchestrator.live.turns import Prompt, TokenStream, Turn, TurnDriver, TurnFailed
 
+log = logging.getLogger("weft.gateway")
+
 AnswerParser = ToolParser | ThinkParser
 Asked = TypeVar("Asked", bound=GenerationRequest)
 
 DEFAULT_TENANT = TenantId("default")
 #: Metrics' label for a model nobody serves: what clients write must not become a label.
 UNKNOWN_MODEL = "unknown"
+#: And for a path that nothing is served at.
+UNKNOWN_ENDPOINT = "unknown"
 #: Longer session names are hashed down to this many characters.
 _SESSION_CHARS_MAX = 256
 #: Seconds after which a client may come back to a gateway that is being shut down.
@@ -179,7 +187,7 @@ class Gateway:
             "/v1/completions": self._completions,
         }
         self._cold = make_routes(self, metrics_page, status)
-        self._server = HttpServer(self)
+        self._server = HttpServer(_with_origins(self, config.gateway.cors_origins))
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -219,9 +227,9 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection scope."""
-        handler = self._posts.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        handler = self._posts.get(scope["path"]) if scope["type"] == "http" else None
         if handler is None:
-            await self._cold(scope, receive, send)
+            await self._serve_cold(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send, self._number)
         self._running += 1
@@ -232,6 +240,28 @@ class Gateway:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+    async def _serve_cold(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the routes answer; name the request as everywhere, and count it."""
+        if scope["type"] != "http":
+            await self._cold(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send, self._number)
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await exchange.open(message["status"], list(message["headers"]))
+            else:
+                await send(message)
+
+        try:
+            await self._cold(scope, receive, named)
+        except Exception:  # The routes have answered it (`_on_fault`); it must not end the connection as well.
+            log.exception("request %s failed", exchange.request_id.decode())
+        known = exchange.path in PROBED or exchange.path == MODELS or exchange.path.startswith(f"{MODELS}/")
+        endpoint = f"/{'/'.join(exchange.path.split('/')[1:3])}" if known else UNKNOWN_ENDPOINT
+        if exchange.path not in PROBED or exchange.status >= 400:
+            self._metrics.answered(UNKNOWN_MODEL, endpoint, exchange.status, DEFAULT_TENANT)
 
     async def _chat(self, exchange: Exchange) -> None:
         await self._serve(exchange, parse_chat, self._chat_answer)
@@ -248,6 +278,8 @@ class Gateway:
         """Take a request to its end, whatever that is, and count it. One that another gateway serves is counted there."""
         tenant, label = DEFAULT_TENANT, UNKNOWN_MODEL
         try:
+            if exchange.method != "POST":
+                raise ApiError(405, f"{exchange.method} {exchange.path}: only POST is served", code="method_not_allowed")
             tenant = self.authenticate(exchange.headers)
             # What another gateway passed on before it heard of the drain is served like what runs.
             if self._draining and FORWARDED not in exchange.headers:
@@ -264,6 +296,9 @@ class Gateway:
             await exchange.refuse(error)
         except ClientGone:
             exchange.status = CLIENT_GONE
+        except Exception:  # A fault of ours must end this request alone, with an answer, and be found in the log.
+            log.exception("request %s failed", exchange.request_id.decode())
+            await exchange.fail()
         self._metrics.answered(label, exchange.path, exchange.status, tenant)
 
     async def _passed_on(self, exchange: Exchange, body: bytes, session: SessionId) -> bool:
@@ -284,10 +319,16 @@ class Gateway:
         self, exchange: Exchange, request: ChatRequest, model: _Model, tenant: TenantId, session: SessionId | None
     ) -> None:
         tools = request.shown_tools
-        open_answer = request.add_generation_prompt is not False
+        self._check_generations(request.choices)
         try:
             messages = template_messages(request.messages)
-            text = model.text.template.render(messages, template_tools(tools), request.chat_template_kwargs, open_answer)
+            text = model.text.template.render(
+                messages,
+                template_tools(tools),
+                request.template_variables,
+                request.opens_answer,
+                bool(request.continue_final_message),
+            )
         except TemplateFailed as error:
             raise ApiError(400, str(error), code="invalid_messages", param="messages") from error
         prompt = await self._encode(model, text, tenant, session, request.salt, prefixed=False)
@@ -313,13 +354,15 @@ class Gateway:
         self, exchange: Exchange, request: CompletionRequest, model: _Model, tenant: TenantId, session: SessionId | None
     ) -> None:
         prompts: list[Prompt] = []
+        generations = len(request.prompts) * request.choices
+        self._check_generations(generations)
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 prompts.append(await self._encode(model, prompt, tenant, session, request.salt, prefixed=True))
             else:
                 prompts.append(self._adopt(model, prompt, tenant, request.salt))
         answer = self._answer("cmpl", request, model)
-        shape = CompletionShape(answer, len(prompts) * request.choices, request.include_usage)
+        shape = CompletionShape(answer, generations, request.include_usage)
         job = _Job(exchange, model, tenant, session, request, shape)
         await self._run(job, prompts, request.output_tokens_wanted, request.logprobs_wanted, lambda: None)
 
@@ -427,12 +470,18 @@ class Gateway:
         """Return the tenant a request's key stands for. Raises `ApiError` 401."""
         if not self._tenants:
             return DEFAULT_TENANT
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        tenant = self._tenants.get(_digest(key))
+        tenant = self._tenants.get(_digest(_key_of(headers)))
         if tenant is None:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         return tenant
+
+    def authenticate_metrics(self, headers: Mapping[bytes, bytes]) -> None:
+        """See that the page of metrics may be shown. Raises `ApiError` 401."""
+        key = self._config.gateway.metrics_key
+        if not key:
+            self.authenticate(headers)
+        elif not compare_digest(_key_of(headers), key.encode()):
+            raise ApiError(401, "the key for metrics is missing or wrong", code="invalid_api_key")
 
     def model_cards(self) -> list[dict[str, Any]]:
         """Return the models clients may name, in OpenAI's shape; aliases that match by their beginning are left out."""
@@ -482,6 +531,13 @@ class Gateway:
     def _root(self, model: _Model, tenant: TenantId, salt: str) -> BlockHash:
         return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
 
+    def _check_generations(self, count: int) -> None:
+        """Refuse a request that is too many in one, before any of them begins."""
+        most = self._config.gateway.generations_max
+        if count > most:
+            problem = f"a request may have {most} generations (prompts times n), this one has {count}"
+            raise ApiError(400, problem, code="too_many_generations", param="n")
+
     def _check_length(self, model: _Model, prompt: Prompt) -> None:
         most = model.text.context_tokens_max
         if prompt.count >= most:
@@ -494,12 +550,26 @@ class Gateway:
         return Answer(f"{kind}-{token_hex(12)}", int(time.time()), request.model, model.text.vocabulary)
 
 
+def _key_of(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return the key a request carries, as OpenAI's clients send it or as Anthropic's do; empty if it has none."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+
+
 def _own_ends(job: _Job) -> frozenset[int]:
     """Return the tokens with which the model itself ends such an answer, none if they are to be ignored."""
     if job.request.ignore_eos:
         return frozenset()
     text = job.model.text
     return text.chat_eos_token_ids if isinstance(job.request, ChatRequest) else text.eos_token_ids
+
+
+def _with_origins(gateway: Gateway, origins: Sequence[str]) -> Any:
+    """Return the application that web pages from some origins may call too."""
+    if not origins:
+        return gateway
+    exposed = ("x-request-id", "x-weft-gateway", "x-weft-refused", "retry-after")
+    return CORSMiddleware(gateway, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=exposed)
 
 
 async def _read(choice: _Choice) -> list[Piece]:

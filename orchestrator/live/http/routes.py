@@ -9,6 +9,9 @@ from starlette.exceptions import HTTPException
 
 from orchestrator.live.http.openai.requests import ApiError
 
+#: Asked by probes and scrapers, time and again: only what goes wrong there is counted.
+PROBED = ("/live", "/health", "/ready", "/metrics", "/status")
+MODELS = "/v1/models"
 #: Prometheus' text format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -20,6 +23,8 @@ class Answers(Protocol):
     def ready(self) -> bool: ...
 
     def authenticate(self, headers: "dict[bytes, bytes]") -> object: ...
+
+    def authenticate_metrics(self, headers: "dict[bytes, bytes]") -> None: ...
 
     def model_cards(self) -> list[dict[str, Any]]: ...
 
@@ -44,10 +49,12 @@ def make_routes(gateway: Answers, metrics_page: Callable[[], bytes], status: Cal
     async def ready() -> Response:
         return JSONResponse({"status": "ready" if gateway.ready else "not ready"}, 200 if gateway.ready else 503)
 
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        gateway.authenticate_metrics(dict(request.headers.raw))
         return Response(metrics_page(), media_type=METRICS_TYPE)
 
-    async def state() -> Response:
+    async def state(request: Request) -> Response:
+        gateway.authenticate(dict(request.headers.raw))
         return JSONResponse(status())
 
     application.add_api_route("/v1/models", models)
@@ -59,6 +66,7 @@ def make_routes(gateway: Answers, metrics_page: Callable[[], bytes], status: Cal
     application.add_api_route("/status", state)
     application.add_exception_handler(HTTPException, _on_http_exception)
     application.add_exception_handler(ApiError, _on_api_error)
+    application.add_exception_handler(Exception, _on_fault)
     return application
 
 
@@ -73,6 +81,12 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, ApiError), f"registered for ApiError, got {type(error).__name__}"
     return _response(error)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    """Answer after a fault of ours; who serves the connection logs it."""
+    del request, error
+    return _response(ApiError(500, "internal error; its cause is in the server's log", code="internal_error"))
 
 
 def _response(error: ApiError) -> Response:

@@ -149,13 +149,22 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None,
         extra: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final: bool = False,
     ) -> str:
-        """Return the prompt's text. `extra` are further template variables. Raises `TemplateFailed`."""
+        """Return the prompt's text. Raises `TemplateFailed`.
+
+        Args:
+            messages, tools: as templates read them.
+            extra: further template variables.
+            add_generation_prompt: end with what begins an answer.
+            continue_final: end within the last message, which the answer goes on with.
+        """
         variables = {**self._special_tokens, **(extra or {})}
         try:
-            return self._choose(tools).render(
+            text = self._choose(tools).render(
                 variables, messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
             )
+            return _cut_after(text, str(messages[-1]["content"])) if continue_final else text
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             # What a template does to messages it did not expect: each of these is the client's to mend.
             raise TemplateFailed(f"the chat template cannot render these messages: {error}") from error
@@ -166,6 +175,15 @@ class ChatTemplate:
         if "default" not in self._templates:
             raise TemplateFailed("this model has no default chat template; use /v1/completions")
         return self._templates["default"]
+
+
+def _cut_after(text: str, final: str) -> str:
+    """Return a rendered prompt up to the end of the last message's content, as `transformers` cuts it."""
+    place = text.rfind(final.strip())
+    if place < 0:
+        raise TemplateFailed("the chat template does not show the last message as it is, so nothing can go on after it")
+    kept = final.lstrip()
+    return text[: place + (len(kept) if text.startswith(kept, place) else len(final.strip()))]
 
 
 def load_template(folder: Path, tokenizer_config: Fields) -> ChatTemplate:

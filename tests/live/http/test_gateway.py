@@ -182,7 +182,7 @@ def test_the_other_endpoints(text: ModelText) -> None:
         assert (await client.get("/status")).json() == {"nodes": []}
         unknown = await client.get("/v1/nothing")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_url")
-        assert (await client.get(CHAT)).status_code == 404
+        assert (await client.get(CHAT)).status_code == 405
 
     play(text, talk)
 

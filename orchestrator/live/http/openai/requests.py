@@ -6,12 +6,14 @@ structures; moving `cache_control` markers fall out by not being in them.
     ApiError    a request that cannot be served, with the status and the body to answer
 """
 
+import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
 
 from orchestrator.core.types import ServiceClass
+from orchestrator.live.http.openai.unserved import Unserved, unserved
 from orchestrator.live.text.templates import decoded_arguments
 from orchestrator.wire import node_pb2
 
@@ -20,6 +22,7 @@ STOP_STRINGS_MAX = 16
 CHOICES_MAX = 128
 PROMPTS_MAX = 1024
 TOP_LOGPROBS_MAX = 20
+TOOLS_MAX = 4096
 #: OpenAI's default for completions; chat generates up to the context's end.
 COMPLETION_TOKENS_DEFAULT = 16
 #: Claude Code's first system line differs from request to request; kept, it would end every shared prefix there.
@@ -115,7 +118,7 @@ class Message(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
+class GenerationRequest(Unserved, kw_only=True):
     """What chat and plain completions have in common."""
 
     model: str
@@ -191,7 +194,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @property
     def output_tokens_wanted(self) -> int | None:
@@ -204,6 +209,17 @@ class ChatRequest(GenerationRequest, kw_only=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the template is told beside messages and tools."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with what begins an answer, rather than with the last message."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
+    @property
     def shown_tools(self) -> list[dict[str, Any]] | None:
         """The tools the model is told about."""
         return None if self.tool_choice == "none" else self.tools or None
@@ -214,8 +230,6 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     best_of: int | None = None
-    echo: bool | None = None
-    suffix: str | None = None
     logprobs: int | None = None
 
     @property
@@ -254,6 +268,8 @@ def parse_chat(body: bytes) -> ChatRequest:
     _check_range("max_completion_tokens", request.max_completion_tokens, 1)
     _check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
+    _check_tools(request)
+    _check_continuation(request)
     return request
 
 
@@ -262,13 +278,50 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _decode(_COMPLETION, body)
     _check_common(request)
     _check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
-    require(not request.echo, "echo", "echoing the prompt is not supported")
-    require(not request.suffix, "suffix", "inserting text before a suffix is not supported")
     require(request.best_of in (None, request.choices), "best_of", "only best_of equal to n is supported")
     prompts = request.prompts
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
     require(all(prompts), "prompt", "must not be empty")
     return request
+
+
+def _check_tools(request: ChatRequest) -> None:
+    """Refuse tools that are none, and a choice among them that is not kept."""
+    require(len(request.tools or ()) <= TOOLS_MAX, "tools", f"must be at most {TOOLS_MAX} tools")
+    for place, tool in enumerate(request.tools or ()):
+        if tool.get("type", "function") != "function":
+            continue  # a tool that other servers run themselves; the template decides what to say of it
+        function = tool.get("function")
+        where = f"tools[{place}].function"
+        require(isinstance(function, dict), where, "must be an object")
+        named = cast("dict[str, Any]", function)
+        require(isinstance(named.get("name"), str) and bool(named["name"]), f"{where}.name", "must be a name")
+        require(isinstance(named.get("parameters"), dict | None), f"{where}.parameters", "must be an object, a JSON schema")
+    match request.tool_choice:
+        case None | "none" | "auto":
+            return
+        case "required":
+            problem = "a call cannot be forced; only auto and none are served"
+        case {"type": "function", "function": {"name": str(name)}}:
+            known = name in tool_parameters(request.tools)
+            problem = (
+                f"a call of {name!r} cannot be forced; only auto and none are served"
+                if known
+                else f"{name!r} is none of the tools"
+            )
+        case _:
+            problem = "must be auto or none"
+    require(False, "tool_choice", problem)
+
+
+def _check_continuation(request: ChatRequest) -> None:
+    if not request.continue_final_message:
+        return
+    require(not request.add_generation_prompt, "continue_final_message", "cannot be combined with add_generation_prompt")
+    final = request.messages[-1]
+    text = final.content if isinstance(final.content, str) else _joined(final.content)
+    require(bool(text.strip()), "continue_final_message", "needs a last message with text to go on with")
+    require(not final.tool_calls, "continue_final_message", "cannot go on after tool calls")
 
 
 def require(holds: bool, param: str, problem: str) -> None:
@@ -278,17 +331,40 @@ def require(holds: bool, param: str, problem: str) -> None:
 
 
 def _decode(decoder: "msgspec.json.Decoder[Wanted]", body: bytes) -> Wanted:
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError:
+            # JSON does not tell 4.0 from 4, and some clients' languages do not either.
+            return msgspec.convert(_whole(msgspec.json.decode(body)), decoder.type)
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$")
         param = place.rstrip("`").removeprefix(".") or None
         raise ApiError(400, f"{param}: {problem}" if param else problem, code="invalid_type", param=param) from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
+def _whole(body: Any) -> Any:
+    """Return a body in which the numbers of its fields, and of lists of them, are whole where they can be."""
+    if not isinstance(body, dict):
+        return body
+    fields = cast("dict[str, Any]", body)
+    return {name: _integral(value) for name, value in fields.items()}
+
+
+def _integral(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_integral(one) for one in cast("list[Any]", value)]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _check_common(request: GenerationRequest) -> None:
+    name = unserved(request)
+    require(name is None, name or "", "is not served here; leave it out")
     _check_range("n", request.n, 1, CHOICES_MAX)
     _check_range("max_tokens", request.max_tokens, 1)
     _check_range("temperature", request.temperature, 0, 100)

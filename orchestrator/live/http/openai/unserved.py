@@ -1,0 +1,78 @@
+"""Fields of OpenAI's API, and of servers like it, that are known and not served: refused unless they ask for what happens anyway.
+
+A client that constrains an answer must not get one that ignores it. What nobody knows is ignored, as everywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+
+class Unserved(msgspec.Struct, kw_only=True):
+    """The fields, as they stand in a body; read only to see that they ask for nothing."""
+
+    response_format: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    # What vLLM, SGLang and TGI have beyond.
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    regex: Any = None
+    json_schema: Any = None
+    ebnf: Any = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    use_beam_search: Any = None
+    min_tokens: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    prompt_logprobs: Any = None
+    truncate_prompt_tokens: Any = None
+    include_stop_str_in_output: Any = None
+    skip_special_tokens: Any = None
+    spaces_between_special_tokens: Any = None
+    add_special_tokens: Any = None
+    chat_template: Any = None
+    echo: Any = None
+    suffix: Any = None
+    logits_processors: Any = None
+
+
+#: What a field may say besides null, because it is what happens anyway.
+_HARMLESS: Mapping[str, Sequence[Any]] = {
+    "response_format": ({"type": "text"},),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
+    "modalities": (["text"], []),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+_NAMES = Unserved.__struct_fields__
+
+
+def unserved(request: Unserved) -> str | None:
+    """Return the first field that asks for something that is not served, None if there is none."""
+    for name in _NAMES:
+        value = getattr(request, name)
+        if value is not None and value not in _HARMLESS.get(name, ()):
+            return name
+    return None
