@@ -74,7 +74,7 @@ def run_demo(as_json: bool) -> bool:
 
 def _run(config: ClusterConfig, turns: Sequence[ScaledTurn], words: str, err: Console) -> Outcome:
     """Start a cluster, replay the session on it and stop it."""
-    with Fleet(config) as fleet:
+    with Fleet.local(config) as fleet:
         url, *_ = start_fleet(fleet, config, err, threading.Event())
         with _progress(len(turns), words, err) as on_end:
             started = time.perf_counter()

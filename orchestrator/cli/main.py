@@ -17,17 +17,21 @@ from orchestrator.cli.cases import SimulationFailed
 from orchestrator.cli.cluster_file import LOCAL_CLUSTER, UnusableInput, read_cluster, with_model
 from orchestrator.cli.demo import run_demo
 from orchestrator.cli.journal import add_journal, with_journal
+from orchestrator.cli.operate import add_operations, add_place, attached, place_of
 from orchestrator.cli.plan import add_plan
 from orchestrator.cli.recording import with_record
 from orchestrator.cli.serve import serve
 from orchestrator.cli.simulate import add_simulate
-from orchestrator.cli.status import StatusUnreachable, fetch_status, show_status
+from orchestrator.cli.status import StatusUnreachable, fetch_status, show_fleet, show_status
 from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.fleet.fleet import FleetFailed
+from orchestrator.fleet.head import heads
 from orchestrator.traces import TraceError
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
+#: Where the default cluster's first gateway is.
+LOCAL_GATEWAY = "http://127.0.0.1:8000"
 #: What a disk says that takes no more.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 #: Settings of `weft model create` that are counts, with what they mean.
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"weft {version('weft')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="start a cluster and serve until interrupted"))
+    add_operations(commands, _config)
     _add_status(commands.add_parser("status", help="show a running cluster"))
     _add_demo(commands.add_parser("demo", help="run an agent session through a small cluster on this machine"))
     add_simulate(commands.add_parser("simulate", help="run a trace through a cluster in virtual time, under every policy"))
@@ -106,7 +111,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-port", type=int, metavar="N", help="the first gateway's; 0: any free port")
     parser.add_argument("--grpc-port", type=int, metavar="N", help="the first gateway's; 0: any free port")
     parser.add_argument("--address", help="a running Ray cluster, ray://HOST:PORT or HOST:PORT; without it one is started here")
-    parser.add_argument("--attach", action="store_true", help="if a cluster of that name runs at the address, take it over")
+    parser.add_argument(
+        "--attach", action="store_true", help="use the cluster of that name there, and leave it running at the end"
+    )
     parser.add_argument("--journal", type=Path, metavar="DIR", help="write down every event and decision here, on each host")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write what is served here, as a trace without texts")
     parser.set_defaults(run=_serve)
@@ -115,6 +122,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     if options.attach and options.address is None:
         raise UnusableInput("--attach: needs --address")
+    return DONE if serve(_config(options), options.address, options.attach) else FAILED
+
+
+def _config(options: argparse.Namespace) -> ClusterConfig:
+    """Return the configuration in the cluster file, as the other options change it."""
     config = read_cluster(options.cluster)
     if options.model is not None:
         config = with_model(config, options.model, str(options.cluster))
@@ -122,7 +134,7 @@ def _serve(options: argparse.Namespace) -> int:
         config = with_journal(config, options.journal)
     if options.record is not None:
         config = with_record(config, options.record)
-    return DONE if serve(_with_ports(config, options), options.address, options.attach) else FAILED
+    return _with_ports(config, options)
 
 
 def _with_ports(config: ClusterConfig, options: argparse.Namespace) -> ClusterConfig:
@@ -137,17 +149,24 @@ def _with_ports(config: ClusterConfig, options: argparse.Namespace) -> ClusterCo
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="base URL of a gateway (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print what the gateway says as JSON")
+    parser.add_argument("--url", help="base URL of a gateway to ask (http://127.0.0.1:8000 if weft up started nothing here)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    add_place(parser)
     parser.set_defaults(run=_status)
 
 
 def _status(options: argparse.Namespace) -> int:
-    status = fetch_status(options.url)
+    out = Console(file=sys.stdout)
+    if options.url is None and (options.name or options.address or heads()):
+        with attached(place_of(options)) as fleet:
+            status = fleet.status()
+        show = show_fleet
+    else:
+        status, show = fetch_status(options.url or LOCAL_GATEWAY), show_status
     if options.json:
         print(json.dumps(status, indent=2))
     else:
-        show_status(status, Console())
+        show(status, out)
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""`weft status`: asks a gateway how its cluster is, and shows it as a table."""
+"""`weft status`: asks a cluster's controller, or one of its gateways, how the cluster is, and shows it as tables."""
 
 from typing import Any
 
@@ -36,6 +36,18 @@ def show_status(status: dict[str, Any], console: Console) -> None:
     for node in status["nodes"]:
         table.add_row(*_row(node))
     console.print(table)
+
+
+def show_fleet(status: dict[str, Any], console: Console) -> None:
+    """Print a whole cluster: its processes, then its nodes as the first gateway that answers sees them."""
+    busy = f"; {status['busy_with']}" if status["busy_with"] else ""
+    console.print(f"cluster {status['cluster']}: weft {status['version']}{busy}", highlight=False)
+    table = Table("process", "of", "state", "restarts", "address", "version")
+    for one in status["processes"]:
+        table.add_row(one["process"], one["group"], one["state"], str(one["restarts"]), one["address"], one["version"])
+    console.print(table)
+    for gateway in status["gateways"][:1]:
+        show_status(gateway, console)
 
 
 def _row(node: dict[str, Any]) -> list[str]:

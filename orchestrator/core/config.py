@@ -21,6 +21,8 @@ from orchestrator.core.types import CostProfile, PoolKind
 NODES_MAX = 1 << 14
 BLOCKS_MAX = 1 << 27
 GATEWAYS_MAX = 1 << 10
+#: What operators call the gateways where they may name a pool as well.
+GATEWAYS = "gateways"
 #: What a whole number in a file may be, and how much of a wrong value is shown.
 WHOLE_MAX = 1 << 53
 SHOWN_MAX = 60
@@ -61,6 +63,9 @@ class ClusterSettings:
     secret: str = ""
     #: Seconds a node may be unreachable before all it did is given up.
     node_lost_s: float = 3.0
+    #: Seconds a process may not answer the controller before it is killed and started anew. More than `node_lost_s`: going round
+    #: a node costs little, killing one that was only slow costs all it holds.
+    hung_s: float = 5.0
     #: Seconds running requests get to finish after SIGTERM.
     drain_s: float = 30.0
     #: Folder, on each host, in which every gateway and node writes down its events and decisions. Empty: they do not.
@@ -71,6 +76,7 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
         require(self.node_lost_s > 0, "node_lost_s", f"must be over 0 seconds, is {self.node_lost_s}")
+        require(self.hung_s > 0, "hung_s", f"must be over 0 seconds, is {self.hung_s}")
         require(self.drain_s >= 0, "drain_s", f"must be 0 or more seconds, is {self.drain_s}")
 
 
@@ -98,6 +104,8 @@ class GatewayConfig:
     http_port: int = 8000
     #: First gateway's gRPC port (health, reflection); the others count up. 0: any free port.
     grpc_port: int = 8001
+    #: Seconds a gateway that drains goes on refusing at least, so that load balancers see that it is not ready before it is gone.
+    linger_s: float = 1.0
     #: Accepted keys. Empty: no key is asked for, which only a loopback `host` may do.
     api_keys: tuple[ApiKey, ...] = ()
     #: Request headers that name a session, the first present wins. See the README's list.
@@ -133,6 +141,7 @@ class GatewayConfig:
         require(1 <= self.count <= GATEWAYS_MAX, "count", f"must be 1 to {GATEWAYS_MAX}, is {self.count}")
         for name, port in (("http_port", self.http_port), ("grpc_port", self.grpc_port)):
             require(0 <= port <= 65535, name, f"must be a port (0 to 65535), is {port}")
+        require(self.linger_s >= 0, "linger_s", f"must be 0 or more seconds, is {self.linger_s}")
         require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
         require(self.generations_max > 0, "generations_max", f"must be over 0, is {self.generations_max}")
         require(self.prompts_cached_max > 0, "prompts_cached_max", f"must be over 0, is {self.prompts_cached_max}")
@@ -411,6 +420,7 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
+        require(self.name != GATEWAYS, "name", f'"{GATEWAYS}" is what commands call the gateways')
         _check_profile(self.profile)
         require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")

@@ -20,6 +20,8 @@ from orchestrator.live.recorder import open_recorder
 from orchestrator.live.text.models import ModelText
 from orchestrator.wire.journal import cluster_header, open_journal
 
+#: Seconds between two looks whether all nodes are reached.
+_REACH_EVERY_S = 0.02
 #: What a server is told to listen on all addresses.
 ANY_ADDRESS = ("0.0.0.0", "::")
 
@@ -96,8 +98,11 @@ class Front:
         driver, metrics = self._driver, self._metrics
         self._gateway = Gateway(config, number, texts, secret, driver, metrics, page, status, self._recorder)
 
-    async def start(self) -> FrontAddress:
-        """Serve. Raises `OSError` if a port is taken."""
+    async def start(self, members: Membership | None = None) -> FrontAddress:
+        """Serve, once the nodes that serve already are reached, or do not answer in time. Raises `OSError` if a port is taken."""
+        if members is not None:
+            await self.set_members(members)
+            await self._reach_nodes([place.node for place in members.nodes if place.address])
         host, first = self._config.gateway.host, self._config.gateway.grpc_port
         grpc_port = await self._health.start(host, first + self._number if first else 0)
         try:
@@ -109,24 +114,42 @@ class Front:
         self._grpc_address = f"{shown}:{grpc_port}"
         return FrontAddress(f"http://{shown}:{http_port}", self._fingerprints)
 
+    async def _reach_nodes(self, nodes: Sequence[NodeId]) -> None:
+        """Wait until nodes are reached, so that the first request finds them; not for longer than one may be away."""
+        for _ in range(int(self._config.cluster.node_lost_s / _REACH_EVERY_S)):
+            if not nodes or await self.settled(nodes):
+                return
+            await asyncio.sleep(_REACH_EVERY_S)
+
     async def set_members(self, members: Membership) -> None:
         """Hold streams to exactly the nodes that serve, and pass sessions on to the gateways that take requests."""
         if members.serial <= self._members.serial:  # overtaken by a later one
             return
         self._members = members
+        for place in members.nodes:
+            if not place.address:
+                self._driver.mark_dead(place.node)
         self._driver.set_nodes([(place.node, place.address) for place in members.nodes if place.address])
         self._metrics.set_members({place.node: place.pool for place in members.nodes}, sorted(members.gateways))
         self._gateway.join(members.gateways)
 
-    async def mark_dead(self, nodes: Sequence[NodeId]) -> None:
-        """Give nodes up at once."""
-        for node in nodes:
-            self._driver.mark_dead(node)
+    async def settled(self, nodes: Sequence[NodeId]) -> bool:
+        """Return whether requests are taken here and may go to these nodes, as they were started last."""
+        addresses = {place.node: place.address for place in self._members.nodes}
+        states = [(self._metrics.nodes.get(node), addresses.get(node)) for node in nodes]
+        return self._gateway.ready and all(
+            state is not None and state.up and state.spec is not None and state.spec.address == address
+            for state, address in states
+        )
 
-    async def drain(self, seconds: float) -> bool:
-        """Take nothing new and let what runs end; False if some did not."""
+    async def report(self) -> dict[str, Any]:
+        """Return what `/status` shows, for whoever asks from another thread."""
+        return self.status()
+
+    async def drain(self, seconds: float, lingers: bool = False) -> bool:
+        """Take nothing new and let what runs end; False if some did not. With `lingers` others get time to see it."""
         await self._health.serving(False)
-        return await self._gateway.drain(seconds)
+        return await self._gateway.drain(seconds, self._config.gateway.linger_s if lingers else 0.0)
 
     async def stop(self) -> None:
         """Stop serving; what runs ends with an error."""

@@ -190,5 +190,26 @@ def test_kubernetes_manifests_agree_with_their_cluster_file() -> None:
         tags = json.loads(json.loads(offered[pool.name]["rayStartParams"]["resources"].strip("'")))
         assert tags.keys() == pool.resources.keys()
         assert offered[pool.name]["replicas"] >= pool.nodes
-    ports = {port["containerPort"] for port in ray["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]}
-    assert {config.gateway.http_port, config.gateway.grpc_port} <= ports
+    gateways = offered["gateway"]
+    tags = json.loads(json.loads(gateways["rayStartParams"]["resources"].strip("'")))
+    assert tags.keys() == config.gateway.resources.keys()
+    (container,) = gateways["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert {config.gateway.http_port, config.gateway.grpc_port} == set(ports.values())
+    assert container["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "http"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/live", "port": "http"}
+    assert gateways["template"]["spec"]["terminationGracePeriodSeconds"] > config.cluster.drain_s
+
+
+def test_no_secret_of_the_kubernetes_manifests_is_in_a_config_map() -> None:
+    documents = list(yaml.safe_load_all((FOLDER / "kuberay" / "raycluster.yaml").read_text()))
+    secrets = next(one for one in documents if one["kind"] == "Secret")["stringData"]
+    files = next(one for one in documents if one["kind"] == "ConfigMap")["data"]
+    config = ClusterConfig.from_mapping(tomllib.loads(files["cluster.toml"]))
+    named = {config.cluster.secret, *(entry.key for entry in config.gateway.api_keys)}
+    assert named == {f"env:{name}" for name in secrets}
+    # Every process looks for them on its own host.
+    ray = next(one for one in documents if one["kind"] == "RayCluster")["spec"]
+    groups = [ray["headGroupSpec"], *ray["workerGroupSpecs"]]
+    found = [group["template"]["spec"]["containers"][0]["envFrom"] for group in groups]
+    assert found == [[{"secretRef": {"name": "weft-secrets"}}]] * 4

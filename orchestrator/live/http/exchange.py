@@ -152,6 +152,17 @@ class Watch:
             self._task.cancel()
 
 
+def closing(send: Send) -> Send:
+    """Return a way to answer after which the connection is closed: a client's next request opens one elsewhere."""
+
+    async def send_and_close(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return send_and_close
+
+
 def _request_id(given: bytes | None) -> bytes:
     if given and len(given) <= _REQUEST_ID_CHARS_MAX and all(33 <= byte <= 126 for byte in given):
         return given

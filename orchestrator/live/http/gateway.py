@@ -36,7 +36,7 @@ from orchestrator.core.types import (
     SessionId,
     TenantId,
 )
-from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send
+from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send, closing
 from orchestrator.live.http.openai.answers import DONE, Answer, ChatShape, CompletionShape, Shape, Usage
 from orchestrator.live.http.openai.requests import (
     ApiError,
@@ -204,9 +204,14 @@ class Gateway:
         """Learn the base URLs of all gateways that take requests: from now on sessions are served by their owner among them."""
         self._peers = dict(peers)
 
-    async def drain(self, seconds: float) -> bool:
-        """Take nothing new and wait for what runs, `seconds` at most; return True if nothing is left."""
+    async def drain(self, seconds: float, linger_s: float = 0.0) -> bool:
+        """Take nothing new and wait for what runs, for `linger_s` and `seconds` at most; return True if nothing is left.
+
+        For `linger_s` at least new requests are refused, and their connections closed, so that whoever balances load has time to
+        see that this gateway is not ready before nobody listens here any more.
+        """
         self._draining = True
+        await asyncio.sleep(linger_s)
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
@@ -227,6 +232,8 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection scope."""
+        if self._draining and scope["type"] == "http":
+            send = closing(send)
         handler = self._posts.get(scope["path"]) if scope["type"] == "http" else None
         if handler is None:
             await self._serve_cold(scope, receive, send)

@@ -196,6 +196,9 @@ def test_draining_refuses_what_is_new_and_waits_for_what_runs(text: ModelText) -
         refused = await client.post(CHAT, json=BODY)
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
+        # A client's next request goes elsewhere.
+        assert refused.headers["connection"] == "close"
+        assert (await client.get("/ready")).headers["connection"] == "close"
         assert not served.gateway.ready
         # Another gateway passed this on before it heard of the drain.
         served.driver.script = lambda turn: Script(["late"])

@@ -1,0 +1,266 @@
+"""The actors that are a cluster's processes: some nodes, or a gateway. Asked by the controller (`keeper.py`) alone.
+
+What they are to be comes with `start`, from actor to actor: what a constructor is given Ray keeps in its tables, and a
+configuration may hold secrets.
+"""
+
+import asyncio
+import os
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import ray as typed_ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from orchestrator.core.config import ClusterConfig
+from orchestrator.core.types import GatewayId, NodeId
+from orchestrator.fleet.loops import LoopThread, serve_long
+from orchestrator.fleet.processes import Part, ProcessName, pool_of, pools_by_node
+from orchestrator.fleet.vital import Vital, end, own_vital
+from orchestrator.live.front import Front, Membership
+from orchestrator.live.secret import with_secrets
+from workers.engines.checkpoint import default_model_path, fingerprint
+from workers.ray_transport import RayObjects
+from workers.server import DriverLimits, NodeServer
+
+#: Ray's own annotations are too loose for the checker.
+ray = cast(Any, typed_ray)
+
+NAMESPACE = "weft"
+#: Seconds a stopping process gets to close what it holds.
+STOP_S = 5.0
+#: Seconds between two looks at how long the controller has been silent.
+LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a process says of itself; `address` is None until it serves."""
+
+    part: Part
+    incarnation: int
+    config: ClusterConfig
+    address: str | None
+    fingerprints: dict[str, str]
+    draining: bool
+    version: str
+
+
+def controller_name(cluster: str) -> str:
+    """Return the name of a cluster's controller in Ray."""
+    return f"{cluster}/controller"
+
+
+def model_folder(config: ClusterConfig, model: str) -> Path:
+    """Return a model's checkpoint directory on this host; the built-in one is made if need be."""
+    path = config.models[model].path
+    return Path(path) if path else default_model_path()
+
+
+class Lookout:
+    """Watches the controller from a process that the controller watches: whoever is silent for too long is asked after.
+
+    A controller that does not answer is ended, so that Ray starts it again; only gateways do that (`ends_controller`). One that
+    answers says which incarnation of this process is the cluster's: an older one, which hung and was replaced, ends itself.
+    """
+
+    def __init__(self, config: ClusterConfig, name: ProcessName, incarnation: int, ends_controller: bool) -> None:
+        self._controller_name = controller_name(config.cluster.name)
+        self._hung_s = config.cluster.hung_s
+        self._name = name
+        self._incarnation = incarnation
+        self._ends_controller = ends_controller
+        self._controller: Vital | None = None
+        self._heard = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lookout", daemon=True)
+
+    def heard_of(self, controller: Vital) -> None:
+        """The controller has pinged this process."""
+        self._heard, first = time.monotonic(), self._controller is None
+        self._controller = controller
+        if first:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(LOOK_EVERY_S):
+            if time.monotonic() - self._heard > self._hung_s:
+                self._ask()
+
+    def _ask(self) -> None:
+        assert self._controller is not None, "nobody watches before the first ping"
+        suspect = self._controller
+        try:
+            controller = ray.get_actor(self._controller_name, NAMESPACE)
+            current = ray.get(controller.incarnation_of.remote(self._name), timeout=self._hung_s)
+        except GetTimeoutError:
+            if self._ends_controller and self._controller == suspect:
+                end(suspect)
+        except (RayError, ValueError):
+            return  # it is being started again, or the cluster is being ended
+        else:
+            if current != self._incarnation:
+                os._exit(0)
+            self._heard = time.monotonic()
+
+
+class _Process:
+    """What both kinds of processes have in common."""
+
+    ends_controller = False
+
+    def __init__(self, part: Part, incarnation: int) -> None:
+        self._part = part
+        self._incarnation = incarnation
+        self._loop = LoopThread(part.name)
+        self._config: ClusterConfig | None = None
+        self._lookout: Lookout | None = None
+        self._address: str | None = None
+        self._fingerprints: dict[str, str] = {}
+        self._draining = False
+
+    def describe(self) -> Description | None:
+        """Return what this process is; None before its start."""
+        if self._config is None:
+            return None
+        names = dict(self._fingerprints)
+        address, draining = self._address, self._draining
+        return Description(self._part, self._incarnation, self._config, address, names, draining, version("weft"))
+
+    def ping(self, controller: Vital) -> Vital:
+        """Return which process this is; comes back only if the event loop turns."""
+        if self._lookout is not None:
+            self._lookout.heard_of(controller)
+        return self._loop.run(_vital())
+
+    def _configure(self, config: ClusterConfig) -> ClusterConfig:
+        """Take the configuration with what its secrets name on this host."""
+        self._config = config
+        self._lookout = Lookout(config, self._part.name, self._incarnation, self.ends_controller)
+        return with_secrets(config)
+
+    def _close(self) -> None:
+        if self._lookout is not None:
+            self._lookout.close()
+        self._loop.stop()
+
+
+class NodeProcess(_Process):
+    """Actor: the nodes of one process."""
+
+    def __init__(self, part: Part, incarnation: int) -> None:
+        super().__init__(part, incarnation)
+        self._server: NodeServer | None = None
+        self._watch: asyncio.Task[None] | None = None
+        # Read when the engine's libraries are loaded: threads that wait for work by spinning take the cores of other nodes.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    def start(self, config: ClusterConfig) -> Description | None:
+        """Open the engine, serve, and say where."""
+        config = self._configure(config)
+        pool = pool_of(config, self._part)
+        folder = model_folder(config, pool.model)
+        self._fingerprints = {pool.model: fingerprint(folder)}
+        self._address = self._loop.run(self._serve(config, folder))
+        serve_long()
+        return self.describe()
+
+    def drain(self, seconds: float, lingers: bool) -> bool:
+        """Take nothing new and let what runs end; False if some did not."""
+        del lingers  # gateways hear of it by their links
+        self._draining = True
+        return self._server is None or self._loop.run(self._server.drain(seconds))
+
+    def stop(self) -> None:
+        """Stop serving and close the engine."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._server is not None:
+            self._loop.run(self._server.stop(), STOP_S)
+        self._close()
+
+    async def _serve(self, config: ClusterConfig, folder: Path) -> str:
+        limits = DriverLimits(gateway_lost_s=config.cluster.node_lost_s)
+        host, pool, journal = ray.util.get_node_ip_address(), pool_of(config, self._part), config.cluster.journal
+        self._server = NodeServer(pool, self._part.nodes, self._incarnation, folder, host, RayObjects(), limits, journal)
+        address = await self._server.start()
+        self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
+        return address
+
+
+class GatewayProcess(_Process):
+    """Actor: one gateway."""
+
+    ends_controller = True
+
+    def __init__(self, part: Part, incarnation: int) -> None:
+        super().__init__(part, incarnation)
+        self._front: Front | None = None
+
+    def start(self, config: ClusterConfig, http_port: int, members: Membership) -> Description | None:
+        """Read the models' text sides, reach the nodes that are there, serve, and say where."""
+        config = self._configure(config)
+        folders = {model: model_folder(config, model) for model in config.models}
+        self._fingerprints = {model: fingerprint(folder) for model, folder in folders.items()}
+        self._address = self._loop.run(self._serve(config, http_port, folders, members))
+        serve_long()
+        return self.describe()
+
+    def set_members(self, members: Membership) -> None:
+        """Tell the gateway all nodes, and all gateways that take requests."""
+        self._loop.run(self._running.set_members(members))
+
+    def settled(self, nodes: Sequence[NodeId]) -> bool:
+        """Return whether the gateway is ready and holds links to these nodes."""
+        return self._loop.run(self._running.settled(nodes))
+
+    def status(self) -> dict[str, Any]:
+        """Return what `/status` shows."""
+        return self._loop.run(self._running.report())
+
+    def drain(self, seconds: float, lingers: bool) -> bool:
+        """Take nothing new and let what runs end; False if some did not."""
+        self._draining = True
+        return self._front is None or self._loop.run(self._front.drain(seconds, lingers))
+
+    def stop(self) -> None:
+        """Stop serving."""
+        if self._front is not None:
+            self._loop.run(self._front.stop(), STOP_S)
+        self._close()
+
+    @property
+    def _running(self) -> Front:
+        assert self._front is not None, "not started"
+        return self._front
+
+    async def _serve(self, config: ClusterConfig, http_port: int, folders: dict[str, Path], members: Membership) -> str:
+        number, reach, pools = GatewayId(self._part.number), ray.util.get_node_ip_address(), pools_by_node(config)
+        self._front = Front(config, number, reach, http_port, folders, self._fingerprints, pools, _exit)
+        return (await self._front.start(members)).url
+
+
+async def _vital() -> Vital:
+    return own_vital()
+
+
+async def _exit_on_failure(server: NodeServer) -> None:
+    try:
+        await server.wait()
+    except Exception as error:  # Whatever it was, the node is in an unknown state: the controller starts a new process.
+        _exit(error)
+
+
+def _exit(error: BaseException) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
