@@ -130,7 +130,7 @@ class GatewayConfig:
     #: Key that `/metrics` asks for, or where it is (env:NAME or file:PATH). Empty: any API key does, and none is asked for where
     #: there are none.
     metrics_key: str = ""
-    #: Prompts whose text and tokens are kept so that a next turn tokenises only what is new.
+    #: Prompts whose text and tokens are kept so that a next turn tokenises only what is new; models and tenants share equally.
     prompts_cached_max: int = 4096
     #: Characters kept in all of them together.
     prompt_chars_cached_max: int = 512 * 1024 * 1024

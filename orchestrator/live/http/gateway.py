@@ -119,7 +119,8 @@ class _Model:
 
     name: ModelName
     text: ModelText
-    prompts: PromptTokeniser
+    #: Each tenant's own, so that nobody's prompts push out another's.
+    prompts: Mapping[TenantId, PromptTokeniser]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +178,9 @@ class Gateway:
         self._driver = driver
         self._metrics = metrics
         self._recorder = recorder
-        self._models = {name: _Model(name, text, _prompts(config, name, text)) for name, text in models.items()}
         self._tenants = {_digest(entry.key.encode()): TenantId(entry.tenant) for entry in config.gateway.api_keys}
+        tenants = tuple(dict.fromkeys(self._tenants.values())) or (DEFAULT_TENANT,)
+        self._models = {name: _Model(name, text, _prompts(config, name, text, tenants)) for name, text in models.items()}
         self._session_headers = tuple(name.lower().encode() for name in config.gateway.session_headers)
         #: Base URLs of the gateways that take requests; this one is not among them while it drains.
         self._peers: dict[GatewayId, str] = {}
@@ -526,14 +528,14 @@ class Gateway:
     async def _encode(
         self, model: _Model, text: str, tenant: TenantId, session: SessionId | None, salt: str, prefixed: bool
     ) -> Prompt:
-        key = (tenant, session) if session is not None else None
-        return await model.prompts.encode_aside(text, self._root(model, tenant, salt), key, prefixed)
+        key = (session,) if session is not None else None
+        return await model.prompts[tenant].encode_aside(text, self._root(model, tenant, salt), key, prefixed)
 
     def _adopt(self, model: _Model, tokens: Sequence[int], tenant: TenantId, salt: str) -> Prompt:
         size = model.text.vocabulary_size
         if min(tokens) < 0 or max(tokens) >= size:
             raise ApiError(400, f"prompt: token ids must be from 0 to {size - 1}", code="invalid_value", param="prompt")
-        return model.prompts.adopt(array("I", tokens).tobytes(), self._root(model, tenant, salt))
+        return model.prompts[tenant].adopt(array("I", tokens).tobytes(), self._root(model, tenant, salt))
 
     def _root(self, model: _Model, tenant: TenantId, salt: str) -> BlockHash:
         return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
@@ -636,16 +638,18 @@ def _api_error(failure: TurnFailed) -> ApiError:
     return ApiError(failure.status, failure.message, failure.code, retry_after_s=failure.retry_after_s)
 
 
-def _prompts(config: ClusterConfig, name: ModelName, text: ModelText) -> PromptTokeniser:
-    """Return a tokeniser with this model's share of the memory for prompts."""
-    return PromptTokeniser(
-        text.tokenizer,
-        text.segmenter,
-        text.prefix,
-        config.pools_of(name)[0].engine.block_tokens,
-        max(1, config.gateway.prompts_cached_max // len(config.models)),
-        config.gateway.prompt_chars_cached_max // len(config.models),
-    )
+def _prompts(
+    config: ClusterConfig, name: ModelName, text: ModelText, tenants: Sequence[TenantId]
+) -> dict[TenantId, PromptTokeniser]:
+    """Return a tokeniser for each tenant, all with the same share of the memory for prompts."""
+    sharing = len(config.models) * len(tenants)
+    block_tokens = config.pools_of(name)[0].engine.block_tokens
+    prompts_max = max(1, config.gateway.prompts_cached_max // sharing)
+    chars_max = config.gateway.prompt_chars_cached_max // sharing
+    return {
+        tenant: PromptTokeniser(text.tokenizer, text.segmenter, text.prefix, block_tokens, prompts_max, chars_max)
+        for tenant in tenants
+    }
 
 
 def _session(name: str) -> SessionId:

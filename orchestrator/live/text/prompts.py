@@ -5,6 +5,9 @@
                   <------------- equal, compared as memory ----------------->
                   <--- tokens and hashes kept, up to a cut ----><-- tokenised and hashed now ------->
 
+A prompt is found again only under the root that its hash chain starts from, which is made of its tenant and salt: what is in
+somebody else's prompts cannot be told from the time that one's own take.
+
 Which positions are cuts, and why the result is exactly that of tokenising everything, is said in `segments.py`.
 
 See also: `templates.py` for how messages become text, `models.py` for what a checkpoint folder says.
@@ -15,7 +18,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
@@ -35,13 +38,11 @@ FIRST_RUNG_CHARS = 256
 WHOLE_RUNG_CHARS_MAX = 128 * 1024
 #: Texts are compared in pieces of this size, which stay in the processor's cache.
 _COMPARE_CHARS = 64 * 1024
-#: Hash chains kept for one prompt: one for each tenant or salt that sent it lately.
-_CHAINS_MAX = 4
 #: An older prompt that a newer one extends, but for its last characters (the opened answer), is not kept beside it.
 _TAIL_CHARS = 256
 
 #: Who sent a prompt: parts that name a session for all its turns.
-SessionKey = tuple[str, ...]
+SessionKey = tuple[object, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -58,8 +59,7 @@ class _Entry:
     #: Chained hashes of the text up to each rung of the ladder.
     rungs: list[int]
     session: SessionKey | None
-    #: By what the hash chain starts from; oldest first.
-    prompts: dict[BlockHash, Prompt] = field(default_factory=lambda: {})
+    prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class _Tokens:
 
 
 class PromptTokeniser:
-    """One model's tokenizer with a bounded memory of recent prompts. Belongs to one event loop.
+    """One model's tokenizer with a bounded memory of one tenant's recent prompts. Belongs to one event loop.
 
     Args:
         tokenizer: without truncation and padding.
@@ -147,14 +147,15 @@ class PromptTokeniser:
         """
         if len(text) < KEPT_CHARS_MIN:
             return self._small(text, root, prefixed)
-        reuse = self._find(text, session, prefixed)
+        reuse = self._find(text, root, session, prefixed)
         if reuse is not None and reuse.shared == len(text) == len(reuse.entry.text):
-            return self._prompt(reuse.entry, root, None)
+            self._entries.move_to_end(reuse.entry.serial)
+            return reuse.entry.prompt
         return self._remember(text, root, session, prefixed, reuse, self._tokenise(text, reuse.chars if reuse else 0))
 
     async def encode_aside(self, text: str, root: BlockHash, session: SessionKey | None = None, prefixed: bool = False) -> Prompt:
         """Like `encode`, but tokenises much new text in a thread."""
-        reuse = self._find(text, session, prefixed) if len(text) >= OFFLOADED_CHARS_MIN else None
+        reuse = self._find(text, root, session, prefixed) if len(text) >= OFFLOADED_CHARS_MIN else None
         start = reuse.chars if reuse else 0
         if len(text) - start < OFFLOADED_CHARS_MIN:
             return self.encode(text, root, session, prefixed)
@@ -180,13 +181,13 @@ class PromptTokeniser:
 
     # --- finding what is shared ---------------------------------------------------------------------------------------
 
-    def _find(self, text: str, session: SessionKey | None, prefixed: bool) -> _Reuse | None:
+    def _find(self, text: str, root: BlockHash, session: SessionKey | None, prefixed: bool) -> _Reuse | None:
         """Return the best reuse: the session's own last prompt if it covers half of the text, else what starts alike."""
-        own = self._by_session.get((*session, str(prefixed))) if session is not None else None
+        own = self._by_session.get((*session, root, prefixed)) if session is not None else None
         reuse = self._compare(own, text) if own is not None else None
         if reuse is not None and reuse.chars * 2 >= len(text):
             return reuse
-        for rung in reversed(_climb(text, [], 0, prefixed)):
+        for rung in reversed(_climb(text, [], 0, (root, prefixed))):
             entry = self._by_rung.get(rung)
             if entry is not None and entry is not own:
                 other = self._compare(entry, text)
@@ -219,7 +220,7 @@ class PromptTokeniser:
     ) -> Prompt:
         """Store a tokenised text in place of what it extends; return it as a prompt."""
         self._serial += 1
-        key = (*session, str(prefixed)) if session is not None else None
+        key = (*session, root, prefixed) if session is not None else None
         if reuse is None:
             before = self._prefix if prefixed else b""
             cut_chars, cut_tokens, rungs = [], [], []
@@ -228,37 +229,29 @@ class PromptTokeniser:
             before = old.tokens[: reuse.tokens * TOKEN_BYTES]
             cut_chars, cut_tokens = old.cut_chars[: reuse.cuts - 1], old.cut_tokens[: reuse.cuts - 1]
             rungs = old.rungs
-        offset = len(before) // TOKEN_BYTES
+        offset, tokens = len(before) // TOKEN_BYTES, before + new.packed
+        prompt = self._hashed(tokens, root, reuse)
         entry = _Entry(
             self._serial,
             text,
-            before + new.packed,
+            tokens,
             cut_chars + new.cut_chars,
             cut_tokens + [offset + count for count in new.cut_tokens],
-            _climb(text, rungs, reuse.shared if reuse else 0, prefixed),
+            _climb(text, rungs, reuse.shared if reuse else 0, (root, prefixed)),
             key,
+            prompt,
         )
-        prompt = self._prompt(entry, root, reuse)
         if reuse is not None and reuse.shared >= len(reuse.entry.text) - _TAIL_CHARS:
             self._drop(reuse.entry)
         self._store(entry)
         return prompt
 
-    def _prompt(self, entry: _Entry, root: BlockHash, reuse: _Reuse | None) -> Prompt:
-        """Return the entry under a hash root, hashing only blocks that a reused entry does not have."""
-        if (known := entry.prompts.get(root)) is not None:
-            self._entries.move_to_end(entry.serial, last=True)
-            return known
-        kept: tuple[BlockHash, ...] = ()
-        if reuse is not None and (old := reuse.entry.prompts.get(root)) is not None:
-            kept = old.hashes[: reuse.tokens // self._block_tokens]
-        rest = memoryview(entry.tokens)[len(kept) * self._block_tokens * TOKEN_BYTES :]
+    def _hashed(self, tokens: bytes, root: BlockHash, reuse: _Reuse | None) -> Prompt:
+        """Return tokens as a prompt, hashing only blocks that a reused entry does not have."""
+        kept = reuse.entry.prompt.hashes[: reuse.tokens // self._block_tokens] if reuse is not None else ()
+        rest = memoryview(tokens)[len(kept) * self._block_tokens * TOKEN_BYTES :]
         added = extend_hashes(kept[-1] if kept else root, rest, self._block_tokens)
-        prompt = Prompt(tokens=entry.tokens, count=len(entry.tokens) // TOKEN_BYTES, hashes=(*kept, *added), hash_root=root)
-        while len(entry.prompts) >= _CHAINS_MAX:
-            del entry.prompts[next(iter(entry.prompts))]
-        entry.prompts[root] = prompt
-        return prompt
+        return Prompt(tokens=tokens, count=len(tokens) // TOKEN_BYTES, hashes=(*kept, *added), hash_root=root)
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -285,10 +278,11 @@ class PromptTokeniser:
             del self._by_session[entry.session]
 
 
-def _climb(text: str, known: list[int], shared: int, prefixed: bool) -> list[int]:
+def _climb(text: str, known: list[int], shared: int, foot: tuple[BlockHash, bool]) -> list[int]:
     """Return the rungs of a text: chained hashes of its first 256, 512, 1024, ... characters, then of a short text's all.
 
-    `known` are the rungs of a text whose first `shared` characters are the same.
+    They start from `foot`, in which texts differ that must not find each other. `known` are the rungs of a text whose first
+    `shared` characters are the same.
     """
     rungs: list[int] = []
     begin, end = 0, FIRST_RUNG_CHARS
@@ -297,10 +291,10 @@ def _climb(text: str, known: list[int], shared: int, prefixed: bool) -> list[int
         if end <= shared and place < len(known):
             rungs.append(known[place])
         else:
-            rungs.append(hash((rungs[-1] if rungs else prefixed, text[begin:end])))
+            rungs.append(hash((rungs[-1] if rungs else foot, text[begin:end])))
         begin, end = end, end * 2
     if len(text) <= WHOLE_RUNG_CHARS_MAX:
-        rungs.append(hash((rungs[-1] if rungs else prefixed, text[begin:], len(text))))
+        rungs.append(hash((rungs[-1] if rungs else foot, text[begin:], len(text))))
     return rungs
 
 

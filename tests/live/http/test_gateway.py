@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from orchestrator.core.cluster.sessions import owner_of
-from orchestrator.core.types import GatewayId, ServiceClass, SessionId
+from orchestrator.core.types import GatewayId, ModelName, ServiceClass, SessionId
 from orchestrator.live.http.exchange import CLIENT_GONE
 from orchestrator.live.text.files import ModelUnusable
 from orchestrator.live.text.models import ModelText
 from tests.builders import some
-from tests.live.scripted import MODEL, Script, Served, make_model, serve
+from tests.live.scripted import KEYS, MODEL, Script, Served, make_model, serve
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}]}
 CHAT = "/v1/chat/completions"
@@ -292,3 +292,18 @@ def test_an_owner_that_cannot_be_reached_costs_the_affinity_and_not_the_request(
         assert (answer.status_code, answer.headers["x-weft-gateway"]) == (200, "0")
 
     play(text, talk)
+
+
+def test_a_tenant_cannot_push_out_another_ones_prompts(text: ModelText) -> None:
+    async def talk(client: httpx.AsyncClient, served: Served) -> None:
+        def ask(key: str, content: str) -> Awaitable[httpx.Response]:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+            return client.post(CHAT, json=body, headers={"authorization": f"Bearer {key}"})
+
+        await ask("sk-good", "mine " * 500)
+        for number in range(12):
+            await ask("sk-other", f"{number} " * 1000)
+        prompts = {tenant: len(one) for tenant, one in served.gateway._models[ModelName(MODEL)].prompts.items()}
+        assert prompts == {"acme": 1, "globex": 4}
+
+    play(text, talk, api_keys=KEYS, prompts_cached_max=8)

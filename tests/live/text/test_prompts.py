@@ -171,8 +171,8 @@ def test_plain_prompts_cut_anywhere_tokenise_as_if_new(kind: str, seed: int) -> 
         check(tokeniser, tokenizer, text, source.choice(("a", None)))
 
 
-def test_a_turn_tokenises_only_what_is_new() -> None:
-    source, tokenizer = random.Random(1), KINDS["llama"]()
+def counting(tokenizer: Tokenizer) -> tuple[PromptTokeniser, list[int]]:
+    """Return a tokeniser and the list that gets the length of everything it tokenises."""
     seen: list[int] = []
 
     class Counting:
@@ -186,7 +186,30 @@ def test_a_turn_tokenises_only_what_is_new() -> None:
             seen.extend(map(len, texts))
             return tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
-    tokeniser = PromptTokeniser(Counting(), Segmenter(description(tokenizer)), (), BLOCK_TOKENS, 64, 10_000_000)  # type: ignore[arg-type]
+    return PromptTokeniser(Counting(), Segmenter(description(tokenizer)), (), BLOCK_TOKENS, 64, 10_000_000), seen  # type: ignore[arg-type]
+
+
+def test_a_foreign_prompt_takes_the_work_of_an_unknown_one() -> None:
+    source, tokenizer = random.Random(8), KINDS["llama"]()
+    for length in (20, 5000, 100_000):  # kept short and whole, kept, tokenised aside
+        tokeniser, seen = counting(tokenizer)
+        known, unknown = words(source, length), words(source, length)
+        tokeniser.encode(known, ROOT, ("session",))
+        work: list[int] = []
+        # Another tenant's prompt, another salt's, one that nobody sent; the same session's name does not help either.
+        for text, who in ((known, "other tenant"), (known, "tenant\0salt"), (unknown, "third tenant")):
+            seen.clear()
+            tokeniser.encode(text, hash_root(b"secret", "model", who), ("session",))
+            work.append(sum(seen))
+        assert work == [len(known), len(known), len(unknown)]
+        seen.clear()
+        tokeniser.encode(known, ROOT, ("session",))
+        assert seen == []
+
+
+def test_a_turn_tokenises_only_what_is_new() -> None:
+    source, tokenizer = random.Random(1), KINDS["llama"]()
+    tokeniser, seen = counting(tokenizer)
     text = "".join(conversation(source, 40))
     tokeniser.encode(text + "<|im_start|>assistant\n", ROOT)
     assert sum(seen) == len(text) + len("<|im_start|>assistant\n")
