@@ -94,8 +94,12 @@ class Lookout:
 
     def _run(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):
-            if time.monotonic() - self._heard > self._hung_s:
-                self._ask()
+            self.look()
+
+    def look(self) -> None:
+        """Ask after the controller if it has been silent for too long."""
+        if time.monotonic() - self._heard > self._hung_s:
+            self._ask()
 
     def _ask(self) -> None:
         assert self._controller is not None, "nobody watches before the first ping"
