@@ -1,13 +1,15 @@
 """A model's chat template: messages and tools in, the prompt's text out, letter for letter as `transformers` renders it.
 
-Templates come with checkpoints, so they run in jinja2's immutable sandbox. They are rendered whole on every turn: that is string
-joining, and the part of a turn that could not be shown to depend on its new messages alone.
+Templates come with checkpoints and are given what clients write, so they run in jinja2's immutable sandbox and within bounds:
+they end, and what they make is no larger than a prompt can be. They are rendered whole on every turn: that is string joining, and
+the part of a turn that could not be shown to depend on its new messages alone.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
 
@@ -29,6 +31,16 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 _PLAIN_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
+#: Rounds of all loops of one rendering; the longest conversations take some hundred thousand.
+LOOP_ROUNDS_MAX = 4_000_000
+#: Characters of a prompt, or of anything that a template multiplies; far beyond what any model's context holds.
+TEXT_CHARS_MAX = 1 << 26
+_EXPONENT_MAX = 64
+#: Parts of a text that are joined at once while its length is watched.
+_PARTS_JOINED = 4096
+#: Marks where the last message ends, to be cut off there; `transformers` uses the same, with the space that templates trim.
+_CUT_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
+
 #: Tool calls come again with every later turn of their conversation: so many arguments are kept decoded, if not longer.
 _ARGUMENTS_KEPT_MAX = 16_384
 _ARGUMENTS_KEPT_CHARS_MAX = 4096
@@ -49,7 +61,27 @@ class _GenerationBlocks(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with short ways to what templates do once per message: read a dict's keys and call their own macros."""
+    """The sandbox, with short ways to what templates do once per message: read a dict's keys and call their own macros.
+
+    Every loop is over what `_Rounds.count` returns of it, and what is multiplied stays small.
+    """
+
+    intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**"})  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for loop in template.find_all(nodes.For):
+            counted = nodes.Call(nodes.Name(_COUNT, "load"), [loop.iter], [], None, None)
+            loop.iter = counted.set_lineno(loop.lineno, override=False)
+        return template
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and right > _EXPONENT_MAX:
+            raise jinja2.exceptions.SecurityError(f"exponents are at most {_EXPONENT_MAX}")
+        for many, times in ((left, right), (right, left)):
+            if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > TEXT_CHARS_MAX:  # pyright: ignore[reportUnknownArgumentType]
+                raise jinja2.exceptions.SecurityError(f"the chat template multiplies a text beyond {TEXT_CHARS_MAX} characters")
+        return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
@@ -65,6 +97,30 @@ class _Environment(ImmutableSandboxedEnvironment):
             kwargs.pop("_loop_vars", None)
             return __obj(__context.eval_ctx, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
+
+
+_COUNT = "_count"
+
+
+class _Rounds:
+    """The rounds that the loops of one rendering may still take."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self) -> None:
+        self._left = LOOP_ROUNDS_MAX
+
+    def count(self, items: Any) -> Any:
+        """Return what a loop goes over. Raises `SecurityError` if that is too much."""
+        try:
+            rounds = len(items)
+        except TypeError:
+            items = list(items)
+            rounds = len(items)
+        self._left -= rounds + 1
+        if self._left < 0:
+            raise jinja2.exceptions.SecurityError(f"the chat template loops more than {LOOP_ROUNDS_MAX} times")
+        return items
 
 
 class _TemplateNamespace(Namespace):
@@ -151,21 +207,42 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final: bool = False,
     ) -> str:
-        """Return the prompt's text. Raises `TemplateFailed`.
+        """Return the prompt's text.
 
         Args:
-            messages, tools: as templates read them.
+            messages: the conversation.
+            tools: what the model may call.
             extra: further template variables.
-            add_generation_prompt: end with what begins an answer.
-            continue_final: end within the last message, which the answer goes on with.
+            add_generation_prompt: open an answer.
+            continue_final: end the text where the last message's content does, so that the answer goes on with it.
+
+        Raises:
+            TemplateFailed: the template refused, broke off or went beyond its bounds.
         """
-        variables = {**self._special_tokens, **(extra or {})}
+        if continue_final:
+            return _cut(self._render([*messages[:-1], _marked(messages)], tools, extra, False), messages[-1]["content"])
+        return self._render(messages, tools, extra, add_generation_prompt)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        extra: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        variables: dict[str, Any] = {
+            **self._special_tokens,
+            **(extra or {}),
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            _COUNT: _Rounds().count,
+        }
+        template = self._choose(tools)
         try:
-            text = self._choose(tools).render(
-                variables, messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
-            )
-            return _cut_after(text, str(messages[-1]["content"])) if continue_final else text
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            return _joined(template.root_render_func(template.new_context(variables)))
+        except _FAILURES as error:
             # What a template does to messages it did not expect: each of these is the client's to mend.
             raise TemplateFailed(f"the chat template cannot render these messages: {error}") from error
 
@@ -177,13 +254,39 @@ class ChatTemplate:
         return self._templates["default"]
 
 
-def _cut_after(text: str, final: str) -> str:
-    """Return a rendered prompt up to the end of the last message's content, as `transformers` cuts it."""
-    place = text.rfind(final.strip())
-    if place < 0:
-        raise TemplateFailed("the chat template does not show the last message as it is, so nothing can go on after it")
-    kept = final.lstrip()
-    return text[: place + (len(kept) if text.startswith(kept, place) else len(final.strip()))]
+#: What a template may raise: its own refusals, and what messages of a shape it did not expect lead to.
+_FAILURES = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
+
+
+def _joined(parts: Iterator[str]) -> str:
+    """Return a text made of parts. Raises `SecurityError` once it is too long."""
+    pieces: list[str] = []
+    chars = 0
+    while some := list(islice(parts, _PARTS_JOINED)):
+        pieces.append("".join(some))
+        chars += len(pieces[-1])
+        if chars > TEXT_CHARS_MAX:
+            raise jinja2.exceptions.SecurityError(f"the text is longer than {TEXT_CHARS_MAX} characters")
+    return "".join(pieces)
+
+
+def _marked(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the last message with the mark at its end. Raises `TemplateFailed` if there is nothing to continue."""
+    content = messages[-1].get("content") if messages else None
+    if not isinstance(content, str):
+        raise TemplateFailed("there is no text to continue in the last message")
+    return {**messages[-1], "content": content + _CUT_HERE}
+
+
+def _cut(text: str, content: str) -> str:
+    """Return a rendered text up to the mark, as `transformers` cuts it: a template that trims content trims the cut too."""
+    mark = _CUT_HERE.strip()
+    if mark not in text or content.strip() not in text:
+        raise TemplateFailed("the chat template does not show the last message as it is, so it cannot be continued")
+    place = text.rindex(mark)
+    return text[:place] if text.startswith(_CUT_HERE, place) else text[:place].rstrip()
 
 
 def load_template(folder: Path, tokenizer_config: Fields) -> ChatTemplate:

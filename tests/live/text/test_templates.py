@@ -132,3 +132,69 @@ def test_a_missing_or_broken_template_is_named() -> None:
 def test_extra_variables_reach_the_template_and_cannot_replace_the_messages() -> None:
     template = ChatTemplate({"default": "{{ enable_thinking }} {{ messages | length }}"}, {})
     assert template.render([], None, {"enable_thinking": False, "messages": [1, 2]}) == "False 0"
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, FEATURES, "{% for m in messages %}[{{ m.content }}]{% endfor %}"])
+@pytest.mark.parametrize("content", ["one two", " one two  ", "one\n\n", "", "1"])
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_a_continued_message_ends_where_transformers_ends_it(source: str, content: str, role: str) -> None:
+    messages = [{"role": "user", "content": "Count one two"}, {"role": role, "content": content}]
+    expected, _ = render_jinja_template(
+        [messages],
+        chat_template=source,
+        add_generation_prompt=False,
+        continue_final_message=True,
+        return_assistant_tokens_mask=False,
+        **SPECIAL,
+    )
+    text = ChatTemplate({"default": source}, SPECIAL).render(messages, None, continue_final=True)
+    assert text == expected[0]
+    assert "CONTINUE" not in text
+
+
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        (CHAT_TEMPLATE, []),
+        (CHAT_TEMPLATE, [{"role": "assistant", "content": None}]),
+        ("{% for m in messages[:-1] %}{{ m.content }}{% endfor %}", [{"role": "assistant", "content": "gone"}]),
+        ("{{ messages[-1].content | upper }}", [{"role": "assistant", "content": "changed"}]),
+    ],
+)
+def test_what_cannot_be_continued_is_said(source: str, messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(TemplateFailed, match="continue"):
+        ChatTemplate({"default": source}, {}).render(messages, None, continue_final=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in messages * 1000000 %}{% for b in messages * 1000000 %}{% endfor %}{% endfor %}",
+        "{% for a in range(n) %}{% endfor %}",
+        "{{ 'x' * n }}",
+        "{{ n * 'x' }}",
+        "{{ 10 ** n }}",
+        "{{ 1 / (n - n) }}",
+        "{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}",
+        "{% for a in range(99999) %}{{ long }}{% endfor %}",
+        "{% for a in messages | map(attribute='role') %}{% for b in range(n) %}{% endfor %}{% endfor %}",
+        "{% for a in range(999) | map('string') %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_an_endless_or_huge_template_stops(source: str) -> None:
+    extra = {"n": 10**9, "long": "x" * 2000}
+    with pytest.raises(TemplateFailed, match="cannot render"):
+        ChatTemplate({"default": source}, {}).render([{"role": "user"}], None, extra)
+
+
+def test_text_after_much_that_is_empty_is_not_lost() -> None:
+    template = ChatTemplate({"default": "{% for m in range(9000) %}{{ none_of_it }}{% endfor %}end"}, {})
+    assert template.render([], None, {"none_of_it": ""}) == "end"
+
+
+def test_long_conversations_are_within_the_bounds() -> None:
+    messages = [{"role": "user", "content": "x"}] * 20_000
+    assert (
+        ChatTemplate({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"}, {}).render(messages, None) == "x" * 20_000
+    )
