@@ -10,18 +10,20 @@ comes out as content, letter for letter.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from secrets import token_hex
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Protocol
 
 import msgspec
 
+from orchestrator.live.text.functions import FUNCTION_CLOSE, FUNCTION_OPEN, Tools, read_functions
 from orchestrator.live.text.stops import partial_match
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_FUNCTION = "<function="
+_FUNCTION_END = re.compile(re.escape(FUNCTION_CLOSE))
+_CALL_END = re.compile(rf"{FUNCTION_CLOSE}\s*{_CLOSE}")
 _PYTHON_TAG = "<|python_tag|>"
 _JSON = json.JSONDecoder()
 
@@ -67,10 +69,6 @@ class ToolParser(Protocol):
         ...
 
 
-#: By the name of each tool the JSON schema of its parameters, empty if it has none.
-Tools: TypeAlias = Mapping[str, Mapping[str, Any]]
-
-
 class _Call(msgspec.Struct):
     name: str
     arguments: msgspec.Raw = msgspec.Raw(b"{}")
@@ -85,7 +83,7 @@ def style_of(tool_parser: str, template: str) -> ToolStyle:
     if tool_parser != "auto":
         return ToolStyle(tool_parser)
     if _OPEN in template:
-        return ToolStyle.QWEN3_CODER if _FUNCTION in template else ToolStyle.HERMES
+        return ToolStyle.QWEN3_CODER if FUNCTION_OPEN in template else ToolStyle.HERMES
     if _PYTHON_TAG in template or ('"parameters"' in template and "tools" in template):
         return ToolStyle.LLAMA
     return ToolStyle.NONE
@@ -95,84 +93,53 @@ def make_parser(style: ToolStyle, tools: Tools) -> ToolParser | None:
     """Return a parser for one generation that may call some tools, or None if its text is content throughout."""
     match style:
         case ToolStyle.HERMES:
-            return _TaggedParser(_parse)
+            return _TaggedParser((_OPEN,), _described)
         case ToolStyle.QWEN3_CODER:
-            return _TaggedParser(lambda text: _parse_function(text, tools))
+            return _TaggedParser((_OPEN, FUNCTION_OPEN), lambda text: _tagged(text, tools))
         case ToolStyle.LLAMA:
             return _LlamaParser(tools)
         case ToolStyle.NONE:
             return None
 
 
-def _parse(text: str) -> ToolCall | None:
-    """Return the call that a JSON object describes, or None if it describes none. Missing, null or empty arguments are none."""
+def _described(text: str) -> list[ToolCall]:
+    """Return the call that a JSON object describes, none if it describes none. Missing, null or empty arguments are empty."""
     try:
         call = _CALL.decode(text)
         arguments = bytes(call.parameters or call.arguments).decode()
         if arguments.startswith('"'):
-            arguments = str(json.loads(arguments))
+            arguments = msgspec.json.decode(arguments, type=str)
         if arguments.strip() in ("", "null"):
             arguments = "{}"
         if not isinstance(json.loads(arguments), dict):
-            return None
+            return []
     except (ValueError, RecursionError):  # no JSON, or nested beyond reading
-        return None
-    return ToolCall(_call_id(), call.name, arguments)
+        return []
+    return [_call(call.name, arguments)]
 
 
-def _call_id() -> str:
-    return f"call_{token_hex(12)}"
+def _tagged(text: str, tools: Tools) -> list[ToolCall]:
+    """Return the calls that functions' tags describe, none if there is anything else."""
+    return [_call(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in read_functions(text, tools)]
 
 
-_XML_CALL = re.compile(r"\s*<function=([^>\s]+)>(.*)</function>\s*", re.DOTALL)
-_XML_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
-
-
-def _parse_function(text: str, tools: Tools) -> ToolCall | None:
-    """Return the call that a function's tags describe, or None if they describe none."""
-    found = _XML_CALL.fullmatch(text)
-    if found is None:
-        return None
-    name, inner = found.groups()
-    properties = tools.get(name, {}).get("properties")
-    arguments: dict[str, Any] = {}
-    while inner.strip():
-        parameter = _XML_PARAMETER.match(inner)
-        if parameter is None:
-            return None
-        key, value = parameter.groups()
-        arguments[key] = _typed(value, _object(_object(properties).get(key)))
-        inner = inner[parameter.end() :]
-    return ToolCall(_call_id(), name, json.dumps(arguments, ensure_ascii=False))
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    """Return an object of a schema that anybody may have written; what is none says nothing."""
-    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
-
-
-def _typed(value: str, schema: Mapping[str, Any]) -> Any:
-    """Return a parameter as its schema has it: JSON where that is no text; what is none stays text, for the tool to refuse."""
-    kinds = schema.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else cast(list[Any], kinds) if isinstance(kinds, list) else []
-    if value.strip() == "null" and (not kinds or "null" in kinds):
-        return None
-    if "string" in kinds or (not kinds and not {"anyOf", "oneOf", "$ref"} & schema.keys()):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return {"True": True, "False": False}.get(value.strip(), value)
+def _call(name: str, arguments: str) -> ToolCall:
+    return ToolCall(f"call_{token_hex(12)}", name, arguments)
 
 
 class _TaggedParser:
-    """Waits for tags; white space next to a call belongs to the call."""
+    """Waits for tags; white space next to a call belongs to the call.
 
-    __slots__ = ("_called", "_held", "_inside", "_parse")
+    Args:
+        opens: tags that a call may begin with.
+        read: returns the calls that a text between tags describes.
+    """
 
-    def __init__(self, parse: Callable[[str], ToolCall | None]) -> None:
-        #: Returns the call that the text between two tags describes.
-        self._parse = parse
+    __slots__ = ("_called", "_held", "_inside", "_opens", "_read")
+
+    def __init__(self, opens: Sequence[str], read: Callable[[str], list[ToolCall]]) -> None:
+        self._opens = opens
+        self._read = read
         #: Text that is not certain yet: a tag's beginning or white space outside a call, everything from the tag on inside.
         self._held = ""
         self._inside = False
@@ -189,34 +156,49 @@ class _TaggedParser:
 
     def finish(self) -> list[str | ToolCall]:
         held, self._held = self._held, ""
-        if self._inside and (call := self._parse(held[len(_OPEN) :])) is not None:
-            return [call]
+        if self._inside and (calls := self._read(held.removeprefix(_OPEN))):
+            return [*calls]
         return [] if not held or (self._called and held.isspace()) else [held]
 
     def _open(self, parts: list[str | ToolCall]) -> bool:
         """Pass content on up to a tag; True if one was found."""
-        content, tag, _ = self._held.partition(_OPEN)
-        if tag:
+        if self._called and self._held.lstrip().startswith(_CLOSE):
+            # Of a call that began without its tag.
+            self._held = self._held.lstrip()[len(_CLOSE) :]
+        places = [place for tag in self._opens if (place := self._held.find(tag)) >= 0]
+        if places:
             self._inside = True
-            self._held = self._held[len(content) :]
-            content = content.rstrip()
+            content, self._held = self._held[: min(places)].rstrip(), self._held[min(places) :]
         else:
-            sure = self._held[: len(self._held) - partial_match(self._held, _OPEN)].rstrip()
-            content, self._held = sure, self._held[len(sure) :]
+            tags = (*self._opens, _CLOSE) if self._called else self._opens
+            held = max(partial_match(self._held, tag) for tag in tags)
+            content = self._held[: len(self._held) - held].rstrip()
+            self._held = self._held[len(content) :]
         if content:
             parts.append(content)
-        return bool(tag)
+            self._called = False
+        return self._inside
 
     def _close(self, parts: list[str | ToolCall]) -> bool:
-        """Take a call out once its end is there; True if it was."""
-        inner, tag, rest = self._held[len(_OPEN) :].partition(_CLOSE)
-        if not tag:
+        """Take what is between tags out once its end is there; True if it was."""
+        end = self._end()
+        if end is None:
             return False
-        call = self._parse(inner)
-        parts.append(call if call is not None else _OPEN + inner + _CLOSE)
-        self._called = self._called or call is not None
-        self._inside, self._held = False, rest
+        text, self._held = self._held[:end], self._held[end:]
+        calls = self._read(text.removeprefix(_OPEN).removesuffix(_CLOSE))
+        parts += calls or [text]
+        self._called = bool(calls)
+        self._inside = False
         return True
+
+    def _end(self) -> int | None:
+        """Return where a call ends. The tag that closes it may be part of a parameter, so a function must have ended before."""
+        inner = self._held.removeprefix(_OPEN)
+        if not inner.lstrip().startswith(FUNCTION_OPEN):
+            place = self._held.find(_CLOSE)
+            return place + len(_CLOSE) if place >= 0 else None
+        found = (_FUNCTION_END if inner is self._held else _CALL_END).search(self._held)
+        return found.end() if found is not None else None
 
 
 class _LlamaParser:
@@ -253,9 +235,9 @@ class _LlamaParser:
                 _, end = _JSON.raw_decode(text)
             except (ValueError, RecursionError):
                 return []
-            call = _parse(text[:end])
-            if call is None or call.name not in self._tools:
+            described = _described(text[:end])
+            if not described or described[0].name not in self._tools:
                 return []
-            calls.append(call)
+            calls += described
             text = text[end:].lstrip("; \n")
         return calls

@@ -5,7 +5,11 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from orchestrator.live.text.functions import typed
+from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.tools import ToolCall, ToolParser, Tools, ToolStyle, make_parser, style_of
 from workers.engines.vocabulary import CHAT_TEMPLATE
 
@@ -139,3 +143,129 @@ def test_the_style_is_what_the_template_teaches() -> None:
     assert style_of("auto", "{{ messages }}") is ToolStyle.NONE
     assert style_of("llama", CHAT_TEMPLATE) is ToolStyle.LLAMA
     assert make_parser(ToolStyle.NONE, TOOLS) is None
+
+
+INNER = "<parameter=city>\nParis\n</parameter>\n"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        # Without the outer tag, as these models write now and then.
+        (f"Well.\n<function=w>\n{INNER}</function>\n</tool_call>", "Well.", [("w", '{"city": "Paris"}')]),
+        (f"<function=w>\n{INNER}</function> done", " done", [("w", '{"city": "Paris"}')]),
+        # Two in one.
+        (
+            f"<tool_call><function=w>{INNER}</function>\n<function=v></function></tool_call>",
+            "",
+            [("w", '{"city": "Paris"}'), ("v", "{}")],
+        ),
+        # Tags inside a value.
+        (
+            xml("w", city="a </tool_call> b </parameter> c </function> d"),
+            "",
+            [("w", '{"city": "a </tool_call> b </parameter> c </function> d"}')],
+        ),
+        # A closing tag left out, and a last one cut off.
+        (
+            "<tool_call><function=w>\n<parameter=city>\nParis\n<parameter=days>\n5\n</parameter></function></tool_call>",
+            "",
+            [("w", '{"city": "Paris", "days": 5}')],
+        ),
+        (f"<tool_call><function=w>\n{INNER}", "", [("w", '{"city": "Paris"}')]),
+        ("<tool_call><function=w>\n<parameter=city>\nPar", "<tool_call><function=w>\n<parameter=city>\nPar", []),
+        (
+            "<tool_call><function={{ name }}></function></tool_call>",
+            "<tool_call><function={{ name }}></function></tool_call>",
+            [],
+        ),
+        ("<tool_call><func</tool_call> on", "<tool_call><func</tool_call> on", []),
+        # White space of a value is its own, but for one line end on either side.
+        (xml("w", city="\n  two\n\n"), "", [("w", '{"city": "\\n  two\\n\\n"}')]),
+    ],
+)
+def test_qwen3_coder_where_models_leave_the_straight_way(
+    text: str, content: str, calls: list[tuple[str, str]], seed: int
+) -> None:
+    assert parse(ToolStyle.QWEN3_CODER, text, seed, {"w": SCHEMA}) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "meant"),
+    [
+        ("null", {"type": "string"}, "null"),
+        ("None", {"type": ["string", "null"]}, None),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("12", {"anyOf": [{"type": "null"}, {"type": "string"}]}, "12"),
+        ("null", {"type": "integer"}, None),
+        ("null", {"type": "null"}, None),
+        ("null", None, "null"),
+        ("12", None, "12"),
+        ("12", {"enum": ["12"]}, "12"),
+        ("12", {"type": "integer"}, 12),
+        ("12.5", {"type": "integer"}, "12.5"),
+        ("9" * 30, {"type": "integer"}, int("9" * 30)),
+        ("9" * 5000, {"type": "integer"}, "9" * 5000),
+        ("12.0", {"type": "number"}, 12),
+        ("12.5", {"type": "number"}, 12.5),
+        ("nan", {"type": "number"}, "nan"),
+        ("1e999", {"type": "number"}, "1e999"),
+        ("TRUE", {"type": "boolean"}, True),
+        ("yes", {"type": "boolean"}, False),
+        ('{"a": [1]}', {"type": "object"}, {"a": [1]}),
+        ("{'a': None}", {"type": "object"}, {"a": None}),
+        ("{1, 2}", {"type": "array"}, "{1, 2}"),
+        ("[NaN]", {"type": "array"}, "[NaN]"),
+        ('["\\ud800"]', {"type": "array"}, '["\\ud800"]'),
+        ("'\\d'", {"type": "object"}, "\\d"),
+        ("[" * 100_000, {"type": "array"}, "[" * 100_000),
+        ("x", {"type": 5}, "x"),
+        ("x", "nonsense", "x"),
+    ],
+)
+def test_what_a_parameter_means_to_its_schema(value: str, schema: object, meant: object) -> None:
+    found = typed(value, schema)
+    assert (found, type(found)) == (meant, type(meant))
+
+
+@pytest.mark.parametrize("arguments", ['"{\\"a\\": \\"\\ud800\\"}"', '{"a": NaN}', "{'a': 1}", '{"a": "two\nlines"}'])
+def test_arguments_that_are_no_json_are_content(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    assert parse(ToolStyle.HERMES, text, 0) == (text, [])
+
+
+@pytest.mark.parametrize("arguments", ['{"id": 123456789012345678901234567890, "f": 1e400}', '{"a": "\\ud83d\\ude00 \\u00e9"}'])
+def test_arguments_come_out_as_they_were_written(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    assert parse(ToolStyle.HERMES, text, 0) == ("", [("f", arguments)])
+
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=x>", "</parameter>", "<|python_tag|>", "<think>",
+    "</think>", '{"name": "f"', ', "arguments": {"x": 1}}', "}", "{", ";", "\n", " ", "text", "<", ">", "é",
+]  # fmt: skip
+
+
+@given(
+    st.sampled_from([ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.LLAMA]),
+    st.sampled_from([None, True, False]),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=16).map("".join),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=150, derandomize=True)
+def test_it_does_not_matter_how_a_text_is_cut(style: ToolStyle, opened: bool | None, text: str, source: random.Random) -> None:
+    def found(pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
+        calls = make_parser(style, TOOLS)
+        assert calls is not None
+        parser = calls if opened is None else ThinkParser(opened, calls)
+        parts = [*(part for piece in pieces for part in parser.add(piece)), *parser.finish()]
+        return (
+            "".join(part.text for part in parts if isinstance(part, Reasoning)),
+            "".join(part for part in parts if isinstance(part, str)),
+            [(part.name, part.arguments) for part in parts if isinstance(part, ToolCall)],
+        )
+
+    cuts = sorted(source.randint(0, len(text)) for _ in range(source.randint(0, len(text))))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert found(pieces) == found([text]) == found(list(text))
