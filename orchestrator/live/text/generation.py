@@ -96,6 +96,8 @@ class Generation:
             pieces = self._take_plain(delta.tokens)
         else:
             pieces = self._take_careful(delta)
+            if isinstance(self._parser, ThinkParser) and self._parser.idle:
+                self._parser = None
         if delta.finish is not None and not self.stopped:
             pieces += self._flush()
             self.finish_reason = _REASONS.get(delta.finish, "stop")

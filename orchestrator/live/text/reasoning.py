@@ -26,9 +26,18 @@ class ReasoningStyle(StrEnum):
         """Special tokens the parser must see."""
         return (_OPEN, _CLOSE) if self is ReasoningStyle.THINK else ()
 
-    def opened_by(self, prompt: str) -> bool:
-        """Tell whether a prompt ends with the tag, so that the answer begins with thoughts."""
-        return self is ReasoningStyle.THINK and prompt.rstrip().endswith(_OPEN)
+    def opened_by(self, prompt: str, continued: str | None = None) -> bool:
+        """Tell whether an answer begins with thoughts.
+
+        Args:
+            prompt: what it follows: opened by its last tag, which templates write. Tags that clients write come before others' words.
+            continued: the message that it continues, if it continues one: opened by a tag in it that is not closed.
+        """
+        if self is ReasoningStyle.NONE:
+            return False
+        if continued is not None:
+            return continued.rfind(_OPEN) > continued.rfind(_CLOSE)
+        return prompt.rstrip().endswith(_OPEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,11 @@ class ThinkParser:
         self._held = ""
         #: Whether thoughts have come out: white space before the first ones is the tag's.
         self._said = False
+
+    @property
+    def idle(self) -> bool:
+        """All that follows is the answer, word for word."""
+        return self._phase is _Phase.ANSWER and self._tools is None
 
     def add(self, text: str) -> list[str | ToolCall | Reasoning]:
         """Take more text; return what is certain now."""
