@@ -345,7 +345,8 @@ class Gateway:
         job = _Job(exchange, model, tenant, session, request, shape)
         parameters = tool_parameters(tools)
         thinks = model.text.reasoning_style is not ReasoningStyle.NONE
-        opened = model.text.reasoning_style.opened_by(text)
+        continued = str(messages[-1]["content"]) if request.continue_final_message else None
+        opened = model.text.reasoning_style.opened_by(text, continued)
 
         def parser() -> AnswerParser | None:
             calls = make_parser(model.text.tool_style, parameters) if tools else None

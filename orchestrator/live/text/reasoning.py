@@ -30,7 +30,7 @@ class ReasoningStyle(StrEnum):
         """Tell whether an answer begins with thoughts.
 
         Args:
-            prompt: what it follows: opened by its last tag, which templates write. Tags that clients write come before others' words.
+            prompt: what it follows: opened by the tag it ends in, which is the template's; those of clients stand further ahead.
             continued: the message that it continues, if it continues one: opened by a tag in it that is not closed.
         """
         if self is ReasoningStyle.NONE:
@@ -51,7 +51,7 @@ def reasoning_style_of(reasoning_parser: str, template: str) -> ReasoningStyle:
     """Return the style a cluster file names; for `auto` the one that the chat template knows of."""
     if reasoning_parser != "auto":
         return ReasoningStyle(reasoning_parser)
-    return ReasoningStyle.THINK if _CLOSE in template else ReasoningStyle.NONE
+    return ReasoningStyle.THINK if _CLOSE in template or _OPEN in template else ReasoningStyle.NONE
 
 
 class ThinkParser:

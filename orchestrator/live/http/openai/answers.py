@@ -160,7 +160,7 @@ class ChatShape(Shape):
         text, thoughts = _joined(pieces), "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if thoughts:
-            message["reasoning_content"] = thoughts
+            message |= _thoughts(thoughts)
         if calls:
             message["tool_calls"] = [_call(call, call.arguments) for call in calls]
         return {"message": message}
@@ -178,7 +178,7 @@ class ChatShape(Shape):
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         if isinstance(piece, Reasoning):
-            return [self._event(index, {"delta": {"reasoning_content": piece.text}, "logprobs": None, "finish_reason": None})]
+            return [self._event(index, {"delta": _thoughts(piece.text), "logprobs": None, "finish_reason": None})]
         if not isinstance(piece, ToolCall):
             return super()._special(index, piece)
         place = self._calls[index]
@@ -229,6 +229,11 @@ class CompletionShape(Shape):
 
 def _joined(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text if isinstance(piece, Scored) else piece for piece in pieces if isinstance(piece, str | Scored))
+
+
+def _thoughts(text: str) -> dict[str, Any]:
+    """Return thoughts under both names: vLLM's older one, which DeepSeek's API has too, and its newer one."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _call(call: ToolCall, arguments: str) -> dict[str, Any]:

@@ -116,6 +116,8 @@ class Message(msgspec.Struct):
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    #: Some clients send an object here, which is none of ours.
+    reasoning: Any = None
 
 
 class GenerationRequest(Unserved, kw_only=True):
@@ -450,8 +452,10 @@ def _template_message(message: Message) -> dict[str, Any]:
         shown["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         shown["name"] = message.name
-    if message.reasoning_content is not None:
-        shown["reasoning_content"] = message.reasoning_content
+    thoughts = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+    if isinstance(thoughts, str):
+        # Under both names that templates read.
+        shown["reasoning_content"] = shown["thinking"] = thoughts
     return shown
 
 
