@@ -217,7 +217,7 @@ class ModelConfig:
     path: str = ""
     #: Other names clients may use; a trailing * matches any ending.
     aliases: tuple[str, ...] = ()
-    #: Parser for tool calls in the output: auto (by the chat template), hermes, qwen3_coder, llama or none.
+    #: Parser for tool calls in the output: auto (by the chat template), hermes, qwen3_coder, llama, mistral or none.
     tool_parser: str = "auto"
     #: How thoughts are told from answers: auto (by the chat template), think (<think> tags) or none.
     reasoning_parser: str = "auto"
@@ -226,7 +226,7 @@ class ModelConfig:
     shape: str = ""
 
     def __post_init__(self) -> None:
-        known = ("auto", "hermes", "qwen3_coder", "llama", "none")
+        known = ("auto", "hermes", "qwen3_coder", "llama", "mistral", "none")
         require(self.tool_parser in known, "tool_parser", f"must be one of {', '.join(known)}, is {self.tool_parser!r}")
         known = ("auto", "think", "none")
         require(

@@ -55,7 +55,7 @@ def test_values_find_their_fields() -> None:
         ({"gateway": {"api_keys": [{"key": "k"}]}}, "gateway.api_keys[0].tenant: is missing"),
         (
             {"models": {"default": {"tool_parser": "x"}}},
-            "models.default.tool_parser: must be one of auto, hermes, qwen3_coder, llama, none",
+            "models.default.tool_parser: must be one of auto, hermes, qwen3_coder, llama, mistral, none",
         ),
         ({"pools": []}, "pools: at least one [[pools]] table is needed"),
         ({"pools": {}}, "pools: must be a list, is dict"),

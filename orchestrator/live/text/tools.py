@@ -3,6 +3,7 @@
     hermes        text <tool_call>{"name": "f", "arguments": {...}}</tool_call> ...     Hermes, Qwen
     qwen3_coder   text <tool_call><function=f><parameter=x>1</parameter></function></tool_call> ...     Qwen3-Coder
     llama         {"name": "f", "parameters": {...}}, alone or after <|python_tag|>     Llama 3
+    mistral       text [TOOL_CALLS][{"name": "f", "arguments": {...}}], or [TOOL_CALLS]f[ARGS]{...}     Mistral
 
 Text around calls streams on as content; a call comes out whole, once it is known to be one. What looked like a call and is none
 comes out as content, letter for letter.
@@ -13,19 +14,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from secrets import token_hex
+from secrets import choice, token_hex
+from string import ascii_letters, digits
 from typing import Protocol
 
-import msgspec
-
 from orchestrator.live.text.functions import FUNCTION_CLOSE, FUNCTION_OPEN, Tools, read_functions
+from orchestrator.live.text.objects import ARGUMENTS, CALL_ID, TOOL_CALLS, read_chain, read_mistral, read_object
 from orchestrator.live.text.stops import partial_match
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION_END = re.compile(re.escape(FUNCTION_CLOSE))
 _CALL_END = re.compile(rf"{FUNCTION_CLOSE}\s*{_CLOSE}")
 _PYTHON_TAG = "<|python_tag|>"
-_JSON = json.JSONDecoder()
 
 
 class ToolStyle(StrEnum):
@@ -34,6 +34,7 @@ class ToolStyle(StrEnum):
     HERMES = "hermes"
     QWEN3_CODER = "qwen3_coder"
     LLAMA = "llama"
+    MISTRAL = "mistral"
     NONE = "none"
 
     @property
@@ -44,6 +45,8 @@ class ToolStyle(StrEnum):
                 return (_OPEN, _CLOSE)
             case ToolStyle.LLAMA:
                 return (_PYTHON_TAG,)
+            case ToolStyle.MISTRAL:
+                return (TOOL_CALLS, ARGUMENTS, CALL_ID)
             case ToolStyle.NONE:
                 return ()
 
@@ -69,21 +72,14 @@ class ToolParser(Protocol):
         ...
 
 
-class _Call(msgspec.Struct):
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw(b"{}")
-    parameters: msgspec.Raw = msgspec.Raw()
-
-
-_CALL = msgspec.json.Decoder(_Call)
-
-
 def style_of(tool_parser: str, template: str) -> ToolStyle:
     """Return the style a cluster file names; for `auto` the one that the chat template teaches."""
     if tool_parser != "auto":
         return ToolStyle(tool_parser)
     if _OPEN in template:
         return ToolStyle.QWEN3_CODER if FUNCTION_OPEN in template else ToolStyle.HERMES
+    if TOOL_CALLS in template:
+        return ToolStyle.MISTRAL
     if _PYTHON_TAG in template or ('"parameters"' in template and "tools" in template):
         return ToolStyle.LLAMA
     return ToolStyle.NONE
@@ -98,33 +94,29 @@ def make_parser(style: ToolStyle, tools: Tools) -> ToolParser | None:
             return _TaggedParser((_OPEN, FUNCTION_OPEN), lambda text: _tagged(text, tools))
         case ToolStyle.LLAMA:
             return _LlamaParser(tools)
+        case ToolStyle.MISTRAL:
+            return _TaggedParser((TOOL_CALLS,), _bracketed, ends=False)
         case ToolStyle.NONE:
             return None
 
 
 def _described(text: str) -> list[ToolCall]:
-    """Return the call that a JSON object describes, none if it describes none. Missing, null or empty arguments are empty."""
-    try:
-        call = _CALL.decode(text)
-        arguments = bytes(call.parameters or call.arguments).decode()
-        if arguments.startswith('"'):
-            arguments = msgspec.json.decode(arguments, type=str)
-        if arguments.strip() in ("", "null"):
-            arguments = "{}"
-        if not isinstance(json.loads(arguments), dict):
-            return []
-    except (ValueError, RecursionError):  # no JSON, or nested beyond reading
-        return []
-    return [_call(call.name, arguments)]
+    call = read_object(text)
+    return [] if call is None else [_call(*call)]
 
 
 def _tagged(text: str, tools: Tools) -> list[ToolCall]:
-    """Return the calls that functions' tags describe, none if there is anything else."""
     return [_call(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in read_functions(text, tools)]
 
 
 def _call(name: str, arguments: str) -> ToolCall:
     return ToolCall(f"call_{token_hex(12)}", name, arguments)
+
+
+def _bracketed(text: str) -> list[ToolCall]:
+    # Templates of these models refuse ids of any other form.
+    calls = read_mistral(text)
+    return [ToolCall("".join(choice(ascii_letters + digits) for _ in range(9)), *call) for call in calls]
 
 
 class _TaggedParser:
@@ -133,22 +125,26 @@ class _TaggedParser:
     Args:
         opens: tags that a call may begin with.
         read: returns the calls that a text between tags describes.
+        ends: a tag closes a call; else all that follows the first tag is calls.
     """
 
-    __slots__ = ("_called", "_held", "_inside", "_opens", "_read")
+    __slots__ = ("_called", "_ends", "_held", "_inside", "_opens", "_read", "_space")
 
-    def __init__(self, opens: Sequence[str], read: Callable[[str], list[ToolCall]]) -> None:
+    def __init__(self, opens: Sequence[str], read: Callable[[str], list[ToolCall]], ends: bool = True) -> None:
         self._opens = opens
+        self._ends = ends
         self._read = read
         #: Text that is not certain yet: a tag's beginning or white space outside a call, everything from the tag on inside.
         self._held = ""
+        #: White space before the tag that is held: a call's, and content's if it is none.
+        self._space = ""
         self._inside = False
         self._called = False
 
     def add(self, text: str) -> list[str | ToolCall]:
         self._held += text
         parts: list[str | ToolCall] = []
-        if self._inside and _CLOSE[-1] not in text:
+        if self._inside and (not self._ends or _CLOSE[-1] not in text):
             return parts
         while self._close(parts) if self._inside else self._open(parts):
             pass
@@ -158,6 +154,7 @@ class _TaggedParser:
         held, self._held = self._held, ""
         if self._inside and (calls := self._read(held.removeprefix(_OPEN))):
             return [*calls]
+        held = self._space + held
         return [] if not held or (self._called and held.isspace()) else [held]
 
     def _open(self, parts: list[str | ToolCall]) -> bool:
@@ -168,7 +165,9 @@ class _TaggedParser:
         places = [place for tag in self._opens if (place := self._held.find(tag)) >= 0]
         if places:
             self._inside = True
-            content, self._held = self._held[: min(places)].rstrip(), self._held[min(places) :]
+            before, self._held = self._held[: min(places)], self._held[min(places) :]
+            content = before.rstrip()
+            self._space = before[len(content) :]
         else:
             tags = (*self._opens, _CLOSE) if self._called else self._opens
             held = max(partial_match(self._held, tag) for tag in tags)
@@ -186,13 +185,16 @@ class _TaggedParser:
             return False
         text, self._held = self._held[:end], self._held[end:]
         calls = self._read(text.removeprefix(_OPEN).removesuffix(_CLOSE))
-        parts += calls or [text]
+        parts += calls or [self._space + text]
+        self._space = ""
         self._called = bool(calls)
         self._inside = False
         return True
 
     def _end(self) -> int | None:
         """Return where a call ends. The tag that closes it may be part of a parameter, so a function must have ended before."""
+        if not self._ends:
+            return None
         inner = self._held.removeprefix(_OPEN)
         if not inner.lstrip().startswith(FUNCTION_OPEN):
             place = self._held.find(_CLOSE)
@@ -224,20 +226,7 @@ class _LlamaParser:
 
     def finish(self) -> list[str | ToolCall]:
         held, self._held = self._held, ""
-        calls = self._calls(held.strip().removeprefix(_PYTHON_TAG).strip())
-        return [*calls] if calls else [held.replace(_PYTHON_TAG, "", 1)] if held else []
-
-    def _calls(self, text: str) -> list[ToolCall]:
-        """Return the calls in objects separated by semicolons; none at all if anything else is between them."""
-        calls: list[ToolCall] = []
-        while text:
-            try:
-                _, end = _JSON.raw_decode(text)
-            except (ValueError, RecursionError):
-                return []
-            described = _described(text[:end])
-            if not described or described[0].name not in self._tools:
-                return []
-            calls += described
-            text = text[end:].lstrip("; \n")
-        return calls
+        calls = read_chain(held.strip().removeprefix(_PYTHON_TAG).strip())
+        if calls and all(name in self._tools for name, _ in calls):
+            return [_call(*call) for call in calls]
+        return [held.replace(_PYTHON_TAG, "", 1)] if held else []

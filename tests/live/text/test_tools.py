@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.live.text.functions import typed
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.tools import ToolCall, ToolParser, Tools, ToolStyle, make_parser, style_of
+from tests.builders import some
 from workers.engines.vocabulary import CHAT_TEMPLATE
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "a</b> \\u00e9"}}\n</tool_call>'
@@ -48,6 +49,8 @@ def parse(style: ToolStyle, text: str, seed: int, tools: Tools = TOOLS) -> tuple
         ('<tool_call>{"name": "f", "parameters": null}</tool_call>', "", [("f", "{}")]),
         ('<tool_call>{"name": "f", "arguments": {}}', "", [("f", "{}")]),
         ("<tool_call>no json</tool_call> after", "<tool_call>no json</tool_call> after", []),
+        (" \n <tool_call>no json</tool_call>\n<tool_call>", " \n <tool_call>no json</tool_call>\n<tool_call>", []),
+        (f"{CALL}\n <tool_call>no json</tool_call> ", "\n <tool_call>no json</tool_call> ", [("f", ARGUMENTS)]),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', []),
         ('<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
     ],
@@ -140,9 +143,37 @@ def test_the_style_is_what_the_template_teaches() -> None:
     assert style_of("auto", CHAT_TEMPLATE) is ToolStyle.HERMES
     assert style_of("auto", "<tool_call>\\n<function=name>") is ToolStyle.QWEN3_CODER
     assert style_of("auto", "{{ '<|python_tag|>' }}") is ToolStyle.LLAMA
+    assert style_of("auto", "{{ '[TOOL_CALLS]' }}") is ToolStyle.MISTRAL
     assert style_of("auto", "{{ messages }}") is ToolStyle.NONE
     assert style_of("llama", CHAT_TEMPLATE) is ToolStyle.LLAMA
     assert make_parser(ToolStyle.NONE, TOOLS) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("plain [TOOL", "plain [TOOL", []),
+        ('[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]', "", [("f", '{"x": 1}'), ("g", "{}")]),
+        ('Well.\n[TOOL_CALLS]f[ARGS]{"x": [1]}[TOOL_CALLS]g[ARGS]{}', "Well.", [("f", '{"x": [1]}'), ("g", "{}")]),
+        ('[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"x": 1}', "", [("f", '{"x": 1}')]),
+        ('[TOOL_CALLS]f{"x": 1}', "", [("f", '{"x": 1}')]),
+        ('Well. [TOOL_CALLS]f[ARGS]{"x": 1', 'Well. [TOOL_CALLS]f[ARGS]{"x": 1', []),
+        ("[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+        (f"[TOOL_CALLS]f[ARGS]{'[' * 200_000}", f"[TOOL_CALLS]f[ARGS]{'[' * 200_000}", []),
+    ],
+)
+def test_mistral(text: str, content: str, calls: list[tuple[str, str]], seed: int) -> None:
+    assert parse(ToolStyle.MISTRAL, text, seed) == (content, calls)
+
+
+def test_ids_are_what_the_next_turns_template_takes() -> None:
+    parser = make_parser(ToolStyle.MISTRAL, TOOLS)
+    assert parser is not None
+    calls = [*parser.add("[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[ARGS]{}"), *parser.finish()]
+    ids = [call.id for call in calls if isinstance(call, ToolCall)]
+    assert len(set(ids)) == 2
+    assert all(len(one) == 9 and one.isalnum() for one in some(ids))
 
 
 INNER = "<parameter=city>\nParis\n</parameter>\n"
@@ -243,12 +274,13 @@ def test_arguments_come_out_as_they_were_written(arguments: str) -> None:
 
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=x>", "</parameter>", "<|python_tag|>", "<think>",
-    "</think>", '{"name": "f"', ', "arguments": {"x": 1}}', "}", "{", ";", "\n", " ", "text", "<", ">", "é",
+    "</think>", "[TOOL_CALLS]", "[ARGS]", "f", "[", "]", '{"name": "f"', ', "arguments": {"x": 1}}', "}", "{", ";", "\n", " ",
+    "text", "<", ">", "é",
 ]  # fmt: skip
 
 
 @given(
-    st.sampled_from([ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.LLAMA]),
+    st.sampled_from([ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.LLAMA, ToolStyle.MISTRAL]),
     st.sampled_from([None, True, False]),
     st.lists(st.sampled_from(FRAGMENTS), max_size=16).map("".join),
     st.randoms(use_true_random=False),
