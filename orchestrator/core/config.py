@@ -219,7 +219,7 @@ class ModelConfig:
     aliases: tuple[str, ...] = ()
     #: Parser for tool calls in the output: auto (by the chat template), hermes, qwen3_coder, llama, mistral or none.
     tool_parser: str = "auto"
-    #: How thoughts are told from answers: auto (by the chat template), think (<think> tags) or none.
+    #: How thoughts are told from answers: auto or think (<think> tags at the beginning, the template's or the model's), none.
     reasoning_parser: str = "auto"
     #: For pools with hardware: a built-in model shape (kimi-k2, deepseek-v3, ...) or the path of a config.json. Empty: that in
     #: `path`.

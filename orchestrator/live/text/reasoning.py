@@ -47,11 +47,12 @@ class Reasoning:
     text: str
 
 
-def reasoning_style_of(reasoning_parser: str, template: str) -> ReasoningStyle:
-    """Return the style a cluster file names; for `auto` the one that the chat template knows of."""
-    if reasoning_parser != "auto":
-        return ReasoningStyle(reasoning_parser)
-    return ReasoningStyle.THINK if _CLOSE in template or _OPEN in template else ReasoningStyle.NONE
+def reasoning_style_of(reasoning_parser: str) -> ReasoningStyle:
+    """Return the style a cluster file names.
+
+    `auto` is `think`: an answer that begins with the tag has begun its thoughts, whether or not the chat template knows of them.
+    """
+    return ReasoningStyle.THINK if reasoning_parser == "auto" else ReasoningStyle(reasoning_parser)
 
 
 class ThinkParser:

@@ -89,7 +89,8 @@ def make_parser(style: ToolStyle, tools: Tools) -> ToolParser | None:
     """Return a parser for one generation that may call some tools, or None if its text is content throughout."""
     match style:
         case ToolStyle.HERMES:
-            return _TaggedParser((_OPEN,), _described)
+            # What is between the tags tells objects from functions, whichever of them the template shows.
+            return _TaggedParser((_OPEN,), lambda text: _described(text) or _tagged(text, tools))
         case ToolStyle.QWEN3_CODER:
             return _TaggedParser((_OPEN, FUNCTION_OPEN), lambda text: _tagged(text, tools))
         case ToolStyle.LLAMA:

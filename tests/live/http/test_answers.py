@@ -76,7 +76,7 @@ async def answers(client: AsyncOpenAI, **request: Any) -> list[dict[str, Any]]:
         (OPENING, "it never ends", "it never ends", "", []),
         (CODING, f"<think>Paris?</think>{CODE}", "Paris?", "", [("get_weather", '{"city": "Paris"}')]),
         (CHAT_TEMPLATE, NULL, "", "", [("now", "{}")]),
-        (CHAT_TEMPLATE, "<think>shown</think>", "", "<think>shown</think>", []),
+        (CHAT_TEMPLATE, "Shown: <think>no</think>", "", "Shown: <think>no</think>", []),
     ],
 )
 def test_thoughts_and_calls(

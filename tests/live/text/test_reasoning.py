@@ -68,10 +68,12 @@ def test_without_tools_the_answer_is_text_throughout() -> None:
     assert parse(f"<think>why</think>{CALL}", 0, tools=False) == ("why", CALL, [])
 
 
-def test_the_style_is_what_the_template_knows_of() -> None:
-    assert reasoning_style_of("auto", "{{ '<think>\\n' }} ... </think>") is ReasoningStyle.THINK
-    assert reasoning_style_of("auto", "{{ messages }}") is ReasoningStyle.NONE
-    assert reasoning_style_of("none", "</think>") is ReasoningStyle.NONE
+def test_thoughts_begin_where_the_prompt_or_the_answer_says_so() -> None:
+    assert [reasoning_style_of(name) for name in ("auto", "think")] == [ReasoningStyle.THINK] * 2
+    assert reasoning_style_of("none") is ReasoningStyle.NONE
     assert ReasoningStyle.THINK.opened_by("<|im_start|>assistant\n<think>\n")
     assert not ReasoningStyle.THINK.opened_by("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not ReasoningStyle.NONE.opened_by("<think>")
+    assert ReasoningStyle.THINK.opened_by("...", "<think>so far")
+    assert not ReasoningStyle.THINK.opened_by("<think>", "<think>so far</think> it")
+    assert not ReasoningStyle.NONE.opened_by("...", "<think>so far")

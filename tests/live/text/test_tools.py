@@ -48,6 +48,7 @@ def parse(style: ToolStyle, text: str, seed: int, tools: Tools = TOOLS) -> tuple
         ('<tool_call>{"name": "f", "arguments": " null "}</tool_call>', "", [("f", "{}")]),
         ('<tool_call>{"name": "f", "parameters": null}</tool_call>', "", [("f", "{}")]),
         ('<tool_call>{"name": "f", "arguments": {}}', "", [("f", "{}")]),
+        ("<tool_call><function=f><parameter=x>1</parameter></function></tool_call>", "", [("f", '{"x": "1"}')]),
         ("<tool_call>no json</tool_call> after", "<tool_call>no json</tool_call> after", []),
         (" \n <tool_call>no json</tool_call>\n<tool_call>", " \n <tool_call>no json</tool_call>\n<tool_call>", []),
         (f"{CALL}\n <tool_call>no json</tool_call> ", "\n <tool_call>no json</tool_call> ", [("f", ARGUMENTS)]),
