@@ -632,6 +632,7 @@ def _usage(prompts: Sequence[Prompt], choices: Sequence[_Choice]) -> Usage:
         prompt_tokens=sum(prompt.count for prompt in prompts),
         cached_tokens=sum(choice.generation.cached_tokens for choice in choices[::samples]),
         completion_tokens=sum(choice.generation.tokens for choice in choices),
+        reasoning_tokens=sum(choice.generation.reasoning_tokens for choice in choices),
     )
 
 

@@ -60,7 +60,7 @@ class Generation:
 
     __slots__ = (
         "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_text_chars",
-        "cached_tokens", "called", "finish_reason", "stopped", "tokens",
+        "cached_tokens", "called", "finish_reason", "reasoning_tokens", "stopped", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +82,8 @@ class Generation:
         self._out_chars = 0
         #: Tokens generated, the ending one included.
         self.tokens = 0
+        #: Those of them that are thoughts.
+        self.reasoning_tokens = 0
         self.cached_tokens = 0
         #: True once there was a tool call.
         self.called = False
@@ -125,11 +127,17 @@ class Generation:
             self._text_chars += len(text)
             if self._stops is not None:
                 text = self._stops.add(text)
+            thinking = self._thinking
             pieces += self._pieces(text)
+            self.reasoning_tokens += thinking and self._thinking
             if self._stops is not None and self._stops.found:
                 self.stopped = True
                 return pieces + self._end_parser()
         return pieces
+
+    @property
+    def _thinking(self) -> bool:
+        return isinstance(self._parser, ThinkParser) and self._parser.thinking
 
     def _flush(self) -> list[Piece]:
         """Return what was held back when the tokens ended."""

@@ -74,6 +74,11 @@ class ThinkParser:
         self._said = False
 
     @property
+    def thinking(self) -> bool:
+        """What comes next is thoughts."""
+        return self._phase is _Phase.THINKING
+
+    @property
     def idle(self) -> bool:
         """All that follows is the answer, word for word."""
         return self._phase is _Phase.ANSWER and self._tools is None

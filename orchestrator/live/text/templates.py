@@ -31,8 +31,8 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 _PLAIN_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-#: Rounds of all loops of one rendering; the longest conversations take some hundred thousand.
-LOOP_ROUNDS_MAX = 4_000_000
+#: Rounds of all loops and calls of macros in one rendering: some seconds. The longest conversations take some hundred thousand.
+ROUNDS_MAX = 1_000_000
 #: Characters of a prompt, or of anything that a template multiplies; far beyond what any model's context holds.
 TEXT_CHARS_MAX = 1 << 26
 _EXPONENT_MAX = 64
@@ -63,7 +63,7 @@ class _GenerationBlocks(Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with short ways to what templates do once per message: read a dict's keys and call their own macros.
 
-    Every loop is over what `_Rounds.count` returns of it, and what is multiplied stays small.
+    Every loop is over what `_Rounds.count` returns of it, calls of macros count as rounds, and what is multiplied stays small.
     """
 
     intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**"})  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -93,6 +93,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if type(__obj) is Macro:
+            __context.parent[_COUNT](())
             kwargs.pop("_block_vars", None)
             kwargs.pop("_loop_vars", None)
             return __obj(__context.eval_ctx, *args, **kwargs)
@@ -103,12 +104,12 @@ _COUNT = "_count"
 
 
 class _Rounds:
-    """The rounds that the loops of one rendering may still take."""
+    """The rounds that one rendering may still take."""
 
     __slots__ = ("_left",)
 
     def __init__(self) -> None:
-        self._left = LOOP_ROUNDS_MAX
+        self._left = ROUNDS_MAX
 
     def count(self, items: Any) -> Any:
         """Return what a loop goes over. Raises `SecurityError` if that is too much."""
@@ -119,7 +120,7 @@ class _Rounds:
             rounds = len(items)
         self._left -= rounds + 1
         if self._left < 0:
-            raise jinja2.exceptions.SecurityError(f"the chat template loops more than {LOOP_ROUNDS_MAX} times")
+            raise jinja2.exceptions.SecurityError(f"the chat template takes more than {ROUNDS_MAX} rounds")
         return items
 
 

@@ -93,6 +93,26 @@ def test_thoughts_and_calls(
     play(chatting(tmp_path, template), talk)
 
 
+def test_thoughts_are_counted(tmp_path: Path) -> None:
+    text = chatting(tmp_path, THINKING)
+    thought = "it may well be so"
+
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        served.driver.script = lambda turn: Script(["<think>", thought, "</think>", "Yes"])
+        messages: Any = [{"role": "user", "content": "Hi"}]
+        usage = (await client.chat.completions.create(model=MODEL, messages=messages)).usage
+        assert usage is not None
+        assert usage.completion_tokens_details is not None
+        counted = len(text.tokenizer.encode(thought).ids)
+        assert counted <= (usage.completion_tokens_details.reasoning_tokens or 0) < usage.completion_tokens
+        served.driver.script = lambda turn: Script(["Yes"])
+        usage = (await client.chat.completions.create(model=MODEL, messages=messages)).usage
+        assert usage is not None
+        assert usage.completion_tokens_details is None
+
+    play(text, talk)
+
+
 def test_a_message_that_is_continued_goes_on_thinking(tmp_path: Path) -> None:
     async def talk(client: AsyncOpenAI, served: Served) -> None:
         served.driver.script = lambda turn: Script([" is</think>", "Yes"])

@@ -38,14 +38,18 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    #: Those of the completion that are thoughts.
+    reasoning_tokens: int = 0
 
     def shape(self) -> dict[str, Any]:
         """Return OpenAI's usage object."""
+        thoughts = {"completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}} if self.reasoning_tokens else {}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **thoughts,
         }
 
 
