@@ -6,11 +6,10 @@ from typing import Any, cast
 
 from orchestrator.core.config import GATEWAYS, ClusterConfig, PoolConfig, shown
 
-#: Fields whose change no running cluster can take in parts: old and new processes would not understand each other, or a model
-#: would be another one.
-_FIXED = ("cluster.name", "cluster.secret", "cluster.tls", "gateway.count", "models.", "engine.block_tokens", "nodes_per_process")
-#: Fields of models that only gateways read.
-_GATEWAYS_READ = ("aliases", "tool_parser")
+#: Fields whose change no running cluster can take in parts: old and new processes would not understand each other.
+_FIXED_FIELDS = ("cluster.name", "cluster.secret")
+_FIXED_IN_POOLS = (".name", ".kind", ".model", ".nodes_per_process", ".engine.block_tokens")
+#: Fields that hold secrets, which are not shown.
 _SECRET = ("secret", "key", "keys", "api_keys", "tenants")
 _ABSENT = object()
 
@@ -55,7 +54,7 @@ def changes_between(running: ClusterConfig, given: ClusterConfig) -> Changes:
         fixed.append(Difference("pools", [pool.name for pool in running.pools], names))
         found = (*fixed, *(one for one in found if not one.where.startswith("pools")))
     for one in found:
-        if one in fixed or _is_fixed(one.where):
+        if one in fixed or _is_fixed(one):
             fixed += [] if one in fixed else [one]
         else:
             restarts |= dict.fromkeys(_readers(one.where, names))
@@ -73,12 +72,11 @@ def _unsized(config: ClusterConfig) -> ClusterConfig:
     return with_sizes(config, dict.fromkeys([GATEWAYS, *(pool.name for pool in config.pools)], 1))
 
 
-def _is_fixed(where: str) -> bool:
-    if where.startswith("models.") and where.endswith(_GATEWAYS_READ):
-        return False
-    if where.startswith("pools[") and where.endswith((".kind", ".model", ".name")):
-        return True
-    return where.startswith(_FIXED) or where.endswith(_FIXED)
+def _is_fixed(one: Difference) -> bool:
+    where = one.where
+    if where.startswith("models."):  # a model more or less, or another checkpoint
+        return one.running is _ABSENT or one.given is _ABSENT or where.endswith(".path")
+    return where in _FIXED_FIELDS or (where.startswith("pools[") and where.endswith(_FIXED_IN_POOLS))
 
 
 def _readers(where: str, pools: list[str]) -> list[str]:

@@ -40,6 +40,11 @@ BASE = small()
         (with_pool(BASE, 0, resources={"nvl72": 1.0}), ["pools[0].resources {} -> {'nvl72': 1.0}"], ("prefill",)),
         (replace(BASE, models={"default": ModelConfig(aliases=("a",))}), ["models.default.aliases [] -> ['a']"], ("gateways",)),
         (
+            replace(BASE, models={"default": ModelConfig(tool_parser="none")}),
+            ["models.default.tool_parser 'auto' -> 'none'"],
+            ("gateways",),
+        ),
+        (
             replace(BASE, gateway=GatewayConfig(api_keys=(ApiKey("sk-hidden", "t"),))),
             ["gateway.api_keys (changed)"],
             ("gateways",),
