@@ -14,6 +14,8 @@ from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer
 
+from orchestrator.live.text.decoders import BYTE_OF, falls_back_to_bytes, is_byte_level, lone_bytes
+
 _Utf8Decoder = getincrementaldecoder("utf-8")
 _REPLACEMENT = "\ufffd"
 #: No vocabulary is so large; decoders pass over what they do not know.
@@ -67,9 +69,17 @@ class Vocabulary:
         self._special = names | more
         self._marks = {number: name for number, name in self._special.items() if name in marks}
         decoder = description.get("decoder")
-        self._byte_level = _is_byte_level(decoder)
+        self._byte_level = is_byte_level(decoder)
         #: Bytes that tokens of a vocabulary with byte fallback stand for: a run of them is decoded as one.
-        self._lone_bytes = _lone_bytes(tokenizer) if _falls_back_to_bytes(decoder) else {}
+        self._lone_bytes = lone_bytes(tokenizer) if falls_back_to_bytes(decoder) else {}
+        #: Ids that models with a padded vocabulary may choose and that no text belongs to, but for those past the last.
+        ids = set[int]() if self._byte_level else set(tokenizer.get_vocab().values())
+        self._last = max(ids, default=0)
+        gaps = frozenset(range(self._last)) - ids
+        self._hidden = gaps | self._special.keys()
+        self._hidden_marked = self._hidden - self._marks.keys()
+        #: What tokens say alone, which the next are told from; filled as tokens are seen.
+        self._alone: dict[int, str] = {}
         #: Filled as tokens are seen, so bounded by the vocabulary. None: the bytes are no whole characters.
         self._texts: dict[int, str | None] = {}
         self._bytes: dict[int, bytes] = {}
@@ -87,8 +97,8 @@ class Vocabulary:
         if self._byte_level:
             open_bytes = self._open_bytes(prompt)
             return _ByteLevelDetokeniser(self.marked_text if marks else self.token_text, self.token_bytes, open_bytes)
-        hidden = self._special.keys() - marks.keys()
-        return _WindowDetokeniser(self._tokenizer, hidden, self._lone_bytes, self._context(prompt))
+        hidden = self._hidden_marked if marks else self._hidden
+        return _WindowDetokeniser(self._tokenizer, hidden, self._last, self._lone_bytes, self._alone, self._context(prompt))
 
     def token_bytes(self, token: int) -> bytes:
         """Return a token's own bytes, special tokens' names included (for log probabilities)."""
@@ -129,7 +139,7 @@ class Vocabulary:
             anchor, before = self._find_anchor()
             return self._tokenizer.decode([anchor, token], skip_special_tokens=False)[len(before) :].encode()
         try:
-            return bytes([_BYTE_OF[character] for character in content])
+            return bytes([BYTE_OF[character] for character in content])
         except KeyError:
             # An added token written as it is; the decoder leaves such ones alone.
             return content.encode()
@@ -207,14 +217,22 @@ class _ByteLevelDetokeniser:
 class _WindowDetokeniser:
     """For all other decoders: decodes the newest tokens after those before them, and takes what they add."""
 
-    __slots__ = ("_before", "_context", "_fresh", "_hidden", "_lone_bytes", "_tokenizer")
+    __slots__ = ("_alone", "_before", "_context", "_fresh", "_hidden", "_last", "_lone_bytes", "_tokenizer")
 
     def __init__(
-        self, tokenizer: Tokenizer, hidden: Collection[int], lone_bytes: Mapping[int, int], context: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        hidden: Collection[int],
+        last: int,
+        lone_bytes: Mapping[int, int],
+        alone: dict[int, str],
+        context: Sequence[int],
     ) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
+        self._last = last
         self._lone_bytes = lone_bytes
+        self._alone = alone
         #: Tokens whose text is out or the prompt's, and that text.
         self._context = list(context)
         self._before = self._decode(self._context)
@@ -227,7 +245,7 @@ class _WindowDetokeniser:
         return len(data.decode(errors="ignore"))
 
     def add(self, token: int) -> str:
-        if token in self._hidden or self._tokenizer.id_to_token(token) is None:
+        if token in self._hidden or token > self._last:
             return ""
         self._fresh.append(token)
         if token in self._lone_bytes:
@@ -238,11 +256,17 @@ class _WindowDetokeniser:
         if not added or text.endswith(_REPLACEMENT):
             return ""
         self._context, self._fresh = self._fresh, []
-        self._before = self._decode(self._context)
+        self._before = self._decode(self._context) if len(self._context) > 1 else self._say_alone(token)
         return added
 
     def finish(self) -> str:
         return _added(self._before, self._decode([*self._context, *self._fresh]))
+
+    def _say_alone(self, token: int) -> str:
+        said = self._alone.get(token)
+        if said is None:
+            said = self._alone[token] = self._decode([token])
+        return said
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
@@ -254,40 +278,3 @@ def _added(before: str, text: str) -> str:
         return text[len(before) :]
     pairs = zip(before, text, strict=False)
     return text[next((place for place, (old, new) in enumerate(pairs) if old != new), min(len(before), len(text))) :]
-
-
-def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
-    match decoder:
-        case {"type": "ByteLevel"}:
-            return True
-        case {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]}:
-            return True
-        case _:
-            return False
-
-
-def _falls_back_to_bytes(decoder: Mapping[str, Any] | None) -> bool:
-    match decoder:
-        case {"type": "ByteFallback"}:
-            return True
-        case {"type": "Sequence", "decoders": parts}:
-            return any(_falls_back_to_bytes(part) for part in cast(list[dict[str, Any]], parts))
-        case _:
-            return False
-
-
-def _lone_bytes(tokenizer: Tokenizer) -> dict[int, int]:
-    names = ((byte, name) for byte in range(256) for name in {f"<0x{byte:02X}>", f"<0x{byte:02x}>"})
-    return {token: byte for byte, name in names if (token := tokenizer.token_to_id(name)) is not None}
-
-
-def _byte_of() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for: GPT-2's table."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(256 + place): byte for place, byte in enumerate(others)})
-    return table
-
-
-_BYTE_OF = _byte_of()
