@@ -63,11 +63,12 @@ class ThinkParser:
         tools: finds tool calls in the answer; None if it can hold none.
     """
 
-    __slots__ = ("_held", "_phase", "_said", "_tools")
+    __slots__ = ("_held", "_opened", "_phase", "_said", "_tools")
 
     def __init__(self, opened: bool, tools: ToolParser | None) -> None:
         self._tools = tools
-        self._phase = _Phase.THINKING if opened else _Phase.START
+        self._opened = opened
+        self._phase = _Phase.START
         #: Text that is not certain yet: what may become a tag, and white space that may belong to one.
         self._held = ""
         #: Whether thoughts have come out: white space before the first ones is the tag's.
@@ -76,7 +77,7 @@ class ThinkParser:
     @property
     def thinking(self) -> bool:
         """What comes next is thoughts."""
-        return self._phase is _Phase.THINKING
+        return self._phase is _Phase.THINKING or (self._phase is _Phase.START and self._opened)
 
     @property
     def idle(self) -> bool:
@@ -93,10 +94,12 @@ class ThinkParser:
             start = self._held.lstrip()
             if not start or (len(start) < len(_OPEN) and _OPEN.startswith(start)):
                 return parts
-            if not start.startswith(_OPEN):
+            if start.startswith(_OPEN) or self._opened:
+                # Some models write the tag again.
+                self._held, self._phase = start.removeprefix(_OPEN), _Phase.THINKING
+            else:
                 held, self._held, self._phase = self._held, "", _Phase.ANSWER
                 return self._answer(held)
-            self._held, self._phase = start[len(_OPEN) :], _Phase.THINKING
         if self._phase is _Phase.THINKING:
             parts += self._think()
         if self._phase is _Phase.CLOSED and (answer := self._held.lstrip()):
@@ -109,12 +112,12 @@ class ThinkParser:
         held, self._held = self._held, ""
         parts: list[str | ToolCall | Reasoning] = []
         match self._phase:
-            case _Phase.THINKING:
+            case _Phase.THINKING | _Phase.START if self.thinking:
                 thought = held.rstrip() if self._said else held.strip()
                 return [Reasoning(thought)] if thought else []
             case _Phase.START:
                 parts += self._answer(held)
-            case _Phase.CLOSED | _Phase.ANSWER:
+            case _:
                 pass
         return [*parts, *(self._tools.finish() if self._tools is not None else ())]
 

@@ -58,6 +58,9 @@ def test_an_answer_that_begins_its_own_thoughts(text: str, found: tuple[str, str
         ("\nwhy\n</think>\n" + CALL, ("why", "", ["f"])),
         ("</think>because", ("", "because", [])),
         ("cut off", ("cut off", "", [])),
+        ("\n<think>\nwhy</think>because", ("why", "because", [])),
+        ("<thin", ("<thin", "", [])),
+        ("a <think> b</think>c", ("a <think> b", "c", [])),
     ],
 )
 def test_an_answer_whose_prompt_began_its_thoughts(text: str, found: tuple[str, str, list[str]], seed: int) -> None:
