@@ -350,7 +350,7 @@ class Gateway:
 
         def parser() -> AnswerParser | None:
             calls = make_parser(model.text.tool_style, parameters) if tools else None
-            return ThinkParser(opened, calls) if thinks else calls
+            return ThinkParser(opened, calls, request.include_reasoning is not False) if thinks else calls
 
         await self._run(
             job,

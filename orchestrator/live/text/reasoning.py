@@ -61,12 +61,14 @@ class ThinkParser:
     Args:
         opened: the prompt ended with the first tag.
         tools: finds tool calls in the answer; None if it can hold none.
+        shown: thoughts come out; else they are passed over.
     """
 
-    __slots__ = ("_held", "_opened", "_phase", "_said", "_tools")
+    __slots__ = ("_held", "_opened", "_phase", "_said", "_shown", "_tools")
 
-    def __init__(self, opened: bool, tools: ToolParser | None) -> None:
+    def __init__(self, opened: bool, tools: ToolParser | None, shown: bool = True) -> None:
         self._tools = tools
+        self._shown = shown
         self._opened = opened
         self._phase = _Phase.START
         #: Text that is not certain yet: what may become a tag, and white space that may belong to one.
@@ -114,7 +116,7 @@ class ThinkParser:
         match self._phase:
             case _Phase.THINKING | _Phase.START if self.thinking:
                 thought = held.rstrip() if self._said else held.strip()
-                return [Reasoning(thought)] if thought else []
+                return [Reasoning(thought)] if thought and self._shown else []
             case _Phase.START:
                 parts += self._answer(held)
             case _:
@@ -133,7 +135,7 @@ class ThinkParser:
         if not self._said:
             thought = thought.lstrip()
         self._said = self._said or bool(thought)
-        return [Reasoning(thought)] if thought else []
+        return [Reasoning(thought)] if thought and self._shown else []
 
     def _answer(self, text: str) -> list[str | ToolCall | Reasoning]:
         if self._tools is not None:

@@ -93,6 +93,15 @@ def test_thoughts_and_calls(
     play(chatting(tmp_path, template), talk)
 
 
+def test_thoughts_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        served.driver.script = lambda turn: Script([THOUGHT, " and more"])
+        found = await answers(client, tools=[WEATHER], extra_body={"include_reasoning": False})
+        assert [(one["reasoning"], one["content"], one["calls"]) for one in found] == [("", "The answer and more", [])] * 2
+
+    play(chatting(tmp_path, THINKING), talk)
+
+
 def test_thoughts_are_counted(tmp_path: Path) -> None:
     text = chatting(tmp_path, THINKING)
     thought = "it may well be so"
