@@ -1,6 +1,6 @@
 """One answer in the making: tokens come in, pieces ready to be sent come out.
 
-    tokens -> text (whole characters) -> stop strings cut out -> tool calls found -> pieces
+    tokens -> text (whole characters) -> stop strings cut out -> thoughts and tool calls found -> pieces
 
 Log probabilities travel beside the text: a token's entry comes out with the last of its characters, and not at all if they fell
 to a stop string.

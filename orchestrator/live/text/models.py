@@ -1,9 +1,8 @@
 """What a gateway knows of a model: the text side of a checkpoint folder. Weights are the nodes' business.
 
-See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `text.py` (tokens to text).
+See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `detokenise.py` (tokens to text).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer
 from orchestrator.core.config import ModelConfig
 from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.files import Fields, ModelUnusable, read_fields
+from orchestrator.live.text.files import Fields, ModelUnusable, read_fields, read_text
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.templates import ChatTemplate, load_template, special_tokens
@@ -99,7 +98,7 @@ def _tokenizer(described: Fields) -> Tokenizer:
     for token in described.objects("added_tokens"):
         token.text("content")
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(described.values, ensure_ascii=False))
+        tokenizer = Tokenizer.from_str(read_text(described.path))
     except Exception as error:  # The library has no narrower class for a file it cannot use.
         raise ModelUnusable(f"{described.path}: {error}") from error
     tokenizer.no_truncation()
