@@ -30,6 +30,7 @@ from orchestrator.traces import TraceError
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
+STATUS_COLUMNS = 160
 #: Where the default cluster's first gateway is.
 LOCAL_GATEWAY = "http://127.0.0.1:8000"
 #: What a disk says that takes no more.
@@ -156,7 +157,8 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    out = Console(file=sys.stdout)
+    # In a pipe or a file nothing is cut to the width of a terminal.
+    out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else STATUS_COLUMNS)
     if options.url is None and (options.name or options.address or heads()):
         with attached(place_of(options)) as fleet:
             status = fleet.status()

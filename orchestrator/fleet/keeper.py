@@ -113,6 +113,24 @@ class _Life:
     tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
 
 
+class Silence:
+    """How long a process has not answered, as far as this one can tell: while it stood still itself it heard nobody."""
+
+    def __init__(self, now: float) -> None:
+        self._seconds = 0.0
+        self._looked = now
+
+    def goes_on(self, now: float) -> float:
+        """Nothing was heard since the last look either. Returns the seconds that count."""
+        self._seconds += min(now - self._looked, 2 * PING_EVERY_S)
+        self._looked = now
+        return self._seconds
+
+    def ends(self, now: float) -> None:
+        """The process has answered."""
+        self._seconds, self._looked = 0.0, now
+
+
 class ControllerProcess:
     """Actor: owns a cluster's membership."""
 
@@ -370,20 +388,19 @@ class ControllerProcess:
 
     async def _watch(self, life: _Life) -> None:
         """Ping a process until it is dead or was ended."""
-        name = life.part.name
-        answered = time.monotonic()
+        name, silence = life.part.name, Silence(time.monotonic())
         while self._lives.get(name) is life:
             ping = asyncio.ensure_future(life.handle.ping.remote(self._vital))
             while not (await asyncio.wait((ping,), timeout=PING_EVERY_S))[0]:
-                self._handle(ProcessSilent(name, life.incarnation, time.monotonic() - answered))
+                self._handle(ProcessSilent(name, life.incarnation, silence.goes_on(time.monotonic())))
                 if self._lives.get(name) is not life:
                     ping.cancel()
                     return
             try:
                 life.vital = ping.result()
-                answered = time.monotonic()
+                silence.ends(time.monotonic())
             except (RayTaskError, ActorUnavailableError):
-                self._handle(ProcessSilent(name, life.incarnation, time.monotonic() - answered))
+                self._handle(ProcessSilent(name, life.incarnation, silence.goes_on(time.monotonic())))
             except RayActorError:
                 self._handle(ProcessDied(name, life.incarnation))
                 return
