@@ -15,9 +15,12 @@ from orchestrator.core.types import (
     RequestId,
     Role,
 )
+from orchestrator.wire.trust import Trust
 
 T = TypeVar("T")
 
+#: What all processes of a tests' cluster know.
+TRUST = Trust(b"the tests' secret")
 #: Tokens in a block in tests: few enough to count on one hand.
 BLOCK_TOKENS = 4
 

@@ -6,6 +6,7 @@ core is told how many tokens came and which blocks they completed.
 """
 
 import asyncio
+import logging
 import random
 from array import array
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Protocol, assert_never
 
 import numpy as np
 
-from orchestrator.core.blocks import extend_hashes
+from orchestrator.core.blocks import HASH_BYTES, extend_hashes
 from orchestrator.core.commands import (
     ClearTimer,
     Fetch,
@@ -28,7 +29,7 @@ from orchestrator.core.commands import (
     SetTimer,
     StopFetch,
 )
-from orchestrator.core.config import SchedulerConfig
+from orchestrator.core.config import GATEWAYS_MAX, SchedulerConfig
 from orchestrator.core.events import (
     Assigned,
     Cancelled,
@@ -57,6 +58,7 @@ from orchestrator.core.types import (
 )
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.journal import JournalWriter
+from orchestrator.wire.trust import Refused
 from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
@@ -65,6 +67,9 @@ from workers.transfer import Channels, Exports, Fetches, Stream
 from workers.transports import Transport
 
 HBM = "hbm"
+#: Seconds between two lines in the log about calls that were refused.
+REFUSAL_LOG_S = 1.0
+log = logging.getLogger("weft.node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,9 @@ class NodeDriver:
         self._closed = False
         self._idle = asyncio.Event()
         self._load_timer: asyncio.TimerHandle | None = None
+        self._refused_calls = 0
+        #: When the log was last told of one: whoever knocks all the time must not fill it.
+        self._refusal_told_s = 0.0
 
     # --- the core -----------------------------------------------------------------------------------------------------
 
@@ -275,11 +283,24 @@ class NodeDriver:
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 
+    def refuse(self, reason: Refused, problem: str, peer: str) -> None:
+        """Count a call that was not served; gateways hear of it with the next load."""
+        self._refused_calls += 1
+        if self._loop.time() - self._refusal_told_s >= REFUSAL_LOG_S:
+            self._refusal_told_s = self._loop.time()
+            log.warning("node %s refused a call of %s (%s): %s", self.spec.id, peer, reason, problem)
+        for outbox in self._outboxes.values():
+            outbox.news_told = -1
+        if self._load_timer is None and not self._closed:
+            self._load_timer = self._loop.call_later(self._limits.load_s, self._send_loads)
+
     async def serve_gateway(self, stream: GatewayStream) -> None:
-        """Serve one Connect call from its first frame on."""
+        """Serve one Connect call from its first frame on. Raises `MalformedMessage`, which ends this call alone."""
         first = await stream.read()
         if not isinstance(first, node_pb2.GatewayFrame) or not first.HasField("hello"):
-            return
+            raise codec.MalformedMessage("a stream must begin with Hello")
+        if first.hello.gateway >= GATEWAYS_MAX:
+            raise codec.MalformedMessage(f"gateway {first.hello.gateway} is beyond the {GATEWAYS_MAX} that there may be")
         outbox, resumed = self._attach(first.hello)
         welcome = codec.welcome_message(self.spec, self._description.fingerprint, resumed)
         writer = asyncio.ensure_future(self._write_frames(outbox, stream, welcome))
@@ -346,7 +367,7 @@ class NodeDriver:
         news = self._core.news
         tells = outbox.telling or outbox.news_told != news
         outbox.news_told = news
-        return outbox.take(self._core.load() if tells else None, self._draining)
+        return outbox.take(self._core.load() if tells else None, self._draining, self._refused_calls)
 
     def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
         outbox.frames_read = frame.frames_received
@@ -391,6 +412,8 @@ class NodeDriver:
             raise codec.MalformedMessage(f"request {request} is not gateway {outbox.gateway}'s")
         if request in self._sequences:
             raise codec.MalformedMessage(f"request {request} is here already")
+        if len(submit.hash_root) != HASH_BYTES:
+            raise codec.MalformedMessage(f"the hash root must have {HASH_BYTES} bytes, has {len(submit.hash_root)}")
         if len(assignment.hashes) != blocks:
             raise codec.MalformedMessage(f"{assignment.prompt_tokens} tokens fill {blocks} blocks, not {len(assignment.hashes)}")
         check_vocabulary(self._description, submit)

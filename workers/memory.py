@@ -1,8 +1,10 @@
 """Memory that nodes of one host share, and bounds on what is in flight in it."""
 
 import asyncio
+import fcntl
 import mmap
 import os
+import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,9 +15,16 @@ from typing import TypeVar
 
 import numpy as np
 
+from orchestrator.core.config import shown
 from orchestrator.wire import node_pb2
 
 COOKIE_BYTES = 16
+#: What memory of ours is called, and where a peer's is found: nothing else of this host is ever opened.
+NAME = "weft-kv"
+_PLACE = re.compile(r"/proc/([1-9][0-9]{0,9})/fd/(0|[1-9][0-9]{0,9})")
+_SHOWN = f"/memfd:{NAME} (deleted)"
+#: It can neither shrink nor grow, nor be made to again.
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 Result = TypeVar("Result")
 
@@ -64,8 +73,10 @@ class SharedArena:
     def __init__(self, size: int) -> None:
         self.size = size
         self.cookie = secrets.token_bytes(COOKIE_BYTES)
-        self._descriptor = os.memfd_create("weft-kv")
+        self._descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._descriptor, size + COOKIE_BYTES)
+        # Whoever maps it can rely on its size: reading what was cut off would kill the reader.
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, SEALS)
         self._map = mmap.mmap(self._descriptor, size + COOKIE_BYTES)
         with suppress(OSError):  # A kernel built without huge pages refuses the advice; nothing else changes.
             self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -111,10 +122,19 @@ class PeerMemory:
 
 def _map_readonly(memory: node_pb2.SharedMemory) -> memoryview:
     size = memory.size + COOKIE_BYTES
+    if _PLACE.fullmatch(memory.path) is None:
+        raise PeerUnmappable(f"{shown(memory.path)} is no place where nodes keep blocks")
     try:
+        if os.readlink(memory.path) != _SHOWN:
+            raise PeerUnmappable(f"{memory.path} is not a node's memory")
         descriptor = os.open(memory.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if os.fstat(descriptor).st_size != size:
+            found = os.fstat(descriptor)
+            if found.st_uid != os.geteuid():
+                raise PeerUnmappable(f"{memory.path} is another user's")
+            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
+                raise PeerUnmappable(f"{memory.path} is not sealed: it could shrink while it is read")
+            if found.st_size != size:
                 raise PeerUnmappable(f"{memory.path} does not have {size} bytes")
             view = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
         finally:

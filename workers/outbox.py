@@ -93,7 +93,7 @@ class Outbox:
         """Add changes of holdings; the messages may be shared with other outboxes."""
         self._kv.extend(messages)
         for message in messages:
-            self._weight += (len(message.removed) + sum(len(run.hashes) for run in message.stored)) // HASH_BYTES
+            self._weight += _weight(message)
 
     def add_move(self, message: node_pb2.Move) -> None:
         self._moves.append(message)
@@ -114,14 +114,15 @@ class Outbox:
         await self._wake.wait()
         self._wake.clear()
 
-    def take(self, load: Load | None, draining: bool) -> node_pb2.NodeFrame:
-        """Return all that is pending as one frame, in the order in which it must be applied."""
+    def take(self, load: Load | None, draining: bool, refused_calls: int = 0) -> node_pb2.NodeFrame:
+        """Return what is pending as one frame, in the order in which it must be applied; of changed holdings what it can hold."""
         frame = node_pb2.NodeFrame(
             requests=self.requests,
             counts=self.counts,
             tokens=self.tokens,
             load=codec.load_message(load) if load is not None else None,
             draining=draining,
+            refused_calls=refused_calls if load is not None else 0,
         )
         self.requests, self.counts, self.tokens = [], [], []
         if self._first_tokens:
@@ -134,11 +135,28 @@ class Outbox:
             frame.ended.extend(self._ended)
             self._ended.clear()
         if self._kv:
-            frame.kv.extend(self._kv)
-            self._kv.clear()
-            self._weight = 0
+            self._take_kv(frame)
         if self._moves:
             frame.moves.extend(self._moves)
             self._moves.clear()
         self.frames_sent += 1
         return frame
+
+    def _take_kv(self, frame: node_pb2.NodeFrame) -> None:
+        """Put the oldest changes of holdings into a frame, one at least; a next frame brings what is left."""
+        taken = size = 0
+        for message in self._kv:
+            size += message.ByteSize()
+            if taken and size > codec.FRAME_BYTES_MAX:
+                break
+            taken += 1
+            self._weight -= _weight(message)
+        frame.kv.extend(self._kv[:taken])
+        del self._kv[:taken]
+        if self._kv:
+            self._wake.set()
+
+
+def _weight(message: node_pb2.KvBatch) -> int:
+    """Return the hashes in a change of holdings."""
+    return (len(message.removed) + sum(len(run.hashes) for run in message.stored)) // HASH_BYTES

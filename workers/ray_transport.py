@@ -13,6 +13,7 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 
+from orchestrator.wire.trust import Trust
 from workers.memory import TransferFailed
 
 #: Lengths of the object's id and of its owner's address; the object's status follows.
@@ -29,7 +30,14 @@ def _ends(reference: bytes) -> tuple[int, int]:
 
 
 class RayObjects:
-    """An `ObjectStore` on Ray's plasma stores; works in any process connected to the cluster."""
+    """An `ObjectStore` on Ray's plasma stores; works in any process connected to the cluster.
+
+    What stands behind a reference is unpickled by Ray. So a reference bears a seal of the cluster: one that no node of it made
+    is not looked at.
+    """
+
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
 
     def put(self, data: memoryview) -> tuple[object, bytes]:
         """Store bytes in this host's plasma store."""
@@ -39,10 +47,14 @@ class RayObjects:
         except RayError as error:
             raise TransferFailed(f"Ray cannot store {len(data)} bytes: {error}") from error
         binary = reference.binary()
-        return reference, _LENGTHS.pack(len(binary), len(owner)) + binary + owner + status
+        return reference, self._trust.sealed(_LENGTHS.pack(len(binary), len(owner)) + binary + owner + status)
 
     def get(self, reference: bytes, timeout_s: float) -> memoryview:
         """Return a view of this host's copy, fetched if need be; valid while it is referred to."""
+        opened = self._trust.unsealed(reference)
+        if opened is None:
+            raise TransferFailed("the reference to an object is not one that this cluster's nodes made")
+        reference = opened
         binary_end, owner_end = _ends(reference)
         binary, owner, status = reference[_LENGTHS.size : binary_end], reference[binary_end:owner_end], reference[owner_end:]
         handle = ray.ObjectRef(binary, owner)  # pyright: ignore[reportArgumentType] (bytes, whatever its stub says)

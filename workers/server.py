@@ -5,7 +5,7 @@ know who starts it: everything comes in through the constructor.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from orchestrator.core.config import PoolConfig
 from orchestrator.core.types import Load, ModelName, NodeId, NodeSpec, PoolName
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.journal import NodeHeader, open_journal
+from orchestrator.wire.trust import Caller, Refused, Trust
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import Engine
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
@@ -59,6 +60,7 @@ class NodeServer:
         nodes: their ids, at least one.
         incarnation: higher at each start of the same ids.
         model_dir: the checkpoint.
+        trust: who may call.
         host: address to listen on and to be reached by; the port is chosen by the system.
         objects: a store that nodes on other hosts reach, if there is one.
         journal: folder in which each node writes down what it is told and what it decides; empty for none.
@@ -70,6 +72,7 @@ class NodeServer:
         nodes: Sequence[NodeId],
         incarnation: int,
         model_dir: Path,
+        trust: Trust,
         host: str = "127.0.0.1",
         objects: ObjectStore | None = None,
         limits: DriverLimits | None = None,
@@ -88,7 +91,8 @@ class NodeServer:
         # Nodes of one process share its time for frames.
         frame_s = min(given.frame_s_min * len(nodes), max(FRAME_S_MOST, given.frame_s_min))
         self._limits = replace(given, frame_s_min=frame_s)
-        self._channels = Channels(self._limits.transfer.peers_max)
+        self._trust = trust
+        self._channels = Channels(self._limits.transfer.peers_max, trust)
         self._peers = PeerMemory(self._limits.transfer.peers_max)
         self._copies = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
         self._server = grpc.aio.server(options=(*codec.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)))
@@ -100,11 +104,11 @@ class NodeServer:
     async def start(self) -> str:
         """Open the engines and listen. Returns the address."""
         self._failure = asyncio.get_running_loop().create_future()
-        port = self._server.add_insecure_port(f"{self._host}:0")
+        port = self._trust.listen(self._server, f"{self._host}:0")
         address = f"{self._host}:{port}"
         for node in self._nodes:
             self.drivers[node] = await self._open(node, address)
-        node_pb2_grpc.add_NodeServicer_to_server(_Service(self.drivers), self._server)
+        node_pb2_grpc.add_NodeServicer_to_server(_Service(self.drivers, self._trust), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -212,22 +216,48 @@ class NodeServer:
 
 
 class _Service(node_pb2_grpc.NodeServicer):
-    """Finds the node a call is for."""
+    """Finds the node a call is for, and sees that the caller may call it."""
 
-    def __init__(self, drivers: dict[NodeId, NodeDriver]) -> None:
+    def __init__(self, drivers: dict[NodeId, NodeDriver], trust: Trust) -> None:
         self._drivers = drivers
+        self._trust = trust
 
     async def Connect(self, request_iterator: object, context: Context) -> None:  # noqa: N802
-        await (await self._driver(context)).serve_gateway(context)
+        driver = await self._driver(context, Caller.GATEWAY)
+        await self._serve(driver, driver.serve_gateway(context), context)
 
     async def Fetch(self, request_iterator: object, context: Context) -> None:  # noqa: N802
-        await (await self._driver(context)).serve_peer(context)
+        driver = await self._driver(context, Caller.PEER)
+        await self._serve(driver, driver.serve_peer(context), context)
 
-    async def _driver(self, context: Context) -> NodeDriver:
-        name = dict(context.invocation_metadata() or ()).get(codec.NODE_METADATA)
-        driver = self._drivers.get(NodeId(str(name)))
-        if driver is None:
-            known = ", ".join(self._drivers)
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no node {name!r} here; there are: {known}")
+    async def _serve(self, driver: NodeDriver, call: Awaitable[None], context: Context) -> None:
+        """Serve a call; one that says what means nothing ends, and nothing else does."""
+        try:
+            await call
+        except codec.MalformedMessage as error:
+            driver.refuse(Refused.MALFORMED, str(error), context.peer())
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _driver(self, context: Context, caller: Caller) -> NodeDriver:
+        metadata = tuple(context.invocation_metadata() or ())
+        name = NodeId(str(dict(metadata).get(codec.NODE_METADATA)))
+        driver = self._drivers.get(name)
+        # Whoever has no token learns nothing, not even which nodes there are; a node that is asked for in vain counts for all.
+        counted = driver or next(iter(self._drivers.values()))
+        refused = self._trust.problem(caller, name, metadata)
+        if refused is None and driver is None:
+            refused = Refused.NODE, f"no node {name!r} here; there are: {', '.join(self._drivers)}"
+        if refused is not None or driver is None:
+            reason, problem = refused or (Refused.NODE, "no node")
+            counted.refuse(reason, problem, context.peer())
+            await context.abort(_STATUS[reason], problem)
             raise AssertionError("abort raises")
         return driver
+
+
+_STATUS = {
+    Refused.TOKEN: grpc.StatusCode.UNAUTHENTICATED,
+    Refused.PROTOCOL: grpc.StatusCode.FAILED_PRECONDITION,
+    Refused.NODE: grpc.StatusCode.NOT_FOUND,
+    Refused.MALFORMED: grpc.StatusCode.INVALID_ARGUMENT,
+}

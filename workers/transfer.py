@@ -19,6 +19,7 @@ from orchestrator.core.commands import Fetch, SendBlocks
 from orchestrator.core.events import BlocksSent, ExportClosed, ExportOpened, FetchEnded, FetchProgressed, NodeEvent
 from orchestrator.core.types import BlockId, ExportId, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+from orchestrator.wire.trust import Caller, Trust
 from workers.memory import ByteBudget, PeerMemory, PeerUnmappable, TransferFailed, TransferLimits
 from workers.transports import SHM, Offered, Transport, nothing
 
@@ -26,7 +27,8 @@ from workers.transports import SHM, Offered, Transport, nothing
 class Channels:
     """Connections to peers by address, least recently used first."""
 
-    def __init__(self, channels_max: int) -> None:
+    def __init__(self, channels_max: int, trust: Trust) -> None:
+        self.trust = trust
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._users: dict[str, int] = {}
         self._channels_max = channels_max
@@ -35,7 +37,7 @@ class Channels:
         """Return a connection; give it back with `release`."""
         channel = self._channels.pop(address, None)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=codec.CHANNEL_OPTIONS)
+            channel = self.trust.open_channel(address)
         self._channels[address] = channel
         self._users[address] = self._users.get(address, 0) + 1
         return channel
@@ -329,7 +331,7 @@ class Fetches:
         names = [name for name in self._choose(fetch.host) if name != SHM or fetch.host not in self._unmappable]
         if not names:
             raise TransferFailed(f"no transport reaches {command.source}")
-        call = node_pb2_grpc.NodeStub(channel).Fetch(metadata=((codec.NODE_METADATA, command.source),))
+        call = node_pb2_grpc.NodeStub(channel).Fetch(metadata=self._channels.trust.metadata(Caller.PEER, command.source))
         try:
             await call.write(node_pb2.FetchFrame(request=self._request(command, names)))
             while not fetch.final:

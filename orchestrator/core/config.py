@@ -53,6 +53,23 @@ def shown(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """[cluster.tls]: PEM files, on each host, for mutual TLS between the cluster's processes. Empty: channels are plain."""
+
+    #: Certificate of the authority that signed every process's certificate.
+    ca: str = ""
+    #: This host's certificate, and its key.
+    cert: str = ""
+    key: str = ""
+    #: The name that all certificates bear. Empty: each bears its host's address.
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ca", "cert", "key") if getattr(self, name)]
+        require(len(given) in (0, 3), "ca", f"ca, cert and key must be given together, only {', '.join(given)} is")
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterSettings:
     """[cluster]: what all parts share."""
 
@@ -72,6 +89,7 @@ class ClusterSettings:
     journal: str = ""
     #: File, on each gateway's host, that gets what it serves as a trace; further gateways add their numbers. Empty: none.
     record: str = ""
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")

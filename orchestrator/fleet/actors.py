@@ -25,6 +25,7 @@ from orchestrator.fleet.processes import Part, ProcessName, pool_of, pools_by_no
 from orchestrator.fleet.vital import Vital, end, own_vital
 from orchestrator.live.front import Front, Membership
 from orchestrator.live.secret import with_secrets
+from orchestrator.wire.trust import read_trust
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
@@ -195,8 +196,11 @@ class NodeProcess(_Process):
 
     async def _serve(self, config: ClusterConfig, folder: Path) -> str:
         limits = DriverLimits(gateway_lost_s=config.cluster.node_lost_s)
+        trust = read_trust(config.cluster.secret, config.cluster.tls)
         host, pool, journal = ray.util.get_node_ip_address(), pool_of(config, self._part), config.cluster.journal
-        self._server = NodeServer(pool, self._part.nodes, self._incarnation, folder, host, RayObjects(), limits, journal)
+        self._server = NodeServer(
+            pool, self._part.nodes, self._incarnation, folder, trust, host, RayObjects(trust), limits, journal
+        )
         address = await self._server.start()
         self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
         return address

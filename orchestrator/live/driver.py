@@ -55,6 +55,7 @@ from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.journal import JournalWriter
+from orchestrator.wire.trust import Trust
 
 log = logging.getLogger("weft.driver")
 
@@ -75,6 +76,14 @@ class Observer(Protocol):
 
     def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
         """A node copied KV from one tier to another."""
+        ...
+
+    def refused(self, node: NodeId, calls: int) -> None:
+        """A node has refused so many calls since its start."""
+        ...
+
+    def malformed(self, node: NodeId) -> None:
+        """A node sent what means nothing; the link to it starts anew."""
         ...
 
 
@@ -153,6 +162,7 @@ class ClusterDriver:
 
     Args:
         gateway: this gateway's number; unique in the cluster.
+        trust: what nodes must be shown, and must show.
         fatal: told of an error that leaves the core in an unknown state; the process should end.
         journal: takes down every event and what came of it; closed by `close`.
     """
@@ -161,12 +171,14 @@ class ClusterDriver:
         self,
         gateway: GatewayId,
         config: ClusterConfig,
+        trust: Trust,
         observer: Observer,
         fatal: Callable[[BaseException], None],
         journal: JournalWriter | None = None,
     ) -> None:
         self._gateway = gateway
         self._config = config
+        self._trust = trust
         self._observer = observer
         self._fatal = fatal
         self._journal = journal
@@ -247,7 +259,7 @@ class ClusterDriver:
         for node, address in wanted.items():
             if node not in self._links:
                 lost_s = self._config.cluster.node_lost_s
-                link = NodeLink(node, address, self._gateway, self._incarnation, self, lost_s)
+                link = NodeLink(node, address, self._gateway, self._incarnation, self, lost_s, self._trust)
                 self._links[node] = link
                 link.start()
 
@@ -296,14 +308,23 @@ class ClusterDriver:
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
+    def node_malformed(self, node: NodeId) -> None:
+        """Count a frame that meant nothing."""
+        self._observer.malformed(node)
+
     def node_frame(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
-        """Hand out a frame's tokens, then take the rest to the core; a frame without a load brings it nothing."""
+        """Hand out a frame's tokens, then take the rest to the core; a frame without a load brings it nothing.
+
+        Raises `MalformedMessage`.
+        """
+        codec.check_frame(frame)
         slow: list[TurnStream] = []
         if frame.requests:
             self._deliver(node, frame, slow)
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
         if frame.HasField("load"):
+            self._observer.refused(node, frame.refused_calls)
             self._handle(codec.report_from(node, frame))
         for stream in slow:
             log.warning("request %s: %d tokens unread, cancelled", stream.request, len(stream.tokens))

@@ -19,6 +19,7 @@ from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.recorder import open_recorder
 from orchestrator.live.text.models import ModelText
 from orchestrator.wire.journal import cluster_header, open_journal
+from orchestrator.wire.trust import read_trust
 
 #: Seconds between two looks whether all nodes are reached.
 _REACH_EVERY_S = 0.02
@@ -88,9 +89,10 @@ class Front:
         self._metrics = Metrics(number, config.gateway.count, pools)
         name = f"gateway-{number}-{int(time.time())}"
         journal = open_journal(config.cluster.journal, name, cluster_header(number, config))
-        self._driver = ClusterDriver(number, config, self._metrics, fatal, journal)
+        trust = read_trust(config.cluster.secret, config.cluster.tls)
+        self._driver = ClusterDriver(number, config, trust, self._metrics, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
-        self._health = HealthServer()
+        self._health = HealthServer(trust)
         secret = config.cluster.secret.encode()
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)

@@ -6,11 +6,14 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from orchestrator.wire.trust import Trust
+
 
 class HealthServer:
     """Answers health checks; to be used from one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
         # Without the option a second server on the same port would share its connections instead of failing.
         self._server: grpc.aio.Server = cast(Any, grpc.aio).server(options=(("grpc.so_reuseport", 0),))
         # The stubs do not know the module that `health` opens for asyncio.
@@ -21,7 +24,8 @@ class HealthServer:
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port, the given one unless that is 0. Raises `OSError` if it is taken."""
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            # Probes have no certificates to show.
+            bound = self._trust.listen(self._server, f"{host}:{port}", asks=False)
         except RuntimeError as error:
             raise OSError(f"gRPC cannot listen on {host}:{port}: is the port in use?") from error
         await self._server.start()

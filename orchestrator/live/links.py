@@ -18,6 +18,7 @@ import grpc.aio
 
 from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+from orchestrator.wire.trust import Caller, Trust
 
 log = logging.getLogger("weft.links")
 
@@ -54,20 +55,27 @@ class NodeSink(Protocol):
         ...
 
     def node_frame(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
-        """A frame came from a node that has joined."""
+        """A frame came from a node that has joined. Raises `MalformedMessage`."""
+        ...
+
+    def node_malformed(self, node: NodeId) -> None:
+        """A frame came that means nothing."""
         ...
 
 
 class NodeLink:
     """The stream to one node. `start` and `close` bracket its life."""
 
-    def __init__(self, node: NodeId, address: str, gateway: GatewayId, incarnation: int, sink: NodeSink, lost_s: float) -> None:
+    def __init__(
+        self, node: NodeId, address: str, gateway: GatewayId, incarnation: int, sink: NodeSink, lost_s: float, trust: Trust
+    ) -> None:
         self.node = node
         self.address = address
         #: The node as it described itself; None until it has joined and after it was lost.
         self.spec: NodeSpec | None = None
         self._hello = node_pb2.Hello(gateway=gateway, incarnation=incarnation)
         self._sink = sink
+        self._trust = trust
         self._lost_s = lost_s
         self._draining = False
         #: What goes out with the next frame; bounded by the requests the cluster lets in.
@@ -124,7 +132,7 @@ class NodeLink:
             await asyncio.wait((self._task,))
 
     async def _run(self) -> None:
-        channel = grpc.aio.insecure_channel(self.address, options=codec.CHANNEL_OPTIONS)
+        channel = self._trust.open_channel(self.address)
         retry_s = RETRY_S_MIN
         try:
             while True:
@@ -142,7 +150,7 @@ class NodeLink:
         """Hold one stream for as long as it lasts. Returns why it ended."""
         # The generated stub has no types.
         stub = cast(Any, node_pb2_grpc.NodeStub(channel))
-        call = cast(Call, stub.Connect(metadata=((codec.NODE_METADATA, self.node),)))
+        call = cast(Call, stub.Connect(metadata=self._trust.metadata(Caller.GATEWAY, self.node)))
         try:
             await call.write(node_pb2.GatewayFrame(hello=self._hello))
             async with asyncio.timeout(WELCOME_S_MAX):
@@ -167,6 +175,8 @@ class NodeLink:
         except TimeoutError:
             return f"no Welcome within {WELCOME_S_MAX} s"
         except codec.MalformedMessage as error:
+            log.warning("node %s sent what means nothing: %s", self.node, error)
+            self._sink.node_malformed(self.node)
             self.give_up(str(error))
             return str(error)
         finally:
@@ -207,17 +217,26 @@ class NodeLink:
             await self._wake.wait()
             self._wake.clear()
             # A frame that only tells of others may get lost: it does not count.
-            counts = bool(self._submits or self._cancels or self._replay is not None)
-            if counts or self._must_tell:
+            while (counts := bool(self._submits or self._cancels or self._replay is not None)) or self._must_tell:
                 read = self._frames_told = self._hello.frames_received
                 frame = node_pb2.GatewayFrame(
-                    submits=self._submits.values(), cancels=self._cancels, replay=self._replay, frames_received=read
+                    submits=self._next_submits(), cancels=self._cancels, replay=self._replay, frames_received=read
                 )
-                self._submits.clear()
                 self._cancels.clear()
                 self._replay = None
                 self._hello.frames_sent += counts
                 await call.write(frame)
+
+    def _next_submits(self) -> list[node_pb2.Submit]:
+        """Take the oldest submits, one at least, as far as a frame goes."""
+        taken: list[node_pb2.Submit] = []
+        size = 0
+        for request, submit in list(self._submits.items()):
+            size += submit.ByteSize()
+            if taken and size > codec.FRAME_BYTES_MAX:
+                break
+            taken.append(self._submits.pop(request))
+        return taken
 
 
 def _report(task: asyncio.Task[None]) -> None:

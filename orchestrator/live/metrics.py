@@ -226,6 +226,10 @@ class Metrics(Collector):
         self._step = Distributions(STEP_BOUNDS)
         self._move = Distributions(MOVE_BOUNDS)
         self._moved_bytes: Tally[Labels] = Tally()
+        #: Calls that nodes refused, and how many of them each last told of; frames that meant nothing.
+        self._refused: Tally[Labels] = Tally()
+        self._refused_told: dict[NodeId, int] = {}
+        self._malformed: Tally[Labels] = Tally()
         self._requests: Tally[Labels] = Tally()
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
@@ -292,6 +296,17 @@ class Metrics(Collector):
         if node not in self._foreign:
             self._moved_bytes[source, target] += size_bytes
             self._move.child(source, target).observe(seconds)
+
+    def refused(self, node: NodeId, calls: int) -> None:
+        """Take over how many calls a node has refused since its start."""
+        if node not in self._foreign:
+            told = self._refused_told.get(node, 0)
+            self._refused[node,] += calls - told if calls >= told else calls
+            self._refused_told[node] = calls
+
+    def malformed(self, node: NodeId) -> None:
+        """Count a frame of a node that meant nothing."""
+        self._malformed[node,] += 1
 
     def flight(self, request: RequestId) -> _Flight | None:
         """Return the request's record while it is under way."""
@@ -431,6 +446,12 @@ class Metrics(Collector):
         ways = ("source", "target")
         yield _counter("weft_kv_moved_bytes", "KV bytes brought from one tier or node to another.", ways, self._moved_bytes)
         yield self._move.family("weft_kv_move_seconds", "Time of such a move.", ways)
+        yield _counter(
+            "weft_refused_calls", "Calls that a node refused: no token, another protocol, nonsense.", ("node",), self._refused
+        )
+        yield _counter(
+            "weft_malformed_frames", "Frames of a node that meant nothing; its link started anew.", ("node",), self._malformed
+        )
 
     def _vllm_request_families(self) -> Iterable[Metric]:
         names = ("model_name", "engine")

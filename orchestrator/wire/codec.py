@@ -4,7 +4,7 @@ Lists of hashes travel as one run of bytes, 16 a hash. Every function is the inv
 what it claims raises `MalformedMessage`, the only error here.
 """
 
-from orchestrator.core.blocks import TOKEN_BYTES, pack_hashes, split_hashes
+from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.events import Ended, FirstToken, NodeReported
 from orchestrator.core.types import (
     Assignment,
@@ -26,6 +26,10 @@ from orchestrator.wire import node_pb2
 
 #: Call metadata that names the node, since one process may host several.
 NODE_METADATA = "weft-node"
+#: Bytes of a frame, about, after which what is left goes into another: a receiver takes sixteen times that at most.
+FRAME_BYTES_MAX = 4 * 1024 * 1024
+#: Characters of a message that a node ends a request with.
+MESSAGE_CHARS_MAX = 4096
 #: Frames that a node sends to a gateway beyond those it is known to have read; what comes up meanwhile goes out together. The
 #: gateway tells with what it sends anyway, and by itself when half of them are not told.
 FRAMES_UNREAD_MAX = 4
@@ -60,6 +64,24 @@ def hashes_from(packed: bytes) -> tuple[BlockHash, ...]:
         return split_hashes(packed)
     except ValueError as error:
         raise MalformedMessage(str(error)) from error
+
+
+def hash_from(packed: bytes, what: str) -> BlockHash | None:
+    """Return one hash, or None where none was sent."""
+    if len(packed) not in (0, HASH_BYTES):
+        raise MalformedMessage(f"{what} must have {HASH_BYTES} bytes, has {len(packed)}")
+    return BlockHash(packed) if packed else None
+
+
+def check_frame(frame: node_pb2.NodeFrame) -> None:
+    """Raise `MalformedMessage` unless the lists of a node's frame that belong together do so."""
+    if len(frame.requests) != len(frame.counts):
+        raise MalformedMessage(f"a frame with {len(frame.requests)} requests and {len(frame.counts)} counts")
+    if sum(frame.counts) != len(frame.tokens):
+        raise MalformedMessage(f"a frame with {len(frame.tokens)} tokens whose counts make {sum(frame.counts)}")
+    for entry in frame.logprobs:
+        if len(entry.top_tokens) != len(entry.top_logprobs):
+            raise MalformedMessage(f"log probabilities of {len(entry.top_tokens)} tokens and {len(entry.top_logprobs)} values")
 
 
 def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:
@@ -98,7 +120,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         source_tokens=submit.source_tokens,
         source_pending=submit.source_pending,
         priority=submit.priority,
-        superseded=BlockHash(submit.superseded) if submit.superseded else None,
+        superseded=hash_from(submit.superseded, "superseded"),
     )
 
 
@@ -200,7 +222,7 @@ def ended_from(message: node_pb2.Ended) -> Ended:
         reason=reason,
         output_tokens=message.output_tokens,
         computed_tokens=message.computed_tokens,
-        message=message.message,
+        message=message.message[:MESSAGE_CHARS_MAX],
     )
 
 
@@ -216,10 +238,7 @@ def kv_from(message: node_pb2.KvBatch) -> KvBatch:
     """Return the change of holdings in a message."""
     return KvBatch(
         sequence=message.sequence,
-        stored=tuple(
-            StoredRun(parent=BlockHash(run.parent) if run.parent else None, hashes=hashes_from(run.hashes))
-            for run in message.stored
-        ),
+        stored=tuple(StoredRun(parent=hash_from(run.parent, "parent"), hashes=hashes_from(run.hashes)) for run in message.stored),
         removed=hashes_from(message.removed),
         cleared=message.cleared,
     )

@@ -112,7 +112,7 @@ class Replay(_message.Message):
     def __init__(self, after: _Optional[int] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves")
+    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +124,7 @@ class NodeFrame(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     requests: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
@@ -135,7 +136,8 @@ class NodeFrame(_message.Message):
     load: Load
     draining: bool
     moves: _containers.RepeatedCompositeFieldContainer[Move]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+    refused_calls: int
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ...) -> None: ...
 
 class Move(_message.Message):
     __slots__ = ("source", "target", "bytes", "seconds")

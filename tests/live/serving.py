@@ -17,6 +17,8 @@ from orchestrator.live.driver import ClusterDriver, TurnStream
 from orchestrator.live.turns import Delta, Prompt, Turn
 from orchestrator.wire import node_pb2
 from orchestrator.wire.journal import cluster_header, open_journal
+from orchestrator.wire.trust import Trust
+from tests.builders import TRUST
 from workers.server import NodeServer
 from workers.transports import ObjectStore
 
@@ -61,6 +63,8 @@ class Observed:
     loads: dict[NodeId, Load] = field(default_factory=dict)
     routes: int = 0
     reports: int = 0
+    refused_calls: int = 0
+    malformed_frames: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def observe(self, now: float, event: ClusterEvent, commands: Sequence[ClusterCommand]) -> None:
@@ -74,6 +78,12 @@ class Observed:
 
     def routed(self, seconds: float) -> None:
         self.routes += 1
+
+    def refused(self, node: NodeId, calls: int) -> None:
+        self.refused_calls = calls
+
+    def malformed(self, node: NodeId) -> None:
+        self.malformed_frames += 1
 
     def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
         self.moves.append((node, size_bytes))
@@ -99,6 +109,7 @@ class Cluster:
     config: ClusterConfig
     model_dir: Path
     failures: list[BaseException]
+    trust: Trust = TRUST
 
     async def ready(self) -> None:
         await self.observed.until(lambda: set(self.observed.loads) >= set(self.servers) and self.driver.ready)
@@ -115,7 +126,9 @@ class Cluster:
         name = str(node).rsplit("-", 1)[0]
         settings = next(entry for entry in self.config.pools if entry.name == name)
         journal = self.config.cluster.journal
-        server = self.servers[node] = NodeServer(settings, [node], incarnation, self.model_dir, objects=objects, journal=journal)
+        server = self.servers[node] = NodeServer(
+            settings, [node], incarnation, self.model_dir, self.trust, objects=objects, journal=journal
+        )
         self.addresses[node] = await server.start()
         self.driver.set_nodes(list(self.addresses.items()))
 
@@ -127,14 +140,16 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(config: ClusterConfig, model_dir: Path, objects: ObjectStore | None = None) -> AsyncIterator[Cluster]:
+async def cluster(
+    config: ClusterConfig, model_dir: Path, objects: ObjectStore | None = None, trust: Trust = TRUST
+) -> AsyncIterator[Cluster]:
     """Start a cluster; fails the test if a core or a driver broke its own rules."""
     observed = Observed()
     failures: list[BaseException] = []
     gateway = GatewayId(0)
     journal = open_journal(config.cluster.journal, "gateway-0", cluster_header(gateway, config))
-    driver = ClusterDriver(gateway, config, observed, failures.append, journal)
-    started = Cluster(driver, {}, {}, observed, config, model_dir, failures)
+    driver = ClusterDriver(gateway, config, trust, observed, failures.append, journal)
+    started = Cluster(driver, {}, {}, observed, config, model_dir, failures, trust)
     try:
         for settings in config.pools:
             for index in range(settings.nodes):

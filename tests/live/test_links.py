@@ -11,6 +11,7 @@ import pytest
 from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, request_id
 from orchestrator.live.links import NodeLink
 from orchestrator.wire import node_pb2
+from tests.builders import TRUST
 from tests.live.serving import pool, run, turn
 from workers.engines.checkpoint import default_model_path
 from workers.server import NodeServer
@@ -147,10 +148,10 @@ def model_dir() -> Path:
 
 @asynccontextmanager
 async def linked(model_dir: Path, lost_s: float = 10.0, fit: bool = True, step_s: float = 0.0) -> AsyncIterator[Linked]:
-    server = NodeServer(pool("both", PoolKind.AGGREGATED, profile=CostProfile(step_s=step_s)), [NODE], 7, model_dir)
+    server = NodeServer(pool("both", PoolKind.AGGREGATED, profile=CostProfile(step_s=step_s)), [NODE], 7, model_dir, TRUST)
     relay = Relay(await server.start())
     sink = Sink(fit=fit)
-    link = NodeLink(NODE, await relay.start(), GATEWAY, 1, sink, lost_s)
+    link = NodeLink(NODE, await relay.start(), GATEWAY, 1, sink, lost_s, TRUST)
     link.start()
     try:
         yield Linked(link, sink, relay, server)

@@ -38,7 +38,7 @@ from orchestrator.sim.prompts import Prompts
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
 from orchestrator.wire import node_pb2, node_pb2_grpc
-from tests.builders import some
+from tests.builders import TRUST, some
 from tests.live.virtual import NoChannel, Wires, run_virtually
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.checkpoint import default_model_path
@@ -113,6 +113,8 @@ class Decided:
     routes: dict[int, list[tuple[Assign, int]]] = field(default_factory=dict)
     arrived_s: dict[int, float] = field(default_factory=dict)
     ended_s: dict[int, float] = field(default_factory=dict)
+    refused_calls: int = 0
+    malformed_frames: int = 0
 
     def observe(self, now: float, event: ClusterEvent, commands: Sequence[ClusterCommand]) -> None:
         if isinstance(event, RequestArrived):
@@ -126,6 +128,12 @@ class Decided:
 
     def routed(self, seconds: float) -> None:
         pass
+
+    def refused(self, node: NodeId, calls: int) -> None:
+        self.refused_calls = calls
+
+    def malformed(self, node: NodeId) -> None:
+        self.malformed_frames += 1
 
     def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
         pass
@@ -199,7 +207,7 @@ def start_node(node: NodeId, settings: PoolConfig, fatal: list[BaseException]) -
         engine,
         {SHM: PacedTransport(shared, settings.profile, BLOCK_BYTES)},
         lambda host: [SHM],
-        Channels(8),
+        Channels(8, TRUST),
         peers,
         fatal.append,
         DriverLimits(load_s=0.0, frame_s_min=0.0),
@@ -215,7 +223,7 @@ async def live(config: ClusterConfig, turns: Sequence[TracedTurn], wires: Wires)
         for number in range(settings.nodes):
             node = NodeId(f"{settings.name}-{number}")
             wires.nodes[node] = start_node(node, settings, failures)
-    driver = ClusterDriver(GATEWAY, config, decided, failures.append)
+    driver = ClusterDriver(GATEWAY, config, TRUST, decided, failures.append)
     driver._clock_offset_s = 0.0
     driver.set_nodes([(node, "virtual") for node in wires.nodes])
     prompts, ended = Prompts(turns, BLOCK_TOKENS), {turn.id: asyncio.Event() for turn in turns}

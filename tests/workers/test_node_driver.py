@@ -25,6 +25,7 @@ from orchestrator.core.types import (
     request_id,
 )
 from orchestrator.wire import codec, node_pb2
+from tests.builders import TRUST
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
 from workers.memory import PeerMemory
@@ -189,7 +190,7 @@ async def node(computes: bool = False, limits: DriverLimits | None = None) -> As
         engine,
         {},
         lambda host: [],
-        Channels(2),
+        Channels(2, TRUST),
         PeerMemory(2),
         fatal,
         limits or DriverLimits(load_s=0.01),

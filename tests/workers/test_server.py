@@ -14,6 +14,8 @@ from orchestrator.core.config import EngineConfig, PoolConfig
 from orchestrator.core.events import StepFailed
 from orchestrator.core.types import CostProfile, GatewayId, NodeId, PoolKind, StepId, request_id
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+from orchestrator.wire.trust import Caller
+from tests.builders import TRUST
 from workers.engines.checkpoint import default_model_path
 from workers.server import NodeServer
 
@@ -31,7 +33,7 @@ async def serving(model_dir: Path, step_s: float = 0.0) -> AsyncIterator[tuple[N
     engine = EngineConfig(name="profiled", blocks=64, block_tokens=16)
     profile = CostProfile(step_s=step_s)
     pool = PoolConfig("many", PoolKind.AGGREGATED, nodes=2, nodes_per_process=2, engine=engine, profile=profile)
-    server = NodeServer(pool, NODES, 3, model_dir)
+    server = NodeServer(pool, NODES, 3, model_dir, TRUST)
     address = await server.start()
     try:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -45,7 +47,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 def connect(channel: grpc.aio.Channel, node: str) -> grpc.aio.StreamStreamCall:
-    return node_pb2_grpc.NodeStub(channel).Connect(metadata=((codec.NODE_METADATA, node),))
+    return node_pb2_grpc.NodeStub(channel).Connect(metadata=TRUST.metadata(Caller.GATEWAY, node))
 
 
 def submit(output_tokens: int) -> node_pb2.GatewayFrame:

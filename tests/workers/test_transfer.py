@@ -14,6 +14,7 @@ from orchestrator.core.commands import Fetch, SendBlocks
 from orchestrator.core.events import BlocksSent, ExportClosed, ExportOpened, FetchEnded, FetchProgressed, NodeEvent
 from orchestrator.core.types import BlockHash, BlockId, CostProfile, ExportId, NodeId, RequestId
 from orchestrator.wire import node_pb2_grpc
+from tests.builders import TRUST
 from workers.engines.base import EngineDescription
 from workers.memory import (
     ByteBudget,
@@ -86,7 +87,7 @@ class Side:
     names: list[str]
     events: asyncio.Queue[NodeEvent] = field(default_factory=asyncio.Queue)
     moved: list[tuple[int, float]] = field(default_factory=list)
-    channels: Channels = field(default_factory=lambda: Channels(4))
+    channels: Channels = field(default_factory=lambda: Channels(4, TRUST))
 
     def __post_init__(self) -> None:
         put = self.events.put_nowait
@@ -282,7 +283,7 @@ def test_a_silent_source_is_given_up() -> None:
 def test_memory_that_cannot_be_mapped_is_not_tried_twice() -> None:
     async def scenario() -> None:
         async with pair([SHM, OBJECT]) as both:
-            both.source.engine.arena.path = "/proc/self/fd/999999"
+            both.source.engine.arena.path = "/proc/1/fd/999999"
             both.target.fetches.start(fetch(), both.address, HOST)
             await both.source.next()
             both.source.exports.send(send(ExportId(1), (5, 6, 7, 8), 18, final=True))
