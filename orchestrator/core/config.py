@@ -141,6 +141,9 @@ class GatewayConfig:
     )
     #: Largest request body, bytes.
     body_bytes_max: int = 64 * 1024 * 1024
+    #: PEM files, on each gateway's host, of the certificate that HTTP and gRPC are served with, and of its key. Empty: plain.
+    cert: str = ""
+    key: str = ""
     #: Generations one request may ask for: its prompts times n. All are admitted or none.
     generations_max: int = 128
     #: Web pages from these origins (such as https://app.example.com; * for all) may call the API; empty: no page may.
@@ -161,6 +164,7 @@ class GatewayConfig:
             require(0 <= port <= 65535, name, f"must be a port (0 to 65535), is {port}")
         require(self.linger_s >= 0, "linger_s", f"must be 0 or more seconds, is {self.linger_s}")
         require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
+        require(bool(self.cert) == bool(self.key), "cert", "cert and key must be given together")
         require(self.generations_max > 0, "generations_max", f"must be over 0, is {self.generations_max}")
         require(self.prompts_cached_max > 0, "prompts_cached_max", f"must be over 0, is {self.prompts_cached_max}")
         loopback = self.host in ("127.0.0.1", "::1", "localhost")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.core.config import ClusterConfig
+from orchestrator.core.config import ClusterConfig, GatewayConfig
 from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.health import HealthServer
@@ -19,7 +19,7 @@ from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.recorder import open_recorder
 from orchestrator.live.text.models import ModelText
 from orchestrator.wire.journal import cluster_header, open_journal
-from orchestrator.wire.trust import read_trust
+from orchestrator.wire.trust import read_pem, read_trust
 
 #: Seconds between two looks whether all nodes are reached.
 _REACH_EVERY_S = 0.02
@@ -92,7 +92,7 @@ class Front:
         trust = read_trust(config.cluster.secret, config.cluster.tls)
         self._driver = ClusterDriver(number, config, trust, self._metrics, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
-        self._health = HealthServer(trust)
+        self._health = HealthServer(_certificate(config.gateway))
         secret = config.cluster.secret.encode()
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)
@@ -114,7 +114,8 @@ class Front:
         named = self._reach if host in ANY_ADDRESS else host
         shown = f"[{named}]" if ":" in named else named
         self._grpc_address = f"{shown}:{grpc_port}"
-        return FrontAddress(f"http://{shown}:{http_port}", self._fingerprints)
+        scheme = "https" if self._config.gateway.cert else "http"
+        return FrontAddress(f"{scheme}://{shown}:{http_port}", self._fingerprints)
 
     async def _reach_nodes(self, nodes: Sequence[NodeId]) -> None:
         """Wait until nodes are reached, so that the first request finds them; not for longer than one may be away."""
@@ -183,6 +184,13 @@ class Front:
         limits = [pool.engine.context_tokens_max for pool in self._config.pools_of(model)]
         shortest = min((limit for limit in limits if limit), default=0)
         return ModelText.load(folder, self._fingerprints[model], self._config.models[model], shortest)
+
+
+def _certificate(gateway: GatewayConfig) -> tuple[bytes, bytes] | None:
+    """Return what the gateway serves with, key first, if it has a certificate. Raises `ConfigError`."""
+    if not gateway.cert:
+        return None
+    return read_pem(gateway.key, "gateway.key"), read_pem(gateway.cert, "gateway.cert")
 
 
 def _node_status(node: NodeId, state: NodeState) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from typing import Any, cast
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from orchestrator.wire.trust import Trust
-
 
 class HealthServer:
-    """Answers health checks; to be used from one event loop."""
+    """Answers health checks; to be used from one event loop.
 
-    def __init__(self, trust: Trust) -> None:
-        self._trust = trust
+    Args:
+        certificate: the key's and the certificate chain's PEM, to serve with TLS; None: plain.
+    """
+
+    def __init__(self, certificate: tuple[bytes, bytes] | None = None) -> None:
+        self._certificate = certificate
         # Without the option a second server on the same port would share its connections instead of failing.
         self._server: grpc.aio.Server = cast(Any, grpc.aio).server(options=(("grpc.so_reuseport", 0),))
         # The stubs do not know the module that `health` opens for asyncio.
@@ -24,8 +27,11 @@ class HealthServer:
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port, the given one unless that is 0. Raises `OSError` if it is taken."""
         try:
-            # Probes have no certificates to show.
-            bound = self._trust.listen(self._server, f"{host}:{port}", asks=False)
+            if self._certificate is None:
+                bound = self._server.add_insecure_port(f"{host}:{port}")
+            else:
+                credentials = grpc.ssl_server_credentials([self._certificate])
+                bound = self._server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as error:
             raise OSError(f"gRPC cannot listen on {host}:{port}: is the port in use?") from error
         await self._server.start()

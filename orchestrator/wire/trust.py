@@ -101,13 +101,12 @@ class Trust:
         credentials = grpc.ssl_channel_credentials(shown.ca, shown.key, shown.chain)
         return grpc.aio.secure_channel(address, credentials, options=(*codec.CHANNEL_OPTIONS, *named))
 
-    def listen(self, server: grpc.aio.Server, address: str, asks: bool = True) -> int:
-        """Have a server listen and return its port; `asks`: callers must show a certificate too. Raises `RuntimeError`."""
+    def listen(self, server: grpc.aio.Server, address: str) -> int:
+        """Have a server listen and return its port; with certificates callers must show theirs too. Raises `RuntimeError`."""
         if self._certificates is None:
             return server.add_insecure_port(address)
         shown = self._certificates
-        believed = shown.ca if asks else None
-        credentials = grpc.ssl_server_credentials([(shown.key, shown.chain)], believed, require_client_auth=asks)
+        credentials = grpc.ssl_server_credentials([(shown.key, shown.chain)], shown.ca, require_client_auth=True)
         return server.add_secure_port(address, credentials)
 
     def sealed(self, data: bytes) -> bytes:
@@ -130,11 +129,12 @@ def read_trust(secret: str, tls: TlsConfig) -> Trust:
     """Return what a cluster file says, with its certificates read. Raises `ConfigError` naming the field."""
     if not tls.cert:
         return Trust(secret.encode())
-    ca, chain, key = (_read(getattr(tls, name), f"cluster.tls.{name}") for name in ("ca", "cert", "key"))
+    ca, chain, key = (read_pem(getattr(tls, name), f"cluster.tls.{name}") for name in ("ca", "cert", "key"))
     return Trust(secret.encode(), Certificates(ca, chain, key, tls.name))
 
 
-def _read(path: str, where: str) -> bytes:
+def read_pem(path: str, where: str) -> bytes:
+    """Return a PEM file's content. Raises `ConfigError` naming the field it stands in."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:

@@ -127,6 +127,6 @@ async def serve(text: ModelText, number: int = 0, **gateway: object) -> AsyncIte
     one = Gateway(config, GatewayId(number), {MODEL: text}, b"secret", driver, metrics, metrics.render, lambda: {"nodes": []})
     port = await one.start("127.0.0.1", 0)
     try:
-        yield Served(one, driver, metrics, f"http://127.0.0.1:{port}")
+        yield Served(one, driver, metrics, f"{'https' if gateway.get('cert') else 'http'}://127.0.0.1:{port}")
     finally:
         await one.stop()

@@ -50,7 +50,7 @@ from orchestrator.live.http.openai.requests import (
     template_tools,
     tool_parameters,
 )
-from orchestrator.live.http.proxy import FORWARDED, PeerUnreachable, forward
+from orchestrator.live.http.proxy import FORWARDED, PeerUnreachable, forward, pinned
 from orchestrator.live.http.routes import MODELS, PROBED, make_routes
 from orchestrator.live.http.server import HttpServer
 from orchestrator.live.text.generation import Generation, Piece
@@ -189,7 +189,9 @@ class Gateway:
             "/v1/completions": self._completions,
         }
         self._cold = make_routes(self, metrics_page, status)
-        self._server = HttpServer(_with_origins(self, config.gateway.cors_origins))
+        cert, key = config.gateway.cert, config.gateway.key
+        self._server = HttpServer(_with_origins(self, config.gateway.cors_origins), cert, key)
+        self._peers_tls = pinned(cert) if cert else None
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -318,7 +320,7 @@ class Gateway:
         if owner == self._number:
             return False
         try:
-            await forward(exchange, body, self._peers[owner])
+            await forward(exchange, body, self._peers[owner], self._peers_tls)
         except PeerUnreachable:
             # Serving it here costs a recompute; refusing it would cost the request.
             return False

@@ -4,6 +4,7 @@ A session's cache knowledge (its prompt, its place in the index) lives in one ga
 """
 
 import asyncio
+import ssl
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -51,7 +52,16 @@ class _Reply:
         self.complete = True
 
 
-async def forward(exchange: Exchange, body: bytes, peer: str) -> None:
+def pinned(cert: str) -> ssl.SSLContext:
+    """Return how gateways that serve with one certificate call each other: it, and no other, is believed, on any address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cert)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+async def forward(exchange: Exchange, body: bytes, peer: str, tls: ssl.SSLContext | None = None) -> None:
     """Answer a request with what the peer at base URL `peer` answers, as it comes.
 
     A client that goes away ends the connection to the peer, which notices as if the client were its own.
@@ -62,7 +72,7 @@ async def forward(exchange: Exchange, body: bytes, peer: str) -> None:
     """
     address = urlsplit(peer)
     try:
-        opening = asyncio.open_connection(address.hostname, address.port)
+        opening = asyncio.open_connection(address.hostname, address.port, ssl=tls if address.scheme == "https" else None)
         reader, writer = await asyncio.wait_for(opening, _CONNECT_S_MAX)
     except (TimeoutError, OSError) as error:
         raise PeerUnreachable(f"{peer}: {error}") from error

@@ -16,9 +16,9 @@ _BACKLOG = 2048
 
 
 class HttpServer:
-    """One listening server."""
+    """One listening server, with TLS if it is given a certificate and its key (PEM files)."""
 
-    def __init__(self, application: Any) -> None:
+    def __init__(self, application: Any, cert: str = "", key: str = "") -> None:
         config = uvicorn.Config(
             application,
             http="httptools",
@@ -31,6 +31,8 @@ class HttpServer:
             timeout_keep_alive=_KEEP_ALIVE_S,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=1,
+            ssl_certfile=cert or None,
+            ssl_keyfile=key or None,
         )
         self._server = uvicorn.Server(config)
         self._ticking: asyncio.Task[None] | None = None
