@@ -13,6 +13,7 @@ from typing import NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from orchestrator.core.config import PoolConfig
@@ -234,7 +235,7 @@ class _Service(node_pb2_grpc.NodeServicer):
         """Serve a call; one that says what means nothing ends, and nothing else does."""
         try:
             await call
-        except codec.MalformedMessage as error:
+        except (codec.MalformedMessage, DecodeError) as error:
             driver.refuse(Refused.MALFORMED, str(error), context.peer())
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
@@ -174,7 +175,7 @@ class NodeLink:
             return error.details() or str(error.code())
         except TimeoutError:
             return f"no Welcome within {WELCOME_S_MAX} s"
-        except codec.MalformedMessage as error:
+        except (codec.MalformedMessage, DecodeError) as error:
             log.warning("node %s sent what means nothing: %s", self.node, error)
             self._sink.node_malformed(self.node)
             self.give_up(str(error))

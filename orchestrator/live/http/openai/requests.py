@@ -23,6 +23,7 @@ CHOICES_MAX = 128
 PROMPTS_MAX = 1024
 TOP_LOGPROBS_MAX = 20
 TOOLS_MAX = 4096
+_TOP_K_MAX = (1 << 31) - 1
 #: OpenAI's default for completions; chat generates up to the context's end.
 COMPLETION_TOKENS_DEFAULT = 16
 #: Claude Code's first system line differs from request to request; kept, it would end every shared prefix there.
@@ -397,7 +398,8 @@ def sampling_of(request: GenerationRequest, logprobs: int | None, vocabulary: in
     sampling = node_pb2.Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=max(request.top_k or 0, 0),
+        # More than any vocabulary has is all of it.
+        top_k=min(max(request.top_k or 0, 0), _TOP_K_MAX),
         min_p=request.min_p or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
