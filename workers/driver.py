@@ -39,6 +39,7 @@ from orchestrator.core.events import (
     NodeEvent,
     ReplayRequested,
     SliceResult,
+    SourceLost,
     StepFailed,
     StepFinished,
     TimerFired,
@@ -51,6 +52,7 @@ from orchestrator.core.types import (
     GatewayId,
     KvBatch,
     Load,
+    NodeId,
     NodeSpec,
     RequestId,
     TimerKey,
@@ -148,7 +150,7 @@ class NodeDriver:
         size = self._description.block_bytes
         tokens = spec.block_tokens
         self._exports = Exports(transports, size, tokens, self.handle, limits.transfer)
-        self._fetches = Fetches(transports, choose, size, tokens, channels, peers, self.handle, self._moved, limits.transfer)
+        self._fetches = Fetches(transports, choose, size, tokens, channels, peers, self.handle, self._moved)
         self._fatal = fatal
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -306,7 +308,7 @@ class NodeDriver:
         writer = asyncio.ensure_future(self._write_frames(outbox, stream, welcome))
         try:
             while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
-                outbox.frames_received += bool(frame.submits or frame.cancels or frame.HasField("replay"))
+                outbox.frames_received += bool(frame.submits or frame.cancels or frame.lost_sources or frame.HasField("replay"))
                 self._on_frame(outbox, frame)
         finally:
             writer.cancel()
@@ -376,6 +378,9 @@ class NodeDriver:
         # Cancels first: a request that is cancelled and given anew in one frame is the older one cancelled.
         for request in frame.cancels:
             self.handle(Cancelled(RequestId(request)))
+        # What is given in this frame has a source that was there when it was decided.
+        for lost in frame.lost_sources:
+            self.handle(SourceLost(RequestId(lost.request), NodeId(lost.source)))
         for submit in frame.submits:
             self._on_submit(outbox, submit)
         if frame.HasField("replay"):

@@ -52,7 +52,8 @@ class TransferLimits:
     staged_bytes_max: int = 256 * 1024 * 1024
     #: Copies up to this many bytes are made on the loop: a thread's wake-up takes longer.
     inline_bytes_max: int = 256 * 1024
-    #: Seconds a fetch may hear nothing, or an export wait for an acknowledgement.
+    #: Seconds an export may wait for an acknowledgement, or a copy for the object store. How long a fetch waits for its source is
+    #: the core's to say (`fetch_silent_s_max`).
     idle_s_max: float = 120.0
     #: Connections to peers kept open, and peers' memories kept mapped.
     peers_max: int = 256

@@ -257,7 +257,6 @@ class Fetches:
         peers: PeerMemory,
         handle: Callable[[NodeEvent], None],
         moved: Callable[[int, float], None],
-        limits: TransferLimits,
     ) -> None:
         self._transports = transports
         self._choose = choose
@@ -267,7 +266,6 @@ class Fetches:
         self._peers = peers
         self._handle = handle
         self._moved = moved
-        self._limits = limits
         #: Hosts that promised shared memory and did not keep it; as many as there are hosts.
         self._unmappable: set[str] = set()
         self._running: dict[RequestId, asyncio.Task[None]] = {}
@@ -318,8 +316,6 @@ class Fetches:
                 if isinstance(error, PeerUnmappable):
                     self._unmappable.add(fetch.host)
                 return str(error)
-            case TimeoutError():
-                return f"{command.source} sent nothing for {self._limits.idle_s_max} s"
             case grpc.aio.AioRpcError():
                 self._peers.forget(fetch.path)
                 return f"{command.source} is unreachable: {error.details()}"
@@ -335,8 +331,7 @@ class Fetches:
         try:
             await call.write(node_pb2.FetchFrame(request=self._request(command, names)))
             while not fetch.final:
-                async with asyncio.timeout(self._limits.idle_s_max):
-                    frame = await call.read()
+                frame = await call.read()
                 if not isinstance(frame, node_pb2.BlocksFrame):
                     raise TransferFailed(f"{command.source} ended the fetch early")
                 await self._take(command, frame, fetch)

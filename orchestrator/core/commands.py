@@ -180,6 +180,15 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportSourceLost:
+    """Tell a node that the node it reads a request's blocks from is gone. Nothing answers."""
+
+    node: NodeId
+    request: RequestId
+    source: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class Complete:
     """The request is over and went well; its counts are final. `cached_tokens` of the prompt were not computed."""
 
@@ -226,4 +235,4 @@ class RequestReplay:
     after: int | None
 
 
-ClusterCommand = Assign | Cancel | Complete | Refuse | Abort | Restart | RequestReplay | SetTimer | ClearTimer
+ClusterCommand = Assign | Cancel | ReportSourceLost | Complete | Refuse | Abort | Restart | RequestReplay | SetTimer | ClearTimer

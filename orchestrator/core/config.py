@@ -368,6 +368,9 @@ class SchedulerConfig:
     hold_s_max: float = 30.0
     #: Seconds a peer's fetch may wait for a request that has not been assigned here yet.
     fetch_wait_s_max: float = 5.0
+    #: Seconds the source of a fetch may be silent before the rest is computed here. Long, since a prefill node says nothing
+    #: while a prompt waits its turn; a source that is lost is told of by gateways, after `node_lost_s`.
+    fetch_silent_s_max: float = 120.0
     #: KV batches kept for replay to a gateway that missed some.
     replay_batches_max: int = 4096
     #: Keep computed blocks for later requests with the same prefix.
@@ -378,7 +381,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         for name in ("step_tokens_max", "sequences_max", "waiting_max", "replay_batches_max"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
-        for name in ("hold_s_max", "fetch_wait_s_max"):
+        for name in ("hold_s_max", "fetch_wait_s_max", "fetch_silent_s_max"):
             require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
         require(
             self.step_tokens_max >= self.sequences_max,

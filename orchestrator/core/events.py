@@ -49,6 +49,14 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceLost:
+    """The node that a request's blocks are read from is gone. Ignored unless the request still reads, or is to, from that one."""
+
+    request: RequestId
+    source: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayLost:
     """A gateway's stream ended and did not come back in time; nobody waits for its requests."""
 
@@ -160,6 +168,7 @@ class DrainRequested:
 NodeEvent = (
     Assigned
     | Cancelled
+    | SourceLost
     | GatewayLost
     | StepFinished
     | StepFailed

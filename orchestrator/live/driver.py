@@ -23,6 +23,7 @@ from orchestrator.core.commands import (
     ClusterCommand,
     Complete,
     Refuse,
+    ReportSourceLost,
     RequestReplay,
     Restart,
     SetTimer,
@@ -406,6 +407,10 @@ class ClusterDriver:
                 stream = self._streams.get(request)
                 if stream is not None:
                     stream.restart()
+            case ReportSourceLost(node, request, source):
+                link = self._links.get(node)
+                if link is not None:
+                    link.source_lost(request, source)
             case RequestReplay(node, after):
                 link = self._links.get(node)
                 if link is not None:

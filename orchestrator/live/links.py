@@ -82,6 +82,7 @@ class NodeLink:
         #: What goes out with the next frame; bounded by the requests the cluster lets in.
         self._submits: dict[RequestId, node_pb2.Submit] = {}
         self._cancels: list[RequestId] = []
+        self._lost_sources: list[node_pb2.LostSource] = []
         self._replay: node_pb2.Replay | None = None
         #: Frames that the node knows were read.
         self._frames_told = 0
@@ -105,6 +106,16 @@ class NodeLink:
             self._cancels.append(request)
             self._wake.set()
 
+    def source_lost(self, request: RequestId, source: NodeId) -> None:
+        """Tell that a request's source is gone, or leave it out of a submit that has not gone out."""
+        submit = self._submits.get(request)
+        if submit is None:
+            self._lost_sources.append(node_pb2.LostSource(request=request, source=source))
+            self._wake.set()
+        elif submit.source == source:
+            for name in ("source", "source_address", "source_host", "source_tokens", "source_pending"):
+                submit.ClearField(name)
+
     def replay(self, after: int | None) -> None:
         """Ask for the KV batches after a number, or for all."""
         self._replay = node_pb2.Replay(after=after)
@@ -118,6 +129,7 @@ class NodeLink:
         self._hello.frames_sent = self._hello.frames_received = 0
         self._submits.clear()
         self._cancels.clear()
+        self._lost_sources.clear()
         self._replay = None
         if self.spec is not None:
             self.spec = None
@@ -208,6 +220,11 @@ class NodeLink:
         self._sink.node_frame(self.node, frame)
 
     @property
+    def _says_something(self) -> bool:
+        """Whether anything waits to go out; bounded by the requests the cluster lets in."""
+        return bool(self._submits or self._cancels or self._lost_sources or self._replay is not None)
+
+    @property
     def _must_tell(self) -> bool:
         """Whether the node must hear that its frames were read, or it stops sending. Else that goes along with the next frame."""
         return self._hello.frames_received - self._frames_told >= codec.FRAMES_UNREAD_MAX // 2
@@ -218,12 +235,17 @@ class NodeLink:
             await self._wake.wait()
             self._wake.clear()
             # A frame that only tells of others may get lost: it does not count.
-            while (counts := bool(self._submits or self._cancels or self._replay is not None)) or self._must_tell:
+            while (counts := self._says_something) or self._must_tell:
                 read = self._frames_told = self._hello.frames_received
                 frame = node_pb2.GatewayFrame(
-                    submits=self._next_submits(), cancels=self._cancels, replay=self._replay, frames_received=read
+                    submits=self._next_submits(),
+                    cancels=self._cancels,
+                    lost_sources=self._lost_sources,
+                    replay=self._replay,
+                    frames_received=read,
                 )
                 self._cancels.clear()
+                self._lost_sources.clear()
                 self._replay = None
                 self._hello.frames_sent += counts
                 await call.write(frame)

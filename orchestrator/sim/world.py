@@ -33,6 +33,7 @@ from orchestrator.core.commands import (
     Refuse,
     ReportEnded,
     ReportFirstToken,
+    ReportSourceLost,
     RequestReplay,
     Restart,
     RunStep,
@@ -54,6 +55,7 @@ from orchestrator.core.events import (
     ReplayRequested,
     RequestAbandoned,
     RequestArrived,
+    SourceLost,
     TimerFired,
 )
 from orchestrator.core.node.node import Node
@@ -354,6 +356,8 @@ class World:
                 self._network.send(gateway, node, self._tell_node, node, Assigned(assignment))
             case Cancel(node, request):
                 self._network.send(gateway, node, self._tell_node, node, Cancelled(request))
+            case ReportSourceLost(node, request, source):
+                self._network.send(gateway, node, self._tell_node, node, SourceLost(request, source))
             case RequestReplay(node, after):
                 self._network.send(gateway, node, self._tell_node, node, ReplayRequested(gateway, after))
             case Complete(request, ended, cached_tokens):

@@ -17,18 +17,28 @@ ROLE_PREFILL: Role
 ROLE_GENERATE: Role
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "submits", "cancels", "replay", "frames_received")
+    __slots__ = ("hello", "submits", "cancels", "replay", "frames_received", "lost_sources")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     REPLAY_FIELD_NUMBER: _ClassVar[int]
     FRAMES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    LOST_SOURCES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancels: _containers.RepeatedScalarFieldContainer[int]
     replay: Replay
     frames_received: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., replay: _Optional[_Union[Replay, _Mapping]] = ..., frames_received: _Optional[int] = ...) -> None: ...
+    lost_sources: _containers.RepeatedCompositeFieldContainer[LostSource]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., replay: _Optional[_Union[Replay, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ...) -> None: ...
+
+class LostSource(_message.Message):
+    __slots__ = ("request", "source")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    source: str
+    def __init__(self, request: _Optional[int] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("gateway", "incarnation", "frames_sent", "frames_received")

@@ -1,19 +1,22 @@
 """A link to a node: joining, breaking, coming back with nothing lost, or telling that something was."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, request_id
+from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, RequestId, request_id
 from orchestrator.live.links import NodeLink
 from orchestrator.wire import node_pb2
 from tests.builders import TRUST
 from tests.live.serving import pool, run, turn
 from workers.engines.checkpoint import default_model_path
+from workers.memory import host_id
 from workers.server import NodeServer
 
 NODE = NodeId("both-0")
@@ -126,19 +129,20 @@ class Linked:
         while self.link._away is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
-    def submit(self, output_tokens: int) -> None:
+    def submit(self, output_tokens: int, **source: Any) -> node_pb2.Submit:
         prompt = turn(range(20), output_tokens).prompt
-        self.link.submit(
-            node_pb2.Submit(
-                request=request_id(GATEWAY, 1),
-                role=node_pb2.ROLE_GENERATE,
-                tokens=prompt.tokens,
-                hashes=b"".join(prompt.hashes),
-                hash_root=prompt.hash_root,
-                output_tokens_max=output_tokens,
-                sampling=node_pb2.Sampling(),
-            )
+        message = node_pb2.Submit(
+            request=request_id(GATEWAY, 1),
+            role=node_pb2.ROLE_GENERATE,
+            tokens=prompt.tokens,
+            hashes=b"".join(prompt.hashes),
+            hash_root=prompt.hash_root,
+            output_tokens_max=output_tokens,
+            sampling=node_pb2.Sampling(),
+            **source,
         )
+        self.link.submit(message)
+        return message
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +236,44 @@ def test_a_submit_that_has_not_gone_out_is_taken_back(model_dir: Path) -> None:
             await wire.sink.until_ended()
             assert wire.sink.ended == ["length"]
             assert len(wire.sink.tokens) == 2
+
+    run(scenario)
+
+
+def test_a_submit_that_has_not_gone_out_forgets_a_source_that_is_lost(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir) as wire:
+            await wire.sink.until("joined 7")
+            message = wire.submit(3, source="gone", source_address="127.0.0.1:1", source_pending=True)
+            wire.link.source_lost(RequestId(message.request), NodeId("another"))
+            assert message.source == "gone"
+            wire.link.source_lost(RequestId(message.request), NodeId("gone"))
+            assert (message.source, message.source_address, message.source_pending) == ("", "", False)
+            await wire.sink.until_ended()
+            assert wire.sink.ended == ["length"]
+
+    run(scenario)
+
+
+def test_a_node_that_reads_from_a_source_which_says_nothing_computes_when_told_that_it_is_lost(model_dir: Path) -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            silent.setblocking(False)
+            await tell_reader(model_dir, silent)
+
+    async def tell_reader(model_dir: Path, silent: socket.socket) -> None:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        async with linked(model_dir) as wire:
+            await wire.sink.until("joined 7")
+            source = {"source": "hung", "source_address": address, "source_host": host_id(), "source_tokens": 20}
+            wire.submit(3, source_pending=True, **source)
+            connection, _ = await asyncio.get_running_loop().sock_accept(silent)
+            with connection:
+                assert wire.sink.ended == []
+                wire.link.source_lost(request_id(GATEWAY, 1), NodeId("hung"))
+                await wire.sink.until_ended()
+            assert wire.sink.ended == ["length"]
+            assert len(wire.sink.tokens) == 3
 
     run(scenario)
 

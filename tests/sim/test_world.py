@@ -5,12 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from random import Random
 
 import pytest
 
 from orchestrator.core.commands import ReportEnded
 from orchestrator.core.config import CachePolicy, ModelConfig, RouterPolicy
-from orchestrator.core.types import PoolKind
+from orchestrator.core.types import NodeId, PoolKind
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.checks import Stuck
 from orchestrator.sim.faults import Faults
@@ -138,6 +139,50 @@ def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(layout:
 def test_with_everything_going_wrong_for_longer(seed: int) -> None:
     outcome = faulty(seed, (TOGETHER, APART)[seed % 2], count=8, turns=4)
     assert all(served.ended_s is not None for served in some(outcome.served))
+
+
+#: Seconds that the work itself and the queue before it take at most, in the worlds below.
+WORK_S = 12.0
+
+
+def assert_nothing_outlives_its_faults(seed: int, layout: dict[PoolKind, int]) -> None:
+    """Every turn ends as soon after the faults as nodes are found lost, started again and catch up."""
+    random = Random(seed)
+    faults = Faults(
+        until_s=10.0, crashes=random.randint(1, 6), restart_s=random.choice((0.5, 2.0, 8.0)), slow_nodes=random.randint(0, 2),
+        late_share=random.choice((0.0, 0.1)), slowness=6.0,
+    )  # fmt: skip
+    resolved = cluster(layout, gateways=random.randint(1, 2), blocks=random.choice((300, 512)))
+    outcome = World(resolved, agents(5, 3, seed), WorldOptions(seed=seed, checks=True, faults=faults)).run()
+    own_s = resolved.config.cluster.node_lost_s + faults.restart_s + faults.late_s_max + WORK_S
+    for served in some(outcome.served):
+        assert served.ended_s is not None
+        late_s = served.ended_s - max(served.arrived_s, faults.until_s)
+        assert late_s < own_s, f"turn {served.turn.id} ended {late_s:.1f} s after the faults: {served.failure}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_outlives_the_faults(seed: int) -> None:
+    assert_nothing_outlives_its_faults(seed, APART)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 203))
+def test_nothing_outlives_the_faults_over_many_seeds(seed: int) -> None:
+    assert_nothing_outlives_its_faults(seed, (APART, TOGETHER)[seed % 4 == 0])
+
+
+def test_a_fetch_towards_a_node_that_stopped_before_it_was_asked_ends_when_that_is_lost() -> None:
+    resolved = cluster({PoolKind.PREFILL: 2, PoolKind.DECODE: 1})
+    turn = TracedTurn(0, "s0", "main", 1.0, (), 0.0, 1600, 20, 16, ((0, 100),))
+    world = World(resolved, [turn], WorldOptions(checks=True, faults=Faults(until_s=0.0)))
+    crashed = Faults(until_s=0.0, restart_s=300.0)
+    for number in range(2):  # they stop a moment before the turn comes; the gateway does not know
+        world.agenda.at(0.5, world._crash, NodeId(f"prefill-{number}"), crashed)
+    served = world.run().served[0]
+    assert served.completed
+    assert served.ended_s is not None
+    assert served.ended_s < 0.5 + resolved.config.cluster.node_lost_s + 1.0
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -101,7 +101,6 @@ class Side:
             PeerMemory(4),
             put,
             lambda size, seconds: self.moved.append((size, seconds)),
-            self.limits,
         )
 
     async def next(self) -> NodeEvent:
@@ -269,13 +268,14 @@ def test_a_source_that_is_not_there_ends_the_fetch() -> None:
     run(scenario)
 
 
-def test_a_silent_source_is_given_up() -> None:
+def test_a_fetch_from_a_silent_source_ends_when_the_core_gives_it_up() -> None:
     async def scenario() -> None:
-        async with pair([SHM], limits=TransferLimits(idle_s_max=0.05)) as both:
+        async with pair([SHM]) as both:
             both.target.fetches.start(fetch(), both.address, HOST)
-            ended = await both.target.next()
-            assert isinstance(ended, FetchEnded)
-            assert ended.failure == "prefill-0 sent nothing for 0.05 s"
+            assert isinstance(await both.source.next(), ExportOpened)
+            both.target.fetches.stop(REQUEST)
+            assert await both.target.next() == FetchEnded(REQUEST, 4, 0, "stopped")
+            assert await both.source.next() == ExportClosed(ExportId(1))
 
     run(scenario)
 

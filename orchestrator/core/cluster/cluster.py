@@ -48,6 +48,7 @@ from orchestrator.core.commands import (
     ClusterCommand,
     Complete,
     Refuse,
+    ReportSourceLost,
     RequestReplay,
     Restart,
     SetTimer,
@@ -108,6 +109,7 @@ class Flight:
         "phase",
         "predicted_cached_tokens",
         "prefill",
+        "reads",
         "request",
         "restarted",
         "stayed",
@@ -125,6 +127,8 @@ class Flight:
         self.prefill: NodeId | None = None
         #: The node that has computed its prompt and may still hold the blocks for the one that generates.
         self.holds: NodeId | None = None
+        #: Who reads blocks of its prompt from whom, as (reader, source).
+        self.reads: tuple[tuple[NodeId, NodeId], ...] = ()
         #: Nodes on which it failed; they are tried again only if there is no other.
         self.failed_on: tuple[NodeId, ...] = ()
         #: Times it was started over.
@@ -302,23 +306,27 @@ class Cluster:
         flight.stayed = session is None or placement.computes.spec.id in session.nodes
         self._sessions.started(request, flight.generate, flight.prefill)
         self._wake(flight, flight.deadline_at)
-        self._assign(request, placement, session.superseded_by(request) if session is not None else None)
+        flight.reads = self._assign(request, placement, session.superseded_by(request) if session is not None else None)
         self._book(request, placement, options, pools)
         return True
 
-    def _assign(self, request: Request, placement: Placement, superseded: BlockHash | None) -> None:
+    def _assign(self, request: Request, placement: Placement, superseded: BlockHash | None) -> tuple[tuple[NodeId, NodeId], ...]:
+        """Give nodes their parts; return who of them reads from whom."""
         generate, prefill = placement.generate, placement.prefill
         room = generate.context_tokens_max - request.prompt_tokens
         output_tokens_max = min(request.output_tokens_max, room)
         assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
         source, source_tokens = placement.source, placement.source_tokens
+        parts: list[Assign] = []
         if prefill is not None:
             part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, pending=False)
-            self._commands.append(Assign(prefill.spec.id, part, placement.scores))
+            parts.append(Assign(prefill.spec.id, part, placement.scores))
             source, source_tokens = prefill.spec.id, request.prompt_tokens
         apart = prefill is not None
         part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, pending=apart)
-        self._commands.append(Assign(generate.spec.id, part, placement.scores))
+        parts.append(Assign(generate.spec.id, part, placement.scores))
+        self._commands += parts
+        return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
 
     def _book(self, request: Request, placement: Placement, options: Options, pools: ModelPools) -> None:
         """Count the work on the nodes that got it, and expect them to hold the prompt's blocks."""
@@ -523,7 +531,7 @@ class Cluster:
         self._start_waiting(spec.model)
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
-        """Forget a node and start over what it had of requests that had delivered nothing."""
+        """Forget a node, start over what it had of requests that had delivered nothing, and tell those who read from it."""
         member = self._members.get(node)
         if member is None:
             return
@@ -539,6 +547,15 @@ class Cluster:
         member.pools.leave(node)
         for flight in generating:
             self._retry_or_abort(flight, node, "node_lost", f"{node} was lost: {reason}")
+        for flight in self._flights.values():
+            if flight.phase is Phase.PROMPT:
+                self._tell_readers(flight, node)
+
+    def _tell_readers(self, flight: Flight, lost: NodeId) -> None:
+        """Let the nodes that have a part in a request and read it from a lost one compute what is missing."""
+        for reader, source in flight.reads:
+            if source == lost and reader in flight.nodes:
+                self._commands.append(ReportSourceLost(reader, flight.request.id, lost))
 
     def _on_node_draining(self, node: NodeId) -> None:
         member = self._members.get(node)

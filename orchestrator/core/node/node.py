@@ -5,6 +5,8 @@ What happens to a request here, by role:
     GENERATE  Assigned .. [Fetch .. FetchEnded] .. steps .. ReportFirstToken .. steps .. Forget, ReportEnded
     PREFILL   Assigned .. [Fetch .. FetchEnded] .. steps .. Forget, ReportEnded(PREFILLED), SetTimer(hold)
               .. an export of it is fully sent and closed, or the timer fires, or Cancelled: its blocks are given back
+    a fetch   Fetch, SetTimer(fetch) .. the source was silent for too long, SourceLost or Cancelled: ClearTimer, StopFetch
+              .. FetchEnded: what did not come is computed here
 
 and to an export (a peer reading blocks):
 
@@ -49,6 +51,7 @@ from orchestrator.core.events import (
     GatewayLost,
     NodeEvent,
     ReplayRequested,
+    SourceLost,
     StepFailed,
     StepFinished,
     TimerFired,
@@ -106,6 +109,11 @@ def hold_timer(request: RequestId) -> TimerKey:
     return TimerKey(f"hold:{request}")
 
 
+def fetch_timer(request: RequestId) -> TimerKey:
+    """Return the key of the timer that gives up the fetch of a request whose source is silent."""
+    return TimerKey(f"fetch:{request}")
+
+
 class Node:
     """The state of one node. Deterministic: equal events at equal times give equal commands."""
 
@@ -154,6 +162,8 @@ class Node:
                 self._on_timer_fired(event.key)
             case StepFailed():
                 self._on_step_failed(event)
+            case SourceLost():
+                self._on_source_lost(event)
             case GatewayLost():
                 self._on_gateway_lost(event.gateway)
             case ReplayRequested():
@@ -258,6 +268,8 @@ class Node:
         blocks = tuple(sequence.table[first_block:end])
         pending = assignment.source_pending
         self._commands.append(Fetch(sequence.request, assignment.source, assignment.hashes, first_block, blocks, tokens, pending))
+        sequence.heard_at = self._now
+        self._await_source(sequence)
 
     def _on_cancelled(self, request: RequestId) -> None:
         """End a request now, or with the step or fetch that may write to its blocks (rule 2)."""
@@ -270,7 +282,7 @@ class Node:
             sequence.ending = FinishReason.CANCELLED
             self._scheduler.abandon(sequence)
             if sequence.phase is Phase.FETCHING:
-                self._commands.append(StopFetch(request))
+                self._stop_fetch(sequence)
         else:
             self._end(sequence, FinishReason.CANCELLED)
 
@@ -350,10 +362,47 @@ class Node:
                 self._send(export, sequence, final=complete)
             self._forget_readers(sequence.request)
 
+    def _await_source(self, sequence: Sequence) -> None:
+        """Set the timer that gives the source up if nothing more is heard of it."""
+        key = fetch_timer(sequence.request)
+        self._timers[key] = sequence
+        self._commands.append(SetTimer(key, sequence.heard_at + self._config.fetch_silent_s_max))
+
+    def _stop_fetch(self, sequence: Sequence) -> None:
+        """Give a fetch up, if that has not been done; its blocks may be written to until it has ended."""
+        if self._stop_awaiting(sequence):
+            self._commands.append(StopFetch(sequence.request))
+
+    def _stop_awaiting(self, sequence: Sequence) -> bool:
+        """Clear the timer of a fetch; False if there is none, since it was given up already."""
+        key = fetch_timer(sequence.request)
+        if self._timers.pop(key, None) is None:
+            return False
+        self._commands.append(ClearTimer(key))
+        return True
+
+    def _on_source_silent(self, sequence: Sequence) -> None:
+        """Give a fetch up whose source has been silent for too long; one that was heard of since the timer was set may go on."""
+        if sequence.heard_at + self._config.fetch_silent_s_max > self._now:
+            self._await_source(sequence)
+        else:
+            self._commands.append(StopFetch(sequence.request))
+
+    def _on_source_lost(self, event: SourceLost) -> None:
+        """Compute what was to come from a lost node."""
+        sequence = self._sequences.get(event.request)
+        if sequence is None or sequence.assignment.source != event.source:
+            return
+        if sequence.phase is Phase.FETCHING:
+            self._stop_fetch(sequence)
+        elif sequence.phase is Phase.WAITING and not sequence.fetched:
+            self._scheduler.forgo_fetch(sequence)
+
     def _on_fetch_progressed(self, event: FetchProgressed) -> None:
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.phase is not Phase.FETCHING or sequence.ending is not None:
             return
+        sequence.heard_at = self._now
         self._scheduler.advance_fetch(sequence, event.tokens)
         self._advance(sequence)
 
@@ -362,6 +411,7 @@ class Node:
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.phase is not Phase.FETCHING:
             return
+        self._stop_awaiting(sequence)
         if sequence.ending is not None:
             self._end(sequence, sequence.ending)
             return
@@ -479,8 +529,10 @@ class Node:
             self._commands.append(ClearTimer(export.timer))
 
     def _on_timer_fired(self, key: TimerKey) -> None:
-        """Stop holding a prompt that nobody fetched, or answer a peer whose request was never assigned here."""
+        """Stop holding a prompt that nobody fetched, give a silent source up, or answer a peer whose request never came."""
         match self._timers.pop(key, None):
+            case Sequence(phase=Phase.FETCHING) as sequence:
+                self._on_source_silent(sequence)
             case Sequence() as sequence:
                 self._drop_held(sequence)
             case Export() as export:
@@ -518,6 +570,8 @@ class Node:
             assert timed == (sequence.phase is Phase.HELD), (
                 f"request {sequence.request} is {sequence.phase.value}, timer: {timed}"
             )
+            awaits = fetch_timer(sequence.request) in self._timers
+            assert not awaits or sequence.phase is Phase.FETCHING, f"request {sequence.request} is {sequence.phase.value}, awaits"
         for request, readers in self._readers.items():
             for export in readers:
                 known = request in self._sequences

@@ -163,6 +163,13 @@ class Scheduler:
         self._set_queued(sequence, sequence.remaining_tokens)
         self._prefill(sequence)
 
+    def forgo_fetch(self, sequence: Sequence) -> None:
+        """Let a waiting sequence compute what it was to fetch."""
+        assert sequence.phase is Phase.WAITING, f"request {sequence.request} is {sequence.phase.value}, not waiting"
+        sequence.fetched = True
+        hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
+        self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+
     # --- admission --------------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Sequence]:

@@ -46,6 +46,7 @@ class Sequence:
         "fresh",
         "frontier",
         "hashes",
+        "heard_at",
         "hold",
         "leader",
         "output_tokens",
@@ -99,6 +100,8 @@ class Sequence:
         self.queued = 0
         #: True once its source was asked, or is not needed.
         self.fetched = assignment.source is None
+        #: When its source was last heard of, while it fetches.
+        self.heard_at = 0.0
         #: The block it will register next; others who need it wait for it (`followers`: registered blocks needed, who).
         self.frontier: BlockHash | None = None
         self.followers: list[tuple[int, Sequence]] = []

@@ -13,6 +13,7 @@ from orchestrator.core.commands import (
     ClearTimer,
     Complete,
     Refuse,
+    ReportSourceLost,
     RequestReplay,
     Restart,
     SetTimer,
@@ -151,9 +152,39 @@ def test_the_prefill_node_fetches_what_the_session_generated_elsewhere(make_clus
 def test_a_lost_prefill_node_leaves_its_part_to_the_decode_node(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("p0", "d0", router=APART)
     cluster.handle(arrived(), 0.0)
-    assert cluster.handle(NodeLost(P0, "killed"), 1.0) == []
+    # whoever reads from it is told
+    assert cluster.handle(NodeLost(P0, "killed"), 1.0) == [ReportSourceLost(D0, R1, P0)]
     ended = end_of(1, computed_tokens=9)
     assert without_timers(cluster.handle(reported("d0", ended=[ended]), 2.0)) == [Complete(R1, ended, 0, 0)]
+
+
+def test_a_prefill_node_lost_after_its_part_is_reported_too_until_the_first_token(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0", router=APART)
+    cluster.handle(arrived(1), 0.0)
+    cluster.handle(arrived(2), 0.0)
+    for request in (1, 2):
+        cluster.handle(reported("p0", ended=[end_of(request, FinishReason.PREFILLED, 9)]), 1.0)
+    cluster.handle(reported("d0", first=[1]), 2.0)
+    assert cluster.handle(NodeLost(P0, "killed"), 3.0) == [ReportSourceLost(D0, R2, P0)]
+
+
+def test_a_lost_node_that_only_cached_blocks_is_reported_to_the_prefill_node_that_reads_them(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0", "d1", router=APART)
+    cluster.handle(reported("d0", stored("abcdefgh")), 1.0)
+    assigns = [command for command in cluster.handle(arrived(1, "abcdefghij"), 2.0) if isinstance(command, Assign)]
+    assert assigns[0].assignment.source == D0
+    commands = cluster.handle(NodeLost(D0, "killed"), 3.0)
+    if assigns[1].node == D0:  # then both parts start over
+        assert nodes_of(commands) == ["p0", "d1"]
+    else:
+        assert commands == [ReportSourceLost(P0, R1, D0)]
+
+
+def test_a_source_that_starts_anew_is_reported_to_its_readers(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0", router=APART)
+    cluster.handle(arrived(), 0.0)
+    commands = cluster.handle(NodeJoined(spec_of("p0", incarnation=2)), 1.0)
+    assert ReportSourceLost(D0, R1, P0) in commands
 
 
 def test_a_failed_prefill_leaves_its_part_to_the_decode_node(make_cluster: MakeCluster) -> None:

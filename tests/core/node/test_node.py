@@ -34,6 +34,7 @@ from orchestrator.core.events import (
     NodeEvent,
     ReplayRequested,
     SliceResult,
+    SourceLost,
     StepFailed,
     StepFinished,
     TimerFired,
@@ -62,6 +63,7 @@ MakeNode = Callable[..., Node]
 R1, R2, R3 = RequestId(1), RequestId(2), RequestId(3)
 E1, E2 = ExportId(1), ExportId(2)
 PEER = NodeId("peer")
+SILENT, SILENT_S = TimerKey("fetch:1"), SchedulerConfig().fetch_silent_s_max
 A, AB, ABC = prompt_hashes("abc")
 
 
@@ -189,7 +191,7 @@ def test_a_follower_computes_for_itself_when_its_leader_is_cancelled(make_node: 
     node = make_node()
     feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
     assert feed(node, Assigned(assignment(2))) == []  # the blocks it needs are on their way
-    assert feed(node, Cancelled(R1)) == [StopFetch(R1), step(1, part(2, 0, 9, 0, (3, 4, 5)))]
+    assert feed(node, Cancelled(R1)) == [ClearTimer(SILENT), StopFetch(R1), step(1, part(2, 0, 9, 0, (3, 4, 5)))]
     feed(node, FetchEnded(R1, 0))
 
 
@@ -300,9 +302,16 @@ def test_a_decode_node_fetches_what_is_being_computed_and_computes_the_last_toke
     node = make_node()
     source = {"source": PEER, "source_tokens": 9, "source_pending": True}
     # Blocks for the whole prompt; the last token's block is not fetched.
-    assert feed(node, Assigned(assignment(1, **source))) == [Fetch(R1, PEER, (A, AB), 0, blocks(0, 1), 8, pending=True)]
+    assert feed(node, Assigned(assignment(1, **source))) == [
+        Fetch(R1, PEER, (A, AB), 0, blocks(0, 1), 8, pending=True),
+        SetTimer(SILENT, SILENT_S),
+    ]
     assert feed(node, FetchProgressed(R1, 4)) == [stored(1, None, A)]
-    assert feed(node, FetchEnded(R1, 8, computed_tokens=5)) == [step(1, part(1, 8, 1, 0, (0, 1, 2))), stored(2, A, AB)]
+    assert feed(node, FetchEnded(R1, 8, computed_tokens=5)) == [
+        ClearTimer(SILENT),
+        step(1, part(1, 8, 1, 0, (0, 1, 2))),
+        stored(2, A, AB),
+    ]
     # Five tokens were computed for this request there, one here.
     assert feed(node, finished(1, token(1)))[0] == first_token(1, computed=6)
 
@@ -311,8 +320,41 @@ def test_what_a_fetch_does_not_bring_is_computed_here(make_node: MakeNode) -> No
     node = make_node()
     feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
     commands = feed(node, FetchEnded(R1, 4, failure="link broken"))
-    assert commands[0] == step(1, part(1, 4, 5, 0, (0, 1, 2)))
+    assert commands[1] == step(1, part(1, 4, 5, 0, (0, 1, 2)))
     assert feed(node, finished(1, token(1)))[0] == first_token(1, computed=5)
+
+
+def test_a_source_that_is_silent_for_too_long_is_given_up(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
+    feed(node, FetchProgressed(R1, 4), now=1.0)
+    # it was heard of since the timer was set: it has its whole time again
+    assert feed(node, TimerFired(SILENT), now=SILENT_S) == [SetTimer(SILENT, 1.0 + SILENT_S)]
+    assert feed(node, TimerFired(SILENT), now=1.0 + SILENT_S) == [StopFetch(R1)]
+    # its blocks may be written to until the fetch has ended
+    assert feed(node, SourceLost(R1, PEER), now=200.0) == []
+    assert feed(node, FetchEnded(R1, 4, failure="stopped"), now=200.0)[0] == step(1, part(1, 4, 5, 0, (0, 1, 2)))
+
+
+def test_a_fetch_from_a_lost_source_ends_and_the_rest_is_computed_here(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
+    assert feed(node, SourceLost(R1, NodeId("another"))) == []
+    assert feed(node, SourceLost(R2, PEER)) == []
+    assert feed(node, SourceLost(R1, PEER)) == [ClearTimer(SILENT), StopFetch(R1)]
+    assert feed(node, SourceLost(R1, PEER)) == []
+    assert feed(node, FetchEnded(R1, 0, failure="stopped"))[0] == step(1, part(1, 0, 9, 0, (0, 1, 2)))
+
+
+def test_a_request_that_waits_does_not_ask_a_source_that_is_lost(make_node: MakeNode) -> None:
+    node = make_node(sequences_max=1)
+    feed(node, Assigned(assignment(1, "a", output_tokens_max=1)))
+    feed(node, Assigned(assignment(2, "bc", source=PEER, source_tokens=9, source_pending=True)))
+    assert node.load().waiting == 1
+    feed(node, SourceLost(R2, PEER))
+    commands = feed(node, finished(1, token(1)))
+    assert not [command for command in commands if isinstance(command, Fetch)]
+    assert [command.slices[0].count for command in commands if isinstance(command, RunStep)] == [9]
 
 
 def test_blocks_cached_at_a_peer_are_fetched_if_there_is_a_whole_one(make_node: MakeNode) -> None:
@@ -320,7 +362,8 @@ def test_blocks_cached_at_a_peer_are_fetched_if_there_is_a_whole_one(make_node: 
     feed(node, Assigned(assignment(1, "a", output_tokens_max=1)), finished(1, token(1)))
     # Block a is here; the peer has 11 tokens, so b can be fetched and the rest of c cannot.
     assert feed(node, Assigned(assignment(2, "abc", source=PEER, source_tokens=11))) == [
-        Fetch(R2, PEER, (A, AB, ABC), 1, blocks(1), 8, pending=False)
+        Fetch(R2, PEER, (A, AB, ABC), 1, blocks(1), 8, pending=False),
+        SetTimer(TimerKey("fetch:2"), SILENT_S),
     ]
     # Others step meanwhile; this one has nothing to fetch.
     assert feed(node, Assigned(assignment(3, "a", source=PEER, source_tokens=7)))[0] == step(2, part(3, 4, 1, 0, (0, 4)))
@@ -331,7 +374,7 @@ def test_a_prefill_may_fetch_too_and_passes_on_what_its_source_computed(make_nod
     feed(node, Assigned(assignment(1, "ab", role=Role.PREFILL, source=PEER, source_tokens=8)))
     feed(node, ExportOpened(E1, R1, (A, AB), 0, 8, pending=True))
     assert feed(node, FetchProgressed(R1, 4))[0] == SendBlocks(E1, blocks(0), 4, final=False)
-    assert feed(node, FetchEnded(R1, 8, computed_tokens=3))[1:4:2] == [
+    assert feed(node, FetchEnded(R1, 8, computed_tokens=3))[2:5:2] == [
         ended(1, FinishReason.PREFILLED, computed=3),
         SendBlocks(E1, blocks(1), 8, final=True, computed_tokens=3),
     ]
@@ -359,7 +402,7 @@ def test_a_cancel_during_a_step_waits_for_its_end_and_drops_its_result(make_node
 def test_a_cancel_during_a_fetch_stops_it_and_waits_for_its_end(make_node: MakeNode) -> None:
     node = make_node()
     feed(node, Assigned(assignment(1, source=PEER, source_tokens=9, source_pending=True)))
-    assert feed(node, Cancelled(R1)) == [StopFetch(R1)]
+    assert feed(node, Cancelled(R1)) == [ClearTimer(SILENT), StopFetch(R1)]
     assert feed(node, FetchProgressed(R1, 4)) == []
     assert node.load().blocks_used == 3
     assert feed(node, FetchEnded(R1, 4)) == [Forget(R1), ended(1, FinishReason.CANCELLED)]

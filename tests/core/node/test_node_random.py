@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.core.commands import NodeCommand
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import Cancelled, GatewayLost, ReplayRequested
+from orchestrator.core.events import Cancelled, GatewayLost, ReplayRequested, SourceLost
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     Assignment,
@@ -63,6 +63,7 @@ class Scenario:
             waiting_max=12,
             hold_s_max=2.0,
             fetch_wait_s_max=0.5,
+            fetch_silent_s_max=0.4,
             replay_batches_max=8,
             prefix_caching=caching,
         )
@@ -123,6 +124,9 @@ class Scenario:
             driver.later(delay_s, lambda: driver.tell(node, GatewayLost(gateway)))
         elif chance < 0.47:
             driver.later(delay_s, lambda: self.resync(node))
+        elif chance < 0.57:
+            source = self.random.choice((PREFILL, OTHER))
+            driver.later(delay_s, lambda: driver.tell(node, SourceLost(request, source)))
 
     def break_some_fetch(self) -> None:
         if self.driver.transfers:
