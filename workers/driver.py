@@ -60,6 +60,7 @@ from orchestrator.core.types import (
 )
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.journal import JournalWriter
+from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
 from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
@@ -100,6 +101,8 @@ class GatewayStream(Protocol):
 @dataclass(slots=True)
 class _Sequence:
     """What the driver keeps of a request."""
+
+    name: str
 
     outbox: Outbox
     #: Hash of the last full block, or the root; the next block's parent.
@@ -204,6 +207,7 @@ class NodeDriver:
                 if outbox is not None:
                     outbox.add_first_token(codec.first_token_message(report))
             case ReportEnded(report):
+                self._log_end(report)
                 self._forget(report.request)
                 self._report_ended(report)
             case Forget(request):
@@ -223,6 +227,13 @@ class NodeDriver:
                 self._clear_timer(key)
             case _:
                 assert_never(command)
+
+    def _log_end(self, report: Ended) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            sequence = self._sequences.get(report.request)
+            fields = {REQUEST: sequence.name if sequence is not None else "", "number": report.request, "node": self.spec.id}
+            counts = {"output_tokens": report.output_tokens, "computed_tokens": report.computed_tokens}
+            log.debug("ended: %s", report.reason.value, extra={**fields, **counts})
 
     def _forget(self, request: RequestId) -> None:
         if self._sequences.pop(request, None) is not None:
@@ -400,6 +411,7 @@ class NodeDriver:
         tokens.frombytes(submit.tokens)
         block_tokens = self.spec.block_tokens
         self._sequences[request] = _Sequence(
+            name=assignment.name,
             outbox=outbox,
             hash=assignment.hashes[-1] if assignment.hashes else BlockHash(submit.hash_root),
             tail=tokens[len(assignment.hashes) * block_tokens :],
@@ -407,6 +419,9 @@ class NodeDriver:
             source_address=submit.source_address,
             source_host=submit.source_host,
         )
+        if log.isEnabledFor(logging.DEBUG):
+            fields = {REQUEST: assignment.name, "number": request, "node": self.spec.id, "tokens": assignment.prompt_tokens}
+            log.debug("%s taken", assignment.role.value, extra=fields)
         self._runner.add(request, tokens, sampling_params(submit.sampling))
         self.handle(Assigned(assignment))
 

@@ -4,7 +4,7 @@ A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
     [cluster]  [gateway]  [limits]  [router]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]  [pools.profile]
-    [pools.hardware]
+    [pools.hardware]  [log]
 """
 
 import types
@@ -50,6 +50,29 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):
         text = f"too long to be shown ({type(value).__name__})"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
+
+
+class LogFormat(StrEnum):
+    """How a line of a log looks."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """[log]: what processes write down of their doings."""
+
+    #: Least level written: debug (every request), info, warning, error.
+    level: str = "info"
+    #: human or json.
+    format: LogFormat = LogFormat.HUMAN
+    #: Folder, on each host, in which each process has its file. Empty: standard error, which Ray keeps with its own logs.
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        known = ("debug", "info", "warning", "error")
+        require(self.level in known, "level", f"must be one of {', '.join(known)}, is {self.level!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +490,7 @@ class ClusterConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     models: Mapping[str, ModelConfig] = field(default_factory=lambda: {"default": ModelConfig()})
     pools: tuple[PoolConfig, ...] = ()
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         require(len(self.pools) > 0, "pools", "at least one [[pools]] table is needed")

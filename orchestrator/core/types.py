@@ -91,6 +91,8 @@ class Request:
     priority: int = 0
     #: Seconds from arrival after which the request is given up.
     timeout_s: float = 600.0
+    #: What clients, logs and traces call it.
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class Assignment:
     priority: int = 0
     #: Last block of the session's former prompt, if this prompt replaces it: what only that one had is dead.
     superseded: BlockHash | None = None
+    #: What clients, logs and traces call the request.
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

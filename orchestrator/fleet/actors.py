@@ -25,6 +25,7 @@ from orchestrator.fleet.processes import Part, ProcessName, pool_of, pools_by_no
 from orchestrator.fleet.vital import Vital, end, own_vital
 from orchestrator.live.front import Front, Membership
 from orchestrator.live.secret import with_secrets
+from orchestrator.wire.logs import open_log
 from orchestrator.wire.trust import read_trust
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
@@ -152,6 +153,7 @@ class _Process:
         """Take the configuration with what its secrets name on this host."""
         self._config = config
         self._lookout = Lookout(config, self._part.name, self._incarnation, self.ends_controller)
+        open_log(self._part.name, config.log)
         return with_secrets(config)
 
     def _close(self) -> None:

@@ -56,6 +56,7 @@ from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.journal import JournalWriter
+from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Trust
 
 log = logging.getLogger("weft.driver")
@@ -227,6 +228,7 @@ class ClusterDriver:
             service_class=turn.service_class,
             priority=turn.priority,
             timeout_s=self._config.limits.request_s_max,
+            name=turn.name,
         )
 
     def abandon(self, stream: TurnStream) -> None:
@@ -386,6 +388,11 @@ class ClusterDriver:
     def _execute(self, command: ClusterCommand) -> None:
         match command:
             case Assign():
+                if log.isEnabledFor(logging.DEBUG):
+                    part = command.assignment
+                    log.debug(
+                        "%s assigned to %s", part.role.value, command.node, extra={REQUEST: part.name, "number": part.request}
+                    )
                 self._assign(command)
             case Cancel(node, request):
                 link = self._links.get(node)

@@ -36,6 +36,8 @@ class Turn:
     session: SessionId | None = None
     service_class: ServiceClass = ServiceClass.STANDARD
     priority: int = 0
+    #: What clients, logs and traces call the request.
+    name: str = ""
 
 
 @dataclass(slots=True)

@@ -30,6 +30,8 @@ NODE_METADATA = "weft-node"
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 #: Characters of a message that a node ends a request with.
 MESSAGE_CHARS_MAX = 4096
+#: Characters of a request's name.
+NAME_CHARS_MAX = 128
 #: Frames that a node sends to a gateway beyond those it is known to have read; what comes up meanwhile goes out together. The
 #: gateway tells with what it sends anyway, and by itself when half of them are not told.
 FRAMES_UNREAD_MAX = 4
@@ -99,6 +101,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         source_pending=assignment.source_pending,
         sampling=sampling,
         superseded=assignment.superseded or b"",
+        name=assignment.name,
     )
 
 
@@ -121,6 +124,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         source_pending=submit.source_pending,
         priority=submit.priority,
         superseded=hash_from(submit.superseded, "superseded"),
+        name=submit.name[:NAME_CHARS_MAX],
     )
 
 

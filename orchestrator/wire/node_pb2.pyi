@@ -53,7 +53,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Submit(_message.Message):
     SOURCE_PENDING_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -82,7 +83,8 @@ class Submit(_message.Message):
     source_pending: bool
     sampling: Sampling
     superseded: bytes
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ...) -> None: ...
+    name: str
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias")

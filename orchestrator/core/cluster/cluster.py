@@ -607,6 +607,7 @@ def _part(
         source_pending=pending,
         priority=request.priority,
         superseded=superseded,
+        name=request.name,
     )
 
 

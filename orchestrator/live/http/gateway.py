@@ -60,6 +60,7 @@ from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.tools import ToolParser, make_parser
 from orchestrator.live.turns import Prompt, TokenStream, Turn, TurnDriver, TurnFailed
+from orchestrator.wire.logs import REQUEST
 
 log = logging.getLogger("weft.gateway")
 
@@ -268,7 +269,7 @@ class Gateway:
         try:
             await self._cold(scope, receive, named)
         except Exception:  # The routes have answered it (`_on_fault`); it must not end the connection as well.
-            log.exception("request %s failed", exchange.request_id.decode())
+            log.exception("a request failed by a fault of ours", extra={REQUEST: exchange.request_id.decode()})
         known = exchange.path in PROBED or exchange.path == MODELS or exchange.path.startswith(f"{MODELS}/")
         endpoint = f"/{'/'.join(exchange.path.split('/')[1:3])}" if known else UNKNOWN_ENDPOINT
         if exchange.path not in PROBED or exchange.status >= 400:
@@ -308,8 +309,11 @@ class Gateway:
         except ClientGone:
             exchange.status = CLIENT_GONE
         except Exception:  # A fault of ours must end this request alone, with an answer, and be found in the log.
-            log.exception("request %s failed", exchange.request_id.decode())
+            log.exception("a request failed by a fault of ours", extra={REQUEST: exchange.request_id.decode()})
             await exchange.fail()
+        if log.isEnabledFor(logging.DEBUG):
+            fields = {REQUEST: exchange.request_id.decode(), "status": exchange.status, "model": label, "tenant": tenant}
+            log.debug("%s answered", exchange.path, extra=fields)
         self._metrics.answered(label, exchange.path, exchange.status, tenant)
 
     async def _passed_on(self, exchange: Exchange, body: bytes, session: SessionId) -> bool:
@@ -423,6 +427,7 @@ class Gateway:
             session=job.session,
             service_class=request.service_class,
             priority=request.urgency,
+            name=job.exchange.request_id.decode(),
         )
 
     def _start(self, job: _Job, turn: Turn, index: int, parser: AnswerParser | None, scored: bool) -> _Choice:

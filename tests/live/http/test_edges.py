@@ -224,7 +224,7 @@ def test_a_fault_of_ours_ends_one_request_with_a_well_formed_error(
         answer = await client.post(CHAT, json={**CHAT_BODY, "stream": stream}, headers={"x-request-id": "find-me"})
         error = check_error(answer, 500)
         assert "a fault" not in error["message"]
-        assert [record for record in caplog.records if record.exc_info and "find-me" in record.getMessage()]
+        assert [record for record in caplog.records if record.exc_info and vars(record)["request"] == "find-me"]
         assert 'status="500"' in served.metrics.render().decode()
         served.driver.script = lambda turn: Script(["fine"])
         assert (await client.post(CHAT, json=CHAT_BODY)).status_code == 200
