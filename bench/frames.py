@@ -219,7 +219,7 @@ class GatewayVictim(Victim):
         self._frames: asyncio.Queue[bytes | None] = asyncio.Queue(64)
         self._honest = False
         self._streams: Counter[str] = Counter()
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=codec.CHANNEL_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._serve, _raw, _raw)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("weft.node.v1.Node", {"Connect": handler}),))
         address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -274,7 +274,9 @@ class GatewayVictim(Victim):
 
     async def works(self) -> bool:
         self._honest = True
-        await self._frames.put(None)
+        while not self._frames.empty():
+            self._frames.get_nowait()
+        self._frames.put_nowait(None)
         for _ in range(int(ANSWER_S_MAX / 0.05)):
             if self._driver.ready:
                 return not self.failures
