@@ -170,6 +170,15 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     assert asked <= known_names()
 
 
+def test_alerts_ask_for_metrics_that_exist_and_say_what_is_wrong() -> None:
+    rules = [rule for group in yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
+    asked = {name for rule in rules for name in re.findall(r"weft_\w+", rule["expr"])}
+    assert asked
+    assert asked <= known_names()
+    assert {rule["labels"]["severity"] for rule in rules} == {"page", "ticket"}
+    assert [rule["alert"] for rule in rules if not rule["annotations"]["summary"]] == []
+
+
 def known_names() -> set[str]:
     """Return every series name the gateway can export."""
     metrics = Metrics(GatewayId(0), 1, {})

@@ -14,7 +14,7 @@ from orchestrator.cli.main import main
 from orchestrator.core.config import ClusterConfig, ClusterSettings
 from orchestrator.core.types import BlockHash, FinishReason, GatewayId, ModelName, NodeId, PoolName, RequestId, SessionId
 from orchestrator.live import recorder
-from orchestrator.live.front import Front
+from orchestrator.live.front import Front, Membership, NodePlace
 from orchestrator.live.recorder import BlockNamer, Recorder, open_recorder
 from orchestrator.live.turns import Turn
 from orchestrator.sim.names import starts_with
@@ -95,7 +95,8 @@ def test_what_a_real_gateway_served_can_be_read_and_says_what_was_served(tmp_pat
             pools = {NodeId(node): PoolName("both")}
             front = Front(config, GatewayId(1), "127.0.0.1", 0, {"default": folder}, names, pools, served.failures.append)
             address = await front.start()
-            await front.set_nodes(list(served.addresses.items()))
+            places = tuple(NodePlace(node, PoolName("both"), address) for node, address in served.addresses.items())
+            await front.set_members(Membership(1, places))
             async with httpx.AsyncClient(base_url=address.url, trust_env=False) as client:
                 while (await client.get("/health")).status_code != httpx.codes.OK:
                     pass

@@ -2,9 +2,9 @@
 
 A generation request goes through these steps, each of which may end it with an error body:
 
-    key -> tenant, body -> request (`openai_api.py`), name -> model, headers -> session -> another gateway (`proxy.py`)?
+    key -> tenant, body -> request (`openai/requests.py`), name -> model, headers -> session -> another gateway (`proxy.py`)?
     messages -> text (`templates.py`) -> tokens and block hashes (`prompts.py`) -> turns -> driver
-    tokens -> pieces (`generation.py`) -> body or events (`responses.py`) -> client
+    tokens -> pieces (`generation.py`) -> body or events (`openai/answers.py`) -> client
 
 The generation endpoints are plain ASGI; everything else is a FastAPI application (`routes.py`) behind them.
 """
