@@ -20,7 +20,8 @@ from orchestrator.wire.trust import Trust
 T = TypeVar("T")
 
 #: What all processes of a tests' cluster know.
-TRUST = Trust(b"the tests' secret")
+SECRET = "the tests' secret"
+TRUST = Trust(SECRET.encode())
 #: Tokens in a block in tests: few enough to count on one hand.
 BLOCK_TOKENS = 4
 

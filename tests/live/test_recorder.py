@@ -20,6 +20,7 @@ from orchestrator.live.turns import Turn
 from orchestrator.sim.names import starts_with
 from orchestrator.traces import TracedTurn, read_trace
 from orchestrator.traces.turns import Runs
+from tests.builders import SECRET
 from tests.live.serving import BLOCK_TOKENS, cluster, run, together, turn
 from workers.engines.checkpoint import default_model_path, fingerprint
 
@@ -87,7 +88,7 @@ def test_what_a_real_gateway_served_can_be_read_and_says_what_was_served(tmp_pat
     async def scenario() -> None:
         folder = default_model_path()
         config = together()
-        config = replace(config, cluster=ClusterSettings(secret="s", record=str(file)))
+        config = replace(config, cluster=ClusterSettings(secret=SECRET, record=str(file)))
         config = replace(config, gateway=replace(config.gateway, http_port=0, grpc_port=0))
         async with cluster(config, folder) as served:
             node = next(iter(served.servers))
