@@ -347,6 +347,7 @@ class NodeDriver:
             outbox.grace.cancel()
             outbox.grace = None
         outbox.stream = asyncio.current_task()
+        outbox.start_beating(hello.heartbeat_s)
         return outbox, resumed
 
     def _detach(self, outbox: Outbox) -> None:
@@ -354,12 +355,14 @@ class NodeDriver:
         if outbox.stream is not asyncio.current_task():
             return
         outbox.stream = None
+        outbox.stop_beating()
         if self._outboxes.get(outbox.gateway) is outbox and not self._closed:
             outbox.grace = self._loop.call_later(self._limits.gateway_lost_s, self._lose, outbox)
 
     def _lose(self, outbox: Outbox) -> None:
         """Give a gateway up: drop what waits for it and end its requests."""
         outbox.cancel_timer()
+        outbox.stop_beating()
         if outbox.grace is not None:
             outbox.grace.cancel()
         if outbox.stream is not None:
@@ -527,6 +530,7 @@ class NodeDriver:
                 timer.cancel()
         for outbox in self._outboxes.values():
             outbox.cancel_timer()
+            outbox.stop_beating()
             if outbox.stream is not None:
                 outbox.stream.cancel()
         self._exports.close()

@@ -12,13 +12,17 @@ from orchestrator.core.types import GatewayId, Load, RequestId
 from orchestrator.wire import codec, node_pb2
 from workers.engines.base import TokenLogprobs
 
+#: Seconds between two heartbeats at least, whatever a gateway asks for.
+HEARTBEAT_S_MIN = 0.005
+
 
 class Outbox:
     """One gateway's pending frame and the state of its stream."""
 
     __slots__ = (
-        "_ended", "_first_tokens", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due", "frames_read",
-        "frames_received", "frames_sent", "gateway", "grace", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
+        "_beat", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due",
+        "frames_read", "frames_received", "frames_sent", "gateway", "grace", "incarnation", "news_told", "requests", "stream",
+        "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -36,6 +40,9 @@ class Outbox:
         #: When the next frame may go out that is not urgent, and what wakes the writer then.
         self.due = 0.0
         self.timer: asyncio.TimerHandle | None = None
+        #: Sees that a frame goes out at least every other time it fires; and the frames that had gone when it last did.
+        self._beat: asyncio.TimerHandle | None = None
+        self._frames_at_beat = 0
         #: The core's news when the gateway was last told of the load.
         self.news_told = -1
         #: Sequence i has counts[i] of tokens, in order; the driver appends to these three itself, once a token.
@@ -108,6 +115,24 @@ class Outbox:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+    def start_beating(self, heartbeat_s: float) -> None:
+        """Have a frame sent whenever none has been for so long; 0 for never."""
+        self.stop_beating()
+        if heartbeat_s > 0:
+            loop = asyncio.get_running_loop()
+            self._beat = loop.call_later(max(heartbeat_s, HEARTBEAT_S_MIN), self._on_beat, heartbeat_s)
+
+    def stop_beating(self) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
+            self._beat = None
+
+    def _on_beat(self, heartbeat_s: float) -> None:
+        if self.frames_sent == self._frames_at_beat:
+            self.wake()
+        self._frames_at_beat = self.frames_sent
+        self.start_beating(heartbeat_s)
 
     async def awake(self) -> None:
         """Wait for `wake`."""

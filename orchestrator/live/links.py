@@ -4,8 +4,9 @@
          ^                                                │
          └──────────── lost (reported once) <── too long away, frames lost, or given up
 
-A node is reported lost when it was away for `lost_s`, when frames got lost with a stream (both ends count them), or at once when
-somebody who knows says so. Trying goes on until `close`.
+A node is reported lost when it was away for `lost_s`, when frames got lost with a stream (both ends count them), when nothing
+came on a stream for `lost_s` (a process that hangs keeps its sockets), or at once when somebody who knows says so. Trying goes on
+until `close`.
 """
 
 import asyncio
@@ -28,6 +29,10 @@ RETRY_S_MIN = 0.05
 RETRY_S_MAX = 1.0
 #: Seconds a node has to answer Hello.
 WELCOME_S_MAX = 5.0
+#: Frames that a node sends within `lost_s` at least, and looks that the gateway takes at it in that time. A frame may come two
+#: heartbeats after the one before, and the machine may be busy.
+HEARTBEATS = 6
+LOOKS = 3
 
 
 class Call(Protocol):
@@ -64,6 +69,42 @@ class NodeSink(Protocol):
         ...
 
 
+class Watch:
+    """Ends the reading of a stream on which nothing has come for `lost_s`, a third of it later at most.
+
+    A gateway that stood still itself must not take that for its nodes' silence: a look that comes late counts as a frame.
+    """
+
+    def __init__(self, reading: asyncio.Timeout, lost_s: float) -> None:
+        #: Set with each frame.
+        self.heard = True
+        self._reading = reading
+        self._interval_s = lost_s / LOOKS
+        self._loop = asyncio.get_running_loop()
+        self._silent_looks = 0
+        self._look_later()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _look_later(self) -> None:
+        self._due_s = self._loop.time() + self._interval_s
+        self._timer = self._loop.call_at(self._due_s, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self.heard or now - self._due_s > self._interval_s:
+            self._silent_looks = 0
+        else:
+            self._silent_looks += 1
+        self.heard = False
+        if self._silent_looks >= LOOKS:
+            self._reading.reschedule(now)
+        else:
+            self._look_later()
+
+
 class NodeLink:
     """The stream to one node. `start` and `close` bracket its life."""
 
@@ -74,7 +115,7 @@ class NodeLink:
         self.address = address
         #: The node as it described itself; None until it has joined and after it was lost.
         self.spec: NodeSpec | None = None
-        self._hello = node_pb2.Hello(gateway=gateway, incarnation=incarnation)
+        self._hello = node_pb2.Hello(gateway=gateway, incarnation=incarnation, heartbeat_s=lost_s / HEARTBEATS)
         self._sink = sink
         self._trust = trust
         self._lost_s = lost_s
@@ -174,15 +215,10 @@ class NodeLink:
                 return "unfit"
             writer = asyncio.ensure_future(self._write(call))
             try:
-                while isinstance(frame := await call.read(), node_pb2.NodeFrame):
-                    self._hello.frames_received += 1
-                    self._on_frame(frame)
-                    if self._must_tell:
-                        self._wake.set()
+                return await self._read(call)
             finally:
                 writer.cancel()
                 await asyncio.wait((writer,))
-            return "the node ended the stream"
         except grpc.aio.AioRpcError as error:
             return error.details() or str(error.code())
         except TimeoutError:
@@ -194,6 +230,26 @@ class NodeLink:
             return str(error)
         finally:
             call.cancel()
+
+    async def _read(self, call: Call) -> str:
+        """Take frames until the stream ends or says nothing for too long; returns which."""
+        try:
+            async with asyncio.timeout(None) as reading:
+                watch = Watch(reading, self._lost_s)
+                try:
+                    while isinstance(frame := await call.read(), node_pb2.NodeFrame):
+                        watch.heard = True
+                        self._hello.frames_received += 1
+                        self._on_frame(frame)
+                        if self._must_tell:
+                            self._wake.set()
+                finally:
+                    watch.close()
+        except TimeoutError:
+            reason = f"nothing came from it for {self._lost_s:g} s"
+            self.give_up(reason)
+            return reason
+        return "the node ended the stream"
 
     def _welcomed(self, frame: node_pb2.NodeFrame) -> bool:
         """Take the node's Welcome. Returns False if the node is not to be used."""

@@ -529,6 +529,8 @@ class World:
         nodes = list(self.machines)
         for _ in range(faults.crashes):
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._crash, self._random.choice(nodes), faults)
+        for _ in range(faults.hangs):
+            self.agenda.at(self._random.uniform(0.0, faults.until_s), self._hang, self._random.choice(nodes), faults)
         for node in self._random.sample(nodes, min(faults.slow_nodes, len(nodes))):
             self._slowness[node] = faults.slowness
             self.machines[node].set_slowness(faults.slowness)
@@ -541,21 +543,33 @@ class World:
 
     def _crash(self, node: NodeId, faults: Faults) -> None:
         """Stop a node dead; gateways notice after a while, and it comes back empty."""
+        if self._stop(node):
+            self.transfers.drop(node)
+            self.agenda.at(self.agenda.now + faults.restart_s, self._restart, self.machines[node].spec)
+
+    def _hang(self, node: NodeId, faults: Faults) -> None:
+        """Let a node stand still: its connections stay until it is killed, so that whoever waits for it must be told."""
+        if self._stop(node):
+            killed_at = self.agenda.now + self._config.cluster.hung_s
+            self.agenda.at(killed_at, self.transfers.drop, node)
+            self.agenda.at(killed_at + faults.restart_s, self._restart, self.machines[node].spec)
+
+    def _stop(self, node: NodeId) -> bool:
+        """Let nothing happen to a node any more, and gateways notice after a while; False if it has stopped already."""
         machine = self.machines[node]
         if not machine.alive:
-            return
+            return False
         machine.use.preemptions += machine.node.load().preemptions
         self._node_events += machine.events
         machine.events = 0
         machine.crash()
         self._incarnations[node] += 1
-        self.transfers.drop(node)
         for key in [key for key in self._timers if key[0] == node]:
             del self._timers[key]
         lost_at = self.agenda.now + self._config.cluster.node_lost_s
         for gateway in self.clusters:
             self.agenda.at(lost_at, self._lose, gateway, node, self._incarnations[node])
-        self.agenda.at(self.agenda.now + faults.restart_s, self._restart, machine.spec)
+        return True
 
     def _lose(self, gateway: GatewayId, node: NodeId, incarnation: int) -> None:
         """Let a gateway give a node up, unless it is back by now."""

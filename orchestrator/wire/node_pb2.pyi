@@ -41,16 +41,18 @@ class LostSource(_message.Message):
     def __init__(self, request: _Optional[int] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("gateway", "incarnation", "frames_sent", "frames_received")
+    __slots__ = ("gateway", "incarnation", "frames_sent", "frames_received", "heartbeat_s")
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FRAMES_SENT_FIELD_NUMBER: _ClassVar[int]
     FRAMES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
     gateway: int
     incarnation: int
     frames_sent: int
     frames_received: int
-    def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ...) -> None: ...
+    heartbeat_s: float
+    def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name")

@@ -139,7 +139,7 @@ def test_a_node_that_dies_before_the_first_token_is_replaced(model_dir: Path) ->
 
     async def scenario() -> None:
         config = patient(
-            ClusterConfig(pools=(pool("both", PoolKind.AGGREGATED, 1, profile=stuck), pool("more", PoolKind.AGGREGATED))), 0.05
+            ClusterConfig(pools=(pool("both", PoolKind.AGGREGATED, 1, profile=stuck), pool("more", PoolKind.AGGREGATED))), 0.3
         )
         async with cluster(config, model_dir) as served:
             observed = served.observed
@@ -187,7 +187,7 @@ def test_a_dead_prefill_node_costs_time_only(model_dir: Path) -> None:
     async def scenario() -> None:
         base = split()
         prefill = pool("prefill", PoolKind.PREFILL, profile=stuck)
-        config = patient(ClusterConfig(pools=(prefill, base.pools[1]), router=base.router), 0.05)
+        config = patient(ClusterConfig(pools=(prefill, base.pools[1]), router=base.router), 0.3)
         async with cluster(config, model_dir) as served:
             stream = served.driver.start(turn(range(200), 5))
             await served.observed.until(lambda: any(a.assignment.role is Role.PREFILL for a in served.observed.seen(Assign)))

@@ -149,12 +149,14 @@ def assert_nothing_outlives_its_faults(seed: int, layout: dict[PoolKind, int]) -
     """Every turn ends as soon after the faults as nodes are found lost, started again and catch up."""
     random = Random(seed)
     faults = Faults(
-        until_s=10.0, crashes=random.randint(1, 6), restart_s=random.choice((0.5, 2.0, 8.0)), slow_nodes=random.randint(0, 2),
+        until_s=10.0, crashes=random.randint(0, 5), hangs=random.randint(1, 3), restart_s=random.choice((0.5, 2.0, 8.0)),
+        slow_nodes=random.randint(0, 2),
         late_share=random.choice((0.0, 0.1)), slowness=6.0,
     )  # fmt: skip
     resolved = cluster(layout, gateways=random.randint(1, 2), blocks=random.choice((300, 512)))
     outcome = World(resolved, agents(5, 3, seed), WorldOptions(seed=seed, checks=True, faults=faults)).run()
-    own_s = resolved.config.cluster.node_lost_s + faults.restart_s + faults.late_s_max + WORK_S
+    settings = resolved.config.cluster
+    own_s = max(settings.node_lost_s, settings.hung_s) + faults.restart_s + faults.late_s_max + WORK_S
     for served in some(outcome.served):
         assert served.ended_s is not None
         late_s = served.ended_s - max(served.arrived_s, faults.until_s)
