@@ -32,6 +32,8 @@ BLOCK_TOKENS, BLOCKS = 16, 512
 ROOT = hash_root(b"secret", "model", "tenant")
 TRUST = Trust(b"the fuzzer's")
 ANSWER_S_MAX = 10.0
+#: Seconds between two frames of an honest node that has nothing to say.
+BEAT_S = 0.25
 CONNECT, FETCH = "/weft.node.v1.Node/Connect", "/weft.node.v1.Node/Fetch"
 
 Maker = Callable[[random.Random], bytes]
@@ -261,7 +263,9 @@ class GatewayVictim(Victim):
             await context.write(frame)
             # The gateway reads before more is sent, so that a stream it ends loses no more than one frame.
             await asyncio.sleep(0)
-        await asyncio.Event().wait()
+        while True:  # an honest node is never silent for long
+            await context.write(node_pb2.NodeFrame().SerializeToString())
+            await asyncio.sleep(BEAT_S)
 
     async def take(self, frames: Sequence[bytes], answers: Counter[str]) -> None:
         before = self._streams["streams"]
