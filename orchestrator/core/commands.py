@@ -200,7 +200,7 @@ class Complete:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Answer a request that was not started with an HTTP status: 400, 429, 503, 504 or 529, and when to come back."""
+    """Answer a request that was not started with an HTTP status: 400, 403, 429, 503, 504 or 529, and when to come back."""
 
     request: RequestId
     status: int

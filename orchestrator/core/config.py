@@ -3,8 +3,8 @@
 A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a parsed file into one frozen object or raises
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
-    [cluster]  [gateway]  [limits]  [router]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]  [pools.profile]
-    [pools.hardware]  [log]
+    [cluster]  [gateway]  [[tenants]]  [limits]  [router]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]
+    [pools.profile]  [pools.hardware]  [log]
 """
 
 import types
@@ -15,7 +15,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from orchestrator.core.types import CostProfile, PoolKind
+from orchestrator.core.types import CostProfile, PoolKind, ServiceClass
 
 #: More nodes than any pool has, and more KV blocks than any node: beyond them a number is a mistake, and takes all of a memory.
 NODES_MAX = 1 << 14
@@ -26,6 +26,14 @@ GATEWAYS = "gateways"
 #: What a whole number in a file may be, and how much of a wrong value is shown.
 WHOLE_MAX = 1 << 53
 SHOWN_MAX = 60
+#: Characters of a tenant's name: it goes with every assignment.
+TENANT_CHARS_MAX = 64
+#: Highest priority that a request can have: what 32 bits hold.
+PRIORITY_MAX = (1 << 31) - 1
+#: Tables that were, and what to write instead.
+_FORMER = {
+    "gateway.api_keys": 'is no more; write a table [[tenants]] with name = "TENANT" and keys = ["KEY", ...] for each tenant'
+}
 
 
 class ConfigError(ValueError):
@@ -122,15 +130,38 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class ApiKey:
-    """[[gateway.api_keys]]: a bearer token, or where it is (env:NAME or file:PATH), and the tenant it stands for."""
+class TenantConfig:
+    """[[tenants]]: who may ask, with which keys, for how much, and what is theirs of a full cluster. Limits are per gateway."""
 
-    key: str
-    tenant: str
+    #: Shown in metrics and journals; blocks are never shared between tenants.
+    name: str
+    #: Bearer tokens that stand for it, or where they are (env:NAME or file:PATH). Empty: nobody can ask as this tenant.
+    keys: tuple[str, ...] = ()
+    #: Its part of full nodes and of the places to wait, relative to the other tenants' that wait then.
+    share: float = 1.0
+    #: Highest priority it may ask for; a request for more is answered 403.
+    priority_max: int = PRIORITY_MAX
+    #: Most urgent service class it may ask for; a request for a more urgent one is answered 403.
+    class_max: ServiceClass = ServiceClass.CADENCE
+    #: Requests a second, saved up for at most `BURST_S` of `core/cluster/rates.py`; one more is answered 429. 0: any number.
+    requests_per_s: float = 0.0
+    #: Tokens a second, of prompts (cached or not) when a request is let in and of output when it ends. 0: any number.
+    tokens_per_s: float = 0.0
+    #: Requests waiting or running; one more is answered 429. 0: `limits.tenant_requests_max`.
+    requests_max: int = 0
 
     def __post_init__(self) -> None:
-        require(bool(self.key), "key", "must not be empty")
-        require(bool(self.tenant), "tenant", "must not be empty")
+        right = 1 <= len(self.name) <= TENANT_CHARS_MAX
+        require(right, "name", f"must have 1 to {TENANT_CHARS_MAX} characters, has {len(self.name)}")
+        for index, key in enumerate(self.keys):
+            require(bool(key), f"keys[{index}]", "must not be empty")
+        require(0 < self.share < float("inf"), "share", f"must be over 0, is {self.share}")
+        for name in ("requests_per_s", "tokens_per_s"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), name, f"must be 0 or more a second, is {value}")
+        within = abs(self.priority_max) <= PRIORITY_MAX
+        require(within, "priority_max", f"must be -{PRIORITY_MAX} to {PRIORITY_MAX}, is {self.priority_max}")
+        require(self.requests_max >= 0, "requests_max", f"must be 0 or more, is {self.requests_max}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +178,6 @@ class GatewayConfig:
     grpc_port: int = 8001
     #: Seconds a gateway that drains goes on refusing at least, so that load balancers see that it is not ready before it is gone.
     linger_s: float = 1.0
-    #: Accepted keys. Empty: no key is asked for, which only a loopback `host` may do.
-    api_keys: tuple[ApiKey, ...] = ()
     #: Request headers that name a session, the first present wins. See the README's list.
     session_headers: tuple[str, ...] = (
         "x-dynamo-session-id",
@@ -171,8 +200,8 @@ class GatewayConfig:
     generations_max: int = 128
     #: Web pages from these origins (such as https://app.example.com; * for all) may call the API; empty: no page may.
     cors_origins: tuple[str, ...] = ()
-    #: Key that `/metrics` asks for, or where it is (env:NAME or file:PATH). Empty: any API key does, and none is asked for where
-    #: there are none.
+    #: Key that `/metrics` asks for, or where it is (env:NAME or file:PATH). Empty: any tenant's key does, and none is asked
+    #: for where there are no tenants.
     metrics_key: str = ""
     #: Prompts whose text and tokens are kept so that a next turn tokenises only what is new; models and tenants share equally.
     prompts_cached_max: int = 4096
@@ -190,8 +219,11 @@ class GatewayConfig:
         require(bool(self.cert) == bool(self.key), "cert", "cert and key must be given together")
         require(self.generations_max > 0, "generations_max", f"must be over 0, is {self.generations_max}")
         require(self.prompts_cached_max > 0, "prompts_cached_max", f"must be over 0, is {self.prompts_cached_max}")
-        loopback = self.host in ("127.0.0.1", "::1", "localhost")
-        require(loopback or bool(self.api_keys), "host", f"{self.host} is not loopback, so gateway.api_keys must not be empty")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only processes of the same host can ask."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,8 +523,14 @@ class ClusterConfig:
     models: Mapping[str, ModelConfig] = field(default_factory=lambda: {"default": ModelConfig()})
     pools: tuple[PoolConfig, ...] = ()
     log: LogConfig = field(default_factory=LogConfig)
+    #: Who may ask. Empty: no key is asked for, which only a loopback `gateway.host` may do.
+    tenants: tuple[TenantConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        host = self.gateway.host
+        named = self.gateway.loopback or bool(self.tenants)
+        require(named, "gateway.host", f"{host} is not loopback, so at least one [[tenants]] table is needed")
+        self._check_tenants()
         require(len(self.pools) > 0, "pools", "at least one [[pools]] table is needed")
         names = [pool.name for pool in self.pools]
         for index, pool in enumerate(self.pools):
@@ -501,6 +539,17 @@ class ClusterConfig:
             require(pool.model in self.models, f"pools[{index}].model", f"no [models.{pool.model}] table; there are: {known}")
         for model in self.models:
             self._check_model(model)
+
+    def _check_tenants(self) -> None:
+        """See that each name and each key stands for one tenant; keys are never shown."""
+        owners: dict[str, str] = {}
+        names = [tenant.name for tenant in self.tenants]
+        for number, tenant in enumerate(self.tenants):
+            require(names.count(tenant.name) == 1, f"tenants[{number}].name", f"{tenant.name!r} is used twice")
+            for index, key in enumerate(tenant.keys):
+                where = f"tenants[{number}].keys[{index}]"
+                require(key not in owners, where, f"is a key of {owners.get(key)} already")
+                owners[key] = tenant.name
 
     def _check_model(self, model: str) -> None:
         pools = self.pools_of(model)
@@ -537,6 +586,8 @@ def _build(kind: type, mapping: Any, where: str) -> Any:
     require(isinstance(mapping, Mapping), where or "file", f"must be a table, is {type(mapping).__name__}")
     known = {item.name: item for item in fields(kind)}
     for key in mapping:
+        former = _FORMER.get(_join(where, str(key)))
+        require(former is None, _join(where, str(key)), former or "")
         require(key in known, _join(where, str(key)), f"unknown key; known here: {', '.join(known)}")
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}

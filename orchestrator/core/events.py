@@ -198,6 +198,8 @@ class RequestAbandoned:
     """The client went away, or a stop string was found: nobody wants more of this request."""
 
     request: RequestId
+    #: What nodes had brought of it.
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ StepId = NewType("StepId", int)
 ExportId = NewType("ExportId", int)
 TimerKey = NewType("TimerKey", str)
 
+#: Whose requests are where no keys are asked for.
+DEFAULT_TENANT = TenantId("default")
+
 REQUEST_SERIAL_BITS = 40
 
 
@@ -124,6 +127,7 @@ class Assignment:
     superseded: BlockHash | None = None
     #: What clients, logs and traces call the request.
     name: str = ""
+    tenant: TenantId = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from orchestrator.core.config import GATEWAYS, ClusterConfig, PoolConfig, shown
 _FIXED_FIELDS = ("cluster.name", "cluster.secret")
 _FIXED_IN_POOLS = (".name", ".kind", ".model", ".nodes_per_process", ".engine.block_tokens")
 #: Fields that hold secrets, which are not shown.
-_SECRET = ("secret", "key", "keys", "api_keys", "tenants")
+_SECRET = ("secret", "key", "keys", "tenants")
 _ABSENT = object()
 
 

@@ -92,7 +92,19 @@ class Observer(Protocol):
 class TurnStream:
     """The output of one turn, as it comes."""
 
-    __slots__ = ("_driver", "_failure", "_finish", "cached_tokens", "logprobs", "node", "request", "tokens", "turn", "waiter")
+    __slots__ = (
+        "_driver",
+        "_failure",
+        "_finish",
+        "cached_tokens",
+        "logprobs",
+        "node",
+        "output_tokens",
+        "request",
+        "tokens",
+        "turn",
+        "waiter",
+    )
 
     def __init__(self, driver: "ClusterDriver", request: RequestId, turn: Turn) -> None:
         self.request = request
@@ -102,6 +114,8 @@ class TurnStream:
         #: Not yet read; the driver appends to both.
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        #: Tokens that came, read or not.
+        self.output_tokens = 0
         self._driver = driver
         self._finish: FinishReason | None = None
         #: Prompt tokens that were not computed; known from the first token on.
@@ -136,6 +150,7 @@ class TurnStream:
     def restart(self) -> None:
         """Forget what came of an attempt of which nothing was delivered."""
         self.node = None
+        self.output_tokens = 0
         self.tokens.clear()
         self.logprobs.clear()
 
@@ -237,9 +252,10 @@ class ClusterDriver:
 
     def _give_up(self, stream: TurnStream, failure: TurnFailed) -> None:
         if self._streams.pop(stream.request, None) is not None:
+            output_tokens = stream.output_tokens
             stream.restart()
             stream.fail(failure)
-            self._handle(RequestAbandoned(stream.request))
+            self._handle(RequestAbandoned(stream.request, output_tokens))
 
     @property
     def ready(self) -> bool:
@@ -353,6 +369,7 @@ class ClusterDriver:
             if stream is None or stream.node != node:
                 continue
             unread = stream.tokens
+            stream.output_tokens += count
             if count == 1:
                 unread.append(tokens[start])
             else:

@@ -45,13 +45,13 @@ def reveal(text: str, where: str) -> str:
 def with_secrets(config: ClusterConfig) -> ClusterConfig:
     """Return a configuration with what its secrets name in their places. Raises `ConfigError`."""
     secret = reveal(config.cluster.secret, "cluster.secret")
-    keys = tuple(
-        replace(entry, key=reveal(entry.key, f"gateway.api_keys[{index}].key"))
-        for index, entry in enumerate(config.gateway.api_keys)
+    tenants = tuple(
+        replace(tenant, keys=tuple(reveal(key, f"tenants[{number}].keys[{index}]") for index, key in enumerate(tenant.keys)))
+        for number, tenant in enumerate(config.tenants)
     )
     metrics_key = reveal(config.gateway.metrics_key, "gateway.metrics_key")
-    gateway = replace(config.gateway, api_keys=keys, metrics_key=metrics_key)
-    return replace(config, cluster=replace(config.cluster, secret=secret), gateway=gateway)
+    gateway = replace(config.gateway, metrics_key=metrics_key)
+    return replace(config, cluster=replace(config.cluster, secret=secret), gateway=gateway, tenants=tenants)
 
 
 def _content(path: Path, where: str) -> str:

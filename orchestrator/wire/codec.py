@@ -5,8 +5,10 @@ what it claims raises `MalformedMessage`, the only error here.
 """
 
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
+from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import Ended, FirstToken, NodeReported
 from orchestrator.core.types import (
+    DEFAULT_TENANT,
     Assignment,
     BlockHash,
     CostProfile,
@@ -21,6 +23,7 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     StoredRun,
+    TenantId,
 )
 from orchestrator.wire import node_pb2
 
@@ -102,6 +105,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         sampling=sampling,
         superseded=assignment.superseded or b"",
         name=assignment.name,
+        tenant=assignment.tenant,
     )
 
 
@@ -125,6 +129,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         priority=submit.priority,
         superseded=hash_from(submit.superseded, "superseded"),
         name=submit.name[:NAME_CHARS_MAX],
+        tenant=TenantId(submit.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
     )
 
 

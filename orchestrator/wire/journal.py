@@ -80,7 +80,9 @@ _HEADERS: dict[str, type] = {"cluster": ClusterHeader, "node": NodeHeader}
 
 def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
     """Return a gateway's header, without the secret and the API keys, which no decision depends on."""
-    return ClusterHeader(gateway, replace(config, cluster=replace(config.cluster, secret=""), gateway=GatewayConfig()))
+    tenants = tuple(replace(tenant, keys=()) for tenant in config.tenants)
+    cluster = replace(config.cluster, secret="")
+    return ClusterHeader(gateway, replace(config, cluster=cluster, gateway=GatewayConfig(), tenants=tenants))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name", "tenant")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Submit(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -86,7 +87,8 @@ class Submit(_message.Message):
     sampling: Sampling
     superseded: bytes
     name: str
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias")

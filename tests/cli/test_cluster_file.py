@@ -4,7 +4,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from orchestrator.cli.cluster_file import (
     with_model,
 )
 from orchestrator.core.config import (
-    ApiKey,
     ClusterConfig,
     ClusterSettings,
     EngineConfig,
@@ -34,13 +33,14 @@ from orchestrator.core.config import (
     PoolConfig,
     RouterConfig,
     SchedulerConfig,
+    TenantConfig,
 )
 from orchestrator.core.types import CostProfile, GatewayId, PoolKind
 from orchestrator.live.metrics import Metrics
 from orchestrator.traces import read_trace
 from tests.builders import some
 
-PARTS = (ClusterSettings, GatewayConfig, ApiKey, LimitsConfig, RouterConfig, ModelConfig)
+PARTS = (ClusterSettings, GatewayConfig, TenantConfig, LimitsConfig, RouterConfig, ModelConfig)
 TABLES = (*PARTS, PoolConfig, EngineConfig, SchedulerConfig, CostProfile, HardwareConfig)
 
 
@@ -58,13 +58,14 @@ def test_the_default_file_names_every_field() -> None:
 
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     text = re.sub(
-        r"^# (?!session_headers|disaggregation|key|tenant|acceptance)(\w+ = )",
+        r"^# (?!session_headers|disaggregation|acceptance)(\w+ = |\[\[tenants)",
         r"\1",
         LOCAL_CLUSTER.read_text(),
         flags=re.MULTILINE,
     )
     assert text.count("\n#") < LOCAL_CLUSTER.read_text().count("\n#") - 30
-    assert ClusterConfig.from_mapping(tomllib.loads(text)) == read_cluster(LOCAL_CLUSTER)
+    tenant = TenantConfig("team-a", ("env:TEAM_A_KEY",))  # what of it is shown as the default is the default
+    assert ClusterConfig.from_mapping(tomllib.loads(text)) == replace(read_cluster(LOCAL_CLUSTER), tenants=(tenant,))
 
 
 def test_the_default_cluster_is_what_the_readme_says() -> None:
@@ -86,7 +87,9 @@ def test_the_default_cluster_is_what_the_readme_says() -> None:
         ("[[pools]]\nname = 'a'\nkind = 'decode'\n[pools.engine]\nblocks = -1\n", 5, "pools[0].engine.blocks: must be 0 or more"),
         ("[[pools]]\nkind = 'decode'\n", 1, "pools[0].name: is missing"),
         ("[models.a]\n[[pools]]\nname = 'a'\nkind = 'prefill'\nmodel = 'a'\n", 1, "models.a: no pool of kind decode"),
-        ("[[gateway.api_keys]]\nkey = ''\ntenant = 't'\n", 2, "gateway.api_keys[0].key: must not be empty"),
+        ("[[gateway.api_keys]]\nkey = 'k'\ntenant = 't'\n", 1, "gateway.api_keys: is no more; write a table [[tenants]]"),
+        ("[[tenants]]\nname = 't'\nkeys = ['']\n", 3, "tenants[0].keys[0]: must not be empty"),
+        ("[[tenants]]\nname = 't'\nclass_max = 'urgent'\n", 3, "tenants[0].class_max: must be one of batch, standard"),
         ("[gateway]\nhost = '0.0.0.0'\n[[pools]]\nname = 'a'\nkind = 'decode'\n", 2, "is not loopback"),
         # What Python's own parser gives up on: see `parsed`.
         pytest.param(f"[cluster]\nname = {'[' * 9000}\n", 2, "lists or tables are nested too deeply", id="deep"),
@@ -215,7 +218,7 @@ def test_no_secret_of_the_kubernetes_manifests_is_in_a_config_map() -> None:
     secrets = next(one for one in documents if one["kind"] == "Secret")["stringData"]
     files = next(one for one in documents if one["kind"] == "ConfigMap")["data"]
     config = ClusterConfig.from_mapping(tomllib.loads(files["cluster.toml"]))
-    named = {config.cluster.secret, *(entry.key for entry in config.gateway.api_keys)}
+    named = {config.cluster.secret, *(key for tenant in config.tenants for key in tenant.keys)}
     assert named == {f"env:{name}" for name in secrets}
     # Every process looks for them on its own host.
     ray = next(one for one in documents if one["kind"] == "RayCluster")["spec"]

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.config import ClusterConfig, ConfigError, RouterPolicy
-from orchestrator.core.types import PoolKind
+from orchestrator.core.config import ClusterConfig, ConfigError, RouterPolicy, TenantConfig
+from orchestrator.core.types import PoolKind, ServiceClass
 
 POOL: dict[str, Any] = {"name": "all", "kind": "aggregated"}
 
@@ -28,14 +28,14 @@ def test_values_find_their_fields() -> None:
     config = ClusterConfig.from_mapping(
         {
             "cluster": {"name": "x", "drain_s": 5},
-            "gateway": {"api_keys": [{"key": "k", "tenant": "t"}]},
+            "tenants": [{"name": "t", "keys": ["k"], "share": 2, "class_max": "standard"}],
             "router": {"policy": "dynamo", "disaggregation_tokens_min": 512},
             "models": {"default": {"aliases": ["gpt-*"]}},
             "pools": [{**POOL, "resources": {"nvl72": 1}, "profile": {"step_s": 1}, "engine": {"name": "profiled"}}],
         }
     )
     assert config.cluster.drain_s == 5.0
-    assert config.gateway.api_keys[0].tenant == "t"
+    assert config.tenants == (TenantConfig("t", ("k",), share=2.0, class_max=ServiceClass.STANDARD),)
     assert (config.router.policy, config.router.disaggregation_tokens_min) == (RouterPolicy.DYNAMO, 512)
     assert config.models["default"].aliases == ("gpt-*",)
     assert (dict(config.pools[0].resources), config.pools[0].profile.step_s) == ({"nvl72": 1.0}, 1.0)
@@ -51,8 +51,20 @@ def test_values_find_their_fields() -> None:
         ({"limits": {"waiting_max": 0}}, "limits.waiting_max: must be 1 or more, is 0"),
         ({"limits": {"waiting_max": True}}, "limits.waiting_max: must be int, is True"),
         ({"limits": {"waiting_max": 1.5}}, "limits.waiting_max: must be int, is 1.5"),
-        ({"gateway": {"host": "0.0.0.0"}}, "gateway.host: 0.0.0.0 is not loopback, so gateway.api_keys must not be empty"),
-        ({"gateway": {"api_keys": [{"key": "k"}]}}, "gateway.api_keys[0].tenant: is missing"),
+        ({"gateway": {"host": "0.0.0.0"}}, "gateway.host: 0.0.0.0 is not loopback, so at least one [[tenants]] table is needed"),
+        ({"gateway": {"api_keys": []}}, "gateway.api_keys: is no more; write a table [[tenants]] with name = "),
+        ({"tenants": [{"keys": ["k"]}]}, "tenants[0].name: is missing"),
+        ({"tenants": [{"name": ""}]}, "tenants[0].name: must have 1 to 64 characters, has 0"),
+        ({"tenants": [{"name": "a"}, {"name": "a"}]}, "tenants[0].name: 'a' is used twice"),
+        (
+            {"tenants": [{"name": "a", "keys": ["sk"]}, {"name": "b", "keys": ["sk"]}]},
+            "tenants[1].keys[0]: is a key of a already",
+        ),
+        ({"tenants": [{"name": "a", "share": 0}]}, "tenants[0].share: must be over 0, is 0.0"),
+        ({"tenants": [{"name": "a", "share": float("nan")}]}, "tenants[0].share: must be over 0, is nan"),
+        ({"tenants": [{"name": "a", "tokens_per_s": -1}]}, "tenants[0].tokens_per_s: must be 0 or more a second, is -1.0"),
+        ({"tenants": [{"name": "a", "requests_max": -1}]}, "tenants[0].requests_max: must be 0 or more, is -1"),
+        ({"tenants": [{"name": "a", "priority_max": 1 << 40}]}, "tenants[0].priority_max: must be -2147483647 to 2147483647"),
         (
             {"models": {"default": {"tool_parser": "x"}}},
             "models.default.tool_parser: must be one of auto, hermes, qwen3_coder, llama, mistral, none",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, GatewayConfig, ModelConfig, RouterConfig
+from orchestrator.core.config import ClusterConfig, ClusterSettings, ModelConfig, RouterConfig, TenantConfig
 from orchestrator.fleet.differences import changes_between
 from tests.fleet.clusters import small
 
@@ -45,8 +45,8 @@ BASE = small()
             ("gateways",),
         ),
         (
-            replace(BASE, gateway=GatewayConfig(api_keys=(ApiKey("sk-hidden", "t"),))),
-            ["gateway.api_keys (changed)"],
+            replace(BASE, tenants=(TenantConfig("t", ("sk-hidden",)),)),
+            ["tenants (changed)"],
             ("gateways",),
         ),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, GatewayConfig
+from orchestrator.core.config import ClusterConfig, ClusterSettings, GatewayConfig, TenantConfig
 from orchestrator.core.types import CostProfile
 from orchestrator.fleet import memory
 from orchestrator.fleet.processes import Part, ProcessName, parts_of
@@ -53,13 +53,13 @@ def test_a_cluster_is_remembered_whole(table: Table) -> None:
 
 
 def test_secrets_that_stand_in_the_file_are_not_written_and_named_ones_stay(table: Table) -> None:
-    keys = (ApiKey("sk-one", "a"), ApiKey("env:KEY", "b"), ApiKey("sk-two", "c"))
+    tenants = (TenantConfig("a", ("sk-one", "env:KEY")), TenantConfig("c", ("sk-two",)))
     config = small(cluster=ClusterSettings(secret="hush"), prefill=1)
-    config = replace(config, gateway=GatewayConfig(host="0.0.0.0", api_keys=keys))
+    config = replace(config, gateway=GatewayConfig(host="0.0.0.0"), tenants=tenants)
     found = remembered(config, Keep((), (), {}))
     (content,) = table.values.values()
     assert [word for word in (b"hush", b"sk-one", b"sk-two") if word in content] == []
     assert found.lacks_secrets
-    assert [key.key.startswith("env:") for key in found.config.gateway.api_keys] == [True, True, True]
-    assert found.config.gateway.api_keys[1].key == "env:KEY"
+    assert [key.startswith("env:") for tenant in found.config.tenants for key in tenant.keys] == [True, True, True]
+    assert found.config.tenants[0].keys[1] == "env:KEY"
     assert found.config.cluster.secret.startswith("env:")

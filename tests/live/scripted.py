@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.core.config import ApiKey, ClusterConfig, GatewayConfig, ModelConfig, PoolConfig
+from orchestrator.core.config import ClusterConfig, GatewayConfig, ModelConfig, PoolConfig, TenantConfig
 from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId
 from orchestrator.live.http.gateway import Gateway
 from orchestrator.live.metrics import Metrics
@@ -98,14 +98,14 @@ def make_model(folder: Path, context_tokens: int = 4096) -> ModelText:
     return ModelText.load(folder, "scripted")
 
 
-def make_config(**gateway: object) -> ClusterConfig:
+def make_config(tenants: tuple[TenantConfig, ...] = (), **gateway: object) -> ClusterConfig:
     """Return a configuration with one model and two aliases."""
     models = {MODEL: ModelConfig(aliases=("gpt-4o", "claude-*"))}
     pools = (PoolConfig("pool", PoolKind.AGGREGATED, model=MODEL),)
-    return ClusterConfig(gateway=GatewayConfig(**gateway), models=models, pools=pools)  # type: ignore[arg-type]
+    return ClusterConfig(gateway=GatewayConfig(**gateway), models=models, pools=pools, tenants=tenants)  # type: ignore[arg-type]
 
 
-KEYS = (ApiKey("sk-good", "acme"), ApiKey("sk-other", "globex"))
+TENANTS = (TenantConfig("acme", ("sk-good",)), TenantConfig("globex", ("sk-other",)))
 
 
 @dataclass
@@ -119,11 +119,13 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(text: ModelText, number: int = 0, **gateway: object) -> AsyncIterator[Served]:
+async def serve(
+    text: ModelText, number: int = 0, tenants: tuple[TenantConfig, ...] = (), **gateway: object
+) -> AsyncIterator[Served]:
     """Serve a gateway on a free port."""
     metrics = Metrics(GatewayId(number), number + 1, {})
     driver = ScriptedDriver(text)
-    config = make_config(**gateway)
+    config = make_config(tenants, **gateway)
     one = Gateway(config, GatewayId(number), {MODEL: text}, b"secret", driver, metrics, metrics.render, lambda: {"nodes": []})
     port = await one.start("127.0.0.1", 0)
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, ConfigError, GatewayConfig, PoolConfig
+from orchestrator.core.config import ClusterConfig, ClusterSettings, ConfigError, GatewayConfig, PoolConfig, TenantConfig
 from orchestrator.core.types import PoolKind
 from orchestrator.live.secret import reveal, with_secrets
 
@@ -42,10 +42,24 @@ def test_all_secrets_of_a_cluster_are_looked_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WEFT_TEST_KEY", "k")
     config = ClusterConfig(
         ClusterSettings(secret="env:WEFT_TEST_KEY"),
-        GatewayConfig(api_keys=(ApiKey("plain", "a"), ApiKey("env:WEFT_TEST_KEY", "b")), metrics_key="env:WEFT_TEST_KEY"),
+        GatewayConfig(metrics_key="env:WEFT_TEST_KEY"),
         pools=(PoolConfig("pool", PoolKind.AGGREGATED),),
+        tenants=(TenantConfig("a", ("plain",)), TenantConfig("b", ("other", "env:WEFT_TEST_KEY"))),
     )
     found = with_secrets(config)
     assert found.cluster.secret == "k"
-    assert [entry.key for entry in found.gateway.api_keys] == ["plain", "k"]
+    assert [tenant.keys for tenant in found.tenants] == [("plain",), ("other", "k")]
     assert found.gateway.metrics_key == "k"
+
+
+def test_a_tenants_key_that_is_not_there_or_another_ones_is_told_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_TEST_KEY", "plain")
+    pools = (PoolConfig("pool", PoolKind.AGGREGATED),)
+    lacking = ClusterConfig(pools=pools, tenants=(TenantConfig("a", ("plain", "env:WEFT_TEST_NONE")),))
+    with pytest.raises(ConfigError) as caught:
+        with_secrets(lacking)
+    assert str(caught.value) == "tenants[0].keys[1]: env:WEFT_TEST_NONE is not set on this host"
+    same = ClusterConfig(pools=pools, tenants=(TenantConfig("a", ("plain",)), TenantConfig("b", ("env:WEFT_TEST_KEY",))))
+    with pytest.raises(ConfigError) as caught:
+        with_secrets(same)
+    assert str(caught.value) == "tenants[1].keys[0]: is a key of a already"

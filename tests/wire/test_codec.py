@@ -20,6 +20,7 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     StoredRun,
+    TenantId,
 )
 from orchestrator.wire import codec, node_pb2
 
@@ -44,6 +45,7 @@ def test_assignment_survives(role: Role, source: NodeId | None) -> None:
         source_tokens=128 if source else 0,
         source_pending=source is not None,
         priority=-3,
+        tenant=TenantId("team"),
     )
     root = hashes(1)[0]
     sampling = node_pb2.Sampling(temperature=0.5, seed=0, stop_token_ids=[1, 2], logit_bias={5: -1.0})

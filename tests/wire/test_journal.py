@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from orchestrator.core.commands import NodeCommand
-from orchestrator.core.config import ApiKey, ClusterConfig, ClusterSettings, GatewayConfig, PoolConfig, SchedulerConfig
+from orchestrator.core.config import ClusterConfig, ClusterSettings, GatewayConfig, PoolConfig, SchedulerConfig, TenantConfig
 from orchestrator.core.events import Assigned, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import Assignment, BlockHash, GatewayId, PoolKind, Role, StepId, request_id
@@ -105,13 +105,15 @@ def test_a_journal_ends_at_its_size_and_says_so(tmp_path: Path) -> None:
 def test_no_secret_and_no_key_is_in_a_header() -> None:
     config = ClusterConfig(
         cluster=ClusterSettings(secret="hidden"),
-        gateway=GatewayConfig(api_keys=(ApiKey("hidden", "team"),)),
+        gateway=GatewayConfig(metrics_key="hidden"),
+        tenants=(TenantConfig("team", ("hidden",), share=3.0),),
         pools=(PoolConfig("both", PoolKind.AGGREGATED),),
     )
     header = cluster_header(GatewayId(3), config)
     assert isinstance(header, ClusterHeader)
     assert "hidden" not in repr(header)
     assert header.config.pools == config.pools
+    assert header.config.tenants == (TenantConfig("team", share=3.0),)  # what decisions depend on
 
 
 def packed(*records: object) -> bytes:

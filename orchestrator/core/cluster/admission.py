@@ -1,18 +1,21 @@
 """Decides what is let in: limits a tenant, holds what no node can take yet, and says when to come back.
 
-    429    the tenant has too many requests            503    no node serves the model, the gateway drains, or held too long
+    429    the tenant has, or asks for, too much       503    no node serves the model, the gateway drains, or held too long
     529    too many requests are held already          400    the prompt alone is longer than any node takes
+    403    more priority or class than the tenant may
 
-Held requests of one model wait in order of class, priority and arrival; models do not hold each other up.
+How held requests of one model are ordered is in `waiting.py`; models do not hold each other up. When all places to wait are
+taken, the tenant that has more of them than its share is the one refused, whoever came last.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from heapq import heappop, heappush
 
+from orchestrator.core.cluster.rates import Rates
+from orchestrator.core.cluster.waiting import URGENCY, WaitingQueue, rank_of
 from orchestrator.core.commands import Refuse
-from orchestrator.core.config import LimitsConfig
-from orchestrator.core.types import ModelName, Request, RequestId, ServiceClass, TenantId
+from orchestrator.core.config import LimitsConfig, TenantConfig
+from orchestrator.core.types import ModelName, Request, TenantId
 
 RETRY_AFTER_S_MIN = 1.0
 RETRY_AFTER_S_MAX = 60.0
@@ -21,7 +24,8 @@ RETRY_AFTER_START_S = 5.0
 #: Weight of the newest interval in the smoothed time between two completions.
 PACE_WEIGHT = 0.1
 
-_URGENCY = {service_class: rank for rank, service_class in enumerate(ServiceClass)}
+#: What tenants that the cluster file does not name may do.
+_UNNAMED = TenantConfig("unnamed")
 
 
 class Pace:
@@ -47,52 +51,18 @@ class Pace:
         return min(max(estimate_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
 
 
-class WaitingQueue:
-    """Held requests of one model, most urgent first; at equal urgency and priority the earliest."""
-
-    __slots__ = ("_heap", "_requests")
-
-    def __init__(self) -> None:
-        #: May still have requests that were withdrawn; those are skipped.
-        self._heap: list[tuple[int, int, RequestId]] = []
-        self._requests: dict[RequestId, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __contains__(self, request: RequestId) -> bool:
-        return request in self._requests
-
-    def push(self, request: Request) -> None:
-        """Hold a request; ids grow with arrival, so a retried one takes its old place."""
-        assert request.id not in self._requests, f"request {request.id} is held already"
-        self._requests[request.id] = None
-        heappush(self._heap, (-_URGENCY[request.service_class], -request.priority, request.id))
-
-    @property
-    def first(self) -> RequestId | None:
-        """The request to be placed next, None if nobody waits."""
-        while self._heap and self._heap[0][2] not in self._requests:
-            heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
-
-    def remove(self, request: RequestId) -> None:
-        """Withdraw a request; unknown ones are ignored."""
-        self._requests.pop(request, None)
-        if len(self._heap) > 2 * len(self._requests) + 16:
-            self._heap = [entry for entry in self._heap if entry[2] in self._requests]
-            self._heap.sort()
-
-
 class Admission:
     """Counts what each tenant has under way and holds what must wait."""
 
-    __slots__ = ("_limits", "_paces", "_queues", "_tenants", "draining")
+    __slots__ = ("_configs", "_limits", "_paces", "_queues", "_rates", "_tenants", "draining")
 
-    def __init__(self, limits: LimitsConfig, models: Sequence[ModelName]) -> None:
+    def __init__(self, limits: LimitsConfig, models: Sequence[ModelName], tenants: Sequence[TenantConfig] = ()) -> None:
         self._limits = limits
+        #: Those of the cluster file; others have the defaults.
+        self._configs = {TenantId(tenant.name): tenant for tenant in tenants}
+        self._rates = {name: Rates(tenant) for name, tenant in self._configs.items()}
         self._tenants: dict[TenantId, int] = {}
-        self._queues = {model: WaitingQueue() for model in models}
+        self._queues = {model: WaitingQueue(self.share) for model in models}
         self._paces = {model: Pace() for model in models}
         #: True once nothing new is to be let in.
         self.draining = False
@@ -110,33 +80,82 @@ class Admission:
         """Return the queue of a model that the cluster serves."""
         return self._queues[model]
 
-    def refusal(self, request: Request, generates: bool, context_tokens_max: int) -> Refuse | None:
+    def share(self, tenant: TenantId) -> float:
+        """Return the weight of a tenant."""
+        return self._config(tenant).share
+
+    def refusal(self, request: Request, generates: bool, context_tokens_max: int, now: float) -> Refuse | None:
         """Return why a new request is not let in, or None.
 
         Args:
             request: the new one.
             generates: whether any node takes requests for its model.
             context_tokens_max: longest prompt plus output that any of them takes.
+            now: seconds.
         """
-        limits = self._limits
         if self.draining:
             return refuse(request, 503, "draining", "this gateway is shutting down", RETRY_AFTER_START_S)
-        running = self.running(request.tenant)
-        if running >= limits.tenant_requests_max:
-            message = f"{running} requests of this tenant are under way, at most {limits.tenant_requests_max} may be"
-            return refuse(request, 429, "tenant_requests_max", message, self._retry_after_s(request.model, 1))
+        refusal = self._not_allowed(request) or self._too_many(request)
+        if refusal is not None:
+            return refusal
         if not generates:
             return refuse(request, 503, "no_node", f"no node serves {request.model} now", RETRY_AFTER_START_S)
         if request.prompt_tokens >= context_tokens_max:
             message = f"the prompt has {request.prompt_tokens} tokens; with at least one of output {context_tokens_max} fit"
             return refuse(request, 400, "context_length_exceeded", message, None)
+        return self._too_fast(request, now)
+
+    def _not_allowed(self, request: Request) -> Refuse | None:
+        config = self._config(request.tenant)
+        if request.priority > config.priority_max:
+            message = f"priority {request.priority} is more than {config.priority_max}, the highest this tenant may ask for"
+            return refuse(request, 403, "priority_not_allowed", message, None)
+        if URGENCY[request.service_class] > URGENCY[config.class_max]:
+            message = f"class {request.service_class} is more urgent than {config.class_max}, the most this tenant may ask for"
+            return refuse(request, 403, "class_not_allowed", message, None)
         return None
 
-    def overflow(self, request: Request) -> Refuse | None:
-        """Return the refusal of a request that would have to be held if there is no place for it, or None."""
-        waiting = self.waiting
-        if waiting < self._limits.waiting_max:
+    def _too_many(self, request: Request) -> Refuse | None:
+        running = self.running(request.tenant)
+        allowed = self._config(request.tenant).requests_max or self._limits.tenant_requests_max
+        if running < allowed:
             return None
+        message = f"{running} requests of this tenant are under way, at most {allowed} may be"
+        return refuse(request, 429, "tenant_requests_max", message, self._retry_after_s(request.model, 1))
+
+    def _too_fast(self, request: Request, now: float) -> Refuse | None:
+        rates = self._rates.get(request.tenant)
+        exceeded = rates.exceeded(request, now) if rates is not None else None
+        if exceeded is None:
+            return None
+        name, wait_s = exceeded
+        message = f"this tenant asks for more than its {name}, {getattr(self._config(request.tenant), name):g}"
+        return refuse(request, 429, name, message, min(max(wait_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX))
+
+    def overflow(self, request: Request) -> Request | None:
+        """Return who is to be refused so that a request can be held, itself or one that is held; None if there is a place.
+
+        Every tenant that waits, or comes to, has the part of the places that its share is of theirs together, and at least one.
+        While a tenant is within its part, a place is made for it by the tenant furthest over its own: its last request goes.
+        """
+        if self.waiting < self._limits.waiting_max:
+            return None
+        counts: dict[TenantId, int] = {request.tenant: 0}
+        for queue in self._queues.values():
+            for tenant in queue.tenants:
+                counts[tenant] = counts.get(tenant, 0) + queue.waiting(tenant)
+        unit = self._limits.waiting_max / sum(self.share(tenant) for tenant in counts)
+        parts = {tenant: max(1.0, unit * self.share(tenant)) for tenant in counts}
+        over = [(count / parts[tenant], tenant) for tenant, count in counts.items() if count > parts[tenant]]
+        if counts[request.tenant] + 1 > parts[request.tenant] or not over:
+            return request
+        _, tenant = max(over)
+        lasts = [last for queue in self._queues.values() if (last := queue.last(tenant)) is not None]
+        return max(lasts, key=rank_of)
+
+    def overloaded(self, request: Request) -> Refuse:
+        """Return the refusal of a request for which there is no place to wait, or none any more."""
+        waiting = self.waiting
         message = f"all nodes are full and {waiting} requests wait, at most {self._limits.waiting_max} may"
         return refuse(request, 529, "overloaded", message, self._retry_after_s(request.model, waiting))
 
@@ -146,8 +165,10 @@ class Admission:
         waiting = len(self.queue(request.model))
         return refuse(request, 503, "waited_too_long", message, self._retry_after_s(request.model, waiting))
 
-    def entered(self, request: Request) -> None:
+    def entered(self, request: Request, now: float) -> None:
         """Count a request that was let in."""
+        if (rates := self._rates.get(request.tenant)) is not None:
+            rates.entered(request, now)
         self._tenants[request.tenant] = self.running(request.tenant) + 1
 
     def left(self, request: Request) -> None:
@@ -159,6 +180,11 @@ class Admission:
         else:
             del self._tenants[request.tenant]
 
+    def delivered(self, tenant: TenantId, output_tokens: int, now: float) -> None:
+        """Count what a tenant's request brought, which is over."""
+        if (rates := self._rates.get(tenant)) is not None:
+            rates.delivered(output_tokens, now)
+
     def completed(self, model: ModelName, now: float) -> None:
         """Note that a request went well, for estimates."""
         self._paces[model].completed(now)
@@ -168,6 +194,9 @@ class Admission:
         counts = Counter(request.tenant for request in requests)
         assert counts == self._tenants, f"tenants have {dict(counts)} requests, counted are {self._tenants}"
         assert self.waiting <= len(requests), f"{self.waiting} requests wait of {len(requests)}"
+
+    def _config(self, tenant: TenantId) -> TenantConfig:
+        return self._configs.get(tenant, _UNNAMED)
 
     def _retry_after_s(self, model: ModelName, requests: int) -> float:
         pace = self._paces.get(model)

@@ -192,7 +192,7 @@ class Cluster:
         self._router = make_router(config.router)
         self._sessions = Sessions(config.limits.sessions_max)
         self._pools = {ModelName(model): ModelPools(config.limits.node_waiting_max) for model in config.models}
-        self._admission = Admission(config.limits, tuple(self._pools))
+        self._admission = Admission(config.limits, tuple(self._pools), config.tenants)
         self._members: dict[NodeId, Member] = {}
         self._flights: dict[RequestId, Flight] = {}
         self._now = 0.0
@@ -231,7 +231,7 @@ class Cluster:
             case RequestArrived():
                 self._on_request_arrived(event.request)
             case RequestAbandoned():
-                self._on_request_abandoned(event.request)
+                self._on_request_abandoned(event)
             case TimerFired():
                 self._on_timer_fired(event.key)
             case NodeJoined():
@@ -254,7 +254,8 @@ class Cluster:
         assert request.id not in self._flights, f"request {request.id} arrived twice"
         pools = self._pools.get(request.model)
         generates = pools is not None and pools.generates
-        refusal = self._admission.refusal(request, generates, pools.context_tokens_max if pools is not None else 0)
+        context_tokens_max = pools.context_tokens_max if pools is not None else 0
+        refusal = self._admission.refusal(request, generates, context_tokens_max, self._now)
         if refusal is not None:
             self._commands.append(refusal)
             return
@@ -264,16 +265,27 @@ class Cluster:
         if not len(queue) and self._try_start(flight, pools):
             self._enter(flight)
             return
-        overflow = self._admission.overflow(request)
-        if overflow is not None:
-            self._commands.append(overflow)
+        refused = self._admission.overflow(request)
+        if refused is request:
+            self._commands.append(self._admission.overloaded(request))
             return
+        if refused is not None:
+            self._make_place(self._flights[refused.id])
         self._enter(flight)
         self._hold(flight)
         self._start_waiting(request.model)
 
+    def _make_place(self, flight: Flight) -> None:
+        """Refuse a request that waits, for one of a tenant that has less than its share of the places."""
+        refusal = self._admission.overloaded(flight.request)
+        if flight.restarted:
+            self._abort(flight, refusal.status, refusal.code, refusal.message)
+        else:
+            self._finish(flight)
+            self._commands.append(refusal)
+
     def _enter(self, flight: Flight) -> None:
-        self._admission.entered(flight.request)
+        self._admission.entered(flight.request, self._now)
         self._flights[flight.request.id] = flight
 
     def _hold(self, flight: Flight) -> None:
@@ -288,7 +300,7 @@ class Cluster:
         while (first := queue.first) is not None:
             if not self._try_start(self._flights[first], self._pools[model]):
                 break
-            queue.remove(first)
+            queue.started(first)
 
     def _try_start(self, flight: Flight, pools: ModelPools) -> bool:
         """Give a request to the nodes that the router chooses; False if none has room."""
@@ -343,9 +355,10 @@ class Cluster:
                 self._members[candidate.spec.id].requests[request.id] = None
                 pools.predicted.add(candidate.spec.id, request.id, request.hashes[options.held[candidate.slot] :])
 
-    def _on_request_abandoned(self, request: RequestId) -> None:
-        flight = self._flights.get(request)
+    def _on_request_abandoned(self, event: RequestAbandoned) -> None:
+        flight = self._flights.get(event.request)
         if flight is not None:
+            self._admission.delivered(flight.request.tenant, event.output_tokens, self._now)
             self._cancel_parts(flight)
             self._finish(flight)
 
@@ -435,6 +448,7 @@ class Cluster:
         cached_tokens = max(0, request.prompt_tokens - ended.computed_tokens)
         self._sessions.ended(request, request.prompt_tokens - cached_tokens, flight.stayed, block_tokens)
         self._admission.completed(request.model, self._now)
+        self._admission.delivered(request.tenant, ended.output_tokens, self._now)
         self._end_part(flight, node)
         self._cancel_parts(flight)
         self._finish(flight)
@@ -608,6 +622,7 @@ def _part(
         priority=request.priority,
         superseded=superseded,
         name=request.name,
+        tenant=request.tenant,
     )
 
 

@@ -27,6 +27,7 @@ from orchestrator.core.blocks import hash_root
 from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import (
+    DEFAULT_TENANT,
     BlockHash,
     FinishReason,
     GatewayId,
@@ -67,7 +68,6 @@ log = logging.getLogger("weft.gateway")
 AnswerParser = ToolParser | ThinkParser
 Asked = TypeVar("Asked", bound=GenerationRequest)
 
-DEFAULT_TENANT = TenantId("default")
 #: Metrics' label for a model nobody serves: what clients write must not become a label.
 UNKNOWN_MODEL = "unknown"
 #: And for a path that nothing is served at.
@@ -179,8 +179,8 @@ class Gateway:
         self._driver = driver
         self._metrics = metrics
         self._recorder = recorder
-        self._tenants = {_digest(entry.key.encode()): TenantId(entry.tenant) for entry in config.gateway.api_keys}
-        tenants = tuple(dict.fromkeys(self._tenants.values())) or (DEFAULT_TENANT,)
+        self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
+        tenants = tuple(TenantId(one.name) for one in config.tenants) or (DEFAULT_TENANT,)
         self._models = {name: _Model(name, text, _prompts(config, name, text, tenants)) for name, text in models.items()}
         self._session_headers = tuple(name.lower().encode() for name in config.gateway.session_headers)
         #: Base URLs of the gateways that take requests; this one is not among them while it drains.
@@ -485,7 +485,7 @@ class Gateway:
 
     def authenticate(self, headers: Mapping[bytes, bytes]) -> TenantId:
         """Return the tenant a request's key stands for. Raises `ApiError` 401."""
-        if not self._tenants:
+        if not self._config.tenants:
             return DEFAULT_TENANT
         tenant = self._tenants.get(_digest(_key_of(headers)))
         if tenant is None:

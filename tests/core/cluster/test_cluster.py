@@ -18,7 +18,7 @@ from orchestrator.core.commands import (
     Restart,
     SetTimer,
 )
-from orchestrator.core.config import LimitsConfig, RouterConfig
+from orchestrator.core.config import LimitsConfig, RouterConfig, TenantConfig
 from orchestrator.core.events import (
     DrainRequested,
     NodeDraining,
@@ -32,6 +32,7 @@ from orchestrator.core.events import (
 from orchestrator.core.types import (
     Assignment,
     FinishReason,
+    GatewayId,
     KvBatch,
     Load,
     ModelName,
@@ -43,7 +44,17 @@ from orchestrator.core.types import (
     TimerKey,
 )
 from tests.builders import prompt_hashes
-from tests.core.cluster.cluster_builders import arrived, end_of, join, nodes_of, reported, spec_of, stored, without_timers
+from tests.core.cluster.cluster_builders import (
+    arrived,
+    cluster_config,
+    end_of,
+    join,
+    nodes_of,
+    reported,
+    spec_of,
+    stored,
+    without_timers,
+)
 
 MakeCluster = Callable[..., Cluster]
 A0, A1 = NodeId("a0"), NodeId("a1")
@@ -55,7 +66,7 @@ DEADLINE = TimerKey("request:1")
 
 def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, **changes: Any) -> Assignment:
     """Return what a node is given to generate 8 tokens."""
-    part = Assignment(RequestId(request), Role.GENERATE, tokens, prompt_hashes(prompt), 8)
+    part = Assignment(RequestId(request), Role.GENERATE, tokens, prompt_hashes(prompt), 8, tenant=TenantId("t"))
     return replace(part, **changes)
 
 
@@ -385,6 +396,35 @@ def test_refusals_have_their_status(make_cluster: MakeCluster) -> None:
     cluster.handle(DrainRequested(), 2.0)
     assert status(cluster, arrived(4, tenant=TenantId("u"))) == 503
     assert cluster.running == 3  # what runs may finish
+
+
+def test_a_flood_waits_for_its_turns_and_makes_room_for_others() -> None:
+    config = replace(cluster_config(LimitsConfig(waiting_max=3)), tenants=(TenantConfig("t"), TenantConfig("u", share=2.0)))
+    cluster = Cluster(GatewayId(0), config)
+    join(cluster, "a0")
+    cluster.handle(full("a0"), 0.0)
+    assert [status(cluster, arrived(serial)) for serial in (1, 2, 3, 4)] == [None, None, None, 529]
+    u = TenantId("u")
+    message = "all nodes are full and 3 requests wait, at most 3 may"
+    assert without_timers(cluster.handle(arrived(5, tenant=u), 1.0)) == [Refuse(RequestId(3), 529, "overloaded", message, 1.0)]
+    assert without_timers(cluster.handle(arrived(6, tenant=u), 1.0)) == [Refuse(RequestId(2), 529, "overloaded", message, 1.0)]
+    assert status(cluster, arrived(7, tenant=u)) == 529  # two of three are its part
+    cluster.validate()
+    parts = [one.assignment for one in cluster.handle(reported("a0"), 2.0) if isinstance(one, Assign)]
+    assert [(part.request, part.tenant) for part in parts] == [(1, "t"), (5, "u"), (6, "u")]
+
+
+def test_output_of_cancelled_requests_counts_too() -> None:
+    cluster = Cluster(GatewayId(0), replace(cluster_config(), tenants=(TenantConfig("t", tokens_per_s=10.0),)))
+    join(cluster, "a0")
+    assert status(cluster, arrived(1), 0.0) is None  # 9 of the 20 that are saved up
+    cluster.handle(RequestAbandoned(R1, output_tokens=12), 0.0)
+    assert status(cluster, arrived(2), 0.5) == 429
+    assert status(cluster, arrived(2), 1.0) is None
+    ended = replace(end_of(2), output_tokens=20)
+    cluster.handle(reported("a0", ended=[ended]), 1.0)
+    assert status(cluster, arrived(3), 3.0) == 429  # 20 are owed
+    assert status(cluster, arrived(3), 4.0) is None
 
 
 def test_a_draining_node_takes_nothing_new_and_finishes_what_it_has(make_cluster: MakeCluster) -> None:

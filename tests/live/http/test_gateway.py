@@ -15,7 +15,7 @@ from orchestrator.live.http.exchange import CLIENT_GONE
 from orchestrator.live.text.files import ModelUnusable
 from orchestrator.live.text.models import ModelText
 from tests.builders import some
-from tests.live.scripted import KEYS, MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}]}
 CHAT = "/v1/chat/completions"
@@ -306,4 +306,4 @@ def test_a_tenant_cannot_push_out_another_ones_prompts(text: ModelText) -> None:
         prompts = {tenant: len(one) for tenant, one in served.gateway._models[ModelName(MODEL)].prompts.items()}
         assert prompts == {"acme": 1, "globex": 4}
 
-    play(text, talk, api_keys=KEYS, prompts_cached_max=8)
+    play(text, talk, tenants=TENANTS, prompts_cached_max=8)

@@ -9,11 +9,12 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from orchestrator.core.config import TenantConfig
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import TurnFailed
 from tests.builders import some
-from tests.live.scripted import KEYS, MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
 
 USER = [{"role": "user", "content": "Hi there"}]
 WEATHER = {
@@ -290,7 +291,16 @@ def test_keys_stand_for_tenants(text: ModelText) -> None:
         assert first.prompt.tokens == second.prompt.tokens
         assert first.prompt.hash_root != second.prompt.hash_root
 
-    play(text, talk, key="sk-good", api_keys=KEYS)
+    play(text, talk, key="sk-good", tenants=TENANTS)
+
+
+def test_tenants_without_keys_open_no_door(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        async with httpx.AsyncClient(base_url=served.url) as raw:
+            assert (await raw.get("/v1/models")).status_code == 401
+            assert (await raw.get("/v1/models", headers={"authorization": "Bearer closed"})).status_code == 401
+
+    play(text, talk, tenants=(TenantConfig("closed"),))
 
 
 def test_a_bad_key_is_an_authentication_error(text: ModelText) -> None:
@@ -299,7 +309,7 @@ def test_a_bad_key_is_an_authentication_error(text: ModelText) -> None:
             await client.chat.completions.create(model=MODEL, messages=USER)
         assert refused.value.code == "invalid_api_key"
 
-    play(text, talk, key="sk-bad", api_keys=KEYS)
+    play(text, talk, key="sk-bad", tenants=TENANTS)
 
 
 @pytest.mark.parametrize("status", [429, 503, 504, 529])

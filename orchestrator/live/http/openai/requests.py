@@ -30,7 +30,13 @@ COMPLETION_TOKENS_DEFAULT = 16
 _BILLING_HEADER = "x-anthropic-billing-header"
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
-_TYPES = {401: "invalid_request_error", 429: "rate_limit_error", 529: "overloaded_error", 504: "timeout_error"}
+_TYPES = {
+    401: "invalid_request_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
