@@ -255,6 +255,9 @@ class NodeDriver:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _on_step_finished(self, command: RunStep, outputs: Sequence[SliceOutput], seconds: float) -> None:
+        for outbox in self._outboxes.values():
+            if outbox.full:
+                outbox.seal(self._pending_frame(outbox))
         sequences = self._sequences
         block_tokens = self.spec.block_tokens
         results: list[SliceResult] = []
@@ -379,6 +382,12 @@ class NodeDriver:
             await stream.write(self._frame(outbox))
 
     def _frame(self, outbox: Outbox) -> node_pb2.NodeFrame:
+        """Return what goes to a gateway next."""
+        outbox.frames_sent += 1
+        sealed = outbox.next_sealed()
+        return sealed if sealed is not None else self._pending_frame(outbox)
+
+    def _pending_frame(self, outbox: Outbox) -> node_pb2.NodeFrame:
         """Return what waits for a gateway; the load goes along only where something besides tokens has changed it."""
         news = self._core.news
         tells = outbox.telling or outbox.news_told != news
@@ -447,10 +456,15 @@ class NodeDriver:
             outbox.add_ended(codec.ended_message(report))
 
     def _publish(self, batches: Sequence[KvBatch], gateway: GatewayId | None) -> None:
-        messages = [codec.kv_message(batch) for batch in batches]
-        for outbox in self._outboxes.values():
-            if gateway is None or outbox.gateway == gateway:
+        if gateway is None:
+            messages = [codec.kv_message(batch) for batch in batches]
+            for outbox in self._outboxes.values():
                 outbox.add_kv(messages)
+        elif (asking := self._outboxes.get(gateway)) is not None:
+            if batches[0].cleared:
+                asking.start_over(batches)
+            else:
+                asking.add_kv([codec.kv_message(batch) for batch in batches])
 
     def _moved(self, size: int, seconds: float) -> None:
         for outbox in self._outboxes.values():

@@ -1,28 +1,31 @@
 """What one gateway has still to be told by one node: everything that piles up between two frames goes out as one.
 
-A gateway that is behind so gets fewer, larger frames, never a queue of them; past a bound it counts as lost. Counting frames on
-both ends tells after a broken stream whether anything was lost with it.
+A gateway that is behind so gets fewer, larger frames, up to a size, and a queue only of such; past a bound it counts as lost.
+Counting frames on both ends tells after a broken stream whether anything was lost with it.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 
 from orchestrator.core.blocks import HASH_BYTES
-from orchestrator.core.types import GatewayId, Load, RequestId
+from orchestrator.core.types import GatewayId, KvBatch, Load, RequestId
 from orchestrator.wire import codec, node_pb2
 from workers.engines.base import TokenLogprobs
 
 #: Seconds between two heartbeats at least, whatever a gateway asks for.
 HEARTBEAT_S_MIN = 0.005
+#: Bytes of a frame that a token takes with its request at most, and that a token's log probabilities take, and each of them.
+TOKEN_BYTES, LOGPROBS_BYTES, LOGPROB_BYTES = 20, 24, 9
 
 
 class Outbox:
     """One gateway's pending frame and the state of its stream."""
 
     __slots__ = (
-        "_beat", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_logprobs", "_moves", "_wake", "_weight", "counts", "due",
-        "frames_read", "frames_received", "frames_sent", "gateway", "grace", "incarnation", "news_told", "requests", "stream",
-        "timer", "tokens",
+        "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_logprobs", "_moves", "_pages", "_sealed",
+        "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received", "frames_sent", "gateway",
+        "grace", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -52,21 +55,28 @@ class Outbox:
         self._logprobs: list[node_pb2.TokenLogprobs] = []
         self._first_tokens: list[node_pb2.FirstToken] = []
         self._ended: list[node_pb2.Ended] = []
+        #: Pages of the one snapshot under way, before all else; no messages yet, so that they share their hashes with the pool.
+        self._pages: deque[KvBatch] = deque()
         self._kv: list[node_pb2.KvBatch] = []
         self._moves: list[node_pb2.Move] = []
-        #: Hashes pending.
+        #: Hashes pending, those of a snapshot apart.
         self._weight = 0
+        #: Bytes of log probabilities and ends that are pending, about.
+        self._bytes = 0
+        #: Frames that were full before they could go, and the tokens in them.
+        self._sealed: deque[node_pb2.NodeFrame] = deque()
+        self._sealed_tokens = 0
         self._wake = asyncio.Event()
 
     @property
     def pending(self) -> bool:
         """True while there is something that must go out now."""
-        return bool(self.requests or self._ended or self._kv or self._first_tokens or self._moves)
+        return bool(self.requests or self._ended or self._kv or self._pages or self._first_tokens or self._moves or self._sealed)
 
     @property
     def telling(self) -> bool:
         """True while there is something for the gateway's core, which then wants the load with it."""
-        return bool(self._first_tokens or self._ended or self._kv)
+        return bool(self._first_tokens or self._ended or self._kv or self._pages)
 
     @property
     def urgent(self) -> bool:
@@ -75,12 +85,18 @@ class Outbox:
 
     @property
     def unsent(self) -> int:
-        """Tokens and block hashes that wait."""
-        return len(self.tokens) + self._weight
+        """Tokens and block hashes that wait. A snapshot does not count: there is one at a time, of what the node holds."""
+        return len(self.tokens) + self._sealed_tokens + self._weight
+
+    @property
+    def full(self) -> bool:
+        """True once what is pending is as much as a frame should bring."""
+        return self._bytes + TOKEN_BYTES * len(self.tokens) > codec.FRAME_BYTES_MAX
 
     def add_logprobs(self, request: RequestId, entries: Sequence[TokenLogprobs]) -> None:
         """Add one entry a token."""
         for entry in entries:
+            self._bytes += LOGPROBS_BYTES + LOGPROB_BYTES * len(entry.top)
             self._logprobs.append(
                 node_pb2.TokenLogprobs(
                     request=request,
@@ -95,6 +111,13 @@ class Outbox:
 
     def add_ended(self, message: node_pb2.Ended) -> None:
         self._ended.append(message)
+        self._bytes += message.ByteSize()
+
+    def start_over(self, pages: Sequence[KvBatch]) -> None:
+        """Tell all that the node holds, in pages, in place of changes and of another snapshot that wait."""
+        self._pages = deque(pages)
+        self._kv.clear()
+        self._weight = 0
 
     def add_kv(self, messages: Sequence[node_pb2.KvBatch]) -> None:
         """Add changes of holdings; the messages may be shared with other outboxes."""
@@ -139,6 +162,20 @@ class Outbox:
         await self._wake.wait()
         self._wake.clear()
 
+    def seal(self, frame: node_pb2.NodeFrame) -> None:
+        """Keep a frame made of all that was pending: it is full, and what comes up next goes into another."""
+        self._sealed.append(frame)
+        self._sealed_tokens += len(frame.tokens)
+
+    def next_sealed(self) -> node_pb2.NodeFrame | None:
+        """Take the oldest full frame out, to be sent; None if there is none."""
+        if not self._sealed:
+            return None
+        frame = self._sealed.popleft()
+        self._sealed_tokens -= len(frame.tokens)
+        self._wake.set()
+        return frame
+
     def take(self, load: Load | None, draining: bool, refused_calls: int = 0) -> node_pb2.NodeFrame:
         """Return what is pending as one frame, in the order in which it must be applied; of changed holdings what it can hold."""
         frame = node_pb2.NodeFrame(
@@ -150,6 +187,7 @@ class Outbox:
             refused_calls=refused_calls if load is not None else 0,
         )
         self.requests, self.counts, self.tokens = [], [], []
+        self._bytes = 0
         if self._first_tokens:
             frame.first_tokens.extend(self._first_tokens)
             self._first_tokens.clear()
@@ -159,12 +197,15 @@ class Outbox:
         if self._ended:
             frame.ended.extend(self._ended)
             self._ended.clear()
-        if self._kv:
+        if self._pages:
+            frame.kv.append(codec.kv_message(self._pages.popleft()))
+        if self._pages:
+            self._wake.set()
+        elif self._kv:
             self._take_kv(frame)
         if self._moves:
             frame.moves.extend(self._moves)
             self._moves.clear()
-        self.frames_sent += 1
         return frame
 
     def _take_kv(self, frame: node_pb2.NodeFrame) -> None:

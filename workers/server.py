@@ -188,7 +188,7 @@ class NodeServer:
             block_bytes=description.block_bytes,
             sequences_max=pool.scheduler.sequences_max,
             step_tokens_max=pool.scheduler.step_tokens_max,
-            context_tokens_max=description.context_tokens_max,
+            context_tokens_max=min(description.context_tokens_max, codec.prompt_tokens_max(description.block_tokens)),
             profile=pool.profile,
             address=address,
             host=self._host_id,

@@ -225,9 +225,21 @@ class KvBatch:
     """What changed in one node's holdings, numbered without gaps so that a lost batch is noticed.
 
     Removals are applied before storings. `cleared` says: forget all you believed of this node first.
+
+    All that a node holds (a *snapshot*) may be too much for one message. It comes in pages then, which share a number: `cleared`
+    begins with page 0, whatever has `more` is followed by the next page, and who has got them all is where the number says.
     """
 
     sequence: int
     stored: tuple[StoredRun, ...] = ()
     removed: tuple[BlockHash, ...] = ()
     cleared: bool = False
+    #: Tells a node's snapshots apart; 0 for what is none.
+    snapshot: int = 0
+    page: int = 0
+    more: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks it tells of."""
+        return len(self.removed) + sum(len(run.hashes) for run in self.stored)

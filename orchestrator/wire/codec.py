@@ -29,8 +29,10 @@ from orchestrator.wire import node_pb2
 
 #: Call metadata that names the node, since one process may host several.
 NODE_METADATA = "weft-node"
-#: Bytes of a frame, about, after which what is left goes into another: a receiver takes sixteen times that at most.
-FRAME_BYTES_MAX = 4 * 1024 * 1024
+#: Bytes of a message at most; a longer one would end its stream.
+MESSAGE_BYTES_MAX = 64 * 1024 * 1024
+#: Bytes of a frame, about, after which what is left goes into another: whatever comes in one piece fits as well.
+FRAME_BYTES_MAX = MESSAGE_BYTES_MAX // 16
 #: Characters of a message that a node ends a request with.
 MESSAGE_CHARS_MAX = 4096
 #: Characters of a request's name.
@@ -40,8 +42,8 @@ NAME_CHARS_MAX = 128
 FRAMES_UNREAD_MAX = 4
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     # A peer's machine that vanished is noticed in 10 s; a killed process at once.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -76,6 +78,11 @@ def hash_from(packed: bytes, what: str) -> BlockHash | None:
     if len(packed) not in (0, HASH_BYTES):
         raise MalformedMessage(f"{what} must have {HASH_BYTES} bytes, has {len(packed)}")
     return BlockHash(packed) if packed else None
+
+
+def prompt_tokens_max(block_tokens: int) -> int:
+    """Return the tokens of the longest prompt that goes into one message with its hashes and three quarters of its room."""
+    return MESSAGE_BYTES_MAX * 3 // 4 * block_tokens // (TOKEN_BYTES * block_tokens + HASH_BYTES)
 
 
 def check_frame(frame: node_pb2.NodeFrame) -> None:
@@ -217,7 +224,7 @@ def ended_message(report: Ended) -> node_pb2.Ended:
         reason=report.reason,
         output_tokens=report.output_tokens,
         computed_tokens=report.computed_tokens,
-        message=report.message,
+        message=report.message[:MESSAGE_CHARS_MAX],
     )
 
 
@@ -237,7 +244,14 @@ def ended_from(message: node_pb2.Ended) -> Ended:
 
 def kv_message(batch: KvBatch) -> node_pb2.KvBatch:
     """Return the message for one numbered change of a node's holdings."""
-    message = node_pb2.KvBatch(sequence=batch.sequence, removed=pack_hashes(batch.removed), cleared=batch.cleared)
+    message = node_pb2.KvBatch(
+        sequence=batch.sequence,
+        removed=pack_hashes(batch.removed),
+        cleared=batch.cleared,
+        snapshot=batch.snapshot,
+        page=batch.page,
+        more=batch.more,
+    )
     for run in batch.stored:
         message.stored.add(parent=run.parent or b"", hashes=pack_hashes(run.hashes))
     return message
@@ -250,6 +264,9 @@ def kv_from(message: node_pb2.KvBatch) -> KvBatch:
         stored=tuple(StoredRun(parent=hash_from(run.parent, "parent"), hashes=hashes_from(run.hashes)) for run in message.stored),
         removed=hashes_from(message.removed),
         cleared=message.cleared,
+        snapshot=message.snapshot,
+        page=message.page,
+        more=message.more,
     )
 
 

@@ -266,16 +266,22 @@ class Ended(_message.Message):
     def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class KvBatch(_message.Message):
-    __slots__ = ("sequence", "stored", "removed", "cleared")
+    __slots__ = ("sequence", "stored", "removed", "cleared", "snapshot", "page", "more")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     CLEARED_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     stored: _containers.RepeatedCompositeFieldContainer[StoredRun]
     removed: bytes
     cleared: bool
-    def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[_Union[StoredRun, _Mapping]]] = ..., removed: _Optional[bytes] = ..., cleared: bool = ...) -> None: ...
+    snapshot: int
+    page: int
+    more: bool
+    def __init__(self, sequence: _Optional[int] = ..., stored: _Optional[_Iterable[_Union[StoredRun, _Mapping]]] = ..., removed: _Optional[bytes] = ..., cleared: bool = ..., snapshot: _Optional[int] = ..., page: _Optional[int] = ..., more: bool = ...) -> None: ...
 
 class StoredRun(_message.Message):
     __slots__ = ("parent", "hashes")

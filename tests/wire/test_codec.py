@@ -83,7 +83,8 @@ def test_spec_survives(kind: PoolKind) -> None:
 def test_report_survives() -> None:
     load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25)
     batches = (
-        KvBatch(sequence=0, cleared=True),
+        KvBatch(sequence=0, cleared=True, snapshot=9, more=True),
+        KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),
         KvBatch(sequence=1, stored=(StoredRun(None, hashes(3)), StoredRun(hashes(1)[0], hashes(1))), removed=hashes(2)),
     )
     ends = tuple(Ended(REQUEST, reason, 3, 2, "why") for reason in FinishReason)

@@ -411,8 +411,8 @@ class Cluster:
         member = self._members.get(event.node)
         if member is None:
             return
-        for batch in event.kv:
-            self._apply(member, batch)
+        if event.kv:
+            self._apply(member, event.kv)
         candidate = member.candidate
         candidate.report(event.load, self._now)
         for first in event.first_tokens:
@@ -473,15 +473,20 @@ class Cluster:
 
     # --- holdings ---------------------------------------------------------------------------------------------------------
 
-    def _apply(self, member: Member, batch: KvBatch) -> None:
-        """Take in holdings; ask for a replay once if something was missed."""
-        trust = member.pools.apply(member.spec.id, batch)
-        if trust is Trust.EXACT:
+    def _apply(self, member: Member, batches: tuple[KvBatch, ...]) -> None:
+        """Take in holdings; ask for a replay once if something was missed, and wait on while it is coming."""
+        index, node = member.pools.index, member.spec.id
+        applied = index.applied(node)
+        for batch in batches:
+            member.pools.apply(node, batch)
+        if index.trust(node) is Trust.EXACT:
             if member.replays is not None:
                 member.replays = None
                 self._commands.append(ClearTimer(member.replay_timer))
         elif member.replays is None:
             self._ask_replay(member)
+        elif index.applied(node) > applied:
+            self._commands.append(SetTimer(member.replay_timer, self._now + member.replay_wait_s))
 
     def _ask_replay(self, member: Member) -> None:
         member.replays = 0 if member.replays is None else member.replays + 1

@@ -8,7 +8,8 @@ walking the chain:
     holders   ABC  ABC  ABC  AB   AB   -    -        levels: (3, ABC), (5, AB)
 
 The index is a belief, not a truth: a wrong one costs a recompute or a fetch that brings less, never a failure. Each node numbers
-what it tells; after a gap the node's holdings are believed only in part until a replay has mended them.
+what it tells; after a gap the node's holdings are believed only in part until a replay has mended them. All that it holds comes in
+pages: each is believed as it comes, in part, and the whole of it only when the last one came after all others.
 
 Rules for editors:
 
@@ -39,7 +40,7 @@ class Trust(Enum):
     """How far a node's holdings are believed."""
 
     EXACT = "exact"  # every batch was applied
-    STALE = "stale"  # a batch was missed; a replay is needed
+    STALE = "stale"  # a batch was missed, or a page is to come: a replay is needed or under way
     BLIND = "blind"  # nothing is known; everything must be asked for
 
 
@@ -99,7 +100,7 @@ class _Holders(dict[BlockHash, int]):
 class _Node:
     """What is believed of one node."""
 
-    __slots__ = ("alone", "bit", "blocks", "blocks_max", "sequence", "slot", "trust")
+    __slots__ = ("alone", "applied", "awaited", "bit", "blocks", "blocks_max", "heard", "sequence", "slot", "trust")
 
     def __init__(self, slot: int, blocks_max: int) -> None:
         self.move(slot)
@@ -108,6 +109,12 @@ class _Node:
         self.blocks = 0
         #: Number of the last batch applied; None: only a batch that starts over is of use.
         self.sequence: int | None = None
+        #: Highest number it was heard of; EXACT is only who is as far.
+        self.heard = 0
+        #: Snapshot and page that comes next, while one is under way; `sequence` is None then.
+        self.awaited: tuple[int, int] | None = None
+        #: Batches and pages taken in.
+        self.applied = 0
         self.trust = Trust.BLIND
 
     def move(self, slot: int) -> None:
@@ -161,6 +168,10 @@ class KvIndex:
         """Return the last batch applied of a node, which a replay is to follow; None if all must be told anew."""
         return self._nodes[node].sequence
 
+    def applied(self, node: NodeId) -> int:
+        """Return how many batches of a node were taken in: a replay that makes this grow is under way."""
+        return self._nodes[node].applied
+
     def held_blocks(self, node: NodeId) -> int:
         """Return how many blocks a node is believed to hold."""
         return self._nodes[node].blocks
@@ -176,9 +187,10 @@ class KvIndex:
 
     def distrust(self, node: NodeId) -> None:
         """Forget what a node holds; from now on only a batch that starts over is believed."""
-        self._clear(self._nodes[node])
-        self._nodes[node].sequence = None
-        self._nodes[node].trust = Trust.BLIND
+        entry = self._nodes[node]
+        self._clear(entry)
+        entry.sequence = entry.awaited = None
+        entry.trust = Trust.BLIND
 
     def find(self, hashes: Sequence[BlockHash]) -> Matches:
         """Return how long a prefix of the chain `hashes` each node holds.
@@ -211,31 +223,49 @@ class KvIndex:
     def apply(self, node: NodeId, batch: KvBatch) -> Trust:
         """Take in what a node says of its holdings; anything but EXACT afterwards asks for a replay after `sequence`.
 
-        Batches seen already are ignored, and so are those after a gap: the replay brings them again in order.
+        Batches seen already are ignored, and so are those after a gap: the replay brings them again in order. A page that is not
+        the next one ends its snapshot, and another must be asked for.
         """
         entry = self._nodes[node]
         if self._retired:
-            brought = len(batch.removed) + sum(len(run.hashes) for run in batch.stored)
-            self._clean(max(SWEEP_BLOCKS_MIN, SWEEP_FACTOR * brought))
-        if batch.cleared:
-            if entry.sequence is not None and batch.sequence < entry.sequence:
-                return entry.trust
-            self._clear(entry)
-        elif entry.sequence is None or batch.sequence <= entry.sequence:
-            return entry.trust
-        elif batch.sequence != entry.sequence + 1:
+            self._clean(max(SWEEP_BLOCKS_MIN, SWEEP_FACTOR * batch.blocks))
+        entry.heard = max(entry.heard, batch.sequence)
+        if self._follows(entry, batch):
+            self._take(entry, batch)
+        return entry.trust
+
+    def _follows(self, entry: _Node, batch: KvBatch) -> bool:
+        """Tell whether a batch is to be taken in next, and note a gap before it."""
+        if batch.cleared:  # of no use to whoever is as far: its first page alone would tell less than is known
+            known = -1 if entry.sequence is None else entry.sequence
+            return batch.sequence > known or (batch.sequence == known and entry.trust is not Trust.EXACT)
+        if batch.page:
+            if entry.awaited is None or batch.snapshot != entry.awaited[0]:
+                return False  # of a snapshot that is of no use or was given up
+            if batch.page > entry.awaited[1]:
+                entry.awaited = None
+            return entry.awaited is not None and batch.page == entry.awaited[1]
+        if entry.sequence is None or batch.sequence <= entry.sequence:
+            return False
+        if batch.sequence != entry.sequence + 1:
             entry.trust = Trust.STALE
-            return entry.trust
-        entry.sequence = batch.sequence
-        entry.trust = Trust.EXACT
+            return False
+        return True
+
+    def _take(self, entry: _Node, batch: KvBatch) -> None:
+        if batch.cleared:
+            self._clear(entry)
         if batch.removed:
             self._remove(entry, batch.removed)
+        complete = not batch.more
+        entry.sequence = batch.sequence if complete else None
+        entry.awaited = None if complete else (batch.snapshot, batch.page + 1)
+        entry.applied += 1
         for run in batch.stored:
             if not self._store(entry, run):
-                entry.sequence = None
-                entry.trust = Trust.STALE
+                entry.sequence = entry.awaited = None
                 break
-        return entry.trust
+        entry.trust = Trust.EXACT if entry.sequence == entry.heard else Trust.STALE
 
     def validate(self) -> None:
         """Check every invariant against every block. Raises `AssertionError`; for tests, as it walks the whole index."""

@@ -29,6 +29,10 @@ from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
 
 #: Stale entries of the eviction order that are put up with before it is cleaned.
 STALE_MAX = 256
+#: Hashes in one batch at most: 256 KiB as a message, and a few milliseconds of a gateway that takes it in.
+BATCH_HASHES_MAX = 16_384
+#: What a run costs a batch beside its own hashes: its parent, and as many bytes around it.
+RUN_HASHES = 2
 
 
 class Run:
@@ -459,25 +463,53 @@ class BlockPool:
 
 
 class KvJournal:
-    """Numbers the batches of what changed in a pool and keeps the newest for whoever missed some."""
+    """Numbers the batches of what changed in a pool and keeps the newest for whoever missed some.
 
-    __slots__ = ("_batches", "_pool", "_sequence")
+    It keeps no more hashes than the pool has blocks: beyond that, telling all that is held now says more with less.
+    """
 
-    def __init__(self, pool: BlockPool, batches_max: int) -> None:
+    __slots__ = ("_batch_hashes_max", "_batches", "_batches_max", "_kept_blocks", "_pool", "_sequence", "_snapshot")
+
+    def __init__(self, pool: BlockPool, batches_max: int, batch_hashes_max: int = BATCH_HASHES_MAX) -> None:
         self._pool = pool
+        self._batches_max = batches_max
+        self._batch_hashes_max = batch_hashes_max
         self._sequence = 0
+        #: Snapshots told so far.
+        self._snapshot = 0
         #: Numbered without gaps; the last one is `_sequence`.
-        self._batches: deque[KvBatch] = deque(maxlen=batches_max)
+        self._batches: deque[KvBatch] = deque()
+        #: Blocks that they tell of.
+        self._kept_blocks = 0
 
-    def record(self) -> KvBatch | None:
-        """Return the next batch, or None if nothing changed since the last."""
+    def record(self) -> tuple[KvBatch, ...]:
+        """Return the next batches; none if nothing changed since the last."""
         changes = self._pool.take_changes()
         if changes is None:
-            return None
-        self._sequence += 1
-        batch = KvBatch(self._sequence, *changes)
-        self._batches.append(batch)
-        return batch
+            return ()
+        stored, removed = changes
+        new: list[KvBatch] = []
+        most = self._batch_hashes_max
+        parts = [((), removed[start : start + most]) for start in range(0, len(removed), most)]
+        for runs in paged(stored, most):
+            # What was removed goes before what was stored: nearly always both fit one batch.
+            if parts and not parts[-1][0] and len(parts[-1][1]) + _hashes(runs) <= most:
+                parts[-1] = (runs, parts[-1][1])
+            else:
+                parts.append((runs, ()))
+        for runs, gone in parts:
+            self._sequence += 1
+            new.append(KvBatch(self._sequence, runs, gone))
+        self._keep(new)
+        return tuple(new)
+
+    def _keep(self, new: Iterable[KvBatch]) -> None:
+        batches = self._batches
+        for batch in new:
+            batches.append(batch)
+            self._kept_blocks += batch.blocks
+        while len(batches) > self._batches_max or (self._kept_blocks > self._pool.blocks and len(batches) > 1):
+            self._kept_blocks -= batches.popleft().blocks
 
     def since(self, after: int | None) -> tuple[KvBatch, ...]:
         """Return the batches after number `after`; without it, or when some of them are gone or none follows, all held now.
@@ -486,4 +518,33 @@ class KvJournal:
         """
         if after is not None and self._sequence - len(self._batches) <= after < self._sequence:
             return tuple(batch for batch in self._batches if batch.sequence > after)
-        return (KvBatch(self._sequence, stored=self._pool.snapshot(), cleared=True),)
+        self._snapshot += 1
+        pages = paged(self._pool.snapshot(), self._batch_hashes_max) or [()]
+        last = len(pages) - 1
+        return tuple(
+            KvBatch(self._sequence, runs, cleared=page == 0, snapshot=self._snapshot, page=page, more=page < last)
+            for page, runs in enumerate(pages)
+        )
+
+
+def paged(runs: Sequence[StoredRun], hashes_max: int) -> list[tuple[StoredRun, ...]]:
+    """Return runs in order, in portions of `hashes_max` hashes at most, what comes with each run counted; long runs are cut."""
+    pages: list[tuple[StoredRun, ...]] = []
+    page: list[StoredRun] = []
+    room = hashes_max
+    for run in runs:
+        parent, start = run.parent, 0
+        while start < len(run.hashes):
+            if room <= RUN_HASHES and page:
+                pages.append(tuple(page))
+                page, room = [], hashes_max
+            part = run.hashes[start : start + max(1, room - RUN_HASHES)]
+            page.append(StoredRun(parent, part))
+            parent, start = part[-1], start + len(part)
+            room -= len(part) + RUN_HASHES
+    return [*pages, tuple(page)] if page else pages
+
+
+def _hashes(runs: Sequence[StoredRun]) -> int:
+    """Return what runs cost a batch."""
+    return sum(len(run.hashes) + RUN_HASHES for run in runs)

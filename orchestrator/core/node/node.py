@@ -215,9 +215,9 @@ class Node:
         if self._quiet and self._scheduler.preemptions == preemptions:
             return
         self.news += 1
-        batch = self._journal.record()
-        if batch is not None:
-            self._commands.append(PublishKv((batch,)))
+        batches = self._journal.record()
+        if batches:
+            self._commands.append(PublishKv(batches))
 
     def _admit(self) -> None:
         """Admit until nobody else can be: one with nothing to compute makes room for the next."""

@@ -40,6 +40,7 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     ServiceClass,
+    StoredRun,
     TenantId,
     TimerKey,
 )
@@ -462,6 +463,29 @@ def test_a_gap_is_mended_by_one_replay(make_cluster: MakeCluster) -> None:
     replay = (stored("ab", sequence=2), stored("abc", sequence=3), stored("abcd", sequence=4))
     assert cluster.handle(reported("a0", *replay), 2.2) == [ClearTimer(timer)]
     assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.EXACT, 4)
+
+
+def test_a_replay_is_waited_for_while_pages_come_and_asked_for_anew_when_they_stop(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    cluster.handle(NodeJoined(spec_of("a0")), 0.0)
+    timer = TimerKey("replay:a0")
+    runs = [StoredRun(None, prompt_hashes(name)) for name in "abc"]
+    first = [KvBatch(5, (run,), cleared=page == 0, snapshot=1, page=page, more=True) for page, run in enumerate(runs)]
+    # each page is as good as an answer: the wait begins anew
+    assert cluster.handle(reported("a0", first[0]), 0.4) == [SetTimer(timer, 0.4 + REPLAY_S)]
+    assert cluster.handle(reported("a0", first[1]), 0.8) == [SetTimer(timer, 0.8 + REPLAY_S)]
+    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.STALE, 2)
+    # a change meanwhile is none, nor is a page again
+    assert cluster.handle(reported("a0", stored("z", sequence=6), first[1]), 0.9) == []
+    # the third page never comes: everything is asked for
+    again = cluster.handle(TimerFired(timer), 0.8 + REPLAY_S)
+    assert again == [RequestReplay(A0, None), SetTimer(timer, 0.8 + REPLAY_S + 2 * REPLAY_S)]
+    second = (
+        KvBatch(6, (runs[0],), cleared=True, snapshot=2, more=True),
+        KvBatch(6, (StoredRun(None, prompt_hashes("z")),), snapshot=2, page=1),
+    )
+    assert cluster.handle(reported("a0", *second, stored("y", sequence=7)), 1.4) == [ClearTimer(timer)]
+    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.EXACT, 3)
 
 
 def test_a_replay_that_does_not_come_is_asked_for_ever_more_rarely(make_cluster: MakeCluster) -> None:

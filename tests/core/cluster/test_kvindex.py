@@ -88,9 +88,99 @@ def test_a_gap_makes_a_node_stale_until_the_replay_came() -> None:
     index = index_of(a="u", b="", c="")
     assert index.apply(A, stored("uvw", sequence=3)) is Trust.STALE
     assert (index.sequence(A), found(index, "uvw")["a"]) == (1, 1)  # what comes after a gap waits for the replay
-    assert index.apply(A, stored("uv", sequence=2)) is Trust.EXACT
+    assert index.apply(A, stored("uv", sequence=2)) is Trust.STALE  # number 3 is known to be missing
     assert index.apply(A, stored("uvw", sequence=3)) is Trust.EXACT
     assert found(index, "uvw")["a"] == 3
+
+
+def page(number: int, prompt: str, parent: str = "", more: bool = True, snapshot: int = 1, sequence: int = 5) -> KvBatch:
+    """Return a page that goes on with a prompt after its first blocks."""
+    run = StoredRun(prompt_hashes(parent)[-1] if parent else None, prompt_hashes(parent + prompt)[len(parent) :])
+    return KvBatch(sequence, (run,), cleared=number == 0, snapshot=snapshot, page=number, more=more)
+
+
+PAGES = (page(0, "uv"), page(1, "wx", "uv"), page(2, "yz", "uvwx", more=False))
+
+
+def blind_index() -> KvIndex:
+    index = KvIndex()
+    for name in (A, B, C):
+        index.add_node(name, blocks_max=10)
+    return index
+
+
+def test_pages_are_believed_in_part_until_the_last_one_came() -> None:
+    index = blind_index()
+    held = ((2, Trust.STALE), (4, Trust.STALE), (6, Trust.EXACT))
+    for batch, (blocks, trust) in zip(PAGES, held, strict=True):
+        assert index.apply(A, batch) is trust
+        # Nothing but the whole is worth a number: who asks meanwhile must be told everything.
+        assert index.sequence(A) == (5 if trust is Trust.EXACT else None)
+        assert found(index, "uvwxyz")["a"] == blocks
+    assert index.apply(A, KvBatch(6, removed=prompt_hashes("uvwxyz")[5:])) is Trust.EXACT
+    assert found(index, "uvwxyz")["a"] == 5
+
+
+@pytest.mark.parametrize(
+    ("order", "held"),
+    [
+        ((0, 2), 2),  # the second is lost: the third says nothing of use
+        ((0, 2, 1), 2),  # out of order: given up with the gap
+        ((1, 2), 0),  # the first is lost
+        ((2, 1, 0), 2),
+        ((0, 1, 1), 4),  # a page twice is that page once, and the last is missing
+    ],
+)
+def test_a_snapshot_with_a_page_missing_is_never_taken_for_the_whole(order: tuple[int, ...], held: int) -> None:
+    index = blind_index()
+    for number in order:
+        assert index.apply(A, PAGES[number]) is not Trust.EXACT
+    assert (index.sequence(A), found(index, "uvwxyz")["a"]) == (None, held)
+    # Another snapshot mends it, whole.
+    again = (page(0, "uv", snapshot=2), page(1, "12", "uv", more=False, snapshot=2))
+    assert [index.apply(A, batch) for batch in again] == [Trust.STALE, Trust.EXACT]
+    assert (found(index, "uvwxyz")["a"], found(index, "uv12")["a"]) == (2, 4)
+
+
+def test_a_snapshot_supersedes_the_one_under_way() -> None:
+    index = blind_index()
+    index.apply(A, PAGES[0])
+    index.apply(A, PAGES[1])
+    index.apply(A, page(0, "rs", snapshot=2, sequence=7))
+    assert index.apply(A, PAGES[2]) is Trust.STALE  # the former's last page: of no use any more
+    assert index.apply(A, page(1, "t", "rs", more=False, snapshot=2, sequence=7)) is Trust.EXACT
+    assert (found(index, "uvwxyz")["a"], found(index, "rst")["a"], index.sequence(A)) == (0, 3, 7)
+
+
+def test_what_happened_during_a_snapshot_is_asked_for_after_it() -> None:
+    index = blind_index()
+    index.apply(A, PAGES[0])
+    assert index.apply(A, stored("r", sequence=6)) is Trust.STALE  # between two pages: it would get lost
+    index.apply(A, PAGES[1])
+    assert index.apply(A, PAGES[2]) is Trust.STALE
+    assert index.sequence(A) == 5  # all after that is missing
+    assert index.apply(A, stored("r", sequence=6)) is Trust.EXACT
+
+
+def test_a_snapshot_that_came_twice_makes_nobody_forget() -> None:
+    index = blind_index()
+    for batch in PAGES:
+        index.apply(A, batch)
+    applied = index.applied(A)
+    for batch in (page(0, "uv", snapshot=2), page(1, "wxyz", "uv", more=False, snapshot=2)):
+        assert index.apply(A, batch) is Trust.EXACT
+    assert (found(index, "uvwxyz")["a"], index.applied(A)) == (6, applied)
+
+
+def test_pages_that_claim_more_than_the_pool_end_the_snapshot() -> None:
+    index = blind_index()
+    index.apply(A, page(0, "abcdefgh"))
+    assert index.apply(A, page(1, "ijklm", "abcdefgh")) is Trust.STALE
+    assert index.apply(A, page(2, "n", "abcdefghijklm", more=False)) is Trust.STALE
+    assert index.sequence(A) is None
+    index.distrust(A)
+    assert index.apply(A, page(3, "o", "n", more=False)) is Trust.BLIND
+    index.validate()
 
 
 def test_a_node_is_blind_until_it_starts_over() -> None:

@@ -1,9 +1,12 @@
 """The block pool: references, prefix matching, suffix-first eviction, what gateways are told, and that its checker notices."""
 
+from random import Random
+
 import pytest
 
+from orchestrator.core.cluster.kvindex import KvIndex, Trust
 from orchestrator.core.node.kvpool import STALE_MAX, BlockPool, Hold, KvJournal
-from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
+from orchestrator.core.types import BlockHash, BlockId, KvBatch, NodeId, StoredRun
 from tests.builders import prompt_hashes
 
 A, B, C = prompt_hashes("abc")
@@ -179,19 +182,92 @@ def test_branches_are_told_of_after_what_they_follow_on_even_when_that_was_split
 def test_the_journal_replays_what_it_still_has_and_else_tells_everything() -> None:
     pool = BlockPool(8)
     journal = KvJournal(pool, batches_max=2)
-    assert journal.record() is None
-    batches: list[KvBatch | None] = []
+    assert journal.record() == ()
+    batches: list[KvBatch] = []
     for prompt in ("ab", "x", "y"):
         computed(pool, prompt)
-        batches.append(journal.record())
-    everything = (KvBatch(3, (StoredRun(None, (A, B)), *(StoredRun(None, (BlockHash(h),)) for h in (b"x", b"y"))), cleared=True),)
-    assert [batch and batch.sequence for batch in batches] == [1, 2, 3]
+        batches += journal.record()
+    runs = (StoredRun(None, (A, B)), *(StoredRun(None, (BlockHash(h),)) for h in (b"x", b"y")))
+    assert [batch.sequence for batch in batches] == [1, 2, 3]
     assert journal.since(1) == tuple(batches[1:])
     assert journal.since(2) == tuple(batches[2:])
-    assert journal.since(0) == everything  # number 1 is gone
-    assert journal.since(None) == everything
-    assert journal.since(3) == everything  # nothing was missed: whoever asks is answered all the same
-    assert journal.since(9) == everything  # a number of another life of this node
+    # 0: number 1 is gone. 3: nothing was missed, whoever asks is answered all the same. 9: a number of another life of this node.
+    for number, after in enumerate((0, None, 3, 9), start=1):
+        assert journal.since(after) == (KvBatch(3, runs, cleared=True, snapshot=number),)
+
+
+def test_the_journal_keeps_no_more_than_telling_all_would_take() -> None:
+    pool = BlockPool(4)
+    journal = KvJournal(pool, batches_max=100)
+    kept: list[KvBatch] = []
+    for prompt in ("ab", "xy", "uv"):
+        hold, blocks = computed(pool, prompt)
+        pool.release(hold)
+        kept += journal.record()
+        del blocks
+    # "uv" pushed "ab" out: two stored and two removed are as many as the pool has blocks.
+    assert kept[2] == KvBatch(3, (StoredRun(None, prompt_hashes("uv")),), prompt_hashes("ab")[::-1])
+    assert journal.since(2) == tuple(kept[2:])
+    assert [batch.cleared for batch in journal.since(1)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pages"),
+    [
+        # a run costs two beside its hashes; six fit a page
+        (("abcd",), [["abcd"]]),
+        (("abcde",), [["abcd"], ["e"]]),
+        (("abcdefghi",), [["abcd"], ["efgh"], ["i"]]),
+        (("a", "b"), [["a", "b"]]),
+        (("a", "bcd"), [["a", "b"], ["cd"]]),
+        (("abc", "d", "e"), [["abc"], ["d", "e"]]),
+        ((), [[]]),
+    ],
+)
+def test_all_that_is_held_is_told_in_pages(prompts: tuple[str, ...], pages: list[list[str]]) -> None:
+    pool = BlockPool(16)
+    journal = KvJournal(pool, batches_max=0, batch_hashes_max=6)
+    for prompt in prompts:
+        computed(pool, prompt)
+    recorded = journal.record()
+    told = journal.since(None)
+    # what a prompt's blocks are called ends with their letter
+    assert [[b"".join(name[-1:] for name in run.hashes).decode() for run in page.stored] for page in told] == pages
+    last = len(pages) - 1
+    assert [(page.page, page.cleared, page.more) for page in told] == [(n, n == 0, n < last) for n in range(len(pages))]
+    assert {(page.sequence, page.snapshot) for page in told} == {(len(recorded), 1)}
+
+
+def test_pages_and_batches_are_as_large_as_they_may_be_and_bring_an_index_to_the_same() -> None:
+    random = Random(4)
+    pool = BlockPool(200)
+    journal = KvJournal(pool, batches_max=1000, batch_hashes_max=7)
+    follower, late = KvIndex(), KvIndex()
+    node = NodeId("n")
+    for index in (follower, late):
+        index.add_node(node, 200)
+    follower.apply(node, KvBatch(0, cleared=True))
+    prompts = [f"{random.choice('rst') * random.randrange(1, 20)}{number}{'x' * random.randrange(30)}" for number in range(40)]
+    for prompt in prompts:
+        names = prompt_hashes(prompt)
+        hold, _ = pool.acquire(names, matched := pool.match(names, len(names)))
+        blocks = pool.allocate(len(names) - matched)
+        copies = pool.register(hold, blocks, names[matched:])
+        pool.give_back(blocks[:copies])
+        pool.release(hold)
+        batches = journal.record()
+        assert all(batch.blocks <= 7 for batch in batches)
+        assert {follower.apply(node, batch) for batch in batches} <= {Trust.EXACT}
+    for page in journal.since(None):
+        assert page.blocks <= 7
+        late.apply(node, page)
+    assert late.trust(node) is Trust.EXACT
+    assert late.sequence(node) == follower.sequence(node)
+    for prompt in prompts:
+        names = prompt_hashes(prompt)
+        held = {index.find(names).blocks(index.slot(node)) for index in (follower, late)}
+        assert held == {pool.match(names, len(names))}
+    assert late.held_blocks(node) == follower.held_blocks(node)
 
 
 def hold_once_more(pool: BlockPool) -> None:

@@ -526,11 +526,12 @@ def test_a_gateway_that_missed_batches_gets_them_or_everything(make_node: MakeNo
     for number, prompt in ((1, "a"), (2, "x")):
         feed(node, Assigned(assignment(number, prompt, output_tokens_max=1)), finished(number, token(number)))
     second = KvBatch(2, (StoredRun(None, prompt_hashes("x")),))
-    everything = KvBatch(2, (StoredRun(None, (A,)), StoredRun(None, prompt_hashes("x"))), cleared=True)
+    runs = (StoredRun(None, (A,)), StoredRun(None, prompt_hashes("x")))
     gateway = GatewayId(7)
     assert feed(node, ReplayRequested(gateway, 1)) == [PublishKv((second,), gateway)]
-    assert feed(node, ReplayRequested(gateway, 0)) == [PublishKv((everything,), gateway)]
-    assert feed(node, ReplayRequested(gateway, None)) == [PublishKv((everything,), gateway)]
+    for number, after in ((1, 0), (2, None)):
+        everything = KvBatch(2, runs, cleared=True, snapshot=number)
+        assert feed(node, ReplayRequested(gateway, after)) == [PublishKv((everything,), gateway)]
 
 
 def test_the_load_counts_what_is_there_now(make_node: MakeNode) -> None:
