@@ -15,6 +15,7 @@ from orchestrator.core.types import (
     BlockId,
     CostProfile,
     GatewayId,
+    KvBatch,
     Load,
     ModelName,
     NodeId,
@@ -29,11 +30,13 @@ from tests.builders import TRUST
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
 from workers.memory import PeerMemory
+from workers.outbox import Outbox
 from workers.transfer import Channels
 
 BLOCKS, BLOCK_TOKENS, VOCABULARY = 32, 4, 100
 ROOT = hash_root(b"secret", "weights", "")
 GATEWAY, OTHER = GatewayId(1), GatewayId(2)
+LOGPROBS = node_pb2.Sampling(logprobs=1)
 
 
 class ScriptedEngine:
@@ -418,6 +421,55 @@ def test_a_gateway_that_comes_back_in_time_misses_nothing() -> None:
             assert gateway.tokens[request_id(GATEWAY, 1)] == list(range(1, 21))
 
     run(scenario)
+
+
+def test_what_waits_for_a_gateway_goes_out_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "FRAME_BYTES_MAX", 400)
+
+    async def scenario() -> None:
+        async with node() as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.reading.clear()
+            gateway.send(*(gateway.submit(number, range(number, number + 6), 50, sampling=LOGPROBS) for number in (1, 2)))
+            await eventually(lambda: not engine.counts)
+            gateway.reading.set()
+            sizes: list[int] = []
+            while len(gateway.ended) < 2:
+                frame = await gateway.next()
+                sizes.append(frame.ByteSize())
+                # A token's log probabilities come with it.
+                assert len(frame.logprobs) == len(frame.tokens)
+            # What one step brings is not cut, nor is a change of holdings.
+            assert max(sizes) < 2 * 400
+            assert len(sizes) > 5
+            assert gateway.tokens == {request_id(GATEWAY, number): list(range(1, 51)) for number in (1, 2)}
+            assert sorted(gateway.first.values()) == [6, 6]
+
+    run(scenario)
+
+
+def test_a_snapshot_goes_page_by_page_before_what_came_after_it() -> None:
+    outbox = Outbox(GATEWAY, 1)
+    pages = [KvBatch(5, cleared=page == 0, snapshot=1, page=page, more=page < 2) for page in range(3)]
+    outbox.add_kv([node_pb2.KvBatch(sequence=5, removed=bytes(16))])
+    outbox.start_over(pages)
+    outbox.add_kv([node_pb2.KvBatch(sequence=6), node_pb2.KvBatch(sequence=7)])
+    frames = [list(outbox.take(None, False).kv) for _ in range(3)]
+    told = [[(batch.sequence, batch.page) for batch in frame] for frame in frames]
+    # What waited before is in the snapshot.
+    assert told == [[(5, 0)], [(5, 1)], [(5, 2), (6, 0), (7, 0)]]
+    assert (outbox.pending, outbox.unsent) == (False, 0)
+
+
+def test_a_snapshot_takes_the_place_of_one_under_way() -> None:
+    outbox = Outbox(GATEWAY, 1)
+    for snapshot in (1, 2, 3):
+        outbox.start_over([KvBatch(5, cleared=page == 0, snapshot=snapshot, page=page, more=page < 1) for page in range(2)])
+        outbox.add_kv([node_pb2.KvBatch(sequence=6, removed=bytes(160))])
+        (batch,) = outbox.take(None, False).kv
+        assert (batch.snapshot, batch.page, outbox.unsent) == (snapshot, 0, 10)
+    assert [batch.sequence for batch in outbox.take(None, False).kv] == [5, 6]
 
 
 @pytest.mark.parametrize("change", ["incarnation", "frames_sent", "frames_received"])

@@ -8,8 +8,8 @@ walking the chain:
     holders   ABC  ABC  ABC  AB   AB   -    -        levels: (3, ABC), (5, AB)
 
 The index is a belief, not a truth: a wrong one costs a recompute or a fetch that brings less, never a failure. Each node numbers
-what it tells; after a gap the node's holdings are believed only in part until a replay has mended them. All that it holds comes in
-pages: each is believed as it comes, in part, and the whole of it only when the last one came after all others.
+what it tells; after a gap the node's holdings are believed only in part until a replay has mended them. All that it holds comes
+in pages: each is believed as it comes, in part, and the whole of it only when the last one came after all others.
 
 Rules for editors:
 
