@@ -490,7 +490,9 @@ class KvJournal:
         stored, removed = changes
         new: list[KvBatch] = []
         most = self._batch_hashes_max
-        parts = [((), removed[start : start + most]) for start in range(0, len(removed), most)]
+        parts: list[tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]]] = []
+        for start in range(0, len(removed), most):
+            parts.append(((), removed[start : start + most]))
         for runs in paged(stored, most):
             # What was removed goes before what was stored: nearly always both fit one batch.
             if parts and not parts[-1][0] and len(parts[-1][1]) + _hashes(runs) <= most:
