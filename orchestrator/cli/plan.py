@@ -19,7 +19,7 @@ from orchestrator.cli.overrides import parse_overrides
 from orchestrator.cli.report.page import plotly_script
 from orchestrator.cli.report.plan import write_plan_report
 from orchestrator.cli.report.plan_text import Told, as_json, print_answer, reasons
-from orchestrator.cli.workload import Workload, read_workload
+from orchestrator.cli.workload import Workload, add_trace, read_workload
 from orchestrator.core.config import ModelConfig, Precision, RouterPolicy
 from orchestrator.core.types import ServiceClass
 from orchestrator.plan.demand import demand_of
@@ -43,7 +43,7 @@ BUDGETS = ("gpus", "usd_per_hour", "kw")
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     classes = ", ".join(f"{name.value} {100 * share:g}" for name, share in PERCENTILES.items())
-    parser.add_argument("--trace", required=True, metavar="FILE", help="recorded requests, or synthetic:sessions=100,seed=1")
+    add_trace(parser, required=True)
     parser.add_argument("--model", required=True, metavar="NAME", help="a built-in shape such as kimi-k2, or a config.json")
     parser.add_argument(
         "--slo",
@@ -146,9 +146,8 @@ def run_plan(options: argparse.Namespace) -> int:
     catalog = _catalog(options)
     _check_places(options)
     model = _model(options.model, catalog)
-    workload = read_workload(
-        options.trace, options.limit or (QUICK_REQUESTS_MAX if options.quick else REQUESTS_MAX), options.seed
-    )
+    limit = options.limit or (QUICK_REQUESTS_MAX if options.quick else REQUESTS_MAX)
+    workload = read_workload(options.trace, limit, options.seed, unit=options.time_unit)
     _check_contexts(workload.turns, options.model, catalog)
     question = Question(options.slo, options.budget, _choices(options, catalog))
     builder = Builder(catalog, model, workload.turns[0].block_tokens or BLOCK_TOKENS)

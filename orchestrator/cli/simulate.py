@@ -23,7 +23,7 @@ from orchestrator.cli.overrides import Overrides, parse_overrides, set_field
 from orchestrator.cli.report.comparison import Column, comparison, figure_of
 from orchestrator.cli.report.page import Table, plotly_script
 from orchestrator.cli.report.simulation import Simulation, bounds_text, write_report
-from orchestrator.cli.workload import read_workload
+from orchestrator.cli.workload import add_trace, read_workload
 from orchestrator.core.config import ClusterConfig, ConfigError, PoolConfig, RouterPolicy, require
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError
@@ -48,7 +48,7 @@ NO_EVICTION, OPTIMAL_EVICTION = "no eviction", "optimal eviction"
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="cluster file, such as deploy/sim/vr-nvl72.toml")
-    parser.add_argument("--trace", metavar="FILE", help="recorded requests, or synthetic:sessions=100,seed=1")
+    add_trace(parser)
     policies = [str(policy) for policy in RouterPolicy]
     parser.add_argument(
         "--policy", nargs="+", choices=policies, default=policies, metavar="NAME", help=f"of {', '.join(policies)} (all)"
@@ -167,7 +167,7 @@ def _check_memory(config: ClusterConfig) -> None:
 
 
 def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resolved, catalog: Catalog) -> None:
-    workload = read_workload(options.trace, options.limit, options.seed, options.load)
+    workload = read_workload(options.trace, options.limit, options.seed, options.load, options.time_unit)
     _check_blocks(options.trace, workload.turns, config)
     caches = [CacheRule(cache) for cache in dict.fromkeys(options.cache)]
     policies = [RouterPolicy(policy) for policy in dict.fromkeys(options.policy)]

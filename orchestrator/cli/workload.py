@@ -1,5 +1,6 @@
 """Gets the requests to simulate: from a recorded trace, or made up by its parameters; and says what there is to know of them."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -8,7 +9,7 @@ from pathlib import Path
 from orchestrator.cli.cluster_file import UnusableInput
 from orchestrator.cli.sweeps import copies
 from orchestrator.sim.synthetic import PREFIX, parse_synthetic
-from orchestrator.traces import TracedTurn, interleaved, is_per_session_clock, read_trace
+from orchestrator.traces import TimeUnit, TracedTurn, interleaved, is_per_session_clock, read_trace
 
 #: Seconds between the starts of sessions, in the mean, where a trace gives each its own clock.
 SESSION_GAP_S = 20.0
@@ -25,9 +26,20 @@ class Workload:
     notes: tuple[str, ...]
 
 
-def read_workload(trace: str, limit: int | None, seed: int, load: int = 1) -> Workload:
+def add_trace(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Declare the options that name a trace and say how it is to be read."""
+    parser.add_argument("--trace", required=required, metavar="FILE", help="recorded requests, or synthetic:sessions=100,seed=1")
+    parser.add_argument(
+        "--time-unit",
+        type=TimeUnit,
+        choices=list(TimeUnit),
+        help="of a file's times (s for Bailian's, else ms; must be given where they could be either)",
+    )
+
+
+def read_workload(trace: str, limit: int | None, seed: int, load: int = 1, unit: TimeUnit | None = None) -> Workload:
     """Return a trace's first `limit` requests, or all, `load` times over. Raises `TraceError` and `UnusableInput`."""
-    turns = _turns(trace, limit)
+    turns = _turns(trace, limit, unit)
     notes: list[str] = []
     if limit is not None and len(turns) == limit:
         notes.append(f"Only the trace's first {limit:,} requests are simulated.")
@@ -46,10 +58,12 @@ def read_workload(trace: str, limit: int | None, seed: int, load: int = 1) -> Wo
     return Workload(turns, tuple(notes))
 
 
-def _turns(trace: str, limit: int | None) -> list[TracedTurn]:
+def _turns(trace: str, limit: int | None, unit: TimeUnit | None) -> list[TracedTurn]:
     if trace.startswith(PREFIX):
+        if unit is not None:
+            raise UnusableInput(f"--time-unit {unit}: {trace} is made up and has no times to be read; leave it out")
         try:
             return parse_synthetic(trace)[:limit]
         except ValueError as error:
             raise UnusableInput(f"--trace {trace}: {error}") from None
-    return list(islice(read_trace(Path(trace)), limit))
+    return list(islice(read_trace(Path(trace), unit), limit))

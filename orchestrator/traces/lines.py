@@ -58,8 +58,22 @@ def decoded(decoder: msgspec.json.Decoder[Line], line: bytes, where: str) -> Lin
     except RecursionError:
         problem = NESTED
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        problem = _problem(str(error), line)
+        try:
+            return msgspec.convert(_integral(msgspec.json.decode(line)), decoder.type)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            problem = _problem(str(error), line)
     raise TraceError(f"{where}: {problem}")
+
+
+def _integral(value: Any) -> Any:
+    """Return a decoded value in which numbers such as 130.0 are whole ones: some writers know no others."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_integral(one) for one in cast(list[Any], value)]
+    if isinstance(value, dict):
+        return {name: _integral(one) for name, one in cast(dict[str, Any], value).items()}
+    return value
 
 
 def _problem(message: str, line: bytes) -> str:

@@ -6,7 +6,8 @@
 
 Also known are `created_time`, `delay_ms`, `input_tokens` and `output_tokens` as other names, `prefix_reset` for a rewritten
 context, and the delta form, in which a session's later turns list only their new tokens: there no turn begins with the blocks of
-the one before it. The fields' meaning follows the replay in NVIDIA Dynamo that reads the same files:
+the one before it. Times are milliseconds; where they could as well be seconds, the reader must be told. The fields' meaning
+follows the replay in NVIDIA Dynamo that reads the same files:
 https://docs.rs/dynamo-data-gen/1.4.0/dynamo_data_gen/mooncake/ (read in November 2026), https://github.com/kvcache-ai/Mooncake
 """
 
@@ -19,6 +20,7 @@ import msgspec
 from orchestrator.traces.lines import Lines, decoded
 from orchestrator.traces.order import Timeline, full_blocks, unmet
 from orchestrator.traces.schema import Count, Milliseconds, Positive
+from orchestrator.traces.times import TimeUnit, check_milliseconds, seconds
 from orchestrator.traces.turns import DENSE_FIRST, BlockNames, Runs, TracedTurn, TraceError
 
 #: Tokens of a block: first that of Mooncake's own traces (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces).
@@ -46,6 +48,11 @@ class MooncakeLine(msgspec.Struct):
     prefix_reset: bool | None = None
     model: str | None = None
 
+    @property
+    def arrival(self) -> float | None:
+        """When it came, in the file's unit."""
+        return self.timestamp if self.timestamp is not None else self.created_time
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -62,10 +69,16 @@ class _Row:
 
 
 class MooncakeReader:
-    """Reads one file of such lines. The whole file is looked at before its first turn is known."""
+    """Reads one file of such lines. The whole file is looked at before its first turn is known.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        unit: of `timestamp`, `created_time` and `delay`; None for milliseconds, unless they look like seconds.
+    """
+
+    def __init__(self, path: Path, unit: TimeUnit | None = None) -> None:
         self._path = path
+        self._told_unit = unit
+        self._unit = unit or TimeUnit.MILLISECONDS
         self._names = BlockNames()
         self._rows: list[_Row] = []
         self._block_tokens = 0
@@ -78,6 +91,9 @@ class MooncakeReader:
         for number, text in lines:
             where = f"{self._path}:{number}"
             self._rows.append(self._row(decoded(decoder, text, where), number, where))
+        if self._told_unit is None:
+            times = [(row.number, row.line.arrival) for row in self._rows]
+            check_milliseconds([(number, time) for number, time in times if time is not None], self._path)
         self._block_tokens = self._block_size()
         self._timeless = all(row.arrival_s is None for row in self._rows)
         if any(row.line.wait_for is not None for row in self._rows):
@@ -88,8 +104,6 @@ class MooncakeReader:
         return self._requests()
 
     def _row(self, line: MooncakeLine, number: int, where: str) -> _Row:
-        arrival = line.timestamp if line.timestamp is not None else line.created_time
-        delay = line.delay if line.delay is not None else line.delay_ms
         names = line.hash_ids or ()
         runs = self._names.runs(names)
         line.hash_ids = None
@@ -97,7 +111,14 @@ class MooncakeReader:
         output_tokens = line.output_length if line.output_length is not None else line.output_tokens
         if input_tokens is None or output_tokens is None:
             raise TraceError(f"{where}: {'input_length' if input_tokens is None else 'output_length'}: missing")
-        return _Row(number, line, _seconds(arrival), _seconds(delay), input_tokens, output_tokens, len(names), runs)
+        arrival_s = None if line.arrival is None else seconds(line.arrival, self._unit, where)
+        return _Row(number, line, arrival_s, self._delay_s(line), input_tokens, output_tokens, len(names), runs)
+
+    def _delay_s(self, line: MooncakeLine) -> float | None:
+        """Return the pause before a request; the field with its unit in its name has that unit always."""
+        if line.delay is not None:
+            return line.delay / self._unit.per_second
+        return None if line.delay_ms is None else line.delay_ms / 1e3
 
     def _block_size(self) -> int:
         """Return the tokens of a block that the line with the most names agrees with; 0 if no line has names."""
@@ -141,7 +162,7 @@ class MooncakeReader:
 
     def _requests(self) -> Iterator[TracedTurn]:
         """Yield requests that know nothing of each other."""
-        timeline = Timeline()
+        timeline = Timeline(self._unit)
         for number, row in enumerate(self._rows):
             turn = self._turn(number, row, self._start_s(row), (), 0.0)
             timeline.add(turn, False, f"{self._path}:{row.number}")
@@ -169,9 +190,10 @@ class MooncakeReader:
         if row.arrival_s is None:
             raise TraceError(f"{where}: delay: missing, and so is timestamp; one must say when this turn starts")
         if row.arrival_s < former.arrival_s:
+            sooner, later = (time * self._unit.per_second for time in (row.arrival_s, former.arrival_s))
             raise TraceError(
-                f"{where}: timestamp: {row.arrival_s * 1e3:.12g} comes after {former.arrival_s * 1e3:.12g} in session "
-                f"{former.session!r}; a session's lines must be sorted by time"
+                f"{where}: timestamp: {sooner:.12g} comes after {later:.12g} in session {former.session!r}; a session's lines "
+                "must be sorted by time"
             )
         return row.arrival_s - former.arrival_s
 
@@ -238,7 +260,3 @@ def _is_delta(turns: Sequence[TracedTurn]) -> bool:
                 return False
         latest[turn.session] = turn
     return found
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1e3

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
+from orchestrator.traces.times import TimeUnit
 from orchestrator.traces.turns import Runs, TracedTurn, TraceError, cut, repeated
 
 Key = TypeVar("Key", bound=Hashable)
@@ -14,9 +15,11 @@ CYCLE_SHOWN_MAX = 6
 class Timeline:
     """Lets times only go forward, on one clock or on a clock of each session's own that starts where the first one did."""
 
-    __slots__ = ("_first_s", "_latest_s", "_restarted", "_session", "_sessions")
+    __slots__ = ("_first_s", "_latest_s", "_restarted", "_session", "_sessions", "_unit")
 
-    def __init__(self) -> None:
+    def __init__(self, unit: TimeUnit = TimeUnit.MILLISECONDS) -> None:
+        #: Of the file's times, in which they are told.
+        self._unit = unit
         self._first_s = 0.0
         self._latest_s = 0.0
         self._session: str | None = None
@@ -30,9 +33,10 @@ class Timeline:
             self._first_s = turn.arrival_s
         elif turn.arrival_s < self._latest_s:
             if not (new and named and turn.arrival_s == self._first_s):
+                later, sooner = (time * self._unit.per_second for time in (self._latest_s, turn.arrival_s))
                 raise TraceError(
-                    f"{where}: timestamp: {turn.arrival_s * 1e3:.12g} comes after {self._latest_s * 1e3:.12g}; lines must be "
-                    "sorted by time, or every session's clock must start where the first one's does"
+                    f"{where}: timestamp: {sooner:.12g} comes after {later:.12g}; lines must be sorted by time, or every "
+                    "session's clock must start where the first one's does"
                 )
             self._restarted = True
         if self._restarted and not new and turn.session != self._session:

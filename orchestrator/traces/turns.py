@@ -83,10 +83,12 @@ def cut(runs: Runs, count: int) -> Runs:
 class BlockNames:
     """Makes a file's block names numbers that lie together, whatever they are in the file."""
 
-    __slots__ = ("_dense",)
+    __slots__ = ("_dense", "_parents")
 
     def __init__(self) -> None:
-        self._dense: dict[int | str, int] = {}
+        self._dense: dict[int | str | tuple[int, int], int] = {}
+        #: What each name of `chained` followed on when it was first seen.
+        self._parents: dict[int, int] = {}
 
     def runs(self, names: Sequence[int | str]) -> Runs:
         """Return the runs of a prompt's block names. Small numbers stay what they are; others get numbers as they turn up."""
@@ -95,6 +97,19 @@ class BlockNames:
         except TypeError:
             small = False
         return _runs(names if small else [self._number(name) for name in names])  # type: ignore[arg-type]
+
+    def chained(self, names: Sequence[int | str]) -> Runs:
+        """Return the runs of a prompt whose names may stand for single blocks: one that follows on another prefix is another."""
+        blocks: list[int] = []
+        former = -1
+        for name in names:
+            number = self._number(name)
+            if self._parents.setdefault(number, former) == former:
+                former = number
+            else:
+                former = self._dense.setdefault((former, number), DENSE_FIRST + len(self._dense))
+            blocks.append(former)
+        return _runs(blocks)
 
     def _number(self, name: int | str) -> int:
         if isinstance(name, int) and 0 <= name < DENSE_FIRST:

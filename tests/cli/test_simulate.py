@@ -253,6 +253,23 @@ def test_lengths_alone_and_clocks_of_their_own_are_told(tmp_path: Path) -> None:
     assert len({turn.arrival_s for turn in workload.turns}) == 4
 
 
+def test_a_file_in_seconds_is_read_as_such_when_told_and_refused_when_not(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"timestamp": number / 4, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]} for number in range(9)]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["simulate", "--cluster", str(cluster), "--trace", str(path), "--policy", "random", "--no-bounds", "--json", "-"]
+    assert main(command) == 2
+    assert "trace.jsonl:2: timestamp: 0.25 is no whole number" in capsys.readouterr().err
+    assert main([*command, "--time-unit", "s"]) == 0
+    run = json.loads(capsys.readouterr().out)["runs"][0]
+    assert 2.0 < run["duration_s"] < 4.0
+    command[4] = "synthetic:sessions=2"
+    assert main([*command, "--time-unit", "s"]) == 2
+    assert "--time-unit s: synthetic:sessions=2 is made up" in capsys.readouterr().err
+
+
 def test_a_value_that_is_set_makes_its_tables() -> None:
     config = ClusterConfig.from_mapping({"pools": [{"name": "a", "kind": "decode"}]})
     paths = field_paths(config)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.sim.names import PRIVATE_NAMES
-from orchestrator.traces import TracedTurn, TraceError, interleaved, is_per_session_clock, read_trace
+from orchestrator.traces import TimeUnit, TracedTurn, TraceError, interleaved, is_per_session_clock, read_trace
 from tests.builders import some
 
 LINE = {"timestamp": 0, "session": "a", "id": 0, "input_length": 130, "output_length": 9, "block_size": 64, "hash_ids": [7, 8]}
@@ -24,14 +24,14 @@ def written(path: Path, lines: Sequence[Mapping[str, Any] | str]) -> Path:
     return path
 
 
-def read(path: Path, *lines: Mapping[str, Any] | str) -> list[TracedTurn]:
-    return list(read_trace(written(path / "trace.jsonl", lines)))
+def read(path: Path, *lines: Mapping[str, Any] | str, unit: TimeUnit | None = None) -> list[TracedTurn]:
+    return list(read_trace(written(path / "trace.jsonl", lines), unit))
 
 
-def problem(path: Path, *lines: Mapping[str, Any] | str) -> str:
+def problem(path: Path, *lines: Mapping[str, Any] | str, unit: TimeUnit | None = None) -> str:
     """Return what the error says, without the file's folder."""
     with pytest.raises(TraceError) as raised:
-        read(path, *lines)
+        read(path, *lines, unit=unit)
     assert "\n" not in str(raised.value)
     return str(raised.value).removeprefix(f"{path}/")
 
@@ -203,6 +203,176 @@ def test_many_requests_of_one_dynamo_session_wait_for_the_last_that_had_ended(tm
     turns = read(tmp_path, *lines)
     assert [turn.after for turn in turns[499:502]] == [(), (0,), (1,)]
     assert turns[-1].after == (2499,)
+
+
+# --- Bailian's lines --------------------------------------------------------------------------------------------------
+
+
+def chat(identity: int, parent: int, timestamp: float, names: Sequence[int] = (), **more: Any) -> dict[str, Any]:
+    """Return a line as Bailian's traces have them; its prompt fills its blocks, but for the last one."""
+    tokens = max(1, 16 * len(names) - 6)
+    line = {"chat_id": identity, "parent_chat_id": parent, "timestamp": timestamp, "input_length": tokens, "output_length": 7}
+    return {**line, "type": "text", "turn": 1, "hash_ids": list(names), **more} if names else {**line, **more}
+
+
+def test_bailian_chats_continue_each_other_in_seconds(tmp_path: Path) -> None:
+    turns = read(
+        tmp_path,
+        chat(0, -1, 0.0, [0, 1, 2], type="file"),
+        chat(7, -1, 1.25, [0, 1, 5]),
+        chat(8, 0, 61.5, [0, 1, 2, 3], turn=2),
+        chat(9, 0, 70.0, [0, 1, 2, 4], turn=2),
+        chat(10, 8, 71.0, [0, 1, 2, 3, 6], turn=3, type="search"),
+        chat(11, 3, 72.0, [9, 10]),  # what it continues came before the recording began
+    )
+    assert [(turn.session, turn.arrival_s, turn.after, turn.gap_s) for turn in turns] == [
+        ("chat 0", 0.0, (), 0.0),
+        ("chat 7", 1.25, (), 0.0),
+        ("chat 0", 61.5, (0,), 61.5),
+        ("chat 0", 70.0, (0,), 70.0),
+        ("chat 0", 71.0, (2,), 9.5),
+        ("chat 11", 72.0, (), 0.0),
+    ]
+    assert {turn.block_tokens for turn in turns} == {16}
+    # The last block is part filled.
+    assert [turn.blocks for turn in turns] == [[0, 1], [0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3], [9]]
+    assert (turns[0].input_tokens, turns[0].output_tokens) == (42, 7)
+
+
+def test_bailian_names_may_be_of_blocks_or_of_prefixes(tmp_path: Path) -> None:
+    first, second, third, fourth = read(
+        tmp_path,
+        chat(0, -1, 0, [4, 4, 4, 5, 0]),  # a text that repeats itself
+        chat(1, -1, 0, [4, 4, 6, 4, 5, 0]),
+        chat(2, -1, 0, [8, 5, 0]),  # a block that was seen after another prefix
+        chat(3, -1, 0, [4, 4, 4, 5, 7, 0]),
+    )
+    assert first.blocks[0] == 4
+    assert [len(set(turn.blocks)) for turn in (first, second, third, fourth)] == [4, 5, 2, 5]
+    assert second.blocks[:2] == first.blocks[:2]
+    assert not {*second.blocks[2:]} & {*first.blocks}
+    assert not {*third.blocks} & {*first.blocks, *second.blocks}
+    assert fourth.blocks[:4] == first.blocks
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"timestamp": -1}, "timestamp: expected `float` >= 0.0, is -1"),
+        ({"timestamp": None}, "timestamp: expected `float`, is None"),
+        ({"timestamp": 1e12}, "timestamp: 1000000000000 s is beyond any date; --time-unit ms reads it as milliseconds"),
+        ({"chat_id": 0}, "chat_id: 0 was on line 1 before"),
+        ({"chat_id": None}, "chat_id: expected `int | str`, is None"),
+        ({"parent_chat_id": [0]}, "parent_chat_id: expected `int | str`, is [0]"),
+        ({"parent_chat_id": 5}, "parent_chat_id: a cycle: 5 waits for 5"),
+        ({"parent_chat_id": 6}, "parent_chat_id: 6 is not an earlier request, but that of line 3"),
+        ({"timestamp": 3.5}, "timestamp: 3.5 is before 4, when the request came that this one continues"),
+        ({"input_length": 0}, "input_length: expected `int` >= 1, is 0"),
+        ({"output_length": 1.5}, "output_length: expected `int`, is 1.5"),
+        ({"hash_ids": [1]}, "hash_ids: names 1 blocks, but 42 tokens fill 2 blocks of 16"),
+        ({"hash_ids": None}, "hash_ids: missing, but earlier lines have them"),
+    ],
+)
+def test_a_malformed_line_of_bailian_is_named(tmp_path: Path, line: Mapping[str, Any], said: str) -> None:
+    lines = [chat(0, -1, 4.0, [0, 1, 2]), {**chat(5, 0, 5.0, [0, 1, 2]), **line}, chat(6, 0, 6.0, [0, 1, 2])]
+    assert problem(tmp_path, *lines).startswith(f"trace.jsonl:2: {said}")
+
+
+@pytest.mark.parametrize("missing", ["chat_id", "parent_chat_id", "timestamp", "input_length", "output_length"])
+def test_a_line_of_bailian_that_lacks_something_is_named(tmp_path: Path, missing: str) -> None:
+    line = {name: value for name, value in chat(0, -1, 4.0, [0, 1]).items() if name != missing}
+    assert problem(tmp_path, line) == f"trace.jsonl:1: {missing}: missing"
+
+
+# --- seconds and milliseconds -----------------------------------------------------------------------------------------
+
+
+def plain(*times: float) -> list[dict[str, Any]]:
+    return [{"timestamp": time, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]} for time in times]
+
+
+S, MS = TimeUnit.SECONDS, TimeUnit.MILLISECONDS
+RARE = [500 * number for number in range(200)]  # 200 requests in 100 s, or in 28 hours
+DENSE = [number // 3 for number in range(200)]  # 200 requests in 66 s, or in 66 ms
+SESSION = [{**line, "session_id": "s"} for line in plain(1, 3)]
+WAITING = [*SESSION, {"session_id": "s", "delay": 4, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}]
+WAITING_MS = [*SESSION, {"session_id": "s", "delay_ms": 4, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "unit", "latest_s"),
+    [
+        (plain(0, 27482), None, 27.482),
+        (plain(0, 27482.0), None, 27.482),
+        (plain(0, 27482), MS, 27.482),
+        (plain(0, 27482), S, 27482.0),
+        (plain(0, 61.114), S, 61.114),
+        (plain(0, 61.114), MS, pytest.approx(0.061114)),
+        (plain(*RARE), None, 99.5),
+        (plain(*DENSE), S, 66.0),
+        (plain(*DENSE), MS, 0.066),
+        (plain(*[5.0] * 200), None, 0.005),  # all at once, in whatever unit
+        (SESSION, None, 0.003),
+        (SESSION, S, 3.0),
+        (WAITING, None, pytest.approx(0.007)),
+        (WAITING, S, 7.0),
+        (WAITING_MS, S, 3.004),
+        ([chat(0, -1, 0.0, [1, 2]), chat(1, -1, 61.114, [1, 2])], None, 61.114),
+        ([chat(0, -1, 0, [1, 2]), chat(1, -1, 61, [1, 2])], None, 61.0),
+        ([chat(0, -1, 0, [1, 2]), chat(1, -1, 61, [1, 2])], S, 61.0),
+        ([chat(0, -1, 0, [1, 2]), chat(1, -1, 61, [1, 2])], MS, 0.061),
+        ([LINE, {**LINE, "id": 1, "timestamp": 61.114}], None, pytest.approx(0.061114)),
+        ([LINE, {**LINE, "id": 1, "timestamp": 61.114}], MS, pytest.approx(0.061114)),
+    ],
+)
+def test_times_are_in_the_unit_that_the_form_or_the_caller_says(
+    tmp_path: Path, lines: Sequence[Mapping[str, Any]], unit: TimeUnit | None, latest_s: float
+) -> None:
+    assert max(turn.arrival_s for turn in read(tmp_path, *lines, unit=unit)) == latest_s
+
+
+@pytest.mark.parametrize(
+    ("lines", "unit", "said"),
+    [
+        (plain(0, 61.114), None, "trace.jsonl:2: timestamp: 61.114 is no whole number, as milliseconds of this form are; say "),
+        (plain(0.5), None, "trace.jsonl:1: timestamp: 0.5 is no whole number"),
+        ([{**line, "session_id": 1} for line in plain(0, 0.25)], None, "trace.jsonl:2: timestamp: 0.25 is no whole number"),
+        (
+            plain(*DENSE),
+            None,
+            "trace.jsonl: timestamp: 200 requests would come within 0.066 s if times were milliseconds; say --time-unit s if "
+            "they are seconds, --time-unit ms if not",
+        ),
+        (plain(1.5e12), S, "trace.jsonl:1: timestamp: 1500000000000 s is beyond any date; --time-unit ms reads it"),
+        (plain(3, 1.5), S, "trace.jsonl:2: timestamp: 1.5 comes after 3; lines must be sorted by time"),
+        ([LINE], S, "trace.jsonl: times of Weft's own lines are milliseconds by definition; leave --time-unit out"),
+        ([dynamo("a", 1, 1, None)], S, "trace.jsonl: times of dynamo.request.trace are milliseconds by definition"),
+    ],
+)
+def test_times_that_could_be_either_or_are_not_what_was_said_are_refused(
+    tmp_path: Path, lines: Sequence[Mapping[str, Any]], unit: TimeUnit | None, said: str
+) -> None:
+    assert problem(tmp_path, *lines, unit=unit).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("whole", "floating"),
+    [
+        (LINE, {**LINE, "id": 0.0, "input_length": 130.0, "output_length": 9.0, "block_size": 64.0, "hash_ids": [7.0, 8.0]}),
+        (chat(3, -1, 2, [4, 5]), chat(3, -1, 2.0, [4, 5], input_length=26.0, chat_id=3.0, hash_ids=[4.0, 5.0])),
+        (plain(5)[0], {"timestamp": 5.0, "input_length": 6e2, "output_length": 1.0, "hash_ids": [1.0, 2.0]}),
+        (dynamo("a", 1, 1, None), json.loads(json.dumps(dynamo("a", 1, 1, None)).replace(": 40", ": 40.0"))),
+    ],
+)
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path, whole: Mapping[str, Any], floating: Mapping[str, Any]) -> None:
+    assert read(tmp_path, whole) == read(tmp_path, floating)
+
+
+@pytest.mark.parametrize("line", [LINE, plain(5)[0], chat(3, -1, 2, [4, 5]), dynamo("a", 1, 1, None)])
+@pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path, name: str, line: Mapping[str, Any]) -> None:
+    path = written(tmp_path / name, ["\ufeff" + json.dumps(line) + "\n"])
+    assert len(list(read_trace(path))) == 1
 
 
 # --- clocks -----------------------------------------------------------------------------------------------------------
