@@ -64,6 +64,7 @@ from orchestrator.core.events import (
     TimerFired,
 )
 from orchestrator.core.node.node import Node
+from orchestrator.core.timers import ClusterTimer, NodeTimer
 from orchestrator.core.types import (
     BlockHash,
     CostProfile,
@@ -83,7 +84,6 @@ from orchestrator.core.types import (
     SessionId,
     StoredRun,
     TenantId,
-    TimerKey,
     request_id,
 )
 
@@ -201,7 +201,7 @@ class World:
         self._requests = 0
         self._exports = 0
         self._transfers: dict[ExportId, Transfer] = {}
-        self._timers: dict[tuple[NodeId | None, TimerKey], int] = {}
+        self._timers: dict[tuple[NodeId | None, ClusterTimer | NodeTimer], int] = {}
         for spec in specs:
             self.later(0.0, self.tell_cluster, NodeJoined(spec))
         for number in range(1, agents + 1):
@@ -257,7 +257,7 @@ class World:
     def _execute(self, command: ClusterCommand) -> None:
         match command:
             case SetTimer():
-                self._set_timer(None, command)
+                self._set_timer(None, command.key, command.at, self.tell_cluster, TimerFired(command.key))
             case ClearTimer():
                 self._timers.pop((None, command.key), None)
             case Assign():
@@ -303,7 +303,7 @@ class World:
             case RunStep():
                 self._run_step(node, command)
             case SetTimer():
-                self._set_timer(node, command)
+                self._set_timer(node, command.key, command.at, self.tell_node, node, TimerFired(command.key))
             case ClearTimer():
                 self._timers.pop((node, command.key), None)
             case Forget():
@@ -360,18 +360,22 @@ class World:
 
     # --- timers -------------------------------------------------------------------------------------------------------
 
-    def _set_timer(self, owner: NodeId | None, command: SetTimer) -> None:
-        self.later(command.at - self.now, self._fire, owner, command.key, self._serial + 1)
-        self._timers[owner, command.key] = self._serial
+    def _set_timer(
+        self, owner: NodeId | None, key: ClusterTimer | NodeTimer, at: float, action: Callable[..., None], *arguments: Any
+    ) -> None:
+        self.later(at - self.now, self._fire, (owner, key), self._serial + 1, action, arguments)
+        self._timers[owner, key] = self._serial
 
-    def _fire(self, owner: NodeId | None, key: TimerKey, serial: int) -> None:
-        if self._timers.get((owner, key)) != serial:
-            return
-        del self._timers[owner, key]
-        if owner is None:
-            self.tell_cluster(TimerFired(key))
-        else:
-            self.tell_node(owner, TimerFired(key))
+    def _fire(
+        self,
+        name: tuple[NodeId | None, ClusterTimer | NodeTimer],
+        serial: int,
+        action: Callable[..., None],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        if self._timers.get(name) == serial:
+            del self._timers[name]
+            action(*arguments)
 
 
 LAYOUTS: dict[str, dict[PoolKind, int]] = {

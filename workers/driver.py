@@ -7,7 +7,6 @@ core is told how many tokens came and which blocks they completed.
 
 import asyncio
 import logging
-import random
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,9 +41,9 @@ from orchestrator.core.events import (
     SourceLost,
     StepFailed,
     StepFinished,
-    TimerFired,
 )
 from orchestrator.core.node.node import Node
+from orchestrator.core.timers import NodeTimer
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -55,11 +54,11 @@ from orchestrator.core.types import (
     NodeId,
     NodeSpec,
     RequestId,
-    TimerKey,
     gateway_of,
 )
 from orchestrator.wire import codec, node_pb2
-from orchestrator.wire.journal import JournalWriter
+from orchestrator.wire.clock import Timers
+from orchestrator.wire.journal import NodeJournalWriter
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
 from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput
@@ -142,7 +141,7 @@ class NodeDriver:
         peers: PeerMemory,
         fatal: Callable[[BaseException], None],
         limits: DriverLimits,
-        journal: JournalWriter | None = None,
+        journal: NodeJournalWriter | None = None,
     ) -> None:
         self.spec = spec
         self._journal = journal
@@ -157,9 +156,7 @@ class NodeDriver:
         self._fatal = fatal
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        # Readings of this clock and of any other differ by hours, so that mixing them up shows at once.
-        self._clock_offset_s = random.uniform(1e5, 1e6)
-        self._timers: dict[TimerKey, asyncio.TimerHandle] = {}
+        self._timers: Timers[NodeTimer] = Timers(self.handle)
         self._outboxes: dict[GatewayId, Outbox] = {}
         self._sequences: dict[RequestId, _Sequence] = {}
         self._draining = False
@@ -175,7 +172,7 @@ class NodeDriver:
     @property
     def now(self) -> float:
         """Seconds on the node's clock."""
-        return self._loop.time() + self._clock_offset_s
+        return self._timers.now
 
     def handle(self, event: NodeEvent) -> None:
         """Take an event to the core, execute what it orders and see that gateways hear of it."""
@@ -222,9 +219,9 @@ class NodeDriver:
             case SendBlocks():
                 self._exports.send(command)
             case SetTimer(key, at):
-                self._set_timer(key, at)
+                self._timers.set(key, at)
             case ClearTimer(key):
-                self._clear_timer(key)
+                self._timers.clear(key)
             case _:
                 assert_never(command)
 
@@ -238,19 +235,6 @@ class NodeDriver:
     def _forget(self, request: RequestId) -> None:
         if self._sequences.pop(request, None) is not None:
             self._runner.forget(request)
-
-    def _set_timer(self, key: TimerKey, at: float) -> None:
-        self._clear_timer(key)
-        self._timers[key] = self._loop.call_at(at - self._clock_offset_s, self._fire, key)
-
-    def _clear_timer(self, key: TimerKey) -> None:
-        timer = self._timers.pop(key, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _fire(self, key: TimerKey) -> None:
-        del self._timers[key]
-        self.handle(TimerFired(key))
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -539,7 +523,8 @@ class NodeDriver:
     async def close(self) -> None:
         """Stop at once; what runs is lost."""
         self._closed = True
-        for timer in (*self._timers.values(), self._load_timer, *(outbox.grace for outbox in self._outboxes.values())):
+        self._timers.close()
+        for timer in (self._load_timer, *(outbox.grace for outbox in self._outboxes.values())):
             if timer is not None:
                 timer.cancel()
         for outbox in self._outboxes.values():

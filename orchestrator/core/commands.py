@@ -5,8 +5,10 @@ that tests compare what is done and not why.
 """
 
 from dataclasses import dataclass, field
+from typing import Generic
 
 from orchestrator.core.events import Ended, FirstToken
+from orchestrator.core.timers import ClusterTimer, NodeTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -17,12 +19,11 @@ from orchestrator.core.types import (
     NodeId,
     RequestId,
     StepId,
-    TimerKey,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class SetTimer:
+class SetTimer(Generic[TimerKey]):
     """Fire `TimerFired(key)` at time `at`; setting a key again moves it."""
 
     key: TimerKey
@@ -30,7 +31,7 @@ class SetTimer:
 
 
 @dataclass(frozen=True, slots=True)
-class ClearTimer:
+class ClearTimer(Generic[TimerKey]):
     """Forget a timer; clearing an unset one does nothing."""
 
     key: TimerKey
@@ -141,7 +142,16 @@ class PublishKv:
 
 
 NodeCommand = (
-    RunStep | Fetch | StopFetch | SendBlocks | Forget | ReportFirstToken | ReportEnded | PublishKv | SetTimer | ClearTimer
+    RunStep
+    | Fetch
+    | StopFetch
+    | SendBlocks
+    | Forget
+    | ReportFirstToken
+    | ReportEnded
+    | PublishKv
+    | SetTimer[NodeTimer]
+    | ClearTimer[NodeTimer]
 )
 
 
@@ -235,4 +245,15 @@ class RequestReplay:
     after: int | None
 
 
-ClusterCommand = Assign | Cancel | ReportSourceLost | Complete | Refuse | Abort | Restart | RequestReplay | SetTimer | ClearTimer
+ClusterCommand = (
+    Assign
+    | Cancel
+    | ReportSourceLost
+    | Complete
+    | Refuse
+    | Abort
+    | Restart
+    | RequestReplay
+    | SetTimer[ClusterTimer]
+    | ClearTimer[ClusterTimer]
+)

@@ -5,7 +5,9 @@ An event carries the name of the command it answers: `Fetch` is ended by `FetchE
 """
 
 from dataclasses import dataclass, field
+from typing import Generic
 
+from orchestrator.core.timers import ClusterTimer, NodeTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -20,12 +22,11 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     StepId,
-    TimerKey,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class TimerFired:
+class TimerFired(Generic[TimerKey]):
     """The time asked for by `SetTimer` has come. A timer that was set again fires only at the later setting."""
 
     key: TimerKey
@@ -179,7 +180,7 @@ NodeEvent = (
     | ExportClosed
     | ReplayRequested
     | DrainRequested
-    | TimerFired
+    | TimerFired[NodeTimer]
 )
 
 
@@ -259,5 +260,12 @@ class NodeReported:
 
 
 ClusterEvent = (
-    RequestArrived | RequestAbandoned | NodeJoined | NodeLost | NodeDraining | NodeReported | DrainRequested | TimerFired
+    RequestArrived
+    | RequestAbandoned
+    | NodeJoined
+    | NodeLost
+    | NodeDraining
+    | NodeReported
+    | DrainRequested
+    | TimerFired[ClusterTimer]
 )

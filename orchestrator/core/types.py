@@ -23,7 +23,6 @@ BlockId = NewType("BlockId", int)
 StepId = NewType("StepId", int)
 #: One peer's reading of blocks from one node.
 ExportId = NewType("ExportId", int)
-TimerKey = NewType("TimerKey", str)
 
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")

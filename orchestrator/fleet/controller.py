@@ -10,7 +10,7 @@ A process's life:
     DRAINING    DrainAsked, a smaller size, a restart         ProcessDrained                      STOPPING
                                                               ProcessDied, ProcessSilent          as if stopped
     STOPPING    ProcessDrained, EndAsked                      ProcessStopped                      STARTING, DRAINED or forgotten
-    DOWN        a failure                                     BackoffEnded                        STARTING
+    DOWN        a failure                                     TimerFired                          STARTING
     GIVEN_UP    too many failures in a row                    a restart                           STARTING
     DRAINED     DrainAsked, done                              ReturnAsked                         STARTING
 
@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from orchestrator.core.config import GATEWAYS, GATEWAYS_MAX, NODES_MAX, ClusterConfig
+from orchestrator.core.events import TimerFired
 from orchestrator.fleet.differences import changes_between, with_sizes
 from orchestrator.fleet.lives import Lives
 from orchestrator.fleet.processes import Process, ProcessName, State, Then
 from orchestrator.fleet.words import (
     Answer,
-    BackoffEnded,
+    BackoffTimer,
     BootAsked,
     Command,
     ConfigGiven,
@@ -145,7 +146,7 @@ class Controller:
                 self._on_process_stopped(event, now)
             case ProcessSettled():
                 self._on_process_settled(event)
-            case BackoffEnded(name):
+            case TimerFired(BackoffTimer(name)):
                 self._lives.wakes(name, now)
             case BootAsked(serial):
                 self._on_boot_asked(serial, now)

@@ -21,7 +21,9 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import ClusterConfig
+from orchestrator.core.events import TimerFired
 from orchestrator.core.types import GatewayId
 from orchestrator.fleet import memory
 from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess
@@ -30,9 +32,8 @@ from orchestrator.fleet.processes import Part, ProcessName, State, bundle_of, ca
 from orchestrator.fleet.vital import Vital, end, own_vital
 from orchestrator.fleet.words import (
     Answer,
-    BackoffEnded,
+    BackoffTimer,
     BootAsked,
-    ClearTimer,
     Command,
     ConfigGiven,
     Drain,
@@ -54,7 +55,6 @@ from orchestrator.fleet.words import (
     Resumed,
     ReturnAsked,
     Say,
-    SetTimer,
     Settle,
     Start,
     StartFailed,
@@ -279,11 +279,11 @@ class ControllerProcess:
                 self._tell_members(order)
             case Keep():
                 memory.write(self._cluster, cast(Controller, self._machine).config, order)
-            case SetTimer(name, at):
+            case SetTimer(BackoffTimer(name), at):
                 self._clear_timer(name)
                 loop = asyncio.get_running_loop()
                 self._timers[name] = loop.call_later(max(at - time.time(), 0.0), self._on_timer, name)
-            case ClearTimer(name):
+            case ClearTimer(BackoffTimer(name)):
                 self._clear_timer(name)
             case Say(line):
                 self._news_serial += 1
@@ -295,7 +295,7 @@ class ControllerProcess:
 
     def _on_timer(self, name: ProcessName) -> None:
         del self._timers[name]
-        self._handle(BackoffEnded(name))
+        self._handle(TimerFired(BackoffTimer(name)))
 
     def _clear_timer(self, name: ProcessName) -> None:
         timer = self._timers.pop(name, None)

@@ -5,11 +5,12 @@
 
 from typing import assert_never
 
+from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import GATEWAYS, ClusterConfig
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.fleet.processes import Part, Process, ProcessName, State, Then, node_parts, parts_of, pool_of
 from orchestrator.fleet.words import (
-    ClearTimer,
+    BackoffTimer,
     Command,
     Drain,
     Found,
@@ -18,7 +19,6 @@ from orchestrator.fleet.words import (
     ProcessServes,
     Release,
     Say,
-    SetTimer,
     Start,
     Stop,
     TellMembers,
@@ -101,7 +101,7 @@ class Lives:
             self.order(Say(f"{name} is given up after {process.failures} failures in a row"))
         elif process.backoff_s:
             self._waiting[name] = None
-            self.order(SetTimer(name, now + process.backoff_s))
+            self.order(SetTimer(BackoffTimer(name), now + process.backoff_s))
         else:
             self.start(process, now)
 
@@ -236,7 +236,7 @@ class Lives:
     def _forget_timer(self, process: Process) -> None:
         if process.part.name in self._waiting:
             del self._waiting[process.part.name]
-            self.order(ClearTimer(process.part.name))
+            self.order(ClearTimer(BackoffTimer(process.part.name)))
 
     def keep(self) -> None:
         """Have written down what a later life of the controller must know."""

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import ClusterConfig
+from orchestrator.core.events import TimerFired
+from orchestrator.core.timers import Timer
 from orchestrator.core.types import NodeId, PoolName
 from orchestrator.fleet.processes import Part, ProcessName
 
@@ -94,11 +97,18 @@ class ProcessSettled:
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BackoffEnded:
-    """The timer of a process that waited to be started again."""
+@dataclass(frozen=True, slots=True, repr=False)
+class BackoffTimer(Timer):
+    """A process has waited long enough to be started again."""
 
     name: ProcessName
+
+    def __str__(self) -> str:
+        return f"backoff:{self.name}"
+
+
+#: All timers that a controller has.
+ControllerTimer: TypeAlias = BackoffTimer
 
 
 # --- wishes -----------------------------------------------------------------------------------------------------------
@@ -171,7 +181,6 @@ Event: TypeAlias = (
     | ProcessDrained
     | ProcessStopped
     | ProcessSettled
-    | BackoffEnded
     | BootAsked
     | DrainAsked
     | ReturnAsked
@@ -179,6 +188,7 @@ Event: TypeAlias = (
     | RestartAsked
     | ConfigGiven
     | EndAsked
+    | TimerFired[ControllerTimer]
 )
 
 # --- orders -----------------------------------------------------------------------------------------------------------
@@ -255,21 +265,6 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class SetTimer:
-    """Tell `BackoffEnded` at a time; replaces the process's timer."""
-
-    name: ProcessName
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClearTimer:
-    """Forget a process's timer."""
-
-    name: ProcessName
-
-
-@dataclass(frozen=True, slots=True)
 class Say:
     """Tell operators a line."""
 
@@ -284,4 +279,17 @@ class Answer:
     problem: str | None = None
 
 
-Command: TypeAlias = Start | Drain | Stop | Kill | Release | Settle | TellMembers | Keep | SetTimer | ClearTimer | Say | Answer
+Command: TypeAlias = (
+    Start
+    | Drain
+    | Stop
+    | Kill
+    | Release
+    | Settle
+    | TellMembers
+    | Keep
+    | SetTimer[ControllerTimer]
+    | ClearTimer[ControllerTimer]
+    | Say
+    | Answer
+)

@@ -37,8 +37,8 @@ from orchestrator.core.events import (
     NodeLost,
     RequestAbandoned,
     RequestArrived,
-    TimerFired,
 )
+from orchestrator.core.timers import ClusterTimer
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -49,13 +49,13 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     Role,
-    TimerKey,
     request_id,
 )
 from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
-from orchestrator.wire.journal import JournalWriter
+from orchestrator.wire.clock import Timers
+from orchestrator.wire.journal import ClusterJournalWriter
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Trust
 
@@ -191,7 +191,7 @@ class ClusterDriver:
         trust: Trust,
         observer: Observer,
         fatal: Callable[[BaseException], None],
-        journal: JournalWriter | None = None,
+        journal: ClusterJournalWriter | None = None,
     ) -> None:
         self._gateway = gateway
         self._config = config
@@ -201,8 +201,6 @@ class ClusterDriver:
         self._journal = journal
         self._core = Cluster(gateway, config)
         self.loop = asyncio.get_running_loop()
-        # Readings of this clock and of any other differ by hours, so that mixing them up shows at once.
-        self._clock_offset_s = random.uniform(1e5, 1e6)
         #: Differs from start to start, so that nodes end what a former gateway of this number left behind.
         self._incarnation = random.getrandbits(63)
         self._serial = 0
@@ -211,14 +209,14 @@ class ClusterDriver:
         self._members: dict[NodeId, _Member] = {}
         self._draining_nodes: set[NodeId] = set()
         self._closing: set[asyncio.Task[None]] = set()
-        self._timers: dict[TimerKey, asyncio.TimerHandle] = {}
+        self._timers: Timers[ClusterTimer] = Timers(self._handle)
         self._idle = asyncio.Event()
         self._ready = False
 
     @property
     def now(self) -> float:
         """Seconds on the gateway's clock."""
-        return self.loop.time() + self._clock_offset_s
+        return self._timers.now
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
@@ -440,9 +438,9 @@ class ClusterDriver:
                 if link is not None:
                     link.replay(after)
             case SetTimer(key, at):
-                self._set_timer(key, at)
+                self._timers.set(key, at)
             case ClearTimer(key):
-                self._clear_timer(key)
+                self._timers.clear(key)
             case _:
                 assert_never(command)
 
@@ -466,19 +464,6 @@ class ClusterDriver:
             self._idle.set()
         return stream
 
-    def _set_timer(self, key: TimerKey, at: float) -> None:
-        self._clear_timer(key)
-        self._timers[key] = self.loop.call_at(at - self._clock_offset_s, self._fire, key)
-
-    def _clear_timer(self, key: TimerKey) -> None:
-        timer = self._timers.pop(key, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _fire(self, key: TimerKey) -> None:
-        del self._timers[key]
-        self._handle(TimerFired(key))
-
     # --- the end ------------------------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> bool:
@@ -496,9 +481,7 @@ class ClusterDriver:
 
     async def close(self) -> None:
         """Fail what runs and leave the nodes."""
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._timers.close()
         for stream in tuple(self._streams.values()):
             stream.fail(TurnFailed(503, "shutting_down", "the gateway is shutting down"))
         self._streams.clear()

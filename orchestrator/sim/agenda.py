@@ -1,6 +1,6 @@
 """Virtual time: what is to happen when. Nothing passes between two entries, so a quiet hour costs as much as a quiet second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from heapq import heappop, heappush
 from typing import Any
 
@@ -34,3 +34,33 @@ class Agenda:
         """Let the next thing happen."""
         self.now, _, action, arguments = heappop(self._heap)
         action(*arguments)
+
+
+class Timers:
+    """The machines' timers in virtual time; each fires once, at its last setting. See also: `wire/clock.py`."""
+
+    __slots__ = ("_agenda", "_due")
+
+    def __init__(self, agenda: Agenda) -> None:
+        self._agenda = agenda
+        #: When each fires, by its machine and its key.
+        self._due: dict[tuple[Hashable, Hashable], float] = {}
+
+    def set(self, machine: Hashable, key: Hashable, at: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Execute `SetTimer`: do something at a time, at once if it has passed."""
+        self._due[machine, key] = at
+        self._agenda.at(max(at, self._agenda.now), self._fire, (machine, key), at, action, arguments)
+
+    def clear(self, machine: Hashable, key: Hashable) -> None:
+        """Execute `ClearTimer`."""
+        self._due.pop((machine, key), None)
+
+    def drop(self, machine: Hashable) -> None:
+        """Forget all timers of a machine."""
+        for name in [name for name in self._due if name[0] == machine]:
+            del self._due[name]
+
+    def _fire(self, name: tuple[Hashable, Hashable], at: float, action: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if self._due.get(name) == at:
+            del self._due[name]
+            action(*arguments)

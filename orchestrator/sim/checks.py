@@ -9,7 +9,7 @@ from typing import Protocol
 
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.kvindex import Trust
-from orchestrator.core.types import GatewayId, NodeId, RequestId, TimerKey
+from orchestrator.core.types import GatewayId, NodeId, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.machine import Machine
 from orchestrator.sim.network import Transfers
@@ -36,8 +36,6 @@ class Checked(Protocol):
 
     @property
     def visits(self) -> Mapping[RequestId, object]: ...
-
-    def timer(self, owner: GatewayId | NodeId, key: TimerKey) -> float | None: ...
 
 
 class Checks:

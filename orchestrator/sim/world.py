@@ -72,12 +72,11 @@ from orchestrator.core.types import (
     Role,
     SessionId,
     TenantId,
-    TimerKey,
     gateway_of,
     request_id,
 )
 from orchestrator.profiles.resolve import Resolved
-from orchestrator.sim.agenda import Agenda
+from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.machine import Machine
@@ -165,7 +164,7 @@ class World:
         self._futures: dict[ModelName, Future] = {}
         for model in map(ModelName, config.models):
             self._add_model(model)
-        self._timers: dict[tuple[GatewayId | NodeId, TimerKey], float] = {}
+        self._timers = Timers(self.agenda)
         #: Whether a gateway cannot know that it missed a node's last batch, since no later one has shown the gap.
         self.unaware: dict[tuple[GatewayId, NodeId], bool] = {}
         #: Requests under way, and how many turns each unfinished predecessor's followers still wait for.
@@ -344,9 +343,9 @@ class World:
     def _execute(self, gateway: GatewayId, command: ClusterCommand) -> None:
         match command:
             case SetTimer(key, at):
-                self._set_timer(gateway, key, at)
+                self._timers.set(gateway, key, at, self._tell_cluster, gateway, TimerFired(key))
             case ClearTimer(key):
-                self._timers.pop((gateway, key), None)
+                self._timers.clear(gateway, key)
             case Assign(node, assignment):
                 served = self.visits[assignment.request].served
                 if assignment.role is Role.PREFILL:
@@ -461,9 +460,9 @@ class World:
                 case Forget(request):
                     machine.forget(request)
                 case SetTimer(key, fires_at):
-                    self._set_timer(machine.spec.id, key, fires_at)
+                    self._timers.set(machine.spec.id, key, fires_at, self._tell_node, machine.spec.id, TimerFired(key))
                 case ClearTimer(key):
-                    self._timers.pop((machine.spec.id, key), None)
+                    self._timers.clear(machine.spec.id, key)
                 case Fetch():
                     self.transfers.start(machine.spec, command)
                 case SendBlocks():
@@ -503,25 +502,6 @@ class World:
 
     def _moved(self, reader: NodeId, size: int) -> None:
         self.machines[reader].use.fetched_bytes += size
-
-    # --- timers -------------------------------------------------------------------------------------------------------
-
-    def _set_timer(self, owner: GatewayId | NodeId, key: TimerKey, at: float) -> None:
-        self._timers[owner, key] = at
-        self.agenda.at(max(at, self.agenda.now), self._fire, owner, key, at)
-
-    def _fire(self, owner: GatewayId | NodeId, key: TimerKey, at: float) -> None:
-        if self._timers.get((owner, key)) != at:
-            return
-        del self._timers[owner, key]
-        if isinstance(owner, str):
-            self._tell_node(owner, TimerFired(key))
-        else:
-            self._tell_cluster(owner, TimerFired(key))
-
-    def timer(self, owner: GatewayId | NodeId, key: TimerKey) -> float | None:
-        """Return when a timer fires; None if it is not set."""
-        return self._timers.get((owner, key))
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -564,8 +544,7 @@ class World:
         machine.events = 0
         machine.crash()
         self._incarnations[node] += 1
-        for key in [key for key in self._timers if key[0] == node]:
-            del self._timers[key]
+        self._timers.drop(node)
         lost_at = self.agenda.now + self._config.cluster.node_lost_s
         for gateway in self.clusters:
             self.agenda.at(lost_at, self._lose, gateway, node, self._incarnations[node])

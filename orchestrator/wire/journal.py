@@ -7,27 +7,29 @@ that many bytes of msgpack:
     then        [now, name of the event, event, [[name of the command, command], ...]]    null for commands: the core raised
     last        [now, "Closed", {"reason": ...}, []]                                      missing if the process was killed
 
-Events and commands are the core's own, field by field, so that floats and hashes come back bit for bit. No prompt, token, key or
-secret is in a journal; session names, tenants, lengths and block hashes are.
+Events and commands are the core's own, field by field, so that floats and hashes come back bit for bit; keys of timers are text.
+A cluster's journal holds what clusters are told and answer, a node's what nodes are; anything else is refused. No prompt, token,
+key or secret is in a journal; session names, tenants, lengths and block hashes are.
 """
 
 import gzip
 import logging
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from typing import Any, Final, TypeAlias, cast, get_args
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast, get_args, get_origin, overload
 
 import msgspec
 
-from orchestrator.core.commands import ClusterCommand, NodeCommand
+from orchestrator.core.commands import ClearTimer, ClusterCommand, NodeCommand, SetTimer
 from orchestrator.core.config import BLOCKS_MAX, ClusterConfig, GatewayConfig, SchedulerConfig, shown
-from orchestrator.core.events import ClusterEvent, NodeEvent
+from orchestrator.core.events import ClusterEvent, NodeEvent, TimerFired
+from orchestrator.core.timers import Timer, cluster_timer, node_timer
 from orchestrator.core.types import GatewayId, NodeSpec
 
 log = logging.getLogger("weft.journal")
@@ -50,8 +52,11 @@ Command: TypeAlias = ClusterCommand | NodeCommand
 
 _LENGTH = struct.Struct("<I")
 _CLOSED = "Closed"
-EVENTS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(ClusterEvent), *get_args(NodeEvent))}
-COMMANDS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(ClusterCommand), *get_args(NodeCommand))}
+#: What one kind of core is told, and what it answers.
+OneEvent = TypeVar("OneEvent", ClusterEvent, NodeEvent)
+OneCommand = TypeVar("OneCommand", ClusterCommand, NodeCommand)
+#: Read what was written of one event or command.
+Decode: TypeAlias = Callable[[bytes], Any]
 
 
 class JournalError(ValueError):
@@ -75,7 +80,63 @@ class NodeHeader:
 
 
 Header: TypeAlias = ClusterHeader | NodeHeader
-_HEADERS: dict[str, type] = {"cluster": ClusterHeader, "node": NodeHeader}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All that can be in the journals of one kind of core, by name."""
+
+    name: str
+    header: type
+    events: Mapping[str, Decode]
+    commands: Mapping[str, Decode]
+
+
+def _kind(name: str, header: type, event: object, command: object, timer: Callable[[str], Timer]) -> Kind:
+    return Kind(name, header, _decoders(event, timer), _decoders(command, timer))
+
+
+def _decoders(union: object, timer: Callable[[str], Timer]) -> dict[str, Decode]:
+    """Return how each member of a union is read; keys of timers are those of one machine."""
+    decoders: dict[str, Decode] = {}
+    for member in get_args(union):
+        about_timers = get_origin(member) is not None
+        decoders[member.__name__] = _timed(get_origin(member), timer) if about_timers else msgspec.msgpack.Decoder(member).decode
+    return decoders
+
+
+def _timed(member: Any, timer: Callable[[str], Timer]) -> Decode:
+    decoder = msgspec.msgpack.Decoder(member[str])
+
+    def decode(data: bytes) -> Any:
+        found = decoder.decode(data)
+        return replace(found, key=timer(found.key))
+
+    return decode
+
+
+CLUSTER: Final = _kind("cluster", ClusterHeader, ClusterEvent, ClusterCommand, cluster_timer)
+NODE: Final = _kind("node", NodeHeader, NodeEvent, NodeCommand, node_timer)
+_KINDS = {kind.name: kind for kind in (CLUSTER, NODE)}
+
+
+def kind_of(header: Header) -> Kind:
+    """Return what can be in a journal with this header."""
+    return CLUSTER if isinstance(header, ClusterHeader) else NODE
+
+
+def as_written(fact: Event | Command) -> tuple[str, object]:
+    """Return an event or command as a journal holds it: its name, and its fields."""
+    match fact:
+        case TimerFired(key):
+            written: object = TimerFired(str(key))
+        case SetTimer(key, at):
+            written = SetTimer(str(key), at)
+        case ClearTimer(key):
+            written = ClearTimer(str(key))
+        case _:
+            written = fact
+    return type(fact).__name__, written
 
 
 def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
@@ -88,7 +149,11 @@ def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def open_journal(folder: str, name: str, header: Header) -> "JournalWriter | None":
+@overload
+def open_journal(folder: str, name: str, header: ClusterHeader) -> "ClusterJournalWriter | None": ...
+@overload
+def open_journal(folder: str, name: str, header: NodeHeader) -> "NodeJournalWriter | None": ...
+def open_journal(folder: str, name: str, header: Header) -> "ClusterJournalWriter | NodeJournalWriter | None":
     """Start a journal in a folder, which is made if need be; None without a folder. Raises `OSError`."""
     if not folder:
         return None
@@ -96,7 +161,7 @@ def open_journal(folder: str, name: str, header: Header) -> "JournalWriter | Non
     return JournalWriter(Path(folder) / f"{name}{SUFFIX}", header)
 
 
-class JournalWriter:
+class JournalWriter(Generic[OneEvent, OneCommand]):
     """One core's journal. Encoding is done by whoever records, compressing and writing by a thread."""
 
     def __init__(self, path: Path, header: Header, file_bytes_max: int = FILE_BYTES_MAX) -> None:
@@ -110,18 +175,17 @@ class JournalWriter:
         self._ended = ""
         self._file_bytes_max = file_bytes_max
         self._chunks: Queue[bytes | None] = Queue(CHUNKS_MAX)
-        kind = "cluster" if isinstance(header, ClusterHeader) else "node"
-        self._buffer += _framed(self._encoder, (FORMAT, FORMAT_VERSION, version("weft"), kind, header))
+        self._buffer += _framed(self._encoder, (FORMAT, FORMAT_VERSION, version("weft"), kind_of(header).name, header))
         self._file = path.open("xb")
         self._thread = Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
-    def record(self, now: float, event: Event, commands: Sequence[Command] | None) -> None:
+    def record(self, now: float, event: OneEvent, commands: Sequence[OneCommand] | None) -> None:
         """Take down one call of the core; None for commands says that it raised."""
         if self._ended:
             return
-        named = None if commands is None else [(type(command).__name__, command) for command in commands]
-        self._buffer += _framed(self._encoder, (now, type(event).__name__, event, named))
+        named = None if commands is None else [as_written(command) for command in commands]
+        self._buffer += _framed(self._encoder, (now, *as_written(event), named))
         self._now = now
         if len(self._buffer) >= CHUNK_BYTES or now >= self._due_s:
             self._due_s = now + CHUNK_S
@@ -168,6 +232,10 @@ class JournalWriter:
             chunk = self._chunks.get()
 
 
+ClusterJournalWriter: TypeAlias = JournalWriter[ClusterEvent, ClusterCommand]
+NodeJournalWriter: TypeAlias = JournalWriter[NodeEvent, NodeCommand]
+
+
 def _framed(encoder: msgspec.msgpack.Encoder, record: object) -> bytearray:
     """Return a record behind its length."""
     framed = bytearray(_LENGTH.size)
@@ -211,11 +279,11 @@ def read_journal(path: Path) -> Journal:
         raise
     except (msgspec.DecodeError, TypeError, ValueError, RecursionError):
         raise JournalError(f"{path}: is no journal of Weft's") from None
-    if name != FORMAT or number != FORMAT_VERSION or kind not in list(_HEADERS):
+    if name != FORMAT or number != FORMAT_VERSION or kind not in list(_KINDS):
         found = ", ".join(map(shown, (name, number, kind)))
         raise JournalError(f"{path}: is no {FORMAT} of version {FORMAT_VERSION}: starts with {found}")
     try:
-        header = cast(Header, msgspec.convert(first[4], _HEADERS[kind]))
+        header = cast(Header, msgspec.convert(first[4], _KINDS[kind].header))
     except (msgspec.ValidationError, ValueError) as error:
         raise JournalError(f"{path}: its header does not fit this version of Weft: {error}") from None
     if isinstance(header, NodeHeader) and not 0 < header.spec.blocks <= BLOCKS_MAX:
@@ -244,15 +312,21 @@ def _records(path: Path) -> Iterator[bytes]:
 
 def _entries(journal: Journal, records: Iterator[bytes]) -> Iterator[Entry]:
     envelope = msgspec.msgpack.Decoder(tuple[float, str, msgspec.Raw, list[tuple[str, msgspec.Raw]] | None])
-    decoders: dict[str, msgspec.msgpack.Decoder[Event]] = {name: msgspec.msgpack.Decoder(kind) for name, kind in EVENTS.items()}
+    kind = kind_of(journal.header)
     for number, record in enumerate(records, 1):
         try:
             now, name, event, commands = envelope.decode(record)
             if name == _CLOSED:
                 journal.ended = msgspec.msgpack.decode(event, type=dict[str, str])["reason"]
                 return
-            listed = None if commands is None else tuple((kind, bytes(command)) for kind, command in commands)
-            yield Entry(now, decoders[name].decode(event), listed)
+            if name not in kind.events:
+                raise JournalError(f"{journal.path}: record {number + 1}: a {kind.name} knows no event {shown(name)}")
+            for unknown in [command for command, _ in commands or () if command not in kind.commands]:
+                raise JournalError(f"{journal.path}: record {number + 1}: a {kind.name} knows no command {shown(unknown)}")
+            listed = None if commands is None else tuple((command, bytes(fields)) for command, fields in commands)
+            yield Entry(now, kind.events[name](event), listed)
+        except JournalError:
+            raise
         except KeyError as error:
             raise JournalError(f"{journal.path}: record {number + 1}: knows no {error}") from None
         except (msgspec.DecodeError, ValueError, RecursionError) as error:

@@ -6,13 +6,24 @@ is damaged, or that something besides events and their times has influenced a de
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import msgspec
 
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.node.node import Node
-from orchestrator.wire.journal import COMMANDS, ClusterHeader, Command, Event, Header, Journal, JournalError, NodeHeader
+from orchestrator.wire.journal import (
+    ClusterHeader,
+    Command,
+    Event,
+    Header,
+    Journal,
+    JournalError,
+    Kind,
+    NodeHeader,
+    as_written,
+    kind_of,
+)
 
 _Handle: TypeAlias = Callable[[Any, float], Sequence[Command]]
 
@@ -49,7 +60,7 @@ def replay(journal: Journal, progress: Callable[[int], None] | None = None) -> D
         handle = _fresh_core(journal.header)
     except (AssertionError, ArithmeticError, LookupError, ValueError) as error:
         raise JournalError(f"{journal.path}: its header makes no core: {type(error).__name__}: {error}") from None
-    encoder = msgspec.msgpack.Encoder()
+    encoder, kind = msgspec.msgpack.Encoder(), kind_of(journal.header)
     for number, entry in enumerate(journal.entries, 1):
         if progress is not None:
             progress(number)
@@ -57,11 +68,13 @@ def replay(journal: Journal, progress: Callable[[int], None] | None = None) -> D
             got: Sequence[Command] | None = handle(entry.event, entry.now)
         except Exception as error:  # Whatever the core raises is an answer, to be compared with the recorded one.
             if entry.commands is not None:
-                return Difference(number, entry.now, entry.event, _shown(entry.commands), (f"{type(error).__name__}: {error}",))
+                return Difference(
+                    number, entry.now, entry.event, _shown(kind, entry.commands), (f"{type(error).__name__}: {error}",)
+                )
             return None
-        named = tuple([(type(command).__name__, encoder.encode(command)) for command in got])
+        named = tuple([(name, encoder.encode(fields)) for name, fields in map(as_written, got)])
         if named != entry.commands:
-            return Difference(number, entry.now, entry.event, _shown(entry.commands), _shown(named))
+            return Difference(number, entry.now, entry.event, _shown(kind, entry.commands), _shown(kind, named))
     return None
 
 
@@ -73,15 +86,15 @@ def _fresh_core(header: Header) -> _Handle:
             return Node(spec, scheduler).handle
 
 
-def _shown(commands: Sequence[tuple[str, bytes]] | None) -> tuple[str, ...]:
+def _shown(kind: Kind, commands: Sequence[tuple[str, bytes]] | None) -> tuple[str, ...]:
     """Return commands as text; those of a version with other fields as they came."""
     if commands is None:
         return ("an error",)
-    return tuple(_text(name, data) for name, data in commands)
+    return tuple(_text(kind, name, data) for name, data in commands)
 
 
-def _text(name: str, data: bytes) -> str:
+def _text(kind: Kind, name: str, data: bytes) -> str:
     try:
-        return repr(cast(Command, msgspec.msgpack.decode(data, type=COMMANDS[name])))
-    except (msgspec.DecodeError, KeyError):
+        return repr(kind.commands[name](data))
+    except (msgspec.DecodeError, ValueError):
         return f"{name} {msgspec.msgpack.decode(data)!r}"

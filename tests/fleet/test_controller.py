@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import LimitsConfig
+from orchestrator.core.events import TimerFired
 from orchestrator.core.types import NodeId, PoolName
 from orchestrator.fleet.controller import Controller
 from orchestrator.fleet.processes import FAILURES_MAX, Part, ProcessName, State
 from orchestrator.fleet.words import (
     Answer,
-    BackoffEnded,
+    BackoffTimer,
     BootAsked,
-    ClearTimer,
     Command,
     ConfigGiven,
     Drain,
@@ -36,7 +37,6 @@ from orchestrator.fleet.words import (
     Resumed,
     ReturnAsked,
     Say,
-    SetTimer,
     Settle,
     Start,
     StartFailed,
@@ -104,7 +104,7 @@ def test_what_dies_is_killed_for_sure_and_starts_again_at_once_then_ever_later_u
         timer = next(order for order in orders if isinstance(order, SetTimer))
         waits.append(timer.at - run.now)
         assert run.state(D0) is State.DOWN
-        assert brief(run.tell(BackoffEnded(D0))) == ["start decode-0"]
+        assert brief(run.tell(TimerFired(BackoffTimer(D0)))) == ["start decode-0"]
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
     orders = run.tell(StartFailed(D0, run.incarnation(D0), "no"))
     assert lines(orders) == ["node-decode-0: no", "node-decode-0 is given up after 9 failures in a row"]
@@ -430,7 +430,7 @@ def test_the_end_does_not_wait_for_what_starts_or_waits() -> None:
     orders = run.tell(EndAsked(2, 1.0))
     assert answers(orders) == [Answer(2)]
     assert Kill(D0, 1_000_004) in orders
-    assert ClearTimer(D1) in orders
+    assert ClearTimer(BackoffTimer(D1)) in orders
     assert run.names == []
 
 
@@ -480,9 +480,9 @@ class Chaos:
                     for one in self.pending
                     if (getattr(one, "name", None) or one.part.name, one.incarnation) != (name, incarnation)  # type: ignore[union-attr]
                 ]
-            case SetTimer(name, at):
+            case SetTimer(BackoffTimer(name), at):
                 self.timers[name] = at
-            case ClearTimer(name):
+            case ClearTimer(BackoffTimer(name)):
                 del self.timers[name]
             case Answer(serial, _):
                 self.answered.append(serial)
@@ -514,7 +514,7 @@ class Chaos:
         due = [name for name, at in self.timers.items() if at <= self.now]
         if due:
             del self.timers[due[0]]
-            self.tell(BackoffEnded(due[0]))
+            self.tell(TimerFired(BackoffTimer(due[0])))
         elif self.up and self.random.random() < failing:
             name, incarnation = self.random.choice(sorted(self.up))
             if self.random.random() < 0.5:

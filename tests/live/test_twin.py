@@ -212,7 +212,7 @@ def start_node(node: NodeId, settings: PoolConfig, fatal: list[BaseException]) -
         fatal.append,
         DriverLimits(load_s=0.0, frame_s_min=0.0),
     )
-    driver._clock_offset_s = 0.0
+    driver._timers._offset_s = 0.0
     return driver
 
 
@@ -224,7 +224,7 @@ async def live(config: ClusterConfig, turns: Sequence[TracedTurn], wires: Wires)
             node = NodeId(f"{settings.name}-{number}")
             wires.nodes[node] = start_node(node, settings, failures)
     driver = ClusterDriver(GATEWAY, config, TRUST, decided, failures.append)
-    driver._clock_offset_s = 0.0
+    driver._timers._offset_s = 0.0
     driver.set_nodes([(node, "virtual") for node in wires.nodes])
     prompts, ended = Prompts(turns, BLOCK_TOKENS), {turn.id: asyncio.Event() for turn in turns}
 

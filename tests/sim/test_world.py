@@ -13,6 +13,7 @@ from orchestrator.core.commands import ReportEnded
 from orchestrator.core.config import CachePolicy, ModelConfig, RouterPolicy
 from orchestrator.core.types import NodeId, PoolKind
 from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.agenda import Timers
 from orchestrator.sim.checks import Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.machine import Machine
@@ -261,7 +262,7 @@ def test_canary_a_lost_end_is_noticed() -> None:
 def test_canary_a_world_in_which_nothing_is_left_to_happen_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions())
     monkeypatch.setattr(Machine, "start", lambda self, command, now: None)
-    world._set_timer = lambda owner, key, at: None  # type: ignore[method-assign]
+    monkeypatch.setattr(Timers, "set", lambda self, machine, key, at, action, *arguments: None)
     with pytest.raises(Stuck, match="nothing is left to happen and 4 turns are unfinished"):
         world.run()
 

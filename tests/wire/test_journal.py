@@ -10,10 +10,32 @@ import pytest
 
 from orchestrator.core.commands import NodeCommand
 from orchestrator.core.config import ClusterConfig, ClusterSettings, GatewayConfig, PoolConfig, SchedulerConfig, TenantConfig
-from orchestrator.core.events import Assigned, NodeEvent, SliceResult, StepFinished
+from orchestrator.core.events import Assigned, ExportOpened, NodeEvent, SliceResult, StepFinished, TimerFired
 from orchestrator.core.node.node import Node
-from orchestrator.core.types import Assignment, BlockHash, GatewayId, PoolKind, Role, StepId, request_id
-from orchestrator.wire.journal import ClusterHeader, JournalError, JournalWriter, NodeHeader, cluster_header, read_journal
+from orchestrator.core.timers import (
+    ClusterTimer,
+    ExportTimer,
+    FetchTimer,
+    HoldTimer,
+    NodeTimer,
+    ReplayTimer,
+    RequestTimer,
+    cluster_timer,
+    node_timer,
+)
+from orchestrator.core.types import (
+    Assignment,
+    BlockHash,
+    ExportId,
+    GatewayId,
+    NodeId,
+    PoolKind,
+    RequestId,
+    Role,
+    StepId,
+    request_id,
+)
+from orchestrator.wire.journal import ClusterHeader, JournalError, NodeHeader, NodeJournalWriter, cluster_header, read_journal
 from orchestrator.wire.replay import replay
 from tests.builders import node_spec
 
@@ -30,7 +52,7 @@ def life(path: Path) -> list[tuple[float, NodeEvent, list[NodeCommand]]]:
     core, told = Node(HEADER.spec, HEADER.scheduler), []
     one = SliceResult(request_id(GatewayId(0), 1), 1)
     events: list[NodeEvent] = [assigned(1), *(StepFinished(StepId(step), (one,), 0.1 + step / 7) for step in (1, 2, 3))]
-    writer = JournalWriter(path, HEADER)
+    writer = NodeJournalWriter(path, HEADER)
     for number, event in enumerate(events):
         now = 100 + number / 3
         commands = core.handle(event, now)
@@ -56,7 +78,7 @@ def test_a_fresh_core_answers_as_the_recorded_one_did(tmp_path: Path) -> None:
 
 def test_canary_a_missing_event_is_noticed_where_it_is_missing(tmp_path: Path) -> None:
     core, one = Node(HEADER.spec, HEADER.scheduler), SliceResult(request_id(GatewayId(0), 1), 1)
-    writer = JournalWriter(tmp_path / "one.journal.gz", HEADER)
+    writer = NodeJournalWriter(tmp_path / "one.journal.gz", HEADER)
     writer.record(1.0, assigned(1), core.handle(assigned(1), 1.0))
     core.handle(assigned(2), 1.5)  # this one is kept from the journal
     event = StepFinished(StepId(1), (one,), 0.1)
@@ -70,7 +92,7 @@ def test_canary_a_missing_event_is_noticed_where_it_is_missing(tmp_path: Path) -
 
 def test_an_error_of_the_core_is_an_answer_too(tmp_path: Path) -> None:
     for name, commands in (("raised", None), ("wrong", [])):
-        writer = JournalWriter(tmp_path / name, HEADER)
+        writer = NodeJournalWriter(tmp_path / name, HEADER)
         writer.record(1.0, StepFinished(StepId(7), (), 0.1), commands)
         writer.close()
     assert replay(read_journal(tmp_path / "raised")) is None
@@ -93,7 +115,7 @@ def test_a_journal_cut_off_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None
 
 
 def test_a_journal_ends_at_its_size_and_says_so(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path / "one.journal.gz", HEADER, file_bytes_max=900)
+    writer = NodeJournalWriter(tmp_path / "one.journal.gz", HEADER, file_bytes_max=900)
     for second in range(1, 200):
         writer.record(second * 10.0, assigned(second), ())
     writer.close()
@@ -123,7 +145,33 @@ def packed(*records: object) -> bytes:
 
 
 FIRST = ("weft-journal", 1, "0.1.0", "node", HEADER)
+CLUSTER = (*FIRST[:3], "cluster", cluster_header(GatewayId(0), ClusterConfig(pools=(PoolConfig("both", PoolKind.AGGREGATED),))))
 NESTED = struct.pack("<I", 9000) + b"\x91" * 9000
+
+
+def test_a_journal_names_timers_by_text_and_reads_them_as_what_they_are(tmp_path: Path) -> None:
+    core, writer = Node(HEADER.spec, HEADER.scheduler), NodeJournalWriter(tmp_path / "one", HEADER)
+    opened = ExportOpened(ExportId(7), request_id(GatewayId(0), 1), (), 0, 6, pending=True)
+    events: tuple[NodeEvent, ...] = (opened, TimerFired(ExportTimer(ExportId(7))))
+    for now, event in enumerate(events):
+        writer.record(now, event, core.handle(event, now))
+    writer.close()
+    first, second = read_journal(tmp_path / "one").entries
+    assert first.commands is not None
+    # As versions wrote it in which a key was nothing but its text.
+    assert msgspec.msgpack.decode(first.commands[0][1]) == {"key": "export:7", "at": HEADER.scheduler.fetch_wait_s_max}
+    assert second.event == events[1]
+    assert replay(read_journal(tmp_path / "one")) is None
+
+
+@pytest.mark.parametrize("timer", [RequestTimer(request_id(GatewayId(3), 1)), ReplayTimer(NodeId("a:0"))])
+def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:
+    assert cluster_timer(str(timer)) == timer
+
+
+@pytest.mark.parametrize("timer", [HoldTimer(RequestId(5)), FetchTimer(RequestId(5)), ExportTimer(ExportId(5))])
+def test_the_text_of_a_nodes_timer_names_it(timer: NodeTimer) -> None:
+    assert node_timer(str(timer)) == timer
 
 
 @pytest.mark.parametrize(
@@ -137,7 +185,14 @@ NESTED = struct.pack("<I", 9000) + b"\x91" * 9000
         (packed(FIRST, (1.0, "Closed", ["stopped"], ())), "record 2: Expected `object`, got `array`"),
         (packed(FIRST, (1.0, "Closed", {"reason": 7}, ())), "record 2: Expected `str`, got `int`"),
         (packed(FIRST, (1.0, "Closed", {}, ())), "record 2: knows no 'reason'"),
-        (packed(FIRST, (1.0, "Nothing", {}, ())), "record 2: knows no 'Nothing'"),
+        (packed(FIRST, (1.0, "Nothing", {}, ())), "record 2: a node knows no event 'Nothing'"),
+        (packed(FIRST, (1.0, "RequestAbandoned", {"request": 1}, ())), "record 2: a node knows no event 'RequestAbandoned'"),
+        (packed(FIRST, (1.0, "DrainRequested", {}, (("Cancel", {}),))), "record 2: a node knows no command 'Cancel'"),
+        (packed(CLUSTER, (1.0, "DrainRequested", {}, (("Forget", {}),))), "record 2: a cluster knows no command 'Forget'"),
+        (packed(CLUSTER, (1.0, "Cancelled", {"request": 1}, ())), "record 2: a cluster knows no event 'Cancelled'"),
+        (packed(CLUSTER, (1.0, "TimerFired", {"key": "hold:1"}, ())), "record 2: a cluster has no timer 'hold:1'"),
+        (packed(FIRST, (1.0, "TimerFired", {"key": "request:1"}, ())), "record 2: a node has no timer 'request:1'"),
+        (packed(FIRST, (1.0, "TimerFired", {"key": "hold:one"}, ())), "record 2: a timer must be about a number, is 'hold:one'"),
         (packed(FIRST, (1.0, "TimerFired", {"key": 5}, ())), "record 2: Expected `str`, got `int`"),
     ],
 )

@@ -67,6 +67,7 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
+from orchestrator.core.timers import ClusterTimer, ReplayTimer, RequestTimer
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -80,7 +81,6 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     Role,
-    TimerKey,
 )
 
 #: Seconds until a replay that did not come is asked for again, doubled each time up to the most.
@@ -138,8 +138,8 @@ class Flight:
         self.stayed = True
 
     @property
-    def timer(self) -> TimerKey:
-        return TimerKey(f"request:{self.request.id}")
+    def timer(self) -> RequestTimer:
+        return RequestTimer(self.request.id)
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -164,8 +164,8 @@ class Member:
         self.replay_wait_s = REPLAY_S
 
     @property
-    def replay_timer(self) -> TimerKey:
-        return TimerKey(f"replay:{self.spec.id}")
+    def replay_timer(self) -> ReplayTimer:
+        return ReplayTimer(self.spec.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,16 +504,18 @@ class Cluster:
 
     # --- timers -----------------------------------------------------------------------------------------------------------
 
-    def _on_timer_fired(self, key: TimerKey) -> None:
-        kind, _, name = key.partition(":")
-        if kind == "replay":
-            member = self._members.get(NodeId(name))
-            if member is not None:
-                self._on_replay_missing(member)
-            return
-        flight = self._flights.get(RequestId(int(name)))
-        if flight is not None:
-            self._on_time_up(flight)
+    def _on_timer_fired(self, key: ClusterTimer) -> None:
+        match key:
+            case ReplayTimer(node):
+                member = self._members.get(node)
+                if member is not None:
+                    self._on_replay_missing(member)
+            case RequestTimer(request):
+                flight = self._flights.get(request)
+                if flight is not None:
+                    self._on_time_up(flight)
+            case _:
+                assert_never(key)
 
     def _on_time_up(self, flight: Flight) -> None:
         """End a request that has had its time: the whole of it, or that for finding a node."""

@@ -59,6 +59,7 @@ from orchestrator.core.events import (
 from orchestrator.core.node.kvpool import BlockPool, Hold, KvJournal
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
+from orchestrator.core.timers import ExportTimer, FetchTimer, HoldTimer, NodeTimer
 from orchestrator.core.types import (
     Assignment,
     BlockId,
@@ -69,7 +70,6 @@ from orchestrator.core.types import (
     NodeSpec,
     RequestId,
     Role,
-    TimerKey,
     gateway_of,
 )
 
@@ -100,18 +100,8 @@ class Export:
         self.waits = False
 
     @property
-    def timer(self) -> TimerKey:
-        return TimerKey(f"export:{self.id}")
-
-
-def hold_timer(request: RequestId) -> TimerKey:
-    """Return the key of the timer that ends the holding of a prefilled request."""
-    return TimerKey(f"hold:{request}")
-
-
-def fetch_timer(request: RequestId) -> TimerKey:
-    """Return the key of the timer that gives up the fetch of a request whose source is silent."""
-    return TimerKey(f"fetch:{request}")
+    def timer(self) -> ExportTimer:
+        return ExportTimer(self.id)
 
 
 class Node:
@@ -129,7 +119,8 @@ class Node:
         self._exports: dict[ExportId, Export] = {}
         #: The pending ones that are not final, by the request they read.
         self._readers: dict[RequestId, list[Export]] = {}
-        self._timers: dict[TimerKey, Sequence | Export] = {}
+        #: Those that are set.
+        self._timers: set[NodeTimer] = set()
         self._draining = False
         #: Counts what gateways should hear of beyond tokens: it stays the same while steps do nothing but decode.
         self.news = 0
@@ -309,14 +300,14 @@ class Node:
         self._scheduler.hold(sequence)
         self._commands.append(Forget(sequence.request))
         self._report(sequence.request, FinishReason.PREFILLED, of=sequence)
-        key = hold_timer(sequence.request)
-        self._timers[key] = sequence
+        key = HoldTimer(sequence.request)
+        self._timers.add(key)
         self._commands.append(SetTimer(key, self._now + self._config.hold_s_max))
 
     def _stop_holding(self, sequence: Sequence) -> None:
         """Give up a held prompt before its time."""
-        key = hold_timer(sequence.request)
-        del self._timers[key]
+        key = HoldTimer(sequence.request)
+        self._timers.remove(key)
         self._commands.append(ClearTimer(key))
         self._drop_held(sequence)
 
@@ -364,8 +355,8 @@ class Node:
 
     def _await_source(self, sequence: Sequence) -> None:
         """Set the timer that gives the source up if nothing more is heard of it."""
-        key = fetch_timer(sequence.request)
-        self._timers[key] = sequence
+        key = FetchTimer(sequence.request)
+        self._timers.add(key)
         self._commands.append(SetTimer(key, sequence.heard_at + self._config.fetch_silent_s_max))
 
     def _stop_fetch(self, sequence: Sequence) -> None:
@@ -375,9 +366,10 @@ class Node:
 
     def _stop_awaiting(self, sequence: Sequence) -> bool:
         """Clear the timer of a fetch; False if there is none, since it was given up already."""
-        key = fetch_timer(sequence.request)
-        if self._timers.pop(key, None) is None:
+        key = FetchTimer(sequence.request)
+        if key not in self._timers:
             return False
+        self._timers.remove(key)
         self._commands.append(ClearTimer(key))
         return True
 
@@ -437,7 +429,7 @@ class Node:
             self._advance(sequence)
             return
         export.waits = True
-        self._timers[export.timer] = export
+        self._timers.add(export.timer)
         self._commands.append(SetTimer(export.timer, self._now + self._config.fetch_wait_s_max))
 
     def _send_cached(self, export: Export) -> None:
@@ -525,22 +517,26 @@ class Node:
     def _stop_waiting(self, export: Export) -> None:
         if export.waits:
             export.waits = False
-            del self._timers[export.timer]
+            self._timers.remove(export.timer)
             self._commands.append(ClearTimer(export.timer))
 
-    def _on_timer_fired(self, key: TimerKey) -> None:
+    def _on_timer_fired(self, key: NodeTimer) -> None:
         """Stop holding a prompt that nobody fetched, give a silent source up, or answer a peer whose request never came."""
-        match self._timers.pop(key, None):
-            case Sequence(phase=Phase.FETCHING) as sequence:
-                self._on_source_silent(sequence)
-            case Sequence() as sequence:
-                self._drop_held(sequence)
-            case Export() as export:
+        if key not in self._timers:
+            return
+        self._timers.remove(key)
+        match key:
+            case FetchTimer(request):
+                self._on_source_silent(self._sequences[request])
+            case HoldTimer(request):
+                self._drop_held(self._sequences[request])
+            case ExportTimer(number):
+                export = self._exports[number]
                 export.waits = False
                 self._send_cached(export)
                 self._forget_readers(export.opened.request)
-            case None:
-                pass
+            case _:
+                assert_never(key)
 
     # --- invariants -------------------------------------------------------------------------------------------------------
 
@@ -566,11 +562,11 @@ class Node:
         held, waiting = phases.count(Phase.HELD), phases.count(Phase.WAITING)
         assert waiting == self._scheduler.waiting, f"waiting {waiting} != the scheduler's {self._scheduler.waiting}"
         for sequence in self._sequences.values():
-            timed = hold_timer(sequence.request) in self._timers
+            timed = HoldTimer(sequence.request) in self._timers
             assert timed == (sequence.phase is Phase.HELD), (
                 f"request {sequence.request} is {sequence.phase.value}, timer: {timed}"
             )
-            awaits = fetch_timer(sequence.request) in self._timers
+            awaits = FetchTimer(sequence.request) in self._timers
             assert not awaits or sequence.phase is Phase.FETCHING, f"request {sequence.request} is {sequence.phase.value}, awaits"
         for request, readers in self._readers.items():
             for export in readers:

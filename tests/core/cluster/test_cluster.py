@@ -29,6 +29,7 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
+from orchestrator.core.timers import ReplayTimer, RequestTimer
 from orchestrator.core.types import (
     Assignment,
     FinishReason,
@@ -42,7 +43,6 @@ from orchestrator.core.types import (
     ServiceClass,
     StoredRun,
     TenantId,
-    TimerKey,
 )
 from tests.builders import prompt_hashes
 from tests.core.cluster.cluster_builders import (
@@ -62,7 +62,7 @@ A0, A1 = NodeId("a0"), NodeId("a1")
 D0, P0 = NodeId("d0"), NodeId("p0")
 R1, R2 = RequestId(1), RequestId(2)
 APART = RouterConfig(disaggregation_tokens_min=0)
-DEADLINE = TimerKey("request:1")
+DEADLINE = RequestTimer(RequestId(1))
 
 
 def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, **changes: Any) -> Assignment:
@@ -293,7 +293,7 @@ def test_late_and_unknown_reports_are_ignored(make_cluster: MakeCluster) -> None
     assert cluster.handle(NodeReported(NodeId("x"), Load()), 1.0) == []
     assert cluster.handle(NodeLost(NodeId("x"), ""), 1.0) == []
     assert cluster.handle(RequestAbandoned(RequestId(9)), 1.0) == []
-    assert cluster.handle(TimerFired(TimerKey("request:9")), 1.0) == []
+    assert cluster.handle(TimerFired(RequestTimer(RequestId(9))), 1.0) == []
     assert cluster.running == 1
 
 
@@ -444,7 +444,7 @@ def test_a_draining_node_takes_nothing_new_and_finishes_what_it_has(make_cluster
 
 def test_a_node_that_joins_is_asked_what_it_holds(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
-    timer = TimerKey("replay:a0")
+    timer = ReplayTimer(A0)
     assert cluster.handle(NodeJoined(spec_of("a0")), 1.0) == [RequestReplay(A0, None), SetTimer(timer, 1.0 + REPLAY_S)]
     # what changes meanwhile is of no use before the answer
     assert cluster.handle(reported("a0", stored("ab", sequence=5)), 1.1) == []
@@ -454,7 +454,7 @@ def test_a_node_that_joins_is_asked_what_it_holds(make_cluster: MakeCluster) -> 
 
 def test_a_gap_is_mended_by_one_replay(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0")
-    timer = TimerKey("replay:a0")
+    timer = ReplayTimer(A0)
     cluster.handle(reported("a0", stored("a", sequence=1)), 1.0)
     gap = cluster.handle(reported("a0", stored("abc", sequence=3)), 2.0)
     assert gap == [RequestReplay(A0, 1), SetTimer(timer, 2.0 + REPLAY_S)]
@@ -490,7 +490,7 @@ def test_a_replay_is_waited_for_while_pages_come_and_asked_for_anew_when_they_st
 
 def test_a_replay_that_does_not_come_is_asked_for_ever_more_rarely(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0")
-    timer = TimerKey("replay:a0")
+    timer = ReplayTimer(A0)
     cluster.handle(reported("a0", stored("a", sequence=1)), 0.0)
     cluster.handle(reported("a0", stored("abc", sequence=3)), 0.0)
     now, waits = REPLAY_S, list[float]()
@@ -508,7 +508,7 @@ def test_a_replay_that_does_not_come_is_asked_for_ever_more_rarely(make_cluster:
 def test_a_node_that_leaves_is_not_asked_any_more(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     cluster.handle(NodeJoined(spec_of("a0")), 0.0)
-    timer = TimerKey("replay:a0")
+    timer = ReplayTimer(A0)
     assert cluster.handle(NodeLost(A0, ""), 0.1) == [ClearTimer(timer)]
     assert cluster.handle(TimerFired(timer), 0.5) == []
 

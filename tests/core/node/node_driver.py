@@ -40,6 +40,7 @@ from orchestrator.core.events import (
     TimerFired,
 )
 from orchestrator.core.node.node import Node
+from orchestrator.core.timers import NodeTimer
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -49,7 +50,6 @@ from orchestrator.core.types import (
     NodeId,
     NodeSpec,
     RequestId,
-    TimerKey,
 )
 
 PRIME = (1 << 127) - 1
@@ -221,7 +221,7 @@ class NodeDriver:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serials = count()
         self._exports = count(1)
-        self._timers: dict[tuple[NodeId, TimerKey], int] = {}
+        self._timers: dict[tuple[NodeId, NodeTimer], int] = {}
 
     def later(self, delay_s: float, action: Callable[[], None]) -> None:
         """Do something after a while; appointments for one moment are kept in the order they were made."""
@@ -296,13 +296,13 @@ class NodeDriver:
         seconds = step_seconds(self.nodes[node].spec.profile, prefills, len(decodes), sum(decodes))
         self.later(seconds, lambda: self.tell(node, StepFinished(command.step, results, seconds)))
 
-    def _set_timer(self, node: NodeId, command: SetTimer) -> None:
+    def _set_timer(self, node: NodeId, command: SetTimer[NodeTimer]) -> None:
         """Set a timer; the number tells an earlier setting of the same key from this one."""
         number = next(self._serials)
         self._timers[node, command.key] = number
         self.later(command.at - self.now, lambda: self._fire(node, command.key, number))
 
-    def _fire(self, node: NodeId, key: TimerKey, number: int) -> None:
+    def _fire(self, node: NodeId, key: NodeTimer, number: int) -> None:
         if self._timers.get((node, key)) == number:
             del self._timers[node, key]
             self.tell(node, TimerFired(key))

@@ -41,6 +41,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.node import node as node_module
 from orchestrator.core.node.node import Node
+from orchestrator.core.timers import ExportTimer, FetchTimer, HoldTimer
 from orchestrator.core.types import (
     BlockHash,
     BlockId,
@@ -54,7 +55,6 @@ from orchestrator.core.types import (
     Role,
     StepId,
     StoredRun,
-    TimerKey,
     request_id,
 )
 from tests.builders import assignment, prompt_hashes
@@ -63,7 +63,7 @@ MakeNode = Callable[..., Node]
 R1, R2, R3 = RequestId(1), RequestId(2), RequestId(3)
 E1, E2 = ExportId(1), ExportId(2)
 PEER = NodeId("peer")
-SILENT, SILENT_S = TimerKey("fetch:1"), SchedulerConfig().fetch_silent_s_max
+SILENT, SILENT_S = FetchTimer(RequestId(1)), SchedulerConfig().fetch_silent_s_max
 A, AB, ABC = prompt_hashes("abc")
 
 
@@ -217,11 +217,11 @@ def test_a_prefill_computes_all_but_the_last_token_and_is_held_for_a_while(make_
     assert feed(node, finished(1, nothing(1)), now=5.0) == [
         Forget(R1),
         ended(1, FinishReason.PREFILLED, computed=8),
-        SetTimer(TimerKey("hold:1"), 35.0),
+        SetTimer(HoldTimer(RequestId(1)), 35.0),
         stored(1, None, A, AB),
     ]
     assert node.load().blocks_used == 2
-    assert feed(node, TimerFired(TimerKey("hold:1")), now=35.0) == []
+    assert feed(node, TimerFired(HoldTimer(RequestId(1))), now=35.0) == []
     assert node.load() == Load(blocks_free=14, blocks_cached=2)
 
 
@@ -242,10 +242,10 @@ def test_an_export_follows_a_prefill_and_sends_the_unfilled_block_last(make_node
     assert feed(node, ExportOpened(E1, R1, (A,), 0, 6, pending=True)) == []
     assert feed(node, finished(1, nothing(1)))[0] == SendBlocks(E1, blocks(0), 4, final=False)
     commands = feed(node, finished(2, nothing(1)))
-    assert commands[2:] == [SetTimer(TimerKey("hold:1"), 30.0), SendBlocks(E1, blocks(1), 6, final=True, computed_tokens=6)]
+    assert commands[2:] == [SetTimer(HoldTimer(RequestId(1)), 30.0), SendBlocks(E1, blocks(1), 6, final=True, computed_tokens=6)]
     # Sent and closed: the prompt is not held any longer.
     assert feed(node, BlocksSent(E1, blocks(0)), BlocksSent(E1, blocks(1))) == []
-    assert feed(node, ExportClosed(E1)) == [ClearTimer(TimerKey("hold:1"))]
+    assert feed(node, ExportClosed(E1)) == [ClearTimer(HoldTimer(RequestId(1)))]
     assert node.load() == Load(blocks_free=15, blocks_cached=1)
 
 
@@ -265,9 +265,9 @@ def test_an_export_closed_before_it_was_sent_leaves_the_prompt_held_for_another(
 def test_an_export_may_come_before_its_request(make_node: MakeNode) -> None:
     node = make_node()
     opened = ExportOpened(E1, R1, (A, AB), 0, 8, pending=True)
-    assert feed(node, opened, now=1.0) == [SetTimer(TimerKey("export:1"), 6.0)]
+    assert feed(node, opened, now=1.0) == [SetTimer(ExportTimer(ExportId(1)), 6.0)]
     assert feed(node, Assigned(assignment(1, role=Role.PREFILL))) == [
-        ClearTimer(TimerKey("export:1")),
+        ClearTimer(ExportTimer(ExportId(1))),
         step(1, part(1, 0, 8, 0, (0, 1), sample=False)),
     ]
     assert SendBlocks(E1, blocks(0, 1), 8, True, 8) in feed(node, finished(1, nothing(1)))
@@ -277,7 +277,7 @@ def test_an_export_whose_request_does_not_come_is_answered_with_what_is_cached(m
     node = make_node()
     feed(node, Assigned(assignment(1, "a", output_tokens_max=1)), finished(1, token(1)))
     feed(node, ExportOpened(E1, R2, (A, AB), 0, 8, pending=True))
-    assert feed(node, TimerFired(TimerKey("export:1"))) == [SendBlocks(E1, blocks(0), 4, final=True)]
+    assert feed(node, TimerFired(ExportTimer(ExportId(1)))) == [SendBlocks(E1, blocks(0), 4, final=True)]
     assert node.load().blocks_used == 1  # until it is closed
     assert feed(node, ExportClosed(E1)) == []
     assert node.load().blocks_used == 0
@@ -363,7 +363,7 @@ def test_blocks_cached_at_a_peer_are_fetched_if_there_is_a_whole_one(make_node: 
     # Block a is here; the peer has 11 tokens, so b can be fetched and the rest of c cannot.
     assert feed(node, Assigned(assignment(2, "abc", source=PEER, source_tokens=11))) == [
         Fetch(R2, PEER, (A, AB, ABC), 1, blocks(1), 8, pending=False),
-        SetTimer(TimerKey("fetch:2"), SILENT_S),
+        SetTimer(FetchTimer(RequestId(2)), SILENT_S),
     ]
     # Others step meanwhile; this one has nothing to fetch.
     assert feed(node, Assigned(assignment(3, "a", source=PEER, source_tokens=7)))[0] == step(2, part(3, 4, 1, 0, (0, 4)))
@@ -411,7 +411,7 @@ def test_a_cancel_during_a_fetch_stops_it_and_waits_for_its_end(make_node: MakeN
 def test_a_cancel_of_a_held_prompt_frees_it_and_its_end_is_not_reported_twice(make_node: MakeNode) -> None:
     node = make_node()
     feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
-    assert feed(node, Cancelled(R1)) == [ClearTimer(TimerKey("hold:1"))]
+    assert feed(node, Cancelled(R1)) == [ClearTimer(HoldTimer(RequestId(1)))]
     assert node.load().blocks_used == 0
 
 
@@ -419,10 +419,10 @@ def test_a_held_prompt_that_is_assigned_again_starts_over_from_its_own_cache(mak
     node = make_node()
     feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
     assert feed(node, Assigned(assignment(1, role=Role.PREFILL)), now=2.0) == [
-        ClearTimer(TimerKey("hold:1")),
+        ClearTimer(HoldTimer(RequestId(1))),
         Forget(R1),
         ended(1, FinishReason.PREFILLED),
-        SetTimer(TimerKey("hold:1"), 32.0),
+        SetTimer(HoldTimer(RequestId(1)), 32.0),
     ]
 
 
@@ -489,7 +489,7 @@ def test_a_reader_of_a_refused_request_is_answered_at_once(make_node: MakeNode) 
     assert feed(node, Assigned(assignment(1, role=Role.PREFILL))) == [
         Forget(R1),
         ended(1, FinishReason.FAILED, message="draining"),
-        ClearTimer(TimerKey("export:1")),
+        ClearTimer(ExportTimer(ExportId(1))),
         SendBlocks(E1, (), 0, final=True),
     ]
 
@@ -498,7 +498,7 @@ def test_waiting_requests_wait_while_held_prompts_pin_all_blocks(make_node: Make
     node = make_node(blocks=3)
     feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
     assert feed(node, Assigned(assignment(2, "xy", tail=0))) == []
-    commands = feed(node, TimerFired(TimerKey("hold:1")))
+    commands = feed(node, TimerFired(HoldTimer(RequestId(1))))
     assert commands == [step(2, part(2, 0, 8, 0, (2, 1))), PublishKv((KvBatch(2, removed=(AB,)),))]
 
 

@@ -1,0 +1,119 @@
+"""What timers are for: a closed union for each machine, so that whoever drives one knows all there are.
+
+The text of a key, `kind:about`, is what journals hold; `cluster_timer` and `node_timer` read it again, each its own machine's.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+from orchestrator.core.types import ExportId, NodeId, RequestId
+
+#: The timers of one machine.
+TimerKey = TypeVar("TimerKey")
+
+
+class UnknownTimer(ValueError):
+    """A text names no timer of this machine."""
+
+
+class Timer:
+    """The key of a timer: what it is for, and whom it is about."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+
+# --- a cluster's ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RequestTimer(Timer):
+    """A request has had its time: the whole of it, or that for finding a node."""
+
+    request: RequestId
+
+    def __str__(self) -> str:
+        return f"request:{self.request}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ReplayTimer(Timer):
+    """A node's replay of its KV batches did not come."""
+
+    node: NodeId
+
+    def __str__(self) -> str:
+        return f"replay:{self.node}"
+
+
+ClusterTimer: TypeAlias = RequestTimer | ReplayTimer
+
+
+def cluster_timer(text: str) -> ClusterTimer:
+    """Return the key that a text names. Raises `UnknownTimer`."""
+    kind, _, about = text.partition(":")
+    match kind:
+        case "request":
+            return RequestTimer(RequestId(_number(about, text)))
+        case "replay":
+            return ReplayTimer(NodeId(about))
+        case _:
+            raise UnknownTimer(f"a cluster has no timer {text!r}")
+
+
+# --- a node's ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class HoldTimer(Timer):
+    """Nobody has fetched a prompt that was computed for a decode node."""
+
+    request: RequestId
+
+    def __str__(self) -> str:
+        return f"hold:{self.request}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class FetchTimer(Timer):
+    """The source of a request's blocks is silent."""
+
+    request: RequestId
+
+    def __str__(self) -> str:
+        return f"fetch:{self.request}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ExportTimer(Timer):
+    """The request that a peer wants to read has not come."""
+
+    export: ExportId
+
+    def __str__(self) -> str:
+        return f"export:{self.export}"
+
+
+NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer
+
+
+def node_timer(text: str) -> NodeTimer:
+    """Return the key that a text names. Raises `UnknownTimer`."""
+    kind, _, about = text.partition(":")
+    match kind:
+        case "hold":
+            return HoldTimer(RequestId(_number(about, text)))
+        case "fetch":
+            return FetchTimer(RequestId(_number(about, text)))
+        case "export":
+            return ExportTimer(ExportId(_number(about, text)))
+        case _:
+            raise UnknownTimer(f"a node has no timer {text!r}")
+
+
+def _number(about: str, text: str) -> int:
+    if not (about.isascii() and about.isdigit()):
+        raise UnknownTimer(f"a timer must be about a number, is {text!r}")
+    return int(about)
