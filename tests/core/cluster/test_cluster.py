@@ -468,7 +468,7 @@ def test_a_gap_is_mended_by_one_replay(make_cluster: MakeCluster) -> None:
 def test_a_replay_is_waited_for_while_pages_come_and_asked_for_anew_when_they_stop(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     cluster.handle(NodeJoined(spec_of("a0")), 0.0)
-    timer = TimerKey("replay:a0")
+    timer = ReplayTimer(A0)
     runs = [StoredRun(None, prompt_hashes(name)) for name in "abc"]
     first = [KvBatch(5, (run,), cleared=page == 0, snapshot=1, page=page, more=True) for page, run in enumerate(runs)]
     # each page is as good as an answer: the wait begins anew
