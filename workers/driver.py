@@ -61,7 +61,7 @@ from orchestrator.wire.clock import Timers
 from orchestrator.wire.journal import NodeJournalWriter
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
-from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput
+from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput, broken_promise
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
 from workers.runner import open_runner
@@ -249,6 +249,10 @@ class NodeDriver:
             request = part.request
             sequence = sequences.get(request)
             tokens = output.tokens
+            if len(tokens) != part.sample:
+                failure = output.failure or broken_promise(self._engine, part, output)
+                results.append(SliceResult(request, 0, (), False, failure))
+                continue
             if sequence is None:
                 results.append(SliceResult(request, len(tokens), (), output.stopped, output.failure))
                 continue

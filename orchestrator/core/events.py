@@ -69,7 +69,7 @@ class SliceResult:
     """What one step did for one sequence. Not frozen, for the reason given at `Slice`."""
 
     request: RequestId
-    #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more with speculation.
+    #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more where several steps were run as one.
     output_tokens: int = 0
     #: Hashes of blocks of which this step computed the last token's KV, in order: only blocks with generated tokens in them.
     #: The newest token has no KV yet and completes nothing. Prompt blocks' hashes came with the assignment.

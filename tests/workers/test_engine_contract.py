@@ -15,7 +15,7 @@ import torch
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.types import BlockId, CostProfile, RequestId
-from workers.engines.base import Engine, SamplingParams, SliceOutput
+from workers.engines.base import Engine, SamplingParams, SliceOutput, broken_promise
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.profiled import ProfiledEngine
@@ -131,6 +131,24 @@ def test_output_does_not_depend_on_the_batch(engine: Engine) -> None:
 def test_slices_that_do_not_sample_bring_nothing(engine: Engine) -> None:
     engine.add(RequestId(1), prompt(1, 20), GREEDY)
     assert engine.step([Slice(RequestId(1), 0, 10, 0, blocks_for(20), False)]) == [SliceOutput()]
+
+
+def test_a_slice_that_samples_brings_one_token(engine: Engine) -> None:
+    engine.add(RequestId(1), array("I", [7] * 24), GREEDY)  # what repeats itself is what could be guessed several tokens ahead
+    places = [(0, 10, False), (10, 14, True), *((24 + step, 1, True) for step in range(8))]
+    for start, count, sample in places:
+        part = Slice(RequestId(1), start, count, 0, blocks_for(32) if start == 0 else (), sample)
+        [output] = engine.step([part])
+        assert broken_promise(engine, part, output) is None
+
+
+@pytest.mark.parametrize(("sample", "tokens"), [(True, (1, 2, 3)), (True, ()), (False, (1,))])
+def test_canary_another_number_of_tokens_is_named(engine: Engine, sample: bool, tokens: tuple[int, ...]) -> None:
+    problem = broken_promise(engine, Slice(RequestId(1), 5, 10, 0, (), sample), SliceOutput(tokens))
+    slice_ = "request 1, tokens 5 to 15"
+    must = int(sample)
+    assert problem == f"{type(engine).__name__} brought {len(tokens)} tokens for a slice ({slice_}); it must bring {must}"
+    assert broken_promise(engine, Slice(RequestId(1), 5, 10, 0, (), sample), SliceOutput(failure="no number")) is None
 
 
 def test_a_preempted_sequence_continues_as_if_nothing_had_happened(engine: Engine) -> None:

@@ -49,6 +49,8 @@ class ScriptedEngine:
         self.sampling: dict[RequestId, SamplingParams] = {}
         self.failing: str | None = None
         self.stop_after = 1000
+        #: How many tokens come in place of a request's n-th.
+        self.tokens_at: dict[int, int] = {}
         self.closed = False
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
@@ -71,7 +73,7 @@ class ScriptedEngine:
         count = self.counts[part.request]
         wanted = self.sampling[part.request].logprobs
         logprobs = (TokenLogprobs(-0.5, ((count, -0.5),)),) if wanted is not None else ()
-        return SliceOutput((count,), logprobs, stopped=count >= self.stop_after)
+        return SliceOutput((count,) * self.tokens_at.get(count, 1), logprobs, stopped=count >= self.stop_after)
 
     def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
         return 0.0
@@ -306,6 +308,31 @@ def test_a_failing_engine_ends_requests_and_not_the_node(computes: bool) -> None
             gateway.send(gateway.submit(2, range(6), 5))
             await gateway.until(lambda: len(gateway.ended) == 2)
             assert len(gateway.tokens[request_id(GATEWAY, 2)]) == 5
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_engine_that_brings_another_number_of_tokens_fails_the_request_and_not_the_node(count: int) -> None:
+    async def scenario() -> None:
+        async with node(computes=True) as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            for serial, place in ((1, 1), (2, 3)):  # with the prompt's token, and while it decodes
+                request = request_id(GATEWAY, serial)
+                engine.tokens_at = {place: count}
+                gateway.send(gateway.submit(serial, range(6), 5))
+                await gateway.until(lambda request=request: request in gateway.ended)
+                ended = gateway.ended[request]
+                assert ended.reason == "failed"
+                assert ended.message.startswith(f"ScriptedEngine brought {count} tokens for a slice (request {request}, tokens ")
+                assert ended.message.endswith("); it must bring 1")
+                assert len(gateway.tokens.get(request, ())) == ended.output_tokens == place - 1
+            engine.tokens_at = {}
+            gateway.send(gateway.submit(3, range(6), 5))
+            await gateway.until(lambda: len(gateway.ended) == 3)
+            assert len(gateway.tokens[request_id(GATEWAY, 3)]) == 5
+            assert driver.load.blocks_used == 0
 
     run(scenario)
 

@@ -68,7 +68,7 @@ class TokenLogprobs:
 class SliceOutput:
     """What one slice of a step brought."""
 
-    #: Sampled tokens: none unless the slice asked to sample.
+    #: The sampled token: none unless the slice asked to sample, never more than one.
     tokens: tuple[int, ...] = ()
     #: One entry a token, or empty if the request wants none.
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -76,6 +76,17 @@ class SliceOutput:
     stopped: bool = False
     #: Why this sequence cannot go on; the others are not affected.
     failure: str | None = None
+
+
+def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | None:
+    """Return how an output breaks what engines promise, None if it does not: a slice that samples brings one token, others none.
+
+    The node's scheduler counts a token a step: of several it would lose track of the sequence's blocks.
+    """
+    if len(output.tokens) == part.sample or (output.failure is not None and not output.tokens):
+        return None
+    place = f"request {part.request}, tokens {part.start} to {part.start + part.count}"
+    return f"{type(engine).__name__} brought {len(output.tokens)} tokens for a slice ({place}); it must bring {part.sample:d}"
 
 
 class Engine(Protocol):
@@ -101,7 +112,8 @@ class Engine(Protocol):
         """Compute a step; one output a slice, in order.
 
         A slice covers tokens [start, start + count) of the request's prompt and output so far. KV of all earlier positions is
-        in its blocks already: computed here, or written by `write_blocks`. A sampled token is appended to the request's tokens.
+        in its blocks already: computed here, or written by `write_blocks`. A sampled token is appended to the request's tokens;
+        an output with several fails its request (`broken_promise`).
         """
         ...
 
