@@ -61,6 +61,7 @@ from orchestrator.wire.clock import Timers
 from orchestrator.wire.journal import NodeJournalWriter
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
+from workers.beginnings import Beginnings
 from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput, broken_promise
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
@@ -159,6 +160,7 @@ class NodeDriver:
         self._timers: Timers[NodeTimer] = Timers(self.handle)
         self._outboxes: dict[GatewayId, Outbox] = {}
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._beginnings = Beginnings()
         self._draining = False
         self._closed = False
         self._idle = asyncio.Event()
@@ -198,15 +200,16 @@ class NodeDriver:
     def _execute(self, command: NodeCommand) -> None:
         match command:
             case RunStep():
+                self._beginnings.stepped(command)
                 self._runner.run(command)
             case ReportFirstToken(report):
                 outbox = self._outboxes.get(gateway_of(report.request))
                 if outbox is not None:
-                    outbox.add_first_token(codec.first_token_message(report))
+                    outbox.add_first_token(codec.first_token_message(report, self._beginnings.told(report.request)))
             case ReportEnded(report):
                 self._log_end(report)
-                self._forget(report.request)
                 self._report_ended(report)
+                self._forget(report.request)
             case Forget(request):
                 self._forget(request)
             case PublishKv(batches, gateway):
@@ -234,6 +237,7 @@ class NodeDriver:
 
     def _forget(self, request: RequestId) -> None:
         if self._sequences.pop(request, None) is not None:
+            self._beginnings.forget(request)
             self._runner.forget(request)
 
     # --- steps --------------------------------------------------------------------------------------------------------
@@ -422,6 +426,8 @@ class NodeDriver:
         if log.isEnabledFor(logging.DEBUG):
             fields = {REQUEST: assignment.name, "number": request, "node": self.spec.id, "tokens": assignment.prompt_tokens}
             log.debug("%s taken", assignment.role.value, extra=fields)
+        if submit.timed:
+            self._beginnings.watch(request)
         self._runner.add(request, tokens, sampling_params(submit.sampling))
         self.handle(Assigned(assignment))
 
@@ -441,7 +447,7 @@ class NodeDriver:
     def _report_ended(self, report: Ended) -> None:
         outbox = self._outboxes.get(gateway_of(report.request))
         if outbox is not None:
-            outbox.add_ended(codec.ended_message(report))
+            outbox.add_ended(codec.ended_message(report, self._beginnings.told(report.request)))
 
     def _publish(self, batches: Sequence[KvBatch], gateway: GatewayId | None) -> None:
         if gateway is None:
@@ -454,9 +460,10 @@ class NodeDriver:
             else:
                 asking.add_kv([codec.kv_message(batch) for batch in batches])
 
-    def _moved(self, size: int, seconds: float) -> None:
+    def _moved(self, request: RequestId, size: int, seconds: float, began_s_ago: float) -> None:
+        move = node_pb2.Move(source=HBM, target=HBM, bytes=size, seconds=seconds, request=request, began_s_ago=began_s_ago)
         for outbox in self._outboxes.values():
-            outbox.add_move(node_pb2.Move(source=HBM, target=HBM, bytes=size, seconds=seconds))
+            outbox.add_move(move)
 
     def _flush(self) -> None:
         """Wake the streams that have something to say; a changed load alone may wait a little."""

@@ -244,7 +244,8 @@ class Fetches:
         transports: by name, those this node has.
         choose: names of transports to offer a source on the given host, best first.
         handle: takes events to the core.
-        moved: is told bytes copied and the seconds it took, once a fetch.
+        moved: is told, once a fetch that brought something: request, bytes, the seconds that copying them took, and how many
+            seconds ago the first of them came.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class Fetches:
         channels: Channels,
         peers: PeerMemory,
         handle: Callable[[NodeEvent], None],
-        moved: Callable[[int, float], None],
+        moved: Callable[[RequestId, int, float, float], None],
     ) -> None:
         self._transports = transports
         self._choose = choose
@@ -307,7 +308,7 @@ class Fetches:
         elif task.exception() is not None:
             fetch.failure = self._failure(command, fetch, task.exception())
         if fetch.bytes:
-            self._moved(fetch.bytes, fetch.seconds)
+            self._moved(command.request, fetch.bytes, fetch.seconds, time.perf_counter() - fetch.began_s)
         self._handle(FetchEnded(command.request, fetch.tokens, fetch.computed_tokens, fetch.failure))
 
     def _failure(self, command: Fetch, fetch: "_FetchState", error: BaseException | None) -> str:
@@ -363,6 +364,7 @@ class Fetches:
         if targets:
             fetch.path = frame.shm.path or fetch.path
             started = time.perf_counter()
+            fetch.began_s = fetch.began_s or started
             transport = self._transports.get(frame.WhichOneof("payload") or "")
             if transport is None:
                 raise TransferFailed(f"{command.source} sent {len(targets)} blocks in no way known here")
@@ -388,6 +390,8 @@ class _FetchState:
     blocks: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    #: When the first frame with blocks came, on the performance counter.
+    began_s: float = 0.0
     computed_tokens: int = 0
     final: bool = False
     failure: str | None = None

@@ -14,7 +14,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from orchestrator.cli.cases import SimulationFailed
-from orchestrator.cli.cluster_file import LOCAL_CLUSTER, UnusableInput, read_cluster, with_model
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER, UnusableInput, located, read_cluster, with_model
 from orchestrator.cli.demo import run_demo
 from orchestrator.cli.journal import add_journal, with_journal
 from orchestrator.cli.operate import add_operations, add_place, attached, place_of
@@ -26,6 +26,7 @@ from orchestrator.cli.status import StatusUnreachable, fetch_status, show_fleet,
 from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.fleet.fleet import FleetFailed
 from orchestrator.fleet.head import heads
+from orchestrator.live.tracing import traces_opener
 from orchestrator.traces import TraceError
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 
@@ -135,6 +136,11 @@ def _config(options: argparse.Namespace) -> ClusterConfig:
         config = with_journal(config, options.journal)
     if options.record is not None:
         config = with_record(config, options.record)
+    if options.address is None:  # the gateways will be on this host
+        try:
+            traces_opener(config.trace)
+        except ConfigError as error:
+            raise located(options.cluster, error) from None
     return _with_ports(config, options)
 
 

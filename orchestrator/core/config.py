@@ -4,7 +4,7 @@ A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
     [cluster]  [gateway]  [[tenants]]  [limits]  [router]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]
-    [pools.profile]  [pools.hardware]  [log]
+    [pools.profile]  [pools.hardware]  [log]  [trace]
 """
 
 import types
@@ -81,6 +81,30 @@ class LogConfig:
     def __post_init__(self) -> None:
         known = ("debug", "info", "warning", "error")
         require(self.level in known, "level", f"must be one of {', '.join(known)}, is {self.level!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceConfig:
+    """[trace]: spans of requests for OpenTelemetry, exported by gateways; needs `weft[otel]` on their hosts."""
+
+    #: Base URL of a collector that takes OTLP over HTTP, such as http://collector:4318; /v1/traces is added. Empty: no traces.
+    endpoint: str = ""
+    #: Share of requests that are traced, 0 to 1. Does not count for those that come with a `traceparent`: its flag decides.
+    sampled_share: float = 1.0
+    #: The service that spans are said to come from (`service.name`).
+    service: str = "weft"
+    #: Spans that wait to be exported; further ones are lost.
+    spans_max: int = 8192
+
+    def __post_init__(self) -> None:
+        scheme, separator, rest = self.endpoint.partition("://")
+        right = not self.endpoint or (scheme in ("http", "https") and bool(separator) and bool(rest.strip("/")))
+        require(right, "endpoint", f"must be a URL (http://HOST:PORT), is {shown(self.endpoint)}")
+        added = not self.endpoint.rstrip("/").endswith("/v1/traces")
+        require(added, "endpoint", f"must be a base URL, to which /v1/traces is added, is {shown(self.endpoint)}")
+        require(0 <= self.sampled_share <= 1, "sampled_share", f"must be a share, 0 to 1, is {self.sampled_share}")
+        require(bool(self.service), "service", "must not be empty")
+        require(self.spans_max >= 1, "spans_max", f"must be 1 or more, is {self.spans_max}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,6 +547,7 @@ class ClusterConfig:
     models: Mapping[str, ModelConfig] = field(default_factory=lambda: {"default": ModelConfig()})
     pools: tuple[PoolConfig, ...] = ()
     log: LogConfig = field(default_factory=LogConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     #: Who may ask. Empty: no key is asked for, which only a loopback `gateway.host` may do.
     tenants: tuple[TenantConfig, ...] = ()
 

@@ -80,6 +80,18 @@ class Observer(Protocol):
         """A node copied KV from one tier to another."""
         ...
 
+    def follows(self, request: RequestId) -> bool:
+        """Return whether to be told when nodes began what they do for a request."""
+        ...
+
+    def computed(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        """A node has just computed its part of a prompt that is followed."""
+        ...
+
+    def fetched(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        """A node has just got blocks of a prompt from another, followed or not, the first of them so many seconds ago."""
+        ...
+
     def refused(self, node: NodeId, calls: int) -> None:
         """A node has refused so many calls since its start."""
         ...
@@ -340,8 +352,12 @@ class ClusterDriver:
             self._deliver(node, frame, slow)
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
+            self._observer.fetched(node, RequestId(move.request), move.began_s_ago)
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
+            for part in (*frame.first_tokens, *frame.ended):
+                if part.began_s_ago:
+                    self._observer.computed(node, RequestId(part.request), part.began_s_ago)
             self._handle(codec.report_from(node, frame))
         for stream in slow:
             log.warning("request %s: %d tokens unread, cancelled", stream.request, len(stream.tokens))
@@ -449,6 +465,7 @@ class ClusterDriver:
         stream = self._streams[assignment.request]
         prompt = stream.turn.prompt
         message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, stream.turn.sampling)
+        message.timed = self._observer.follows(assignment.request)
         source = self._members.get(assignment.source) if assignment.source is not None else None
         if source is not None:
             message.source_address = source.spec.address

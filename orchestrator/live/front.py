@@ -18,6 +18,7 @@ from orchestrator.live.http.gateway import Gateway
 from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.recorder import open_recorder
 from orchestrator.live.text.models import ModelText
+from orchestrator.live.tracing import traces_opener
 from orchestrator.wire.journal import cluster_header, open_journal
 from orchestrator.wire.trust import read_pem, read_trust
 
@@ -66,6 +67,9 @@ class Front:
         fingerprints: of those checkpoints.
         pools: every node of the cluster and its pool.
         fatal: told of an error that leaves the gateway in an unknown state; the process should end.
+
+    Raises:
+        ConfigError: this host lacks what the configuration asks for.
     """
 
     def __init__(
@@ -90,15 +94,18 @@ class Front:
         name = f"gateway-{number}-{int(time.time())}"
         journal = open_journal(config.cluster.journal, name, cluster_header(number, config))
         trust = read_trust(config.cluster.secret, config.cluster.tls)
-        self._driver = ClusterDriver(number, config, trust, self._metrics, fatal, journal)
+        opener = traces_opener(config.trace)
+        self._traces = opener(config.trace, number, self._metrics) if opener is not None else None
+        told = self._traces or self._metrics
+        self._driver = ClusterDriver(number, config, trust, told, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
         self._health = HealthServer(_certificate(config.gateway))
         secret = config.cluster.secret.encode()
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
-        driver, metrics = self._driver, self._metrics
-        self._gateway = Gateway(config, number, texts, secret, driver, metrics, page, status, self._recorder)
+        driver, around = self._driver, self._traces.wrap if self._traces is not None else None
+        self._gateway = Gateway(config, number, texts, secret, driver, told, page, status, self._recorder, around)
 
     async def start(self, members: Membership | None = None) -> FrontAddress:
         """Serve, once the nodes that serve already are reached, or do not answer in time. Raises `OSError` if a port is taken."""
@@ -161,6 +168,8 @@ class Front:
         await self._health.stop()
         if self._recorder is not None:
             await asyncio.to_thread(self._recorder.close)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     def status(self) -> dict[str, Any]:
         """Return what `/status` shows."""

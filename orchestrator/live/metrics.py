@@ -297,6 +297,17 @@ class Metrics(Collector):
             self._moved_bytes[source, target] += size_bytes
             self._move.child(source, target).observe(seconds)
 
+    def follows(self, request: RequestId) -> bool:
+        """Return False: what is counted here needs no times of single requests (see `spans.py`)."""
+        del request
+        return False
+
+    def computed(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        """Nothing is counted of what is not followed."""
+
+    def fetched(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        """`moved` has counted it."""
+
     def refused(self, node: NodeId, calls: int) -> None:
         """Take over how many calls a node has refused since its start."""
         if node not in self._foreign:

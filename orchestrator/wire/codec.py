@@ -212,19 +212,20 @@ def spec_from(welcome: node_pb2.Welcome) -> NodeSpec:
     )
 
 
-def first_token_message(report: FirstToken) -> node_pb2.FirstToken:
-    """Return the message for a first token."""
-    return node_pb2.FirstToken(request=report.request, computed_tokens=report.computed_tokens)
+def first_token_message(report: FirstToken, began_s_ago: float = 0.0) -> node_pb2.FirstToken:
+    """Return the message for a first token; `began_s_ago` for requests that are timed."""
+    return node_pb2.FirstToken(request=report.request, computed_tokens=report.computed_tokens, began_s_ago=began_s_ago)
 
 
-def ended_message(report: Ended) -> node_pb2.Ended:
-    """Return the message for a request's end on a node."""
+def ended_message(report: Ended, began_s_ago: float = 0.0) -> node_pb2.Ended:
+    """Return the message for a request's end on a node; `began_s_ago` for the part of one that is timed."""
     return node_pb2.Ended(
         request=report.request,
         reason=report.reason,
         output_tokens=report.output_tokens,
         computed_tokens=report.computed_tokens,
         message=report.message[:MESSAGE_CHARS_MAX],
+        began_s_ago=began_s_ago,
     )
 
 

@@ -55,7 +55,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name", "tenant")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name", "tenant", "timed")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class Submit(_message.Message):
     SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    TIMED_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -88,7 +89,8 @@ class Submit(_message.Message):
     superseded: bytes
     name: str
     tenant: str
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    timed: bool
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., timed: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias")
@@ -156,16 +158,20 @@ class NodeFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ...) -> None: ...
 
 class Move(_message.Message):
-    __slots__ = ("source", "target", "bytes", "seconds")
+    __slots__ = ("source", "target", "bytes", "seconds", "request", "began_s_ago")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
     source: str
     target: str
     bytes: int
     seconds: float
-    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    request: int
+    began_s_ago: float
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., request: _Optional[int] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint", "resumed")
@@ -244,26 +250,30 @@ class TokenLogprobs(_message.Message):
     def __init__(self, request: _Optional[int] = ..., logprob: _Optional[float] = ..., top_tokens: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("request", "computed_tokens")
+    __slots__ = ("request", "computed_tokens", "began_s_ago")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
     request: int
     computed_tokens: int
-    def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
+    began_s_ago: float
+    def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message")
+    __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message", "began_s_ago")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
     request: int
     reason: str
     output_tokens: int
     computed_tokens: int
     message: str
-    def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    began_s_ago: float
+    def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
 
 class KvBatch(_message.Message):
     __slots__ = ("sequence", "stored", "removed", "cleared", "snapshot", "page", "more")

@@ -29,18 +29,21 @@ from orchestrator.core.config import (
     GatewayConfig,
     HardwareConfig,
     LimitsConfig,
+    LogConfig,
     ModelConfig,
     PoolConfig,
     RouterConfig,
     SchedulerConfig,
     TenantConfig,
+    TlsConfig,
+    TraceConfig,
 )
 from orchestrator.core.types import CostProfile, GatewayId, PoolKind
 from orchestrator.live.metrics import Metrics
 from orchestrator.traces import read_trace
 from tests.builders import some
 
-PARTS = (ClusterSettings, GatewayConfig, TenantConfig, LimitsConfig, RouterConfig, ModelConfig)
+PARTS = (ClusterSettings, TlsConfig, LogConfig, TraceConfig, GatewayConfig, TenantConfig, LimitsConfig, RouterConfig, ModelConfig)
 TABLES = (*PARTS, PoolConfig, EngineConfig, SchedulerConfig, CostProfile, HardwareConfig)
 
 

@@ -12,7 +12,7 @@ from orchestrator.core.blocks import extend_hashes, hash_root
 from orchestrator.core.commands import ClusterCommand
 from orchestrator.core.config import ClusterConfig, ClusterSettings, EngineConfig, PoolConfig, RouterConfig, SchedulerConfig
 from orchestrator.core.events import ClusterEvent, NodeReported
-from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, TenantId
+from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, RequestId, TenantId
 from orchestrator.live.driver import ClusterDriver, TurnStream
 from orchestrator.live.turns import Delta, Prompt, Turn
 from orchestrator.wire import node_pb2
@@ -81,6 +81,14 @@ class Observed:
 
     def refused(self, node: NodeId, calls: int) -> None:
         self.refused_calls = calls
+
+    def follows(self, request: RequestId) -> bool:
+        return False
+
+    def computed(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        raise AssertionError("nothing is followed")
+
+    def fetched(self, node: NodeId, request: RequestId, began_s_ago: float) -> None: ...
 
     def malformed(self, node: NodeId) -> None:
         self.malformed_frames += 1

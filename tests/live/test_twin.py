@@ -28,6 +28,7 @@ from orchestrator.core.types import (
     NodeSpec,
     PoolKind,
     PoolName,
+    RequestId,
     SessionId,
     TenantId,
 )
@@ -131,6 +132,14 @@ class Decided:
 
     def refused(self, node: NodeId, calls: int) -> None:
         self.refused_calls = calls
+
+    def follows(self, request: RequestId) -> bool:
+        return False
+
+    def computed(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        raise AssertionError("nothing is followed")
+
+    def fetched(self, node: NodeId, request: RequestId, began_s_ago: float) -> None: ...
 
     def malformed(self, node: NodeId) -> None:
         self.malformed_frames += 1

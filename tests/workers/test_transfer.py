@@ -86,7 +86,7 @@ class Side:
     limits: TransferLimits
     names: list[str]
     events: asyncio.Queue[NodeEvent] = field(default_factory=asyncio.Queue)
-    moved: list[tuple[int, float]] = field(default_factory=list)
+    moved: list[tuple[RequestId, int, float, float]] = field(default_factory=list)
     channels: Channels = field(default_factory=lambda: Channels(4, TRUST))
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class Side:
             self.channels,
             PeerMemory(4),
             put,
-            lambda size, seconds: self.moved.append((size, seconds)),
+            lambda request, size, seconds, began_s_ago: self.moved.append((request, size, seconds, began_s_ago)),
         )
 
     async def next(self) -> NodeEvent:
@@ -184,7 +184,9 @@ def test_blocks_arrive_in_order_and_are_acknowledged(name: str, visible: bool) -
             pool = both.target.engine
             assert [pool.block(block)[0] for block in (9, 10, 3, 4)] == [6, 7, 8, 1]
             assert bytes(pool.block(3)) == bytes([8]) * BLOCK_BYTES
-            assert [size for size, _ in both.target.moved] == [4 * BLOCK_BYTES]
+            ((request, size, seconds, began_s_ago),) = both.target.moved
+            assert (request, size) == (REQUEST, 4 * BLOCK_BYTES)
+            assert 0 < seconds <= began_s_ago
 
     run(scenario)
 

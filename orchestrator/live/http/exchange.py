@@ -47,7 +47,7 @@ class Exchange:
         self.method: str = scope["method"]
         #: The last of each name; names in lower case.
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.request_id = _request_id(self.headers.get(b"x-request-id"))
+        self.request_id = request_id_of(self.headers.get(b"x-request-id"))
         #: Status sent, or to be written down; 0 before there is one.
         self.status = 0
         self.streaming = False
@@ -163,7 +163,8 @@ def closing(send: Send) -> Send:
     return send_and_close
 
 
-def _request_id(given: bytes | None) -> bytes:
+def request_id_of(given: bytes | None) -> bytes:
+    """Return what a client calls its request (`x-request-id`), or a name of ours if it gives none that can be used."""
     if given and len(given) <= _REQUEST_ID_CHARS_MAX and all(33 <= byte <= 126 for byte in given):
         return given
     return b"%032x" % random.getrandbits(128)

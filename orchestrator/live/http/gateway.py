@@ -159,6 +159,7 @@ class Gateway:
         metrics_page: returns the Prometheus exposition.
         status: returns what `/status` shows, as JSON-able values.
         recorder: writes generations down; None if nobody asked for that.
+        around: returns the ASGI application that is served in place of this one; None for this one.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Gateway:
         metrics_page: Callable[[], bytes],
         status: Callable[[], Any],
         recorder: TurnRecorder | None = None,
+        around: Callable[[Any], Any] | None = None,
     ) -> None:
         self._config = config
         self._number = gateway
@@ -191,7 +193,8 @@ class Gateway:
         }
         self._cold = make_routes(self, metrics_page, status)
         cert, key = config.gateway.cert, config.gateway.key
-        self._server = HttpServer(_with_origins(self, config.gateway.cors_origins), cert, key)
+        application = _with_origins(self, config.gateway.cors_origins)
+        self._server = HttpServer(application if around is None else around(application), cert, key)
         self._peers_tls = pinned(cert) if cert else None
         self._running = 0
         self._idle = asyncio.Event()
