@@ -18,7 +18,7 @@ class Beginnings:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        #: As many as the node has requests: they are forgotten with them.
+        #: Both have at most the requests that the node has: all of them end.
         self._began_s: dict[RequestId, float] = {}
         self._unstepped: set[RequestId] = set()
 
@@ -39,7 +39,7 @@ class Beginnings:
         began_s = self._began_s.pop(request, None)
         return 0.0 if began_s is None else self._clock() - began_s
 
-    def forget(self, request: RequestId) -> None:
-        """The request is over."""
+    def ended(self, request: RequestId) -> float:
+        """Return the same of a request that is over, of which nothing is kept."""
         self._unstepped.discard(request)
-        self._began_s.pop(request, None)
+        return self.told(request)

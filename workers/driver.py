@@ -209,9 +209,10 @@ class NodeDriver:
             case ReportEnded(report):
                 self._log_end(report)
                 self._report_ended(report)
-                self._forget(report.request)
-            case Forget(request):
-                self._forget(request)
+                self._sequences.pop(report.request, None)
+            case Forget(request):  # always followed by its end, which still needs to know its name
+                if request in self._sequences:
+                    self._runner.forget(request)
             case PublishKv(batches, gateway):
                 self._publish(batches, gateway)
             case Fetch():
@@ -234,11 +235,6 @@ class NodeDriver:
             fields = {REQUEST: sequence.name if sequence is not None else "", "number": report.request, "node": self.spec.id}
             counts = {"output_tokens": report.output_tokens, "computed_tokens": report.computed_tokens}
             log.debug("ended: %s", report.reason.value, extra={**fields, **counts})
-
-    def _forget(self, request: RequestId) -> None:
-        if self._sequences.pop(request, None) is not None:
-            self._beginnings.forget(request)
-            self._runner.forget(request)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -445,9 +441,9 @@ class NodeDriver:
         check_vocabulary(self._description, submit)
 
     def _report_ended(self, report: Ended) -> None:
-        outbox = self._outboxes.get(gateway_of(report.request))
+        outbox, began_s_ago = self._outboxes.get(gateway_of(report.request)), self._beginnings.ended(report.request)
         if outbox is not None:
-            outbox.add_ended(codec.ended_message(report, self._beginnings.told(report.request)))
+            outbox.add_ended(codec.ended_message(report, began_s_ago))
 
     def _publish(self, batches: Sequence[KvBatch], gateway: GatewayId | None) -> None:
         if gateway is None:

@@ -30,6 +30,7 @@ def test_values_find_their_fields() -> None:
             "cluster": {"name": "x", "drain_s": 5},
             "tenants": [{"name": "t", "keys": ["k"], "share": 2, "class_max": "standard"}],
             "router": {"policy": "dynamo", "disaggregation_tokens_min": 512},
+            "trace": {"endpoint": "https://collector:4318", "sampled_share": 0.1},
             "models": {"default": {"aliases": ["gpt-*"]}},
             "pools": [{**POOL, "resources": {"nvl72": 1}, "profile": {"step_s": 1}, "engine": {"name": "profiled"}}],
         }
@@ -37,6 +38,7 @@ def test_values_find_their_fields() -> None:
     assert config.cluster.drain_s == 5.0
     assert config.tenants == (TenantConfig("t", ("k",), share=2.0, class_max=ServiceClass.STANDARD),)
     assert (config.router.policy, config.router.disaggregation_tokens_min) == (RouterPolicy.DYNAMO, 512)
+    assert (config.trace.endpoint, config.trace.sampled_share) == ("https://collector:4318", 0.1)
     assert config.models["default"].aliases == ("gpt-*",)
     assert (dict(config.pools[0].resources), config.pools[0].profile.step_s) == ({"nvl72": 1.0}, 1.0)
 
@@ -53,6 +55,12 @@ def test_values_find_their_fields() -> None:
         ({"limits": {"waiting_max": 1.5}}, "limits.waiting_max: must be int, is 1.5"),
         ({"gateway": {"host": "0.0.0.0"}}, "gateway.host: 0.0.0.0 is not loopback, so at least one [[tenants]] table is needed"),
         ({"gateway": {"api_keys": []}}, "gateway.api_keys: is no more; write a table [[tenants]] with name = "),
+        ({"trace": {"endpoint": "collector:4318"}}, "trace.endpoint: must be a URL (http://HOST:PORT), is 'collector:4318'"),
+        ({"trace": {"endpoint": "http:///"}}, "trace.endpoint: must be a URL"),
+        ({"trace": {"endpoint": "http://c/v1/traces"}}, "trace.endpoint: must be a base URL, to which /v1/traces is added"),
+        ({"trace": {"sampled_share": 1.5}}, "trace.sampled_share: must be a share, 0 to 1, is 1.5"),
+        ({"trace": {"service": ""}}, "trace.service: must not be empty"),
+        ({"trace": {"spans_max": 0}}, "trace.spans_max: must be 1 or more, is 0"),
         ({"tenants": [{"keys": ["k"]}]}, "tenants[0].name: is missing"),
         ({"tenants": [{"name": ""}]}, "tenants[0].name: must have 1 to 64 characters, has 0"),
         ({"tenants": [{"name": "a"}, {"name": "a"}]}, "tenants[0].name: 'a' is used twice"),

@@ -30,6 +30,7 @@ def test_a_requests_name_is_in_every_log_and_journal(tmp_path: Path, caplog: pyt
     about = [record for record in caplog.records if vars(record).get(REQUEST) == NAME]
     nodes = {vars(record).get("node") for record in about if record.name == "weft.node"}
     assert nodes == {"prefill-0", "decode-0"}
+    assert [record.getMessage() for record in about if record.name == "weft.node"].count("ended: prefilled") == 1
     assert [record.getMessage() for record in about if record.name == "weft.driver"]
 
     found: dict[str, set[str]] = {}

@@ -388,6 +388,7 @@ def test_only_posts_have_spans() -> None:
 # --- over HTTP ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_that_a_client_wrote_gets_into_a_span(tmp_path: Path) -> None:
     traced = Traced()
 

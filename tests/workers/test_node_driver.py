@@ -156,12 +156,11 @@ class Gateway:
         tokens = array("I", prompt).tobytes()
         return node_pb2.Submit(
             request=request_id(self.id, serial),
-            role=node_pb2.ROLE_GENERATE,
             tokens=tokens,
             hashes=b"".join(extend_hashes(ROOT, tokens, BLOCK_TOKENS)),
             hash_root=ROOT,
             output_tokens_max=output_tokens,
-            **more,  # type: ignore[arg-type]
+            **{"role": node_pb2.ROLE_GENERATE, **more},  # type: ignore[arg-type]
         )
 
 
@@ -227,6 +226,27 @@ def test_tokens_first_token_and_end_come_in_order(computes: bool) -> None:
             assert {ended.reason for ended in gateway.ended.values()} == {"length"}
             await gateway.until(lambda: gateway.load.blocks_used == 0)
             await eventually(lambda: not engine.counts)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("role", [node_pb2.ROLE_GENERATE, node_pb2.ROLE_PREFILL])
+def test_how_long_ago_a_prompt_began_is_told_of_requests_that_are_timed(role: node_pb2.Role) -> None:
+    async def scenario() -> None:
+        async with node(computes=True) as (driver, _):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 2, role=role, timed=True), gateway.submit(2, range(20, 29), 2, role=role))
+            began: dict[int, list[float]] = {}
+            while len(gateway.ended) < 2:
+                frame = await gateway.next()
+                for part in (*frame.first_tokens, *frame.ended):
+                    began.setdefault(part.request, []).append(part.began_s_ago)
+            timed = began[request_id(GATEWAY, 1)]
+            assert timed[0] > 0.0
+            # Only once, and of the other one never.
+            assert [*timed[1:], *began[request_id(GATEWAY, 2)]] == [0.0] * (1 if role == node_pb2.ROLE_PREFILL else 3)
+            gateway.send(cancels=[request_id(GATEWAY, 1), request_id(GATEWAY, 2)])
 
     run(scenario)
 
