@@ -94,5 +94,5 @@ class _Human(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    """Return what a line says besides its message (`extra`)."""
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    """Return what a line says besides its message (`extra`); what libraries such as Ray stamp records with begins with _."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD and not name.startswith("_")}
