@@ -44,6 +44,9 @@ from orchestrator.traces import read_trace
 from tests.builders import some
 
 PARTS = (ClusterSettings, TlsConfig, LogConfig, TraceConfig, GatewayConfig, TenantConfig, LimitsConfig, RouterConfig, ModelConfig)
+README = FOLDER / "README.md"
+#: Names of metrics in queries and tables.
+METRIC = r"(?:weft_|vllm:)\w+"
 TABLES = (*PARTS, PoolConfig, EngineConfig, SchedulerConfig, CostProfile, HardwareConfig)
 
 
@@ -169,30 +172,63 @@ def test_the_demos_session_has_sub_agents_and_a_compaction_and_starts_with_its_c
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     dashboard = json.loads((FOLDER / "grafana.json").read_text())
-    asked = {
-        name for panel in dashboard["panels"] for target in panel["targets"] for name in re.findall(r"weft_\w+", target["expr"])
-    }
+    asked = {name for panel in dashboard["panels"] for target in panel["targets"] for name in re.findall(METRIC, target["expr"])}
     assert asked
     assert asked <= known_names()
 
 
 def test_alerts_ask_for_metrics_that_exist_and_say_what_is_wrong() -> None:
     rules = [rule for group in yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
-    asked = {name for rule in rules for name in re.findall(r"weft_\w+", rule["expr"])}
+    asked = {name for rule in rules for name in re.findall(METRIC, rule["expr"])}
     assert asked
     assert asked <= known_names()
     assert {rule["labels"]["severity"] for rule in rules} == {"page", "ticket"}
     assert [rule["alert"] for rule in rules if not rule["annotations"]["summary"]] == []
 
 
+def test_the_readmes_table_lists_every_metric_and_none_that_is_not() -> None:
+    exported = {name: (kind, labels) for name, kind, labels in families()}
+    listed = {name: (kind, labels) for name, kind, labels, _, _ in table(README.read_text())}
+    assert listed == exported
+    assert [name for name, _, _, unit, what in table(README.read_text()) if not unit or not what] == []
+
+
+def test_canary_rows_that_are_missing_twice_or_wrong_are_noticed() -> None:
+    text = README.read_text()
+    (row,) = re.findall(r"^\| `weft_node_up` .*\n", text, re.MULTILINE)
+    rows = table(text)
+    assert len(table(text.replace(row, ""))) == len(rows) - 1
+    assert table(text.replace(row, row.replace("weft_node_up", "weft_node_down"))) != rows
+    assert table(text.replace(row, row.replace("node, pool", "node"))) != rows
+    with pytest.raises(AssertionError, match="weft_node_up is listed twice"):
+        table(text + row)
+
+
+def table(readme: str) -> list[tuple[str, str, tuple[str, ...], str, str]]:
+    """Return the rows about metrics of a page: name, type, labels, unit, meaning."""
+    found = re.findall(rf"^\| `({METRIC})` \|(.*)\|(.*)\|(.*)\|(.*)\|$", readme, re.MULTILINE)
+    names = [name for name, *_ in found]
+    for name in names:
+        assert names.count(name) == 1, f"{name} is listed twice"
+    return [
+        (name, kind.strip(), tuple(label for label in re.split(r"[ ,]+", labels) if label), unit.strip(), what.strip())
+        for name, kind, labels, unit, what in found
+    ]
+
+
+def families() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Return what a gateway can export: names as they are scraped, but for a histogram's endings; types; labels."""
+    metrics = Metrics(GatewayId(0), 1, {})
+    return [
+        (family.name + ("_total" if family.type == "counter" else ""), family.type, tuple(vars(family)["_labelnames"]))
+        for family in metrics.registry.collect()
+    ]
+
+
 def known_names() -> set[str]:
     """Return every series name the gateway can export."""
-    metrics = Metrics(GatewayId(0), 1, {})
-    names: set[str] = set()
-    for family in metrics.collect():
-        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
-        names |= {family.name + suffix for suffix in suffixes}
-    return names
+    endings = {"histogram": ("_bucket", "_sum", "_count")}
+    return {name + ending for name, kind, _ in families() for ending in endings.get(kind, ("",))}
 
 
 def test_kubernetes_manifests_agree_with_their_cluster_file() -> None:
