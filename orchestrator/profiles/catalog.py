@@ -4,7 +4,6 @@ A file is a table of numbers, `{ value, unit, source }` for a published one and 
 nobody has published: an assumption. A number's name is `FILE.KEY`, such as `lp30.tdp_w`.
 """
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,8 @@ from typing import Any, cast
 from orchestrator.core.config import DecodeMode, Precision
 from orchestrator.core.cost.machines import AllToAll, Chip, Coupling, Line, Link, Practice
 from orchestrator.core.cost.shapes import ModelShape
-from orchestrator.profiles.model_config import ShapeError, shape_of
+from orchestrator.profiles.fields import CheckpointError, Fields, read_fields
+from orchestrator.profiles.model_config import architecture_of, model_fields
 
 _FOLDER = Path(__file__).parent
 _PUBLISHED = {"value", "unit", "source"}
@@ -213,9 +213,10 @@ class Catalog:
         if not is_there:
             raise CatalogError(f"{name}: neither a config.json nor a built-in shape; those are: {', '.join(self.shapes)}")
         try:
-            return shape_of(name, _read(path))
-        except ShapeError as error:
-            raise CatalogError(f"{path.name}: {error}") from None
+            config = Fields(path, _read(path)) if path == packaged else read_fields(path)
+            return architecture_of(model_fields(config)).shape(name)
+        except CheckpointError as error:
+            raise CatalogError(f"{error.path.name}: {error.problem}") from None
 
     def _replaced(self, name: str, value: float) -> Number | Assumption:
         self.number(name)
@@ -254,19 +255,13 @@ def acceptance_name(mode: DecodeMode) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a TOML or JSON file's top table. Raises `CatalogError`."""
+    """Return a TOML file's top table. Raises `CatalogError`."""
     try:
-        text = path.read_text(encoding="utf-8")
-        table: object = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CatalogError(f"{path.name}: {error.strerror}") from None
     except ValueError as error:
         raise CatalogError(f"{path.name}: cannot be read: {error}") from None
-    except RecursionError:
-        raise CatalogError(f"{path.name}: cannot be read: its lists or tables are nested too deeply") from None
-    if not isinstance(table, dict):
-        raise CatalogError(f"{path.name}: must hold a table, holds {type(table).__name__}")
-    return cast(dict[str, Any], table)
 
 
 def _number(file: str, key: str, name: str, entry: Any) -> Number | Assumption:

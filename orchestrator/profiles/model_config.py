@@ -1,22 +1,37 @@
-"""Reads a Hugging Face config.json (or the built-in shapes, which use its field names) into a `ModelShape`."""
+"""What a model's config.json means: the one description that catalog, planner, gateways and engines go by.
+
+Rule for editors: what a config.json asks for is in the description or refused with its field's name, never left out. What an
+engine cannot do although it is described is for the engine to refuse. See also: `fields.py` (checked access), `positions.py`
+(rotary embedding, length of contexts).
+"""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from orchestrator.core.config import shown
-from orchestrator.core.cost.shapes import Latent, ModelShape, context_tokens_of
+from orchestrator.core.cost.shapes import Latent, ModelShape
+from orchestrator.profiles.fields import Fields, read_fields
+from orchestrator.profiles.positions import Rope, context_tokens_of, rope_of
 
-
-class ShapeError(ValueError):
-    """A model's configuration lacks a field or describes something that the cost model does not know; one line."""
-
-
-#: Kinds of layers whose cost is known, as `layer_types` names them.
-_WINDOWED = "sliding_attention"
-_LAYER_KINDS = ("full_attention", _WINDOWED)
-#: Every so many layers one sees all of the context, where neither `layer_types` nor `sliding_window_pattern` says it: the
-#: defaults of https://github.com/huggingface/transformers (src/transformers/models, configuration_*.py).
-_PATTERNS: Mapping[str, int] = {"gpt_oss": 2, "gemma2": 2, "gemma3_text": 6, "cohere2": 4}
+#: Kinds of layers that are known, as `layer_types` names them.
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+_LAYER_KINDS = (FULL_ATTENTION, SLIDING_ATTENTION)
+#: What a missing field stands for, by `model_type`, where that is not the same for all. `sliding_window_pattern`: every so many
+#: layers one sees all of the context. All are the defaults of https://github.com/huggingface/transformers 5
+#: (src/transformers/models, configuration_*.py), and tests hold them against it.
+FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "use_sliding_window": False, "max_window_layers": 28},
+    "qwen2_moe": {"max_position_embeddings": 32768, "use_sliding_window": False, "max_window_layers": 28},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, "use_sliding_window": False, "max_window_layers": 28},
+    "qwen3_moe": {"max_position_embeddings": 32768, "use_sliding_window": False},
+    "gpt_oss": {"max_position_embeddings": 131072, "head_dim": 64, "sliding_window_pattern": 2},
+    "gemma2": {"max_position_embeddings": 8192, "head_dim": 256, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "gemma3_text": {"max_position_embeddings": 131072, "head_dim": 256, "sliding_window_pattern": 6, "tie_word_embeddings": True},
+    "cohere2": {"max_position_embeddings": 8192, "sliding_window_pattern": 4, "tie_word_embeddings": True},
+}
 #: Fields of models whose layers differ in ways that are not known here, and what they stand for.
 _UNKNOWN: Mapping[str, str] = {
     "index_topk": "attention to chosen tokens only",
@@ -28,160 +43,221 @@ _UNKNOWN: Mapping[str, str] = {
     "compress_ratios": "compressed attention",
     "hybrid_override_pattern": "state-space layers",
 }
-#: More than anything in a model, and more layers than any has: beyond them a number is a mistake.
-_COUNT_MAX = 1 << 32
+#: More layers than any model has.
 _LAYERS_MAX = 1 << 12
-#: The same count under the names that model families gave it.
+#: The same count under the names that model families gave it. Those that used the last give experts the FFNs' width.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
-class _Fields:
-    """Typed reading of one configuration; every problem is a `ShapeError` naming the field."""
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture-of-experts part of a model."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
+    count: int
+    per_token: int
+    #: Width of one routed expert, and of the experts that every token visits, together.
+    intermediate: int
+    shared_intermediate: int
+    #: Weights of a token's experts are scaled to sum to 1.
+    normalised: bool
+    #: Layers that have experts; the others have a dense FFN.
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A decoder-only transformer with gated FFNs, as its config.json describes it."""
+
+    #: `model_type`; empty if there is none.
+    family: str
+    layers: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    #: Width of the dense FFNs; 0 if there are none.
+    intermediate: int
+    context_tokens_max: int
+    norm_epsilon: float
+    #: Output weights are the embedding's.
+    tied: bool
+    #: The checkpoint's own dtype, as torch calls it.
+    dtype: str
+    #: The FFNs' products have a bias, and so do attention's.
+    mlp_bias: bool
+    attention_bias: bool
+    rope: Rope
+    latent: Latent | None = None
+    experts: Experts | None = None
+    #: Layers that attend to the last `window_tokens` tokens only.
+    windowed_layers: int = 0
+    window_tokens: int = 0
 
     @property
-    def all(self) -> Mapping[str, Any]:
-        return self._values
+    def dense_layers(self) -> int:
+        """Layers with one dense FFN; all others route to experts."""
+        return self.layers - (len(self.experts.layers) if self.experts is not None else 0)
 
-    def has(self, name: str) -> bool:
-        """Tell whether a field is there and means something."""
-        return bool(self._values.get(name))
+    @property
+    def queries_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
 
-    def count(self, name: str, default: int | None = None, most: int = _COUNT_MAX) -> int:
-        """Return a whole number from 0 to `most`; `default` stands for a missing or null field; without it that is an error."""
-        value = self._values.get(name)
-        if value is None:
-            if default is None:
-                raise ShapeError(f"{name}: is missing")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ShapeError(f"{name}: must be a whole number of 0 or more, is {shown(value)}")
-        if value > most:
-            raise ShapeError(f"{name}: must be at most {most}, is {shown(value)}")
-        return value
+    @property
+    def keys_width(self) -> int:
+        """Width of all key heads together, which is that of the values too."""
+        return self.kv_heads * self.head_dim
 
-    def positive(self, name: str, default: int | None = None, most: int = _COUNT_MAX) -> int:
-        """Return a whole number from 1 to `most`."""
-        value = self.count(name, default, most)
-        if value < 1:
-            raise ShapeError(f"{name}: must be 1 or more, is {value}")
-        return value
-
-    def first(self, names: tuple[str, ...]) -> int:
-        """Return the first of the fields that is there, or 0."""
-        return next((self.count(name) for name in names if self._values.get(name) is not None), 0)
-
-    def text(self, name: str) -> str:
-        """Return a text; a missing or null field is an empty one."""
-        value = self._values.get(name) or ""
-        if not isinstance(value, str):
-            raise ShapeError(f"{name}: must be a text, is {shown(value)}")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return a truth value."""
-        value = self._values.get(name, default)
-        if not isinstance(value, bool):
-            raise ShapeError(f"{name}: must be true or false, is {shown(value)}")
-        return value
-
-    def entries(self, name: str) -> list[Any]:
-        """Return a list; a missing or null field is an empty one."""
-        value: object = self._values.get(name) or []
-        if not isinstance(value, list):
-            raise ShapeError(f"{name}: must be a list, is {shown(value)}")
-        return cast(list[Any], value)
+    def shape(self, name: str) -> ModelShape:
+        """Return what time and memory depend on."""
+        experts = self.experts
+        return ModelShape(
+            name=name,
+            layers=self.layers,
+            hidden=self.hidden,
+            vocab=self.vocabulary,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            context_tokens_max=self.context_tokens_max,
+            latent=self.latent,
+            windowed_layers=self.windowed_layers,
+            window_tokens=self.window_tokens,
+            dense_layers=self.dense_layers,
+            dense_intermediate=self.intermediate,
+            experts=experts.count if experts is not None else 0,
+            experts_per_token=experts.per_token if experts is not None else 0,
+            expert_intermediate=experts.intermediate if experts is not None else 0,
+            shared_intermediate=experts.shared_intermediate if experts is not None else 0,
+            tied_embeddings=self.tied,
+        )
 
 
-def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """Return the shape a configuration describes; multimodal ones by their `text_config`. Raises `ShapeError`."""
-    text = config.get("text_config")
-    values = _Fields(cast(Mapping[str, Any], text) if isinstance(text, Mapping) else config)
-    _refuse_unknown(values)
-    layers, hidden, heads = (
-        values.positive("num_hidden_layers", most=_LAYERS_MAX),
-        values.positive("hidden_size"),
-        values.positive("num_attention_heads"),
-    )
-    windowed, window = _windows(values, layers)
-    experts = values.first(_EXPERTS)
-    dense = _dense_layers(values, layers) if experts else layers
-    expert_width = values.positive("moe_intermediate_size", values.count("intermediate_size", 0)) if experts else 0
-    shared = values.count("n_shared_experts", 0) * expert_width + values.count("shared_expert_intermediate_size", 0)
-    per_token = values.positive("num_experts_per_tok") if experts else 0
-    if per_token > experts:
-        raise ShapeError(f"num_experts_per_tok: must be at most the number of experts ({experts}), is {per_token}")
-    return ModelShape(
-        name=name,
+def read_config(folder: Path) -> Fields:
+    """Return the fields of a checkpoint folder's config.json; see `model_fields`. Raises `CheckpointError`."""
+    return model_fields(read_fields(folder / "config.json"))
+
+
+def model_fields(config: Fields) -> Fields:
+    """Return what a config.json says of the language model: of a multimodal one its `text_config`, before what is beside it.
+
+    Fields that the file leaves out have their family's defaults.
+    """
+    given = {name: value for name, value in config.values.items() if value is not None}
+    given |= {name: value for name, value in config.object("text_config").values.items() if value is not None}
+    family = Fields(config.path, given).text("model_type", "")
+    return Fields(config.path, {**FAMILY_DEFAULTS.get(family, {}), **given})
+
+
+def architecture_of(config: Fields) -> Architecture:
+    """Return the model that some `model_fields` describe. Raises `CheckpointError` naming the field."""
+    _refuse_unknown(config)
+    layers, hidden = config.count("num_hidden_layers", most=_LAYERS_MAX), config.count("hidden_size")
+    heads = config.count("num_attention_heads")
+    kv_heads = config.count("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise config.error("num_attention_heads", f"must be a multiple of num_key_value_heads ({kv_heads}), is {heads}")
+    windowed, window = _windows(config, layers)
+    experts = _experts(config, layers)
+    all_routed = experts is not None and len(experts.layers) == layers
+    return Architecture(
+        family=config.text("model_type", ""),
         layers=layers,
         hidden=hidden,
-        vocab=values.positive("vocab_size"),
+        vocabulary=config.count("vocab_size"),
         heads=heads,
-        kv_heads=values.positive("num_key_value_heads", heads),
-        head_dim=values.positive("head_dim", hidden // heads),
-        context_tokens_max=context_tokens_of(values.positive("max_position_embeddings"), values.all),
-        latent=_latent(values),
+        kv_heads=kv_heads,
+        head_dim=config.count("head_dim", hidden // heads),
+        intermediate=0 if all_routed else config.count("intermediate_size"),
+        context_tokens_max=context_tokens_of(config),
+        norm_epsilon=config.number("rms_norm_eps", 1e-6),
+        tied=config.flag("tie_word_embeddings", False),
+        dtype=config.text("dtype", config.text("torch_dtype", "float32")),
+        mlp_bias=config.flag("mlp_bias", False),
+        attention_bias=config.flag("attention_bias", False),
+        rope=rope_of(config),
+        latent=_latent(config),
+        experts=experts,
         windowed_layers=windowed,
         window_tokens=window,
-        dense_layers=dense,
-        dense_intermediate=values.positive("intermediate_size") if dense else 0,
-        experts=experts,
-        experts_per_token=per_token,
-        expert_intermediate=expert_width,
-        shared_intermediate=shared if experts else 0,
-        tied_embeddings=values.flag("tie_word_embeddings", False),
     )
 
 
-def _refuse_unknown(values: _Fields) -> None:
-    """Raise `ShapeError` for a model that would be counted wrongly."""
+def _refuse_unknown(config: Fields) -> None:
+    """Raise `CheckpointError` for a model that would be computed or counted wrongly."""
     for field, meaning in _UNKNOWN.items():
-        if values.has(field):
-            raise ShapeError(f"{field}: the cost of {meaning} is not known")
+        if config.values.get(field):
+            raise config.error(field, f"{meaning} is not known here; it must be left out")
 
 
-def _latent(values: _Fields) -> Latent | None:
+def _latent(config: Fields) -> Latent | None:
     """Return the widths of latent attention, which a model with `kv_lora_rank` has."""
-    rank = values.count("kv_lora_rank", 0)
+    rank = config.count("kv_lora_rank", 0, least=0)
     if not rank:
         return None
     return Latent(
-        query_rank=values.count("q_lora_rank", 0),
+        query_rank=config.count("q_lora_rank", 0, least=0),
         kv_rank=rank,
-        nope_dim=values.positive("qk_nope_head_dim"),
-        rope_dim=values.positive("qk_rope_head_dim"),
-        value_dim=values.positive("v_head_dim"),
+        nope_dim=config.count("qk_nope_head_dim"),
+        rope_dim=config.count("qk_rope_head_dim"),
+        value_dim=config.count("v_head_dim"),
     )
 
 
-def _windows(values: _Fields, layers: int) -> tuple[int, int]:
+def _windows(config: Fields, layers: int) -> tuple[int, int]:
     """Return how many layers see a window only, and its tokens."""
-    window = values.count("sliding_window", 0)
-    kinds = values.entries("layer_types")
+    kinds = config.entries("layer_types")
     if kinds:
         unknown = [kind for kind in kinds if kind not in _LAYER_KINDS]
         if unknown:
-            raise ShapeError(f"layer_types: the cost of {shown(unknown[0])} is not known; known: {', '.join(_LAYER_KINDS)}")
+            raise config.error("layer_types", f"{shown(unknown[0])} is not known here; known: {', '.join(_LAYER_KINDS)}")
         if len(kinds) != layers:
-            raise ShapeError(f"layer_types: must have an entry a layer ({layers}), has {len(kinds)}")
-        windowed = kinds.count(_WINDOWED)
-        return (windowed, values.positive("sliding_window")) if windowed else (0, 0)
-    if not window or not values.flag("use_sliding_window", True):
+            raise config.error("layer_types", f"must have an entry a layer ({layers}), has {len(kinds)}")
+        windowed = kinds.count(SLIDING_ATTENTION)
+        return (windowed, config.count("sliding_window")) if windowed else (0, 0)
+    if not config.flag("use_sliding_window", config.count("sliding_window", 0, least=0) > 0):
         return 0, 0
-    pattern = values.count("sliding_window_pattern", _PATTERNS.get(values.text("model_type"), 0))
+    window, pattern = config.count("sliding_window"), config.count("sliding_window_pattern", 0, least=0)
     if pattern:
         return layers - layers // pattern, window
-    return max(0, layers - values.count("max_window_layers", 0)), window
+    windowed = max(0, layers - config.count("max_window_layers", 0, least=0))
+    return (windowed, window) if windowed else (0, 0)
 
 
-def _dense_layers(values: _Fields, layers: int) -> int:
-    """Return how many layers of a model with experts have a dense FFN instead."""
-    first, every = values.count("first_k_dense_replace", 0), values.positive("decoder_sparse_step", 1)
-    named = values.entries("mlp_only_layers")
-    wrong = [layer for layer in named if not isinstance(layer, int)]
+def _experts(config: Fields, layers: int) -> Experts | None:
+    """Return the experts of a model that has any."""
+    named = [name for name in _EXPERTS if config.given(name)]
+    counts = [config.count(name, least=0) for name in named]
+    if not any(counts):
+        return None
+    if min(counts) != max(counts):
+        raise config.error(named[1], f"differs from {named[0]} ({counts[0]}), is {counts[1]}")
+    per_token, routed = config.count("num_experts_per_tok"), _expert_layers(config, layers)
+    if per_token > counts[0]:
+        raise config.error("num_experts_per_tok", f"must be at most the number of experts ({counts[0]}), is {per_token}")
+    if not routed:
+        return None
+    as_wide = named[-1] == _EXPERTS[-1] and not config.given("moe_intermediate_size")
+    intermediate = config.count("intermediate_size" if as_wide else "moe_intermediate_size")
+    shared = config.count("n_shared_experts", 0, least=0) * intermediate
+    return Experts(
+        count=counts[0],
+        per_token=per_token,
+        intermediate=intermediate,
+        shared_intermediate=shared + config.count("shared_expert_intermediate_size", 0, least=0),
+        normalised=config.flag("norm_topk_prob", False),
+        layers=routed,
+    )
+
+
+def _expert_layers(config: Fields, layers: int) -> frozenset[int]:
+    """Return the layers of a model with experts that have no dense FFN instead: DeepSeek counts from 0, Qwen from 1."""
+    first, frequency = config.count("first_k_dense_replace", 0, least=0), config.count("moe_layer_freq", 1)
+    every, dense = config.count("decoder_sparse_step", 1), config.entries("mlp_only_layers")
+    wrong = [layer for layer in dense if not isinstance(layer, int)]
     if wrong:
-        raise ShapeError(f"mlp_only_layers: must be whole numbers, has {shown(wrong[0])}")
-    named = set(named)
-    return sum(1 for layer in range(layers) if layer < first or layer in named or (layer + 1) % every)
+        raise config.error("mlp_only_layers", f"must be whole numbers, has {shown(wrong[0])}")
+    return frozenset(
+        layer for layer in range(first, layers) if layer not in dense and layer % frequency == 0 and (layer + 1) % every == 0
+    )

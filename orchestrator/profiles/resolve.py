@@ -13,6 +13,7 @@ from orchestrator.core.cost.roofline import cost_profile
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError, acceptance_name
 from orchestrator.profiles.memory import block_bytes, kv_blocks
+from orchestrator.profiles.positions import limited
 
 _T = TypeVar("_T")
 #: Endings of the names of numbers that a pool may leave unused although it is made of what they describe.
@@ -122,10 +123,9 @@ def _filled(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> PoolCo
     scheduler, engine = pool.scheduler, pool.engine
     fits = kv_blocks(machine, engine.block_tokens, scheduler.sequences_max, engine.memory_fraction)
     require(engine.blocks <= fits, "engine.blocks", f"at most {fits} fit into a node's memory, is {engine.blocks}")
-    limit, own = machine.shape.context_tokens_max, engine.context_tokens_max
-    require(own <= limit, "engine.context_tokens_max", f"{machine.shape.name} has {limit} positions, is {own}")
+    context = limited(machine.shape.context_tokens_max, engine.context_tokens_max)
     profile = cost_profile(machine, scheduler.sequences_max, scheduler.step_tokens_max, _fetch_link(config, pool, machine))
-    filled = replace(engine, blocks=engine.blocks or fits, context_tokens_max=own or limit)
+    filled = replace(engine, blocks=engine.blocks or fits, context_tokens_max=context)
     return replace(pool, profile=profile, engine=filled)
 
 

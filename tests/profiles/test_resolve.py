@@ -74,7 +74,9 @@ def test_own_blocks_and_context_limit_are_kept_and_checked() -> None:
     assert (engine.blocks, engine.context_tokens_max) == (5000, 1000)
     with pytest.raises(ConfigError, match=r"^pools\[0\]\.engine\.blocks: at most \d+ fit"):
         resolve(cluster(RUBIN, blocks=10**7), CATALOG)
-    with pytest.raises(ConfigError, match=r"^pools\[0\]\.engine\.context_tokens_max: kimi-k2 has 262144 positions, is 300000"):
+    with pytest.raises(
+        ConfigError, match=r"^pools\[0\]\.engine\.context_tokens_max: must be at most the model's 262144, is 300000"
+    ):
         resolve(cluster(RUBIN, context_tokens_max=300_000), CATALOG)
 
 

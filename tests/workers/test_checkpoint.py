@@ -13,10 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from orchestrator.core.config import EngineConfig
+from orchestrator.profiles.fields import CheckpointError
 from tests.builders import some
-from workers.engines.checkpoint import CheckpointError, create_checkpoint, default_model_path, fingerprint
+from workers.engines.checkpoint import create_checkpoint, default_model_path, fingerprint
 from workers.engines.eager import EagerEngine
-from workers.engines.shape import read_shape
+from workers.engines.shape import read_architecture
 from workers.engines.vocabulary import build_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look", "parameters": {"type": "object"}}}]
@@ -94,7 +95,7 @@ def test_the_default_model_is_made_once_however_many_ask(tmp_path: Path, monkeyp
     [path] = paths
     assert path == default_model_path()
     assert list((tmp_path / "weft" / "models").iterdir()) == [path]
-    assert read_shape(path).context_tokens_max >= 131072
+    assert read_architecture(path).context_tokens_max >= 131072
 
 
 @pytest.mark.parametrize(
@@ -106,14 +107,38 @@ def test_the_default_model_is_made_once_however_many_ask(tmp_path: Path, monkeyp
         ({"num_key_value_heads": 3}, "num_attention_heads: must be a multiple of num_key_value_heads"),
         ({"hidden_act": "gelu"}, "hidden_act: must be silu, is 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints are not supported"),
-        ({"use_sliding_window": True}, "sliding windows are not supported"),
+        ({"quantization_config": {}}, "quantised checkpoints are not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window: sliding windows are not supported"),
+        ({"model_type": "llama", "sliding_window": 64}, "sliding_window: sliding windows are not supported; must be null"),
+        ({"kv_lora_rank": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}, "qwen3 has no latent attention"),
+        ({"index_topk": 64}, "index_topk: attention to chosen tokens only is not known here"),
+        ({"text_config": {"hidden_size": 32}}, "text_config: multimodal checkpoints are not supported"),
+        ({"mlp_bias": True}, "mlp_bias: qwen3 has none; must be false"),
+        ({"attention_bias": "yes"}, "attention_bias: must be true or false, is 'yes'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype: must be one of float32, bfloat16, float16, is 'float8_e4m3fn'"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 1}, "num_experts: qwen3 has no experts; must be left out"),
+        ({"model_type": "qwen3_moe"}, "num_experts: is missing"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5},
+            r"num_experts_per_tok: must be at most the number of experts \(4\), is 5",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_local_experts": 4, "num_experts_per_tok": 1, "n_shared_experts": 1},
+            "n_shared_experts: qwen3_moe has no shared experts",
+        ),
+        ({"rope_theta": 1}, "rope_theta: must be over 1, is 1"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_scaling: differs from rope_parameters; only one of them may be there",
+        ),
+        ({"head_dim": 15}, "head_dim: must be even, is 15"),
         (
             {"rope_scaling": {"rope_type": "longrope"}},
-            "rope_type must be default, linear, dynamic, llama3 or yarn, is 'longrope'",
+            "rope_scaling.rope_type: must be default, linear, dynamic, llama3 or yarn, is 'longrope'",
         ),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "rope_scaling: low_freq_factor is missing"),
-        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling: factor is missing"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor must be a number over 0, is '4'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "rope_scaling.low_freq_factor: is missing"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor: is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope_scaling.factor: must be a number over 0, is '4'"),
         ({"rope_scaling": ["yarn"]}, r"rope_scaling: must be an object, is \['yarn'\]"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: must be 1.0, is 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "must be full_attention throughout"),
@@ -158,7 +183,7 @@ def test_contexts_are_as_long_as_their_rotations_reach(
     small: Path, scaling: dict[str, Any] | None, positions: int, limit: int
 ) -> None:
     change_config(small, rope_scaling=scaling, max_position_embeddings=positions)
-    assert read_shape(small).context_tokens_max == limit
+    assert read_architecture(small).context_tokens_max == limit
 
 
 @pytest.mark.parametrize(
@@ -166,7 +191,7 @@ def test_contexts_are_as_long_as_their_rotations_reach(
     [
         ("config.json", None, "config.json: missing"),
         ("config.json", b"{", "config.json: not readable as JSON"),
-        ("config.json", b"[]", "config.json: must hold a JSON object, holds list"),
+        ("config.json", b"[]", "config.json: must hold a JSON object, holds \\[\\]"),
         ("model.safetensors", None, "model.safetensors: missing"),
         ("model.safetensors", b"no tensors", "model.safetensors: not a readable safetensors file"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "part-1.safetensors"}}', "part-1.safetensors: missing"),

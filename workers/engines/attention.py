@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from orchestrator.profiles.model_config import Architecture
 from workers.engines.batch import DecodeGroup, PromptChunk, StepBatch
 from workers.engines.kvpool import KvPool
-from workers.engines.shape import Architecture
 
 #: Entries of the mask of one piece of a prompt chunk: chunks after a long context are attended in pieces of so many rows.
 MASK_ENTRIES_MAX = 1 << 24

@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: checks and names them, and writes small random ones.
 
 No torch in here: the command line, the gateway and the profiled engine use it too. See also `vocabulary.py` (tokenizer and chat
-template), `shape.py` (what config.json means) and `weights.py` (how tensors are read).
+template), `shape.py` (what of config.json the eager engine can do) and `weights.py` (how tensors are read).
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.profiles.fields import CheckpointError, read_fields
 from workers.engines.vocabulary import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, write_json, write_tokenizer
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
@@ -33,32 +34,6 @@ SAMPLE_BYTES = 4096
 RARE_TOKEN_SCALE = 0.05
 
 
-class CheckpointError(ValueError):
-    """A checkpoint directory lacks something, or has something that is not supported; `path` is the file or directory."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-        self.path = path
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[type["CheckpointError"], tuple[Path, str]]:
-        """Let it cross processes: it is raised in a node's and told by the command."""
-        return type(self), (self.path, self.problem)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file. Raises `CheckpointError` if it is missing or malformed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(path, "missing; a Hugging Face checkpoint directory has it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(path, f"not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(path, f"must hold a JSON object, holds {type(content).__name__}")
-    return content
-
-
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a checkpoint, in order of names. Raises `CheckpointError` if there are none."""
     index = directory / "model.safetensors.index.json"
@@ -67,10 +42,10 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         if not single.exists():
             raise CheckpointError(single, "missing; neither it nor model.safetensors.index.json is there")
         return (single,)
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    places = read_fields(index).object("weight_map")
+    if not places.values:
         raise CheckpointError(index, "must map tensor names to files under weight_map")
-    files = tuple(directory / name for name in sorted(set(names.values())))
+    files = tuple(directory / name for name in sorted({places.text(tensor) for tensor in places.values}))
     for file in files:
         if not file.exists():
             raise CheckpointError(file, f"missing; {index.name} names it")
@@ -87,7 +62,7 @@ def fingerprint(directory: Path) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in ("config.json", "tokenizer.json"):
-        digest.update(json.dumps(read_json(directory / name), sort_keys=True).encode())
+        digest.update(json.dumps(read_fields(directory / name).values, sort_keys=True).encode())
     for path in weight_files(directory) if any(directory.glob("*.safetensors*")) else ():
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -13,6 +13,8 @@ import torch
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, EngineConfig
 from orchestrator.core.types import BlockId, RequestId
+from orchestrator.profiles.model_config import Architecture
+from orchestrator.profiles.positions import limited
 from workers.engines.base import EngineDescription, SamplingParams, SliceOutput
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
@@ -21,7 +23,7 @@ from workers.engines.linear import rows_min
 from workers.engines.models import Model
 from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
-from workers.engines.shape import Architecture, read_shape
+from workers.engines.shape import read_architecture
 from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
@@ -58,10 +60,10 @@ class EagerEngine:
             CheckpointError: for a checkpoint that is incomplete or not supported.
             ConfigError: for a device, a context or a memory size that cannot be had.
         """
-        shape = read_shape(model_dir)
+        shape = read_architecture(model_dir)
         device = self._device = _device(config.device)
         dtype = _DTYPES[shape.dtype if config.dtype == "auto" else config.dtype]
-        context = _context(config, shape)
+        context = limited(shape.context_tokens_max, config.context_tokens_max)
         self._threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
@@ -153,16 +155,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _context(config: EngineConfig, shape: Architecture) -> int:
-    limit = shape.context_tokens_max
-    if config.context_tokens_max > limit:
-        raise ConfigError("engine.context_tokens_max", f"must be at most the model's {limit}, is {config.context_tokens_max}")
-    return config.context_tokens_max or limit
-
-
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     """Return an upper estimate of the bytes of activations that one token of a step needs at a time."""
-    widest = 2 * max(shape.intermediate, shape.queries_width + 2 * shape.keys_width)
+    experts = shape.experts
+    routed = experts.per_token * (experts.intermediate + shape.hidden) if experts is not None else 0
+    widest = 2 * max(shape.intermediate, routed, shape.queries_width + 2 * shape.keys_width)
     return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from orchestrator.profiles.model_config import Experts
 from workers.engines.linear import make_linear
-from workers.engines.shape import Experts
 
 #: Multiply-adds of the wide form up to which it beats the calls of the sorted one, about 20 microseconds an expert.
 WIDE_OPERATIONS_MAX = 8_000_000

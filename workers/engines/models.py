@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from orchestrator.profiles.model_config import Architecture
+from orchestrator.profiles.positions import Llama3Rope, Rope, YarnRope
 from workers.engines.attention import attend
 from workers.engines.batch import StepBatch
 from workers.engines.experts import ExpertMlp
 from workers.engines.kvpool import KvPool
 from workers.engines.linear import Linear, make_linear
-from workers.engines.shape import Architecture, Llama3Rope, Rope, YarnRope
+from workers.engines.shape import NORMED_HEADS
 from workers.engines.weights import Weights
 
 #: Positions whose rotations are computed at first; doubled whenever a longer context comes.
@@ -115,7 +117,8 @@ def _frequencies(rope: Rope, head_dim: int) -> Tensor:
     match rope.way:
         case None:
             return plain / rope.factor
-        case YarnRope(low, high):
+        case YarnRope():
+            low, high = _mixed_dimensions(rope.way, rope.theta, head_dim)
             pairs = torch.arange(head_dim // 2, dtype=torch.float32)
             share = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
             return plain / rope.factor * share + plain * (1 - share)
@@ -128,6 +131,19 @@ def _frequencies(rope: Rope, head_dim: int) -> Tensor:
             return torch.where(between, blended, stretched)
 
 
+def _mixed_dimensions(way: YarnRope, theta: float, head_dim: int) -> tuple[float, float]:
+    """Return the pairs of dimensions between which YaRN mixes stretched and plain frequencies, as `transformers` has it."""
+
+    def turning(rotations: float) -> float:
+        """The pair that turns so many times over the original context."""
+        return head_dim * math.log(way.original_tokens / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turning(way.beta_fast), turning(way.beta_slow)
+    if way.whole:
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    return max(low, 0.0), min(high, float(head_dim - 1))
+
+
 class _Layer:
     """Attention and MLP, each behind a normalisation and added to the residual stream."""
 
@@ -137,7 +153,7 @@ class _Layer:
         self._queries_keys = shape.queries_width + shape.keys_width
         self._attention_norm, gain = loader.norm(prefix + "input_layernorm.weight")
         self._queries_keys_values = loader.queries_keys_values(prefix + "self_attn.", gain)
-        self._head_norm = loader.head_norm(prefix + "self_attn.") if shape.normed_heads else None
+        self._head_norm = loader.head_norm(prefix + "self_attn.") if shape.family in NORMED_HEADS else None
         self._output = loader.linear(prefix + "self_attn.o_proj", shape.hidden, shape.queries_width, shape.attention_bias)
         self._mlp_norm, gain = loader.norm(prefix + "post_attention_layernorm.weight")
         sparse = shape.experts is not None and number in shape.experts.layers

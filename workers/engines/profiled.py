@@ -16,17 +16,16 @@ from pathlib import Path
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.cost.costs import step_seconds
-from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.core.types import BlockId, CostProfile, RequestId
+from orchestrator.profiles.fields import COUNT_MAX, read_fields
+from orchestrator.profiles.model_config import model_fields, read_config
+from orchestrator.profiles.positions import context_tokens_of, limited
 from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
-from workers.engines.checkpoint import CheckpointError, read_json
 
 #: Bytes of a block: enough to tell any two apart.
 BLOCK_BYTES = 64
 #: Blocks of a node unless the configuration says otherwise: two million tokens of 64 a block.
 BLOCKS_DEFAULT = 32768
-#: Longest context of a checkpoint that names none, tokens.
-POSITIONS_DEFAULT = 131072
 
 _NOTHING = SliceOutput()
 
@@ -67,12 +66,12 @@ class ProfiledEngine:
             allocate: returns that many zeroed bytes for the blocks; None: the engine's own.
 
         Raises:
-            CheckpointError: if config.json is missing, malformed, or lacks vocab_size.
+            CheckpointError: if config.json is missing, malformed, or lacks vocab_size or the length of contexts.
+            ConfigError: for a context that is longer than the model's.
         """
-        settings = read_json(model_dir / "config.json")
-        vocabulary = settings.get("vocab_size")
-        if not isinstance(vocabulary, int) or vocabulary < 1:
-            raise CheckpointError(model_dir / "config.json", f"vocab_size: must be 1 or more, is {vocabulary!r}")
+        written = read_fields(model_dir / "config.json")
+        settings = model_fields(written)
+        vocabulary = settings.count("vocab_size")
         #: They never come out.
         self._special = _special_token_ids(model_dir)
         #: Tokens that may come out: all that are ordinary text.
@@ -85,14 +84,13 @@ class ProfiledEngine:
         self._turns: dict[RequestId, _Turn] = {}
         #: One output for each token without logprobs or an end: most outputs of all.
         self._outputs: dict[int, SliceOutput] = {}
-        positions = int(settings.get("max_position_embeddings") or POSITIONS_DEFAULT)
-        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+        name = hashlib.blake2b(json.dumps(written.values, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.description = EngineDescription(
             blocks=blocks,
             block_tokens=config.block_tokens,
             block_bytes=BLOCK_BYTES,
             vocabulary=vocabulary,
-            context_tokens_max=config.context_tokens_max or context_tokens_of(positions, settings),
+            context_tokens_max=limited(context_tokens_of(settings), config.context_tokens_max),
             fingerprint=f"profiled-{name}",
             device="none",
             computes=False,
@@ -195,10 +193,7 @@ class ProfiledEngine:
 @functools.lru_cache(maxsize=16)
 def _special_token_ids(model_dir: Path) -> frozenset[int]:
     """Return what is no text: the special tokens of tokenizer.json, if there is such a file, and all ends that are named."""
-    path = model_dir / "tokenizer.json"
-    added = (read_json(path).get("added_tokens") or []) if path.exists() else []
-    found = {token["id"] for token in added if token.get("special")}
-    for name in ("config.json", "generation_config.json"):
-        ends = read_json(model_dir / name).get("eos_token_id") if (model_dir / name).exists() else None
-        found.update([ends] if isinstance(ends, int) else ends or ())
-    return frozenset(found)
+    added = read_fields(model_dir / "tokenizer.json", needed=False).objects("added_tokens")
+    found = {token.count("id", least=0) for token in added if token.flag("special", False)}
+    ends = read_fields(model_dir / "generation_config.json", needed=False), read_config(model_dir)
+    return frozenset(found).union(*[fields.token_ids("eos_token_id", COUNT_MAX) for fields in ends])

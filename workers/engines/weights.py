@@ -6,7 +6,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from workers.engines.checkpoint import CheckpointError, weight_files
+from orchestrator.profiles.fields import CheckpointError
+from workers.engines.checkpoint import weight_files
 
 #: Tensors that old checkpoints keep although they follow from config.json.
 DERIVED = (".rotary_emb.inv_freq",)

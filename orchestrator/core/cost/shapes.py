@@ -1,8 +1,6 @@
 """The shape of a model as far as time and memory depend on it: how many numbers are read, multiplied and cached for a token."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +130,3 @@ class ModelShape:
         if self.latent is not None:
             return 2 * self.heads * (2 * self.latent.kv_rank + self.latent.rope_dim)
         return 4 * self.heads * self.head_dim
-
-
-def context_tokens_of(positions: int, config: Mapping[str, Any]) -> int:
-    """Return the longest context of a model that has so many positions of its own, by its config.json's rotary embedding.
-
-    YaRN stretches the context that the model was first trained with; files say `max_position_embeddings` before or after that
-    (https://huggingface.co/Qwen/Qwen3-8B has it before). All other ways are served as far as `positions` go. What is no number
-    here is refused by who loads the weights.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    if not isinstance(rope, Mapping):
-        return positions
-    settings = cast(Mapping[str, Any], rope)
-    if (settings.get("rope_type") or settings.get("type")) != "yarn":
-        return positions
-    original, factor = settings.get("original_max_position_embeddings") or positions, settings.get("factor") or 1.0
-    if not isinstance(original, int | float) or not isinstance(factor, int | float):
-        return positions
-    return max(positions, int(original * factor))

@@ -10,16 +10,14 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from orchestrator.core.config import ModelConfig
-from orchestrator.core.cost.shapes import context_tokens_of
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.files import Fields, ModelUnusable, read_fields, read_text
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.templates import ChatTemplate, load_template, special_tokens
 from orchestrator.live.text.tools import ToolStyle, style_of
-
-#: Context length of a checkpoint that does not name one, tokens.
-_CONTEXT_TOKENS_DEFAULT = 2048
+from orchestrator.profiles.fields import CheckpointError, Fields, read_fields, read_text
+from orchestrator.profiles.model_config import read_config
+from orchestrator.profiles.positions import context_tokens_of, limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +53,10 @@ class ModelText:
             context_tokens_max: a limit below the model's own; 0 for none.
 
         Raises:
-            ModelUnusable: a file is missing or malformed.
+            CheckpointError: a file is missing or malformed.
+            ConfigError: the limit is above the model's own.
         """
-        config = read_fields(folder / "config.json")
+        config = read_config(folder)
         described = read_fields(folder / "tokenizer.json")
         named = _named(folder)
         generation = read_fields(folder / "generation_config.json", needed=False)
@@ -66,7 +65,6 @@ class ModelText:
         parsers = parsers or ModelConfig()
         style = style_of(parsers.tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
         reasoning = reasoning_style_of(parsers.reasoning_parser)
-        own = context_tokens_of(config.count("max_position_embeddings", _CONTEXT_TOKENS_DEFAULT), config.values)
         size = max(config.count("vocab_size", 1), tokenizer.get_vocab_size())
         # generation_config.json's ends, config.json's if that names none, as `transformers` has it.
         eos = generation.token_ids("eos_token_id", size) or config.token_ids("eos_token_id", size)
@@ -79,7 +77,7 @@ class ModelText:
             vocabulary_size=size,
             eos_token_ids=eos,
             chat_eos_token_ids=eos | _own_eos(named, tokenizer),
-            context_tokens_max=min(own, context_tokens_max) if context_tokens_max else own,
+            context_tokens_max=limited(context_tokens_of(config), context_tokens_max),
             fingerprint=fingerprint,
             tool_style=style,
             reasoning_style=reasoning,
@@ -94,13 +92,13 @@ def _named(folder: Path) -> Fields:
 
 
 def _tokenizer(described: Fields) -> Tokenizer:
-    """Return the tokenizer that a tokenizer.json describes. Raises `ModelUnusable`."""
+    """Return the tokenizer that a tokenizer.json describes. Raises `CheckpointError`."""
     for token in described.objects("added_tokens"):
         token.text("content")
     try:
         tokenizer = Tokenizer.from_str(read_text(described.path))
     except Exception as error:  # The library has no narrower class for a file it cannot use.
-        raise ModelUnusable(f"{described.path}: {error}") from error
+        raise CheckpointError(described.path, str(error)) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

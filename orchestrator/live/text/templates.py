@@ -22,7 +22,7 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from orchestrator.live.text.files import Fields, ModelUnusable, read_text
+from orchestrator.profiles.fields import CheckpointError, Fields, read_text
 
 #: Attributes of a dict that a template may mean by `message.items`; every other name can only be a key.
 _DICT_ATTRIBUTES = frozenset(dir(dict))
@@ -294,7 +294,7 @@ def load_template(folder: Path, tokenizer_config: Fields) -> ChatTemplate:
     """Return the template of a checkpoint folder: `chat_template.jinja` before what tokenizer_config.json holds.
 
     Raises:
-        ModelUnusable: a template is malformed; the message names its file.
+        CheckpointError: a template is malformed; the message names its file.
     """
     sources = {name: (tokenizer_config.path, source) for name, source in _written(tokenizer_config).items()}
     paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
@@ -305,7 +305,7 @@ def load_template(folder: Path, tokenizer_config: Fields) -> ChatTemplate:
         try:
             _environment().parse(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ModelUnusable(f"{path}: chat template, line {error.lineno}: {error.message}") from error
+            raise CheckpointError(path, f"chat template, line {error.lineno}: {error.message}") from error
     return ChatTemplate({name: source for name, (_, source) in sources.items()}, special_tokens(tokenizer_config))
 
 

@@ -12,8 +12,8 @@ import pytest
 from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.types import GatewayId, ModelName, ServiceClass, SessionId
 from orchestrator.live.http.exchange import CLIENT_GONE
-from orchestrator.live.text.files import ModelUnusable
 from orchestrator.live.text.models import ModelText
+from orchestrator.profiles.fields import CheckpointError
 from tests.builders import some
 from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
 
@@ -210,7 +210,7 @@ def test_draining_refuses_what_is_new_and_waits_for_what_runs(text: ModelText) -
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Any) -> None:
-    with pytest.raises(ModelUnusable, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         ModelText.load(tmp_path, "none")
 
 

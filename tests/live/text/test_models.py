@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.live.text.files import ModelUnusable
+from orchestrator.core.config import ConfigError
 from orchestrator.live.text.models import ModelText
+from orchestrator.profiles.fields import CheckpointError
 from tests.live.text.vocabularies import byte_level
 
 
@@ -32,10 +33,17 @@ def load(folder: Path) -> ModelText:
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("config.json", "{", "config.json: is not JSON"),
-        ("config.json", "[1]", r"config.json: must hold an object, holds \[1\]"),
+        ("config.json", "{", "config.json: not readable as JSON"),
+        ("config.json", "[1]", r"config.json: must hold a JSON object, holds \[1\]"),
         ("config.json", {"max_position_embeddings": "long"}, "config.json: max_position_embeddings: must be a whole number"),
         ("config.json", {"max_position_embeddings": 1.5}, "config.json: max_position_embeddings: must be a whole number"),
+        ("config.json", {"vocab_size": 400}, "config.json: max_position_embeddings: is missing"),
+        (
+            "config.json",
+            {"max_position_embeddings": 1, "rope_scaling": {"type": "yarn", "factor": "4"}},
+            "config.json: rope_scaling.factor: must be a number over 0, is '4'",
+        ),
+        ("config.json", {"text_config": [1]}, r"config.json: text_config: must be an object, is \[1\]"),
         ("config.json", {"vocab_size": -1}, "config.json: vocab_size: must be a whole number of 1 or more, is -1"),
         (
             "generation_config.json",
@@ -44,12 +52,16 @@ def load(folder: Path) -> ModelText:
         ),
         ("generation_config.json", {"eos_token_id": "</s>"}, "generation_config.json: eos_token_id: must be token ids"),
         ("tokenizer.json", "{}", "tokenizer.json: "),
-        ("tokenizer.json", {"added_tokens": [{"id": 1}]}, "tokenizer.json: content: is missing"),
-        ("tokenizer.json", {"added_tokens": "all"}, "tokenizer.json: added_tokens: must be a list of objects"),
+        ("tokenizer.json", {"added_tokens": [{"id": 1}]}, r"tokenizer.json: added_tokens\[0\].content: is missing"),
+        ("tokenizer.json", {"added_tokens": "all"}, "tokenizer.json: added_tokens: must be a list"),
         ("tokenizer_config.json", {"chat_template": 5}, "tokenizer_config.json: chat_template: must be a text, is 5"),
-        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "tokenizer_config.json: template: is missing"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "default"}]},
+            r"tokenizer_config.json: chat_template\[0\].template: is missing",
+        ),
         ("tokenizer_config.json", {"chat_template": "\n{% if %}"}, "tokenizer_config.json: chat template, line 2"),
-        ("tokenizer_config.json", {"eos_token": {"special": True}}, "tokenizer_config.json: content: is missing"),
+        ("tokenizer_config.json", {"eos_token": {"special": True}}, "tokenizer_config.json: eos_token.content: is missing"),
         (
             "tokenizer_config.json",
             {"added_tokens_decoder": [1]},
@@ -60,7 +72,7 @@ def load(folder: Path) -> ModelText:
 )
 def test_a_malformed_file_is_named_with_its_field(folder: Path, name: str, value: Any, problem: str) -> None:
     write(folder, name, value)
-    with pytest.raises(ModelUnusable, match=problem) as refused:
+    with pytest.raises(CheckpointError, match=problem) as refused:
         load(folder)
     assert "\n" not in str(refused.value)
 
@@ -68,13 +80,13 @@ def test_a_malformed_file_is_named_with_its_field(folder: Path, name: str, value
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(ModelUnusable, match=f"{name}: No such file"):
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
         load(folder)
 
 
 def test_a_template_that_is_no_text_is_named(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
-    with pytest.raises(ModelUnusable, match=r"chat_template\.jinja: is not UTF-8"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: is not UTF-8"):
         load(folder)
 
 
@@ -90,6 +102,19 @@ def test_byte_order_marks_and_integral_floats_are_read(folder: Path, rewritten: 
     assert text.template.render([{"role": "user", "content": "hi"}], None) == "hi"
 
 
+def test_a_limit_shortens_the_context_and_may_not_lengthen_it(folder: Path) -> None:
+    assert ModelText.load(folder, "fingerprint", context_tokens_max=100).context_tokens_max == 100
+    with pytest.raises(ConfigError, match=r"engine\.context_tokens_max: must be at most the model's 4096, is 4097"):
+        ModelText.load(folder, "fingerprint", context_tokens_max=4097)
+
+
+def test_a_multimodal_checkpoints_language_model_is_in_its_text_config(folder: Path) -> None:
+    text = {"max_position_embeddings": 2048, "vocab_size": 500, "rope_scaling": {"type": "yarn", "factor": 4}}
+    write(folder, "config.json", {"text_config": text, "max_position_embeddings": 1, "vision_config": {}})
+    found = load(folder)
+    assert (found.context_tokens_max, found.vocabulary_size) == (8192, 500)
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "own", "completion", "chat"),
     [
@@ -102,7 +127,7 @@ def test_byte_order_marks_and_integral_floats_are_read(folder: Path, rewritten: 
 )
 def test_where_ends_come_from(folder: Path, generation: Any, config: Any, own: Any, completion: Any, chat: Any) -> None:
     write(folder, "generation_config.json", generation)
-    write(folder, "config.json", config | {"vocab_size": 400})
+    write(folder, "config.json", config | {"vocab_size": 400, "max_position_embeddings": 4096})
     write(folder, "tokenizer_config.json", {"eos_token": own})
     text = load(folder)
     assert (text.eos_token_ids, text.chat_eos_token_ids) == (completion, chat)

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from orchestrator.live.text import templates
-from orchestrator.live.text.files import Fields, read_fields
 from orchestrator.live.text.templates import ChatTemplate, TemplateFailed, load_template
+from orchestrator.profiles.fields import Fields, read_fields
 from workers.engines.vocabulary import CHAT_TEMPLATE, write_json, write_tokenizer
 
 TOOLS: list[dict[str, Any]] = [
