@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,18 @@ def test_a_line_of_json_says_when_who_what_and_about_which_request(tmp_path: Pat
     assert line == {
         "level": "debug", "process": "node-0", "logger": "weft.tests", "message": "prefill taken", "request": "abc", "tokens": 5,
     }  # fmt: skip
+
+
+def test_what_libraries_add_to_all_records_is_not_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*arguments: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*arguments)
+        record.__dict__["_library_timestamp_ns"] = 5
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", make)
+    open_log("node-0", LogConfig("info", LogFormat.JSON, str(tmp_path)))
+    log.info("up")
+    assert set(json.loads(written(tmp_path)[0])) == {"time", "level", "process", "logger", "message"}
 
 
 def test_a_line_for_people_and_a_trace_of_what_was_raised(tmp_path: Path) -> None:
