@@ -1,10 +1,12 @@
 """No message reaches gRPC's limit: prompts of megabytes by the dozen, and half a million blocks told to a gateway that is new."""
 
 import asyncio
+import json
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from orchestrator.wire import codec, node_pb2
 from tests.builders import TRUST
 from tests.live.serving import BLOCK_TOKENS, Cluster, Observed, cluster, finish, pool, run, turn
 from workers.engines.checkpoint import default_model_path
+from workers.engines.vocabulary import write_json
 
 NODE = NodeId("both-0")
 BLOCKS = 1 << 19
@@ -34,6 +37,16 @@ def large() -> ClusterConfig:
     engine = replace(small.engine, blocks=BLOCKS, context_tokens_max=PROMPT_TOKENS + 64)
     scheduler = SchedulerConfig(step_tokens_max=PROMPT_TOKENS, sequences_max=16, waiting_max=64)
     return ClusterConfig(pools=(replace(small, engine=engine, scheduler=scheduler),), limits=LimitsConfig(request_s_max=300.0))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint without weights whose contexts are as long as anything here asks for."""
+    for path in default_model_path().glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"max_position_embeddings": 1 << 26})
+    return tmp_path
 
 
 def long_turn(number: int, tokens: int = PROMPT_TOKENS) -> Turn:
@@ -73,9 +86,9 @@ async def another_gateway(wire: Cluster) -> AsyncIterator[tuple[Measuring, Obser
 
 
 @pytest.mark.slow
-def test_a_new_gateway_learns_of_half_a_million_blocks_while_more_come_and_go() -> None:
+def test_a_new_gateway_learns_of_half_a_million_blocks_while_more_come_and_go(model: Path) -> None:
     async def scenario() -> None:
-        async with cluster(large(), default_model_path()) as wire:
+        async with cluster(large(), model) as wire:
             for number in range(8):
                 await finish(wire.driver.start(long_turn(number)))
             async with another_gateway(wire) as (late, observed):
@@ -98,7 +111,7 @@ def test_a_new_gateway_learns_of_half_a_million_blocks_while_more_come_and_go() 
 
 
 @pytest.mark.slow
-def test_more_bytes_of_prompts_than_a_message_takes_go_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_bytes_of_prompts_than_a_message_takes_go_out_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames: list[int] = []
     taken = NodeLink._next_submits
 
@@ -110,7 +123,7 @@ def test_more_bytes_of_prompts_than_a_message_takes_go_out_at_once(monkeypatch: 
     monkeypatch.setattr(NodeLink, "_next_submits", counted)
 
     async def scenario() -> None:
-        async with cluster(large(), default_model_path()) as wire:
+        async with cluster(large(), model) as wire:
             same = long_turn(1, PROMPT_TOKENS // 2)
             streams = [wire.driver.start(same) for _ in range(32)]
             answers = await asyncio.gather(*(finish(stream) for stream in streams))
@@ -121,7 +134,7 @@ def test_more_bytes_of_prompts_than_a_message_takes_go_out_at_once(monkeypatch: 
     run(scenario, 120)
 
 
-def test_a_prompt_that_no_message_takes_is_beyond_the_context() -> None:
+def test_a_prompt_that_no_message_takes_is_beyond_the_context(model: Path) -> None:
     tokens = codec.prompt_tokens_max(BLOCK_TOKENS)
     size = tokens * 4 + tokens // BLOCK_TOKENS * 16
     assert codec.MESSAGE_BYTES_MAX * 0.74 < size <= codec.MESSAGE_BYTES_MAX * 0.75
@@ -129,7 +142,7 @@ def test_a_prompt_that_no_message_takes_is_beyond_the_context() -> None:
     async def scenario() -> None:
         small = pool("both", PoolKind.AGGREGATED)
         endless = replace(small, engine=replace(small.engine, context_tokens_max=1 << 26))
-        async with cluster(ClusterConfig(pools=(endless,)), default_model_path()) as wire:
+        async with cluster(ClusterConfig(pools=(endless,)), model) as wire:
             (view,) = wire.driver._core.nodes
             assert view.spec.context_tokens_max == tokens
 
