@@ -142,6 +142,8 @@ class Gateway:
         if frame.HasField("load"):
             self.load = codec.load_from(frame.load)
         self.draining = frame.draining
+        # From who is behind with reading, a node holds further frames back.
+        self.incoming.put_nowait(node_pb2.GatewayFrame(frames_received=self.hello.frames_received))
         return frame
 
     async def until(self, done: Callable[[], bool]) -> None:
@@ -150,7 +152,8 @@ class Gateway:
 
     def send(self, *submits: node_pb2.Submit, cancels: Sequence[int] = ()) -> None:
         self.hello.frames_sent += 1
-        self.incoming.put_nowait(node_pb2.GatewayFrame(submits=submits, cancels=cancels))
+        read = self.hello.frames_received
+        self.incoming.put_nowait(node_pb2.GatewayFrame(submits=submits, cancels=cancels, frames_received=read))
 
     def submit(self, serial: int, prompt: Sequence[int], output_tokens: int, **more: object) -> node_pb2.Submit:
         tokens = array("I", prompt).tobytes()
@@ -261,7 +264,6 @@ def test_a_load_comes_with_news_and_not_with_tokens_alone() -> None:
             while not gateway.ended:
                 frame = await gateway.next()
                 frames += 1
-                gateway.incoming.put_nowait(node_pb2.GatewayFrame(frames_received=frames))
                 told = bool(frame.first_tokens or frame.ended or frame.kv)
                 # One step in four completes a block; the others have nothing to tell a gateway's core.
                 assert frame.HasField("load") == told
