@@ -18,10 +18,12 @@ def oracle(path: Path) -> Oracle:
     """Load a checkpoint into `transformers`."""
     torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    # An end is a token like any other here: left to itself, `generate` would pass it over to write as many as are asked for.
+    model.generation_config.eos_token_id = None
 
     def generate(prompt: list[int], count: int) -> list[int] | None:
         ids = torch.tensor([prompt])
-        wanted = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        wanted = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         with torch.inference_mode():
             mask = torch.ones_like(ids)
             output = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **wanted)

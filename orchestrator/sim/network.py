@@ -50,6 +50,8 @@ class _Transfer:
     request: RequestId
     #: Prompt tokens that have arrived.
     tokens: int = 0
+    #: When the last of what was put on the link arrives.
+    arrives_s: float = 0.0
 
 
 class Transfers:
@@ -108,16 +110,21 @@ class Transfers:
         transfer = self._exports.get(command.export)
         if transfer is None:
             return
-        size, profile = len(command.blocks) * transfer.reader.block_bytes, transfer.reader.profile
-        begin, end = (transfer.source, "out"), (transfer.reader.id, "in")
-        start_s = max(self._agenda.now, self._free_s.get(begin, 0.0), self._free_s.get(end, 0.0))
-        free_s = start_s + size / profile.fetch_bytes_per_s
-        self._free_s[begin] = self._free_s[end] = free_s
-        latency_s = profile.fetch_latency_s if size else 0.0
-        self._agenda.at(free_s + latency_s, self._deliver, command, size)
+        arrives_s, size = self._agenda.now, len(command.blocks) * transfer.reader.block_bytes
+        if size:
+            profile, begin, end = transfer.reader.profile, (transfer.source, "out"), (transfer.reader.id, "in")
+            start_s = max(arrives_s, self._free_s.get(begin, 0.0), self._free_s.get(end, 0.0))
+            free_s = start_s + size / profile.fetch_bytes_per_s
+            self._free_s[begin] = self._free_s[end] = free_s
+            arrives_s = free_s + profile.fetch_latency_s
+        # An end without blocks needs no link, and does not overtake the blocks before it.
+        transfer.arrives_s = max(arrives_s, transfer.arrives_s)
+        self._agenda.at(transfer.arrives_s, self._deliver, command, size)
 
     def drop(self, node: NodeId) -> None:
-        """Break off everything that a lost node read or was read for."""
+        """Break off everything that a lost node read or was read for; its links are free when it comes back."""
+        for way in ("in", "out"):
+            self._free_s.pop((node, way), None)
         for export, transfer in tuple(self._exports.items()):
             if node in (transfer.reader.id, transfer.source):
                 self._agenda.at(self._agenda.now, self._break_off, export, f"{node} is gone")

@@ -62,7 +62,7 @@ class ExpertMlp:
         both = self._wide_gate_up(rows)
         inner = functional.silu(both[:, :width]).mul_(both[:, width:])
         shares = weights.new_zeros(len(rows), count).scatter_(1, picked, weights).to(inner.dtype)
-        inner.view(len(rows), count, -1).mul_(shares.unsqueeze(-1))
+        inner.view(len(rows), count, self._experts.intermediate).mul_(shares.unsqueeze(-1))
         return self._wide_down.add_to(state, inner)
 
     def _add_sorted(self, state: Tensor, rows: Tensor, weights: Tensor, picked: Tensor) -> Tensor:
