@@ -345,7 +345,9 @@ class World:
         self._exports += 1
         export = ExportId(self._exports)
         self._transfers[export] = Transfer(node, fetch.source, fetch.request)
-        opened = ExportOpened(export, fetch.request, fetch.hashes, fetch.first_block, fetch.tokens, fetch.pending)
+        opened = ExportOpened(
+            export, fetch.request, fetch.hashes, fetch.first_block, fetch.tokens, fetch.pending, fetch.incarnation
+        )
         self.later(HOP_S, self.tell_node, fetch.source, opened)
 
     def _deliver(self, command: SendBlocks) -> None:

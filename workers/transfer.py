@@ -226,7 +226,15 @@ class Exports:
         self._last += 1
         id = ExportId(self._last)
         hashes = codec.hashes_from(request.hashes)
-        opened = ExportOpened(id, RequestId(request.request), hashes, request.first_block, request.tokens, request.pending)
+        opened = ExportOpened(
+            id,
+            RequestId(request.request),
+            hashes,
+            request.first_block,
+            request.tokens,
+            request.pending,
+            request.incarnation if request.HasField("incarnation") else None,
+        )
         export = Export(id, request, stream, self._transports[name], self._block_tokens, self._handle, self._limits)
         self._open[id] = export
         self._handle(opened)
@@ -353,6 +361,7 @@ class Fetches:
             pending=command.pending,
             block_bytes=self._block_bytes,
             transports=names,
+            incarnation=command.incarnation,
         )
 
     async def _take(self, command: Fetch, frame: node_pb2.BlocksFrame, fetch: "_FetchState") -> None:

@@ -78,7 +78,8 @@ class Fetch:
     """Copy a prompt's blocks from a peer into this node's `blocks`, which stand for prompt blocks `first_block` on.
 
     `tokens` of the prompt (from its start) are wanted; the last block may be part filled. `hashes` are all the prompt's.
-    `pending` as in `ExportOpened`. Answered by any number of `FetchProgressed` and ended by exactly one `FetchEnded`.
+    `pending` and `incarnation` (of the source) as in `ExportOpened`. Answered by any number of `FetchProgressed` and ended by
+    exactly one `FetchEnded`.
     """
 
     request: RequestId
@@ -88,6 +89,7 @@ class Fetch:
     blocks: tuple[BlockId, ...]
     tokens: int
     pending: bool
+    incarnation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ class ExportOpened:
 
     `hashes` are the prompt's full-block hashes from its first block on. With `pending` the request itself is, or is about
     to be, computed here: blocks go out as they complete, the unfilled last one too. Without, only what is cached now.
+    `incarnation` is the start of this node that the peer was told of, None if it was told of none.
     """
 
     export: ExportId
@@ -136,6 +137,7 @@ class ExportOpened:
     first_block: int
     tokens: int
     pending: bool
+    incarnation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

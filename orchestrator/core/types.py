@@ -121,6 +121,8 @@ class Assignment:
     source_tokens: int = 0
     #: True when the source is still computing this very request (prefill and decode apart): wait for it as it goes.
     source_pending: bool = False
+    #: Which start of the source is meant: a later one holds nothing of what that held.
+    source_incarnation: int | None = None
     priority: int = 0
     #: Last block of the session's former prompt, if this prompt replaces it: what only that one had is dead.
     superseded: BlockHash | None = None

@@ -154,7 +154,7 @@ class NodeLink:
             self._lost_sources.append(node_pb2.LostSource(request=request, source=source))
             self._wake.set()
         elif submit.source == source:
-            for name in ("source", "source_address", "source_host", "source_tokens", "source_pending"):
+            for name in ("source", "source_address", "source_host", "source_tokens", "source_pending", "source_incarnation"):
                 submit.ClearField(name)
 
     def replay(self, after: int | None) -> None:

@@ -96,7 +96,9 @@ class Transfers:
         export = ExportId(self._serial)
         self._exports[export] = _Transfer(reader, command.source, command.request)
         self._of_request[reader.id, command.request] = export
-        opened = ExportOpened(export, command.request, command.hashes, command.first_block, command.tokens, command.pending)
+        opened = ExportOpened(
+            export, command.request, command.hashes, command.first_block, command.tokens, command.pending, command.incarnation
+        )
         self._network.send(reader.id, command.source, self._open, export, opened)
 
     def stop(self, reader: NodeId, request: RequestId) -> None:

@@ -44,6 +44,7 @@ def test_assignment_survives(role: Role, source: NodeId | None) -> None:
         source=source,
         source_tokens=128 if source else 0,
         source_pending=source is not None,
+        source_incarnation=1_795_815_557_914 if source else None,
         priority=-3,
         tenant=TenantId("team"),
     )

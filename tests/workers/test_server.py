@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from orchestrator.core.config import EngineConfig, PoolConfig
+from orchestrator.core.config import EngineConfig, PoolConfig, SchedulerConfig
 from orchestrator.core.events import StepFailed
 from orchestrator.core.types import CostProfile, GatewayId, NodeId, PoolKind, StepId, request_id
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
@@ -29,10 +29,15 @@ def model_dir() -> Path:
 
 
 @asynccontextmanager
-async def serving(model_dir: Path, step_s: float = 0.0) -> AsyncIterator[tuple[NodeServer, grpc.aio.Channel]]:
+async def serving(
+    model_dir: Path, step_s: float = 0.0, scheduler: SchedulerConfig | None = None
+) -> AsyncIterator[tuple[NodeServer, grpc.aio.Channel]]:
     engine = EngineConfig(name="profiled", blocks=64, block_tokens=16)
     profile = CostProfile(step_s=step_s)
-    pool = PoolConfig("many", PoolKind.AGGREGATED, nodes=2, nodes_per_process=2, engine=engine, profile=profile)
+    scheduler = scheduler or SchedulerConfig()
+    pool = PoolConfig(
+        "many", PoolKind.AGGREGATED, nodes=2, nodes_per_process=2, engine=engine, profile=profile, scheduler=scheduler
+    )
     server = NodeServer(pool, NODES, 3, model_dir, TRUST)
     address = await server.start()
     try:
@@ -84,6 +89,23 @@ def test_an_unknown_node_is_not_found(model_dir: Path) -> None:
                 await connect(channel, "few-0").read()
             assert error.value.code() is grpc.StatusCode.NOT_FOUND
             assert error.value.details() == "no node 'few-0' here; there are: many-0, many-1"
+
+    run(scenario)
+
+
+def test_who_reads_from_a_node_that_was_started_anew_is_told_at_once_that_nothing_is_there(model_dir: Path) -> None:
+    async def scenario() -> None:
+        # Whoever means this start would wait for the request that is to be computed here.
+        async with serving(model_dir, scheduler=SchedulerConfig(fetch_wait_s_max=1000.0)) as (server, channel):
+            size = server.drivers[NODES[0]].spec.block_bytes
+            request = node_pb2.FetchRequest(
+                request=1, hashes=bytes(16), tokens=16, pending=True, block_bytes=size, transports=["shm"], incarnation=2
+            )
+            call = node_pb2_grpc.NodeStub(channel).Fetch(metadata=TRUST.metadata(Caller.PEER, NODES[0]))
+            await call.write(node_pb2.FetchFrame(request=request))
+            assert await call.read() == node_pb2.BlocksFrame(final=True)
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
 
     run(scenario)
 

@@ -154,7 +154,7 @@ async def pair(names: list[str], visible: bool = True, limits: TransferLimits | 
 
 def fetch(blocks: tuple[int, ...] = (9, 10, 3, 4), first_block: int = 1, tokens: int = 18) -> Fetch:
     targets = tuple(BlockId(block) for block in blocks)
-    return Fetch(REQUEST, SOURCE, HASHES, first_block, targets, tokens, pending=True)
+    return Fetch(REQUEST, SOURCE, HASHES, first_block, targets, tokens, pending=True, incarnation=1_795_815_557_914)
 
 
 def send(export: ExportId, blocks: tuple[int, ...], tokens: int, final: bool = False, computed: int = 0) -> SendBlocks:
@@ -172,7 +172,7 @@ def test_blocks_arrive_in_order_and_are_acknowledged(name: str, visible: bool) -
         async with pair([name], visible) as both:
             both.target.fetches.start(fetch(), both.address, HOST)
             opened = await both.source.next()
-            assert opened == ExportOpened(ExportId(1), REQUEST, HASHES, 1, 18, True)
+            assert opened == ExportOpened(ExportId(1), REQUEST, HASHES, 1, 18, True, 1_795_815_557_914)
             both.source.exports.send(send(ExportId(1), (5, 6, 7), 16))
             # The three blocks after the first one are there: 16 tokens without a hole.
             assert await both.target.next() == FetchProgressed(REQUEST, 16)

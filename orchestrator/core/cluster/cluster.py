@@ -328,12 +328,13 @@ class Cluster:
         room = generate.context_tokens_max - request.prompt_tokens
         output_tokens_max = min(request.output_tokens_max, room)
         assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
-        source, source_tokens = placement.source, placement.source_tokens
+        source = self._members[placement.source].spec if placement.source is not None else None
+        source_tokens = placement.source_tokens
         parts: list[Assign] = []
         if prefill is not None:
             part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, pending=False)
             parts.append(Assign(prefill.spec.id, part, placement.scores))
-            source, source_tokens = prefill.spec.id, request.prompt_tokens
+            source, source_tokens = prefill.spec, request.prompt_tokens
         apart = prefill is not None
         part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, pending=apart)
         parts.append(Assign(generate.spec.id, part, placement.scores))
@@ -611,7 +612,7 @@ def _part(
     request: Request,
     role: Role,
     output_tokens_max: int,
-    source: NodeId | None,
+    source: NodeSpec | None,
     source_tokens: int,
     superseded: BlockHash | None,
     *,
@@ -623,9 +624,10 @@ def _part(
         prompt_tokens=request.prompt_tokens,
         hashes=request.hashes,
         output_tokens_max=output_tokens_max,
-        source=source,
+        source=source.id if source is not None else None,
         source_tokens=source_tokens,
         source_pending=pending,
+        source_incarnation=source.incarnation if source is not None else None,
         priority=request.priority,
         superseded=superseded,
         name=request.name,

@@ -257,8 +257,18 @@ class Node:
         tokens = sequence.fetch_tokens(first_block)
         end = -(-tokens // self.spec.block_tokens)
         blocks = tuple(sequence.table[first_block:end])
-        pending = assignment.source_pending
-        self._commands.append(Fetch(sequence.request, assignment.source, assignment.hashes, first_block, blocks, tokens, pending))
+        self._commands.append(
+            Fetch(
+                sequence.request,
+                assignment.source,
+                assignment.hashes,
+                first_block,
+                blocks,
+                tokens,
+                assignment.source_pending,
+                assignment.source_incarnation,
+            )
+        )
         sequence.heard_at = self._now
         self._await_source(sequence)
 
@@ -414,8 +424,12 @@ class Node:
     # --- exports ----------------------------------------------------------------------------------------------------------
 
     def _on_export_opened(self, event: ExportOpened) -> None:
-        """Send what is cached, or follow a request that is computed here or soon will be."""
-        if len(self._exports) >= EXPORTS_MAX:
+        """Send what is cached, or follow a request that is computed here or soon will be.
+
+        A peer that means a former start of this node gets nothing: what it waits for is gone, and will not be computed here.
+        """
+        former = event.incarnation not in (None, self.spec.incarnation)
+        if former or len(self._exports) >= EXPORTS_MAX:
             self._commands.append(SendBlocks(event.export, (), 0, final=True))
             return
         assert event.export not in self._exports, f"export {event.export} is open already"

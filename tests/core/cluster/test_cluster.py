@@ -66,7 +66,8 @@ DEADLINE = RequestTimer(RequestId(1))
 
 
 def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, **changes: Any) -> Assignment:
-    """Return what a node is given to generate 8 tokens."""
+    """Return what a node is given to generate 8 tokens; sources are at their first start."""
+    changes.setdefault("source_incarnation", 1 if "source" in changes else None)
     part = Assignment(RequestId(request), Role.GENERATE, tokens, prompt_hashes(prompt), 8, tenant=TenantId("t"))
     return replace(part, **changes)
 
@@ -129,6 +130,13 @@ def test_each_model_has_its_own_nodes(make_cluster: MakeCluster) -> None:
 
 
 # --- prefill and decode apart -----------------------------------------------------------------------------------------
+
+
+def test_who_reads_is_told_which_start_of_the_source_is_meant(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0", router=APART)
+    cluster.handle(NodeJoined(spec_of("p0", incarnation=7)), 0.0)
+    parts = [command.assignment for command in cluster.handle(arrived(), 0.0) if isinstance(command, Assign)]
+    assert [(part.source, part.source_incarnation) for part in parts] == [(None, None), (P0, 7)]
 
 
 def test_the_prompt_is_computed_on_one_node_and_fetched_by_the_other(make_cluster: MakeCluster) -> None:

@@ -291,6 +291,23 @@ def test_an_export_of_cached_blocks_starts_where_the_peer_wants(make_node: MakeN
     assert node.load().blocks_used == 2  # the one sent, and the one before it, which must not be evicted first
 
 
+def test_who_means_a_former_start_of_the_node_gets_nothing_and_is_told_so_at_once(make_node: MakeNode) -> None:
+    node = make_node(incarnation=2)
+    feed(node, Assigned(assignment(1, "ab", output_tokens_max=1)), finished(1, token(1)))
+    for pending in (True, False):
+        assert feed(node, ExportOpened(E1, R2, (A, AB), 0, 8, pending, incarnation=1)) == [SendBlocks(E1, (), 0, final=True)]
+    assert feed(node, ExportClosed(E1)) == []
+    assert feed(node, ExportOpened(E2, R2, (A, AB), 0, 8, False, incarnation=2)) == [SendBlocks(E2, blocks(0, 1), 8, True)]
+
+
+def test_a_fetch_says_which_start_of_its_source_is_meant(make_node: MakeNode) -> None:
+    node = make_node()
+    given = assignment(1, source=PEER, source_tokens=9, source_incarnation=7)
+    [fetch, _] = feed(node, Assigned(given))
+    assert isinstance(fetch, Fetch)
+    assert fetch.incarnation == 7
+
+
 def test_more_exports_than_allowed_are_answered_with_nothing(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_module, "EXPORTS_MAX", 0)
     node = make_node()
