@@ -17,6 +17,7 @@ import numpy as np
 from orchestrator.core.blocks import HASH_BYTES, extend_hashes
 from orchestrator.core.commands import (
     ClearTimer,
+    DropGateway,
     Fetch,
     Forget,
     NodeCommand,
@@ -34,6 +35,7 @@ from orchestrator.core.events import (
     Cancelled,
     DrainRequested,
     Ended,
+    GatewayHeard,
     GatewayLost,
     NodeEvent,
     ReplayRequested,
@@ -43,6 +45,7 @@ from orchestrator.core.events import (
     StepFinished,
 )
 from orchestrator.core.node.node import Node
+from orchestrator.core.silence import HEARTBEATS
 from orchestrator.core.timers import NodeTimer
 from orchestrator.core.types import (
     Assignment,
@@ -222,6 +225,11 @@ class NodeDriver:
                 self._fetches.stop(request)
             case SendBlocks():
                 self._exports.send(command)
+            case DropGateway(gateway):
+                outbox = self._outboxes.get(gateway)
+                if outbox is not None:
+                    log.warning("node %s has heard nothing of gateway %d for too long", self.spec.id, gateway)
+                    self._loop.call_soon(self._drop, outbox)
             case SetTimer(key, at):
                 self._timers.set(key, at)
             case ClearTimer(key):
@@ -339,7 +347,14 @@ class NodeDriver:
             outbox.grace = None
         outbox.stream = asyncio.current_task()
         outbox.start_beating(hello.heartbeat_s)
+        self._hear(outbox)
         return outbox, resumed
+
+    def _hear(self, outbox: Outbox) -> None:
+        """Let the core know of a gateway's sign of life, if it promised any; not of each frame."""
+        if outbox.heartbeat_s > 0.0 and self._loop.time() >= outbox.hear_at:
+            outbox.hear_at = self._loop.time() + outbox.heartbeat_s / 2
+            self.handle(GatewayHeard(outbox.gateway, HEARTBEATS * outbox.heartbeat_s))
 
     def _detach(self, outbox: Outbox) -> None:
         """A stream ended: unless another took its place, the gateway has a while to come back."""
@@ -383,6 +398,7 @@ class NodeDriver:
         return outbox.take(self._core.load() if tells else None, self._draining, self._refused_calls)
 
     def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
+        self._hear(outbox)
         outbox.frames_read = frame.frames_received
         if outbox.pending:
             self._wake_in_time(outbox)
@@ -466,7 +482,7 @@ class NodeDriver:
         stale, news = False, self._core.news
         for outbox in tuple(self._outboxes.values()):
             if outbox.unsent > self._limits.unsent_max:
-                self._loop.call_soon(self._drop_slow, outbox)
+                self._loop.call_soon(self._drop, outbox)
             elif outbox.pending:
                 self._wake_in_time(outbox)
             elif outbox.news_told != news:
@@ -489,7 +505,7 @@ class NodeDriver:
         elif outbox.timer is None:
             outbox.timer = self._loop.call_later(wait_s, outbox.wake)
 
-    def _drop_slow(self, outbox: Outbox) -> None:
+    def _drop(self, outbox: Outbox) -> None:
         if self._outboxes.get(outbox.gateway) is outbox:
             self._lose(outbox)
 

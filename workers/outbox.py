@@ -25,7 +25,7 @@ class Outbox:
     __slots__ = (
         "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_logprobs", "_moves", "_pages", "_sealed",
         "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received", "frames_sent", "gateway",
-        "grace", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
+        "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -43,6 +43,9 @@ class Outbox:
         #: When the next frame may go out that is not urgent, and what wakes the writer then.
         self.due = 0.0
         self.timer: asyncio.TimerHandle | None = None
+        #: Seconds between two signs of life, of either end; 0: none are given. And when the core may hear of the gateway's next.
+        self.heartbeat_s = 0.0
+        self.hear_at = 0.0
         #: Sees that a frame goes out at least every other time it fires; and the frames that had gone when it last did.
         self._beat: asyncio.TimerHandle | None = None
         self._frames_at_beat = 0
@@ -143,19 +146,19 @@ class Outbox:
         """Have a frame sent whenever none has been for so long; 0 for never."""
         self.stop_beating()
         if heartbeat_s > 0:
-            loop = asyncio.get_running_loop()
-            self._beat = loop.call_later(max(heartbeat_s, HEARTBEAT_S_MIN), self._on_beat, heartbeat_s)
+            self.heartbeat_s = max(heartbeat_s, HEARTBEAT_S_MIN)
+            self._beat = asyncio.get_running_loop().call_later(self.heartbeat_s, self._on_beat)
 
     def stop_beating(self) -> None:
         if self._beat is not None:
             self._beat.cancel()
             self._beat = None
 
-    def _on_beat(self, heartbeat_s: float) -> None:
+    def _on_beat(self) -> None:
         if self.frames_sent == self._frames_at_beat:
             self.wake()
         self._frames_at_beat = self.frames_sent
-        self.start_beating(heartbeat_s)
+        self.start_beating(self.heartbeat_s)
 
     async def awake(self) -> None:
         """Wait for `wake`."""

@@ -136,6 +136,13 @@ class ReportEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class DropGateway:
+    """End the stream of a gateway that hangs: its requests have ended here, and it must learn so if it wakes. Nothing answers."""
+
+    gateway: GatewayId
+
+
+@dataclass(frozen=True, slots=True)
 class PublishKv:
     """Tell gateways what changed in the holdings: all of them, or one that asked for a replay."""
 
@@ -152,6 +159,7 @@ NodeCommand = (
     | ReportFirstToken
     | ReportEnded
     | PublishKv
+    | DropGateway
     | SetTimer[NodeTimer]
     | ClearTimer[NodeTimer]
 )

@@ -58,6 +58,14 @@ class SourceLost:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayHeard:
+    """A gateway gave a sign of life; it gives several in `lost_s` seconds, and has nobody who waits once it has given none."""
+
+    gateway: GatewayId
+    lost_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayLost:
     """A gateway's stream ended and did not come back in time; nobody waits for its requests."""
 
@@ -172,6 +180,7 @@ NodeEvent = (
     Assigned
     | Cancelled
     | SourceLost
+    | GatewayHeard
     | GatewayLost
     | StepFinished
     | StepFailed

@@ -6,7 +6,7 @@ The text of a key, `kind:about`, is what journals hold; `cluster_timer` and `nod
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from orchestrator.core.types import ExportId, NodeId, RequestId
+from orchestrator.core.types import ExportId, GatewayId, NodeId, RequestId
 
 #: The timers of one machine.
 TimerKey = TypeVar("TimerKey")
@@ -96,7 +96,17 @@ class ExportTimer(Timer):
         return f"export:{self.export}"
 
 
-NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer
+@dataclass(frozen=True, slots=True, repr=False)
+class GatewayTimer(Timer):
+    """It is time to see whether a gateway was heard."""
+
+    gateway: GatewayId
+
+    def __str__(self) -> str:
+        return f"gateway:{self.gateway}"
+
+
+NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer | GatewayTimer
 
 
 def node_timer(text: str) -> NodeTimer:
@@ -109,6 +119,8 @@ def node_timer(text: str) -> NodeTimer:
             return FetchTimer(RequestId(_number(about, text)))
         case "export":
             return ExportTimer(ExportId(_number(about, text)))
+        case "gateway":
+            return GatewayTimer(GatewayId(_number(about, text)))
         case _:
             raise UnknownTimer(f"a node has no timer {text!r}")
 

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from orchestrator.core.silence import HEARTBEATS, Silence
 from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
@@ -29,10 +30,6 @@ RETRY_S_MIN = 0.05
 RETRY_S_MAX = 1.0
 #: Seconds a node has to answer Hello.
 WELCOME_S_MAX = 5.0
-#: Frames that a node sends within `lost_s` at least, and looks that the gateway takes at it in that time. A frame may come two
-#: heartbeats after the one before, and the machine may be busy.
-HEARTBEATS = 6
-LOOKS = 3
 
 
 class Call(Protocol):
@@ -70,39 +67,24 @@ class NodeSink(Protocol):
 
 
 class Watch:
-    """Ends the reading of a stream on which nothing has come for `lost_s`, a third of it later at most.
-
-    A gateway that stood still itself must not take that for its nodes' silence: a look that comes late counts as a frame.
-    """
+    """Ends the reading of a stream on which nothing has come for `lost_s`, a third of it later at most."""
 
     def __init__(self, reading: asyncio.Timeout, lost_s: float) -> None:
-        #: Set with each frame.
-        self.heard = True
-        self._reading = reading
-        self._interval_s = lost_s / LOOKS
         self._loop = asyncio.get_running_loop()
-        self._silent_looks = 0
-        self._look_later()
+        self._reading = reading
+        self.silence = Silence(lost_s, self._loop.time())
+        self._timer = self._loop.call_at(self.silence.look_at, self._look)
 
     def close(self) -> None:
         """Look no more."""
         self._timer.cancel()
 
-    def _look_later(self) -> None:
-        self._due_s = self._loop.time() + self._interval_s
-        self._timer = self._loop.call_at(self._due_s, self._look)
-
     def _look(self) -> None:
         now = self._loop.time()
-        if self.heard or now - self._due_s > self._interval_s:
-            self._silent_looks = 0
-        else:
-            self._silent_looks += 1
-        self.heard = False
-        if self._silent_looks >= LOOKS:
+        if self.silence.look(now):
             self._reading.reschedule(now)
         else:
-            self._look_later()
+            self._timer = self._loop.call_at(self.silence.look_at, self._look)
 
 
 class NodeLink:
@@ -125,8 +107,9 @@ class NodeLink:
         self._cancels: list[RequestId] = []
         self._lost_sources: list[node_pb2.LostSource] = []
         self._replay: node_pb2.Replay | None = None
-        #: Frames that the node knows were read.
+        #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
+        self._told_s = 0.0
         self._wake = asyncio.Event()
         self._away: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -238,7 +221,7 @@ class NodeLink:
                 watch = Watch(reading, self._lost_s)
                 try:
                     while isinstance(frame := await call.read(), node_pb2.NodeFrame):
-                        watch.heard = True
+                        watch.silence.heard()
                         self._hello.frames_received += 1
                         self._on_frame(frame)
                         if self._must_tell:
@@ -282,8 +265,13 @@ class NodeLink:
 
     @property
     def _must_tell(self) -> bool:
-        """Whether the node must hear that its frames were read, or it stops sending. Else that goes along with the next frame."""
-        return self._hello.frames_received - self._frames_told >= codec.FRAMES_UNREAD_MAX // 2
+        """Whether the node must hear that its frames were read, or it stops sending, or takes this gateway for hung.
+
+        Else that goes along with the next frame.
+        """
+        unread = self._hello.frames_received - self._frames_told
+        silent_s = asyncio.get_running_loop().time() - self._told_s
+        return unread >= codec.FRAMES_UNREAD_MAX // 2 or (unread > 0 and silent_s >= self._hello.heartbeat_s)
 
     async def _write(self, call: Call) -> None:
         self._frames_told = self._hello.frames_received
@@ -304,6 +292,7 @@ class NodeLink:
                 self._lost_sources.clear()
                 self._replay = None
                 self._hello.frames_sent += counts
+                self._told_s = asyncio.get_running_loop().time()
                 await call.write(frame)
 
     def _next_submits(self) -> list[node_pb2.Submit]:

@@ -24,6 +24,8 @@ class Faults:
     restart_s: float = 5.0
     #: Nodes that stand still and keep their connections, until they are found hung (`hung_s`) and started anew in `restart_s`.
     hangs: int = 0
+    #: Gateways that do so. Their clients wait until they are killed, and go to others while they are away.
+    gateway_hangs: int = 0
     #: Chance that a message between gateway and node, or between nodes, is late, and by how many seconds at most.
     late_share: float = 0.0
     late_s_max: float = 0.5
@@ -43,6 +45,6 @@ class Faults:
             value = getattr(self, item.name)
             require(value >= 0, item.name, f"must be 0 or more, is {value:g}")
             require(not item.name.endswith("_share") or value <= 1, item.name, f"must be a share, 1 at most, is {value:g}")
-        for name in ("crashes", "hangs", "slow_nodes"):
+        for name in ("crashes", "hangs", "gateway_hangs", "slow_nodes"):
             require(getattr(self, name) <= COUNT_MAX, name, f"must be at most {COUNT_MAX}, is {getattr(self, name)}")
         require(self.slowness >= 1, "slowness", f"must be 1 or more, is {self.slowness:g}")

@@ -26,6 +26,7 @@ from orchestrator.core.commands import (
     ClearTimer,
     ClusterCommand,
     Complete,
+    DropGateway,
     Fetch,
     Forget,
     NodeCommand,
@@ -48,6 +49,8 @@ from orchestrator.core.events import (
     ClusterEvent,
     Ended,
     FirstToken,
+    GatewayHeard,
+    GatewayLost,
     NodeEvent,
     NodeJoined,
     NodeLost,
@@ -153,6 +156,9 @@ class World:
         self.uses: dict[PoolName, PoolUse] = {}
         self.gaps_s = Distribution()
         self._incarnations: dict[NodeId, int] = {}
+        #: Gateways that stand still, and those of them that were killed and are not back.
+        self._hung: dict[GatewayId, None] = {}
+        self._away: dict[GatewayId, None] = {}
         #: How many times as long the steps of slow nodes take.
         self._slowness: dict[NodeId, float] = {}
         self._network = Network(self.agenda, options.hop_s, options.faults, self._random)
@@ -280,7 +286,7 @@ class World:
     def _arrive(self, turn: TracedTurn) -> None:
         """Let a client send its turn."""
         session, model = SessionId(f"{turn.session}/{turn.agent}"), self._model_of(turn)
-        gateway = owner_of(session, map(GatewayId, range(len(self.clusters))))
+        gateway = owner_of(session, [one for one in self.clusters if one not in self._away] or self.clusters)
         self._requests += 1
         request = request_id(gateway, self._requests)
         served = Served(turn, self.agenda.now)
@@ -301,10 +307,17 @@ class World:
         )
         if fits and model in self._futures:
             self._futures[model].passed(turn)
-        self.agenda.at(self.agenda.now + self._options.request_s, self._tell_cluster, gateway, RequestArrived(asked))
+        self.agenda.at(self.agenda.now + self._options.request_s, self._ask, gateway, asked)
         faults = self._options.faults
         if faults is not None and self.agenda.now < faults.until_s and self._random.random() < faults.abandoned_share:
             self.agenda.at(self.agenda.now + self._random.uniform(0.0, faults.abandoned_s_max), self._abandon, request)
+
+    def _ask(self, gateway: GatewayId, asked: Request) -> None:
+        """Let a request reach its gateway, unless its client knows by now that this is gone."""
+        if gateway in self._away and asked.id in self.visits:
+            self._end(asked.id, "no gateway answers")
+        elif asked.id in self.visits:
+            self._tell_cluster(gateway, RequestArrived(asked))
 
     def _model_of(self, turn: TracedTurn) -> ModelName:
         """Return the model that a turn goes to: the one that answers to the recorded name, else the cluster's first."""
@@ -333,6 +346,8 @@ class World:
     # --- gateways -----------------------------------------------------------------------------------------------------
 
     def _tell_cluster(self, gateway: GatewayId, event: ClusterEvent) -> None:
+        if gateway in self._hung:
+            return
         self._cluster_events += 1
         commands = self.clusters[gateway].handle(event, self.agenda.now)
         if self._options.digest:
@@ -374,8 +389,8 @@ class World:
                 assert_never(command)
 
     def _on_report(self, gateway: GatewayId, report: NodeReported, incarnation: int) -> None:
-        """Take a node's frame in, unless it is from before a crash."""
-        if self._incarnations[report.node] != incarnation:
+        """Take a node's frame in, unless it is from before a crash, or nobody reads it."""
+        if self._incarnations[report.node] != incarnation or gateway in self._hung:
             return
         for first in report.first_tokens:
             visit = self.visits.get(first.request)
@@ -463,6 +478,8 @@ class World:
                     self._timers.set(machine.spec.id, key, fires_at, self._tell_node, machine.spec.id, TimerFired(key))
                 case ClearTimer(key):
                     self._timers.clear(machine.spec.id, key)
+                case DropGateway():
+                    pass  # a killed gateway's stream: the next start has another
                 case Fetch():
                     self.transfers.start(machine.spec, command)
                 case SendBlocks():
@@ -511,6 +528,9 @@ class World:
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._crash, self._random.choice(nodes), faults)
         for _ in range(faults.hangs):
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._hang, self._random.choice(nodes), faults)
+        for _ in range(faults.gateway_hangs):
+            gateway = self._random.choice(list(self.clusters))
+            self.agenda.at(self._random.uniform(0.0, faults.until_s), self._hang_gateway, gateway, faults)
         for node in self._random.sample(nodes, min(faults.slow_nodes, len(nodes))):
             self._slowness[node] = faults.slowness
             self.machines[node].set_slowness(faults.slowness)
@@ -549,6 +569,34 @@ class World:
         for gateway in self.clusters:
             self.agenda.at(lost_at, self._lose, gateway, node, self._incarnations[node])
         return True
+
+    def _hang_gateway(self, gateway: GatewayId, faults: Faults) -> None:
+        """Let a gateway stand still until it is killed: nodes notice that nothing comes of it any more."""
+        if gateway in self._hung:
+            return
+        self._hung[gateway] = None
+        self._timers.drop(gateway)
+        for node in self.machines:
+            heard = GatewayHeard(gateway, self._config.cluster.node_lost_s)
+            self._network.send(gateway, node, self._tell_node, node, heard)
+        killed_at = self.agenda.now + self._config.cluster.hung_s
+        self.agenda.at(killed_at, self._kill_gateway, gateway)
+        self.agenda.at(killed_at + faults.restart_s, self._restart_gateway, gateway)
+
+    def _kill_gateway(self, gateway: GatewayId) -> None:
+        """End the connections of a gateway's clients."""
+        self._away[gateway] = None
+        for request in [request for request, visit in self.visits.items() if visit.gateway == gateway]:
+            self._end(request, "its gateway was lost")
+
+    def _restart_gateway(self, gateway: GatewayId) -> None:
+        """Start a gateway anew, which knows nothing; nodes end what they still have of the former one."""
+        del self._hung[gateway], self._away[gateway]
+        self.clusters[gateway] = Cluster(gateway, self._config)
+        for node, machine in self.machines.items():
+            self._network.send(gateway, node, self._tell_node, node, GatewayLost(gateway))
+            if machine.alive:
+                self._tell_cluster(gateway, NodeJoined(machine.spec))
 
     def _lose(self, gateway: GatewayId, node: NodeId, incarnation: int) -> None:
         """Let a gateway give a node up, unless it is back by now."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.core.events import GatewayHeard, NodeEvent
 from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, RequestId, request_id
 from orchestrator.live.links import NodeLink
 from orchestrator.wire import node_pb2
@@ -274,6 +275,28 @@ def test_a_node_that_reads_from_a_source_which_says_nothing_computes_when_told_t
                 await wire.sink.until_ended()
             assert wire.sink.ended == ["length"]
             assert len(wire.sink.tokens) == 3
+
+    run(scenario)
+
+
+def test_a_gateway_that_has_nothing_to_say_gives_signs_of_life(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with linked(model_dir, lost_s=0.3) as wire:
+            await wire.sink.until("joined 7")
+            driver = wire.server.drivers[NODE]
+            heard: list[GatewayHeard] = []
+            handle = driver.handle
+
+            def listen(event: NodeEvent) -> None:
+                heard.extend([event] if isinstance(event, GatewayHeard) else [])
+                wire.sink.changed.set()
+                handle(event)
+
+            driver.handle = listen  # type: ignore[method-assign]
+            while len(heard) < 2:
+                await wire.sink.change()
+            assert {event.gateway for event in heard} == {GATEWAY}
+            assert wire.sink.story == ["joined 7"]
 
     run(scenario)
 

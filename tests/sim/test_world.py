@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.core.commands import ReportEnded
 from orchestrator.core.config import CachePolicy, ModelConfig, RouterPolicy
-from orchestrator.core.types import NodeId, PoolKind
+from orchestrator.core.types import GatewayId, NodeId, PoolKind
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.agenda import Timers
 from orchestrator.sim.checks import Stuck
@@ -152,7 +152,7 @@ def assert_nothing_outlives_its_faults(seed: int, layout: dict[PoolKind, int]) -
     faults = Faults(
         until_s=10.0, crashes=random.randint(0, 5), hangs=random.randint(1, 3), restart_s=random.choice((0.5, 2.0, 8.0)),
         slow_nodes=random.randint(0, 2),
-        late_share=random.choice((0.0, 0.1)), slowness=6.0,
+        late_share=random.choice((0.0, 0.1)), slowness=6.0, gateway_hangs=random.choice((0, 0, 1, 2)),
     )  # fmt: skip
     resolved = cluster(layout, gateways=random.randint(1, 2), blocks=random.choice((300, 512)))
     outcome = World(resolved, agents(5, 3, seed), WorldOptions(seed=seed, checks=True, faults=faults)).run()
@@ -173,6 +173,33 @@ def test_nothing_outlives_the_faults(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3, 203))
 def test_nothing_outlives_the_faults_over_many_seeds(seed: int) -> None:
     assert_nothing_outlives_its_faults(seed, (APART, TOGETHER)[seed % 4 == 0])
+
+
+def test_nodes_end_what_they_compute_for_a_gateway_that_hangs() -> None:
+    # One answer takes a minute; its gateway stands still meanwhile, and is killed and back long before that.
+    turn = TracedTurn(0, "s0", "main", 1.0, (), 0.0, 64, 12_000, 16, ((0, 4),))
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=2000)
+    world = World(resolved, [turn], WorldOptions(checks=True, faults=Faults(until_s=0.0)))
+    hung_at, lost_s = 2.0, resolved.config.cluster.node_lost_s
+    busy: list[bool] = []
+    [machine] = world.machines.values()
+    world.agenda.at(hung_at, world._hang_gateway, GatewayId(0), Faults(until_s=0.0, restart_s=30.0))
+    for after_s in (lost_s - 0.1, lost_s * 4 / 3 + 0.1):
+        world.agenda.at(hung_at + after_s, lambda: busy.append(machine.node.load().running > 0))
+    served = world.run().served[0]
+    assert busy == [True, False]
+    assert served.failure == "its gateway was lost"
+    assert served.ended_s == hung_at + resolved.config.cluster.hung_s
+
+
+def test_clients_of_a_gateway_that_was_killed_go_to_another_and_come_back() -> None:
+    trace = agents(6, 4, seed=4)
+    world = World(cluster(TOGETHER, gateways=2), trace, WorldOptions(checks=True, faults=Faults(until_s=0.0)))
+    world.agenda.at(3.0, world._hang_gateway, GatewayId(0), Faults(until_s=0.0, restart_s=5.0))
+    outcome = world.run()
+    failed = [served for served in outcome.served if not served.completed]
+    assert {served.failure for served in failed} == {"its gateway was lost"}
+    assert any(served.completed for served in outcome.served if served.arrived_s > 8.0)
 
 
 def test_a_fetch_towards_a_node_that_stopped_before_it_was_asked_ends_when_that_is_lost() -> None:

@@ -16,6 +16,7 @@ from orchestrator.core.timers import (
     ClusterTimer,
     ExportTimer,
     FetchTimer,
+    GatewayTimer,
     HoldTimer,
     NodeTimer,
     ReplayTimer,
@@ -169,7 +170,9 @@ def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:
     assert cluster_timer(str(timer)) == timer
 
 
-@pytest.mark.parametrize("timer", [HoldTimer(RequestId(5)), FetchTimer(RequestId(5)), ExportTimer(ExportId(5))])
+@pytest.mark.parametrize(
+    "timer", [HoldTimer(RequestId(5)), FetchTimer(RequestId(5)), ExportTimer(ExportId(5)), GatewayTimer(GatewayId(5))]
+)
 def test_the_text_of_a_nodes_timer_names_it(timer: NodeTimer) -> None:
     assert node_timer(str(timer)) == timer
 

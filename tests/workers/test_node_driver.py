@@ -532,7 +532,8 @@ def test_a_gateway_that_lost_something_starts_anew(change: str) -> None:
             await gateway.hang_up()
             again = Gateway(driver, GATEWAY)
             again.hello.CopyFrom(gateway.hello)
-            setattr(again.hello, change, getattr(again.hello, change) + 1)
+            # More than the frames that may have been on their way.
+            setattr(again.hello, change, getattr(again.hello, change) + 1000)
             assert not (await again.open()).resumed
             await again.until(lambda: _empty(again.load))
             assert again.tokens == {}
@@ -550,6 +551,28 @@ def test_a_gateway_that_stays_away_is_lost() -> None:
             await gateway.hang_up()
             await eventually(lambda: not engine.counts)
             assert _empty(driver.load)
+
+    run(scenario)
+
+
+def test_a_gateway_that_hangs_is_lost_and_one_that_answers_is_not() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, _):
+            hung, well = Gateway(driver, GATEWAY), Gateway(driver, OTHER)
+            for gateway in (hung, well):
+                gateway.hello.heartbeat_s = 0.02
+                await gateway.open()
+                # Held for a decode node for half a minute.
+                submit = gateway.submit(1, [gateway.id] * 6, 1)
+                submit.role = node_pb2.ROLE_PREFILL
+                gateway.send(submit)
+                await gateway.until(lambda gateway=gateway: bool(gateway.ended))
+            assert driver.load.blocks_used == 4
+            while not hung.task.done():
+                await well.next()
+                well.incoming.put_nowait(node_pb2.GatewayFrame(frames_received=well.hello.frames_received))
+            assert driver.load.blocks_used == 2
+            assert not well.task.done()
 
     run(scenario)
 

@@ -8,6 +8,10 @@ What happens to a request here, by role:
     a fetch   Fetch, SetTimer(fetch) .. the source was silent for too long, SourceLost or Cancelled: ClearTimer, StopFetch
               .. FetchEnded: what did not come is computed here
 
+to a gateway that promised signs of life:
+
+    GatewayHeard, SetTimer .. GatewayHeard .. TimerFired, SetTimer .. it was silent for too long: its requests end, DropGateway
+
 and to an export (a peer reading blocks):
 
     pending   ExportOpened .. [SetTimer until the request is assigned] .. SendBlocks as blocks complete .. SendBlocks(final)
@@ -25,6 +29,7 @@ from typing import assert_never
 
 from orchestrator.core.commands import (
     ClearTimer,
+    DropGateway,
     Fetch,
     Forget,
     NodeCommand,
@@ -48,6 +53,7 @@ from orchestrator.core.events import (
     FetchEnded,
     FetchProgressed,
     FirstToken,
+    GatewayHeard,
     GatewayLost,
     NodeEvent,
     ReplayRequested,
@@ -59,7 +65,8 @@ from orchestrator.core.events import (
 from orchestrator.core.node.kvpool import BlockPool, Hold, KvJournal
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
-from orchestrator.core.timers import ExportTimer, FetchTimer, HoldTimer, NodeTimer
+from orchestrator.core.silence import Silence
+from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, NodeTimer
 from orchestrator.core.types import (
     Assignment,
     BlockId,
@@ -119,6 +126,8 @@ class Node:
         self._exports: dict[ExportId, Export] = {}
         #: The pending ones that are not final, by the request they read.
         self._readers: dict[RequestId, list[Export]] = {}
+        #: The gateways that promised signs of life.
+        self._silences: dict[GatewayId, Silence] = {}
         #: Those that are set.
         self._timers: set[NodeTimer] = set()
         self._draining = False
@@ -155,6 +164,8 @@ class Node:
                 self._on_step_failed(event)
             case SourceLost():
                 self._on_source_lost(event)
+            case GatewayHeard():
+                self._on_gateway_heard(event)
             case GatewayLost():
                 self._on_gateway_lost(event.gateway)
             case ReplayRequested():
@@ -288,9 +299,37 @@ class Node:
             self._end(sequence, FinishReason.CANCELLED)
 
     def _on_gateway_lost(self, gateway: GatewayId) -> None:
-        """Cancel everything that a gateway had assigned."""
+        """Cancel everything that a gateway had assigned, and listen for it no more."""
+        if self._silences.pop(gateway, None) is not None:
+            self._timers.remove(GatewayTimer(gateway))
+            self._commands.append(ClearTimer(GatewayTimer(gateway)))
         for request in [request for request in self._sequences if gateway_of(request) == gateway]:
             self._on_cancelled(request)
+
+    def _on_gateway_heard(self, event: GatewayHeard) -> None:
+        self._quiet = True
+        silence = self._silences.get(event.gateway)
+        if silence is not None:
+            silence.heard()
+            return
+        silence = self._silences[event.gateway] = Silence(event.lost_s, self._now)
+        self._listen(event.gateway, silence)
+
+    def _listen(self, gateway: GatewayId, silence: Silence) -> None:
+        """Look again later whether a gateway was heard."""
+        self._timers.add(GatewayTimer(gateway))
+        self._commands.append(SetTimer(GatewayTimer(gateway), silence.look_at))
+
+    def _on_time_to_look(self, gateway: GatewayId) -> None:
+        """End what a gateway had assigned that hangs: what is computed for it is computed for nobody."""
+        silence = self._silences[gateway]
+        if not silence.look(self._now):
+            self._quiet = True
+            self._listen(gateway, silence)
+            return
+        del self._silences[gateway]
+        self._on_gateway_lost(gateway)
+        self._commands.append(DropGateway(gateway))
 
     def _end(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
         """Let readers have what there is, give the blocks back, then report."""
@@ -549,6 +588,8 @@ class Node:
                 export.waits = False
                 self._send_cached(export)
                 self._forget_readers(export.opened.request)
+            case GatewayTimer(gateway):
+                self._on_time_to_look(gateway)
             case _:
                 assert_never(key)
 
@@ -582,6 +623,8 @@ class Node:
             )
             awaits = FetchTimer(sequence.request) in self._timers
             assert not awaits or sequence.phase is Phase.FETCHING, f"request {sequence.request} is {sequence.phase.value}, awaits"
+        for gateway in self._silences:
+            assert GatewayTimer(gateway) in self._timers, f"gateway {gateway} is listened for and never looked at"
         for request, readers in self._readers.items():
             for export in readers:
                 known = request in self._sequences

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.core.commands import (
     ClearTimer,
+    DropGateway,
     Fetch,
     Forget,
     NodeCommand,
@@ -30,6 +31,7 @@ from orchestrator.core.events import (
     FetchEnded,
     FetchProgressed,
     FirstToken,
+    GatewayHeard,
     GatewayLost,
     NodeEvent,
     ReplayRequested,
@@ -41,7 +43,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.node import node as node_module
 from orchestrator.core.node.node import Node
-from orchestrator.core.timers import ExportTimer, FetchTimer, HoldTimer
+from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer
 from orchestrator.core.types import (
     BlockHash,
     BlockId,
@@ -430,6 +432,40 @@ def test_a_cancel_of_a_held_prompt_frees_it_and_its_end_is_not_reported_twice(ma
     feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
     assert feed(node, Cancelled(R1)) == [ClearTimer(HoldTimer(RequestId(1)))]
     assert node.load().blocks_used == 0
+
+
+def test_a_gateway_that_hangs_is_noticed_by_its_silence_and_its_requests_end(make_node: MakeNode) -> None:
+    node, mine, others = make_node(), request_id(GatewayId(1), 1), request_id(GatewayId(2), 1)
+    timer = GatewayTimer(GatewayId(1))
+    feed(node, Assigned(assignment(mine)), Assigned(assignment(others, "c")))
+    news = node.news
+    # looked at three times in the seconds that silence is borne for
+    assert feed(node, GatewayHeard(GatewayId(1), 3.0), now=10.0) == [SetTimer(timer, 11.0)]
+    assert feed(node, GatewayHeard(GatewayId(1), 3.0), now=10.9) == []
+    assert feed(node, TimerFired(timer), now=11.0) == [SetTimer(timer, 12.0)]
+    assert feed(node, TimerFired(timer), now=12.0) == [SetTimer(timer, 13.0)]
+    assert feed(node, TimerFired(timer), now=13.0) == [SetTimer(timer, 14.0)]
+    assert node.news == news  # nothing of it is worth a frame
+    # three looks without a sign of life: what a step writes to ends with that, what waits ends at once
+    assert feed(node, TimerFired(timer), now=14.0) == [DropGateway(GatewayId(1))]
+    assert ended(mine, FinishReason.CANCELLED) in feed(node, finished(1, token(mine)), now=14.1)
+    assert node.load().running == 1
+    assert feed(node, TimerFired(timer), now=15.0) == []
+
+
+def test_a_node_that_stood_still_itself_takes_no_gateway_for_hung(make_node: MakeNode) -> None:
+    node, timer = make_node(), GatewayTimer(GatewayId(1))
+    feed(node, Assigned(assignment(request_id(GatewayId(1), 1))), GatewayHeard(GatewayId(1), 3.0))
+    for look, now in enumerate((1.0, 2.0, 3.0, 40.0, 41.0, 42.0)):  # after 3.0 one more would be the third
+        assert feed(node, TimerFired(timer), now=now) == [SetTimer(timer, now + 1.0)], look
+    assert DropGateway(GatewayId(1)) in feed(node, TimerFired(timer), now=43.0)
+
+
+def test_a_gateway_that_is_lost_is_listened_for_no_more(make_node: MakeNode) -> None:
+    node, timer = make_node(), GatewayTimer(GatewayId(1))
+    feed(node, GatewayHeard(GatewayId(1), 3.0))
+    assert feed(node, GatewayLost(GatewayId(1)), now=1.0) == [ClearTimer(timer)]
+    assert feed(node, GatewayHeard(GatewayId(1), 3.0), now=5.0) == [SetTimer(timer, 6.0)]
 
 
 def test_a_held_prompt_that_is_assigned_again_starts_over_from_its_own_cache(make_node: MakeNode) -> None:
