@@ -224,6 +224,8 @@ class ClusterDriver:
         self._timers: Timers[ClusterTimer] = Timers(self._handle)
         self._idle = asyncio.Event()
         self._ready = False
+        #: Whether any request has been followed: without traces none is, and frames are not searched for what nodes tell of them.
+        self._follows = False
 
     @property
     def now(self) -> float:
@@ -355,13 +357,17 @@ class ClusterDriver:
             self._observer.fetched(node, RequestId(move.request), move.began_s_ago)
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
-            for part in (*frame.first_tokens, *frame.ended):
-                if part.began_s_ago:
-                    self._observer.computed(node, RequestId(part.request), part.began_s_ago)
+            if self._follows:
+                self._tell_computed(node, frame)
             self._handle(codec.report_from(node, frame))
         for stream in slow:
             log.warning("request %s: %d tokens unread, cancelled", stream.request, len(stream.tokens))
             self._give_up(stream, TurnFailed(408, "slow_client", f"more than {UNREAD_TOKENS_MAX} tokens were left unread"))
+
+    def _tell_computed(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
+        for part in (*frame.first_tokens, *frame.ended):
+            if part.began_s_ago:
+                self._observer.computed(node, RequestId(part.request), part.began_s_ago)
 
     def _deliver(self, node: NodeId, frame: node_pb2.NodeFrame, slow: list[TurnStream]) -> None:
         streams = self._streams
@@ -466,6 +472,7 @@ class ClusterDriver:
         prompt = stream.turn.prompt
         message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, stream.turn.sampling)
         message.timed = self._observer.follows(assignment.request)
+        self._follows = self._follows or message.timed
         source = self._members.get(assignment.source) if assignment.source is not None else None
         if source is not None:
             message.source_address = source.spec.address

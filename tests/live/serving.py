@@ -63,6 +63,9 @@ class Observed:
     loads: dict[NodeId, Load] = field(default_factory=dict)
     routes: int = 0
     reports: int = 0
+    #: Whether requests are followed, and what nodes told of those: what, who, of which, how many seconds ago it began.
+    following: bool = False
+    began: list[tuple[str, NodeId, RequestId, float]] = field(default_factory=list)
     refused_calls: int = 0
     malformed_frames: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,12 +86,14 @@ class Observed:
         self.refused_calls = calls
 
     def follows(self, request: RequestId) -> bool:
-        return False
+        return self.following
 
     def computed(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
-        raise AssertionError("nothing is followed")
+        assert self.following, "nothing is followed"
+        self.began.append(("computed", node, request, began_s_ago))
 
-    def fetched(self, node: NodeId, request: RequestId, began_s_ago: float) -> None: ...
+    def fetched(self, node: NodeId, request: RequestId, began_s_ago: float) -> None:
+        self.began.append(("fetched", node, request, began_s_ago))
 
     def malformed(self, node: NodeId) -> None:
         self.malformed_frames += 1

@@ -79,6 +79,23 @@ def test_blocks_cross_between_nodes_and_are_counted(model_dir: Path) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("following", [True, False])
+def test_nodes_tell_when_they_began_what_they_did_for_requests_that_are_followed(model_dir: Path, following: bool) -> None:
+    async def scenario() -> None:
+        async with cluster(split("eager"), model_dir) as served:
+            served.observed.following = following
+            stream = served.driver.start(turn(range(200), 4))
+            await finish(stream)
+            began = served.observed.began
+            await served.observed.until(lambda: len(began) == (3 if following else 1))
+            await served.idle()
+            computed = [("computed", NodeId("decode-0")), ("computed", NodeId("prefill-0"))] if following else []
+            assert sorted((what, node) for what, node, _, _ in began) == [*computed, ("fetched", NodeId("decode-0"))]
+            assert all(request == stream.request and began_s_ago > 0.0 for _, _, request, began_s_ago in some(began))
+
+    run(scenario)
+
+
 def test_a_repeated_prompt_is_served_from_the_cache(model_dir: Path) -> None:
     async def scenario() -> None:
         async with cluster(together("eager"), model_dir) as served:
