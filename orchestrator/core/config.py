@@ -15,7 +15,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from orchestrator.core.types import CostProfile, PoolKind, ServiceClass
+from orchestrator.core.types import SHARE_MAX, SHARE_MIN, CostProfile, PoolKind, ServiceClass
 
 #: More nodes than any pool has, and more KV blocks than any node: beyond them a number is a mistake, and takes all of a memory.
 NODES_MAX = 1 << 14
@@ -179,7 +179,7 @@ class TenantConfig:
         require(right, "name", f"must have 1 to {TENANT_CHARS_MAX} characters, has {len(self.name)}")
         for index, key in enumerate(self.keys):
             require(bool(key), f"keys[{index}]", "must not be empty")
-        require(0 < self.share < float("inf"), "share", f"must be over 0, is {self.share}")
+        require(SHARE_MIN <= self.share <= SHARE_MAX, "share", f"must be {SHARE_MIN:g} to {SHARE_MAX:g}, is {self.share}")
         for name in ("requests_per_s", "tokens_per_s"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, f"must be 0 or more a second, is {value}")

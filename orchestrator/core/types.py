@@ -26,6 +26,8 @@ ExportId = NewType("ExportId", int)
 
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")
+#: What a tenant's share may be; within these, the work of years stays a number.
+SHARE_MIN, SHARE_MAX = 1e-3, 1e6
 
 REQUEST_SERIAL_BITS = 40
 
@@ -129,6 +131,8 @@ class Assignment:
     #: What clients, logs and traces call the request.
     name: str = ""
     tenant: TenantId = DEFAULT_TENANT
+    #: The tenant's part of a full node, relative to the other tenants' that compete for it then.
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,15 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantLoad:
+    """A tenant's part in a node's load: requests that wait, and prompt tokens accepted and not yet computed."""
+
+    tenant: TenantId
+    waiting: int
+    queued_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A node's state at the end of a step; each is a count now, not a rate."""
 
@@ -211,6 +224,8 @@ class Load:
     preemptions: int = 0
     #: Smoothed seconds of recent steps.
     step_s: float = 0.0
+    #: What waits and is queued, by tenant; empty if all of it is the default tenant's.
+    tenants: tuple[TenantLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

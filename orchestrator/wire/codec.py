@@ -9,6 +9,8 @@ from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import Ended, FirstToken, NodeReported
 from orchestrator.core.types import (
     DEFAULT_TENANT,
+    SHARE_MAX,
+    SHARE_MIN,
     Assignment,
     BlockHash,
     CostProfile,
@@ -24,6 +26,7 @@ from orchestrator.core.types import (
     Role,
     StoredRun,
     TenantId,
+    TenantLoad,
 )
 from orchestrator.wire import node_pb2
 
@@ -114,6 +117,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         superseded=assignment.superseded or b"",
         name=assignment.name,
         tenant=assignment.tenant,
+        share=assignment.share,
     )
 
 
@@ -125,6 +129,8 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
     count, rest = divmod(len(submit.tokens), TOKEN_BYTES)
     if rest or not count:
         raise MalformedMessage(f"request {submit.request} has {len(submit.tokens)} bytes of tokens")
+    if not (submit.share == 0 or SHARE_MIN <= submit.share <= SHARE_MAX):
+        raise MalformedMessage(f"request {submit.request} has a share of {submit.share}, must be {SHARE_MIN:g} to {SHARE_MAX:g}")
     return Assignment(
         request=RequestId(submit.request),
         role=role,
@@ -139,6 +145,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         superseded=hash_from(submit.superseded, "superseded"),
         name=submit.name[:NAME_CHARS_MAX],
         tenant=TenantId(submit.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
+        share=submit.share or 1.0,
     )
 
 
@@ -286,6 +293,9 @@ def load_message(load: Load) -> node_pb2.Load:
         cost_scale=load.cost_scale,
         preemptions=load.preemptions,
         step_s=load.step_s,
+        tenants=[
+            node_pb2.TenantLoad(tenant=one.tenant, waiting=one.waiting, queued_tokens=one.queued_tokens) for one in load.tenants
+        ],
     )
 
 
@@ -302,6 +312,7 @@ def load_from(message: node_pb2.Load) -> Load:
         cost_scale=message.cost_scale,
         preemptions=message.preemptions,
         step_s=message.step_s,
+        tenants=tuple([TenantLoad(TenantId(item.tenant), item.waiting, item.queued_tokens) for item in message.tenants]),
     )
 
 

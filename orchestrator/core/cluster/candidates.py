@@ -6,13 +6,13 @@ a report has come that must include it:
     known work = last report + parts given after it
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.cluster.kvindex import Matches
 from orchestrator.core.commands import Scores
 from orchestrator.core.cost.costs import decode_seconds, token_seconds
-from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, RequestId
+from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, RequestId, TenantId
 
 #: A report that comes this many seconds after an assignment was sent includes it: twice the way to a node, generously.
 ASSIGN_LAG_S = 0.005
@@ -32,7 +32,7 @@ EVICTION_WEIGHT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Booking:
     """What one part of a request asks of a node."""
 
     #: Prompt tokens to compute and the predicted seconds that takes by the node's profile.
@@ -44,6 +44,7 @@ class Share:
     context_tokens: int
     #: When it was given to the node.
     given_at: float
+    tenant: TenantId
 
 
 def computes_in_no_time(profile: CostProfile) -> bool:
@@ -64,8 +65,9 @@ class Candidate:
 
     __slots__ = (
         "_base_s",
+        "_bookings",
         "_fresh",
-        "_shares",
+        "_share_of",
         "_token_s",
         "_uncomputed",
         "compute_factor",
@@ -84,6 +86,7 @@ class Candidate:
         "ready_s",
         "reported",
         "room_blocks",
+        "seen_by",
         "sequences",
         "slot",
         "slot_wait_s",
@@ -94,8 +97,9 @@ class Candidate:
         "work_s",
     )
 
-    def __init__(self, spec: NodeSpec, slot: int, kind: int) -> None:
+    def __init__(self, spec: NodeSpec, slot: int, kind: int, share_of: Callable[[TenantId], float]) -> None:
         self.spec = spec
+        self._share_of = share_of
         self.profile = ranking_profile(spec.profile)
         #: Its bit in the index.
         self.slot = slot
@@ -107,12 +111,14 @@ class Candidate:
         self.load = Load()
         self.reported = False
         self.draining = False
+        #: Whose request the derived fields below are for, where that matters.
+        self.seen_by: TenantId | None = None
         #: True when the derived fields below are out of date.
         self.stale = True
         #: Parts of requests that it has of us, by request; those whose prompt is not computed; those no report includes yet.
-        self._shares: dict[RequestId, Share] = {}
-        self._uncomputed: dict[RequestId, Share] = {}
-        self._fresh: dict[RequestId, Share] = {}
+        self._bookings: dict[RequestId, Booking] = {}
+        self._uncomputed: dict[RequestId, Booking] = {}
+        self._fresh: dict[RequestId, Booking] = {}
         #: Sequences it has or is about to have, and those of them that do not run.
         self.sequences = 0
         self.waiting = 0
@@ -142,40 +148,53 @@ class Candidate:
     @property
     def requests(self) -> int:
         """Parts of requests that this gateway has given to it."""
-        return len(self._shares)
+        return len(self._bookings)
 
     @property
     def uncomputed_tokens(self) -> int:
         """Prompt tokens of those that are still to be computed, as far as we know."""
-        return sum(share.uncached_tokens for share in self._uncomputed.values())
+        return sum(booking.uncached_tokens for booking in self._uncomputed.values())
 
     @property
     def prompts_tokens(self) -> int:
         """Prompt tokens of those, computed or not."""
-        return sum(share.context_tokens for share in self._shares.values())
+        return sum(booking.context_tokens for booking in self._bookings.values())
 
-    def give(self, request: RequestId, share: Share) -> None:
+    def give(self, request: RequestId, booking: Booking) -> None:
         """Note a part of a request given to the node."""
-        assert request not in self._shares, f"{self.spec.id} has request {request} already"
-        self._shares[request] = share
-        self._fresh[request] = share
-        if share.uncached_tokens:
-            self._uncomputed[request] = share
+        assert request not in self._bookings, f"{self.spec.id} has request {request} already"
+        self._bookings[request] = booking
+        self._fresh[request] = booking
+        if booking.uncached_tokens:
+            self._uncomputed[request] = booking
         self.stale = True
 
     def computed(self, request: RequestId) -> None:
         """Note that a prompt is computed; the sequence may go on."""
-        if request in self._shares:
+        if request in self._bookings:
             self._uncomputed.pop(request, None)
             self._fresh.pop(request, None)
             self.stale = True
 
     def take(self, request: RequestId) -> None:
         """Note that the node has no part in a request any more; unknown ones are ignored."""
-        if self._shares.pop(request, None) is not None:
+        if self._bookings.pop(request, None) is not None:
             self._uncomputed.pop(request, None)
             self._fresh.pop(request, None)
             self.stale = True
+
+    def takes(self, tenant: TenantId, waiting_max: int) -> bool:
+        """Return whether a tenant's request may be given to it: it is not full, or the tenant has less than its part of that."""
+        if self.draining or self.waiting < waiting_max:
+            return not self.draining
+        if not self.tells_tenants:
+            return False
+        waiting = {one.tenant: one.waiting for one in self.load.tenants if one.waiting}
+        for booking in self._fresh.values():
+            waiting[booking.tenant] = waiting.get(booking.tenant, 0) + 1
+        own = waiting.pop(tenant, 0)
+        share = self._share_of(tenant)
+        return own * (share + sum([self._share_of(other) for other in waiting])) < waiting_max * share
 
     def report(self, load: Load, now: float) -> None:
         """Take in what the node says of itself."""
@@ -183,20 +202,23 @@ class Candidate:
         self.reported = True
         self.stale = True
         while self._fresh:
-            request, share = next(iter(self._fresh.items()))
-            if share.given_at + ASSIGN_LAG_S > now:
+            request, booking = next(iter(self._fresh.items()))
+            if booking.given_at + ASSIGN_LAG_S > now:
                 break
             del self._fresh[request]
 
-    def refresh(self) -> None:
-        """Make the derived fields up to date."""
+    def refresh(self, tenant: TenantId) -> None:
+        """Make the derived fields up to date, as they are for a tenant's request."""
         load, profile, scale = self.load, self.profile, self.load.cost_scale
         fresh = self._fresh.values()
-        slots_free = max(0, self.spec.sequences_max - load.running - load.waiting)
-        self.sequences = load.running + load.waiting + len(fresh)
+        # Who waits there has no room, and what was given since waits behind.
+        slots_free = max(0, self.spec.sequences_max - load.running) if not load.waiting else 0
+        self.seen_by = tenant
+        before = self._part_before(tenant) if self.tells_tenants else 1.0
+        self.sequences = load.running + round(before * (load.waiting + len(fresh)))
         self.waiting = load.waiting + max(0, len(fresh) - slots_free)
-        self.context_tokens = load.context_tokens + sum([share.context_tokens for share in fresh])
-        given = sum([share.queued_tokens for share in fresh]) // self.spec.block_tokens
+        self.context_tokens = load.context_tokens + sum([booking.context_tokens for booking in fresh])
+        given = sum([booking.queued_tokens for booking in fresh]) // self.spec.block_tokens
         self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given
         self.room_blocks = self.free_blocks + load.blocks_cached
         self.step_s = scale * decode_seconds(profile, self.sequences, self.context_tokens)
@@ -204,7 +226,8 @@ class Candidate:
         self.joining_s = (self.sequences + 1) * (one_more_s - self.step_s)
         self.joining_token_s = (self.sequences + 1) * scale * profile.context_token_s / profile.tokens_per_pass
         self.slot_wait_s = self._slot_wait_s()
-        self.queue_s = scale * (self._queued_token_s() * load.queued_tokens + sum([share.seconds for share in fresh]))
+        queued_s = self._queued_token_s() * load.queued_tokens + sum([booking.seconds for booking in fresh])
+        self.queue_s = scale * before * queued_s
         self.ready_s = self.queue_s + self.step_s / 2 + self.slot_wait_s
         decode_s = STEPS_GUESSED * (self.step_s - scale * self._base_s)
         self.work_s = self.queue_s + decode_s
@@ -212,11 +235,31 @@ class Candidate:
         self.compute_factor = scale * (1.0 + WORK_WEIGHT[self.spec.kind] + DELAY_WEIGHT * decoding)
         self.stale = False
 
+    @property
+    def tells_tenants(self) -> bool:
+        """Whether the node tells tenants apart: then a request's way through it depends on whose it is."""
+        return bool(self.load.tenants)
+
+    def _part_before(self, tenant: TenantId) -> float:
+        """Return how much of the queued work is done before a new request of a tenant's, 0 to 1.
+
+        Of each other tenant's as much as of its own, by their shares, with a step's worth of the new request.
+        """
+        queued = {one.tenant: one.queued_tokens for one in self.load.tenants}
+        for booking in self._fresh.values():
+            queued[booking.tenant] = queued.get(booking.tenant, 0) + booking.queued_tokens
+        own = queued.pop(tenant, 0)
+        total = own + sum(queued.values())
+        if not queued or not total:
+            return 1.0
+        level = (own + self.spec.step_tokens_max) / self._share_of(tenant)
+        return (own + sum([min(tokens, level * self._share_of(other)) for other, tokens in queued.items()])) / total
+
     def _queued_token_s(self) -> float:
         """Return the seconds that a token reported as queued stands for: the average over what we gave the node."""
         uncomputed = self._uncomputed.values()
-        tokens = sum([share.queued_tokens for share in uncomputed])
-        return sum([share.seconds for share in uncomputed]) / tokens if tokens else self._token_s
+        tokens = sum([booking.queued_tokens for booking in uncomputed])
+        return sum([booking.seconds for booking in uncomputed]) / tokens if tokens else self._token_s
 
     def _slot_wait_s(self) -> float:
         over = self.sequences + 1 - self.spec.sequences_max
@@ -225,7 +268,7 @@ class Candidate:
     def validate(self) -> None:
         """Raise `AssertionError` unless what was given is accounted for once."""
         for request in (*self._uncomputed, *self._fresh):
-            assert request in self._shares, f"{self.spec.id} counts request {request} that it does not have"
+            assert request in self._bookings, f"{self.spec.id} counts request {request} that it does not have"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +287,8 @@ class Options:
     matches: Matches
     #: Nodes of the session's last turn.
     sticky: Sequence[NodeId] = ()
+    #: Whether there are others of these, which are full.
+    prefillers_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from enum import Enum
 from typing import assert_never
 
 from orchestrator.core.cluster.admission import Admission
-from orchestrator.core.cluster.candidates import Candidate, Options, Placement, Share
+from orchestrator.core.cluster.candidates import Booking, Candidate, Options, Placement
 from orchestrator.core.cluster.kvindex import Trust
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.router import make_router
@@ -81,6 +81,7 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     Role,
+    TenantId,
 )
 
 #: Seconds until a replay that did not come is asked for again, doubled each time up to the most.
@@ -191,8 +192,9 @@ class Cluster:
         self._limits = config.limits
         self._router = make_router(config.router)
         self._sessions = Sessions(config.limits.sessions_max)
-        self._pools = {ModelName(model): ModelPools(config.limits.node_waiting_max) for model in config.models}
-        self._admission = Admission(config.limits, tuple(self._pools), config.tenants)
+        models = tuple(ModelName(model) for model in config.models)
+        self._admission = Admission(config.limits, models, config.tenants)
+        self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
         self._members: dict[NodeId, Member] = {}
         self._flights: dict[RequestId, Flight] = {}
         self._now = 0.0
@@ -295,12 +297,15 @@ class Cluster:
         self._wake(flight, min(flight.deadline_at, self._now + self._limits.waiting_s_max))
 
     def _start_waiting(self, model: ModelName) -> None:
-        """Give held requests to nodes, in order, as long as there is room."""
+        """Give held requests to nodes, in order, as long as there is room for the tenant whose turn it is."""
         queue = self._admission.queue(model)
-        while (first := queue.first) is not None:
-            if not self._try_start(self._flights[first], self._pools[model]):
-                break
-            queue.started(first)
+        passed: list[TenantId] = []
+        while (first := queue.first(passed)) is not None:
+            flight = self._flights[first]
+            if self._try_start(flight, self._pools[model]):
+                queue.started(first, flight.predicted_cached_tokens)
+            else:
+                passed.append(flight.request.tenant)
 
     def _try_start(self, flight: Flight, pools: ModelPools) -> bool:
         """Give a request to the nodes that the router chooses; False if none has room."""
@@ -330,13 +335,14 @@ class Cluster:
         assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
         source = self._members[placement.source].spec if placement.source is not None else None
         source_tokens = placement.source_tokens
+        share = self._admission.share(request.tenant)
         parts: list[Assign] = []
         if prefill is not None:
-            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, pending=False)
+            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, share, pending=False)
             parts.append(Assign(prefill.spec.id, part, placement.scores))
             source, source_tokens = prefill.spec, request.prompt_tokens
         apart = prefill is not None
-        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, pending=apart)
+        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, share, pending=apart)
         parts.append(Assign(generate.spec.id, part, placement.scores))
         self._commands += parts
         return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
@@ -348,9 +354,9 @@ class Cluster:
         seconds = prompt_seconds(computes.profile, uncached, cached, computes.spec.step_tokens_max)
         present = max(options.matches.blocks(computes.slot) * computes.spec.block_tokens, placement.source_tokens)
         queued = max(uncached, request.prompt_tokens - present)
-        computes.give(request.id, Share(uncached, seconds, queued, request.prompt_tokens, self._now))
+        computes.give(request.id, Booking(uncached, seconds, queued, request.prompt_tokens, self._now, request.tenant))
         if placement.prefill is not None:
-            placement.generate.give(request.id, Share(0, 0.0, 0, request.prompt_tokens, self._now))
+            placement.generate.give(request.id, Booking(0, 0.0, 0, request.prompt_tokens, self._now, request.tenant))
         for candidate in (placement.prefill, placement.generate):
             if candidate is not None:
                 self._members[candidate.spec.id].requests[request.id] = None
@@ -615,6 +621,7 @@ def _part(
     source: NodeSpec | None,
     source_tokens: int,
     superseded: BlockHash | None,
+    share: float,
     *,
     pending: bool,
 ) -> Assignment:
@@ -632,6 +639,7 @@ def _part(
         superseded=superseded,
         name=request.name,
         tenant=request.tenant,
+        share=share,
     )
 
 

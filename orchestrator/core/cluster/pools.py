@@ -3,11 +3,11 @@
 See also `kvindex.py` for holdings, `candidates.py` for load; `cluster.py` has one of these for each model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orchestrator.core.cluster.candidates import Candidate, Options
 from orchestrator.core.cluster.kvindex import KvIndex, PredictedKv, Trust
-from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request
+from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request, TenantId
 
 #: A hit on a node that missed batches counts this much until it is mended: some of its blocks may be gone.
 STALE_CREDIT = 0.5
@@ -16,9 +16,20 @@ STALE_CREDIT = 0.5
 class ModelPools:
     """All nodes that serve one model, in the order they joined."""
 
-    __slots__ = ("_candidates", "_kinds", "_node_waiting_max", "_peers", "_stale", "context_tokens_max", "index", "predicted")
+    __slots__ = (
+        "_candidates",
+        "_kinds",
+        "_node_waiting_max",
+        "_peers",
+        "_share_of",
+        "_stale",
+        "context_tokens_max",
+        "index",
+        "predicted",
+    )
 
-    def __init__(self, node_waiting_max: int) -> None:
+    def __init__(self, node_waiting_max: int, share_of: Callable[[TenantId], float]) -> None:
+        self._share_of = share_of
         self._node_waiting_max = node_waiting_max
         self._candidates: dict[NodeId, Candidate] = {}
         #: By their slot in the index.
@@ -42,7 +53,7 @@ class ModelPools:
         self.index.add_node(spec.id, spec.blocks)
         key = (spec.profile, spec.block_bytes, spec.block_tokens, spec.step_tokens_max, spec.kind)
         kind = self._kinds.setdefault(key, len(self._kinds))
-        candidate = Candidate(spec, self.index.slot(spec.id), kind)
+        candidate = Candidate(spec, self.index.slot(spec.id), kind, self._share_of)
         self._candidates[spec.id] = candidate
         self._peers[candidate.slot] = candidate
         self._measure()
@@ -86,13 +97,15 @@ class ModelPools:
             self._stale.pop(node, None)
 
     def options(self, request: Request, excluded: Sequence[NodeId], sticky: Sequence[NodeId]) -> Options | None:
-        """Return what may serve a request now, None if every node is full. Excluded nodes are a last resort."""
+        """Return what may serve a request now, None if every node is full for its tenant. Excluded nodes are a last resort."""
         generators: list[Candidate] = []
         prefillers: list[Candidate] = []
+        prefillers_full = False
         for candidate in self._candidates.values():
-            if candidate.stale:
-                candidate.refresh()
-            if candidate.draining or candidate.waiting >= self._node_waiting_max:
+            if candidate.stale or (candidate.tells_tenants and candidate.seen_by != request.tenant):
+                candidate.refresh(request.tenant)
+            if not candidate.takes(request.tenant, self._node_waiting_max):
+                prefillers_full |= not (candidate.generates or candidate.draining)
                 continue
             if not candidate.generates:
                 prefillers.append(candidate)
@@ -111,7 +124,7 @@ class ModelPools:
         for node in self.predicted.nodes:
             slot = self._candidates[node].slot
             held[slot] = self.predicted.extend(node, request.hashes, held[slot])
-        return Options(generators, prefillers, self._peers, held, matches, sticky)
+        return Options(generators, prefillers, self._peers, held, matches, sticky, prefillers_full)
 
     def validate(self) -> None:
         """Raise `AssertionError` unless all parts agree on which nodes there are."""

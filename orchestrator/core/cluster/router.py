@@ -142,7 +142,7 @@ class PredictedTimeRouter:
         self._turn = 0
 
     def place(self, request: Request, options: Options) -> Placement | None:
-        """Return where a request goes; None only without candidates."""
+        """Return where a request goes; None without candidates, or while those that must compute its prompt are full."""
         if not options.generators:
             return None
         self._turn += 1
@@ -153,6 +153,9 @@ class PredictedTimeRouter:
         choice = self._best(prompt, options, options.generators, steps)
         if choice.apart and prompt.prefill is not None:
             return self._apart(prompt, options, choice, prompt.prefill)
+        least = self._config.disaggregation_tokens_min
+        if least is not None and options.prefillers_full and prompt.tokens - choice.way.hit_tokens >= least:
+            return None
         return self._here(prompt, options, choice)
 
     def _best(self, prompt: _Prompt, options: Options, candidates: Sequence[Candidate], steps: float) -> _Choice:

@@ -1,18 +1,14 @@
 """Requests of one model that wait for room on a node: tenants take turns by their shares, each one's own most urgent first.
 
-Start-time fair queueing: every tenant has a tag, the work started for it so far divided by its share; the lowest goes next.
-Who comes to wait after a pause begins at the tag that the queue has reached: nobody saves up turns, nobody pays for work that
-was done while there was room for all. Class and priority order the requests of one tenant, and decide between tenants whose
-tags are equal, no further: else a flood of urgent requests would keep everybody else out.
+Class and priority order the requests of one tenant, and decide between tenants that had equal work done for their shares, no
+further: else a flood of urgent requests would keep everybody else out. See also: `core/fairness.py`.
 """
 
-from collections.abc import Callable
-from heapq import heappop, heappush
+from collections.abc import Callable, Sequence
 
+from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.types import Request, RequestId, ServiceClass, TenantId
 
-#: Output tokens expected of a request that allows more: what clients allow says little of what they get.
-OUTPUT_TOKENS_GUESSED = 256
 #: How urgent a class is; more is more.
 URGENCY = {service_class: rank for rank, service_class in enumerate(ServiceClass)}
 
@@ -25,112 +21,61 @@ def rank_of(request: Request) -> Rank:
     return (-URGENCY[request.service_class], -request.priority, request.id)
 
 
-def work_of(request: Request) -> int:
-    """Return the predicted work of a request, tokens."""
-    return request.prompt_tokens + min(request.output_tokens_max, OUTPUT_TOKENS_GUESSED)
-
-
-class _Line:
-    """What one tenant has waiting, most urgent first."""
-
-    __slots__ = ("heap", "requests")
-
-    def __init__(self) -> None:
-        #: May still have requests that were withdrawn; those are skipped.
-        self.heap: list[Rank] = []
-        self.requests: dict[RequestId, Request] = {}
-
-    def push(self, request: Request) -> None:
-        self.requests[request.id] = request
-        heappush(self.heap, rank_of(request))
-
-    def head(self) -> Rank:
-        while self.heap[0][2] not in self.requests:
-            heappop(self.heap)
-        return self.heap[0]
-
-    def remove(self, request: RequestId) -> Request:
-        removed = self.requests.pop(request)
-        if len(self.heap) > 2 * len(self.requests) + 16:
-            self.heap = sorted(entry for entry in self.heap if entry[2] in self.requests)
-        return removed
-
-
 class WaitingQueue:
     """Waiting requests of one model."""
 
-    __slots__ = ("_first", "_lines", "_reached", "_share_of", "_tags", "_tenants")
+    __slots__ = ("_accounts", "_queue", "_requests", "_share_of")
 
     def __init__(self, share_of: Callable[[TenantId], float]) -> None:
         self._share_of = share_of
-        #: Of tenants that have something waiting, in the order they came.
-        self._lines: dict[TenantId, _Line] = {}
-        self._tenants: dict[RequestId, TenantId] = {}
-        #: Work started a unit of share, of tenants that are ahead of `_reached` or wait.
-        self._tags: dict[TenantId, float] = {}
-        #: The tag of what was started last.
-        self._reached = 0.0
-        #: What `first` found, until something changes.
-        self._first: RequestId | None = None
+        #: A tenant competes while it has something waiting.
+        self._accounts = Accounts()
+        self._queue: FairQueue[Request] = FairQueue(self._accounts)
+        self._requests: dict[RequestId, Request] = {}
 
     def __len__(self) -> int:
-        return len(self._tenants)
+        return len(self._requests)
 
     def __contains__(self, request: RequestId) -> bool:
-        return request in self._tenants
+        return request in self._requests
 
     @property
     def tenants(self) -> tuple[TenantId, ...]:
         """Tenants that have something waiting."""
-        return tuple(self._lines)
+        return self._queue.tenants
 
     def waiting(self, tenant: TenantId) -> int:
         """Return how many requests of a tenant wait."""
-        line = self._lines.get(tenant)
-        return len(line.requests) if line is not None else 0
+        return self._queue.waiting(tenant)
 
     def push(self, request: Request) -> None:
         """Let a request wait."""
-        assert request.id not in self._tenants, f"request {request.id} waits already"
-        line = self._lines.get(request.tenant)
-        if line is None:
-            line = self._lines[request.tenant] = _Line()
-            self._tags[request.tenant] = max(self._tags.get(request.tenant, 0.0), self._reached)
-        line.push(request)
-        self._tenants[request.id] = request.tenant
-        self._first = None
+        assert request.id not in self._requests, f"request {request.id} waits already"
+        self._requests[request.id] = request
+        self._queue.push(request.tenant, rank_of(request), request)
+        self._accounts.enter(request.tenant)
 
-    @property
-    def first(self) -> RequestId | None:
-        """The request to be placed next, None if nobody waits."""
-        if self._first is None and self._lines:
-            self._first = min((self._tags[tenant], line.head()) for tenant, line in self._lines.items())[1][2]
-        return self._first
+    def first(self, passed: Sequence[TenantId] = ()) -> RequestId | None:
+        """Return the request to be placed next, None if nobody waits. Tenants that were passed over do not count."""
+        first = self._queue.first(passed)
+        return first.id if first is not None else None
 
     def last(self, tenant: TenantId) -> Request | None:
         """Return the request of a tenant that would be placed last, None if none waits."""
-        line = self._lines.get(tenant)
-        return max(line.requests.values(), key=rank_of) if line is not None else None
+        return self._queue.last(tenant)
 
-    def started(self, request: RequestId) -> None:
-        """Take out a waiting request that nodes have got, and count its work."""
-        tenant = self._tenants[request]
-        self._reached = max(self._reached, self._tags[tenant])
-        self._tags[tenant] += work_of(self._lines[tenant].requests[request]) / self._share_of(tenant)
+    def started(self, request: RequestId, cached_tokens: int) -> None:
+        """Take out a waiting request that nodes have got, and count its work: what is not cached, and output."""
+        asked = self._requests[request]
+        tokens = asked.prompt_tokens - cached_tokens + output_work(asked.output_tokens_max)
+        self._accounts.reach(self._accounts.level(asked.tenant))
+        self._accounts.charge(asked.tenant, tokens, self._share_of(asked.tenant))
         self.remove(request)
 
     def remove(self, request: RequestId) -> None:
         """Withdraw a request; unknown ones are ignored."""
-        tenant = self._tenants.pop(request, None)
-        if tenant is None:
+        removed = self._requests.pop(request, None)
+        if removed is None:
             return
-        line = self._lines[tenant]
-        line.remove(request)
-        self._first = None
-        if not line.requests:
-            del self._lines[tenant]
-            if self._tags[tenant] <= self._reached:
-                del self._tags[tenant]
-        if not self._lines:  # there is room for all: what was started before counts no more
-            self._tags.clear()
-            self._reached = 0.0
+        self._queue.remove(removed.tenant, rank_of(removed))
+        self._accounts.leave(removed.tenant)

@@ -197,6 +197,7 @@ class Node:
             cost_scale=scheduler.cost_scale,
             preemptions=scheduler.preemptions,
             step_s=scheduler.step_s,
+            tenants=scheduler.tenants,
         )
 
     def _proceed(self) -> None:

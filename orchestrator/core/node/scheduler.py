@@ -5,24 +5,39 @@ See also: `sequences.py`, the life of one assignment.
 Rules for editors.
 
 Rule 1: blocks for the whole target are taken at admission, so only decoding sequences ever need another block.
-Rule 2: who ranks before whom is (priority, arrival) everywhere; a sequence never takes a block from one that ranks before it.
+Rule 2: who ranks before whom is (priority, arrival); a sequence never takes a block from one that ranks before it. Whose prompt
+        is admitted and computed next is between tenants a matter of shares (`core/fairness.py`), and of rank for each one's own.
 Rule 3: while a step runs, every decoding sequence is in it; nothing that a step or a fetch may write to is released.
 Rule 4: nothing here is proportional to the waiting queue, and nothing but the two loops over a step's slices to the batch.
 """
 
-from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.cost.costs import decode_seconds, smoothed, smoothed_scale, step_seconds
 from orchestrator.core.events import SliceResult
+from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.node.kvpool import BlockPool
 from orchestrator.core.node.sequences import Phase, Sequence
-from orchestrator.core.types import Assignment, BlockHash, FinishReason, NodeSpec, RequestId, Role, StepId
+from orchestrator.core.types import (
+    DEFAULT_TENANT,
+    Assignment,
+    BlockHash,
+    FinishReason,
+    NodeSpec,
+    RequestId,
+    Role,
+    StepId,
+    TenantId,
+    TenantLoad,
+)
 
 #: Blocks that an admission leaves available, as a share of the pool: vLLM's block manager uses the same.
 WATERMARK = 0.01
+_UNNAMED = frozenset({DEFAULT_TENANT})
 
 
 @dataclass(slots=True)
@@ -76,8 +91,10 @@ class Scheduler:
         self._watermark = int(spec.blocks * WATERMARK) + 1
         self._arrivals = 0
         self._steps = 0
-        #: Waiting sequences that nobody computes for, by rank.
-        self._queue: list[tuple[tuple[int, int], Sequence]] = []
+        #: A tenant competes with every sequence that waits or whose prompt is being fetched or computed.
+        self._accounts = Accounts()
+        #: Waiting sequences that nobody computes for.
+        self._queue: FairQueue[Sequence] = FairQueue(self._accounts)
         #: Sequences by phase, in order of their coming into it.
         self._fetching: dict[RequestId, Sequence] = {}
         self._prefilling: dict[RequestId, Sequence] = {}
@@ -89,6 +106,7 @@ class Scheduler:
         #: Sums over sequences: waiting ones (queue and followers); `queued` of all, of the prefilling; context of the decoding.
         self.waiting = 0
         self.queued_tokens = 0
+        self._queued_by: dict[TenantId, int] = {}
         self._backlog_tokens = 0
         self.context_tokens = 0
         self.preemptions = 0
@@ -99,6 +117,13 @@ class Scheduler:
     def running(self) -> int:
         """Sequences that are admitted and not yet complete."""
         return len(self._decoding) + len(self._prefilling) + len(self._fetching)
+
+    @property
+    def tenants(self) -> tuple[TenantLoad, ...]:
+        """What waits by tenant, as in `Load`."""
+        if self._queued_by.keys() <= _UNNAMED:
+            return ()
+        return tuple([TenantLoad(tenant, self._queue.waiting(tenant), tokens) for tenant, tokens in self._queued_by.items()])
 
     def in_step(self, sequence: Sequence) -> bool:
         """Return whether the running step may write to a sequence's blocks (rule 3)."""
@@ -132,6 +157,7 @@ class Scheduler:
         """Drop a sequence in any phase and give its blocks back. No step and no fetch may be writing to them."""
         assert not self.in_step(sequence), f"request {sequence.request} is in running step {self._steps}"
         self._leave(sequence)
+        self._compete(sequence, False)
         self._free(sequence)
         self._set_queued(sequence, 0)
         sequence.phase = Phase.GONE
@@ -147,6 +173,7 @@ class Scheduler:
     def hold(self, sequence: Sequence) -> None:
         """Take a completely prefilled sequence out of the batch; its blocks stay until it is removed."""
         self._leave(sequence)
+        self._compete(sequence, False)
         sequence.phase = Phase.HELD
 
     def advance_fetch(self, sequence: Sequence, tokens: int) -> None:
@@ -173,24 +200,30 @@ class Scheduler:
     # --- admission --------------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Sequence]:
-        """Admit waiting sequences by rank as long as there is room, and return them: prefilling, or to be fetched for.
+        """Admit waiting sequences in order as long as there is room, and return them: prefilling, or to be fetched for.
 
         One whose next block is being computed by another steps aside until that block is there. The first that finds too
         few blocks, or a step's worth of prompts before it, holds up those behind it.
         """
         admitted: list[Sequence] = []
-        while self._queue and self.running < self._running_max:
-            sequence = self._queue[0][1]
+        while self.running < self._running_max and (sequence := self._queue.first()) is not None:
             hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
             fetches = sequence.fetch_tokens(hit) > 0
             if not fetches and self._step_aside(sequence, hit):
                 continue
-            full = not fetches and self._backlog_tokens + len(self._decoding) >= self._step_tokens_max
+            full = not fetches and self._tokens_before(sequence) + len(self._decoding) >= self._step_tokens_max
             if full or not self._has_room(sequence, hit):
                 break
             self._place(sequence, hit, fetches)
             admitted.append(sequence)
         return admitted
+
+    def _tokens_before(self, sequence: Sequence) -> int:
+        """Return the prompt tokens that are computed before those of a sequence that comes to be admitted now."""
+        if not self._accounts.contested:
+            return self._backlog_tokens
+        level = self._accounts.level(sequence.tenant)
+        return sum(other.remaining_tokens for other in self._prefilling.values() if self._level_of(other) <= level)
 
     def _step_aside(self, sequence: Sequence, hit: int) -> bool:
         """Make a sequence follow the one that computes its next missing block, if there is one."""
@@ -221,9 +254,12 @@ class Scheduler:
         sequence.capacity = len(sequence.table) * self._block_tokens
         sequence.fresh = tuple(sequence.table)
         sequence.registered = hit
-        sequence.computed = hit * self._block_tokens
+        sequence.present_before = sequence.computed = hit * self._block_tokens
         sequence.count_present(sequence.computed, computed=False)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+        sequence.began_at = self._accounts.level(sequence.tenant)
+        output = output_work(sequence.output_tokens_max) if sequence.assignment.role is Role.GENERATE else 0
+        self._accounts.charge(sequence.tenant, sequence.queued + output, sequence.assignment.share)
         if fetches:
             sequence.phase = Phase.FETCHING
             self._fetching[sequence.request] = sequence
@@ -237,14 +273,15 @@ class Scheduler:
     def plan_step(self) -> StepPlan | None:
         """Start the next step, and return it, or None if there is nothing to compute. No step may be running.
 
-        A token for every decoding sequence, then as much of the prompts as fits.
+        A token for every decoding sequence, then as much of the prompts as fits, in the order of their admission and, between
+        tenants, of the work done for them.
         """
         assert self.plan is None, f"step {self._steps} still runs"
         preemptions = self.preemptions
         decoding, slices = self._plan_decoding()
         budget = self._step_tokens_max - len(slices)
         chunks: list[Sequence] = []
-        for sequence in self._prefilling.values():
+        for sequence in self._prompts_in_order():
             if budget <= 0:
                 break
             sequence.chunk = min(sequence.remaining_tokens, budget)
@@ -262,6 +299,19 @@ class Scheduler:
         steps_max = 1 if alone else max(1, self._pool.available_blocks // count * self._block_tokens)
         self.plan = StepPlan(StepId(self._steps), decoding, chunks, tuple(slices), predicted_s, context, steps_max)
         return self.plan
+
+    def _prompts_in_order(self) -> Collection[Sequence]:
+        prompts: Collection[Sequence] = self._prefilling.values()
+        if self._accounts.contested:
+            prompts = sorted(prompts, key=self._level_of)
+        if prompts:
+            self._accounts.reach(next(iter(prompts)).began_at)
+        return prompts
+
+    def _level_of(self, sequence: Sequence) -> float:
+        """Return where a prompt stands among other tenants': it keeps its place for a step's worth, then it gives way."""
+        done = sequence.computed - sequence.present_before - self._step_tokens_max
+        return sequence.began_at + max(0, done) / sequence.assignment.share
 
     def _plan_decoding(self) -> tuple[list[Sequence], list[Slice]]:
         """Return the decoding sequences and their slices, after those at the end of their blocks got another one."""
@@ -445,7 +495,7 @@ class Scheduler:
         for needed, follower in leader.followers:
             if everyone or needed <= leader.registered:
                 follower.leader = None
-                insort(self._queue, (follower.rank, follower))
+                self._queue.push(follower.tenant, follower.rank, follower)
             else:
                 staying.append((needed, follower))
         leader.followers = staying
@@ -455,7 +505,8 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         sequence.phase = Phase.WAITING
         self.waiting += 1
-        insort(self._queue, (sequence.rank, sequence))
+        self._compete(sequence, True)
+        self._queue.push(sequence.tenant, sequence.rank, sequence)
         hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
 
@@ -467,6 +518,7 @@ class Scheduler:
 
     def _decode(self, sequence: Sequence) -> None:
         self._leave(sequence)
+        self._compete(sequence, False)
         sequence.phase = Phase.DECODING
         self._decoding[sequence.request] = sequence
         self.context_tokens += sequence.computed
@@ -495,7 +547,15 @@ class Scheduler:
             leader.followers = [entry for entry in leader.followers if entry[1] is not sequence]
             sequence.leader = None
         else:
-            del self._queue[bisect_left(self._queue, sequence.rank, key=lambda entry: entry[0])]
+            self._queue.remove(sequence.tenant, sequence.rank)
+
+    def _compete(self, sequence: Sequence, competes: bool) -> None:
+        """Let a sequence take part in the turns of tenants from now on, or no longer."""
+        if competes and not sequence.competes:
+            self._accounts.enter(sequence.tenant)
+        elif sequence.competes and not competes:
+            self._accounts.leave(sequence.tenant)
+        sequence.competes = competes
 
     def _free(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; its engine will be told a new table."""
@@ -509,8 +569,15 @@ class Scheduler:
         sequence.capacity = sequence.told = sequence.computed = sequence.registered = 0
 
     def _set_queued(self, sequence: Sequence, tokens: int) -> None:
-        self.queued_tokens += tokens - sequence.queued
-        sequence.queued = tokens
+        change = tokens - sequence.queued
+        if change:
+            self.queued_tokens += change
+            queued = self._queued_by.get(sequence.tenant, 0) + change
+            if queued:
+                self._queued_by[sequence.tenant] = queued
+            else:
+                del self._queued_by[sequence.tenant]
+            sequence.queued = tokens
 
     def _tokens_to_compute(self, sequence: Sequence, hit: int) -> int:
         """Return the tokens that will probably be computed here: neither held nor expected from a source."""
@@ -524,12 +591,15 @@ class Scheduler:
     def validate(self) -> None:
         """Check the sums and every sequence's own invariants."""
         followers = [follower for leader in self._admitted() for _, follower in leader.followers]
-        queued = [sequence for _, sequence in self._queue]
+        queued = list(self._queue)
         waiting = [*queued, *followers]
-        assert self._queue == sorted(self._queue, key=lambda entry: entry[0]), f"queue of {len(queued)} is out of order"
+        self._queue.validate()
+        self._accounts.validate(Counter(one.tenant for one in (*waiting, *self._fetching.values(), *self._prefilling.values())))
         assert self.waiting == len(waiting), f"waiting {self.waiting} != queue {len(queued)} + followers {len(followers)}"
         total = sum(sequence.queued for sequence in (*waiting, *self._admitted()))
         assert self.queued_tokens == total, f"queued tokens {self.queued_tokens} != sum {total}"
+        by_tenant = sum(self._queued_by.values())
+        assert by_tenant == total, f"queued tokens {by_tenant} by tenant != sum {total}"
         backlog = sum(sequence.remaining_tokens for sequence in self._prefilling.values())
         assert self._backlog_tokens == backlog, f"backlog {self._backlog_tokens} != sum {backlog}"
         context = sum(sequence.computed for sequence in self._decoding.values())

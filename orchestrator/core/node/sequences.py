@@ -15,7 +15,7 @@ and its tokens, left to right:
 from enum import Enum
 
 from orchestrator.core.node.kvpool import Hold
-from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role
+from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role, TenantId
 
 
 class Phase(Enum):
@@ -34,10 +34,12 @@ class Sequence:
 
     __slots__ = (
         "assignment",
+        "began_at",
         "billed_tokens",
         "block_tokens",
         "capacity",
         "chunk",
+        "competes",
         "computed",
         "copies",
         "ending",
@@ -52,22 +54,30 @@ class Sequence:
         "output_tokens",
         "output_tokens_max",
         "phase",
+        "present_before",
         "present_tokens",
         "queued",
         "rank",
         "registered",
         "request",
         "table",
+        "tenant",
         "told",
     )
 
     def __init__(self, assignment: Assignment, arrival: int, block_tokens: int, blocks_max: int) -> None:
         self.assignment = assignment
         self.request: RequestId = assignment.request
-        #: Rule 2: a lower rank goes first. Arrivals are unique, and so are ranks.
+        self.tenant: TenantId = assignment.tenant
+        #: Rule 2: of one tenant, a lower rank goes first. Arrivals are unique, and so are ranks.
         self.rank: tuple[int, int] = (-assignment.priority, arrival)
         self.block_tokens = block_tokens
         self.phase = Phase.WAITING
+        #: Whether it takes part in the turns of tenants: while it waits or its prompt is being fetched or computed.
+        self.competes = False
+        #: What had been done for its tenant when it was admitted (`core/fairness.py`), and what was present then, tokens.
+        self.began_at = 0.0
+        self.present_before = 0
         #: Why it will end as soon as no step or fetch touches its blocks.
         self.ending: FinishReason | None = None
         #: Names of its full blocks, as far as known: the prompt's, then those that generated tokens completed.

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from orchestrator.core.cluster.baselines import Router
-from orchestrator.core.cluster.candidates import Candidate, Share
+from orchestrator.core.cluster.candidates import Booking, Candidate
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.router import make_router
 from orchestrator.core.config import RouterConfig, RouterPolicy
-from orchestrator.core.types import BlockHash, CostProfile, KvBatch, NodeId, Request, RequestId, StoredRun
+from orchestrator.core.types import BlockHash, CostProfile, KvBatch, NodeId, Request, RequestId, StoredRun, TenantId
 from tests.builders import BLOCK_TOKENS, prompt_hashes
 from tests.core.cluster.cluster_builders import PROFILE, load_of, make_request, spec_of
 
@@ -21,7 +21,7 @@ class Place:
     """The nodes of one model and a router over them."""
 
     def __init__(self, *nodes: str, profile: CostProfile = PROFILE, **router: Any) -> None:
-        self.pools = ModelPools(node_waiting_max=64)
+        self.pools = ModelPools(node_waiting_max=64, share_of=lambda tenant: 1.0)
         self.router: Router = make_router(RouterConfig(**router))
         self.candidates = {name: self.pools.join(spec_of(name, profile=profile)) for name in nodes}
         for name in nodes:
@@ -43,7 +43,7 @@ class Place:
     def busy(self, name: str, tokens: int) -> Candidate:
         """Give a node a prompt of another request to compute, 10 ms a token."""
         self.serial += 1
-        share = Share(tokens, tokens * 0.01, tokens, tokens, given_at=1.0)
+        share = Booking(tokens, tokens * 0.01, tokens, tokens, given_at=1.0, tenant=TenantId("t"))
         self.candidates[name].give(RequestId(self.serial), share)
         return self.candidates[name]
 

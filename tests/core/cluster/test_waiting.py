@@ -4,6 +4,7 @@ from collections import Counter
 from random import Random
 
 from orchestrator.core.cluster.waiting import WaitingQueue
+from orchestrator.core.fairness import CREDIT_TOKENS
 from orchestrator.core.types import Request, RequestId, ServiceClass, TenantId
 from tests.core.cluster.cluster_builders import make_request
 
@@ -24,9 +25,9 @@ def asked(serial: int, tenant: str = "t", **changes: object) -> Request:
 def started(queue: WaitingQueue, count: int) -> list[int]:
     """Start so many, and return which."""
     order: list[int] = []
-    while len(order) < count and (first := queue.first) is not None:
+    while len(order) < count and (first := queue.first()) is not None:
         order.append(first)
-        queue.started(first)
+        queue.started(first, 0)
     return order
 
 
@@ -59,11 +60,20 @@ def test_a_flood_of_urgent_requests_keeps_nobody_else_out() -> None:
 
 
 def test_who_comes_late_begins_where_the_others_are() -> None:
-    queue = queue_of(*(asked(serial, "early") for serial in range(1, 11)))
+    large = {"prompt_tokens": CREDIT_TOKENS, "hashes": (), "output_tokens_max": 1}
+    queue = queue_of(*(asked(serial, "early", **large) for serial in range(1, 11)))
     assert started(queue, 5) == [1, 2, 3, 4, 5]
     for serial in range(11, 15):
-        queue.push(asked(serial, "late"))
-    assert started(queue, 4) == [11, 6, 12, 7]  # turns it did not take are not made up for
+        queue.push(asked(serial, "late", **large))
+    assert started(queue, 6) == [11, 12, 6, 13, 7, 14]  # but for its credit, turns it did not take are not made up for
+
+
+def test_cached_tokens_are_no_work() -> None:
+    prompt = {"prompt_tokens": 1_000, "hashes": (), "output_tokens_max": 1}
+    queue = queue_of(*(asked(serial, tenant, **prompt) for serial, tenant in ((1, "a"), (2, "a"), (11, "b"), (12, "b"))))
+    queue.started(RequestId(1), 990)  # 11 tokens of work
+    queue.started(RequestId(11), 0)
+    assert queue.first() == 2
 
 
 def test_leaving_and_coming_back_while_others_wait_gives_no_turn() -> None:
@@ -78,11 +88,11 @@ def test_withdrawn_requests_are_skipped_and_leave_no_trace() -> None:
     for serial in range(1, 100):
         queue.remove(RequestId(serial))
     queue.remove(RequestId(999))
-    assert (len(queue), queue.first, queue.waiting(TenantId("t"))) == (1, 100, 1)
+    assert (len(queue), queue.first(), queue.waiting(TenantId("t"))) == (1, 100, 1)
     queue.remove(RequestId(100))
-    assert (queue.first, queue.tenants, queue.last(TenantId("t"))) == (None, (), None)
+    assert (queue.first(), queue.tenants, queue.last(TenantId("t"))) == (None, (), None)
     queue.push(asked(7))  # one that comes back
-    assert (queue.first, RequestId(7) in queue) == (7, True)
+    assert (queue.first(), RequestId(7) in queue) == (7, True)
 
 
 def test_work_follows_shares_whatever_comes() -> None:

@@ -107,6 +107,7 @@ class Scenario:
         self.disturb(request)
 
     def assign(self, node: NodeId, part: Assignment) -> None:
+        part = replace(part, tenant=TENANTS[part.request % 3], share=SHARES[part.request % 3])
         self.driver.engines[node].stops[part.request] = self.random.randint(1, 40)
         self.assigned.append((node, part.request))
         self.driver.assign(node, part)

@@ -9,7 +9,7 @@ from orchestrator.core.events import SliceResult
 from orchestrator.core.node.kvpool import BlockPool
 from orchestrator.core.node.scheduler import Scheduler
 from orchestrator.core.node.sequences import Phase, Sequence
-from orchestrator.core.types import CostProfile, RequestId, Role
+from orchestrator.core.types import DEFAULT_TENANT, CostProfile, RequestId, Role, TenantId, TenantLoad
 from tests.builders import assignment, node_spec
 
 
@@ -195,3 +195,69 @@ def test_the_cost_scale_follows_measured_over_predicted_time() -> None:
     bench.scheduler.finish_step((SliceResult(RequestId(1), 1),), 2 * plan.predicted_s)
     assert bench.scheduler.cost_scale == pytest.approx(1.05)
     assert bench.scheduler.step_s == 2 * plan.predicted_s
+
+
+# --- tenants ----------------------------------------------------------------------------------------------------------
+
+FLOOD, OTHER = {"tenant": TenantId("flood")}, {"tenant": TenantId("other")}
+
+
+def test_who_has_had_nothing_goes_before_a_flood_that_waits() -> None:
+    bench = Bench(blocks=64, sequences_max=2)
+    for request in (1, 2, 3, 4):
+        bench.enqueue(request, "", tail=3, priority=9, **FLOOD)  # urgency is the flood's own affair
+    assert bench.admit() == [1, 2]
+    bench.step()
+    bench.enqueue(5, "", tail=3, **OTHER)
+    bench.scheduler.remove(bench.sequences[0])
+    assert bench.admit() == [5]
+
+
+def test_a_prompt_of_another_tenant_is_admitted_beside_a_full_steps_worth_and_computed_first() -> None:
+    bench = Bench(step_tokens_max=8, blocks=64, sequences_max=4)
+    bench.enqueue(1, "aaaaaaaaaa", tail=1, **FLOOD)
+    bench.enqueue(2, "bb", tail=1, **FLOOD)
+    assert bench.admit() == [1]  # the second waits behind 41 tokens
+    assert bench.step() == [(1, 0, 8)]
+    assert bench.step() == [(1, 8, 8)]
+    bench.enqueue(3, "cc", tail=3, **OTHER)
+    assert bench.admit() == [3]
+    assert bench.step() == [(3, 0, 8)]
+    assert bench.step() == [(3, 8, 3), (1, 16, 5)]
+
+
+def test_a_prompt_is_not_interrupted_before_it_has_had_a_steps_worth() -> None:
+    bench = Bench(step_tokens_max=8, blocks=64, sequences_max=4)
+    bench.enqueue(1, "aaa", tail=1, **FLOOD)
+    bench.admit()
+    bench.enqueue(2, "bbb", tail=1, **OTHER)
+    assert bench.admit() == []  # 13 tokens are before it, in a place that is not its to take
+    assert bench.step() == [(1, 0, 8)]
+    assert bench.admit() == [2]
+    assert bench.step() == [(1, 8, 5), (2, 0, 3)]
+
+
+def test_long_prompts_of_two_tenants_advance_by_their_shares() -> None:
+    bench = Bench(step_tokens_max=8, blocks=256, sequences_max=4)
+    bench.enqueue(1, "a" * 100, tail=1, share=1.0, **FLOOD)
+    bench.enqueue(2, "b" * 100, tail=1, share=3.0, **OTHER)
+    bench.admit()
+    done = {1: 0, 2: 0}
+    for _ in range(40):
+        bench.admit()
+        for request, _, count in bench.step():
+            done[request] += count
+    assert done == {1: 88, 2: 232}  # whole steps, and for each one to begin with
+
+
+def test_a_load_tells_tenants_apart_unless_there_is_only_the_default_one() -> None:
+    bench = Bench(step_tokens_max=8, blocks=64, sequences_max=4)
+    bench.enqueue(1, "aaa", tail=1)
+    assert bench.scheduler.tenants == ()
+    bench.enqueue(2, "bb", tail=1, **OTHER)
+    assert bench.scheduler.tenants == (TenantLoad(DEFAULT_TENANT, 1, 13), TenantLoad(TenantId("other"), 1, 9))
+    assert bench.admit() == [1]
+    bench.step()
+    assert bench.scheduler.tenants == (TenantLoad(DEFAULT_TENANT, 0, 5), TenantLoad(TenantId("other"), 1, 9))
+    bench.scheduler.remove(bench.sequences[1])
+    assert bench.scheduler.tenants == ()
