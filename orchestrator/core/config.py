@@ -155,7 +155,10 @@ class ClusterSettings:
 
 @dataclass(frozen=True, slots=True)
 class TenantConfig:
-    """[[tenants]]: who may ask, with which keys, for how much, and what is theirs of a full cluster. Limits are per gateway."""
+    """[[tenants]]: who may ask, with which keys, for how much, and what is theirs of a full cluster.
+
+    Limits hold over all gateways together: each gateway has an equal part of them.
+    """
 
     #: Shown in metrics and journals; blocks are never shared between tenants.
     name: str
@@ -252,11 +255,11 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """[limits]: how much is let in, per gateway."""
+    """[limits]: how much is let in; per gateway, but for `tenant_requests_max`."""
 
     #: Requests held because every node is full; one more is answered 529.
     waiting_max: int = 1024
-    #: Requests of one tenant waiting or running; one more is answered 429.
+    #: Requests of one tenant waiting or running, over all gateways; one more is answered 429.
     tenant_requests_max: int = 4096
     #: Seconds a request is held before it is answered 503.
     waiting_s_max: float = 60.0
@@ -565,6 +568,12 @@ class ClusterConfig:
         for model in self.models:
             self._check_model(model)
 
+    def check_gateways(self, count: int) -> None:
+        """Raise `ConfigError` unless so many gateways can each have a part of every tenant's limit on requests under way."""
+        limits = {f"tenants[{index}].requests_max": tenant.requests_max for index, tenant in enumerate(self.tenants)}
+        for where, most in {"limits.tenant_requests_max": self.limits.tenant_requests_max, **limits}.items():
+            require(not most or most >= count, where, f"must be at least 1 for each of {count} gateways, is {most}")
+
     def _check_tenants(self) -> None:
         """See that each name and each key stands for one tenant; keys are never shown."""
         owners: dict[str, str] = {}
@@ -603,7 +612,9 @@ class ClusterConfig:
     @staticmethod
     def from_mapping(mapping: Mapping[str, Any]) -> "ClusterConfig":
         """Build a checked configuration from a parsed file. Raises `ConfigError` for unknown keys, wrong types and values."""
-        return cast(ClusterConfig, _build(ClusterConfig, mapping, ""))
+        config = cast(ClusterConfig, _build(ClusterConfig, mapping, ""))
+        config.check_gateways(config.gateway.count)
+        return config
 
 
 def _build(kind: type, mapping: Any, where: str) -> Any:

@@ -270,9 +270,18 @@ class NodeReported:
     kv: tuple[KvBatch, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GatewaysChanged:
+    """Other gateways take requests now: `count`, of which this one is the `place`th, from 0 on."""
+
+    place: int
+    count: int
+
+
 ClusterEvent = (
     RequestArrived
     | RequestAbandoned
+    | GatewaysChanged
     | NodeJoined
     | NodeLost
     | NodeDraining

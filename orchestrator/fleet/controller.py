@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from orchestrator.core.config import GATEWAYS, GATEWAYS_MAX, NODES_MAX, ClusterConfig
+from orchestrator.core.config import GATEWAYS, GATEWAYS_MAX, NODES_MAX, ClusterConfig, ConfigError
 from orchestrator.core.events import TimerFired
 from orchestrator.fleet.differences import changes_between, with_sizes
 from orchestrator.fleet.lives import Lives
@@ -309,6 +309,11 @@ class Controller:
             return f"no pool is called {wish.group}; there are: {', '.join(self._lives.groups)}"
         if not 1 <= wish.count <= most:
             return f"{wish.group} must be 1 to {most}, not {wish.count}"
+        if wish.group == GATEWAYS:
+            try:
+                self._lives.config.check_gateways(wish.count)
+            except ConfigError as error:
+                return str(error)
         self._operation = _Operation(wish.serial, f"resizing {wish.group} to {wish.count}")
         self._resize(wish.group, wish.count, now)
         return None

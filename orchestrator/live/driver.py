@@ -32,6 +32,7 @@ from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import (
     ClusterEvent,
     DrainRequested,
+    GatewaysChanged,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -293,6 +294,11 @@ class ClusterDriver:
                 link = NodeLink(node, address, self._gateway, self._incarnation, self, lost_s, self._trust)
                 self._links[node] = link
                 link.start()
+
+    def set_gateways(self, gateways: Sequence[GatewayId]) -> None:
+        """Share what tenants may have with these gateways, which take requests; one that does not itself keeps its part."""
+        if self._gateway in gateways:
+            self._handle(GatewaysChanged(sorted(gateways).index(self._gateway), len(gateways)))
 
     def mark_dead(self, node: NodeId, reason: str = "its process is dead") -> None:
         """Give a node up at once, without waiting for it to come back."""

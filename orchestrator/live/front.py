@@ -141,6 +141,7 @@ class Front:
                 self._driver.mark_dead(place.node)
         self._driver.set_nodes([(place.node, place.address) for place in members.nodes if place.address])
         self._metrics.set_members({place.node: place.pool for place in members.nodes}, sorted(members.gateways))
+        self._driver.set_gateways(tuple(members.gateways))
         self._gateway.join(members.gateways)
 
     async def settled(self, nodes: Sequence[NodeId]) -> bool:

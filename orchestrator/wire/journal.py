@@ -143,7 +143,9 @@ def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
     """Return a gateway's header, without the secret and the API keys, which no decision depends on."""
     tenants = tuple(replace(tenant, keys=()) for tenant in config.tenants)
     cluster = replace(config.cluster, secret="")
-    return ClusterHeader(gateway, replace(config, cluster=cluster, gateway=GatewayConfig(), tenants=tenants))
+    return ClusterHeader(
+        gateway, replace(config, cluster=cluster, gateway=GatewayConfig(count=config.gateway.count), tenants=tenants)
+    )
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

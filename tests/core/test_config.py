@@ -68,6 +68,14 @@ def test_values_find_their_fields() -> None:
             {"tenants": [{"name": "a", "keys": ["sk"]}, {"name": "b", "keys": ["sk"]}]},
             "tenants[1].keys[0]: is a key of a already",
         ),
+        (
+            {"gateway": {"count": 3}, "tenants": [{"name": "a", "requests_max": 2}]},
+            "tenants[0].requests_max: must be at least 1 for each of 3 gateways, is 2",
+        ),
+        (
+            {"gateway": {"count": 3}, "limits": {"tenant_requests_max": 2}},
+            "limits.tenant_requests_max: must be at least 1 for each of 3 gateways, is 2",
+        ),
         ({"tenants": [{"name": "a", "share": 0}]}, "tenants[0].share: must be 0.001 to 1e+06, is 0.0"),
         ({"tenants": [{"name": "a", "share": float("nan")}]}, "tenants[0].share: must be 0.001 to 1e+06, is nan"),
         ({"tenants": [{"name": "a", "tokens_per_s": -1}]}, "tenants[0].tokens_per_s: must be 0 or more a second, is -1.0"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.core.commands import ClearTimer, SetTimer
-from orchestrator.core.config import LimitsConfig
+from orchestrator.core.config import GATEWAYS, LimitsConfig, TenantConfig
 from orchestrator.core.events import TimerFired
 from orchestrator.core.types import NodeId, PoolName
 from orchestrator.fleet.controller import Controller
@@ -207,6 +207,12 @@ def test_growing_starts_fresh_names_and_is_done_when_gateways_know_them() -> Non
     assert answers(run.release()) == []
     assert answers(run.release()) == [Answer(2)]
     assert [pool.nodes for pool in run.controller.config.pools] == [1, 4]
+
+
+def test_more_gateways_than_a_tenant_may_have_requests_are_refused() -> None:
+    run = booted(replace(small(), tenants=(TenantConfig("t", requests_max=2),)), Settle)
+    problem = "tenants[0].requests_max: must be at least 1 for each of 3 gateways, is 2"
+    assert answers(run.tell(ResizeAsked(2, GATEWAYS, 3))) == [Answer(2, problem)]
 
 
 def test_shrinking_drains_the_youngest_and_their_names_are_not_used_again() -> None:

@@ -64,7 +64,7 @@ def agents(count: int, turns: int, seed: int, context_tokens: int = 2000, seams:
             output = random.choice((1, 2, 17, random.randrange(1, 400)))
             turn = TracedTurn(
                 len(made), f"s{session}", "main", at_s, before, random.uniform(0.0, 3.0), tokens, output, BLOCK_TOKENS, runs,
-                seam=seam,
+                tenant=("", "a", "b")[session % 3], seam=seam,
             )  # fmt: skip
             made.append(turn)
             before = (turn.id,)

@@ -21,6 +21,7 @@ from orchestrator.core.types import (
     Role,
     StoredRun,
     TenantId,
+    TenantLoad,
 )
 from orchestrator.wire import codec, node_pb2
 
@@ -47,6 +48,7 @@ def test_assignment_survives(role: Role, source: NodeId | None) -> None:
         source_incarnation=1_795_815_557_914 if source else None,
         priority=-3,
         tenant=TenantId("team"),
+        share=2.5,
     )
     root = hashes(1)[0]
     sampling = node_pb2.Sampling(temperature=0.5, seed=0, stop_token_ids=[1, 2], logit_bias={5: -1.0})
@@ -82,7 +84,8 @@ def test_spec_survives(kind: PoolKind) -> None:
 
 
 def test_report_survives() -> None:
-    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25)
+    tenants = (TenantLoad(TenantId("team"), 2, 300), TenantLoad(TenantId("other"), 0, 1 << 40))
+    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants)
     batches = (
         KvBatch(sequence=0, cleared=True, snapshot=9, more=True),
         KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),
@@ -107,6 +110,9 @@ def test_what_means_nothing_is_refused() -> None:
         codec.assignment_from(node_pb2.Submit(request=1, tokens=bytes(6), role=node_pb2.ROLE_GENERATE))
     with pytest.raises(codec.MalformedMessage, match="0 bytes of tokens"):
         codec.assignment_from(node_pb2.Submit(request=1, role=node_pb2.ROLE_GENERATE))
+    for share in (-1.0, 1e-9, 1e9, float("inf"), float("nan")):
+        with pytest.raises(codec.MalformedMessage, match="request 1 has a share of"):
+            codec.assignment_from(node_pb2.Submit(request=1, tokens=bytes(4), role=node_pb2.ROLE_GENERATE, share=share))
     with pytest.raises(codec.MalformedMessage, match="unknown reason 'tired'"):
         codec.ended_from(node_pb2.Ended(request=1, reason="tired"))
     with pytest.raises(codec.MalformedMessage, match="unknown kind 'x'"):

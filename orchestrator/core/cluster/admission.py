@@ -6,6 +6,9 @@
 
 How held requests of one model are ordered is in `waiting.py`; models do not hold each other up. When all places to wait are
 taken, the tenant that has more of them than its share is the one refused, whoever came last.
+
+A tenant's limits hold over all gateways together: each has an equal part of them, so that none has to ask another. Sessions are
+spread over gateways by their names, and so is what a tenant asks for; one with fewer sessions than there are gateways has less.
 """
 
 from collections import Counter
@@ -54,13 +57,23 @@ class Pace:
 class Admission:
     """Counts what each tenant has under way and holds what must wait."""
 
-    __slots__ = ("_configs", "_limits", "_paces", "_queues", "_rates", "_tenants", "draining")
+    __slots__ = ("_configs", "_gateways", "_limits", "_paces", "_place", "_queues", "_rates", "_tenants", "draining")
 
-    def __init__(self, limits: LimitsConfig, models: Sequence[ModelName], tenants: Sequence[TenantConfig] = ()) -> None:
+    def __init__(
+        self,
+        limits: LimitsConfig,
+        models: Sequence[ModelName],
+        tenants: Sequence[TenantConfig] = (),
+        gateways: int = 1,
+        place: int = 0,
+    ) -> None:
         self._limits = limits
+        #: Gateways that take requests, and which of them this one is.
+        self._gateways = gateways
+        self._place = place
         #: Those of the cluster file; others have the defaults.
         self._configs = {TenantId(tenant.name): tenant for tenant in tenants}
-        self._rates = {name: Rates(tenant) for name, tenant in self._configs.items()}
+        self._rates = {name: Rates(tenant, gateways) for name, tenant in self._configs.items()}
         self._tenants: dict[TenantId, int] = {}
         self._queues = {model: WaitingQueue(self.share) for model in models}
         self._paces = {model: Pace() for model in models}
@@ -83,6 +96,12 @@ class Admission:
     def share(self, tenant: TenantId) -> float:
         """Return the weight of a tenant."""
         return self._config(tenant).share
+
+    def divide(self, place: int, gateways: int, now: float) -> None:
+        """Have an equal part of what tenants may have, as the `place`th of so many gateways."""
+        self._place, self._gateways = place, gateways
+        for rates in self._rates.values():
+            rates.divide(gateways, now)
 
     def refusal(self, request: Request, generates: bool, context_tokens_max: int, now: float) -> Refuse | None:
         """Return why a new request is not let in, or None.
@@ -117,10 +136,12 @@ class Admission:
 
     def _too_many(self, request: Request) -> Refuse | None:
         running = self.running(request.tenant)
-        allowed = self._config(request.tenant).requests_max or self._limits.tenant_requests_max
+        whole = self._config(request.tenant).requests_max or self._limits.tenant_requests_max
+        allowed = whole // self._gateways + (self._place < whole % self._gateways)
         if running < allowed:
             return None
-        message = f"{running} requests of this tenant are under way, at most {allowed} may be"
+        shown = f"{allowed}" if self._gateways == 1 else f"{allowed} at this gateway, {whole} at all {self._gateways},"
+        message = f"{running} requests of this tenant are under way, at most {shown} may be"
         return refuse(request, 429, "tenant_requests_max", message, self._retry_after_s(request.model, 1))
 
     def _too_fast(self, request: Request, now: float) -> Refuse | None:

@@ -184,7 +184,7 @@ class Candidate:
             self.stale = True
 
     def takes(self, tenant: TenantId, waiting_max: int) -> bool:
-        """Return whether a tenant's request may be given to it: it is not full, or the tenant has less than its part of that."""
+        """Return whether a tenant may give it a request: it is not full, or full of others that have more than their part."""
         if self.draining or self.waiting < waiting_max:
             return not self.draining
         if not self.tells_tenants:

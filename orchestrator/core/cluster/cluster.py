@@ -59,6 +59,7 @@ from orchestrator.core.events import (
     ClusterEvent,
     DrainRequested,
     Ended,
+    GatewaysChanged,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -193,7 +194,8 @@ class Cluster:
         self._router = make_router(config.router)
         self._sessions = Sessions(config.limits.sessions_max)
         models = tuple(ModelName(model) for model in config.models)
-        self._admission = Admission(config.limits, models, config.tenants)
+        gateways = max(config.gateway.count, gateway + 1)
+        self._admission = Admission(config.limits, models, config.tenants, gateways, place=gateway)
         self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
         self._members: dict[NodeId, Member] = {}
         self._flights: dict[RequestId, Flight] = {}
@@ -242,6 +244,8 @@ class Cluster:
                 self._on_node_lost(event.node, event.reason)
             case NodeDraining():
                 self._on_node_draining(event.node)
+            case GatewaysChanged():
+                self._admission.divide(event.place, event.count, now)
             case DrainRequested():
                 self._admission.draining = True
             case _:

@@ -1,4 +1,4 @@
-"""How much a second: a token bucket, and what one tenant has of them."""
+"""How much a second: a token bucket, and what one tenant has of them at one of several gateways."""
 
 from orchestrator.core.config import TenantConfig
 from orchestrator.core.types import Request
@@ -19,6 +19,13 @@ class Bucket:
         self._level = self._capacity
         self._at = 0.0
 
+    def refit(self, rate: float, now: float) -> None:
+        """Fill at another rate from now on; what is in it, or owed, grows or shrinks with it."""
+        self._fill(now)
+        former = self._capacity
+        self._rate, self._capacity = rate, max(rate * BURST_S, 1.0)
+        self._level *= self._capacity / former
+
     def wait_s(self, amount: float, now: float) -> float:
         """Return the seconds until so much may be taken, 0 for now; more than the bucket holds may be when it is full."""
         self._fill(now)
@@ -35,16 +42,25 @@ class Bucket:
 
 
 class Rates:
-    """Requests and tokens a second of one tenant. Prompts count when they are let in, output when it has ended.
+    """A gateway's part of the requests and tokens a second that a tenant may have.
 
-    Output of requests that are cancelled counts as what they had got; that of requests which the cluster itself gave up is free.
+    Prompts count when they are let in, output when it has ended. Output of requests that are cancelled counts as what they had
+    got; that of requests which the cluster itself gave up is free.
     """
 
-    __slots__ = ("_requests", "_tokens")
+    __slots__ = ("_config", "_requests", "_tokens")
 
-    def __init__(self, tenant: TenantConfig) -> None:
-        self._requests = Bucket(tenant.requests_per_s) if tenant.requests_per_s else None
-        self._tokens = Bucket(tenant.tokens_per_s) if tenant.tokens_per_s else None
+    def __init__(self, tenant: TenantConfig, gateways: int) -> None:
+        self._config = tenant
+        self._requests = Bucket(tenant.requests_per_s / gateways) if tenant.requests_per_s else None
+        self._tokens = Bucket(tenant.tokens_per_s / gateways) if tenant.tokens_per_s else None
+
+    def divide(self, gateways: int, now: float) -> None:
+        """Have an equal part among so many gateways from now on."""
+        if self._requests is not None:
+            self._requests.refit(self._config.requests_per_s / gateways, now)
+        if self._tokens is not None:
+            self._tokens.refit(self._config.tokens_per_s / gateways, now)
 
     def exceeded(self, request: Request, now: float) -> tuple[str, float] | None:
         """Return the limit that a request would exceed and the seconds until it would not, None if it may enter."""

@@ -143,3 +143,43 @@ def test_retry_after_follows_how_fast_requests_complete(waiting: int, seconds: f
     for step in range(5):
         pace.completed(step * 0.5)
     assert pace.retry_after_s(waiting) == pytest.approx(seconds)
+
+
+# --- several gateways -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("requests_max", "gateways"), [(1, 1), (5, 2), (7, 3), (4, 4), (4096, 1000)])
+def test_the_parts_of_all_gateways_make_the_limit(requests_max: int, gateways: int) -> None:
+    let_in = 0
+    for place in range(gateways):
+        machine = Admission(LimitsConfig(), (MODEL,), (TenantConfig("t", requests_max=requests_max),), gateways, place)
+        while refused(machine, asked(1)) is None:
+            machine.entered(asked(1), 0.0)
+            let_in += 1
+    assert let_in == requests_max
+
+
+def test_a_part_grows_when_a_gateway_goes_and_shrinks_when_one_comes() -> None:
+    machine = Admission(LimitsConfig(), (MODEL,), (TenantConfig("t", requests_per_s=4.0),), gateways=2)
+    rate_of = [_let_in(machine, 0.0)]  # 2 seconds of 2
+    machine.divide(0, 1, 0.0)
+    rate_of += [_let_in(machine, 1.0), _let_in(machine, 2.0)]
+    machine.divide(3, 4, 2.0)
+    rate_of += [_let_in(machine, 4.0), _let_in(machine, 5.0)]
+    assert rate_of == [4, 4, 4, 2, 1]
+
+
+def test_what_is_owed_shrinks_with_the_part() -> None:
+    machine = Admission(LimitsConfig(), (MODEL,), (TenantConfig("t", tokens_per_s=10.0),))
+    machine.entered(asked(1, prompt="a" * 25, tail=0), 0.0)  # 100 tokens of the 20 that are saved up
+    machine.divide(0, 2, 0.0)
+    assert refused(machine, asked(2, prompt="a", tail=0), now=7.9) == (429, "tokens_per_s")  # 40 owed, 5 a second
+    assert refused(machine, asked(2, prompt="a", tail=0), now=8.9) is None
+
+
+def _let_in(machine: Admission, now: float) -> int:
+    count = 0
+    while refused(machine, asked(1), now=now) is None:
+        machine.entered(asked(1), now)
+        count += 1
+    return count

@@ -18,9 +18,10 @@ from orchestrator.core.commands import (
     Restart,
     SetTimer,
 )
-from orchestrator.core.config import LimitsConfig, RouterConfig, TenantConfig
+from orchestrator.core.config import GatewayConfig, LimitsConfig, RouterConfig, TenantConfig
 from orchestrator.core.events import (
     DrainRequested,
+    GatewaysChanged,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -421,6 +422,24 @@ def test_a_flood_waits_for_its_turns_and_makes_room_for_others() -> None:
     cluster.validate()
     parts = [one.assignment for one in cluster.handle(reported("a0"), 2.0) if isinstance(one, Assign)]
     assert [(part.request, part.tenant) for part in parts] == [(1, "t"), (5, "u"), (6, "u")]
+
+
+def test_gateways_that_come_and_go_change_the_part_of_a_limit_that_is_this_ones() -> None:
+    config = replace(cluster_config(), tenants=(TenantConfig("t", requests_max=3),), gateway=GatewayConfig(count=2))
+    cluster = Cluster(GatewayId(1), config)
+    join(cluster, "a0")
+    assert [status(cluster, arrived(serial)) for serial in (1, 2)] == [None, 429]  # the other one has two
+    assert cluster.handle(GatewaysChanged(place=0, count=1), 1.0) == []
+    assert [status(cluster, arrived(serial)) for serial in (2, 3, 4)] == [None, None, 429]
+    cluster.handle(GatewaysChanged(place=0, count=3), 2.0)
+    assert status(cluster, arrived(4)) == 429  # what runs goes on
+
+
+def test_a_tenants_share_goes_with_its_parts() -> None:
+    cluster = Cluster(GatewayId(0), replace(cluster_config(), tenants=(TenantConfig("t", share=2.5),)))
+    join(cluster, "a0")
+    commands = (*cluster.handle(arrived(1), 1.0), *cluster.handle(arrived(2, tenant=TenantId("u")), 1.0))
+    assert [one.assignment.share for one in commands if isinstance(one, Assign)] == [2.5, 1.0]
 
 
 def test_output_of_cancelled_requests_counts_too() -> None:

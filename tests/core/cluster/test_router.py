@@ -10,7 +10,7 @@ from orchestrator.core.cluster.candidates import Booking, Candidate
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.router import make_router
 from orchestrator.core.config import RouterConfig, RouterPolicy
-from orchestrator.core.types import BlockHash, CostProfile, KvBatch, NodeId, Request, RequestId, StoredRun, TenantId
+from orchestrator.core.types import BlockHash, CostProfile, KvBatch, NodeId, Request, RequestId, StoredRun, TenantId, TenantLoad
 from tests.builders import BLOCK_TOKENS, prompt_hashes
 from tests.core.cluster.cluster_builders import PROFILE, load_of, make_request, spec_of
 
@@ -43,9 +43,14 @@ class Place:
     def busy(self, name: str, tokens: int) -> Candidate:
         """Give a node a prompt of another request to compute, 10 ms a token."""
         self.serial += 1
-        share = Booking(tokens, tokens * 0.01, tokens, tokens, given_at=1.0, tenant=TenantId("t"))
-        self.candidates[name].give(RequestId(self.serial), share)
+        booking = Booking(tokens, tokens * 0.01, tokens, tokens, given_at=1.0, tenant=TenantId("t"))
+        self.candidates[name].give(RequestId(self.serial), booking)
         return self.candidates[name]
+
+    def full(self, asked: Request) -> bool:
+        """Return whether there is no room for a request, or none where it must go."""
+        options = self.pools.options(asked, (), ())
+        return options is None or self.router.place(asked, options) is None
 
     def place(self, prompt: str = "ab", sticky: str = "", **request: Any) -> tuple[str, str | None, str | None, int]:
         """Return (generating node, prefill node, source, tokens expected not to be computed)."""
@@ -290,3 +295,50 @@ def test_sglang_takes_the_best_match_if_it_is_good_enough_and_loads_are_even() -
     for _ in range(65):
         place.busy("a0", tokens=0)
     assert place.place("abc")[0] == "a1"  # 65 requests more than the other
+
+
+def waits(*tenants: tuple[str, int, int]) -> dict[str, Any]:
+    """Return a load with so many requests and tokens of each tenant waiting."""
+    parts = tuple(TenantLoad(TenantId(name), waiting, tokens) for name, waiting, tokens in tenants)
+    return {
+        "running": 8,
+        "waiting": sum(part.waiting for part in parts),
+        "queued_tokens": sum(part.queued_tokens for part in parts),
+        "tenants": parts,
+    }
+
+
+def test_a_queue_of_another_tenant_is_no_longer_than_ones_own() -> None:
+    place = Place("a0", "a1")
+    place.load("a0", **waits(("flood", 50, 50_000)))
+    place.load("a1", **waits(("t", 5, 500)))
+    assert place.place(tenant=TenantId("t"))[0] == "a0"  # of the flood only as much is before it as of its own
+    assert place.place(tenant=TenantId("flood"))[0] == "a1"
+
+
+def test_a_node_that_is_full_of_others_has_room_for_a_tenants_part() -> None:
+    place = Place("a0")
+    asked = make_request(tenant=TenantId("t"))
+    place.load("a0", **waits(("flood", 64, 6_400)))
+    assert not place.full(asked)
+    assert place.full(make_request(tenant=TenantId("flood")))
+    place.load("a0", **waits(("flood", 64, 6_400), ("t", 31, 3_100)))
+    assert not place.full(asked)
+    place.load("a0", **waits(("flood", 64, 6_400), ("t", 32, 3_200)))
+    assert place.full(asked)  # two tenants, 64 places
+    place.load("a0", running=8, waiting=64, queued_tokens=6_400)
+    assert place.full(asked)  # whose they are is not said
+
+
+def test_a_prompt_that_must_go_to_prefill_nodes_waits_while_they_are_full() -> None:
+    place = Place("p0", "d0", disaggregation_tokens_min=8)
+    place.load("p0", running=8, waiting=64, queued_tokens=6_400)
+    assert place.full(make_request(prompt="aaaa"))
+    assert not place.full(make_request(prompt="a"))  # short enough for the decode node
+    place.load("p0", running=8, waiting=63, queued_tokens=6_300)
+    assert place.place("aaaa")[:2] == ("d0", "p0")
+    anywhere = Place("p0", "d0")
+    anywhere.load("p0", running=8, waiting=64, queued_tokens=6_400)
+    assert anywhere.place("aaaa")[:2] == ("d0", None)  # whatever is sooner
+    gone = Place("d0", disaggregation_tokens_min=8)
+    assert gone.place("aaaa")[:2] == ("d0", None)  # nobody else can

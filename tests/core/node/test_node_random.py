@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from hashlib import blake2b
 from random import Random
 
@@ -20,6 +21,7 @@ from orchestrator.core.types import (
     NodeId,
     RequestId,
     Role,
+    TenantId,
     gateway_of,
     request_id,
 )
@@ -28,6 +30,7 @@ from tests.core.node.node_driver import CheckingEngine, EngineBroken, NodeDriver
 
 PROFILE = CostProfile(step_s=0.01, prefill_token_s=0.0002, sequence_s=0.0005)
 PREFILL, DECODE, OTHER = NodeId("prefill"), NodeId("decode"), NodeId("other")
+TENANTS = ((TenantId("a"), 1.0), (TenantId("b"), 0.5), (TenantId("c"), 4.0))
 
 
 class FlakyEngine(CheckingEngine):
@@ -107,7 +110,8 @@ class Scenario:
         self.disturb(request)
 
     def assign(self, node: NodeId, part: Assignment) -> None:
-        part = replace(part, tenant=TENANTS[part.request % 3], share=SHARES[part.request % 3])
+        tenant, share = TENANTS[part.request % len(TENANTS)]
+        part = replace(part, tenant=tenant, share=share)
         self.driver.engines[node].stops[part.request] = self.random.randint(1, 40)
         self.assigned.append((node, part.request))
         self.driver.assign(node, part)
