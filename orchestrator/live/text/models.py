@@ -101,6 +101,11 @@ def _tokenizer(described: Fields) -> Tokenizer:
         raise CheckpointError(described.path, str(error)) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Its memory of words is everybody's: a prompt would take less time if its rare words came in somebody else's. Prompts kept by
+    # tenant (`prompts.py`) make up for it. Not all kinds have such a memory, and the library names it for its own use.
+    forget = getattr(tokenizer.model, "_resize_cache", None)
+    if forget is not None:
+        forget(0)
     return tokenizer
 
 

@@ -1,11 +1,14 @@
 """What is wrong in a checkpoint's text files is one line that names file and field; what is written unusually is read."""
 
 import json
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from orchestrator.core.config import ConfigError
 from orchestrator.live.text.models import ModelText
@@ -148,3 +151,25 @@ def test_tokens_that_any_file_calls_special_do_not_show(folder: Path, named: Any
     text = load(folder)
     tokens = text.tokenizer.encode("a日b").ids
     assert "".join(map(text.vocabulary.detokeniser().add, tokens)) == "ab"
+
+
+def seconds_for_a_known_word(tokenizer: Tokenizer) -> float:
+    """Return how long a long word takes that comes again and again, as a share of what words take that never came before."""
+    source = random.Random(1)
+
+    def seconds(kinds: int) -> float:
+        names = ["".join(source.choices(("words", "plain", "more", "and"), k=50)) for _ in range(kinds)]
+        text = " ".join(names * (100 // kinds))
+        started = time.process_time()
+        tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return time.process_time() - started
+
+    return min(seconds(1) for _ in range(20)) / min(seconds(100) for _ in range(20))
+
+
+def test_words_of_other_prompts_take_as_long_as_unknown_ones(folder: Path) -> None:
+    assert seconds_for_a_known_word(load(folder).tokenizer) > 0.65
+
+
+def test_canary_a_tokenizer_that_remembers_words_is_told(folder: Path) -> None:
+    assert seconds_for_a_known_word(Tokenizer.from_file(str(folder / "tokenizer.json"))) < 0.65
