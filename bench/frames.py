@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 
 from orchestrator.core.blocks import extend_hashes, hash_root
 from orchestrator.core.config import ClusterConfig, EngineConfig, PoolConfig
@@ -34,6 +35,8 @@ TRUST = Trust(b"the fuzzer's")
 ANSWER_S_MAX = 10.0
 #: Seconds between two frames of an honest node that has nothing to say.
 BEAT_S = 0.25
+#: Frames that are written before the first of them is known to be read.
+WINDOW = 8
 CONNECT, FETCH = "/weft.node.v1.Node/Connect", "/weft.node.v1.Node/Fetch"
 
 Maker = Callable[[random.Random], bytes]
@@ -140,12 +143,21 @@ class NodeVictim(Victim):
     what = "frames of a gateway to a node"
     _method = CONNECT
     _metadata: Metadata = TRUST.metadata(Caller.GATEWAY, NODE)
+    #: What of a node's driver serves the calls of this method, and the frames of a stream before those that are thrown.
+    _serves, _opening = "serve_gateway", 1
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        self._progress = _Progress()
 
     async def _start(self) -> None:
         engine = EngineConfig(name="profiled", blocks=BLOCKS, block_tokens=BLOCK_TOKENS)
         pool = PoolConfig("all", PoolKind.AGGREGATED, engine=engine, profile=CostProfile())
         self._server = NodeServer(pool, [NODE], 1, self._model, TRUST)
         self._channel = TRUST.open_channel(await self._server.start())
+        driver = self._server.drivers[NODE]
+        serve = getattr(driver, self._serves)
+        setattr(driver, self._serves, lambda stream: serve(_Counted(stream, self._progress)))
 
     async def _stop(self) -> None:
         await self._channel.close(None)
@@ -155,20 +167,32 @@ class NodeVictim(Victim):
         return cast(Any, self._channel.stream_stream(method, _raw, _raw))(metadata=metadata)
 
     async def take(self, frames: Sequence[bytes], answers: Counter[str]) -> None:
-        waiting = list(reversed(frames))
-        while waiting:
+        taken = 0
+        while taken < len(frames):
+            self._progress.read = -self._opening
             call = self._call(self._method, self._metadata)
             reader = asyncio.ensure_future(_drain(call))
+            reader.add_done_callback(self._progress.end)
             try:
                 await self._open(call)
-                while waiting and not reader.done():
-                    await call.write(waiting.pop())
-                if not waiting:
-                    await call.done_writing()
+                await self._throw(call, frames[taken:], reader)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 pass
             call.cancel()
             answers[await reader] += 1
+            if self._progress.read <= 0:
+                self.failures.append(f"a stream ended before anything of it was read, at {frames[taken][:300]!r}")
+            # What was written after a frame that ended the stream is thrown again, at the next one.
+            taken += max(1, self._progress.read)
+
+    async def _throw(self, call: Any, frames: Sequence[bytes], reader: "asyncio.Future[str]") -> None:
+        """Write frames, few of them ahead of what is read, until all are read or the stream ends."""
+        for sent, frame in enumerate(frames):
+            await self._progress.until(sent - WINDOW, reader)
+            if reader.done():
+                return
+            await call.write(frame)
+        await self._progress.until(len(frames), reader)
 
     async def _open(self, call: Any) -> None:
         await call.write(node_pb2.GatewayFrame(hello=node_pb2.Hello(gateway=1, incarnation=7)).SerializeToString())
@@ -204,6 +228,7 @@ class SourceVictim(NodeVictim):
     what = "frames of a peer to a node"
     _method = FETCH
     _metadata = TRUST.metadata(Caller.PEER, NODE)
+    _serves, _opening = "serve_peer", 0
 
     async def _open(self, call: Any) -> None:
         del call
@@ -289,6 +314,48 @@ class GatewayVictim(Victim):
 
 
 VICTIMS: tuple[type[Victim], ...] = (NodeVictim, SourceVictim, GatewayVictim)
+
+
+class _Progress:
+    """How many frames of a stream were read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self._changed = asyncio.Event()
+
+    def add(self) -> None:
+        """Count a frame."""
+        self.read += 1
+        self._changed.set()
+
+    def end(self, reader: object) -> None:
+        """The stream has ended: nothing more is read."""
+        self._changed.set()
+
+    async def until(self, count: int, reader: "asyncio.Future[str]") -> None:
+        """Wait until so many are read or the stream has ended. Raises `TimeoutError`."""
+        while self.read < count and not reader.done():
+            self._changed.clear()
+            await asyncio.wait_for(self._changed.wait(), ANSWER_S_MAX)
+
+
+class _Counted:
+    """A node's end of a stream, which counts what is read, frames that cannot be parsed included."""
+
+    def __init__(self, stream: Any, progress: _Progress) -> None:
+        self._stream = stream
+        self._progress = progress
+        self.write = stream.write
+
+    async def read(self) -> object:
+        try:
+            frame = await self._stream.read()
+        except DecodeError:
+            self._progress.add()
+            raise
+        if isinstance(frame, Message):
+            self._progress.add()
+        return frame
 
 
 class _Unobserved:

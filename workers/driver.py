@@ -69,7 +69,7 @@ from workers.engines.base import Engine, EngineDescription, SamplingParams, Slic
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
 from workers.runner import open_runner
-from workers.transfer import Channels, Exports, Fetches, Stream
+from workers.transfer import Channels, Exports, Fetches, Stream, WholeWrites
 from workers.transports import Transport
 
 HBM = "hbm"
@@ -315,14 +315,20 @@ class NodeDriver:
             raise codec.MalformedMessage(f"gateway {first.hello.gateway} is beyond the {GATEWAYS_MAX} that there may be")
         outbox, resumed = self._attach(first.hello)
         welcome = codec.welcome_message(self.spec, self._description.fingerprint, resumed)
-        writer = asyncio.ensure_future(self._write_frames(outbox, stream, welcome))
+        writer: asyncio.Task[None] | None = None
         try:
+            # Nothing is read before this is out: a call whose first write is cancelled by what comes next would never end.
+            await stream.write(
+                node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self._core.load()), draining=self._draining)
+            )
+            writer = asyncio.ensure_future(self._write_frames(outbox, stream))
             while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
                 outbox.frames_received += bool(frame.submits or frame.cancels or frame.lost_sources or frame.HasField("replay"))
                 self._on_frame(outbox, frame)
         finally:
-            writer.cancel()
-            await asyncio.wait((writer,))
+            if writer is not None:
+                writer.cancel()
+                await asyncio.wait((writer,))
             self._detach(outbox)
 
     def _attach(self, hello: node_pb2.Hello) -> tuple[Outbox, bool]:
@@ -376,9 +382,7 @@ class NodeDriver:
         del self._outboxes[outbox.gateway]
         self.handle(GatewayLost(outbox.gateway))
 
-    async def _write_frames(self, outbox: Outbox, stream: GatewayStream, welcome: node_pb2.Welcome) -> None:
-        first = node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self._core.load()), draining=self._draining)
-        await stream.write(first)
+    async def _write_frames(self, outbox: Outbox, stream: GatewayStream) -> None:
         while True:
             await outbox.awake()
             outbox.due = self._loop.time() + self._limits.frame_s_min
@@ -519,10 +523,13 @@ class NodeDriver:
 
     async def serve_peer(self, stream: Stream) -> None:
         """Serve one Fetch call from its first frame on."""
+        whole = WholeWrites(stream)
         try:
-            await self._exports.serve(stream)
+            await self._exports.serve(whole)
         except (TransferFailed, codec.MalformedMessage) as error:
-            await stream.write(node_pb2.BlocksFrame(final=True, failure=str(error)))
+            await whole.write(node_pb2.BlocksFrame(final=True, failure=str(error)))
+        finally:
+            await whole.settle()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ from orchestrator.wire.trust import Caller, Trust
 from workers.memory import ByteBudget, PeerMemory, PeerUnmappable, TransferFailed, TransferLimits
 from workers.transports import SHM, Offered, Transport, nothing
 
+#: Seconds that the end of a call waits for its last write.
+SETTLE_S_MAX = 1.0
+
 
 class Channels:
     """Connections to peers by address, least recently used first."""
@@ -72,6 +75,39 @@ class Stream(Protocol):
     async def read(self) -> object: ...
 
     async def write(self, message: node_pb2.BlocksFrame) -> None: ...
+
+
+class WholeWrites:
+    """A call's end whose writes are never broken off: one that a cancelled writer leaves goes on, and the next waits for it.
+
+    While a write is broken off, gRPC neither writes again nor ends a call in form: the peer would wait for ever.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._writing: asyncio.Future[None] | None = None
+
+    async def read(self) -> object:
+        """Return the peer's next frame."""
+        return await self._stream.read()
+
+    async def write(self, message: node_pb2.BlocksFrame) -> None:
+        """Send a frame."""
+        await self.settle()
+        self._writing = asyncio.ensure_future(self._stream.write(message))
+        self._writing.add_done_callback(_seen)
+        await asyncio.shield(self._writing)
+
+    async def settle(self) -> None:
+        """Wait for a write that was left; not for long, as the peer may read no more."""
+        if self._writing is not None and not self._writing.done():
+            await asyncio.wait((self._writing,), timeout=SETTLE_S_MAX)
+
+
+def _seen(writing: "asyncio.Future[None]") -> None:
+    """Know of a write's error, which its writer may not wait for any more."""
+    if not writing.cancelled():
+        writing.exception()
 
 
 class Export:

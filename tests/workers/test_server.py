@@ -1,7 +1,7 @@
 """A node process: which node a call is for, health, drain, stop, and what breaks it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -106,6 +106,39 @@ def test_who_reads_from_a_node_that_was_started_anew_is_told_at_once_that_nothin
             assert await call.read() == node_pb2.BlocksFrame(final=True)
             await call.done_writing()
             assert await call.read() is grpc.aio.EOF
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("more", [(), (b"\xff\xff\xff",), (submit(9).SerializeToString(),)])
+def test_a_call_ends_that_means_nothing_before_it_was_welcomed(model_dir: Path, more: Sequence[bytes]) -> None:
+    async def scenario() -> None:
+        async with serving(model_dir) as (_, channel):
+            method = channel.stream_stream("/weft.node.v1.Node/Connect", bytes, bytes)
+            call = method(metadata=TRUST.metadata(Caller.GATEWAY, NODES[0]))
+            for frame in (HELLO.SerializeToString(), b"\xff\xff\xff", *more):
+                await call.write(frame)
+            assert node_pb2.NodeFrame.FromString(await call.read()).HasField("welcome")
+            assert await asyncio.wait_for(call.code(), 5) is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(scenario)
+
+
+def test_a_fetch_ends_that_means_nothing_while_it_is_being_answered(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with serving(model_dir) as (server, channel):
+            size = server.drivers[NODES[0]].spec.block_bytes
+            call = node_pb2_grpc.NodeStub(channel).Fetch(metadata=TRUST.metadata(Caller.PEER, NODES[0]))
+            request = node_pb2.FetchRequest(
+                request=1, hashes=bytes(16), tokens=16, block_bytes=size, transports=["shm"], incarnation=3
+            )
+            await call.write(node_pb2.FetchFrame(request=request))
+            await call.write(node_pb2.FetchFrame(frames_copied=9))
+            frames = []
+            while isinstance(frame := await asyncio.wait_for(call.read(), 5), node_pb2.BlocksFrame):
+                frames.append(frame)
+            assert frames[-1].failure == "the peer acknowledged a frame that was not sent"
+            assert await call.code() is grpc.StatusCode.OK
 
     run(scenario)
 

@@ -1,7 +1,7 @@
 """Runs an ASGI application on uvicorn inside the loop that is already running, on a port of its own choosing if asked.
 
-uvicorn is set up for streams of small writes: httptools, no access log, and TCP_NODELAY, which both asyncio and uvloop set on
-every accepted connection.
+uvicorn is set up for streams of small writes: httptools, no access log, and TCP_NODELAY, which uvloop sets on every accepted
+connection, and asyncio where the listener says that it is TCP's.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class HttpServer:
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port, which is `port` unless that is 0. Raises `OSError` if it is taken."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -290,6 +291,18 @@ def test_an_owner_that_cannot_be_reached_costs_the_affinity_and_not_the_request(
         served.gateway.join({GatewayId(0): served.url, GatewayId(1): "http://127.0.0.1:9"})
         answer = await client.post(CHAT, json=BODY, headers={"x-session-id": foreign_session(2, 1)})
         assert (answer.status_code, answer.headers["x-weft-gateway"]) == (200, "0")
+
+    play(text, talk)
+
+
+def test_small_answers_wait_for_no_acknowledgement(text: ModelText) -> None:
+    """On asyncio's loop, which tests use, as on uvloop's."""
+
+    async def talk(client: httpx.AsyncClient, served: Served) -> None:
+        await client.get("/health")
+        (connection,) = served.gateway._server._server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     play(text, talk)
 
