@@ -92,7 +92,7 @@ def _fetch(source: random.Random) -> bytes:
         return node_pb2.FetchFrame(frames_copied=source.choice((0, 1, 1 << 20))).SerializeToString()
     request = node_pb2.FetchRequest(
         request=source.randrange(99), hashes=source.randbytes(64), first_block=source.randrange(4), tokens=source.randrange(200),
-        pending=source.random() < 0.5, block_bytes=64, transports=["shm"],
+        pending=source.random() < 0.5, block_bytes=64, transports=["shm"], incarnation=source.choice((1, 1, 2)),
     )  # fmt: skip
     return node_pb2.FetchFrame(request=request).SerializeToString()
 
