@@ -359,10 +359,10 @@ class _Counted:
 
 
 class _Unobserved:
-    """Looks away."""
+    """Looks away, and follows no request."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments: None
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        return lambda *arguments: False
 
 
 def _turn() -> Turn:
