@@ -3,6 +3,7 @@
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -80,6 +81,16 @@ def test_whoever_has_no_token_is_nobody(model_dir: Path, trust: Trust) -> None:
         async with cluster(split(), model_dir, trust=trust) as served:
             await serves(served)
             attacks = 0
+
+            async def attack(method: Any, metadata: Metadata, first: object) -> grpc.StatusCode:
+                nonlocal attacks
+                while True:
+                    attacks += 1
+                    code = await refusal(method(metadata=metadata), first)
+                    # What was refused before its first word was out ends here as INTERNAL: the word has yet to be heard.
+                    if code is not grpc.StatusCode.INTERNAL:
+                        return code
+
             for node, address in served.addresses.items():
                 real = trust.metadata(Caller.GATEWAY, node)
                 other = NodeId("decode-0" if node != "decode-0" else "prefill-0")
@@ -102,11 +113,9 @@ def test_whoever_has_no_token_is_nobody(model_dir: Path, trust: Trust) -> None:
                         (trust.metadata(Caller.GATEWAY, NodeId("nobody")), grpc.StatusCode.NOT_FOUND),
                     ):
                         # Posing as gateway 0 would end its requests, and a resync would list every hash.
-                        assert await refusal(stub.Connect(metadata=metadata), HELLO) is code, metadata
-                        attacks += 1
+                        assert await attack(stub.Connect, metadata, HELLO) is code, metadata
                     for metadata in (forged(peers, token=None), forged(peers, token=dict(real)[TOKEN_METADATA])):
-                        assert await refusal(stub.Fetch(metadata=metadata), FETCH) is unauthenticated
-                        attacks += 1
+                        assert await attack(stub.Fetch, metadata, FETCH) is unauthenticated
             await serves(served)
             told: dict[NodeId, int] = {}
             served.observed.refused = told.__setitem__  # type: ignore[method-assign]
