@@ -22,6 +22,7 @@ from orchestrator.core.blocks import extend_hashes, hash_root
 from orchestrator.core.config import ClusterConfig, EngineConfig, PoolConfig
 from orchestrator.core.types import CostProfile, GatewayId, ModelName, NodeId, NodeSpec, PoolKind, PoolName, TenantId, request_id
 from orchestrator.live import links
+from orchestrator.live.asked import Sampling
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.turns import Prompt, Turn
 from orchestrator.wire import codec, node_pb2
@@ -368,7 +369,7 @@ class _Unobserved:
 def _turn() -> Turn:
     tokens = array("I", range(64)).tobytes()
     prompt = Prompt(tokens, 64, tuple(extend_hashes(ROOT, tokens, BLOCK_TOKENS)), ROOT)
-    return Turn(ModelName("default"), TenantId("t"), prompt, node_pb2.Sampling(), output_tokens_max=64)
+    return Turn(ModelName("default"), TenantId("t"), prompt, Sampling(), output_tokens_max=64)
 
 
 async def _drain(call: Any) -> str:

@@ -3,7 +3,7 @@
     python -m bench.turn [--json FILE]
 
 A turn adds about 2,000 tokens (an assistant's tool call and the tool's result) to a conversation of hundreds of messages with
-tools. Stages: parse (JSON to request), render (chat template), encode (tokens and block hashes), route (the decision among
+tools. Stages: parse (JSON to what is asked), render (chat template), encode (tokens and block hashes), route (the decision among
 64 nodes, one of which holds the conversation so far). Figures are CPU milliseconds of all threads, the median of some turns; cold
 means a gateway that has seen nothing of the conversation, and whose nodes hold nothing of it.
 """
@@ -42,7 +42,8 @@ from orchestrator.core.types import (
     request_id,
 )
 from orchestrator.fleet.loops import serve_long
-from orchestrator.live.http.openai.requests import parse_chat, template_messages, template_tools
+from orchestrator.live import asked
+from orchestrator.live.http.openai.requests import parse_chat
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.turns import Prompt
@@ -133,9 +134,10 @@ class ControlPlane:
     def turn(self, body: bytes) -> tuple[dict[str, float], Prompt]:
         """Take one request through all stages; return CPU milliseconds by stage, and its prompt."""
         marks = [time.process_time()]
-        request = parse_chat(body)
+        conversation = parse_chat(body).prompt
+        assert isinstance(conversation, asked.Conversation)
         marks.append(time.process_time())
-        rendered = self._text.template.render(template_messages(request.messages), template_tools(request.tools))
+        rendered = self._text.template.render(conversation.messages, conversation.tools)
         marks.append(time.process_time())
         prompt = self._prompts.encode(rendered, self._root, (SESSION,))
         marks.append(time.process_time())

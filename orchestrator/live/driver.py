@@ -52,6 +52,7 @@ from orchestrator.core.types import (
     Role,
     request_id,
 )
+from orchestrator.live.asked import Sampling
 from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
@@ -476,7 +477,7 @@ class ClusterDriver:
         assignment = command.assignment
         stream = self._streams[assignment.request]
         prompt = stream.turn.prompt
-        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, stream.turn.sampling)
+        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, _sampling_message(stream.turn.sampling))
         message.timed = self._observer.follows(assignment.request)
         self._follows = self._follows or message.timed
         source = self._members.get(assignment.source) if assignment.source is not None else None
@@ -521,3 +522,19 @@ class ClusterDriver:
             await asyncio.wait((*closing, *self._closing))
         if self._journal is not None:
             await self.loop.run_in_executor(None, self._journal.close)
+
+
+def _sampling_message(sampling: Sampling) -> node_pb2.Sampling:
+    """Return how tokens are to be chosen, as nodes are told."""
+    return node_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        logprobs=sampling.logprobs,
+        logit_bias=sampling.logit_bias,
+    )

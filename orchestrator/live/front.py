@@ -15,6 +15,7 @@ from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.health import HealthServer
 from orchestrator.live.http.gateway import Gateway
+from orchestrator.live.intake import Intake
 from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.recorder import open_recorder
 from orchestrator.live.text.models import ModelText
@@ -100,12 +101,12 @@ class Front:
         self._driver = ClusterDriver(number, config, trust, told, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
         self._health = HealthServer(_certificate(config.gateway))
-        secret = config.cluster.secret.encode()
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
+        intake = Intake(config, texts, config.cluster.secret.encode())
         driver, around = self._driver, self._traces.wrap if self._traces is not None else None
-        self._gateway = Gateway(config, number, texts, secret, driver, told, page, status, self._recorder, around)
+        self._gateway = Gateway(config, number, intake, driver, told, page, status, self._recorder, around)
 
     async def start(self, members: Membership | None = None) -> FrontAddress:
         """Serve, once the nodes that serve already are reached, or do not answer in time. Raises `OSError` if a port is taken."""

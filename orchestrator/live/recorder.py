@@ -24,7 +24,7 @@ import msgspec
 
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, BlockHash, FinishReason, GatewayId, ModelName, RequestId, SessionId, TenantId
-from orchestrator.live.http.gateway import TurnWatch
+from orchestrator.live.choices import TurnWatch
 from orchestrator.live.turns import Turn
 from orchestrator.traces.turns import Runs, cut, merged
 

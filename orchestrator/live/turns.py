@@ -1,14 +1,14 @@
 """What the gateway asks of the driver, and what it gets back: one prompt in, one stream of tokens out.
 
-The gateway (`gateway.py`) knows text and HTTP; the driver (`driver.py`) knows the cluster and the nodes. This file is all they
-share, so that either can be tested against a small stand-in for the other.
+The gateway (`choices.py` and above) knows text and HTTP; the driver (`driver.py`) knows the cluster and the nodes. This file is
+all they share, so that either can be tested against a small stand-in for the other.
 """
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.core.types import BlockHash, FinishReason, ModelName, RequestId, ServiceClass, SessionId, TenantId
-from orchestrator.wire import node_pb2
+from orchestrator.live.asked import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Turn:
     model: ModelName
     tenant: TenantId
     prompt: Prompt
-    sampling: node_pb2.Sampling
+    sampling: Sampling
     output_tokens_max: int
     session: SessionId | None = None
     service_class: ServiceClass = ServiceClass.STANDARD

@@ -9,6 +9,7 @@ from pathlib import Path
 from orchestrator.core.config import ClusterConfig, GatewayConfig, ModelConfig, PoolConfig, TenantConfig
 from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId
 from orchestrator.live.http.gateway import Gateway
+from orchestrator.live.intake import Intake
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
@@ -48,7 +49,7 @@ class ScriptedStream:
             if tokens is None:
                 self.waiting.set()
                 await asyncio.Event().wait()
-            wanted = self.turn.sampling.HasField("logprobs")
+            wanted = self.turn.sampling.logprobs is not None
             return Delta(list(tokens or ()), [self._logprob(token) for token in tokens or ()] if wanted else [])
         if self._script.failure is not None:
             raise self._script.failure
@@ -60,7 +61,7 @@ class ScriptedStream:
 
     def _logprob(self, token: int) -> TokenLogprob:
         top = [(token, -0.5), (token + 1, -1.5), (token + 2, -2.5)]
-        return TokenLogprob(-0.5, top[: self.turn.sampling.logprobs])
+        return TokenLogprob(-0.5, top[: self.turn.sampling.logprobs or 0])
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Served:
     """A gateway that listens."""
 
     gateway: Gateway
+    intake: Intake
     driver: ScriptedDriver
     metrics: Metrics
     url: str
@@ -126,9 +128,10 @@ async def serve(
     metrics = Metrics(GatewayId(number), number + 1, {})
     driver = ScriptedDriver(text)
     config = make_config(tenants, **gateway)
-    one = Gateway(config, GatewayId(number), {MODEL: text}, b"secret", driver, metrics, metrics.render, lambda: {"nodes": []})
+    intake = Intake(config, {MODEL: text}, b"secret")
+    one = Gateway(config, GatewayId(number), intake, driver, metrics, metrics.render, lambda: {"nodes": []})
     port = await one.start("127.0.0.1", 0)
     try:
-        yield Served(one, driver, metrics, f"{'https' if gateway.get('cert') else 'http'}://127.0.0.1:{port}")
+        yield Served(one, intake, driver, metrics, f"{'https' if gateway.get('cert') else 'http'}://127.0.0.1:{port}")
     finally:
         await one.stop()

@@ -13,9 +13,9 @@ from orchestrator.core.commands import ClusterCommand
 from orchestrator.core.config import ClusterConfig, ClusterSettings, EngineConfig, PoolConfig, RouterConfig, SchedulerConfig
 from orchestrator.core.events import ClusterEvent, NodeReported
 from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, RequestId, TenantId
+from orchestrator.live.asked import Sampling
 from orchestrator.live.driver import ClusterDriver, TurnStream
 from orchestrator.live.turns import Delta, Prompt, Turn
-from orchestrator.wire import node_pb2
 from orchestrator.wire.journal import cluster_header, open_journal
 from orchestrator.wire.trust import Trust
 from tests.builders import TRUST
@@ -176,7 +176,7 @@ async def cluster(
     assert not failures, failures
 
 
-def turn(tokens: Sequence[int], output_tokens: int, sampling: node_pb2.Sampling | None = None) -> Turn:
+def turn(tokens: Sequence[int], output_tokens: int, sampling: Sampling | None = None) -> Turn:
     """Return a turn; end-of-sequence tokens do not end it unless its sampling says so."""
     packed = array("I", tokens).tobytes()
     prompt = Prompt(packed, len(tokens), tuple(extend_hashes(ROOT, packed, BLOCK_TOKENS)), ROOT)
@@ -184,7 +184,7 @@ def turn(tokens: Sequence[int], output_tokens: int, sampling: node_pb2.Sampling 
         ModelName("default"),
         TenantId("t"),
         prompt,
-        sampling or node_pb2.Sampling(),
+        sampling or Sampling(),
         output_tokens_max=output_tokens,
     )
 

@@ -10,6 +10,7 @@ from orchestrator.core.commands import Assign, RequestReplay, Restart
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import NodeJoined, NodeLost
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role
+from orchestrator.live.asked import Sampling
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
 from tests.builders import some
@@ -117,7 +118,7 @@ def test_stop_tokens_and_logprobs_come_through(model_dir: Path) -> None:
         async with cluster(together("eager"), model_dir) as served:
             plain = await finish(served.driver.start(turn(range(30), 8)))
             stop = plain.tokens[3]
-            sampling = node_pb2.Sampling(stop_token_ids=[stop], logprobs=2)
+            sampling = Sampling(stop_token_ids=(stop,), logprobs=2)
             delta = await finish(served.driver.start(turn(range(30), 8, sampling)))
             assert delta.finish is FinishReason.STOP
             assert delta.tokens == plain.tokens[: plain.tokens.index(stop) + 1]

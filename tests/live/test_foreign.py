@@ -13,6 +13,7 @@ import pytest
 from orchestrator.core.config import ClusterConfig, SchedulerConfig, TenantConfig
 from orchestrator.core.types import GatewayId, ModelName, TenantId
 from orchestrator.live.http.gateway import Gateway
+from orchestrator.live.intake import Intake
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.text.models import ModelText
 from tests.live.serving import BLOCK_TOKENS, cluster, together
@@ -32,7 +33,7 @@ def folder() -> Path:
 
 
 @contextmanager
-def counting(gateway: Gateway) -> Iterator[list[int]]:
+def counting(intake: Intake) -> Iterator[list[int]]:
     """Count the characters that any tenant's prompts are tokenised from."""
     seen: list[int] = []
 
@@ -44,23 +45,23 @@ def counting(gateway: Gateway) -> Iterator[list[int]]:
             seen.extend(map(len, texts))
             return self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
-    for prompts in gateway._models[MODEL].prompts.values():
+    for prompts in intake.models[MODEL].prompts.values():
         prompts._tokenizer = Counting(prompts._tokenizer)  # type: ignore[assignment]
     yield seen
 
 
-def play(folder: Path, talk: Callable[[Ask, Gateway], Awaitable[None]]) -> None:
+def play(folder: Path, talk: Callable[[Ask, Intake], Awaitable[None]]) -> None:
     async def run() -> None:
         (pool,) = together().pools
         roomy = replace(pool, engine=replace(pool.engine, blocks=4096), scheduler=SchedulerConfig(step_tokens_max=4096))
         config = ClusterConfig(pools=(roomy,), tenants=TENANTS)
         async with cluster(config, folder) as wire:
             metrics = Metrics(GatewayId(0), 1, {})
-            texts = {MODEL: ModelText.load(folder, "weights")}
-            gateway = Gateway(config, GatewayId(0), texts, b"secret", wire.driver, metrics, metrics.render, dict)
+            intake = Intake(config, {MODEL: ModelText.load(folder, "weights")}, b"secret")
+            gateway = Gateway(config, GatewayId(0), intake, wire.driver, metrics, metrics.render, dict)
             url = f"http://127.0.0.1:{await gateway.start('127.0.0.1', 0)}"
             async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
-                with counting(gateway) as seen:
+                with counting(intake) as seen:
 
                     async def ask(key: str, prompt: str, **more: object) -> tuple[int, int, int]:
                         seen.clear()
@@ -71,7 +72,7 @@ def play(folder: Path, talk: Callable[[Ask, Gateway], Awaitable[None]]) -> None:
                         usage = answer.json()["usage"]
                         return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], sum(seen)
 
-                    await talk(ask, gateway)
+                    await talk(ask, intake)
             await gateway.stop()
 
     asyncio.run(asyncio.wait_for(run(), 20))
@@ -87,7 +88,7 @@ PROBERS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def test_a_foreign_prompt_is_computed_and_tokenised_like_an_unknown_one(folder: Path) -> None:
-    async def talk(ask: Ask, gateway: Gateway) -> None:
+    async def talk(ask: Ask, intake: Intake) -> None:
         for number, (key, more) in enumerate(PROBERS):
             prompt = f"{number} {PROMPT}"
             tokens, cached, tokenised = await ask("sk-acme", prompt)
@@ -105,10 +106,10 @@ def test_a_foreign_prompt_is_computed_and_tokenised_like_an_unknown_one(folder: 
 
 
 def test_probing_pushes_no_prompt_of_others_out(folder: Path) -> None:
-    async def talk(ask: Ask, gateway: Gateway) -> None:
+    async def talk(ask: Ask, intake: Intake) -> None:
         short = PROMPT[:1100]
         tokens, *_ = await ask("sk-acme", short)
-        kept = gateway._models[MODEL].prompts[TenantId("acme")]
+        kept = intake.models[MODEL].prompts[TenantId("acme")]
         before = (len(kept), kept.chars)
         for number in range(8):
             assert (await ask("sk-globex", short if number == 4 else f"{number} {short}"[:40] + "x" * number))[1] == 0

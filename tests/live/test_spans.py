@@ -50,6 +50,7 @@ from orchestrator.core.types import (
 from orchestrator.live import spans as spans_module
 from orchestrator.live.front import Front, Membership, NodePlace
 from orchestrator.live.http.gateway import Gateway
+from orchestrator.live.intake import Intake
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.spans import Spans, open_spans
 from orchestrator.live.tracing import traces_opener
@@ -396,8 +397,8 @@ def test_nothing_that_a_client_wrote_gets_into_a_span(tmp_path: Path) -> None:
         driver = ScriptedDriver(make_model(tmp_path), lambda turn: Script(("an answer",)))
         told = traced.spans
         config = make_config(TENANTS)
-        texts_of = {ModelName("tiny"): driver.text}
-        gateway = Gateway(config, GatewayId(0), texts_of, b"s", driver, told, lambda: b"", dict, None, told.wrap)
+        intake = Intake(config, {ModelName("tiny"): driver.text}, b"s")
+        gateway = Gateway(config, GatewayId(0), intake, driver, told, lambda: b"", dict, None, told.wrap)
         port = await gateway.start("127.0.0.1", 0)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
             body = {"model": "tiny", "messages": [{"role": "user", "content": "sesame"}], "user": "sesame"}

@@ -32,13 +32,14 @@ from orchestrator.core.types import (
     SessionId,
     TenantId,
 )
+from orchestrator.live.asked import Sampling
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.turns import Prompt, Turn
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.prompts import Prompts
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
-from orchestrator.wire import node_pb2, node_pb2_grpc
+from orchestrator.wire import node_pb2_grpc
 from tests.builders import TRUST, some
 from tests.live.virtual import NoChannel, Wires, run_virtually
 from workers.driver import DriverLimits, NodeDriver
@@ -265,7 +266,7 @@ def asked(turn: TracedTurn, prompts: Prompts) -> Turn:
         ModelName("default"),
         TenantId("default"),
         Prompt(tokens, turn.input_tokens, tuple(map(hashed, prompts.of(turn))), BlockHash(bytes(16))),
-        node_pb2.Sampling(),
+        Sampling(),
         output_tokens_max=turn.output_tokens,
         session=SessionId(f"{turn.session}/{turn.agent}"),
     )

@@ -5,11 +5,12 @@ This does not know what is asked; see `gateway.py`.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any
 
-from orchestrator.live.http.openai.requests import ApiError
+from orchestrator.live.http.dialects import Dialect
+from orchestrator.live.http.errors import HttpError, fault
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,13 +36,15 @@ class Exchange:
     Args:
         scope, receive, send: ASGI's.
         gateway: this gateway's number, told to the client.
+        dialect: in whose words errors are said.
     """
 
-    __slots__ = ("_gateway", "_receive", "_send", "headers", "method", "path", "request_id", "status", "streaming")
+    __slots__ = ("_dialect", "_gateway", "_receive", "_send", "headers", "method", "path", "request_id", "status", "streaming")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, gateway: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, gateway: int, dialect: Dialect) -> None:
         self._receive = receive
         self._send = send
+        self._dialect = dialect
         self._gateway = b"%d" % gateway
         self.path: str = scope["path"]
         self.method: str = scope["method"]
@@ -53,11 +56,11 @@ class Exchange:
         self.streaming = False
 
     async def body(self, bytes_max: int) -> bytes:
-        """Return the whole body. Raises `ApiError` 413 over the limit, `ClientGone` if it never ends."""
+        """Return the whole body. Raises `HttpError` 413 over the limit, `ClientGone` if it never ends."""
         coding = self.headers.get(b"content-encoding", b"identity").strip().lower()
         if coding not in (b"identity", b""):
             problem = f"bodies are read as they are, not with content-encoding {coding.decode('latin-1')!r}"
-            raise ApiError(415, problem, code="unsupported_content_encoding")
+            raise HttpError(415, problem, code="unsupported_content_encoding")
         declared = self.headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > bytes_max:
             raise _too_large(bytes_max)
@@ -81,20 +84,20 @@ class Exchange:
         await self.open(status, [_JSON, length, *(headers or ())])
         await self._send({"type": "http.response.body", "body": body})
 
-    async def refuse(self, error: ApiError) -> None:
+    async def refuse(self, error: HttpError) -> None:
         """Answer with an error body."""
         retry = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % max(1, round(error.retry_after_s)))]
         reason = [(b"x-weft-refused", error.code.encode())] if error.status in (429, 503, 529) and error.code else []
         allow = [(b"allow", b"POST")] if error.status == 405 else []
-        await self.answer(error.status, error.body(), [*retry, *reason, *allow])
+        await self.answer(error.status, self._dialect.error_body(error), [*retry, *reason, *allow])
 
     async def fail(self) -> None:
         """End an answer after a fault of ours: with an error body, or by ending the stream where it stands."""
-        error = ApiError(500, "internal error; its cause is in the server's log", code="internal_error")
+        error = fault()
         if not self.status:
             await self.refuse(error)
         else:
-            await self.close(b"data: " + error.body() + b"\n\n" if self.streaming else b"")
+            await self.close(self._dialect.error_event(error) if self.streaming else b"")
         self.status = error.status
 
     async def open_events(self) -> None:
@@ -170,5 +173,11 @@ def request_id_of(given: bytes | None) -> bytes:
     return b"%032x" % random.getrandbits(128)
 
 
-def _too_large(bytes_max: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {bytes_max} bytes", code="request_too_large")
+def key_of(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return the key a request carries, as OpenAI's clients send it or as Anthropic's do; empty if it has none."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+
+
+def _too_large(bytes_max: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {bytes_max} bytes", code="request_too_large")

@@ -1,15 +1,19 @@
 """Several gateways, one owner for each session: finds the owner and passes a request on to it.
 
-A session's cache knowledge (its prompt, its place in the index) lives in one gateway: see `owner_of` in `core/sessions.py`.
+A session's cache knowledge (its prompt, its place in the index) lives in one gateway: see `owner_of` in
+`core/cluster/sessions.py`.
 """
 
 import asyncio
 import ssl
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from orchestrator.core.cluster.sessions import owner_of
+from orchestrator.core.types import GatewayId, SessionId
 from orchestrator.live.http.exchange import Exchange, HeaderList
 
 #: Says that a request was passed on already; it is served where it arrives, whoever owns it.
@@ -50,6 +54,39 @@ class _Reply:
 
     def on_message_complete(self) -> None:
         self.complete = True
+
+
+class Peers:
+    """The gateways that take requests, as one of them sees them.
+
+    Args:
+        number: this one's.
+        cert: PEM file of the certificate that all of them serve with; empty for plain HTTP.
+    """
+
+    def __init__(self, number: GatewayId, cert: str) -> None:
+        self._number = number
+        self._tls = pinned(cert) if cert else None
+        #: Base URLs; this one is not among them while it drains.
+        self._urls: dict[GatewayId, str] = {}
+
+    def join(self, urls: Mapping[GatewayId, str]) -> None:
+        """Learn the base URLs of all gateways that take requests."""
+        self._urls = dict(urls)
+
+    async def pass_on(self, exchange: Exchange, body: bytes, session: SessionId) -> bool:
+        """Let the session's owner answer, if that is another gateway that can be reached; return whether it has answered."""
+        if not self._urls or FORWARDED in exchange.headers:
+            return False
+        owner = owner_of(session, self._urls)
+        if owner == self._number:
+            return False
+        try:
+            await forward(exchange, body, self._urls[owner], self._tls)
+        except PeerUnreachable:
+            # Serving it here costs a recompute; refusing it would cost the request.
+            return False
+        return True
 
 
 def pinned(cert: str) -> ssl.SSLContext:

@@ -1,13 +1,17 @@
 """The endpoints that are asked now and then: models, health, metrics, status. Generation has its own short way, `gateway.py`."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from orchestrator.live.http.openai.requests import ApiError
+from orchestrator.live.http.errors import HttpError, fault, http_error
+from orchestrator.live.http.exchange import key_of
+from orchestrator.live.http.openai.answers import error_body, model_card
+from orchestrator.live.intake import Intake
+from orchestrator.live.refusals import Refused
 
 #: Asked by probes and scrapers, time and again: only what goes wrong there is counted.
 PROBED = ("/live", "/health", "/ready", "/metrics", "/status")
@@ -16,45 +20,48 @@ MODELS = "/v1/models"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Answers(Protocol):
-    """What the routes ask of the gateway."""
+def make_routes(
+    intake: Intake,
+    is_ready: Callable[[], bool],
+    metrics_page: Callable[[], bytes],
+    status: Callable[[], Any],
+    started_unix_s: int,
+) -> FastAPI:
+    """Return the application; unknown routes and wrong methods end in OpenAI's error bodies.
 
-    @property
-    def ready(self) -> bool: ...
-
-    def authenticate(self, headers: "dict[bytes, bytes]") -> object: ...
-
-    def authenticate_metrics(self, headers: "dict[bytes, bytes]") -> None: ...
-
-    def model_cards(self) -> list[dict[str, Any]]: ...
-
-    def model_card(self, name: str) -> dict[str, Any]: ...
-
-
-def make_routes(gateway: Answers, metrics_page: Callable[[], bytes], status: Callable[[], Any]) -> FastAPI:
-    """Return the application; unknown routes and wrong methods end in OpenAI's error bodies."""
+    Args:
+        intake: knows keys and models.
+        is_ready: tells whether requests can be served.
+        metrics_page: returns the Prometheus exposition.
+        status: returns what `/status` shows, as JSON-able values.
+        started_unix_s: since when models are served.
+    """
     application = FastAPI(title="Weft", docs_url=None, redoc_url=None)
 
+    def card(name: str) -> dict[str, Any]:
+        model = intake.model_named(name)
+        return model_card(name, model.name, started_unix_s, model.text.context_tokens_max)
+
     def models(request: Request) -> Response:
-        gateway.authenticate(dict(request.headers.raw))
-        return JSONResponse({"object": "list", "data": gateway.model_cards()})
+        intake.tenant_of(_key(request))
+        return JSONResponse({"object": "list", "data": [card(name) for name in intake.model_names()]})
 
     def model(request: Request, name: str) -> Response:
-        gateway.authenticate(dict(request.headers.raw))
-        return JSONResponse(gateway.model_card(name))
+        intake.tenant_of(_key(request))
+        return JSONResponse(card(name))
 
     async def live() -> Response:
         return JSONResponse({"status": "live"})
 
     async def ready() -> Response:
-        return JSONResponse({"status": "ready" if gateway.ready else "not ready"}, 200 if gateway.ready else 503)
+        return JSONResponse({"status": "ready"}) if is_ready() else JSONResponse({"status": "not ready"}, 503)
 
     async def metrics(request: Request) -> Response:
-        gateway.authenticate_metrics(dict(request.headers.raw))
+        intake.check_metrics_key(_key(request))
         return Response(metrics_page(), media_type=METRICS_TYPE)
 
     async def state(request: Request) -> Response:
-        gateway.authenticate(dict(request.headers.raw))
+        intake.tenant_of(_key(request))
         return JSONResponse(status())
 
     application.add_api_route("/v1/models", models)
@@ -65,7 +72,7 @@ def make_routes(gateway: Answers, metrics_page: Callable[[], bytes], status: Cal
     application.add_api_route("/metrics", metrics)
     application.add_api_route("/status", state)
     application.add_exception_handler(HTTPException, _on_http_exception)
-    application.add_exception_handler(ApiError, _on_api_error)
+    application.add_exception_handler(Refused, _on_refused)
     application.add_exception_handler(Exception, _on_fault)
     return application
 
@@ -74,20 +81,24 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"registered for HTTPException, got {type(error).__name__}"
     problem = f"{request.method} {request.url.path}: {error.detail}"
     code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
-    return _response(ApiError(error.status_code, problem, code=code))
+    return _response(HttpError(error.status_code, problem, code=code))
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
+async def _on_refused(request: Request, error: Exception) -> Response:
     del request
-    assert isinstance(error, ApiError), f"registered for ApiError, got {type(error).__name__}"
-    return _response(error)
+    assert isinstance(error, Refused), f"registered for Refused, got {type(error).__name__}"
+    return _response(http_error(error))
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     """Answer after a fault of ours; who serves the connection logs it."""
     del request, error
-    return _response(ApiError(500, "internal error; its cause is in the server's log", code="internal_error"))
+    return _response(fault())
 
 
-def _response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, media_type="application/json")
+def _key(request: Request) -> bytes:
+    return key_of(dict(request.headers.raw))
+
+
+def _response(error: HttpError) -> Response:
+    return Response(error_body(error), error.status, media_type="application/json")

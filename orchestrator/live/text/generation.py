@@ -9,6 +9,7 @@ to a stop string.
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.detokenise import Detokeniser
@@ -38,13 +39,20 @@ class Scored:
 
 Piece = str | Scored | ToolCall | Reasoning
 
-#: OpenAI's words for why an answer ended.
-_REASONS = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.CANCELLED: "stop",
-    FinishReason.FAILED: "error",
-}
+AnswerParser = ToolParser | ThinkParser
+
+
+class AnswerEnd(StrEnum):
+    """Why there is no more of an answer."""
+
+    STOP = "stop"  # the model ended it, or a stop token or string did
+    LENGTH = "length"  # it has as many tokens as were asked for, or as there is room for
+    TOOL_CALLS = "tool_calls"  # the model ended it and wants tools called
+    FAILED = "failed"
+    CANCELLED = "cancelled"  # nobody wants more
+
+
+_ENDS = {FinishReason.LENGTH: AnswerEnd.LENGTH, FinishReason.FAILED: AnswerEnd.FAILED}
 
 
 class Generation:
@@ -68,7 +76,7 @@ class Generation:
         detokeniser: Detokeniser,
         stops: Sequence[str],
         ends: Collection[int],
-        parser: ToolParser | ThinkParser | None,
+        parser: AnswerParser | None,
         scored: bool,
     ) -> None:
         self._detokeniser = detokeniser
@@ -89,7 +97,7 @@ class Generation:
         self.called = False
         #: True once a stop string came: nobody wants more of the turn.
         self.stopped = False
-        self.finish_reason: str | None = None
+        self.finish_reason: AnswerEnd | None = None
 
     def take(self, delta: Delta) -> list[Piece]:
         """Return what is ready after some more tokens; `finish_reason` is set once there will be no more."""
@@ -102,11 +110,11 @@ class Generation:
                 self._parser = None
         if delta.finish is not None and not self.stopped:
             pieces += self._flush()
-            self.finish_reason = _REASONS.get(delta.finish, "stop")
+            self.finish_reason = _ENDS.get(delta.finish, AnswerEnd.STOP)
         if self.stopped:
-            self.finish_reason = "stop"
-        if self.called and self.finish_reason == "stop":
-            self.finish_reason = "tool_calls"
+            self.finish_reason = AnswerEnd.STOP
+        if self.called and self.finish_reason is AnswerEnd.STOP:
+            self.finish_reason = AnswerEnd.TOOL_CALLS
         return pieces
 
     def _take_plain(self, tokens: Sequence[int]) -> list[Piece]:

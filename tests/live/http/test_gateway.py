@@ -316,7 +316,7 @@ def test_a_tenant_cannot_push_out_another_ones_prompts(text: ModelText) -> None:
         await ask("sk-good", "mine " * 500)
         for number in range(12):
             await ask("sk-other", f"{number} " * 1000)
-        prompts = {tenant: len(one) for tenant, one in served.gateway._models[ModelName(MODEL)].prompts.items()}
+        prompts = {tenant: len(one) for tenant, one in served.intake.models[ModelName(MODEL)].prompts.items()}
         assert prompts == {"acme": 1, "globex": 4}
 
     play(text, talk, tenants=TENANTS, prompts_cached_max=8)

@@ -3,21 +3,79 @@
 A streamed event is  head of its choice + the text as a JSON string + tail;  only the middle differs from token to token.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any
 
 import msgspec
 
+from orchestrator.live.asked import Asked
+from orchestrator.live.choices import Usage
+from orchestrator.live.http.errors import HttpError
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.generation import Generation, Piece, Scored, ScoredToken
+from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, Scored, ScoredToken
 from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import ToolCall
 
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
 _END = b"\n\n"
+#: Types of errors by status; of others it is the client's fault or ours.
+_ERROR_TYPES = {
+    401: "invalid_request_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+    504: "timeout_error",
+}
+#: OpenAI's words for why an answer ended.
+_REASONS = {
+    AnswerEnd.STOP: "stop",
+    AnswerEnd.LENGTH: "length",
+    AnswerEnd.TOOL_CALLS: "tool_calls",
+    AnswerEnd.FAILED: "error",
+    AnswerEnd.CANCELLED: "stop",
+}
+
+
+def error_body(error: HttpError) -> bytes:
+    """Return OpenAI's error object as JSON."""
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return _encode({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
+
+
+def error_event(error: HttpError) -> bytes:
+    """Return an error as it stands in a stream."""
+    return b"data: " + error_body(error) + _END
+
+
+def write_chat(asked: Asked, vocabulary: Vocabulary) -> "ChatWriter":
+    """Return the writer of an answer to a chat request."""
+    return ChatWriter(_answer("chatcmpl", asked, vocabulary), asked.generations, asked.report.usage)
+
+
+def write_completion(asked: Asked, vocabulary: Vocabulary) -> "CompletionWriter":
+    """Return the writer of an answer to a completion request."""
+    return CompletionWriter(_answer("cmpl", asked, vocabulary), asked.generations, asked.report.usage)
+
+
+def model_card(name: str, root: str, created_unix_s: int, context_tokens_max: int) -> dict[str, Any]:
+    """Return a model as clients may name it; `root` is its own name."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_unix_s,
+        "owned_by": "weft",
+        "root": root,
+        "max_model_len": context_tokens_max,
+    }
+
+
+def _answer(kind: str, asked: Asked, vocabulary: Vocabulary) -> "Answer":
+    return Answer(f"{kind}-{token_hex(12)}", int(time.time()), asked.model, vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +89,7 @@ class Answer:
     vocabulary: Vocabulary
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of one answer, all its choices together; a prompt counts once."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    #: Those of the completion that are thoughts.
-    reasoning_tokens: int = 0
-
-    def shape(self) -> dict[str, Any]:
-        """Return OpenAI's usage object."""
-        thoughts = {"completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}} if self.reasoning_tokens else {}
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            **thoughts,
-        }
-
-
-class Shape(ABC):
+class AnswerWriter(ABC):
     """What chat and plain completions do differently. One object serves one answer.
 
     Args:
@@ -70,6 +106,7 @@ class Shape(ABC):
 
     def __init__(self, answer: Answer, choices: int, usage_follows: bool) -> None:
         self._answer = answer
+        self._usage_follows = usage_follows
         head = {"id": answer.id, "object": self.chunk_object, "created": answer.created, "model": answer.model}
         start = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._start = start
@@ -94,23 +131,28 @@ class Shape(ABC):
         del index
         return b""
 
-    def ending(self, index: int, reason: str) -> bytes:
+    def ending(self, index: int, end: AnswerEnd) -> bytes:
         """Return the event that says why a choice ended."""
-        return self._event(index, {**self.delta(""), "logprobs": None, "finish_reason": reason})
+        return self._event(index, {**self.delta(""), "logprobs": None, "finish_reason": _REASONS[end]})
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the event with the usage."""
-        return self._start + b'],"usage":' + _encode(usage.shape()) + b"}" + _END
+    def closing(self, usage: Usage) -> bytes:
+        """Return the last events of a stream: its usage if that was asked for, and the mark that it is complete."""
+        told = self._start + b'],"usage":' + _encode(_usage(usage)) + b"}" + _END if self._usage_follows else b""
+        return told + _DONE
+
+    def broken(self, error: HttpError) -> bytes:
+        """Return the last events of a stream that cannot go on."""
+        return error_event(error) + _DONE
 
     def whole(self, generations: Sequence[tuple[Generation, Sequence[Piece]]], usage: Usage) -> bytes:
         """Return the body of an answer that is not streamed."""
         choices = [
-            {"index": index, **self.message(pieces), "logprobs": self._all_scores(pieces), "finish_reason": done.finish_reason}
+            {"index": index, **self.message(pieces), "logprobs": self._all_scores(pieces), "finish_reason": _reason(done)}
             for index, (done, pieces) in enumerate(generations)
         ]
         answer = self._answer
         head = {"id": answer.id, "object": self.whole_object, "created": answer.created, "model": answer.model}
-        return _encode({**head, "choices": choices, "usage": usage.shape()})
+        return _encode({**head, "choices": choices, "usage": _usage(usage)})
 
     @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
@@ -140,7 +182,7 @@ class Shape(ABC):
         return self._heads[index] + _encode(fields)[1:] + self._tail
 
 
-class ChatShape(Shape):
+class ChatWriter(AnswerWriter):
     """/v1/chat/completions."""
 
     chunk_object = "chat.completion.chunk"
@@ -193,7 +235,7 @@ class ChatShape(Shape):
         return [self._event(index, {"delta": {"tool_calls": [call]}, **rest}) for call in (first, second)]
 
 
-class CompletionShape(Shape):
+class CompletionWriter(AnswerWriter):
     """/v1/completions."""
 
     chunk_object = "text_completion"
@@ -229,6 +271,23 @@ class CompletionShape(Shape):
         for token, logprob in top:
             named.setdefault(self._name(token), logprob)
         return named
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    """Return OpenAI's usage object."""
+    thoughts = {"completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}} if usage.reasoning_tokens else {}
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        **thoughts,
+    }
+
+
+def _reason(done: Generation) -> str:
+    assert done.finish_reason is not None, f"an answer is written after {done.tokens} tokens, and has not ended"
+    return _REASONS[done.finish_reason]
 
 
 def _joined(pieces: Sequence[Piece]) -> str:

@@ -1,9 +1,7 @@
-"""What clients may ask in OpenAI's words: request bodies, their checks, and error bodies.
+"""Reads what clients ask in OpenAI's words: a body in, checked, what is asked out.
 
-Unknown fields are ignored, never refused: harnesses send what other servers understand. JSON is read once, straight into these
-structures; moving `cache_control` markers fall out by not being in them.
-
-    ApiError    a request that cannot be served, with the status and the body to answer
+`parse_chat` and `parse_completion` return what is asked in no API's words (`live/asked.py`), or raise `Invalid`. JSON is read
+once, straight into the structures of `bodies.py`, which nobody else sees.
 """
 
 import codecs
@@ -13,9 +11,11 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from orchestrator.core.types import ServiceClass
-from orchestrator.live.http.openai.unserved import Unserved, unserved
-from orchestrator.live.text.templates import decoded_arguments
-from orchestrator.wire import node_pb2
+from orchestrator.live.asked import SEED_MASK, TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Sampling, Texts
+from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
+from orchestrator.live.http.openai.unserved import unserved
+from orchestrator.live.refusals import Invalid, require
+from orchestrator.live.text.conversations import shown_call, shown_message, shown_tools, tool_parameters
 
 MESSAGES_MAX = 100_000
 STOP_STRINGS_MAX = 16
@@ -23,254 +23,25 @@ CHOICES_MAX = 128
 PROMPTS_MAX = 1024
 TOP_LOGPROBS_MAX = 20
 TOOLS_MAX = 4096
-_TOP_K_MAX = (1 << 31) - 1
 #: OpenAI's default for completions; chat generates up to the context's end.
 COMPLETION_TOKENS_DEFAULT = 16
-#: Claude Code's first system line differs from request to request; kept, it would end every shared prefix there.
-_BILLING_HEADER = "x-anthropic-billing-header"
+#: More digits than any token id has.
+_TOKEN_DIGITS_MAX = 10
+_PRIORITY_MAX = (1 << 31) - 1
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
-_TYPES = {
-    401: "invalid_request_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-    529: "overloaded_error",
-    504: "timeout_error",
-}
-
-
-class ApiError(Exception):
-    """A request ends with this status and error body."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> bytes:
-        """Return OpenAI's error object as JSON."""
-        fallback = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = _TYPES.get(self.status, fallback)
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
-
-
-class StreamOptions(msgspec.Struct):
-    """How to stream."""
-
-    include_usage: bool | None = None
-
-
-class AgentHints(msgspec.Struct):
-    """Dynamo's hints; the fields that are acted on."""
-
-    priority: int | None = None
-
-
-class AgentContext(msgspec.Struct):
-    """Dynamo's naming of an agent's session."""
-
-    session_id: str | None = None
-
-
-class Extension(msgspec.Struct):
-    """Dynamo's `nvext`; the fields that are acted on."""
-
-    agent_hints: AgentHints | None = None
-    agent_context: AgentContext | None = None
-    cache_salt: str | None = None
-
-
-class FunctionCall(msgspec.Struct):
-    """A call an assistant made in an earlier turn."""
-
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class MessageToolCall(msgspec.Struct):
-    """A call with the id its result refers to."""
-
-    function: FunctionCall
-    id: str | None = None
-    type: str = "function"
-
-
-class Part(msgspec.Struct):
-    """One part of a message's content."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-class Message(msgspec.Struct):
-    """One message of a conversation."""
-
-    role: str
-    content: str | list[Part | str] | None = None
-    name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    #: Some clients send an object here, which is none of ours.
-    reasoning: Any = None
-
-
-class GenerationRequest(Unserved, kw_only=True):
-    """What chat and plain completions have in common."""
-
-    model: str
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    priority: int | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    cache_salt: str | None = None
-    nvext: Extension | None = None
-
-    @property
-    def choices(self) -> int:
-        """Generations for each prompt."""
-        return self.n if self.n is not None else 1
-
-    @property
-    def stops(self) -> Sequence[str]:
-        """Strings that end the output."""
-        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-
-    @property
-    def include_usage(self) -> bool:
-        """A stream ends with a chunk that holds the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def salt(self) -> str:
-        """What keeps this request's cached blocks apart from others of the same tenant."""
-        return (self.nvext.cache_salt if self.nvext is not None else None) or self.cache_salt or ""
-
-    @property
-    def session_hint(self) -> str | None:
-        """The session as the body names it, if it does."""
-        context = self.nvext.agent_context if self.nvext is not None else None
-        return (context.session_id if context is not None else None) or self.prompt_cache_key
-
-    @property
-    def urgency(self) -> int:
-        """Priority: higher is served earlier."""
-        hints = self.nvext.agent_hints if self.nvext is not None else None
-        wanted = hints.priority if hints is not None and hints.priority is not None else self.priority
-        return max(-(1 << 31), min(wanted or 0, (1 << 31) - 1))
-
-    @property
-    def service_class(self) -> ServiceClass:
-        """The class that `service_tier` stands for: OpenAI's tiers, or one of ours by name."""
-        tiers = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE}
-        named = {str(member): member for member in ServiceClass}
-        return (tiers | named).get(self.service_tier or "", ServiceClass.STANDARD)
-
-
-class ChatRequest(GenerationRequest, kw_only=True):
-    """Body of /v1/chat/completions."""
-
-    messages: list[Message]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    include_reasoning: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-
-    @property
-    def output_tokens_wanted(self) -> int | None:
-        """Tokens to generate at most, if the client says."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    @property
-    def logprobs_wanted(self) -> int | None:
-        """Most likely tokens to report at each position; None for no log probabilities at all."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        """What the template is told beside messages and tools."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return {**effort, **(self.chat_template_kwargs or {})}
-
-    @property
-    def opens_answer(self) -> bool:
-        """Whether the prompt ends with what begins an answer, rather than with the last message."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
-
-    @property
-    def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools the model is told about."""
-        return None if self.tool_choice == "none" else self.tools or None
-
-
-class CompletionRequest(GenerationRequest, kw_only=True):
-    """Body of /v1/completions."""
-
-    prompt: str | list[str | int | list[int]]
-    best_of: int | None = None
-    logprobs: int | None = None
-
-    @property
-    def output_tokens_wanted(self) -> int | None:
-        """Tokens to generate at most."""
-        return self.max_tokens if self.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
-
-    @property
-    def logprobs_wanted(self) -> int | None:
-        """Most likely tokens to report at each position; None for no log probabilities at all."""
-        return self.logprobs
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, one by one: text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [entry for entry in self.prompt if isinstance(entry, int)]
-        if ids:
-            require(len(ids) == len(self.prompt), "prompt", "a list of token ids must hold nothing else")
-            return [ids]
-        return [entry for entry in self.prompt if not isinstance(entry, int)]
+#: OpenAI's tiers, and our classes by name; any other tier is the default's.
+_CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | {str(one): one for one in ServiceClass}
 
 
 Wanted = TypeVar("Wanted")
 _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest, strict=True)
+_NO_EXTENSION = Extension()
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Read and check a chat request. Raises `ApiError`."""
+def parse_chat(body: bytes) -> Asked:
+    """Read and check a body of /v1/chat/completions. Raises `Invalid`."""
     request = _decode(_CHAT, body)
     _check_common(request)
     require(len(request.messages) > 0, "messages", "must hold at least one message")
@@ -280,11 +51,13 @@ def parse_chat(body: bytes) -> ChatRequest:
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     _check_tools(request)
     _check_continuation(request)
-    return request
+    most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return _asked(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
-    """Read and check a completion request. Raises `ApiError`."""
+def parse_completion(body: bytes) -> Asked:
+    """Read and check a body of /v1/completions. Raises `Invalid`."""
     request = _decode(_COMPLETION, body)
     _check_common(request)
     _check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
@@ -292,7 +65,103 @@ def parse_completion(body: bytes) -> CompletionRequest:
     prompts = request.prompts
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
     require(all(prompts), "prompt", "must not be empty")
-    return request
+    most = request.max_tokens if request.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
+    return _asked(request, Texts(prompts), most, request.logprobs, thoughts=True)
+
+
+# --- in no API's words ------------------------------------------------------------------------------------------------
+
+
+def _asked(
+    request: GenerationRequest, prompt: Conversation | Texts, output_tokens_max: int | None, logprobs: int | None, thoughts: bool
+) -> Asked:
+    """Return what a checked request asks for."""
+    options = request.stream_options
+    usage = options is not None and bool(options.include_usage)
+    return Asked(
+        model=request.model,
+        prompt=prompt,
+        sampling=_sampling(request, logprobs),
+        limits=Limits(output_tokens_max, request.stops, bool(request.ignore_eos), request.choices),
+        hints=_hints(request),
+        report=Report(bool(request.stream), usage, thoughts),
+    )
+
+
+def _sampling(request: GenerationRequest, logprobs: int | None) -> Sampling:
+    return Sampling(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        # -1 is all, as 0 is, and so is more than any vocabulary has.
+        top_k=min(max(request.top_k or 0, 0), TOP_K_MAX),
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        seed=None if request.seed is None else request.seed & SEED_MASK,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        logprobs=logprobs,
+        logit_bias=_biases(request.logit_bias) if request.logit_bias else {},
+    )
+
+
+def _biases(written: Mapping[str, float]) -> dict[int, float]:
+    """Return biases by token id, whether or not the model has such tokens. Raises `Invalid`."""
+    for token, bias in written.items():
+        number = token.isascii() and token.isdigit() and len(token) <= _TOKEN_DIGITS_MAX
+        require(number, "logit_bias", f"{token[:_TOKEN_DIGITS_MAX]!r} is no token id")
+        require(-100 <= bias <= 100, "logit_bias", f"must be from -100 to 100, is {bias}")
+    return {int(token): bias for token, bias in written.items()}
+
+
+def _hints(request: GenerationRequest) -> Hints:
+    """Return the hints of OpenAI's fields and Dynamo's; Dynamo's come first."""
+    more = request.nvext or _NO_EXTENSION
+    hinted = more.agent_hints.priority if more.agent_hints is not None else None
+    priority = (hinted if hinted is not None else request.priority) or 0
+    named = more.agent_context.session_id if more.agent_context is not None else None
+    return Hints(
+        priority=max(-_PRIORITY_MAX - 1, min(priority, _PRIORITY_MAX)),
+        service_class=_CLASSES.get(request.service_tier or "", ServiceClass.STANDARD),
+        session=named or request.prompt_cache_key or None,
+        cache_salt=more.cache_salt or request.cache_salt or "",
+    )
+
+
+def _conversation(request: ChatRequest) -> Conversation:
+    effort = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    return Conversation(
+        messages=[_message(message) for message in request.messages],
+        tools=shown_tools(request.shown_tools),
+        variables={**effort, **(request.chat_template_kwargs or {})},
+        opens_answer=request.add_generation_prompt is not False and not request.continue_final_message,
+        continues=bool(request.continue_final_message),
+    )
+
+
+def _message(message: Message) -> dict[str, Any]:
+    content = message.content if isinstance(message.content, str) else _joined(message.content)
+    thoughts = message.reasoning_content if message.reasoning_content is not None else message.reasoning
+    calls = [shown_call(one.function.name, one.function.arguments, one.id, one.type) for one in message.tool_calls or ()]
+    told = thoughts if isinstance(thoughts, str) else None
+    return shown_message(message.role, content, message.name, calls, message.tool_call_id, told)
+
+
+def _joined(parts: Sequence[Part | str] | None) -> str:
+    """Return the text of content given in parts. Raises `Invalid` for parts that are no text."""
+    texts: list[str] = []
+    for part in parts or ():
+        if isinstance(part, str):
+            texts.append(part)
+        elif part.type in _TEXT_PARTS:
+            texts.append(part.text or "")
+        elif part.type == "refusal":
+            texts.append(part.refusal or "")
+        else:
+            require(part.type in _SILENT_PARTS, "messages", f"content parts of type {part.type!r} are not supported")
+    return "".join(texts)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check_tools(request: ChatRequest) -> None:
@@ -334,12 +203,6 @@ def _check_continuation(request: ChatRequest) -> None:
     require(not final.tool_calls, "continue_final_message", "cannot go on after tool calls")
 
 
-def require(holds: bool, param: str, problem: str) -> None:
-    """Raise the `ApiError` for a wrong field unless `holds`."""
-    if not holds:
-        raise ApiError(400, f"{param}: {problem}", code="invalid_value", param=param)
-
-
 def _decode(decoder: "msgspec.json.Decoder[Wanted]", body: bytes) -> Wanted:
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
@@ -351,11 +214,11 @@ def _decode(decoder: "msgspec.json.Decoder[Wanted]", body: bytes) -> Wanted:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$")
         param = place.rstrip("`").removeprefix(".") or None
-        raise ApiError(400, f"{param}: {problem}" if param else problem, code="invalid_type", param=param) from error
+        raise Invalid(f"{param}: {problem}" if param else problem, "invalid_type", param) from error
     except RecursionError as error:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
+        raise Invalid("the body is nested too deeply", "invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+        raise Invalid(f"the body is not valid JSON: {error}", "invalid_json") from error
 
 
 def _whole(body: Any) -> Any:
@@ -397,94 +260,3 @@ def _check_range(param: str, value: float | None, least: float, most: float | No
 
 def _range_problem(value: float, least: float, most: float | None) -> str:
     return f"must be {least} or more, is {value}" if most is None else f"must be from {least} to {most}, is {value}"
-
-
-def sampling_of(request: GenerationRequest, logprobs: int | None, vocabulary: int) -> node_pb2.Sampling:
-    """Return how tokens are to be chosen. Raises `ApiError` for token ids outside the vocabulary."""
-    sampling = node_pb2.Sampling(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        # More than any vocabulary has is all of it.
-        top_k=min(max(request.top_k or 0, 0), _TOP_K_MAX),
-        min_p=request.min_p or 0.0,
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
-    )
-    if request.seed is not None:
-        sampling.seed = request.seed & 0xFFFF_FFFF_FFFF_FFFF
-    if logprobs is not None:
-        sampling.logprobs = logprobs
-    for token in request.stop_token_ids or ():
-        require(0 <= token < vocabulary, "stop_token_ids", f"{token} is no token id (0 to {vocabulary - 1})")
-        sampling.stop_token_ids.append(token)
-    for written, bias in (request.logit_bias or {}).items():
-        known = written.isascii() and written.isdigit() and int(written) < vocabulary
-        require(known, "logit_bias", f"{written!r} is no token id (0 to {vocabulary - 1})")
-        require(-100 <= bias <= 100, "logit_bias", f"must be from -100 to 100, is {bias}")
-        sampling.logit_bias[int(written)] = bias
-    return sampling
-
-
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages as chat templates read them: text content, parsed arguments, only the fields that are there."""
-    return [_template_message(message) for message in messages]
-
-
-def template_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Return tools as chat templates read them, without cache markers, which move from turn to turn."""
-    if tools is None:
-        return None
-    return [{key: value for key, value in tool.items() if key != "cache_control"} for tool in tools]
-
-
-def tool_parameters(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
-    """Return the functions among some tools by name, each with the schema of its parameters."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for tool in tools or ():
-        function = tool.get("function")
-        if isinstance(function, Mapping) and "name" in function:
-            function = cast("Mapping[str, Any]", function)
-            parameters = function.get("parameters")
-            found[str(function["name"])] = cast("Mapping[str, Any]", parameters) if isinstance(parameters, Mapping) else {}
-    return found
-
-
-def _template_message(message: Message) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    content = message.content if isinstance(message.content, str) else _joined(message.content)
-    if role == "system" and _BILLING_HEADER in content:
-        content = "".join(line for line in content.splitlines(keepends=True) if not line.startswith(_BILLING_HEADER))
-    shown: dict[str, Any] = {"role": role, "content": content}
-    if message.tool_calls:
-        shown["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-    if message.tool_call_id is not None:
-        shown["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        shown["name"] = message.name
-    thoughts = message.reasoning_content if message.reasoning_content is not None else message.reasoning
-    if isinstance(thoughts, str):
-        # Under both names that templates read.
-        shown["reasoning_content"] = shown["thinking"] = thoughts
-    return shown
-
-
-def _joined(parts: Sequence[Part | str] | None) -> str:
-    """Return the text of content given in parts. Raises `ApiError` for parts that are no text."""
-    texts: list[str] = []
-    for part in parts or ():
-        if isinstance(part, str):
-            texts.append(part)
-        elif part.type in _TEXT_PARTS:
-            texts.append(part.text or "")
-        elif part.type == "refusal":
-            texts.append(part.refusal or "")
-        else:
-            require(part.type in _SILENT_PARTS, "messages", f"content parts of type {part.type!r} are not supported")
-    return "".join(texts)
-
-
-def _template_call(call: MessageToolCall) -> dict[str, Any]:
-    arguments: Any = call.function.arguments or {}
-    if isinstance(arguments, str):
-        arguments = decoded_arguments(arguments)
-    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}

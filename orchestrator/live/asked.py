@@ -1,0 +1,131 @@
+"""What a client asks for, in no API's words: what dialects' parsers make of a request, and all that is known of it after.
+
+    Asked  =  model  +  prompt (Conversation or Texts)  +  Sampling  +  Limits  +  Hints  +  Report
+
+Whoever makes one has checked what can be checked without knowing the model; token ids are compared with its vocabulary by
+`intake.py`. Nothing here knows HTTP, JSON or protobuf.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from orchestrator.core.types import ServiceClass
+
+#: Seeds are whole numbers of 64 bits; greater ones, and negative ones, are cut to them.
+SEED_MASK = (1 << 64) - 1
+#: What a number of 32 bits holds: more tokens than any vocabulary has.
+TOP_K_MAX = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that a chat template makes a prompt of; see `text/conversations.py` for how both lists look."""
+
+    messages: Sequence[Mapping[str, Any]]
+    #: What the model is told that it may call; None for nothing.
+    tools: Sequence[Mapping[str, Any]] | None = None
+    #: What the template is told besides.
+    variables: Mapping[str, Any] = field(default_factory=lambda: {})
+    #: The prompt ends with what begins an answer.
+    opens_answer: bool = True
+    #: The prompt ends where the last message's content does, so that the answer goes on with it.
+    continues: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts to be gone on with as they are: at least one, each a text or token ids, none empty."""
+
+    texts: Sequence[str | Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a node chooses tokens, what ends them, and what it reports of the choice."""
+
+    #: 0 is greedy.
+    temperature: float = 0.0
+    #: 1 keeps all.
+    top_p: float = 1.0
+    #: 0 keeps all.
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    #: 0 to `SEED_MASK`; None for any.
+    seed: int | None = None
+    #: All that end the output once the model's own ends are among them, if they are to count.
+    stop_token_ids: tuple[int, ...] = ()
+    #: Most likely tokens to report at each position; None for no log probabilities at all.
+    logprobs: int | None = None
+    #: Added to logits, by token id.
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
+
+    def ending_with(self, tokens: frozenset[int]) -> "Sampling":
+        """Return the same with further tokens that end the output."""
+        further = tokens.difference(self.stop_token_ids)
+        return replace(self, stop_token_ids=(*self.stop_token_ids, *sorted(further))) if further else self
+
+    def for_choice(self, number: int) -> "Sampling":
+        """Return the same for one of several choices, from 0: each has a seed of its own."""
+        if self.seed is None or not number:
+            return self
+        return replace(self, seed=(self.seed + number) & SEED_MASK)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is asked for, and what ends it."""
+
+    #: Tokens to generate at most; None for as many as the context has room for.
+    output_tokens_max: int | None = None
+    #: Strings that end the output and are no part of it.
+    stop_strings: Sequence[str] = ()
+    #: The model's own ends do not end it.
+    ignores_ends: bool = False
+    #: Generations for each prompt.
+    choices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """When and where to serve it; never what is said."""
+
+    #: Higher is served earlier; within 32 bits.
+    priority: int = 0
+    service_class: ServiceClass = ServiceClass.STANDARD
+    #: The session as the request itself names it; a transport may know better.
+    session: str | None = None
+    #: Keeps its cached blocks apart from others of the same tenant.
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What to tell besides the answer, and how."""
+
+    #: Tokens are sent as they come.
+    streams: bool = False
+    #: A stream ends with its usage; whole answers always have theirs.
+    usage: bool = False
+    #: Thoughts are told, apart from the answer.
+    thoughts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request for generations."""
+
+    #: As the client named it.
+    model: str
+    prompt: Conversation | Texts
+    sampling: Sampling = field(default_factory=Sampling)
+    limits: Limits = field(default_factory=Limits)
+    hints: Hints = field(default_factory=Hints)
+    report: Report = field(default_factory=Report)
+
+    @property
+    def generations(self) -> int:
+        """Generations in all: prompts times choices."""
+        return self.limits.choices * (len(self.prompt.texts) if isinstance(self.prompt, Texts) else 1)

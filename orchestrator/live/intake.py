@@ -1,0 +1,238 @@
+"""What every way in does with a request before it becomes turns: whose it is, which model, which tokens and blocks.
+
+    key -> tenant        name -> model        session's name -> session
+    Asked -> text (`text/templates.py`) -> tokens and block hashes (`text/prompts.py`) -> Prepared
+
+Knows neither HTTP nor gRPC: what cannot be served raises `Refused`, and each way in says that in its own words.
+"""
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from hmac import compare_digest
+from typing import assert_never
+
+from orchestrator.core.blocks import hash_root
+from orchestrator.core.config import ClusterConfig
+from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, SessionId, TenantId
+from orchestrator.live.asked import Asked, Conversation, Sampling, Texts
+from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
+from orchestrator.live.text.conversations import tool_parameters
+from orchestrator.live.text.generation import AnswerParser
+from orchestrator.live.text.models import ModelText
+from orchestrator.live.text.prompts import PromptTokeniser
+from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
+from orchestrator.live.text.templates import TemplateFailed
+from orchestrator.live.text.tools import make_parser
+from orchestrator.live.turns import Prompt
+
+#: Longer session names are hashed down to this many characters.
+_SESSION_CHARS_MAX = 256
+
+ParserMaker = Callable[[], AnswerParser | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that clients may ask for."""
+
+    name: ModelName
+    text: ModelText
+    #: Each tenant's own, so that nobody's prompts push out another's.
+    prompts: Mapping[TenantId, PromptTokeniser]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request of which nothing is left to check: what its turns are made of."""
+
+    asked: Asked
+    model: ServedModel
+    tenant: TenantId
+    session: SessionId | None
+    #: Each shorter than the model's context.
+    prompts: Sequence[Prompt]
+    #: As asked, with the model's own ends among the stop tokens unless they are to be ignored.
+    sampling: Sampling
+    #: Returns a fresh parser for each answer; None for answers that hold neither thoughts nor tool calls.
+    parser: ParserMaker
+
+
+class Intake:
+    """One gateway's. Belongs to one event loop.
+
+    Args:
+        config: the cluster's.
+        texts: the text side of every model in `config`.
+        secret: keys block hashes; the same in all gateways.
+    """
+
+    def __init__(self, config: ClusterConfig, texts: Mapping[ModelName, ModelText], secret: bytes) -> None:
+        self._config = config
+        self._secret = secret
+        self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
+        tenants = tuple(TenantId(one.name) for one in config.tenants) or (DEFAULT_TENANT,)
+        self.models = {name: ServedModel(name, text, _prompts(config, name, text, tenants)) for name, text in texts.items()}
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    def tenant_of(self, key: bytes) -> TenantId:
+        """Return the tenant a key stands for; where no keys are asked for any key does. Raises `KeyUnknown`."""
+        if not self._config.tenants:
+            return DEFAULT_TENANT
+        tenant = self._tenants.get(_digest(key))
+        if tenant is None:
+            raise KeyUnknown
+        return tenant
+
+    def check_metrics_key(self, key: bytes) -> None:
+        """See that whoever has a key may see metrics. Raises `KeyUnknown`."""
+        wanted = self._config.gateway.metrics_key
+        if not wanted:
+            self.tenant_of(key)
+        elif not compare_digest(key, wanted.encode()):
+            raise KeyUnknown("the key for metrics is missing or wrong")
+
+    def model_named(self, name: str) -> ServedModel:
+        """Return the model of that name, or else of the longest alias that matches. Raises `ModelUnknown`."""
+        served = self._config.model_named(name)
+        if served is None:
+            raise ModelUnknown(name)
+        return self.models[ModelName(served)]
+
+    def model_names(self) -> list[str]:
+        """Return the names clients may ask for; aliases that match by their beginning are left out."""
+        aliases = (alias for model in self._config.models.values() for alias in model.aliases)
+        return [*self.models, *(alias for alias in aliases if not alias.endswith("*"))]
+
+    def session_named(self, name: str | None) -> SessionId | None:
+        """Return the session that clients call so; None for none, or for an empty name."""
+        if not name:
+            return None
+        return SessionId(name if len(name) <= _SESSION_CHARS_MAX else _digest(name.encode()).hex())
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    async def prepare(self, asked: Asked, model: ServedModel, tenant: TenantId, session: SessionId | None) -> Prepared:
+        """Return a request's prompts as tokens and block hashes, and how its tokens are chosen and read. Raises `Invalid`."""
+        self._check_generations(asked)
+        salt = asked.hints.cache_salt
+        match asked.prompt:
+            case Conversation() as conversation:
+                text = _rendered(conversation, model)
+                prompts = [await self.encode(model, text, tenant, session, salt, prefixed=False)]
+                parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
+            case Texts(texts):
+                prompts = [await self.encode(model, text, tenant, session, salt, prefixed=True) for text in texts]
+                parser, ends = _no_parser, model.text.eos_token_ids
+            case _:
+                assert_never(asked.prompt)
+        for prompt in prompts:
+            _check_length(model.text, prompt)
+        _check_tokens(model.text, asked.sampling)
+        sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
+        return Prepared(asked, model, tenant, session, prompts, sampling, parser)
+
+    async def encode(
+        self,
+        model: ServedModel,
+        text: str | Sequence[int],
+        tenant: TenantId,
+        session: SessionId | None = None,
+        salt: str = "",
+        prefixed: bool = False,
+    ) -> Prompt:
+        """Return a prompt's tokens and block hashes.
+
+        Args:
+            model: whose tokens.
+            text: a text, or tokens already.
+            tenant: whose prompt; tenants share no block.
+            session: finds the turn before.
+            salt: keeps the prompt's blocks apart from others of the same tenant.
+            prefixed: put the model's fixed tokens in front of a text.
+
+        Raises:
+            Invalid: a token is none of the model's.
+        """
+        prompts = model.prompts[tenant]
+        root = self._root(model, tenant, salt)
+        if isinstance(text, str):
+            return await prompts.encode_aside(text, root, (session,) if session is not None else None, prefixed)
+        size = model.text.vocabulary_size
+        require(min(text) >= 0 and max(text) < size, "prompt", f"token ids must be from 0 to {size - 1}")
+        return prompts.adopt(array("I", text).tobytes(), root)
+
+    def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
+        return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
+
+    def _check_generations(self, asked: Asked) -> None:
+        """Refuse a request that is too many in one, before any of them begins."""
+        most = self._config.gateway.generations_max
+        if asked.generations > most:
+            problem = f"a request may have {most} generations (prompts times n), this one has {asked.generations}"
+            raise Invalid(problem, "too_many_generations", "n")
+
+
+def _rendered(conversation: Conversation, model: ServedModel) -> str:
+    one = conversation
+    try:
+        return model.text.template.render(one.messages, one.tools, one.variables, one.opens_answer, one.continues)
+    except TemplateFailed as error:
+        raise Invalid(str(error), "invalid_messages", "messages") from error
+
+
+def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: ModelText) -> ParserMaker:
+    """Return what makes parsers for answers to a conversation whose prompt is `text`."""
+    style, tools = model.reasoning_style, conversation.tools
+    parameters = tool_parameters(tools)
+    continued = str(conversation.messages[-1]["content"]) if conversation.continues else None
+    opened = style.opened_by(text, continued)
+
+    def make() -> AnswerParser | None:
+        calls = make_parser(model.tool_style, parameters) if tools else None
+        return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
+
+    return make
+
+
+def _no_parser() -> None:
+    """Return the parser of answers that are text whatever is in them."""
+    return
+
+
+def _check_length(model: ModelText, prompt: Prompt) -> None:
+    most = model.context_tokens_max
+    if prompt.count >= most:
+        problem = f"this model's maximum context length is {most} tokens, and the prompt has {prompt.count} already"
+        raise Invalid(problem, "context_length_exceeded", "messages")
+    if prompt.count == 0:
+        raise Invalid("the prompt is empty", "invalid_value", "messages")
+
+
+def _check_tokens(model: ModelText, sampling: Sampling) -> None:
+    """Refuse tokens that are none of the model's."""
+    size = model.vocabulary_size
+    for token in sampling.stop_token_ids:
+        require(0 <= token < size, "stop_token_ids", f"{token} is no token id (0 to {size - 1})")
+    for token in sampling.logit_bias:
+        require(0 <= token < size, "logit_bias", f"'{token}' is no token id (0 to {size - 1})")
+
+
+def _prompts(
+    config: ClusterConfig, name: ModelName, text: ModelText, tenants: Sequence[TenantId]
+) -> dict[TenantId, PromptTokeniser]:
+    """Return a tokeniser for each tenant, all with the same share of the memory for prompts."""
+    sharing = len(config.models) * len(tenants)
+    block_tokens = config.pools_of(name)[0].engine.block_tokens
+    prompts_max = max(1, config.gateway.prompts_cached_max // sharing)
+    chars_max = config.gateway.prompt_chars_cached_max // sharing
+    return {
+        tenant: PromptTokeniser(text.tokenizer, text.segmenter, text.prefix, block_tokens, prompts_max, chars_max)
+        for tenant in tenants
+    }
+
+
+def _digest(key: bytes) -> bytes:
+    return blake2b(key, digest_size=32).digest()
