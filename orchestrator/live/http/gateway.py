@@ -179,7 +179,7 @@ class Gateway:
         """Take a request to its end, whatever that is, and count it. One that another gateway serves is counted there."""
         tenant, label = DEFAULT_TENANT, UNKNOWN_MODEL
         try:
-            self._check_method(exchange)
+            _check_method(exchange)
             tenant = self._intake.tenant_of(key_of(exchange.headers))
             self._check_draining(exchange)
             body = await exchange.body(self._body_bytes_max)
@@ -224,10 +224,6 @@ class Gateway:
             finally:
                 choices.cancel()
 
-    def _check_method(self, exchange: Exchange) -> None:
-        if exchange.method != "POST":
-            raise HttpError(405, f"{exchange.method} {exchange.path}: only POST is served", code="method_not_allowed")
-
     def _check_draining(self, exchange: Exchange) -> None:
         # What another gateway passed on before it heard of the drain is served like what runs.
         if self._draining and FORWARDED not in exchange.headers:
@@ -246,6 +242,11 @@ class Gateway:
             fields = {REQUEST: exchange.request_id.decode(), "status": exchange.status, "model": model, "tenant": tenant}
             log.debug("%s answered", exchange.path, extra=fields)
         self._metrics.answered(model, exchange.path, exchange.status, tenant)
+
+
+def _check_method(exchange: Exchange) -> None:
+    if exchange.method != "POST":
+        raise HttpError(405, f"{exchange.method} {exchange.path}: only POST is served", code="method_not_allowed")
 
 
 def _with_origins(gateway: Gateway, origins: Sequence[str]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import ServiceClass
 from orchestrator.live.asked import SEED_MASK, TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Sampling, Texts
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
@@ -27,12 +28,10 @@ TOOLS_MAX = 4096
 COMPLETION_TOKENS_DEFAULT = 16
 #: More digits than any token id has.
 _TOKEN_DIGITS_MAX = 10
-_PRIORITY_MAX = (1 << 31) - 1
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 #: OpenAI's tiers, and our classes by name; any other tier is the default's.
 _CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | {str(one): one for one in ServiceClass}
-
 
 Wanted = TypeVar("Wanted")
 _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
@@ -120,7 +119,7 @@ def _hints(request: GenerationRequest) -> Hints:
     priority = (hinted if hinted is not None else request.priority) or 0
     named = more.agent_context.session_id if more.agent_context is not None else None
     return Hints(
-        priority=max(-_PRIORITY_MAX - 1, min(priority, _PRIORITY_MAX)),
+        priority=max(-PRIORITY_MAX - 1, min(priority, PRIORITY_MAX)),
         service_class=_CLASSES.get(request.service_tier or "", ServiceClass.STANDARD),
         session=named or request.prompt_cache_key or None,
         cache_salt=more.cache_salt or request.cache_salt or "",
