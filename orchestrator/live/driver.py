@@ -477,7 +477,7 @@ class ClusterDriver:
         assignment = command.assignment
         stream = self._streams[assignment.request]
         prompt = stream.turn.prompt
-        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, _sampling_message(stream.turn.sampling))
+        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, sampling_message(stream.turn.sampling))
         message.timed = self._observer.follows(assignment.request)
         self._follows = self._follows or message.timed
         source = self._members.get(assignment.source) if assignment.source is not None else None
@@ -524,7 +524,7 @@ class ClusterDriver:
             await self.loop.run_in_executor(None, self._journal.close)
 
 
-def _sampling_message(sampling: Sampling) -> node_pb2.Sampling:
+def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
     """Return how tokens are to be chosen, as nodes are told."""
     return node_pb2.Sampling(
         temperature=sampling.temperature,

@@ -22,7 +22,7 @@ def shown_message(
     role: str,
     content: str,
     name: str | None = None,
-    tool_calls: Sequence[Mapping[str, Any]] = (),
+    tool_calls: Sequence[Mapping[str, Any]] | None = None,
     tool_call_id: str | None = None,
     thoughts: str | None = None,
 ) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _sampling(request: GenerationRequest, logprobs: int | None) -> Sampling:
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         # -1 is all, as 0 is, and so is more than any vocabulary has.
-        top_k=min(max(request.top_k or 0, 0), TOP_K_MAX),
+        top_k=min(max(request.top_k, 0), TOP_K_MAX) if request.top_k else 0,
         min_p=request.min_p or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
@@ -114,24 +114,27 @@ def _biases(written: Mapping[str, float]) -> dict[int, float]:
 
 def _hints(request: GenerationRequest) -> Hints:
     """Return the hints of OpenAI's fields and Dynamo's; Dynamo's come first."""
-    more = request.nvext or _NO_EXTENSION
-    hinted = more.agent_hints.priority if more.agent_hints is not None else None
-    priority = (hinted if hinted is not None else request.priority) or 0
+    more, priority = request.nvext or _NO_EXTENSION, request.priority
+    if more.agent_hints is not None and more.agent_hints.priority is not None:
+        priority = more.agent_hints.priority
     named = more.agent_context.session_id if more.agent_context is not None else None
+    tier = request.service_tier
     return Hints(
-        priority=max(-PRIORITY_MAX - 1, min(priority, PRIORITY_MAX)),
-        service_class=_CLASSES.get(request.service_tier or "", ServiceClass.STANDARD),
+        priority=max(-PRIORITY_MAX - 1, min(priority, PRIORITY_MAX)) if priority else 0,
+        service_class=_CLASSES.get(tier, ServiceClass.STANDARD) if tier is not None else ServiceClass.STANDARD,
         session=named or request.prompt_cache_key or None,
         cache_salt=more.cache_salt or request.cache_salt or "",
     )
 
 
 def _conversation(request: ChatRequest) -> Conversation:
-    effort = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    variables = request.chat_template_kwargs or {}
+    if request.reasoning_effort is not None:
+        variables = {"reasoning_effort": request.reasoning_effort, **variables}
     return Conversation(
         messages=[_message(message) for message in request.messages],
         tools=shown_tools(request.shown_tools),
-        variables={**effort, **(request.chat_template_kwargs or {})},
+        variables=variables,
         opens_answer=request.add_generation_prompt is not False and not request.continue_final_message,
         continues=bool(request.continue_final_message),
     )
@@ -140,9 +143,14 @@ def _conversation(request: ChatRequest) -> Conversation:
 def _message(message: Message) -> dict[str, Any]:
     content = message.content if isinstance(message.content, str) else _joined(message.content)
     thoughts = message.reasoning_content if message.reasoning_content is not None else message.reasoning
-    calls = [shown_call(one.function.name, one.function.arguments, one.id, one.type) for one in message.tool_calls or ()]
-    told = thoughts if isinstance(thoughts, str) else None
-    return shown_message(message.role, content, message.name, calls, message.tool_call_id, told)
+    thoughts = thoughts if isinstance(thoughts, str) else None
+    return shown_message(message.role, content, message.name, _calls(message), message.tool_call_id, thoughts)
+
+
+def _calls(message: Message) -> list[dict[str, Any]] | None:
+    if not message.tool_calls:
+        return None
+    return [shown_call(one.function.name, one.function.arguments, one.id, one.type) for one in message.tool_calls]
 
 
 def _joined(parts: Sequence[Part | str] | None) -> str:

@@ -4,6 +4,7 @@ A client that constrains an answer must not get one that ignores it. What nobody
 """
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -67,12 +68,17 @@ _HARMLESS: Mapping[str, Sequence[Any]] = {
     "suffix": ("",),
 }
 _NAMES = Unserved.__struct_fields__
+_values = attrgetter(*_NAMES)
+#: The values of most requests.
+_NOTHING = (None,) * len(_NAMES)
 
 
 def unserved(request: Unserved) -> str | None:
     """Return the first field that asks for something that is not served, None if there is none."""
-    for name in _NAMES:
-        value = getattr(request, name)
+    values = _values(request)
+    if values == _NOTHING:
+        return None
+    for name, value in zip(_NAMES, values, strict=True):
         if value is not None and value not in _HARMLESS.get(name, ()):
             return name
     return None
