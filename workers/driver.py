@@ -61,7 +61,7 @@ from orchestrator.core.types import (
 )
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.clock import Timers
-from orchestrator.wire.journal import NodeJournalWriter
+from orchestrator.wire.journal import NodeJournalWriter, recorded
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
 from workers.beginnings import Beginnings
@@ -184,18 +184,13 @@ class NodeDriver:
         if self._closed:
             return
         now = self.now
-        commands: Sequence[NodeCommand] | None = None
         try:
-            commands = self._core.handle(event, now)
-            if self._journal is not None:
-                self._journal.record(now, event, commands)
+            commands = recorded(self._journal, self._core.handle, event, now)
             for command in commands:
                 self._execute(command)
             self._flush()
         except Exception as error:  # A core or driver that broke its own rules cannot go on: better a dead node than a wrong one.
             if self._journal is not None:
-                if commands is None:
-                    self._journal.record(now, event, None)
                 self._journal.close()
             self._fatal(error)
             raise

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from orchestrator.core.config import PoolConfig
-from orchestrator.core.types import Load, ModelName, NodeId, NodeSpec, PoolName
+from orchestrator.core.types import Load, NodeId, NodeSpec
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.journal import NodeHeader, open_journal
 from orchestrator.wire.trust import Caller, Refused, Trust
@@ -176,20 +176,14 @@ class NodeServer:
         )
 
     def _spec(self, node: NodeId, address: str, engine: Engine) -> NodeSpec:
-        description, pool = engine.description, self._pool
-        return NodeSpec(
-            id=node,
-            model=ModelName(pool.model),
-            pool=PoolName(pool.name),
-            kind=pool.kind,
-            incarnation=self._incarnation,
+        description = engine.description
+        return self._pool.node_spec(
+            node,
+            self._incarnation,
             blocks=description.blocks,
             block_tokens=description.block_tokens,
             block_bytes=description.block_bytes,
-            sequences_max=pool.scheduler.sequences_max,
-            step_tokens_max=pool.scheduler.step_tokens_max,
             context_tokens_max=min(description.context_tokens_max, codec.prompt_tokens_max(description.block_tokens)),
-            profile=pool.profile,
             address=address,
             host=self._host_id,
         )

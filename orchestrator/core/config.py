@@ -15,7 +15,17 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from orchestrator.core.types import SHARE_MAX, SHARE_MIN, CostProfile, PoolKind, ServiceClass
+from orchestrator.core.types import (
+    SHARE_MAX,
+    SHARE_MIN,
+    CostProfile,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    PoolName,
+    ServiceClass,
+)
 
 #: More nodes than any pool has, and more KV blocks than any node: beyond them a number is a mistake, and takes all of a memory.
 NODES_MAX = 1 << 14
@@ -537,6 +547,40 @@ class PoolConfig:
         require(self.transport in known, "transport", f"must be one of {', '.join(known)}, is {self.transport!r}")
         for name in ("cpus", "gpus"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+
+    def node_id(self, number: int) -> NodeId:
+        """Return what the pool's node of that number is called."""
+        return NodeId(f"{self.name}-{number}")
+
+    def node_spec(
+        self,
+        node: NodeId,
+        incarnation: int,
+        *,
+        blocks: int,
+        block_tokens: int,
+        block_bytes: int,
+        context_tokens_max: int,
+        address: str = "",
+        host: str = "",
+    ) -> NodeSpec:
+        """Return a node of the pool: what this file says of it, and the sizes that its engine has."""
+        return NodeSpec(
+            id=node,
+            model=ModelName(self.model),
+            pool=PoolName(self.name),
+            kind=self.kind,
+            incarnation=incarnation,
+            blocks=blocks,
+            block_tokens=block_tokens,
+            block_bytes=block_bytes,
+            sequences_max=self.scheduler.sequences_max,
+            step_tokens_max=self.scheduler.step_tokens_max,
+            context_tokens_max=context_tokens_max,
+            profile=self.profile,
+            address=address,
+            host=host,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,11 @@ class PoolKind(StrEnum):
     DECODE = "decode"  # generates; computes short uncached tails itself
     AGGREGATED = "aggregated"  # one node does both
 
+    @property
+    def generates(self) -> bool:
+        """Whether requests can end on such nodes."""
+        return self is not PoolKind.PREFILL
+
 
 class Role(StrEnum):
     """What one node does for one request."""

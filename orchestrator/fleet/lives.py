@@ -7,7 +7,7 @@ from typing import assert_never
 
 from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import GATEWAYS, ClusterConfig
-from orchestrator.core.types import PoolKind, PoolName
+from orchestrator.core.types import PoolName
 from orchestrator.fleet.processes import Part, Process, ProcessName, State, Then, node_parts, parts_of, pool_of
 from orchestrator.fleet.words import (
     BackoffTimer,
@@ -215,7 +215,7 @@ class Lives:
         )
 
     def _generates(self, part: Part) -> bool:
-        return part.pool is None or pool_of(self.config, part).kind is not PoolKind.PREFILL
+        return part.pool is None or pool_of(self.config, part).kind.generates
 
     def fresh(self, group: str, count: int) -> list[Process]:
         """Add processes for so many more nodes, or gateways; none if `count` is not over 0."""

@@ -120,7 +120,7 @@ def node_parts(pool: PoolConfig, first: int, count: int) -> list[Part]:
     parts: list[Part] = []
     for number in range(first, first + count, pool.nodes_per_process):
         last = min(number + pool.nodes_per_process, first + count)
-        nodes = tuple(NodeId(f"{pool.name}-{node}") for node in range(number, last))
+        nodes = tuple(pool.node_id(node) for node in range(number, last))
         parts.append(Part(PoolName(pool.name), number, nodes))
     return parts
 

@@ -43,10 +43,8 @@ from orchestrator.core.timers import ClusterTimer
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
-    ModelName,
     NodeId,
     NodeSpec,
-    PoolKind,
     Request,
     RequestId,
     Role,
@@ -57,7 +55,7 @@ from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.clock import Timers
-from orchestrator.wire.journal import ClusterJournalWriter
+from orchestrator.wire.journal import ClusterJournalWriter, recorded
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Trust
 
@@ -221,11 +219,9 @@ class ClusterDriver:
         self._streams: dict[RequestId, TurnStream] = {}
         self._links: dict[NodeId, NodeLink] = {}
         self._members: dict[NodeId, _Member] = {}
-        self._draining_nodes: set[NodeId] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: Timers[ClusterTimer] = Timers(self._handle)
         self._idle = asyncio.Event()
-        self._ready = False
         #: Whether any request has been followed: without traces none is, and frames are not searched for what nodes tell of them.
         self._follows = False
 
@@ -274,7 +270,7 @@ class ClusterDriver:
     @property
     def ready(self) -> bool:
         """True while every model has at least one node that generates."""
-        return self._ready
+        return self._core.ready
 
     @property
     def reprefilled_tokens(self) -> Mapping[ReprefillReason, int]:
@@ -319,8 +315,6 @@ class ClusterDriver:
                 log.error("node %s has weights %s; %s has %s", spec.id, fingerprint, member.spec.id, member.fingerprint)
                 return False
         self._members[spec.id] = _Member(spec, fingerprint)
-        self._draining_nodes.discard(spec.id)
-        self._set_ready()
         self._handle(NodeJoined(spec))
         return True
 
@@ -328,21 +322,11 @@ class ClusterDriver:
         """Give a node up."""
         log.warning("node %s is lost: %s", node, reason)
         self._members.pop(node, None)
-        self._set_ready()
         self._handle(NodeLost(node, reason))
 
     def node_draining(self, node: NodeId) -> None:
         """Start nothing new on a node."""
-        self._draining_nodes.add(node)
-        self._set_ready()
         self._handle(NodeDraining(node))
-
-    def _set_ready(self) -> None:
-        generating: set[ModelName] = set()
-        for member in self._members.values():
-            if member.spec.kind is not PoolKind.PREFILL and member.spec.id not in self._draining_nodes:
-                generating.add(member.spec.model)
-        self._ready = all(ModelName(pool.model) in generating for pool in self._config.pools)
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
@@ -410,12 +394,9 @@ class ClusterDriver:
 
     def _handle(self, event: ClusterEvent) -> None:
         now = self.now
-        commands: Sequence[ClusterCommand] | None = None
         try:
             started = time.perf_counter()
-            commands = self._core.handle(event, now)
-            if self._journal is not None:
-                self._journal.record(now, event, commands)
+            commands = recorded(self._journal, self._core.handle, event, now)
             if isinstance(event, RequestArrived):
                 self._observer.routed(time.perf_counter() - started)
             self._observer.observe(now, event, commands)
@@ -423,8 +404,6 @@ class ClusterDriver:
                 self._execute(command)
         except Exception as error:  # A core or driver that broke its own rules cannot go on: better no gateway than a wrong one.
             if self._journal is not None:
-                if commands is None:
-                    self._journal.record(now, event, None)
                 self._journal.close()
             self._fatal(error)
             raise

@@ -234,7 +234,7 @@ class Estimator:
 
     def _moved_s(self, pool: PoolPlan, size: Sizing, held: Held, index: int) -> float:
         """Return the seconds for fetching a prompt's held part to a prefill node and handing over its last chunk."""
-        if pool.kind is not PoolKind.PREFILL:
+        if pool.kind.generates:
             return 0.0
         prompt = held.prompts[index]
         last = min(prompt.uncached_tokens, pool.step_tokens_max)

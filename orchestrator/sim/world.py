@@ -405,19 +405,13 @@ class World:
         blocks = pool.engine.blocks or BLOCKS_DEFAULT
         self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes)
         for number in range(pool.nodes):
-            spec = NodeSpec(
-                id=NodeId(f"{pool.name}-{number}"),
-                model=ModelName(pool.model),
-                pool=name,
-                kind=pool.kind,
+            spec = pool.node_spec(
+                pool.node_id(number),
                 incarnation=1,
                 blocks=blocks,
                 block_tokens=pool.engine.block_tokens,
                 block_bytes=hardware.block_bytes if hardware is not None else 0,
-                sequences_max=pool.scheduler.sequences_max,
-                step_tokens_max=pool.scheduler.step_tokens_max,
                 context_tokens_max=pool.engine.context_tokens_max or CONTEXT_TOKENS_DEFAULT,
-                profile=pool.profile,
             )
             self._start_machine(spec)
 

@@ -238,6 +238,24 @@ ClusterJournalWriter: TypeAlias = JournalWriter[ClusterEvent, ClusterCommand]
 NodeJournalWriter: TypeAlias = JournalWriter[NodeEvent, NodeCommand]
 
 
+def recorded(
+    journal: JournalWriter[OneEvent, OneCommand] | None,
+    handle: Callable[[OneEvent, float], Sequence[OneCommand]],
+    event: OneEvent,
+    now: float,
+) -> Sequence[OneCommand]:
+    """Let a core handle an event; take down what it answers, or that it raised, if there is a journal."""
+    try:
+        commands = handle(event, now)
+    except Exception:
+        if journal is not None:
+            journal.record(now, event, None)
+        raise
+    if journal is not None:
+        journal.record(now, event, commands)
+    return commands
+
+
 def _framed(encoder: msgspec.msgpack.Encoder, record: object) -> bytearray:
     """Return a record behind its length."""
     framed = bytearray(_LENGTH.size)

@@ -166,7 +166,7 @@ async def cluster(
     try:
         for settings in config.pools:
             for index in range(settings.nodes):
-                await started.start_node(NodeId(f"{settings.name}-{index}"), 1, objects)
+                await started.start_node(settings.node_id(index), 1, objects)
         await started.ready()
         yield started
     finally:

@@ -7,7 +7,7 @@ import pytest
 
 import orchestrator.live.driver as live_driver
 from orchestrator.core.commands import Cancel
-from orchestrator.core.events import NodeLost, RequestAbandoned
+from orchestrator.core.events import NodeDraining, NodeLost, RequestAbandoned
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, RequestId
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
@@ -168,7 +168,7 @@ def test_a_draining_node_gets_nothing_new(model_dir: Path) -> None:
     async def scenario() -> None:
         async with cluster(together(nodes=2), model_dir) as served:
             assert await served.servers[NODE].drain(5)
-            await served.observed.until(lambda: NODE in served.driver._draining_nodes)
+            await served.observed.until(lambda: bool(served.observed.seen(NodeDraining)))
             streams = [served.driver.start(turn([number] * 20, 3)) for number in range(8)]
             assert {stream.node for stream in streams} == {NodeId("both-1")}
             await asyncio.gather(*[finish(stream) for stream in streams])

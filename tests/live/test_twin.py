@@ -183,19 +183,13 @@ def simulated(config: ClusterConfig, turns: Sequence[TracedTurn]) -> Decided:
 
 
 def spec(node: NodeId, settings: PoolConfig) -> NodeSpec:
-    return NodeSpec(
-        id=node,
-        model=ModelName("default"),
-        pool=PoolName(settings.name),
-        kind=settings.kind,
+    return settings.node_spec(
+        node,
         incarnation=1,
         blocks=settings.engine.blocks,
         block_tokens=BLOCK_TOKENS,
         block_bytes=BLOCK_BYTES,
-        sequences_max=settings.scheduler.sequences_max,
-        step_tokens_max=settings.scheduler.step_tokens_max,
         context_tokens_max=settings.engine.context_tokens_max,
-        profile=settings.profile,
         address="virtual",
     )
 
@@ -231,7 +225,7 @@ async def live(config: ClusterConfig, turns: Sequence[TracedTurn], wires: Wires)
     decided, failures = Decided(), list[BaseException]()
     for settings in config.pools:
         for number in range(settings.nodes):
-            node = NodeId(f"{settings.name}-{number}")
+            node = settings.node_id(number)
             wires.nodes[node] = start_node(node, settings, failures)
     driver = ClusterDriver(GATEWAY, config, TRUST, decided, failures.append)
     driver._timers._offset_s = 0.0

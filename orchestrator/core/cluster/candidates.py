@@ -105,7 +105,7 @@ class Candidate:
         self.slot = slot
         #: Equal on nodes for which the same work costs the same.
         self.kind = kind
-        self.generates = spec.kind is not PoolKind.PREFILL
+        self.generates = spec.kind.generates
         #: Longest prompt plus output that its model allows and its pool holds.
         self.context_tokens_max = min(spec.context_tokens_max, spec.blocks * spec.block_tokens)
         self.load = Load()

@@ -210,6 +210,11 @@ class Cluster:
         return tuple(_view(member) for member in self._members.values())
 
     @property
+    def ready(self) -> bool:
+        """True while every model that has pools has at least one node that generates and is not draining."""
+        return all(self._pools[ModelName(pool.model)].generates for pool in self._config.pools)
+
+    @property
     def running(self) -> int:
         """Requests that nodes have."""
         return len(self._flights) - self._admission.waiting

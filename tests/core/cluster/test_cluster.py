@@ -118,6 +118,19 @@ def test_a_session_stays_where_it_ran(make_cluster: MakeCluster) -> None:
     assert nodes_of(cluster.handle(arrived(2, "yz", session="s"), 3.0)) == first
 
 
+def test_a_cluster_is_ready_while_each_model_has_a_node_that_generates(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0")
+    assert not cluster.ready
+    join(cluster, "a1", model=ModelName("other"))
+    assert cluster.ready
+    cluster.handle(NodeDraining(D0), 1.0)
+    assert not cluster.ready
+    cluster.handle(NodeJoined(spec_of("d0", incarnation=2)), 2.0)
+    assert cluster.ready
+    cluster.handle(NodeLost(D0, "killed"), 3.0)
+    assert not cluster.ready
+
+
 def test_output_is_clipped_to_the_context(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0", context_tokens_max=12)
     assert without_timers(cluster.handle(arrived(), 0.0)) == [Assign(A0, generate(output_tokens_max=3))]
