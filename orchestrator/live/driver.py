@@ -505,15 +505,19 @@ class ClusterDriver:
 
 def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
     """Return how tokens are to be chosen, as nodes are told."""
-    return node_pb2.Sampling(
+    message = node_pb2.Sampling(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed,
         stop_token_ids=sampling.stop_token_ids,
-        logprobs=sampling.logprobs,
-        logit_bias=sampling.logit_bias,
     )
+    if sampling.seed is not None:
+        message.seed = sampling.seed
+    if sampling.logprobs is not None:
+        message.logprobs = sampling.logprobs
+    if sampling.logit_bias:
+        message.logit_bias.update(sampling.logit_bias)
+    return message

@@ -48,8 +48,10 @@ def parse_chat(body: bytes) -> Asked:
     _check_range("max_completion_tokens", request.max_completion_tokens, 1)
     _check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
-    _check_tools(request)
-    _check_continuation(request)
+    if request.tools or request.tool_choice is not None:
+        _check_tools(request)
+    if request.continue_final_message:
+        _check_continuation(request)
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _asked(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
@@ -201,8 +203,7 @@ def _check_tools(request: ChatRequest) -> None:
 
 
 def _check_continuation(request: ChatRequest) -> None:
-    if not request.continue_final_message:
-        return
+    """Refuse to go on with a last message that has nothing to go on with."""
     require(not request.add_generation_prompt, "continue_final_message", "cannot be combined with add_generation_prompt")
     final = request.messages[-1]
     text = final.content if isinstance(final.content, str) else _joined(final.content)
