@@ -185,8 +185,8 @@ class _ByteLevelDetokeniser:
         self._decoder = _Utf8Decoder(errors="replace")
         self._decoder.decode(open_bytes)
         self._held = bool(open_bytes)
-        #: True while a character that the prompt began may turn out to be none: that was the prompt's to show.
-        self._owed = self._held
+        #: What the prompt shows of bytes that begin a character, while they may turn out to begin none.
+        self._owed = open_bytes.decode(errors="replace")
 
     @property
     def held_chars(self) -> int:
@@ -209,8 +209,7 @@ class _ByteLevelDetokeniser:
     def _own(self, text: str) -> str:
         """Return the answer's part of a text."""
         if self._owed and text:
-            self._owed = False
-            return text.removeprefix(_REPLACEMENT)
+            text, self._owed = text.removeprefix(self._owed), ""
         return text
 
 

@@ -46,7 +46,7 @@ def some_tokens(draw: st.DrawFn) -> tuple[str, list[int], list[int]]:
 
 @pytest.mark.slow
 @given(some_tokens())
-@settings(deadline=None, max_examples=5_000)
+@settings(deadline=None, max_examples=5_000, derandomize=True)
 def test_very_many_answers_are_what_their_tokens_add_to_the_prompt(drawn: tuple[str, list[int], list[int]]) -> None:
     check_continues(*drawn)
 
@@ -61,6 +61,15 @@ def check_continues(name: str, prompt: list[int], tokens: list[int]) -> None:
     tokenizer, vocabulary = TOKENIZERS[name], VOCABULARIES[name]
     assert "".join(pieces_of(vocabulary, tokens)) == tokenizer.decode(tokens)
     assert "".join(pieces_of(vocabulary, tokens, prompt)) == continued(tokenizer, prompt, tokens)
+
+
+@pytest.mark.parametrize("open_bytes", [b"\xed\xa1", b"\xed\xa0", b"\xe1\x80", b"\xf0\x90\x80", b"\xf4\x90", b"\xc3", b"\xf0"])
+@pytest.mark.parametrize("answer", ["!", "b!", "𐍈"])
+def test_what_the_prompt_shows_of_bytes_that_begin_no_character_is_not_the_answers(open_bytes: bytes, answer: str) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    by_bytes = {VOCABULARIES["byte_level"].token_bytes(token): token for token in range(tokenizer.get_vocab_size())}
+    prompt = [by_bytes[bytes([byte])] for byte in open_bytes]
+    check_continues("byte_level", prompt, [by_bytes[bytes([byte])] for byte in answer.encode()])
 
 
 @pytest.mark.parametrize("name", ["llama", "metaspace", "gemma", "suffixed"])
