@@ -35,7 +35,7 @@ from orchestrator.core.commands import (
     PublishKv,
     ReportEnded,
     ReportFirstToken,
-    RequestReplay,
+    RequestResync,
     RunStep,
     SendBlocks,
     SetTimer,
@@ -57,8 +57,8 @@ from orchestrator.core.events import (
     NodeEvent,
     NodeJoined,
     NodeReported,
-    ReplayRequested,
     RequestArrived,
+    ResyncRequested,
     SliceResult,
     StepFinished,
     TimerFired,
@@ -266,8 +266,8 @@ class World:
                 self.end_turn(command)
             case Cancel():
                 self.later(HOP_S, self.tell_node, command.node, Cancelled(command.request))
-            case RequestReplay():
-                self.later(HOP_S, self.tell_node, command.node, ReplayRequested(GATEWAY, command.after))
+            case RequestResync():
+                self.later(HOP_S, self.tell_node, command.node, ResyncRequested(GATEWAY, command.after))
             case _:
                 raise AssertionError(f"this run has no place for {command}")
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from bench.servers import weft_server
-from orchestrator.cli.replay import Replay, ScaledTurn, TurnResult
+from orchestrator.cli.reenact import Reenactment, ScaledTurn, TurnResult
 from orchestrator.core.commands import Fetch
 from orchestrator.core.events import FetchEnded, FetchProgressed
 from orchestrator.core.types import RequestId
@@ -58,7 +58,7 @@ def measure_fetches(model: Path, block_tokens: int, threads: int, token_first: i
     turns = prompts(token_first, token_count)
     with tempfile.TemporaryDirectory() as folder:
         with weft_server(cluster_text(Path(folder), block_tokens, threads), model) as server:
-            asyncio.run(Replay(server.url, "default", turns, _must_go_well).run())
+            asyncio.run(Reenactment(server.url, "default", turns, _must_go_well).run())
         (path,) = Path(folder).glob(f"node-decode-*{SUFFIX}")
         journal = read_journal(path)
         assert isinstance(journal.header, NodeHeader), f"{path} is a node's journal"

@@ -3,7 +3,7 @@
     python -m bench.fidelity [--sessions 16] [--model DIR] [--json FILE]
 
 First this machine is measured (`bench/profile.py`): what the node's steps cost, and what a request takes outside its node. Then a
-recorded mix of coding-agent sessions, lengths scaled to 1/16, is replayed closed loop over HTTP on `weft serve` with one eager
+recorded mix of coding-agent sessions, lengths scaled to 1/16, is reenacted closed loop over HTTP on `weft serve` with one eager
 node, whose cache holds less than all sessions together; and once more in virtual time, with the measured profile. Nothing is
 adjusted in between. One node with one engine thread, one gateway and one client are what two cores run side by side; more would
 take turns, which no profile tells. The journals of the live run are replayed through fresh cores besides.
@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.fit import Step, steps_of
-from bench.profile import Measured, cluster_text, make_model, measure, node_journals, profile_text, replayed
+from bench.profile import Measured, cluster_text, make_model, measure, node_journals, profile_text, reenacted
 from bench.trace import NODE_SHARE, SCALE, TRACE, distinct_blocks
-from orchestrator.cli.replay import ScaledTurn, TurnResult, scaled_turns
+from orchestrator.cli.reenact import ScaledTurn, TurnResult, scaled_turns
 from orchestrator.core.config import ClusterConfig
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.outcome import Served
@@ -95,7 +95,7 @@ def traced(turns: Sequence[ScaledTurn], recorded: Sequence[TracedTurn]) -> list[
 
 
 def predict(cluster: str, turns: Sequence[TracedTurn], measured: Measured) -> list[Served]:
-    """Replay the turns in virtual time."""
+    """Reenact the turns in virtual time."""
     resolved = Resolved(ClusterConfig.from_mapping(tomllib.loads(cluster)), {})
     request_s = measured.overhead.of(fmean(turn.input_tokens for turn in turns))
     # The measured time outside the node holds all messages: none of them takes any besides.
@@ -138,7 +138,7 @@ def compare(turns: Sequence[ScaledTurn], model: Path, measured: Measured, blocks
     """Serve and simulate the turns on a cluster with the measured profile."""
     with tempfile.TemporaryDirectory() as folder:
         cluster = cluster_text(Path(folder), blocks, 1, measured.fitted.profile)
-        live = of_live(replayed(cluster, model, turns, "live"))
+        live = of_live(reenacted(cluster, model, turns, "live"))
         predicted = of_simulated(predict(cluster, traced(turns, list(read_trace(TRACE))), measured))
         steps = steps_of(read_journal(node_journals(Path(folder))[0]).entries)
         journals = sorted(Path(folder).glob(f"*{SUFFIX}"))
@@ -177,7 +177,7 @@ def misses(found: Fidelity) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Measure, serve, simulate, print the table; 1 if a prediction is further off than it should be."""
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sessions", type=int, default=16, help="sessions of the trace to replay (default 16, all)")
+    parser.add_argument("--sessions", type=int, default=16, help="sessions of the trace to reenact (default 16, all)")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint directory; default: a small random one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     options = parser.parse_args(arguments)

@@ -57,7 +57,7 @@ class OurIndex:
         return self.index.find(query)
 
     def held(self, found: Matches) -> list[int]:
-        return sorted((blocks for blocks in found.by_slot(self.index.slots) if blocks), reverse=True)
+        return sorted((blocks for blocks in found.by_column(self.index.columns) if blocks), reverse=True)
 
 
 class OurIndexFromBytes(OurIndex):

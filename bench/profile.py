@@ -27,7 +27,7 @@ from rich.table import Table
 from bench.fetches import measure_fetches
 from bench.fit import Fitted, Step, fit, rounded, steps_of
 from bench.servers import weft_server
-from orchestrator.cli.replay import Replay, ScaledTurn, TurnResult
+from orchestrator.cli.reenact import Reenactment, ScaledTurn, TurnResult
 from orchestrator.core.commands import ReportFirstToken
 from orchestrator.core.events import Assigned
 from orchestrator.core.types import CostProfile, RequestId
@@ -143,15 +143,15 @@ def measure(model: Path, threads: int) -> Measured:
     turns = calibration()
     with tempfile.TemporaryDirectory() as folder:
         blocks = sum(len(turn.prompt) + turn.output_tokens for turn in turns) // BLOCK_TOKENS + len(turns)
-        results = replayed(cluster_text(Path(folder), blocks, threads), model, turns, "calibrating")
+        results = reenacted(cluster_text(Path(folder), blocks, threads), model, turns, "calibrating")
         entries = list(read_journal(node_journals(Path(folder))[0]).entries)
     steps = steps_of(entries)
     # The first ones warm caches, allocators and code paths.
     return Measured(fit(steps[len(steps) // 20 :]), _overhead(results, entries, set(alone(turns))))
 
 
-def replayed(cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str) -> list[TurnResult]:
-    """Serve a model on a live cluster and replay the turns there. Raises `RuntimeError` if one of them fails."""
+def reenacted(cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str) -> list[TurnResult]:
+    """Serve a model on a live cluster and reenact the turns there. Raises `RuntimeError` if one of them fails."""
     done = 0
 
     def on_end(result: TurnResult) -> None:
@@ -163,7 +163,7 @@ def replayed(cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str)
             print(f"\r{doing}: {done} of {len(turns)} turns", end="", file=sys.stderr, flush=True)
 
     with weft_server(cluster, model) as server:
-        return asyncio.run(Replay(server.url, "default", turns, on_end).run())
+        return asyncio.run(Reenactment(server.url, "default", turns, on_end).run())
 
 
 def node_journals(folder: Path) -> list[Path]:

@@ -2,9 +2,9 @@
 
     python -m bench.trace [--sessions 16] [--json FILE]
 
-Replays a recorded mix of coding-agent sessions (`data/agent_mix.jsonl.gz`), lengths scaled to 1/16, closed loop over HTTP: on two
-prefill and two decode nodes routed by predicted time, on the same nodes routed round robin, and on one node with room for all.
-Each of the four nodes holds less than all sessions together need, so that placement matters.
+Reenacts a recorded mix of coding-agent sessions (`data/agent_mix.jsonl.gz`), lengths scaled to 1/16, closed loop over HTTP: on
+two prefill and two decode nodes routed by predicted time, on the same nodes routed round robin, and on one node with room
+for all. Each of the four nodes holds less than all sessions together need, so that placement matters.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.servers import Server, weft_server
-from orchestrator.cli.replay import Replay, Scale, ScaledTurn, TurnResult, scaled_turns
+from orchestrator.cli.reenact import Reenactment, Scale, ScaledTurn, TurnResult, scaled_turns
 
 TRACE = Path(__file__).parent / "data" / "agent_mix.jsonl.gz"
 #: 64 recorded tokens become 4. Token ids from 64 on are ordinary tokens of the built-in model.
@@ -36,7 +36,7 @@ PROFILE = "profile = { step_s = 0.004, prefill_token_s = 5e-5, prefill_token_con
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One replay. `node_load_max` is the busiest node's computed tokens over the mean of its pool."""
+    """One reenactment. `node_load_max` is the busiest node's computed tokens over the mean of its pool."""
 
     name: str
     requests: int
@@ -79,7 +79,7 @@ def distinct_blocks(turns: Sequence[ScaledTurn]) -> int:
 
 
 def run(name: str, cluster: str, turns: Sequence[ScaledTurn]) -> Outcome:
-    """Serve a cluster file and replay the turns on it."""
+    """Serve a cluster file and reenact the turns on it."""
     done = 0
 
     def on_end(result: TurnResult) -> None:
@@ -91,13 +91,13 @@ def run(name: str, cluster: str, turns: Sequence[ScaledTurn]) -> Outcome:
             print(f"{name}: turn {result.turn.id}: {result.failure}", file=sys.stderr)
 
     with weft_server(cluster) as server:
-        results = asyncio.run(_replay(server, turns, on_end))
+        results = asyncio.run(_reenact(server, turns, on_end))
         nodes = httpx.get(f"{server.url}/status", trust_env=False).raise_for_status().json()["nodes"]
     return _outcome(name, results, {node["node"]: (node["pool"], node["computed_tokens"]) for node in nodes})
 
 
-async def _replay(server: Server, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> list[TurnResult]:
-    return await Replay(server.url, "default", turns, on_end).run()
+async def _reenact(server: Server, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> list[TurnResult]:
+    return await Reenactment(server.url, "default", turns, on_end).run()
 
 
 def _outcome(name: str, results: Sequence[TurnResult], nodes: dict[str, tuple[str, int]]) -> Outcome:
@@ -121,7 +121,7 @@ def _outcome(name: str, results: Sequence[TurnResult], nodes: dict[str, tuple[st
 
 
 def table(outcomes: Sequence[Outcome], best: Outcome) -> Table:
-    """Return the replays beside each other."""
+    """Return the reenactments beside each other."""
     shown = Table(title="real agent sessions, lengths / 16")
     columns = ("", "requests", "hit rate", "of infinite cache", "computed tokens", "ttft p50", "p90", "took", "busiest / mean")
     for column in columns:
@@ -142,9 +142,9 @@ def table(outcomes: Sequence[Outcome], best: Outcome) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Replay on all three clusters, print the table, write JSON if asked."""
+    """Reenact on all three clusters, print the table, write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.trace", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sessions", type=int, default=16, help="sessions of the trace to replay (default 16, all)")
+    parser.add_argument("--sessions", type=int, default=16, help="sessions of the trace to reenact (default 16, all)")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     turns = scaled_turns(TRACE, SCALE)

@@ -38,7 +38,7 @@ from orchestrator.core.events import (
     GatewayHeard,
     GatewayLost,
     NodeEvent,
-    ReplayRequested,
+    ResyncRequested,
     SliceResult,
     SourceLost,
     StepFailed,
@@ -318,7 +318,7 @@ class NodeDriver:
             )
             writer = asyncio.ensure_future(self._write_frames(outbox, stream))
             while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
-                outbox.frames_received += bool(frame.submits or frame.cancels or frame.lost_sources or frame.HasField("replay"))
+                outbox.frames_received += bool(frame.submits or frame.cancels or frame.lost_sources or frame.HasField("resync"))
                 self._on_frame(outbox, frame)
         finally:
             if writer is not None:
@@ -409,9 +409,9 @@ class NodeDriver:
             self.handle(SourceLost(RequestId(lost.request), NodeId(lost.source)))
         for submit in frame.submits:
             self._on_submit(outbox, submit)
-        if frame.HasField("replay"):
-            after = frame.replay.after if frame.replay.HasField("after") else None
-            self.handle(ReplayRequested(outbox.gateway, after))
+        if frame.HasField("resync"):
+            after = frame.resync.after if frame.resync.HasField("after") else None
+            self.handle(ResyncRequested(outbox.gateway, after))
 
     def _on_submit(self, outbox: Outbox, submit: node_pb2.Submit) -> None:
         request = RequestId(submit.request)

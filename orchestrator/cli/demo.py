@@ -1,6 +1,6 @@
 """`weft demo`: a small cluster on this machine, an agent's session through it over HTTP, and a table of what came of it.
 
-The session (`data/agent_session.jsonl`) is replayed twice, each time on a cluster that starts empty: routed by predicted time,
+The session (`data/agent_session.jsonl`) is reenacted twice, each time on a cluster that starts empty: routed by predicted time,
 and routed round robin. Both are run, not computed, so both columns are measurements of this machine.
 """
 
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orchestrator.cli.cluster_file import AGENT_SESSION, LOCAL_CLUSTER, read_cluster
-from orchestrator.cli.replay import Replay, Scale, ScaledTurn, TurnResult, scaled_turns
+from orchestrator.cli.reenact import Reenactment, Scale, ScaledTurn, TurnResult, scaled_turns
 from orchestrator.cli.serve import quiet_output, start_fleet
 from orchestrator.core.config import ClusterConfig, RouterPolicy
 from orchestrator.fleet.fleet import Fleet
@@ -34,7 +34,7 @@ POLICIES = {RouterPolicy.PREDICTED_TIME: "by predicted time", RouterPolicy.ROUND
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one replay came to. Times in seconds."""
+    """What one reenactment came to. Times in seconds."""
 
     requests: int
     failures: int
@@ -73,18 +73,18 @@ def run_demo(as_json: bool) -> bool:
 
 
 def _run(config: ClusterConfig, turns: Sequence[ScaledTurn], words: str, err: Console) -> Outcome:
-    """Start a cluster, replay the session on it and stop it."""
+    """Start a cluster, reenact the session on it and stop it."""
     with Fleet.local(config) as fleet:
         url, *_ = start_fleet(fleet, config, err, threading.Event())
         with _progress(len(turns), words, err) as on_end:
             started = time.perf_counter()
-            results = asyncio.run(_replay(url, next(iter(config.models)), turns, on_end))
+            results = asyncio.run(_reenact(url, next(iter(config.models)), turns, on_end))
             seconds = time.perf_counter() - started
         return _outcome(results, _moved_bytes(url), seconds)
 
 
-async def _replay(url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> list[TurnResult]:
-    return await Replay(url, model, turns, on_end).run()
+async def _reenact(url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> list[TurnResult]:
+    return await Reenactment(url, model, turns, on_end).run()
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ class DropGateway:
 
 @dataclass(frozen=True, slots=True)
 class PublishKv:
-    """Tell gateways what changed in the holdings: all of them, or one that asked for a replay."""
+    """Tell gateways what changed in the holdings: all of them, or one that asked for a resync."""
 
     batches: tuple[KvBatch, ...]
     gateway: GatewayId | None = None
@@ -248,7 +248,7 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestReplay:
+class RequestResync:
     """Ask a node for the KV batches after `after`, or for all it holds (None). Ended by the batches in a `NodeReported`."""
 
     node: NodeId
@@ -263,7 +263,7 @@ ClusterCommand = (
     | Refuse
     | Abort
     | Restart
-    | RequestReplay
+    | RequestResync
     | SetTimer[ClusterTimer]
     | ClearTimer[ClusterTimer]
 )

@@ -267,11 +267,11 @@ class GatewayConfig:
 class LimitsConfig:
     """[limits]: how much is let in; per gateway, but for `tenant_requests_max`."""
 
-    #: Requests held because every node is full; one more is answered 529.
+    #: Requests that wait because every node is full; one more is answered 529.
     waiting_max: int = 1024
     #: Requests of one tenant waiting or running, over all gateways; one more is answered 429.
     tenant_requests_max: int = 4096
-    #: Seconds a request is held before it is answered 503.
+    #: Seconds a request waits before it is answered 503.
     waiting_s_max: float = 60.0
     #: Seconds a request may take altogether before it is ended with 504.
     request_s_max: float = 600.0
@@ -463,15 +463,15 @@ class SchedulerConfig:
     #: Seconds the source of a fetch may be silent before the rest is computed here. Long, since a prefill node says nothing
     #: while a prompt waits its turn; a source that is lost is told of by gateways, after `node_lost_s`.
     fetch_silent_s_max: float = 120.0
-    #: KV batches kept for replay to a gateway that missed some.
-    replay_batches_max: int = 4096
+    #: KV batches kept for resync to a gateway that missed some.
+    resync_batches_max: int = 4096
     #: Keep computed blocks for later requests with the same prefix.
     prefix_caching: bool = True
     #: Which unused blocks are forgotten first: lru (longest unused) or value (superseded contexts, then longest unused).
     cache: CachePolicy = CachePolicy.VALUE
 
     def __post_init__(self) -> None:
-        for name in ("step_tokens_max", "sequences_max", "waiting_max", "replay_batches_max"):
+        for name in ("step_tokens_max", "sequences_max", "waiting_max", "resync_batches_max"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("hold_s_max", "fetch_wait_s_max", "fetch_silent_s_max"):
             require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")

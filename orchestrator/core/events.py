@@ -164,7 +164,7 @@ class ExportClosed:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayRequested:
+class ResyncRequested:
     """A gateway missed KV batches after number `after`; None asks for everything held now."""
 
     gateway: GatewayId
@@ -189,7 +189,7 @@ NodeEvent = (
     | ExportOpened
     | BlocksSent
     | ExportClosed
-    | ReplayRequested
+    | ResyncRequested
     | DrainRequested
     | TimerFired[NodeTimer]
 )

@@ -39,16 +39,16 @@ class RequestTimer(Timer):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ReplayTimer(Timer):
-    """A node's replay of its KV batches did not come."""
+class ResyncTimer(Timer):
+    """A node's resync of its KV batches did not come."""
 
     node: NodeId
 
     def __str__(self) -> str:
-        return f"replay:{self.node}"
+        return f"resync:{self.node}"
 
 
-ClusterTimer: TypeAlias = RequestTimer | ReplayTimer
+ClusterTimer: TypeAlias = RequestTimer | ResyncTimer
 
 
 def cluster_timer(text: str) -> ClusterTimer:
@@ -57,8 +57,8 @@ def cluster_timer(text: str) -> ClusterTimer:
     match kind:
         case "request":
             return RequestTimer(RequestId(_number(about, text)))
-        case "replay":
-            return ReplayTimer(NodeId(about))
+        case "resync":
+            return ResyncTimer(NodeId(about))
         case _:
             raise UnknownTimer(f"a cluster has no timer {text!r}")
 

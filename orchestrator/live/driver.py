@@ -24,7 +24,7 @@ from orchestrator.core.commands import (
     Complete,
     Refuse,
     ReportSourceLost,
-    RequestReplay,
+    RequestResync,
     Restart,
     SetTimer,
 )
@@ -179,7 +179,7 @@ class TurnStream:
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
+class _KnownNode:
     """A node that has joined."""
 
     spec: NodeSpec
@@ -218,7 +218,7 @@ class ClusterDriver:
         self._serial = 0
         self._streams: dict[RequestId, TurnStream] = {}
         self._links: dict[NodeId, NodeLink] = {}
-        self._members: dict[NodeId, _Member] = {}
+        self._known: dict[NodeId, _KnownNode] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: Timers[ClusterTimer] = Timers(self._handle)
         self._idle = asyncio.Event()
@@ -310,18 +310,18 @@ class ClusterDriver:
 
     def node_joined(self, spec: NodeSpec, fingerprint: str) -> bool:
         """Take a node in. Returns False if its weights are not those of the model's other nodes."""
-        for member in self._members.values():
-            if member.spec.model == spec.model and member.fingerprint != fingerprint:
-                log.error("node %s has weights %s; %s has %s", spec.id, fingerprint, member.spec.id, member.fingerprint)
+        for known in self._known.values():
+            if known.spec.model == spec.model and known.fingerprint != fingerprint:
+                log.error("node %s has weights %s; %s has %s", spec.id, fingerprint, known.spec.id, known.fingerprint)
                 return False
-        self._members[spec.id] = _Member(spec, fingerprint)
+        self._known[spec.id] = _KnownNode(spec, fingerprint)
         self._handle(NodeJoined(spec))
         return True
 
     def node_lost(self, node: NodeId, reason: str) -> None:
         """Give a node up."""
         log.warning("node %s is lost: %s", node, reason)
-        self._members.pop(node, None)
+        self._known.pop(node, None)
         self._handle(NodeLost(node, reason))
 
     def node_draining(self, node: NodeId) -> None:
@@ -441,10 +441,10 @@ class ClusterDriver:
                 link = self._links.get(node)
                 if link is not None:
                     link.source_lost(request, source)
-            case RequestReplay(node, after):
+            case RequestResync(node, after):
                 link = self._links.get(node)
                 if link is not None:
-                    link.replay(after)
+                    link.resync(after)
             case SetTimer(key, at):
                 self._timers.set(key, at)
             case ClearTimer(key):
@@ -459,7 +459,7 @@ class ClusterDriver:
         message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, sampling_message(stream.turn.sampling))
         message.timed = self._observer.follows(assignment.request)
         self._follows = self._follows or message.timed
-        source = self._members.get(assignment.source) if assignment.source is not None else None
+        source = self._known.get(assignment.source) if assignment.source is not None else None
         if source is not None:
             message.source_address = source.spec.address
             message.source_host = source.spec.host

@@ -106,7 +106,7 @@ class NodeLink:
         self._submits: dict[RequestId, node_pb2.Submit] = {}
         self._cancels: list[RequestId] = []
         self._lost_sources: list[node_pb2.LostSource] = []
-        self._replay: node_pb2.Replay | None = None
+        self._resync: node_pb2.Resync | None = None
         #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
         self._told_s = 0.0
@@ -140,9 +140,9 @@ class NodeLink:
             for name in ("source", "source_address", "source_host", "source_tokens", "source_pending", "source_incarnation"):
                 submit.ClearField(name)
 
-    def replay(self, after: int | None) -> None:
+    def resync(self, after: int | None) -> None:
         """Ask for the KV batches after a number, or for all."""
-        self._replay = node_pb2.Replay(after=after)
+        self._resync = node_pb2.Resync(after=after)
         self._wake.set()
 
     def give_up(self, reason: str) -> None:
@@ -154,7 +154,7 @@ class NodeLink:
         self._submits.clear()
         self._cancels.clear()
         self._lost_sources.clear()
-        self._replay = None
+        self._resync = None
         if self.spec is not None:
             self.spec = None
             self._sink.node_lost(self.node, reason)
@@ -261,7 +261,7 @@ class NodeLink:
     @property
     def _says_something(self) -> bool:
         """Whether anything waits to go out; bounded by the requests the cluster lets in."""
-        return bool(self._submits or self._cancels or self._lost_sources or self._replay is not None)
+        return bool(self._submits or self._cancels or self._lost_sources or self._resync is not None)
 
     @property
     def _must_tell(self) -> bool:
@@ -285,12 +285,12 @@ class NodeLink:
                     submits=self._next_submits(),
                     cancels=self._cancels,
                     lost_sources=self._lost_sources,
-                    replay=self._replay,
+                    resync=self._resync,
                     frames_received=read,
                 )
                 self._cancels.clear()
                 self._lost_sources.clear()
-                self._replay = None
+                self._resync = None
                 self._hello.frames_sent += counts
                 self._told_s = asyncio.get_running_loop().time()
                 await call.write(frame)

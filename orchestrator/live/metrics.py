@@ -42,7 +42,7 @@ from orchestrator.core.types import (
     TenantId,
 )
 
-#: Seconds. TTFT reaches 2560 s because a held request on a busy cluster counts too (the field's dashboards use this range).
+#: Seconds. TTFT reaches 2560 s because a waiting request on a busy cluster counts too (the field's dashboards use this range).
 TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 ITL_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 REQUEST_BOUNDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
@@ -418,7 +418,7 @@ class Metrics(Collector):
         yield _counter("weft_requests", "HTTP answers.", ("model", "endpoint", "status", "tenant"), self._requests)
         running, waiting = self._flights_by_model()
         yield _gauge("weft_requests_running", "Requests that a node has.", ("model",), running)
-        yield _gauge("weft_requests_waiting", "Requests held by the gateway.", ("model",), waiting)
+        yield _gauge("weft_requests_waiting", "Requests that wait at the gateway.", ("model",), waiting)
         yield self.ttft.family("weft_ttft_seconds", "Arrival of the request to its first token.", names)
         yield self.itl.family("weft_itl_seconds", "Time between two tokens of a generation.", names)
         yield self.request.family("weft_request_seconds", "Arrival of the request to the end of a generation.", names)

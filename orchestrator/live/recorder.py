@@ -33,7 +33,7 @@ log = logging.getLogger("weft.recorder")
 #: Generations that ended and that the thread has not got to yet; more are left out.
 QUEUED_MAX = 4096
 #: Lines that wait for an earlier request to end; with one more, that request is left out.
-HELD_MAX = 65_536
+KEPT_MAX = 65_536
 #: Sessions whose latest turn is known.
 SESSIONS_MAX = 65_536
 #: Sessions whose chain of names is kept, and blocks that are known by name; older ones get new names when they come again.
@@ -195,7 +195,7 @@ class _Lines:
         self._names = BlockNamer()
         self._encoder = msgspec.json.Encoder()
         #: Lines that cannot be written yet; None for a generation that is left out.
-        self._held: dict[int, bytes | None] = {}
+        self._kept: dict[int, bytes | None] = {}
         self._next = 0
         #: Requests that took so long that others were written before them; nothing may wait for them.
         self._given_up: set[int] = set()
@@ -211,8 +211,8 @@ class _Lines:
                         self._file.flush()
                     item = queue.get()
                 # What never ended is left out.
-                for number in sorted(self._held):
-                    self._file.write(self._held[number] or b"")
+                for number in sorted(self._kept):
+                    self._file.write(self._kept[number] or b"")
         except OSError as error:
             log.warning("recording %s ends early: %s", self._path, error.strerror)
         while item is not None:
@@ -222,12 +222,12 @@ class _Lines:
         number, line = (item, None) if isinstance(item, int) else (item.number, self._line(item))
         if number in self._given_up:
             return
-        self._held[number] = line
-        if len(self._held) > HELD_MAX and self._next not in self._held:
+        self._kept[number] = line
+        if len(self._kept) > KEPT_MAX and self._next not in self._kept:
             self._given_up.add(self._next)
-            self._held[self._next] = None
-        while self._next in self._held:
-            self._file.write(self._held.pop(self._next) or b"")
+            self._kept[self._next] = None
+        while self._next in self._kept:
+            self._file.write(self._kept.pop(self._next) or b"")
             self._next += 1
 
     def _line(self, ended: _Ended) -> bytes:

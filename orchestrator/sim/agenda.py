@@ -37,27 +37,27 @@ class Agenda:
 
 
 class Timers:
-    """The machines' timers in virtual time; each fires once, at its last setting. See also: `wire/clock.py`."""
+    """The nodes' timers in virtual time; each fires once, at its last setting. See also: `wire/clock.py`."""
 
     __slots__ = ("_agenda", "_due")
 
     def __init__(self, agenda: Agenda) -> None:
         self._agenda = agenda
-        #: When each fires, by its machine and its key.
+        #: When each fires, by its simulated and its key.
         self._due: dict[tuple[Hashable, Hashable], float] = {}
 
-    def set(self, machine: Hashable, key: Hashable, at: float, action: Callable[..., None], *arguments: Any) -> None:
+    def set(self, simulated: Hashable, key: Hashable, at: float, action: Callable[..., None], *arguments: Any) -> None:
         """Execute `SetTimer`: do something at a time, at once if it has passed."""
-        self._due[machine, key] = at
-        self._agenda.at(max(at, self._agenda.now), self._fire, (machine, key), at, action, arguments)
+        self._due[simulated, key] = at
+        self._agenda.at(max(at, self._agenda.now), self._fire, (simulated, key), at, action, arguments)
 
-    def clear(self, machine: Hashable, key: Hashable) -> None:
+    def clear(self, simulated: Hashable, key: Hashable) -> None:
         """Execute `ClearTimer`."""
-        self._due.pop((machine, key), None)
+        self._due.pop((simulated, key), None)
 
-    def drop(self, machine: Hashable) -> None:
-        """Forget all timers of a machine."""
-        for name in [name for name in self._due if name[0] == machine]:
+    def drop(self, simulated: Hashable) -> None:
+        """Forget all timers of a simulated."""
+        for name in [name for name in self._due if name[0] == simulated]:
             del self._due[name]
 
     def _fire(self, name: tuple[Hashable, Hashable], at: float, action: Callable[..., None], arguments: tuple[Any, ...]) -> None:

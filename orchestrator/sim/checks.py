@@ -11,8 +11,8 @@ from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.kvindex import Trust
 from orchestrator.core.types import GatewayId, NodeId, RequestId
 from orchestrator.sim.agenda import Agenda
-from orchestrator.sim.machine import Machine
 from orchestrator.sim.network import Transfers
+from orchestrator.sim.simulated import SimulatedNode
 
 
 class Stuck(AssertionError):
@@ -30,7 +30,7 @@ class Checked(Protocol):
 
     agenda: Agenda
     clusters: dict[GatewayId, Cluster]
-    machines: dict[NodeId, Machine]
+    nodes: dict[NodeId, SimulatedNode]
     transfers: Transfers
     unaware: dict[tuple[GatewayId, NodeId], bool]
 
@@ -51,17 +51,17 @@ class Checks:
         world = self._world
         for cluster in world.clusters.values():
             cluster.validate()
-        for machine in world.machines.values():
-            if machine.alive:
-                machine.node.validate()
-                self._check_wakeup(machine)
+        for simulated in world.nodes.values():
+            if simulated.alive:
+                simulated.node.validate()
+                self._check_wakeup(simulated)
 
-    def _check_wakeup(self, machine: Machine) -> None:
+    def _check_wakeup(self, simulated: SimulatedNode) -> None:
         """A node with sequences runs a step, or waits for blocks that are on their way."""
-        load = machine.node.load()
-        if load.running and machine.run is None:
-            assert len(self._world.transfers), f"{machine.spec.id} has {load.running} sequences, no step and nothing to fetch"
-        assert machine.run is None or len(self._world.agenda), f"{machine.spec.id} runs a step that never ends"
+        load = simulated.node.load()
+        if load.running and simulated.run is None:
+            assert len(self._world.transfers), f"{simulated.spec.id} has {load.running} sequences, no step and nothing to fetch"
+        assert simulated.run is None or len(self._world.agenda), f"{simulated.spec.id} runs a step that never ends"
 
     def at_the_end(self) -> None:
         """Raise `AssertionError` unless nothing is left over."""
@@ -71,16 +71,16 @@ class Checks:
         for gateway, cluster in world.clusters.items():
             assert cluster.running + cluster.waiting == 0, f"gateway {gateway} has {cluster.running} running requests left"
             for view in cluster.nodes:
-                self._check_belief(gateway, view.spec.id, view.trust, view.held_blocks)
-        for machine in world.machines.values():
-            load = machine.node.load()
-            assert load.running + load.waiting == 0, f"{machine.spec.id} still has {load.running} + {load.waiting} requests"
-            assert load.blocks_used == 0, f"{machine.spec.id} still uses {load.blocks_used} blocks"
+                self._check_belief(gateway, view.spec.id, view.trust, view.believed_blocks)
+        for simulated in world.nodes.values():
+            load = simulated.node.load()
+            assert load.running + load.waiting == 0, f"{simulated.spec.id} still has {load.running} + {load.waiting} requests"
+            assert load.blocks_used == 0, f"{simulated.spec.id} still uses {load.blocks_used} blocks"
 
-    def _check_belief(self, gateway: GatewayId, node: NodeId, trust: Trust, held_blocks: int) -> None:
+    def _check_belief(self, gateway: GatewayId, node: NodeId, trust: Trust, believed_blocks: int) -> None:
         """In the quiet at the end a gateway that trusts what it knows of a node knows how much that holds, but for late news."""
-        machine = self._world.machines[node]
+        simulated = self._world.nodes[node]
         unaware = self._world.unaware.get((gateway, node), False)
-        if trust is Trust.EXACT and not machine.node.untold and not unaware:
-            held = machine.node.load().blocks_cached
-            assert held_blocks == held, f"gateway {gateway} believes that {node} holds {held_blocks} blocks, it holds {held}"
+        if trust is Trust.EXACT and not simulated.node.untold and not unaware:
+            present = simulated.node.load().blocks_cached
+            assert believed_blocks == present, f"gateway {gateway} believes that {node} has {believed_blocks} blocks: {present}"

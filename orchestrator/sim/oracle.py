@@ -79,7 +79,7 @@ class OptimalPool(BlockPool):
 
     def _fresh(self, entry: tuple[int, int, Run]) -> bool:
         run = entry[2]
-        return bool(run.names) and not run.holds and not run.children
+        return bool(run.names) and not run.claims and not run.children
 
     def _victim(self) -> Run:
         """The future moves on: what was looked up too long ago is ranked anew."""

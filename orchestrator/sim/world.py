@@ -1,7 +1,7 @@
 """A whole cluster in virtual time: gateways' `Cluster`s, nodes, links between them and the agents that use them.
 
 The decisions are those of the live system, because they are the same objects: this file only carries what one of them says to
-the other, a little later, and gives agents their answers. See also: `live/driver.py`, which does it in real time; `machine.py`
+the other, a little later, and gives agents their answers. See also: `live/driver.py`, which does it in real time; `simulated.py`
 (nodes), `network.py` (links), `faults.py`, `checks.py`.
 
 What is simplified against the live system: frames go out at once, where live nodes gather for some milliseconds; an answer's
@@ -35,7 +35,7 @@ from orchestrator.core.commands import (
     ReportEnded,
     ReportFirstToken,
     ReportSourceLost,
-    RequestReplay,
+    RequestResync,
     Restart,
     RunStep,
     SendBlocks,
@@ -55,9 +55,9 @@ from orchestrator.core.events import (
     NodeJoined,
     NodeLost,
     NodeReported,
-    ReplayRequested,
     RequestAbandoned,
     RequestArrived,
+    ResyncRequested,
     SourceLost,
     TimerFired,
 )
@@ -82,11 +82,11 @@ from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
-from orchestrator.sim.machine import Machine
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
 from orchestrator.sim.prompts import Prompts
+from orchestrator.sim.simulated import SimulatedNode
 from orchestrator.traces import TracedTurn
 
 #: Samples of the pools that a run keeps at most; beyond, every second one is dropped.
@@ -152,7 +152,7 @@ class World:
         self._digest = blake2b(digest_size=16)
         self.agenda = Agenda()
         self.clusters = {GatewayId(number): Cluster(GatewayId(number), config) for number in range(config.gateway.count)}
-        self.machines: dict[NodeId, Machine] = {}
+        self.nodes: dict[NodeId, SimulatedNode] = {}
         self.uses: dict[PoolName, PoolUse] = {}
         self.gaps_s = Distribution()
         self._incarnations: dict[NodeId, int] = {}
@@ -222,15 +222,15 @@ class World:
         self._settle(checks)
         starts = [served.arrived_s for served in self.served]
         ends = [served.ended_s for served in self.served if served.ended_s is not None]
-        for machine in self.machines.values():
-            machine.use.preemptions += machine.node.load().preemptions
+        for simulated in self.nodes.values():
+            simulated.use.preemptions += simulated.node.load().preemptions
         return Outcome(
             served=self.served,
             pools=self.uses,
             itl_s=self.gaps_s,
             duration_s=max(ends, default=0.0) - min(starts, default=0.0),
             wall_s=time.perf_counter() - began,
-            events=self._cluster_events + self._node_events + sum(machine.events for machine in self.machines.values()),
+            events=self._cluster_events + self._node_events + sum(simulated.events for simulated in self.nodes.values()),
             digest=self._digest.hexdigest() if self._options.digest else "",
         )
 
@@ -247,7 +247,7 @@ class World:
     def _sample(self, at: float, interval_s: float) -> float:
         """Note the pools' state; return the interval, which doubles whenever there are too many samples."""
         for name, use in self.uses.items():
-            loads = [machine.node.load() for machine in self.machines.values() if machine.spec.pool == name]
+            loads = [simulated.node.load() for simulated in self.nodes.values() if simulated.spec.pool == name]
             use.samples.append(
                 PoolSample(
                     at_s=at,
@@ -372,8 +372,8 @@ class World:
                 self._network.send(gateway, node, self._tell_node, node, Cancelled(request))
             case ReportSourceLost(node, request, source):
                 self._network.send(gateway, node, self._tell_node, node, SourceLost(request, source))
-            case RequestReplay(node, after):
-                self._network.send(gateway, node, self._tell_node, node, ReplayRequested(gateway, after))
+            case RequestResync(node, after):
+                self._network.send(gateway, node, self._tell_node, node, ResyncRequested(gateway, after))
             case Complete(request, ended, cached_tokens):
                 served = self.visits[request].served
                 served.cached_tokens, served.output_tokens = cached_tokens, ended.output_tokens
@@ -413,13 +413,13 @@ class World:
                 block_bytes=hardware.block_bytes if hardware is not None else 0,
                 context_tokens_max=pool.engine.context_tokens_max or CONTEXT_TOKENS_DEFAULT,
             )
-            self._start_machine(spec)
+            self._start_node(spec)
 
-    def _start_machine(self, spec: NodeSpec) -> None:
+    def _start_node(self, spec: NodeSpec) -> None:
         """Start a node, in place of a crashed one if there was one."""
         scheduler = self._pools[spec.pool].scheduler
         pool = OptimalPool(spec.blocks, self._futures[spec.model]) if spec.model in self._futures else None
-        self.machines[spec.id] = Machine(
+        self.nodes[spec.id] = SimulatedNode(
             spec,
             Node(spec, scheduler, pool),
             self.agenda,
@@ -429,7 +429,7 @@ class World:
             self.visit_of,
             self._options.stepwise,
         )
-        self.machines[spec.id].set_slowness(self._slowness.get(spec.id, 1.0))
+        self.nodes[spec.id].set_slowness(self._slowness.get(spec.id, 1.0))
         self._incarnations[spec.id] = spec.incarnation
         for gateway in self.clusters:
             if spec.incarnation == 1:  # here before the first client
@@ -443,10 +443,10 @@ class World:
         return self.visits.get(request) or _Visit(_NOBODY, Served(_NOBODY, 0.0), gateway_of(request), nobodys)
 
     def _tell_node(self, node: NodeId, event: NodeEvent) -> None:
-        machine = self.machines[node]
-        machine.tell(event)
+        simulated = self.nodes[node]
+        simulated.tell(event)
 
-    def _obey(self, machine: Machine, commands: Sequence[NodeCommand], at: float) -> None:
+    def _obey(self, simulated: SimulatedNode, commands: Sequence[NodeCommand], at: float) -> None:
         """Execute what a node ordered at a time, and tell gateways what it wants them to know."""
         if self._options.digest:
             self._digest.update(repr(commands).encode())
@@ -456,7 +456,7 @@ class World:
         for command in commands:
             match command:
                 case RunStep():
-                    machine.start(command, at)
+                    simulated.start(command, at)
                 case ReportFirstToken(report):
                     first_tokens.append(report)
                 case ReportEnded(report):
@@ -465,37 +465,37 @@ class World:
                     if gateway is None:
                         batches += new
                     else:
-                        self._report(machine, (gateway,), (), (), new)
+                        self._report(simulated, (gateway,), (), (), new)
                 case Forget(request):
-                    machine.forget(request)
+                    simulated.forget(request)
                 case SetTimer(key, fires_at):
-                    self._timers.set(machine.spec.id, key, fires_at, self._tell_node, machine.spec.id, TimerFired(key))
+                    self._timers.set(simulated.spec.id, key, fires_at, self._tell_node, simulated.spec.id, TimerFired(key))
                 case ClearTimer(key):
-                    self._timers.clear(machine.spec.id, key)
+                    self._timers.clear(simulated.spec.id, key)
                 case DropGateway():
                     pass  # a killed gateway's stream: the next start has another
                 case Fetch():
-                    self.transfers.start(machine.spec, command)
+                    self.transfers.start(simulated.spec, command)
                 case SendBlocks():
                     self.transfers.carry(command)
                 case StopFetch(request):
-                    self.transfers.stop(machine.spec.id, request)
+                    self.transfers.stop(simulated.spec.id, request)
                 case _:
                     assert_never(command)
-        if machine.node.news != machine.news:
-            machine.news = machine.node.news
-            self._report(machine, tuple(self.clusters), first_tokens, ended, batches)
+        if simulated.node.news != simulated.news:
+            simulated.news = simulated.node.news
+            self._report(simulated, tuple(self.clusters), first_tokens, ended, batches)
 
     def _report(
         self,
-        machine: Machine,
+        simulated: SimulatedNode,
         gateways: Sequence[GatewayId],
         first_tokens: Sequence[FirstToken],
         ended: Sequence[Ended],
         batches: Sequence[KvBatch],
     ) -> None:
         """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
-        spec, load, faults = machine.spec, machine.node.load(), self._options.faults
+        spec, load, faults = simulated.spec, simulated.node.load(), self._options.faults
         for gateway in gateways:
             kv = tuple(batches)
             if kv:
@@ -512,12 +512,12 @@ class World:
             self._network.send(spec.id, gateway, self._on_report, gateway, report, spec.incarnation)
 
     def _moved(self, reader: NodeId, size: int) -> None:
-        self.machines[reader].use.fetched_bytes += size
+        self.nodes[reader].use.fetched_bytes += size
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
     def _plan_faults(self, faults: Faults) -> None:
-        nodes = list(self.machines)
+        nodes = list(self.nodes)
         for _ in range(faults.crashes):
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._crash, self._random.choice(nodes), faults)
         for _ in range(faults.hangs):
@@ -527,36 +527,36 @@ class World:
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._hang_gateway, gateway, faults)
         for node in self._random.sample(nodes, min(faults.slow_nodes, len(nodes))):
             self._slowness[node] = faults.slowness
-            self.machines[node].set_slowness(faults.slowness)
+            self.nodes[node].set_slowness(faults.slowness)
             self.agenda.at(faults.until_s, self._recover, node)
 
     def _recover(self, node: NodeId) -> None:
         """Let a slow node be as fast as it should be, whether it was started again meanwhile or not."""
         del self._slowness[node]
-        self.machines[node].set_slowness(1.0)
+        self.nodes[node].set_slowness(1.0)
 
     def _crash(self, node: NodeId, faults: Faults) -> None:
         """Stop a node dead; gateways notice after a while, and it comes back empty."""
         if self._stop(node):
             self.transfers.drop(node)
-            self.agenda.at(self.agenda.now + faults.restart_s, self._restart, self.machines[node].spec)
+            self.agenda.at(self.agenda.now + faults.restart_s, self._restart, self.nodes[node].spec)
 
     def _hang(self, node: NodeId, faults: Faults) -> None:
         """Let a node stand still: its connections stay until it is killed, so that whoever waits for it must be told."""
         if self._stop(node):
             killed_at = self.agenda.now + self._config.cluster.hung_s
             self.agenda.at(killed_at, self.transfers.drop, node)
-            self.agenda.at(killed_at + faults.restart_s, self._restart, self.machines[node].spec)
+            self.agenda.at(killed_at + faults.restart_s, self._restart, self.nodes[node].spec)
 
     def _stop(self, node: NodeId) -> bool:
         """Let nothing happen to a node any more, and gateways notice after a while; False if it has stopped already."""
-        machine = self.machines[node]
-        if not machine.alive:
+        simulated = self.nodes[node]
+        if not simulated.alive:
             return False
-        machine.use.preemptions += machine.node.load().preemptions
-        self._node_events += machine.events
-        machine.events = 0
-        machine.crash()
+        simulated.use.preemptions += simulated.node.load().preemptions
+        self._node_events += simulated.events
+        simulated.events = 0
+        simulated.crash()
         self._incarnations[node] += 1
         self._timers.drop(node)
         lost_at = self.agenda.now + self._config.cluster.node_lost_s
@@ -570,7 +570,7 @@ class World:
             return
         self._hung[gateway] = None
         self._timers.drop(gateway)
-        for node in self.machines:
+        for node in self.nodes:
             heard = GatewayHeard(gateway, self._config.cluster.node_lost_s)
             self._network.send(gateway, node, self._tell_node, node, heard)
         killed_at = self.agenda.now + self._config.cluster.hung_s
@@ -587,18 +587,18 @@ class World:
         """Start a gateway anew, which knows nothing; nodes end what they still have of the former one."""
         del self._hung[gateway], self._away[gateway]
         self.clusters[gateway] = Cluster(gateway, self._config)
-        for node, machine in self.machines.items():
+        for node, simulated in self.nodes.items():
             self._network.send(gateway, node, self._tell_node, node, GatewayLost(gateway))
-            if machine.alive:
-                self._tell_cluster(gateway, NodeJoined(machine.spec))
+            if simulated.alive:
+                self._tell_cluster(gateway, NodeJoined(simulated.spec))
 
     def _lose(self, gateway: GatewayId, node: NodeId, incarnation: int) -> None:
         """Let a gateway give a node up, unless it is back by now."""
-        if self._incarnations[node] == incarnation and not self.machines[node].alive:
+        if self._incarnations[node] == incarnation and not self.nodes[node].alive:
             self._tell_cluster(gateway, NodeLost(node, "it stopped answering"))
 
     def _restart(self, spec: NodeSpec) -> None:
-        self._start_machine(replace(spec, incarnation=spec.incarnation + 1))
+        self._start_node(replace(spec, incarnation=spec.incarnation + 1))
 
 
 #: Stands for the turn of a request that is over: a node which still works on it may stop after one token.

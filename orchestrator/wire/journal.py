@@ -3,7 +3,7 @@
 A file (gzip) holds one core's life from its start. It is a row of records, each a little-endian u32 with its length and then
 that many bytes of msgpack:
 
-    first       ["weft-journal", 1, weft's version, kind of core, what the core was made from]
+    first       ["weft-journal", 2, weft's version, kind of core, what the core was made from]
     then        [now, name of the event, event, [[name of the command, command], ...]]    null for commands: the core raised
     last        [now, "Closed", {"reason": ...}, []]                                      missing if the process was killed
 
@@ -35,7 +35,7 @@ from orchestrator.core.types import GatewayId, NodeSpec
 log = logging.getLogger("weft.journal")
 
 FORMAT: Final = "weft-journal"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 SUFFIX = ".journal.gz"
 #: Bytes that wait before the writing thread gets them, and seconds they wait at most while events come.
 CHUNK_BYTES = 64 * 1024

@@ -17,20 +17,20 @@ ROLE_PREFILL: Role
 ROLE_GENERATE: Role
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "submits", "cancels", "replay", "frames_received", "lost_sources")
+    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
-    REPLAY_FIELD_NUMBER: _ClassVar[int]
+    RESYNC_FIELD_NUMBER: _ClassVar[int]
     FRAMES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     LOST_SOURCES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancels: _containers.RepeatedScalarFieldContainer[int]
-    replay: Replay
+    resync: Resync
     frames_received: int
     lost_sources: _containers.RepeatedCompositeFieldContainer[LostSource]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., replay: _Optional[_Union[Replay, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ...) -> None: ...
 
 class LostSource(_message.Message):
     __slots__ = ("request", "source")
@@ -127,7 +127,7 @@ class Sampling(_message.Message):
     logit_bias: _containers.ScalarMap[int, float]
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
-class Replay(_message.Message):
+class Resync(_message.Message):
     __slots__ = ("after",)
     AFTER_FIELD_NUMBER: _ClassVar[int]
     after: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.commands import Assign, RequestReplay, Restart
+from orchestrator.core.commands import Assign, RequestResync, Restart
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import NodeJoined, NodeLost
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role
@@ -233,10 +233,10 @@ def test_a_gap_in_what_a_node_tells_of_its_blocks_is_mended(model_dir: Path) -> 
             driver.node_frame = lossy  # type: ignore[method-assign]
             await finish(driver.start(turn(range(40), 2)))
             assert dropped
-            asked = len(observed.seen(RequestReplay))
+            asked = len(observed.seen(RequestResync))
             await finish(driver.start(turn(range(100, 140), 2)))
-            await observed.until(lambda: len(observed.seen(RequestReplay)) > asked)
-            assert observed.seen(RequestReplay)[-1].after == dropped[0] - 1
+            await observed.until(lambda: len(observed.seen(RequestResync)) > asked)
+            assert observed.seen(RequestResync)[-1].after == dropped[0] - 1
             # What the lost batch told of is known again: the first prompt counts as a hit when it is routed.
             await observed.until(lambda: _predicted_hit(served, range(40)) == 32)
 

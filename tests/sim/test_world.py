@@ -16,8 +16,8 @@ from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.agenda import Timers
 from orchestrator.sim.checks import Stuck
 from orchestrator.sim.faults import Faults
-from orchestrator.sim.machine import Machine
 from orchestrator.sim.outcome import Outcome
+from orchestrator.sim.simulated import SimulatedNode
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
 from tests.builders import some
@@ -182,10 +182,10 @@ def test_nodes_end_what_they_compute_for_a_gateway_that_hangs() -> None:
     world = World(resolved, [turn], WorldOptions(checks=True, faults=Faults(until_s=0.0)))
     hung_at, lost_s = 2.0, resolved.config.cluster.node_lost_s
     busy: list[bool] = []
-    [machine] = world.machines.values()
+    [simulated] = world.nodes.values()
     world.agenda.at(hung_at, world._hang_gateway, GatewayId(0), Faults(until_s=0.0, restart_s=30.0))
     for after_s in (lost_s - 0.1, lost_s * 4 / 3 + 0.1):
-        world.agenda.at(hung_at + after_s, lambda: busy.append(machine.node.load().running > 0))
+        world.agenda.at(hung_at + after_s, lambda: busy.append(simulated.node.load().running > 0))
     served = world.run().served[0]
     assert busy == [True, False]
     assert served.failure == "its gateway was lost"
@@ -276,9 +276,9 @@ def test_the_same_seed_gives_the_same_commands_whatever_the_hash_seed() -> None:
 
 def test_canary_a_lost_end_is_noticed() -> None:
     world = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions())
-    for machine in world.machines.values():
-        tell = machine.node.handle
-        machine.node.handle = lambda event, now, tell=tell: [  # type: ignore[method-assign]
+    for simulated in world.nodes.values():
+        tell = simulated.node.handle
+        simulated.node.handle = lambda event, now, tell=tell: [  # type: ignore[method-assign]
             command for command in tell(event, now) if not isinstance(command, ReportEnded)
         ]
     outcome = world.run()
@@ -288,21 +288,21 @@ def test_canary_a_lost_end_is_noticed() -> None:
 
 def test_canary_a_world_in_which_nothing_is_left_to_happen_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions())
-    monkeypatch.setattr(Machine, "start", lambda self, command, now: None)
-    monkeypatch.setattr(Timers, "set", lambda self, machine, key, at, action, *arguments: None)
+    monkeypatch.setattr(SimulatedNode, "start", lambda self, command, now: None)
+    monkeypatch.setattr(Timers, "set", lambda self, simulated, key, at, action, *arguments: None)
     with pytest.raises(Stuck, match="nothing is left to happen and 4 turns are unfinished"):
         world.run()
 
 
 def test_canary_the_checks_notice_a_block_that_leaks_and_a_belief_that_is_wrong() -> None:
     leaking = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions(checks=True))
-    next(iter(leaking.machines.values())).node._pool.allocate(1)
+    next(iter(leaking.nodes.values())).node._pool.allocate(1)
     with pytest.raises(AssertionError, match="are not the 512 blocks"):
         leaking.run()
     lying = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions(checks=True))
     send = lying._report
-    lying._report = lambda machine, gateways, firsts, ended, batches: send(  # type: ignore[method-assign]
-        machine, gateways, firsts, ended, [replace(batch, stored=()) for batch in batches]
+    lying._report = lambda simulated, gateways, firsts, ended, batches: send(  # type: ignore[method-assign]
+        simulated, gateways, firsts, ended, [replace(batch, stored=()) for batch in batches]
     )
     with pytest.raises(AssertionError, match="believes that"):
         lying.run()

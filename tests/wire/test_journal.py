@@ -19,8 +19,8 @@ from orchestrator.core.timers import (
     GatewayTimer,
     HoldTimer,
     NodeTimer,
-    ReplayTimer,
     RequestTimer,
+    ResyncTimer,
     cluster_timer,
     node_timer,
 )
@@ -145,7 +145,7 @@ def packed(*records: object) -> bytes:
     return gzip.compress(b"".join(struct.pack("<I", len(record)) + record for record in encoded))
 
 
-FIRST = ("weft-journal", 1, "0.1.0", "node", HEADER)
+FIRST = ("weft-journal", 2, "0.1.0", "node", HEADER)
 CLUSTER = (*FIRST[:3], "cluster", cluster_header(GatewayId(0), ClusterConfig(pools=(PoolConfig("both", PoolKind.AGGREGATED),))))
 NESTED = struct.pack("<I", 9000) + b"\x91" * 9000
 
@@ -165,7 +165,7 @@ def test_a_journal_names_timers_by_text_and_reads_them_as_what_they_are(tmp_path
     assert replay(read_journal(tmp_path / "one")) is None
 
 
-@pytest.mark.parametrize("timer", [RequestTimer(request_id(GatewayId(3), 1)), ReplayTimer(NodeId("a:0"))])
+@pytest.mark.parametrize("timer", [RequestTimer(request_id(GatewayId(3), 1)), ResyncTimer(NodeId("a:0"))])
 def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:
     assert cluster_timer(str(timer)) == timer
 
@@ -180,7 +180,7 @@ def test_the_text_of_a_nodes_timer_names_it(timer: NodeTimer) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (packed((*FIRST[:3], ["node"], HEADER)), "is no weft-journal of version 1: starts with 'weft-journal', 1, ['node']"),
+        (packed((*FIRST[:3], ["node"], HEADER)), "is no weft-journal of version 2: starts with 'weft-journal', 2, ['node']"),
         (packed((*FIRST[:4], {})), "its header does not fit this version of Weft: Object missing required field `spec`"),
         (packed((*FIRST[:4], NodeHeader(node_spec(blocks=-1), SchedulerConfig()))), "its header is of no node: it has -1 blocks"),
         (packed((*FIRST[:4], NodeHeader(node_spec(blocks=10**12), SchedulerConfig()))), "its header is of no node: it has 1000"),

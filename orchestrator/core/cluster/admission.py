@@ -1,10 +1,10 @@
 """Decides what is let in: limits a tenant, holds what no node can take yet, and says when to come back.
 
-    429    the tenant has, or asks for, too much       503    no node serves the model, the gateway drains, or held too long
-    529    too many requests are held already          400    the prompt alone is longer than any node takes
+    429    the tenant has, or asks for, too much       503    no node serves the model, the gateway drains, or waited too long
+    529    too many requests wait already             400    the prompt alone is longer than any node takes
     403    more priority or class than the tenant may
 
-How held requests of one model are ordered is in `waiting.py`; models do not hold each other up. When all places to wait are
+How waiting requests of one model are ordered is in `waiting.py`; models do not hold each other up. When all places to wait are
 taken, the tenant that has more of them than its share is the one refused, whoever came last.
 
 A tenant's limits hold over all gateways together: each has an equal part of them, so that none has to ask another. Sessions are
@@ -82,11 +82,11 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests held."""
+        """Requests that wait."""
         return sum(len(queue) for queue in self._queues.values())
 
     def running(self, tenant: TenantId) -> int:
-        """Return the requests that a tenant has under way, held ones included."""
+        """Return the requests that a tenant has under way, waiting ones included."""
         return self._tenants.get(tenant, 0)
 
     def queue(self, model: ModelName) -> WaitingQueue:
@@ -154,7 +154,7 @@ class Admission:
         return refuse(request, 429, name, message, min(max(wait_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX))
 
     def overflow(self, request: Request) -> Request | None:
-        """Return who is to be refused so that a request can be held, itself or one that is held; None if there is a place.
+        """Return who is to be refused so that a request can wait, itself or one that waits; None if there is a place.
 
         Every tenant that waits, or comes to, has the part of the places that its share is of theirs together, and at least one.
         While a tenant is within its part, a place is made for it by the tenant furthest over its own: its last request goes.
@@ -180,7 +180,7 @@ class Admission:
         message = f"all nodes are full and {waiting} requests wait, at most {self._limits.waiting_max} may"
         return refuse(request, 529, "overloaded", message, self._retry_after_s(request.model, waiting))
 
-    def held_too_long(self, request: Request, seconds: float) -> Refuse:
+    def waited_too_long(self, request: Request, seconds: float) -> Refuse:
         """Return the refusal of a request for which no node had room in time."""
         message = f"no node had room for this request in {seconds:.0f} seconds"
         waiting = len(self.queue(request.model))

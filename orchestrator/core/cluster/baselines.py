@@ -86,7 +86,7 @@ class Baseline:
 
 def cached_tokens(request: Request, options: Options, candidate: Candidate) -> int:
     """Return the prompt tokens that a node need not compute: all it holds but the last, which brings the first token."""
-    return min(options.held[candidate.slot] * candidate.spec.block_tokens, request.prompt_tokens - 1)
+    return min(options.present[candidate.column] * candidate.spec.block_tokens, request.prompt_tokens - 1)
 
 
 class RoundRobin:
@@ -153,7 +153,7 @@ class Dynamo:
     def _cost(self, request: Request, options: Options, candidate: Candidate) -> float:
         block_tokens = candidate.spec.block_tokens
         prompt_blocks = request.prompt_tokens / block_tokens
-        prefill_blocks = candidate.uncomputed_tokens / block_tokens + prompt_blocks - options.held[candidate.slot]
+        prefill_blocks = candidate.uncomputed_tokens / block_tokens + prompt_blocks - options.present[candidate.column]
         active_blocks = candidate.prompts_tokens / block_tokens + prompt_blocks
         return max(prefill_blocks, 0.0) + active_blocks
 
@@ -168,7 +168,7 @@ def sglang(request: Request, options: Options, candidates: Sequence[Candidate]) 
     most, least = max(loads), min(loads)
     if most - least > SGLANG_BALANCE_ABSOLUTE and most > SGLANG_BALANCE_RELATIVE * least:
         return least_loaded(request, options, candidates)
-    best = max(candidates, key=lambda candidate: options.held[candidate.slot])
-    if options.held[best.slot] >= SGLANG_CACHE_THRESHOLD * max(1, len(request.hashes)):
+    best = max(candidates, key=lambda candidate: options.present[candidate.column])
+    if options.present[best.column] >= SGLANG_CACHE_THRESHOLD * max(1, len(request.hashes)):
         return best
     return min(candidates, key=lambda candidate: candidate.load.blocks_used + candidate.load.blocks_cached)

@@ -70,16 +70,17 @@ class Candidate:
         "_share_of",
         "_token_s",
         "_uncomputed",
+        "column",
         "compute_factor",
         "context_tokens",
         "context_tokens_max",
+        "cost_group",
         "draining",
         "evicted_block_s",
         "free_blocks",
         "generates",
         "joining_s",
         "joining_token_s",
-        "kind",
         "load",
         "profile",
         "queue_s",
@@ -88,7 +89,6 @@ class Candidate:
         "room_blocks",
         "seen_by",
         "sequences",
-        "slot",
         "slot_wait_s",
         "spec",
         "stale",
@@ -97,14 +97,14 @@ class Candidate:
         "work_s",
     )
 
-    def __init__(self, spec: NodeSpec, slot: int, kind: int, share_of: Callable[[TenantId], float]) -> None:
+    def __init__(self, spec: NodeSpec, column: int, cost_group: int, share_of: Callable[[TenantId], float]) -> None:
         self.spec = spec
         self._share_of = share_of
         self.profile = ranking_profile(spec.profile)
         #: Its bit in the index.
-        self.slot = slot
+        self.column = column
         #: Equal on nodes for which the same work costs the same.
-        self.kind = kind
+        self.cost_group = cost_group
         self.generates = spec.kind.generates
         #: Longest prompt plus output that its model allows and its pool holds.
         self.context_tokens_max = min(spec.context_tokens_max, spec.blocks * spec.block_tokens)
@@ -279,10 +279,10 @@ class Options:
     generators: Sequence[Candidate]
     #: Nodes that may compute the prompt for another.
     prefillers: Sequence[Candidate]
-    #: All nodes of the model by slot: any of them may be fetched from.
+    #: All nodes of the model by column: any of them may be fetched from.
     peers: Mapping[int, Candidate]
-    #: Blocks of the prompt that each node holds or will hold in a moment, by slot.
-    held: Sequence[int]
+    #: Blocks of the prompt that each node holds or will hold in a moment, by column.
+    present: Sequence[int]
     #: What the index says.
     matches: Matches
     #: Nodes of the session's last turn.

@@ -6,7 +6,7 @@ A request's life:
     WAITING     RequestArrived, all nodes full;    NodeReported, NodeJoined (room)        PROMPT       Assign
                 a retry that finds no node         TimerFired                             over         Refuse or Abort
                                                    RequestAbandoned                       over
-    PROMPT      RequestArrived; room for a held    NodeReported with its FirstToken       STREAMING
+    PROMPT      RequestArrived; room for one that   NodeReported with its FirstToken       STREAMING
                 one                                NodeReported with its Ended:
                                                      STOP, LENGTH                         over         Complete
                                                      FAILED; or NodeLost                  PROMPT       Restart, Assign
@@ -49,7 +49,7 @@ from orchestrator.core.commands import (
     Complete,
     Refuse,
     ReportSourceLost,
-    RequestReplay,
+    RequestResync,
     Restart,
     SetTimer,
 )
@@ -68,7 +68,7 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
-from orchestrator.core.timers import ClusterTimer, ReplayTimer, RequestTimer
+from orchestrator.core.timers import ClusterTimer, RequestTimer, ResyncTimer
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -85,17 +85,17 @@ from orchestrator.core.types import (
     TenantId,
 )
 
-#: Seconds until a replay that did not come is asked for again, doubled each time up to the most.
-REPLAY_S = 0.5
-REPLAY_S_MAX = 30.0
-#: Replays asked for in vain after which nothing is believed of a node any more.
-REPLAYS_MAX = 5
+#: Seconds until a resync that did not come is asked for again, doubled each time up to the most.
+RESYNC_S = 0.5
+RESYNC_S_MAX = 30.0
+#: Resyncs asked for in vain after which nothing is believed of a node any more.
+RESYNCS_MAX = 5
 
 
 class Phase(Enum):
     """Where a request stands."""
 
-    WAITING = "waiting"  # held: no node has room
+    WAITING = "waiting"  # no node has room
     PROMPT = "prompt"  # given to nodes, nothing delivered yet
     STREAMING = "streaming"  # its first token came
 
@@ -107,7 +107,7 @@ class Flight:
         "deadline_at",
         "failed_on",
         "generate",
-        "holds",
+        "holder",
         "phase",
         "predicted_cached_tokens",
         "prefill",
@@ -128,7 +128,7 @@ class Flight:
         self.generate: NodeId | None = None
         self.prefill: NodeId | None = None
         #: The node that has computed its prompt and may still hold the blocks for the one that generates.
-        self.holds: NodeId | None = None
+        self.holder: NodeId | None = None
         #: Who reads blocks of its prompt from whom, as (reader, source).
         self.reads: tuple[tuple[NodeId, NodeId], ...] = ()
         #: Nodes on which it failed; they are tried again only if there is no other.
@@ -149,10 +149,10 @@ class Flight:
         return tuple(node for node in (self.prefill, self.generate) if node is not None)
 
 
-class Member:
+class KnownNode:
     """One node of the cluster."""
 
-    __slots__ = ("candidate", "pools", "replay_wait_s", "replays", "requests", "spec")
+    __slots__ = ("candidate", "pools", "requests", "resync_wait_s", "resyncs", "spec")
 
     def __init__(self, candidate: Candidate, pools: ModelPools) -> None:
         self.spec = candidate.spec
@@ -161,13 +161,13 @@ class Member:
         self.pools = pools
         #: Requests that it has a part in, in the order they came.
         self.requests: dict[RequestId, None] = {}
-        #: Replays asked for in vain so far; None while none is awaited.
-        self.replays: int | None = None
-        self.replay_wait_s = REPLAY_S
+        #: Resyncs asked for in vain so far; None while none is awaited.
+        self.resyncs: int | None = None
+        self.resync_wait_s = RESYNC_S
 
     @property
-    def replay_timer(self) -> ReplayTimer:
-        return ReplayTimer(self.spec.id)
+    def resync_timer(self) -> ResyncTimer:
+        return ResyncTimer(self.spec.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class NodeView:
     #: Requests of this gateway that it has a part in.
     requests: int
     #: Blocks it is believed to hold.
-    held_blocks: int
+    believed_blocks: int
 
 
 class Cluster:
@@ -197,7 +197,7 @@ class Cluster:
         gateways = max(config.gateway.count, gateway + 1)
         self._admission = Admission(config.limits, models, config.tenants, gateways, place=gateway)
         self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
-        self._members: dict[NodeId, Member] = {}
+        self._known: dict[NodeId, KnownNode] = {}
         self._flights: dict[RequestId, Flight] = {}
         self._now = 0.0
         self._commands: list[ClusterCommand] = []
@@ -207,7 +207,7 @@ class Cluster:
     @property
     def nodes(self) -> tuple[NodeView, ...]:
         """All nodes, in the order they joined."""
-        return tuple(_view(member) for member in self._members.values())
+        return tuple(_view(known) for known in self._known.values())
 
     @property
     def ready(self) -> bool:
@@ -221,7 +221,7 @@ class Cluster:
 
     @property
     def waiting(self) -> int:
-        """Requests held because every node is full."""
+        """Requests that wait because every node is full."""
         return self._admission.waiting
 
     @property
@@ -261,7 +261,7 @@ class Cluster:
     # --- requests ---------------------------------------------------------------------------------------------------------
 
     def _on_request_arrived(self, request: Request) -> None:
-        """Refuse a request, give it to nodes, or hold it behind those that wait already."""
+        """Refuse a request, give it to nodes, or let it wait behind those that wait already."""
         assert request.id not in self._flights, f"request {request.id} arrived twice"
         pools = self._pools.get(request.model)
         generates = pools is not None and pools.generates
@@ -283,7 +283,7 @@ class Cluster:
         if refused is not None:
             self._make_place(self._flights[refused.id])
         self._enter(flight)
-        self._hold(flight)
+        self._let_wait(flight)
         self._start_waiting(request.model)
 
     def _make_place(self, flight: Flight) -> None:
@@ -299,14 +299,14 @@ class Cluster:
         self._admission.entered(flight.request, self._now)
         self._flights[flight.request.id] = flight
 
-    def _hold(self, flight: Flight) -> None:
+    def _let_wait(self, flight: Flight) -> None:
         """Let a request wait until a node has room, for a while."""
         flight.phase = Phase.WAITING
         self._admission.queue(flight.request.model).push(flight.request)
         self._wake(flight, min(flight.deadline_at, self._now + self._limits.waiting_s_max))
 
     def _start_waiting(self, model: ModelName) -> None:
-        """Give held requests to nodes, in order, as long as there is room for the tenant whose turn it is."""
+        """Give waiting requests to nodes, in order, as long as there is room for the tenant whose turn it is."""
         queue = self._admission.queue(model)
         passed: list[TenantId] = []
         while (first := queue.first(passed)) is not None:
@@ -342,7 +342,7 @@ class Cluster:
         room = generate.context_tokens_max - request.prompt_tokens
         output_tokens_max = min(request.output_tokens_max, room)
         assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
-        source = self._members[placement.source].spec if placement.source is not None else None
+        source = self._known[placement.source].spec if placement.source is not None else None
         source_tokens = placement.source_tokens
         share = self._admission.share(request.tenant)
         parts: list[Assign] = []
@@ -361,15 +361,15 @@ class Cluster:
         computes, cached = placement.computes, placement.cached_tokens
         uncached = request.prompt_tokens - cached
         seconds = prompt_seconds(computes.profile, uncached, cached, computes.spec.step_tokens_max)
-        present = max(options.matches.blocks(computes.slot) * computes.spec.block_tokens, placement.source_tokens)
+        present = max(options.matches.blocks(computes.column) * computes.spec.block_tokens, placement.source_tokens)
         queued = max(uncached, request.prompt_tokens - present)
         computes.give(request.id, Booking(uncached, seconds, queued, request.prompt_tokens, self._now, request.tenant))
         if placement.prefill is not None:
             placement.generate.give(request.id, Booking(0, 0.0, 0, request.prompt_tokens, self._now, request.tenant))
         for candidate in (placement.prefill, placement.generate):
             if candidate is not None:
-                self._members[candidate.spec.id].requests[request.id] = None
-                pools.predicted.add(candidate.spec.id, request.id, request.hashes[options.held[candidate.slot] :])
+                self._known[candidate.spec.id].requests[request.id] = None
+                pools.predicted.add(candidate.spec.id, request.id, request.hashes[options.present[candidate.column] :])
 
     def _on_request_abandoned(self, event: RequestAbandoned) -> None:
         flight = self._flights.get(event.request)
@@ -391,10 +391,10 @@ class Cluster:
     def _end_part(self, flight: Flight, node: NodeId) -> None:
         """Give back what was booked for a request on a node (rule 2)."""
         request = flight.request.id
-        member = self._members[node]
-        del member.requests[request]
-        member.candidate.take(request)
-        member.pools.predicted.remove(node, request)
+        known = self._known[node]
+        del known.requests[request]
+        known.candidate.take(request)
+        known.pools.predicted.remove(node, request)
         if node == flight.prefill:
             flight.prefill = None
         else:
@@ -409,8 +409,8 @@ class Cluster:
 
     def _cancel_prefill(self, flight: Flight) -> None:
         """Let the prefill node drop what it still does or holds for a request: the node that generates needs it no longer."""
-        node, flight.holds = flight.prefill or flight.holds, None
-        if node is not None and node in self._members:
+        node, flight.holder = flight.prefill or flight.holder, None
+        if node is not None and node in self._known:
             self._commands.append(Cancel(node, flight.request.id))
         if flight.prefill is not None:
             self._end_part(flight, flight.prefill)
@@ -424,19 +424,19 @@ class Cluster:
 
     def _on_node_reported(self, event: NodeReported) -> None:
         """Take in holdings and load, then what became of requests, then fill the room that this made."""
-        member = self._members.get(event.node)
-        if member is None:
+        known = self._known.get(event.node)
+        if known is None:
             return
         if event.kv:
-            self._apply(member, event.kv)
-        candidate = member.candidate
+            self._apply(known, event.kv)
+        candidate = known.candidate
         candidate.report(event.load, self._now)
         for first in event.first_tokens:
             flight = self._flights.get(first.request)
             if flight is not None and flight.generate == event.node:
                 flight.phase = Phase.STREAMING
                 candidate.computed(first.request)
-                member.pools.predicted.remove(event.node, first.request)
+                known.pools.predicted.remove(event.node, first.request)
                 self._cancel_prefill(flight)
         for ended in event.ended:
             flight = self._flights.get(ended.request)
@@ -444,8 +444,8 @@ class Cluster:
                 self._on_generate_ended(flight, ended)
             elif flight is not None and event.node == flight.prefill:
                 self._end_part(flight, event.node)
-                flight.holds = event.node if ended.reason is FinishReason.PREFILLED else None
-        self._start_waiting(member.spec.model)
+                flight.holder = event.node if ended.reason is FinishReason.PREFILLED else None
+        self._start_waiting(known.spec.model)
 
     def _on_generate_ended(self, flight: Flight, ended: Ended) -> None:
         """Complete a request, or try it elsewhere if nothing of it was delivered."""
@@ -460,7 +460,7 @@ class Cluster:
 
     def _complete(self, flight: Flight, ended: Ended, node: NodeId) -> None:
         request = flight.request
-        block_tokens = self._members[node].spec.block_tokens
+        block_tokens = self._known[node].spec.block_tokens
         cached_tokens = max(0, request.prompt_tokens - ended.computed_tokens)
         self._sessions.ended(request, request.prompt_tokens - cached_tokens, flight.stayed, block_tokens)
         self._admission.completed(request.model, self._now)
@@ -480,7 +480,7 @@ class Cluster:
         flight.failed_on = (*flight.failed_on, node)
         self._commands.append(Restart(flight.request.id, message))
         if not self._try_start(flight, self._pools[flight.request.model]):
-            self._hold(flight)
+            self._let_wait(flight)
 
     def _abort(self, flight: Flight, status: int, code: str, message: str) -> None:
         self._cancel_parts(flight)
@@ -489,43 +489,43 @@ class Cluster:
 
     # --- holdings ---------------------------------------------------------------------------------------------------------
 
-    def _apply(self, member: Member, batches: tuple[KvBatch, ...]) -> None:
-        """Take in holdings; ask for a replay once if something was missed, and wait on while it is coming."""
-        index, node = member.pools.index, member.spec.id
+    def _apply(self, known: KnownNode, batches: tuple[KvBatch, ...]) -> None:
+        """Take in holdings; ask for a resync once if something was missed, and wait on while it is coming."""
+        index, node = known.pools.index, known.spec.id
         applied = index.applied(node)
         for batch in batches:
-            member.pools.apply(node, batch)
+            known.pools.apply(node, batch)
         if index.trust(node) is Trust.EXACT:
-            if member.replays is not None:
-                member.replays = None
-                self._commands.append(ClearTimer(member.replay_timer))
-        elif member.replays is None:
-            self._ask_replay(member)
+            if known.resyncs is not None:
+                known.resyncs = None
+                self._commands.append(ClearTimer(known.resync_timer))
+        elif known.resyncs is None:
+            self._ask_resync(known)
         elif index.applied(node) > applied:
-            self._commands.append(SetTimer(member.replay_timer, self._now + member.replay_wait_s))
+            self._commands.append(SetTimer(known.resync_timer, self._now + known.resync_wait_s))
 
-    def _ask_replay(self, member: Member) -> None:
-        member.replays = 0 if member.replays is None else member.replays + 1
-        member.replay_wait_s = REPLAY_S if member.replays == 0 else min(2 * member.replay_wait_s, REPLAY_S_MAX)
-        node = member.spec.id
-        self._commands.append(RequestReplay(node, member.pools.index.sequence(node)))
-        self._commands.append(SetTimer(member.replay_timer, self._now + member.replay_wait_s))
+    def _ask_resync(self, known: KnownNode) -> None:
+        known.resyncs = 0 if known.resyncs is None else known.resyncs + 1
+        known.resync_wait_s = RESYNC_S if known.resyncs == 0 else min(2 * known.resync_wait_s, RESYNC_S_MAX)
+        node = known.spec.id
+        self._commands.append(RequestResync(node, known.pools.index.sequence(node)))
+        self._commands.append(SetTimer(known.resync_timer, self._now + known.resync_wait_s))
 
-    def _on_replay_missing(self, member: Member) -> None:
+    def _on_resync_missing(self, known: KnownNode) -> None:
         """Ask again; after too many times believe nothing of the node until it starts over."""
-        if member.replays is not None:
-            if member.replays >= REPLAYS_MAX:
-                member.pools.distrust(member.spec.id)
-            self._ask_replay(member)
+        if known.resyncs is not None:
+            if known.resyncs >= RESYNCS_MAX:
+                known.pools.distrust(known.spec.id)
+            self._ask_resync(known)
 
     # --- timers -----------------------------------------------------------------------------------------------------------
 
     def _on_timer_fired(self, key: ClusterTimer) -> None:
         match key:
-            case ReplayTimer(node):
-                member = self._members.get(node)
-                if member is not None:
-                    self._on_replay_missing(member)
+            case ResyncTimer(node):
+                known = self._known.get(node)
+                if known is not None:
+                    self._on_resync_missing(known)
             case RequestTimer(request):
                 flight = self._flights.get(request)
                 if flight is not None:
@@ -536,17 +536,17 @@ class Cluster:
     def _on_time_up(self, flight: Flight) -> None:
         """End a request that has had its time: the whole of it, or that for finding a node."""
         request = flight.request
-        held = flight.phase is Phase.WAITING
+        waits = flight.phase is Phase.WAITING
         if flight.wake_at >= flight.deadline_at:
             message = f"not finished within {min(request.timeout_s, self._limits.request_s_max):g} seconds"
-            if held and not flight.restarted:
+            if waits and not flight.restarted:
                 self._finish(flight)
                 self._commands.append(Refuse(request.id, 504, "deadline_exceeded", message))
             else:
                 self._abort(flight, 504, "deadline_exceeded", message)
             return
-        assert held, f"request {request.id} is {flight.phase.value} and woke before {flight.deadline_at}"
-        refusal = self._admission.held_too_long(request, self._limits.waiting_s_max)
+        assert waits, f"request {request.id} is {flight.phase.value} and woke before {flight.deadline_at}"
+        refusal = self._admission.waited_too_long(request, self._limits.waiting_s_max)
         if flight.restarted:
             self._abort(flight, 503, refusal.code, refusal.message)
         else:
@@ -558,30 +558,30 @@ class Cluster:
     def _on_node_joined(self, spec: NodeSpec) -> None:
         """Take a node in, in place of its former self if there is one, and ask what it holds."""
         pools = self._pools.get(spec.model)
-        former = self._members.get(spec.id)
+        former = self._known.get(spec.id)
         if pools is None or (former is not None and former.spec.incarnation >= spec.incarnation):
             return
         if former is not None:
             self._on_node_lost(spec.id, "it was started anew")
-        member = self._members[spec.id] = Member(pools.join(spec), pools)
-        self._ask_replay(member)
+        known = self._known[spec.id] = KnownNode(pools.join(spec), pools)
+        self._ask_resync(known)
         self._start_waiting(spec.model)
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
         """Forget a node, start over what it had of requests that had delivered nothing, and tell those who read from it."""
-        member = self._members.get(node)
-        if member is None:
+        known = self._known.get(node)
+        if known is None:
             return
         generating: list[Flight] = []
-        for request in tuple(member.requests):
+        for request in tuple(known.requests):
             flight = self._flights[request]
             if flight.generate == node:
                 generating.append(flight)
             self._end_part(flight, node)
-        if member.replays is not None:
-            self._commands.append(ClearTimer(member.replay_timer))
-        del self._members[node]
-        member.pools.leave(node)
+        if known.resyncs is not None:
+            self._commands.append(ClearTimer(known.resync_timer))
+        del self._known[node]
+        known.pools.leave(node)
         for flight in generating:
             self._retry_or_abort(flight, node, "node_lost", f"{node} was lost: {reason}")
         for flight in self._flights.values():
@@ -595,9 +595,9 @@ class Cluster:
                 self._commands.append(ReportSourceLost(reader, flight.request.id, lost))
 
     def _on_node_draining(self, node: NodeId) -> None:
-        member = self._members.get(node)
-        if member is not None:
-            member.candidate.draining = True
+        known = self._known.get(node)
+        if known is not None:
+            known.candidate.draining = True
 
     # --- invariants -------------------------------------------------------------------------------------------------------
 
@@ -606,21 +606,21 @@ class Cluster:
         for request, flight in self._flights.items():
             self._validate_flight(request, flight)
         self._admission.validate([flight.request for flight in self._flights.values()])
-        for node, member in self._members.items():
-            assert member.candidate.requests == len(member.requests), f"{node}: {member.candidate.requests} booked"
-            for request in member.requests:
+        for node, known in self._known.items():
+            assert known.candidate.requests == len(known.requests), f"{node}: {known.candidate.requests} booked"
+            for request in known.requests:
                 assert node in self._flights[request].nodes, f"{node} has a part in request {request} that does not know of it"
         for pools in self._pools.values():
             pools.validate()
 
     def _validate_flight(self, request: RequestId, flight: Flight) -> None:
-        held = request in self._admission.queue(flight.request.model)
-        assert held == (flight.phase is Phase.WAITING), f"request {request} is {flight.phase.value}, held: {held}"
-        assert held == (flight.generate is None), f"request {request} is {flight.phase.value} on {flight.generate}"
+        waits = request in self._admission.queue(flight.request.model)
+        assert waits == (flight.phase is Phase.WAITING), f"request {request} is {flight.phase.value}, waits: {waits}"
+        assert waits == (flight.generate is None), f"request {request} is {flight.phase.value} on {flight.generate}"
         assert flight.wake_at >= self._now, f"request {request} should have woken at {flight.wake_at}, it is {self._now}"
         assert flight.wake_at <= flight.deadline_at, f"request {request} wakes at {flight.wake_at}, after {flight.deadline_at}"
         for node in flight.nodes:
-            assert request in self._members[node].requests, f"request {request} is on {node}, which does not know of it"
+            assert request in self._known[node].requests, f"request {request} is on {node}, which does not know of it"
 
 
 def _part(
@@ -652,13 +652,13 @@ def _part(
     )
 
 
-def _view(member: Member) -> NodeView:
-    node, index, candidate = member.spec.id, member.pools.index, member.candidate
+def _view(known: KnownNode) -> NodeView:
+    node, index, candidate = known.spec.id, known.pools.index, known.candidate
     return NodeView(
-        spec=member.spec,
+        spec=known.spec,
         load=candidate.load,
         draining=candidate.draining,
         trust=index.trust(node),
         requests=candidate.requests,
-        held_blocks=index.held_blocks(node),
+        believed_blocks=index.believed_blocks(node),
     )

@@ -8,15 +8,15 @@ walking the chain:
     holders   ABC  ABC  ABC  AB   AB   -    -        levels: (3, ABC), (5, AB)
 
 The index is a belief, not a truth: a wrong one costs a recompute or a fetch that brings less, never a failure. Each node numbers
-what it tells; after a gap the node's holdings are believed only in part until a replay has mended them. All that it holds comes
+what it tells; after a gap the node's holdings are believed only in part until a resync has mended them. All that it holds comes
 in pages: each is believed as it comes, in part, and the whole of it only when the last one came after all others.
 
 Rules for editors:
 
-Rule 1: sets of nodes are ints, one bit a node (its *slot*), and what is stored is the complement: -1 (all bits set) is "nobody".
+Rule 1: sets of nodes are ints, one bit a node, at its *column*, and what is stored is the complement: -1 (all bits) is "nobody".
     Larger sets are then smaller numbers, a chain's values ascend, and C's `bisect` can search them.
 Rule 2: no Python-level loop over hashes where a bulk operation of dict, map or compress does it: hashes come by the thousand.
-Rule 3: a slot is given to a new node only when no block mentions its former owner any more.
+Rule 3: a column is given to a new node only when no block mentions its former owner any more.
 """
 
 from bisect import bisect_left, bisect_right
@@ -40,7 +40,7 @@ class Trust(Enum):
     """How far a node's holdings are believed."""
 
     EXACT = "exact"  # every batch was applied
-    STALE = "stale"  # a batch was missed, or a page is to come: a replay is needed or under way
+    STALE = "stale"  # a batch was missed, or a page is to come: a resync is needed or under way
     BLIND = "blind"  # nothing is known; everything must be asked for
 
 
@@ -48,7 +48,7 @@ class Trust(Enum):
 class Matches:
     """How long a prefix of one chain each node holds."""
 
-    #: (blocks, slots as a mask), fewest blocks first: these nodes hold at least so many. Each mask contains the next.
+    #: (blocks, columns as a mask), fewest blocks first: these nodes hold at least so many. Each mask contains the next.
     levels: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -56,31 +56,31 @@ class Matches:
         """The longest prefix that any node holds, blocks."""
         return self.levels[-1][0] if self.levels else 0
 
-    def blocks(self, slot: int) -> int:
-        """Return how many blocks of the chain the node in `slot` holds."""
+    def blocks(self, column: int) -> int:
+        """Return how many blocks of the chain the node in `column` holds."""
         for blocks, mask in reversed(self.levels):
-            if mask >> slot & 1:
+            if mask >> column & 1:
                 return blocks
         return 0
 
-    def by_slot(self, slots: int) -> list[int]:
-        """Return the blocks held by each of the first `slots` slots. Costs little when most nodes share one depth."""
+    def by_column(self, columns: int) -> list[int]:
+        """Return the blocks held by each of the first `columns` columns. Costs little when most nodes share one depth."""
         groups: list[tuple[int, int]] = []
-        within, depth = (1 << slots) - 1, 0
+        within, depth = (1 << columns) - 1, 0
         for blocks, mask in self.levels:
             groups.append((depth, within & ~mask))
             within, depth = mask, blocks
         groups.append((depth, within))
         common = max(groups, key=lambda group: group[1].bit_count())
-        held = [common[0]] * slots
+        present = [common[0]] * columns
         for group in groups:
             if group is not common:
-                for slot in slots_in(group[1]):
-                    held[slot] = group[0]
-        return held
+                for column in columns_in(group[1]):
+                    present[column] = group[0]
+        return present
 
 
-def slots_in(mask: int) -> Iterator[int]:
+def columns_in(mask: int) -> Iterator[int]:
     """Yield the set bits of a mask, lowest first."""
     while mask:
         lowest = mask & -mask
@@ -100,10 +100,10 @@ class _Holders(dict[BlockHash, int]):
 class _Node:
     """What is believed of one node."""
 
-    __slots__ = ("alone", "applied", "awaited", "bit", "blocks", "blocks_max", "heard", "sequence", "slot", "trust")
+    __slots__ = ("alone", "applied", "awaited", "bit", "blocks", "blocks_max", "column", "heard", "sequence", "trust")
 
-    def __init__(self, slot: int, blocks_max: int) -> None:
-        self.move(slot)
+    def __init__(self, column: int, blocks_max: int) -> None:
+        self.move(column)
         self.blocks_max = blocks_max
         #: Blocks it is believed to hold.
         self.blocks = 0
@@ -117,10 +117,10 @@ class _Node:
         self.applied = 0
         self.trust = Trust.BLIND
 
-    def move(self, slot: int) -> None:
-        """Give the node a slot of which no block knows."""
-        self.slot = slot
-        self.bit = 1 << slot
+    def move(self, column: int) -> None:
+        """Give the node a column of which no block knows."""
+        self.column = column
+        self.bit = 1 << column
         #: What is stored for a block that only this node holds; one object, because comparing it with itself costs least.
         self.alone = ~self.bit
 
@@ -131,12 +131,12 @@ class KvIndex:
     Bounded: a node that claims more blocks than its pool has is no longer believed.
     """
 
-    __slots__ = ("_free", "_holders", "_nodes", "_retired", "_slots", "_sweep", "_sweeping", "_swept")
+    __slots__ = ("_columns", "_free", "_holders", "_nodes", "_retired", "_sweep", "_sweeping", "_swept")
 
     def __init__(self) -> None:
         self._holders = _Holders()
         self._nodes: dict[NodeId, _Node] = {}
-        self._slots = 0
+        self._columns = 0
         #: Slots that no block mentions, for new nodes.
         self._free: list[int] = []
         #: Slots of departed nodes, as a mask, that blocks may still mention. Contains `_sweeping`.
@@ -152,27 +152,27 @@ class KvIndex:
         return len(self._holders)
 
     @property
-    def slots(self) -> int:
-        """Slots ever used at one time: every slot is below."""
-        return self._slots
+    def columns(self) -> int:
+        """Slots ever used at one time: every column is below."""
+        return self._columns
 
-    def slot(self, node: NodeId) -> int:
+    def column(self, node: NodeId) -> int:
         """Return the bit that stands for a node in the masks of `Matches`."""
-        return self._nodes[node].slot
+        return self._nodes[node].column
 
     def trust(self, node: NodeId) -> Trust:
         """Return how far a node's holdings are believed now."""
         return self._nodes[node].trust
 
     def sequence(self, node: NodeId) -> int | None:
-        """Return the last batch applied of a node, which a replay is to follow; None if all must be told anew."""
+        """Return the last batch applied of a node, which a resync is to follow; None if all must be told anew."""
         return self._nodes[node].sequence
 
     def applied(self, node: NodeId) -> int:
-        """Return how many batches of a node were taken in: a replay that makes this grow is under way."""
+        """Return how many batches of a node were taken in: a resync that makes this grow is under way."""
         return self._nodes[node].applied
 
-    def held_blocks(self, node: NodeId) -> int:
+    def believed_blocks(self, node: NodeId) -> int:
         """Return how many blocks a node is believed to hold."""
         return self._nodes[node].blocks
 
@@ -221,9 +221,9 @@ class KvIndex:
         return self._holders[block] | self._retired
 
     def apply(self, node: NodeId, batch: KvBatch) -> Trust:
-        """Take in what a node says of its holdings; anything but EXACT afterwards asks for a replay after `sequence`.
+        """Take in what a node says of its holdings; anything but EXACT afterwards asks for a resync after `sequence`.
 
-        Batches seen already are ignored, and so are those after a gap: the replay brings them again in order. A page that is not
+        Batches seen already are ignored, and so are those after a gap: the resync brings them again in order. A page that is not
         the next one ends its snapshot, and another must be asked for.
         """
         entry = self._nodes[node]
@@ -269,18 +269,18 @@ class KvIndex:
 
     def validate(self) -> None:
         """Check every invariant against every block. Raises `AssertionError`; for tests, as it walks the whole index."""
-        counts = [0] * self._slots
+        counts = [0] * self._columns
         for block, value in self._holders.items():
             assert value < NOBODY, f"{block!r} is kept though nobody holds it"
-            for slot in slots_in(~value):
-                counts[slot] += 1
+            for column in columns_in(~value):
+                counts[column] += 1
         for name, node in self._nodes.items():
-            assert counts[node.slot] == node.blocks, f"{name} holds {counts[node.slot]} blocks, not {node.blocks}"
-            assert not node.bit & self._retired, f"{name} has the slot {node.slot} of a departed node"
-        for slot in self._free:
-            assert counts[slot] == 0, f"free slot {slot} is mentioned by {counts[slot]} blocks"
-        used = sorted([node.slot for node in self._nodes.values()] + self._free + list(slots_in(self._retired)))
-        assert used == list(range(self._slots)), f"slots {used} are not 0 to {self._slots - 1}"
+            assert counts[node.column] == node.blocks, f"{name} holds {counts[node.column]} blocks, not {node.blocks}"
+            assert not node.bit & self._retired, f"{name} has the column {node.column} of a departed node"
+        for column in self._free:
+            assert counts[column] == 0, f"free column {column} is mentioned by {counts[column]} blocks"
+        used = sorted([node.column for node in self._nodes.values()] + self._free + list(columns_in(self._retired)))
+        assert used == list(range(self._columns)), f"columns {used} are not 0 to {self._columns - 1}"
 
     def _store(self, node: _Node, run: StoredRun) -> bool:
         """Note blocks as held; False if that cannot be: their parent is not held, or there are more than fit the pool.
@@ -319,7 +319,7 @@ class KvIndex:
                 self._delete(members)
             else:
                 self._replace(members, value | bit)
-        assert node.blocks >= 0, f"slot {node.slot} holds {node.blocks} blocks of {len(holders)}"
+        assert node.blocks >= 0, f"column {node.column} holds {node.blocks} blocks of {len(holders)}"
 
     def _replace(self, members: Sequence[BlockHash], value: int) -> int:
         changed = dict.fromkeys(members, value)
@@ -334,11 +334,11 @@ class KvIndex:
     def _take_slot(self) -> int:
         if self._free:
             return self._free.pop()
-        self._slots += 1
-        return self._slots - 1
+        self._columns += 1
+        return self._columns - 1
 
     def _clear(self, node: _Node) -> None:
-        """Let a node hold nothing, under a slot that no block mentions."""
+        """Let a node hold nothing, under a column that no block mentions."""
         if node.blocks:
             self._retire(node)
             node.move(self._take_slot())
@@ -346,7 +346,7 @@ class KvIndex:
 
     def _retire(self, node: _Node) -> None:
         if not node.blocks:
-            self._free.append(node.slot)
+            self._free.append(node.column)
             return
         self._retired |= node.bit
         if not self._sweeping:
@@ -371,7 +371,7 @@ class KvIndex:
             self._end_sweep()
 
     def _end_sweep(self) -> None:
-        self._free.extend(slots_in(self._sweeping))
+        self._free.extend(columns_in(self._sweeping))
         self._retired &= ~self._sweeping
         self._sweeping = 0
         self._sweep = []
@@ -439,9 +439,9 @@ class PredictedKv:
             if expected.get(block) == request:
                 del expected[block]
 
-    def extend(self, node: NodeId, hashes: Sequence[BlockHash], held: int) -> int:
-        """Return how many blocks of a chain a node is about to hold, given that it holds the first `held` already."""
+    def extend(self, node: NodeId, hashes: Sequence[BlockHash], present: int) -> int:
+        """Return how many blocks of a chain a node is about to hold, given that it holds the first `present` already."""
         expected = self._by_node.get(node)
-        if expected is None or held >= len(hashes) or hashes[held] not in expected:
-            return held
-        return bisect_left(hashes, True, held, key=lambda block: block not in expected)
+        if expected is None or present >= len(hashes) or hashes[present] not in expected:
+            return present
+        return bisect_left(hashes, True, present, key=lambda block: block not in expected)

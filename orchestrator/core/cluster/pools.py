@@ -18,7 +18,7 @@ class ModelPools:
 
     __slots__ = (
         "_candidates",
-        "_kinds",
+        "_cost_groups",
         "_node_waiting_max",
         "_peers",
         "_share_of",
@@ -32,10 +32,10 @@ class ModelPools:
         self._share_of = share_of
         self._node_waiting_max = node_waiting_max
         self._candidates: dict[NodeId, Candidate] = {}
-        #: By their slot in the index.
+        #: By their column in the index.
         self._peers: dict[int, Candidate] = {}
-        #: Numbers what makes work cost differently.
-        self._kinds: dict[object, int] = {}
+        #: Numbers the groups of nodes on which equal work costs the same.
+        self._cost_groups: dict[object, int] = {}
         #: Nodes whose holdings are believed in part only.
         self._stale: dict[NodeId, None] = {}
         #: Longest prompt plus output that any node takes; 0 without nodes that generate.
@@ -52,21 +52,21 @@ class ModelPools:
         """Take a node in, of which nothing is known but what it is, and return its candidate."""
         self.index.add_node(spec.id, spec.blocks)
         key = (spec.profile, spec.block_bytes, spec.block_tokens, spec.step_tokens_max, spec.kind)
-        kind = self._kinds.setdefault(key, len(self._kinds))
-        candidate = Candidate(spec, self.index.slot(spec.id), kind, self._share_of)
+        cost_group = self._cost_groups.setdefault(key, len(self._cost_groups))
+        candidate = Candidate(spec, self.index.column(spec.id), cost_group, self._share_of)
         self._candidates[spec.id] = candidate
-        self._peers[candidate.slot] = candidate
+        self._peers[candidate.column] = candidate
         self._measure()
         return candidate
 
     def leave(self, node: NodeId) -> None:
         """Forget a node."""
         candidate = self._candidates.pop(node)
-        del self._peers[candidate.slot]
+        del self._peers[candidate.column]
         self._stale.pop(node, None)
         self.index.remove_node(node)
         if not self._candidates:
-            self._kinds.clear()
+            self._cost_groups.clear()
         self._measure()
 
     def _measure(self) -> None:
@@ -85,12 +85,12 @@ class ModelPools:
         self._note(node, Trust.BLIND)
 
     def _note(self, node: NodeId, trust: Trust) -> None:
-        """Follow a node's slot, which changes when it starts over, and whether it is believed."""
-        candidate, slot = self._candidates[node], self.index.slot(node)
-        if slot != candidate.slot:
-            del self._peers[candidate.slot]
-            candidate.slot = slot
-            self._peers[slot] = candidate
+        """Follow a node's column, which changes when it starts over, and whether it is believed."""
+        candidate, column = self._candidates[node], self.index.column(node)
+        if column != candidate.column:
+            del self._peers[candidate.column]
+            candidate.column = column
+            self._peers[column] = candidate
         if trust is Trust.STALE:
             self._stale[node] = None
         else:
@@ -117,22 +117,23 @@ class ModelPools:
             generators = [candidate for candidate in generators if candidate.spec.id not in excluded] or generators
             prefillers = [candidate for candidate in prefillers if candidate.spec.id not in excluded]
         matches = self.index.find(request.hashes)
-        held = matches.by_slot(self.index.slots)
+        present = matches.by_column(self.index.columns)
         for node in self._stale:
-            slot = self._candidates[node].slot
-            held[slot] = int(held[slot] * STALE_CREDIT)
+            column = self._candidates[node].column
+            present[column] = int(present[column] * STALE_CREDIT)
         for node in self.predicted.nodes:
-            slot = self._candidates[node].slot
-            held[slot] = self.predicted.extend(node, request.hashes, held[slot])
-        return Options(generators, prefillers, self._peers, held, matches, sticky, prefillers_full)
+            column = self._candidates[node].column
+            present[column] = self.predicted.extend(node, request.hashes, present[column])
+        return Options(generators, prefillers, self._peers, present, matches, sticky, prefillers_full)
 
     def validate(self) -> None:
         """Raise `AssertionError` unless all parts agree on which nodes there are."""
         self.index.validate()
         for node, candidate in self._candidates.items():
             candidate.validate()
-            assert candidate.slot == self.index.slot(node), f"{node} is in slot {self.index.slot(node)}, not {candidate.slot}"
-            assert self._peers[candidate.slot] is candidate, f"slot {candidate.slot} is not {node}"
-        assert len(self._peers) == len(self._candidates), f"{len(self._peers)} slots for {len(self._candidates)} nodes"
+            column = self.index.column(node)
+            assert candidate.column == column, f"{node} is in column {column}, not {candidate.column}"
+            assert self._peers[candidate.column] is candidate, f"column {candidate.column} is not {node}"
+        assert len(self._peers) == len(self._candidates), f"{len(self._peers)} columns for {len(self._candidates)} nodes"
         for node in (*self._stale, *self.predicted.nodes):
             assert node in self._candidates, f"{node} is remembered after it left"

@@ -23,7 +23,7 @@ from math import inf
 from orchestrator.core.blocks import blocks_for
 from orchestrator.core.cluster.baselines import Router, make_baseline
 from orchestrator.core.cluster.candidates import STEPS_GUESSED, Candidate, Options, Placement, computes_in_no_time
-from orchestrator.core.cluster.kvindex import slots_in
+from orchestrator.core.cluster.kvindex import columns_in
 from orchestrator.core.commands import Scores
 from orchestrator.core.config import RouterConfig, RouterPolicy
 from orchestrator.core.cost.costs import fetch_seconds, prompt_seconds
@@ -50,7 +50,7 @@ def make_router(config: RouterConfig) -> Router:
 
 
 class _Way:
-    """What serving one prompt costs on any node of a kind that holds a given part of it, by the profile."""
+    """What serving one prompt costs on any node of a cost group that holds a given part of it, by the profile."""
 
     __slots__ = ("compute_s", "fetch_s", "handoff_s", "hit_tokens", "rest_s", "seconds")
 
@@ -104,7 +104,7 @@ class _Prompt:
 
     def way(self, candidate: Candidate, blocks: int) -> _Way:
         """Return the way to serve the prompt on nodes like `candidate` that hold its first `blocks` blocks."""
-        key = candidate.kind, blocks
+        key = candidate.cost_group, blocks
         return self._ways.get(key) or self._ways.setdefault(key, self._work_out(candidate, blocks))
 
     def _work_out(self, candidate: Candidate, blocks: int) -> _Way:
@@ -163,12 +163,12 @@ class PredictedTimeRouter:
 
         This loop is what a decision costs: it touches every node, so it holds nothing that could be done before or after.
         """
-        held, way_of = options.held, prompt.way
-        limit_s = self._limit_s(prompt, held, candidates)
+        present, way_of = options.present, prompt.way
+        limit_s = self._limit_s(prompt, present, candidates)
         tied: list[Candidate] = []
         lowest = inf
         for candidate in candidates:
-            blocks = held[candidate.slot]
+            blocks = present[candidate.column]
             way = way_of(candidate, blocks)
             factor = candidate.compute_factor
             score = candidate.ready_s + min(way.compute_s * factor, way.fetch_s + way.rest_s * factor)
@@ -187,19 +187,19 @@ class PredictedTimeRouter:
             elif score == lowest:
                 tied.append(candidate)
         best = tied[0] if len(tied) == 1 else self._first_of(tied, options)
-        way = way_of(best, held[best.slot])
+        way = way_of(best, present[best.column])
         choice = _Choice(best, way, lowest)
         if prompt.prefill is not None:
             choice.apart = self._apart_s(prompt, prompt.prefill, best, way, choice.here_s) is not None
         return choice
 
-    def _limit_s(self, prompt: _Prompt, held: Sequence[int], candidates: Sequence[Candidate]) -> float:
+    def _limit_s(self, prompt: _Prompt, present: Sequence[int], candidates: Sequence[Candidate]) -> float:
         """Return the work, with the prompt's own, from which on a node is passed over.
 
         The prompt is counted with the seconds it takes where least of it is held: a longer prefix earns its node patience.
         """
         mean_s = sum([candidate.work_s for candidate in candidates]) / len(candidates)
-        least = min([held[candidate.slot] for candidate in candidates])
+        least = min([present[candidate.column] for candidate in candidates])
         plain_s = prompt.way(candidates[0], least).seconds
         return self._config.load_factor_max * mean_s + self._config.load_floor_s + plain_s
 
@@ -251,9 +251,9 @@ class PredictedTimeRouter:
             return None, 0
         blocks, mask = options.matches.levels[-1]
         # Half of the time the search starts in the middle, and so on: nobody is asked always.
-        upper = mask >> (start := self._turn % len(options.held)) << start
-        slots = (slot for part in (upper, mask & ~upper) for slot in slots_in(part) if slot != choice.candidate.slot)
-        peers = [options.peers[slot] for slot in islice(slots, PEERS_COMPARED_MAX)]
+        upper = mask >> (start := self._turn % len(options.present)) << start
+        columns = (column for part in (upper, mask & ~upper) for column in columns_in(part) if column != choice.candidate.column)
+        peers = [options.peers[column] for column in islice(columns, PEERS_COMPARED_MAX)]
         if not peers:
             return None, 0
         host = choice.candidate.spec.host

@@ -6,7 +6,7 @@
 
 Cached blocks form a tree of runs, because chains do: a run is a stretch of blocks that nothing branches off from.
 
-    [ system prompt .......... ]--+--[ agent A's context ............ ]        a Hold on a run holds everything from the
+    [ system prompt .......... ]--+--[ agent A's context ............ ]        a Claim on a run holds everything from the
                                   +--[ agent B's ]--+--[ before compaction ]   start of the prompt to the run's end
                                                     +--[ after it ]
 
@@ -38,7 +38,7 @@ RUN_HASHES = 2
 class Run:
     """Cached blocks that follow on each other and that nothing branches off from but at their end."""
 
-    __slots__ = ("blocks", "children", "holds", "idled", "names", "parent", "start", "told")
+    __slots__ = ("blocks", "children", "claims", "idled", "names", "parent", "start", "told")
 
     def __init__(self, parent: "Run | None", start: int) -> None:
         self.parent = parent
@@ -50,8 +50,8 @@ class Run:
         self.told = 0
         #: Runs that follow on its last block, by their first name.
         self.children: dict[BlockHash, Run] = {}
-        #: Holds on it and on everything that follows on it.
-        self.holds = 0
+        #: Claims on it and on everything that follows on it.
+        self.claims = 0
         #: When it idled last, as a running number; 0 for what is dead.
         self.idled = 0
 
@@ -61,7 +61,7 @@ class Run:
         return self.start + len(self.names)
 
 
-class Hold:
+class Claim:
     """A claim on a chain of cached blocks: none of them is evicted while it lasts."""
 
     __slots__ = ("depth", "run")
@@ -100,7 +100,7 @@ class BlockPool:
         self._lent: dict[BlockId, int] = {}
         #: Stands before the first block of every prompt; held for ever.
         self._root = Run(None, 0)
-        self._root.holds = 1
+        self._root.claims = 1
         #: The run that each cached block is in.
         self._place: dict[BlockHash, Run] = {}
         #: Runs that can be evicted, the one that idled longest first: (when it did, a tie-break, the run). Some are stale.
@@ -137,7 +137,7 @@ class BlockPool:
         """Return how many of a chain's first `matched` blocks nobody holds."""
         idle, end = 0, matched
         run = self._place[hashes[matched - 1]] if matched else self._root
-        while not run.holds:
+        while not run.claims:
             idle += end - run.start
             end = run.start
             assert run.parent is not None, "the root is not held"
@@ -146,8 +146,8 @@ class BlockPool:
 
     # --- chains of cached blocks ------------------------------------------------------------------------------------------
 
-    def acquire(self, hashes: Sequence[BlockHash], matched: int) -> tuple[Hold, list[BlockId]]:
-        """Hold a chain's first `matched` blocks, which must be cached, and return the hold and the blocks."""
+    def acquire(self, hashes: Sequence[BlockHash], matched: int) -> tuple[Claim, list[BlockId]]:
+        """Claim a chain's first `matched` blocks, which must be cached, and return the claim and the blocks."""
         tip = self._place[hashes[matched - 1]] if matched else self._root
         if tip.end > matched:
             tip = self._split(tip, matched)
@@ -157,27 +157,27 @@ class BlockPool:
         while run is not None:
             parts.append(run.blocks)
             run = run.parent
-        return Hold(tip, matched), list(chain.from_iterable(reversed(parts)))
+        return Claim(tip, matched), list(chain.from_iterable(reversed(parts)))
 
-    def share(self, hold: Hold) -> Hold:
-        """Return another hold on the same chain."""
-        self._pin(hold.run)
-        return Hold(hold.run, hold.depth)
+    def share(self, claim: Claim) -> Claim:
+        """Return another claim on the same chain."""
+        self._pin(claim.run)
+        return Claim(claim.run, claim.depth)
 
-    def release(self, hold: Hold) -> None:
-        """Give a hold up; its blocks idle unless others hold them."""
-        self._unpin(hold.run)
-        hold.run = self._root
+    def release(self, claim: Claim) -> None:
+        """Give a claim up; its blocks idle unless others hold them."""
+        self._unpin(claim.run)
+        claim.run = self._root
 
-    def register(self, hold: Hold, blocks: Sequence[BlockId], names: Sequence[BlockHash]) -> int:
-        """Cache private blocks that are now complete and follow on what is held; the hold then covers them too.
+    def register(self, claim: Claim, blocks: Sequence[BlockId], names: Sequence[BlockHash]) -> int:
+        """Cache private blocks that are now complete and follow on what is held; the claim then covers them too.
 
         Returns how many of them, the first ones, are cached in other blocks already. Those stay private, and the chain goes
         through the others.
         """
         if not self._caching:
             return len(blocks)
-        run, depth, place = hold.run, hold.depth, self._place
+        run, depth, place = claim.run, claim.depth, self._place
         while run.start >= depth and run.parent is not None:  # others grew the run and split it
             run = run.parent
         if run.end > depth:
@@ -186,16 +186,16 @@ class BlockPool:
         while copies < len(names) and names[copies] in place:  # what follows on an unknown block is unknown (rule 1)
             run = place[names[copies]]
             copies += 1
-        hold.depth = depth + len(names)
+        claim.depth = depth + len(names)
         if copies == len(names):
-            self._move(hold, run)
+            self._move(claim, run)
             return copies
         if run.end > depth + copies:
             run = self._split(run, depth + copies)
         if run is self._root or run.children:
             parent, run = run, Run(run, run.end)
             parent.children[names[copies]] = run
-        self._move(hold, run)
+        self._move(claim, run)
         new = names[copies:]
         run.names += new
         run.blocks += blocks[copies:]
@@ -213,7 +213,7 @@ class BlockPool:
         while run is not None and len(run.children) == 1:
             run = next(iter(run.children.values()))
         below: Run | None = None
-        while run is not None and not run.holds and len(run.children) == (below is not None):
+        while run is not None and not run.claims and len(run.children) == (below is not None):
             kept = self._shared(run, successor)
             if kept == len(run.names):
                 return
@@ -239,14 +239,14 @@ class BlockPool:
         return low
 
     def _split(self, run: Run, depth: int) -> Run:
-        """Cut a run in two and return the new, upper one, which ends at `depth`; the old one keeps what follows and its holds."""
+        """Cut a run in two and return the new, upper one, which ends at `depth`; the old one keeps what follows and claims."""
         count, parent = depth - run.start, run.parent
         assert parent is not None, "the root has nothing to split"
         assert 0 < count < len(run.names), f"a run of {len(run.names)} blocks cannot be split after {count}"
         upper = Run(parent, run.start)
         upper.names, run.names = run.names[:count], run.names[count:]
         upper.blocks, run.blocks = run.blocks[:count], run.blocks[count:]
-        upper.holds, upper.idled = run.holds, run.idled
+        upper.claims, upper.idled = run.claims, run.idled
         upper.told, run.told = min(run.told, count), max(0, run.told - count)
         if upper.told < count:
             self._untold[upper] = None
@@ -256,31 +256,31 @@ class BlockPool:
         self._place.update(dict.fromkeys(upper.names, upper))
         return upper
 
-    def _move(self, hold: Hold, run: Run) -> None:
-        if run is not hold.run:
+    def _move(self, claim: Claim, run: Run) -> None:
+        if run is not claim.run:
             self._pin(run)
-            self._unpin(hold.run)
-            hold.run = run
+            self._unpin(claim.run)
+            claim.run = run
 
     def _pin(self, tip: Run) -> None:
         run: Run | None = tip
         while run is not None:
-            if not run.holds:
+            if not run.claims:
                 self.idle_blocks -= len(run.names)
-            run.holds += 1
+            run.claims += 1
             run = run.parent
 
     def _unpin(self, tip: Run) -> None:
         self._serial += 1
         run: Run | None = tip
         while run is not None:
-            assert run.holds > 0, f"a run of {len(run.names)} blocks from block {run.start} on is released but not held"
-            run.holds -= 1
-            if not run.holds:
+            assert run.claims > 0, f"a run of {len(run.names)} blocks from block {run.start} on is released but not held"
+            run.claims -= 1
+            if not run.claims:
                 self.idle_blocks += len(run.names)
                 run.idled = self._serial
             run = run.parent
-        if not tip.holds and not tip.children:
+        if not tip.claims and not tip.children:
             self._rank(tip)
 
     # --- blocks one by one ------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ class BlockPool:
         assert parent is not None, "the root cannot be evicted"
         del parent.children[first]
         run.parent = None
-        if not parent.holds and not parent.children:
+        if not parent.claims and not parent.children:
             self._rank(parent)
 
     def _rank(self, run: Run) -> None:
@@ -349,7 +349,7 @@ class BlockPool:
         self._serial += 1
         heappush(self._idle_runs, (self._urgency(run), self._serial, run))
         if len(self._idle_runs) > 2 * len(self._place) + STALE_MAX:
-            idle = [run for run in self._runs() if not run.holds and not run.children]
+            idle = [run for run in self._runs() if not run.claims and not run.children]
             self._idle_runs = [(self._urgency(run), number, run) for number, run in enumerate(idle)]
             heapify(self._idle_runs)
 
@@ -361,7 +361,7 @@ class BlockPool:
 
     def _fresh(self, entry: tuple[int, int, Run]) -> bool:
         urgency, _, run = entry
-        return bool(run.names) and not run.holds and not run.children and urgency == self._urgency(run)
+        return bool(run.names) and not run.claims and not run.children and urgency == self._urgency(run)
 
     def _urgency(self, run: Run) -> int:
         """Return what orders eviction: lower goes first."""
@@ -416,19 +416,19 @@ class BlockPool:
 
     # --- invariants -------------------------------------------------------------------------------------------------------
 
-    def validate(self, holds: Iterable[Hold], private: Iterable[BlockId]) -> None:
-        """Check every invariant, given all holds there are and all private blocks, one as often as it has users."""
+    def validate(self, claims: Iterable[Claim], private: Iterable[BlockId]) -> None:
+        """Check every invariant, given all claims there are and all private blocks, one as often as it has users."""
         runs = self._runs()
         expected = {id(run): 0 for run in runs}
-        for hold in holds:
-            assert hold.depth <= hold.run.end, f"a hold on {hold.depth} blocks is on a run that ends at {hold.run.end}"
-            run: Run | None = hold.run
+        for claim in claims:
+            assert claim.depth <= claim.run.end, f"a claim on {claim.depth} blocks is on a run that ends at {claim.run.end}"
+            run: Run | None = claim.run
             while run is not None and run is not self._root:
                 expected[id(run)] += 1
                 run = run.parent
         for run in runs:
-            found, wanted = run.holds, expected[id(run)]
-            assert found == wanted, f"the run from block {run.start} on has {found} holds, there are {wanted}"
+            found, wanted = run.claims, expected[id(run)]
+            assert found == wanted, f"the run from block {run.start} on has {found} claims, there are {wanted}"
             self._validate_run(run)
         users: dict[BlockId, int] = {}
         for block in private:
@@ -436,7 +436,7 @@ class BlockPool:
         for block, count in users.items():
             lent = self._lent.get(block, 0)
             assert count == lent + 1, f"private block {block} has {count} users, it is lent to {lent}"
-        idle = sum(len(run.names) for run in runs if not run.holds)
+        idle = sum(len(run.names) for run in runs if not run.claims)
         assert idle == self.idle_blocks, f"{idle} blocks idle, {self.idle_blocks} are counted"
         cached = [block for run in runs for block in run.blocks]
         everything = sorted([*self._free, *cached, *users])
@@ -451,13 +451,13 @@ class BlockPool:
         assert parent is not None, f"{where} follows on nothing"
         assert run.names, f"{where} is empty"
         assert parent.end == run.start, f"{where} follows on one that ends at {parent.end}"
-        assert parent.holds >= run.holds, f"{where} has {run.holds} holds, what it follows on {parent.holds}"
+        assert parent.claims >= run.claims, f"{where} has {run.claims} claims, what it follows on {parent.claims}"
         told = run.told == len(run.names) or run in self._untold
         assert told, f"{where} has {len(run.names)} blocks, {run.told} are told of and the others will not be"
         assert len(run.names) == len(run.blocks), f"{where} has {len(run.names)} names for {len(run.blocks)} blocks"
         for name in run.names:
             assert self._place.get(name) is run, f"{name!r} is in {where}, and said to be elsewhere"
-        if not run.holds and not run.children:
+        if not run.claims and not run.children:
             ranked = any(entry[2] is run and self._fresh(entry) for entry in self._idle_runs)
             assert ranked, f"{where} idles and will never be evicted"
 

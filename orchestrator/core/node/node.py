@@ -56,13 +56,13 @@ from orchestrator.core.events import (
     GatewayHeard,
     GatewayLost,
     NodeEvent,
-    ReplayRequested,
+    ResyncRequested,
     SourceLost,
     StepFailed,
     StepFinished,
     TimerFired,
 )
-from orchestrator.core.node.kvpool import BlockPool, Hold, KvJournal
+from orchestrator.core.node.kvpool import BlockPool, Claim, KvJournal
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence
@@ -87,7 +87,7 @@ EXPORTS_MAX = 256
 class Export:
     """One peer's reading of a prompt's blocks."""
 
-    __slots__ = ("final", "hold", "id", "in_flight", "lent", "opened", "sent", "tokens", "waits")
+    __slots__ = ("claim", "final", "id", "in_flight", "lent", "opened", "sent", "tokens", "waits")
 
     def __init__(self, opened: ExportOpened) -> None:
         self.id = opened.export
@@ -99,7 +99,7 @@ class Export:
         #: Blocks handed to the driver that the peer has not copied yet.
         self.in_flight = 0
         #: Its claim on the cached blocks it has sent and all before them, and the private ones lent to it.
-        self.hold: Hold | None = None
+        self.claim: Claim | None = None
         self.lent: list[BlockId] = []
         #: True once its last blocks are handed over.
         self.final = False
@@ -119,7 +119,7 @@ class Node:
         self.spec = spec
         self._config = config
         self._pool = pool or BlockPool(spec.blocks, config.prefix_caching)
-        self._journal = KvJournal(self._pool, config.replay_batches_max)
+        self._journal = KvJournal(self._pool, config.resync_batches_max)
         self._scheduler = Scheduler(spec, config, self._pool)
         #: Everything assigned here that still has or wants blocks.
         self._sequences: dict[RequestId, Sequence] = {}
@@ -168,7 +168,7 @@ class Node:
                 self._on_gateway_heard(event)
             case GatewayLost():
                 self._on_gateway_lost(event.gateway)
-            case ReplayRequested():
+            case ResyncRequested():
                 self._commands.append(PublishKv(self._journal.since(event.after), event.gateway))
             case DrainRequested():
                 self._draining = True
@@ -494,7 +494,7 @@ class Node:
         blocks: list[BlockId] = []
         if matched > export.sent:
             self._let_go(export)
-            export.hold, blocks = self._pool.acquire(opened.hashes, matched)
+            export.claim, blocks = self._pool.acquire(opened.hashes, matched)
         self._hand_over(export, blocks[export.sent :], matched * self.spec.block_tokens, final=True)
 
     def _send(self, export: Export, sequence: Sequence, final: bool) -> None:
@@ -520,16 +520,16 @@ class Node:
         private = sequence.private(export.sent, end)
         self._pool.lend(private)
         export.lent += private
-        former, export.hold = export.hold, self._pool.share(sequence.hold) if sequence.hold is not None else None
+        former, export.claim = export.claim, self._pool.share(sequence.claim) if sequence.claim is not None else None
         if former is not None:
             self._pool.release(former)
 
     def _let_go(self, export: Export) -> None:
         """Give back what an export reads."""
-        if export.hold is not None:
-            self._pool.release(export.hold)
+        if export.claim is not None:
+            self._pool.release(export.claim)
         self._pool.give_back(export.lent)
-        export.hold, export.lent = None, []
+        export.claim, export.lent = None, []
 
     def _hand_over(self, export: Export, blocks: list[BlockId], tokens: int, final: bool, computed_tokens: int = 0) -> None:
         export.sent += len(blocks)
@@ -598,17 +598,17 @@ class Node:
 
     def validate(self) -> None:
         """Check every invariant; raises AssertionError with the numbers. Dear: for tests and simulations."""
-        holds: list[Hold] = []
+        claims: list[Claim] = []
         private: list[BlockId] = []
         for sequence in self._sequences.values():
             assert sequence.phase is not Phase.GONE, f"request {sequence.request} is gone but still listed"
             private += sequence.private(0, len(sequence.table))
-            holds += [sequence.hold] if sequence.hold is not None else []
+            claims += [sequence.claim] if sequence.claim is not None else []
         for export in self._exports.values():
             private += export.lent
-            holds += [export.hold] if export.hold is not None else []
+            claims += [export.claim] if export.claim is not None else []
             assert export.in_flight <= export.sent, f"export {export.id}: {export.in_flight} in flight of {export.sent} sent"
-        self._pool.validate(holds, private)
+        self._pool.validate(claims, private)
         self._scheduler.validate()
         self._validate_wakeups()
 
@@ -632,5 +632,5 @@ class Node:
                 assert export.waits != known, f"export {export.id} waits: {export.waits}, its request is here: {known}"
                 assert not export.final, f"export {export.id} is final but reads on"
         running = self._scheduler.running
-        pinned = held + sum(1 for export in self._exports.values() if export.hold is not None)
+        pinned = held + sum(1 for export in self._exports.values() if export.claim is not None)
         assert running or pinned or not waiting, f"{waiting} requests wait though none runs and nothing is pinned"

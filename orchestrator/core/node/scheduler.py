@@ -249,7 +249,7 @@ class Scheduler:
     def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
         """Give a waiting sequence its blocks and let it begin."""
         self._leave(sequence)
-        sequence.hold, sequence.table = self._pool.acquire(sequence.hashes, hit)
+        sequence.claim, sequence.table = self._pool.acquire(sequence.hashes, hit)
         sequence.table += self._pool.allocate(self._blocks_for(sequence.target) - hit)
         sequence.capacity = len(sequence.table) * self._block_tokens
         sequence.fresh = tuple(sequence.table)
@@ -468,8 +468,8 @@ class Scheduler:
         if end <= sequence.registered:
             return
         start = sequence.registered
-        assert sequence.hold is not None, f"request {sequence.request} has computed {end} blocks without any"
-        copies = self._pool.register(sequence.hold, sequence.table[start:end], sequence.hashes[start:end])
+        assert sequence.claim is not None, f"request {sequence.request} has computed {end} blocks without any"
+        copies = self._pool.register(sequence.claim, sequence.table[start:end], sequence.hashes[start:end])
         if copies:
             sequence.copies.append((start, start + copies))
         sequence.registered = end
@@ -559,10 +559,10 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; its engine will be told a new table."""
-        if sequence.hold is not None:
+        if sequence.claim is not None:
             self._pool.give_back(sequence.private(0, len(sequence.table))[::-1])
-            self._pool.release(sequence.hold)
-        sequence.hold = None
+            self._pool.release(sequence.claim)
+        sequence.claim = None
         sequence.table = []
         sequence.copies = []
         sequence.fresh = ()

@@ -14,7 +14,7 @@ and its tokens, left to right:
 
 from enum import Enum
 
-from orchestrator.core.node.kvpool import Hold
+from orchestrator.core.node.kvpool import Claim
 from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role, TenantId
 
 
@@ -39,6 +39,7 @@ class Sequence:
         "block_tokens",
         "capacity",
         "chunk",
+        "claim",
         "competes",
         "computed",
         "copies",
@@ -49,7 +50,6 @@ class Sequence:
         "frontier",
         "hashes",
         "heard_at",
-        "hold",
         "leader",
         "output_tokens",
         "output_tokens_max",
@@ -85,7 +85,7 @@ class Sequence:
         #: Its blocks, first block first; each is referenced once.
         self.table: list[BlockId] = []
         #: Its claim on the cached blocks before `registered`; None while it has no blocks.
-        self.hold: Hold | None = None
+        self.claim: Claim | None = None
         #: [start, end) runs of blocks before `registered` that are second copies of cached ones, and so private.
         self.copies: list[tuple[int, int]] = []
         #: Tokens that fit into the table.

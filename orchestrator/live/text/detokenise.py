@@ -3,7 +3,7 @@
 Rule 1: what comes out is what the tokens add to the prompt. Joined, the pieces are decode(prompt + answer) without what it has in
 common with decode(prompt): a tokenizer that drops the first space of a text must not drop that of an answer.
 
-Rule 2: what comes out is never taken back, so it is held back until nothing that follows can change it.
+Rule 2: what comes out is never taken back, so it is kept back until nothing that follows can change it.
 
 See also: `stops.py`, which cuts the text; `generation.py`, which puts the parts together.
 """
@@ -35,12 +35,12 @@ class Detokeniser(Protocol):
         ...
 
     def finish(self) -> str:
-        """Return what was still held back; nothing is added afterwards."""
+        """Return what was still kept back; nothing is added afterwards."""
         ...
 
     @property
-    def held_chars(self) -> int:
-        """Whole characters held back: a next token's text starts so many after what came out."""
+    def kept_chars(self) -> int:
+        """Whole characters kept back: a next token's text starts so many after what came out."""
         ...
 
 
@@ -177,30 +177,30 @@ class Vocabulary:
 class _ByteLevelDetokeniser:
     """For vocabularies of bytes: looks up and joins."""
 
-    __slots__ = ("_bytes_of", "_decoder", "_held", "_owed", "_text_of")
+    __slots__ = ("_bytes_of", "_decoder", "_kept", "_owed", "_text_of")
 
     def __init__(self, text_of: Callable[[int], str | None], bytes_of: Callable[[int], bytes], open_bytes: bytes) -> None:
         self._text_of = text_of
         self._bytes_of = bytes_of
         self._decoder = _Utf8Decoder(errors="replace")
         self._decoder.decode(open_bytes)
-        self._held = bool(open_bytes)
+        self._kept = bool(open_bytes)
         #: What the prompt shows of bytes that begin a character, while they may turn out to begin none.
         self._owed = open_bytes.decode(errors="replace")
 
     @property
-    def held_chars(self) -> int:
+    def kept_chars(self) -> int:
         return 0
 
     def add(self, token: int) -> str:
         text = self._text_of(token)
-        if not self._held and text is not None:
+        if not self._kept and text is not None:
             return text
         if text == "":
             return ""
         data = self._bytes_of(token) if text is None else text.encode()
         text = self._decoder.decode(data)
-        self._held = self._decoder.getstate()[0] != b""
+        self._kept = self._decoder.getstate()[0] != b""
         return self._own(text)
 
     def finish(self) -> str:
@@ -239,7 +239,7 @@ class _WindowDetokeniser:
         self._fresh: list[int] = []
 
     @property
-    def held_chars(self) -> int:
+    def kept_chars(self) -> int:
         data = bytes(self._lone_bytes[token] for token in self._fresh if token in self._lone_bytes)
         return len(data.decode(errors="ignore"))
 

@@ -128,7 +128,7 @@ class Generation:
             self.tokens += 1
             if token in self._ends:
                 continue
-            start = self._text_chars + self._detokeniser.held_chars if self._scored else 0
+            start = self._text_chars + self._detokeniser.kept_chars if self._scored else 0
             text = self._detokeniser.add(token)
             if self._scored and delta.logprobs:
                 self._scores.append((self._text_chars + len(text), ScoredToken(token, delta.logprobs[place], start)))
@@ -148,7 +148,7 @@ class Generation:
         return isinstance(self._parser, ThinkParser) and self._parser.thinking
 
     def _flush(self) -> list[Piece]:
-        """Return what was held back when the tokens ended."""
+        """Return what was kept back when the tokens ended."""
         text = self._detokeniser.finish()
         self._text_chars += len(text)
         if self._stops is not None:

@@ -64,7 +64,7 @@ class ThinkParser:
         shown: thoughts come out; else they are passed over.
     """
 
-    __slots__ = ("_held", "_opened", "_phase", "_said", "_shown", "_tools")
+    __slots__ = ("_kept", "_opened", "_phase", "_said", "_shown", "_tools")
 
     def __init__(self, opened: bool, tools: ToolParser | None, shown: bool = True) -> None:
         self._tools = tools
@@ -72,7 +72,7 @@ class ThinkParser:
         self._opened = opened
         self._phase = _Phase.START
         #: Text that is not certain yet: what may become a tag, and white space that may belong to one.
-        self._held = ""
+        self._kept = ""
         #: Whether thoughts have come out: white space before the first ones is the tag's.
         self._said = False
 
@@ -90,48 +90,48 @@ class ThinkParser:
         """Take more text; return what is certain now."""
         if self._phase is _Phase.ANSWER:
             return self._answer(text)
-        self._held += text
+        self._kept += text
         parts: list[str | ToolCall | Reasoning] = []
         if self._phase is _Phase.START:
-            start = self._held.lstrip()
+            start = self._kept.lstrip()
             if not start or (len(start) < len(_OPEN) and _OPEN.startswith(start)):
                 return parts
             if start.startswith(_OPEN) or self._opened:
                 # Some models write the tag again.
-                self._held, self._phase = start.removeprefix(_OPEN), _Phase.THINKING
+                self._kept, self._phase = start.removeprefix(_OPEN), _Phase.THINKING
             else:
-                held, self._held, self._phase = self._held, "", _Phase.ANSWER
-                return self._answer(held)
+                kept, self._kept, self._phase = self._kept, "", _Phase.ANSWER
+                return self._answer(kept)
         if self._phase is _Phase.THINKING:
             parts += self._think()
-        if self._phase is _Phase.CLOSED and (answer := self._held.lstrip()):
-            self._held, self._phase = "", _Phase.ANSWER
+        if self._phase is _Phase.CLOSED and (answer := self._kept.lstrip()):
+            self._kept, self._phase = "", _Phase.ANSWER
             parts += self._answer(answer)
         return parts
 
     def finish(self) -> Sequence[str | ToolCall | Reasoning]:
-        """Return what was still held back; nothing is added afterwards."""
-        held, self._held = self._held, ""
+        """Return what was still kept back; nothing is added afterwards."""
+        kept, self._kept = self._kept, ""
         parts: list[str | ToolCall | Reasoning] = []
         match self._phase:
             case _Phase.THINKING | _Phase.START if self.thinking:
-                thought = held.rstrip() if self._said else held.strip()
+                thought = kept.rstrip() if self._said else kept.strip()
                 return [Reasoning(thought)] if thought and self._shown else []
             case _Phase.START:
-                parts += self._answer(held)
+                parts += self._answer(kept)
             case _:
                 pass
         return [*parts, *(self._tools.finish() if self._tools is not None else ())]
 
     def _think(self) -> list[Reasoning]:
         """Return thoughts up to the tag or to what may become one."""
-        thought, tag, rest = self._held.partition(_CLOSE)
+        thought, tag, rest = self._kept.partition(_CLOSE)
         if tag:
-            self._held, self._phase = rest, _Phase.CLOSED
+            self._kept, self._phase = rest, _Phase.CLOSED
             thought = thought.rstrip()
         else:
-            sure = self._held[: len(self._held) - partial_match(self._held, _CLOSE)].rstrip()
-            thought, self._held = sure, self._held[len(sure) :]
+            sure = self._kept[: len(self._kept) - partial_match(self._kept, _CLOSE)].rstrip()
+            thought, self._kept = sure, self._kept[len(sure) :]
         if not self._said:
             thought = thought.lstrip()
         self._said = self._said or bool(thought)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 class StopStrings:
     """Cuts a text at the first of some strings, holding back what may become one."""
 
-    __slots__ = ("_held", "_strings", "found")
+    __slots__ = ("_kept", "_strings", "found")
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = strings
-        self._held: str = ""
+        self._kept: str = ""
         #: True once a stop string came; everything added later is dropped.
         self.found = False
 
@@ -18,21 +18,21 @@ class StopStrings:
         """Return the text that is certainly outside any stop string."""
         if self.found:
             return ""
-        text = self._held + text
+        text = self._kept + text
         places = [(place + len(string), place) for string in self._strings if (place := text.find(string)) >= 0]
         if places:
             # The one that is complete first wins, so that it does not matter how the text was cut into pieces.
             self.found = True
-            self._held = ""
+            self._kept = ""
             return text[: min(places)[1]]
-        held = max(partial_match(text, string) for string in self._strings)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        kept = max(partial_match(text, string) for string in self._strings)
+        self._kept = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
     def finish(self) -> str:
-        """Return what was held back and became no stop string."""
-        held, self._held = self._held, ""
-        return held
+        """Return what was kept back and became no stop string."""
+        kept, self._kept = self._kept, ""
+        return kept
 
 
 def partial_match(text: str, string: str) -> int:

@@ -68,7 +68,7 @@ class ToolParser(Protocol):
         ...
 
     def finish(self) -> list[str | ToolCall]:
-        """Return what was still held back; nothing is added afterwards."""
+        """Return what was still kept back; nothing is added afterwards."""
         ...
 
 
@@ -129,21 +129,21 @@ class _TaggedParser:
         ends: a tag closes a call; else all that follows the first tag is calls.
     """
 
-    __slots__ = ("_called", "_ends", "_held", "_inside", "_opens", "_read", "_space")
+    __slots__ = ("_called", "_ends", "_inside", "_kept", "_opens", "_read", "_space")
 
     def __init__(self, opens: Sequence[str], read: Callable[[str], list[ToolCall]], ends: bool = True) -> None:
         self._opens = opens
         self._ends = ends
         self._read = read
         #: Text that is not certain yet: a tag's beginning or white space outside a call, everything from the tag on inside.
-        self._held = ""
-        #: White space before the tag that is held: a call's, and content's if it is none.
+        self._kept = ""
+        #: White space before the tag that is kept: a call's, and content's if it is none.
         self._space = ""
         self._inside = False
         self._called = False
 
     def add(self, text: str) -> list[str | ToolCall]:
-        self._held += text
+        self._kept += text
         parts: list[str | ToolCall] = []
         if self._inside and (not self._ends or _CLOSE[-1] not in text):
             return parts
@@ -152,28 +152,28 @@ class _TaggedParser:
         return parts
 
     def finish(self) -> list[str | ToolCall]:
-        held, self._held = self._held, ""
-        if self._inside and (calls := self._read(held.removeprefix(_OPEN))):
+        kept, self._kept = self._kept, ""
+        if self._inside and (calls := self._read(kept.removeprefix(_OPEN))):
             return [*calls]
-        held = self._space + held
-        return [] if not held or (self._called and held.isspace()) else [held]
+        kept = self._space + kept
+        return [] if not kept or (self._called and kept.isspace()) else [kept]
 
     def _open(self, parts: list[str | ToolCall]) -> bool:
         """Pass content on up to a tag; True if one was found."""
-        if self._called and self._held.lstrip().startswith(_CLOSE):
+        if self._called and self._kept.lstrip().startswith(_CLOSE):
             # Of a call that began without its tag.
-            self._held = self._held.lstrip()[len(_CLOSE) :]
-        places = [place for tag in self._opens if (place := self._held.find(tag)) >= 0]
+            self._kept = self._kept.lstrip()[len(_CLOSE) :]
+        places = [place for tag in self._opens if (place := self._kept.find(tag)) >= 0]
         if places:
             self._inside = True
-            before, self._held = self._held[: min(places)], self._held[min(places) :]
+            before, self._kept = self._kept[: min(places)], self._kept[min(places) :]
             content = before.rstrip()
             self._space = before[len(content) :]
         else:
             tags = (*self._opens, _CLOSE) if self._called else self._opens
-            held = max(partial_match(self._held, tag) for tag in tags)
-            content = self._held[: len(self._held) - held].rstrip()
-            self._held = self._held[len(content) :]
+            kept = max(partial_match(self._kept, tag) for tag in tags)
+            content = self._kept[: len(self._kept) - kept].rstrip()
+            self._kept = self._kept[len(content) :]
         if content:
             parts.append(content)
             self._called = False
@@ -184,7 +184,7 @@ class _TaggedParser:
         end = self._end()
         if end is None:
             return False
-        text, self._held = self._held[:end], self._held[end:]
+        text, self._kept = self._kept[:end], self._kept[end:]
         calls = self._read(text.removeprefix(_OPEN).removesuffix(_CLOSE))
         parts += calls or [self._space + text]
         self._space = ""
@@ -196,38 +196,38 @@ class _TaggedParser:
         """Return where a call ends. The tag that closes it may be part of a parameter, so a function must have ended before."""
         if not self._ends:
             return None
-        inner = self._held.removeprefix(_OPEN)
+        inner = self._kept.removeprefix(_OPEN)
         if not inner.lstrip().startswith(FUNCTION_OPEN):
-            place = self._held.find(_CLOSE)
+            place = self._kept.find(_CLOSE)
             return place + len(_CLOSE) if place >= 0 else None
-        found = (_FUNCTION_END if inner is self._held else _CALL_END).search(self._held)
+        found = (_FUNCTION_END if inner is self._kept else _CALL_END).search(self._kept)
         return found.end() if found is not None else None
 
 
 class _LlamaParser:
     """Looks at how the text begins: a call is all of it or none of it."""
 
-    __slots__ = ("_content", "_held", "_tools")
+    __slots__ = ("_content", "_kept", "_tools")
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._held = ""
+        self._kept = ""
         self._content = False
 
     def add(self, text: str) -> list[str | ToolCall]:
         if self._content:
             return [text] if text else []
-        self._held += text
-        start = self._held.lstrip()
+        self._kept += text
+        start = self._kept.lstrip()
         if not start or start.startswith(("{", _PYTHON_TAG)) or _PYTHON_TAG.startswith(start):
             return []
         self._content = True
-        held, self._held = self._held, ""
-        return [held]
+        kept, self._kept = self._kept, ""
+        return [kept]
 
     def finish(self) -> list[str | ToolCall]:
-        held, self._held = self._held, ""
-        calls = read_chain(held.strip().removeprefix(_PYTHON_TAG).strip())
+        kept, self._kept = self._kept, ""
+        calls = read_chain(kept.strip().removeprefix(_PYTHON_TAG).strip())
         if calls and all(name in self._tools for name, _ in calls):
             return [_call(*call) for call in calls]
-        return [held.replace(_PYTHON_TAG, "", 1)] if held else []
+        return [kept.replace(_PYTHON_TAG, "", 1)] if kept else []

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.core.cluster.cluster import REPLAY_S, REPLAYS_MAX, Cluster
+from orchestrator.core.cluster.cluster import RESYNC_S, RESYNCS_MAX, Cluster
 from orchestrator.core.cluster.kvindex import Trust
 from orchestrator.core.commands import (
     Abort,
@@ -14,7 +14,7 @@ from orchestrator.core.commands import (
     Complete,
     Refuse,
     ReportSourceLost,
-    RequestReplay,
+    RequestResync,
     Restart,
     SetTimer,
 )
@@ -30,7 +30,7 @@ from orchestrator.core.events import (
     RequestArrived,
     TimerFired,
 )
-from orchestrator.core.timers import ReplayTimer, RequestTimer
+from orchestrator.core.timers import RequestTimer, ResyncTimer
 from orchestrator.core.types import (
     Assignment,
     FinishReason,
@@ -300,7 +300,7 @@ def test_a_new_incarnation_ends_the_former(make_cluster: MakeCluster) -> None:
     cluster.handle(arrived(), 0.0)
     assert without_timers(cluster.handle(NodeJoined(spec_of("a0", incarnation=2)), 1.0)) == [
         Restart(R1, "a0 was lost: it was started anew"),
-        RequestReplay(A0, None),
+        RequestResync(A0, None),
         Assign(A0, generate()),
     ]
     assert cluster.handle(NodeJoined(spec_of("a0", incarnation=1)), 2.0) == []  # late news of the former
@@ -373,7 +373,7 @@ def test_a_later_request_does_not_overtake_those_that_wait(make_cluster: MakeClu
     assert nodes_of(cluster.handle(arrived(2), 2.0)) == []
 
 
-def test_a_request_held_too_long_is_refused(make_cluster: MakeCluster) -> None:
+def test_a_request_waited_too_long_is_refused(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0", limits=LimitsConfig(waiting_s_max=3.0))
     cluster.handle(full("a0"), 0.0)
     assert cluster.handle(arrived(), 1.0) == [SetTimer(DEADLINE, 4.0)]
@@ -484,71 +484,71 @@ def test_a_draining_node_takes_nothing_new_and_finishes_what_it_has(make_cluster
 
 def test_a_node_that_joins_is_asked_what_it_holds(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
-    timer = ReplayTimer(A0)
-    assert cluster.handle(NodeJoined(spec_of("a0")), 1.0) == [RequestReplay(A0, None), SetTimer(timer, 1.0 + REPLAY_S)]
+    timer = ResyncTimer(A0)
+    assert cluster.handle(NodeJoined(spec_of("a0")), 1.0) == [RequestResync(A0, None), SetTimer(timer, 1.0 + RESYNC_S)]
     # what changes meanwhile is of no use before the answer
     assert cluster.handle(reported("a0", stored("ab", sequence=5)), 1.1) == []
     assert cluster.handle(reported("a0", stored("ab", sequence=5, cleared=True)), 1.2) == [ClearTimer(timer)]
-    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.EXACT, 2)
+    assert (cluster.nodes[0].trust, cluster.nodes[0].believed_blocks) == (Trust.EXACT, 2)
 
 
 def test_a_gap_is_mended_by_one_replay(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0")
-    timer = ReplayTimer(A0)
+    timer = ResyncTimer(A0)
     cluster.handle(reported("a0", stored("a", sequence=1)), 1.0)
     gap = cluster.handle(reported("a0", stored("abc", sequence=3)), 2.0)
-    assert gap == [RequestReplay(A0, 1), SetTimer(timer, 2.0 + REPLAY_S)]
+    assert gap == [RequestResync(A0, 1), SetTimer(timer, 2.0 + RESYNC_S)]
     assert cluster.handle(reported("a0", stored("abcd", sequence=4)), 2.1) == []  # asked once
     assert cluster.nodes[0].trust is Trust.STALE
-    replay = (stored("ab", sequence=2), stored("abc", sequence=3), stored("abcd", sequence=4))
-    assert cluster.handle(reported("a0", *replay), 2.2) == [ClearTimer(timer)]
-    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.EXACT, 4)
+    resync = (stored("ab", sequence=2), stored("abc", sequence=3), stored("abcd", sequence=4))
+    assert cluster.handle(reported("a0", *resync), 2.2) == [ClearTimer(timer)]
+    assert (cluster.nodes[0].trust, cluster.nodes[0].believed_blocks) == (Trust.EXACT, 4)
 
 
 def test_a_replay_is_waited_for_while_pages_come_and_asked_for_anew_when_they_stop(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     cluster.handle(NodeJoined(spec_of("a0")), 0.0)
-    timer = ReplayTimer(A0)
+    timer = ResyncTimer(A0)
     runs = [StoredRun(None, prompt_hashes(name)) for name in "abc"]
     first = [KvBatch(5, (run,), cleared=page == 0, snapshot=1, page=page, more=True) for page, run in enumerate(runs)]
     # each page is as good as an answer: the wait begins anew
-    assert cluster.handle(reported("a0", first[0]), 0.4) == [SetTimer(timer, 0.4 + REPLAY_S)]
-    assert cluster.handle(reported("a0", first[1]), 0.8) == [SetTimer(timer, 0.8 + REPLAY_S)]
-    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.STALE, 2)
+    assert cluster.handle(reported("a0", first[0]), 0.4) == [SetTimer(timer, 0.4 + RESYNC_S)]
+    assert cluster.handle(reported("a0", first[1]), 0.8) == [SetTimer(timer, 0.8 + RESYNC_S)]
+    assert (cluster.nodes[0].trust, cluster.nodes[0].believed_blocks) == (Trust.STALE, 2)
     # a change meanwhile is none, nor is a page again
     assert cluster.handle(reported("a0", stored("z", sequence=6), first[1]), 0.9) == []
     # the third page never comes: everything is asked for
-    again = cluster.handle(TimerFired(timer), 0.8 + REPLAY_S)
-    assert again == [RequestReplay(A0, None), SetTimer(timer, 0.8 + REPLAY_S + 2 * REPLAY_S)]
+    again = cluster.handle(TimerFired(timer), 0.8 + RESYNC_S)
+    assert again == [RequestResync(A0, None), SetTimer(timer, 0.8 + RESYNC_S + 2 * RESYNC_S)]
     second = (
         KvBatch(6, (runs[0],), cleared=True, snapshot=2, more=True),
         KvBatch(6, (StoredRun(None, prompt_hashes("z")),), snapshot=2, page=1),
     )
     assert cluster.handle(reported("a0", *second, stored("y", sequence=7)), 1.4) == [ClearTimer(timer)]
-    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.EXACT, 3)
+    assert (cluster.nodes[0].trust, cluster.nodes[0].believed_blocks) == (Trust.EXACT, 3)
 
 
 def test_a_replay_that_does_not_come_is_asked_for_ever_more_rarely(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0")
-    timer = ReplayTimer(A0)
+    timer = ResyncTimer(A0)
     cluster.handle(reported("a0", stored("a", sequence=1)), 0.0)
     cluster.handle(reported("a0", stored("abc", sequence=3)), 0.0)
-    now, waits = REPLAY_S, list[float]()
-    for _ in range(REPLAYS_MAX + 3):
-        replay, again = cluster.handle(TimerFired(timer), now)
+    now, waits = RESYNC_S, list[float]()
+    for _ in range(RESYNCS_MAX + 3):
+        resync, again = cluster.handle(TimerFired(timer), now)
         assert isinstance(again, SetTimer)
         waits.append(again.at - now)
         now = again.at
         # after too many nothing is believed any more, and everything is asked for
-        assert replay == RequestReplay(A0, 1 if len(waits) <= REPLAYS_MAX else None)
+        assert resync == RequestResync(A0, 1 if len(waits) <= RESYNCS_MAX else None)
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
-    assert (cluster.nodes[0].trust, cluster.nodes[0].held_blocks) == (Trust.BLIND, 0)
+    assert (cluster.nodes[0].trust, cluster.nodes[0].believed_blocks) == (Trust.BLIND, 0)
 
 
 def test_a_node_that_leaves_is_not_asked_any_more(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     cluster.handle(NodeJoined(spec_of("a0")), 0.0)
-    timer = ReplayTimer(A0)
+    timer = ResyncTimer(A0)
     assert cluster.handle(NodeLost(A0, ""), 0.1) == [ClearTimer(timer)]
     assert cluster.handle(TimerFired(timer), 0.5) == []
 

@@ -24,7 +24,7 @@ def index_of(**held: str) -> KvIndex:
 def found(index: KvIndex, prompt: str) -> dict[str, int]:
     matches = index.find(prompt_hashes(prompt))
     index.validate()
-    return {name: matches.blocks(index.slot(NodeId(name))) for name in ("a", "b", "c")}
+    return {name: matches.blocks(index.column(NodeId(name))) for name in ("a", "b", "c")}
 
 
 def test_each_node_matches_as_far_as_it_holds_the_prompt() -> None:
@@ -38,7 +38,7 @@ def test_each_node_matches_as_far_as_it_holds_the_prompt() -> None:
 
 def test_matches_say_how_many_nodes_share_a_depth() -> None:
     index = index_of(a="uvwxyz", b="uvw", c="uvw")
-    a, bc = 1 << index.slot(A), 1 << index.slot(B) | 1 << index.slot(C)
+    a, bc = 1 << index.column(A), 1 << index.column(B) | 1 << index.column(C)
     assert index.find(prompt_hashes("uvwxyz")) == Matches(((3, a | bc), (6, a)))
     assert index.find(prompt_hashes("uvwxyz")).blocks_max == 6
 
@@ -53,8 +53,8 @@ def test_matches_say_how_many_nodes_share_a_depth() -> None:
     ],
 )
 def test_blocks_by_slot(levels: tuple[tuple[int, int], ...], held: list[int]) -> None:
-    assert Matches(levels).by_slot(4) == held
-    assert [Matches(levels).blocks(slot) for slot in range(4)] == held
+    assert Matches(levels).by_column(4) == held
+    assert [Matches(levels).blocks(column) for column in range(4)] == held
 
 
 def test_removed_blocks_are_forgotten_for_one_node_only() -> None:
@@ -62,7 +62,7 @@ def test_removed_blocks_are_forgotten_for_one_node_only() -> None:
     index.add_node(C, blocks_max=10)
     assert index.apply(A, KvBatch(2, removed=prompt_hashes("uvw")[1:])) is Trust.EXACT
     assert found(index, "uvw") == {"a": 1, "b": 3, "c": 0}
-    assert (index.held_blocks(A), index.held_blocks(B), index.blocks) == (1, 3, 3)
+    assert (index.believed_blocks(A), index.believed_blocks(B), index.blocks) == (1, 3, 3)
     index.apply(B, KvBatch(2, removed=prompt_hashes("uvw")[1:]))
     assert index.blocks == 1  # nobody holds the others any more
 
@@ -78,16 +78,16 @@ def test_what_is_told_twice_counts_once() -> None:
     index = index_of(a="uv", b="", c="")
     index.apply(A, stored("uv", sequence=1))  # seen already: ignored
     index.apply(A, stored("uvw", sequence=2))
-    assert index.held_blocks(A) == 3
+    assert index.believed_blocks(A) == 3
     index.apply(A, KvBatch(3, removed=(*prompt_hashes("uvw")[2:], BlockHash(b"unknown"))))
-    assert index.held_blocks(A) == 2
+    assert index.believed_blocks(A) == 2
     assert found(index, "uvw")["a"] == 2
 
 
 def test_a_gap_makes_a_node_stale_until_the_replay_came() -> None:
     index = index_of(a="u", b="", c="")
     assert index.apply(A, stored("uvw", sequence=3)) is Trust.STALE
-    assert (index.sequence(A), found(index, "uvw")["a"]) == (1, 1)  # what comes after a gap waits for the replay
+    assert (index.sequence(A), found(index, "uvw")["a"]) == (1, 1)  # what comes after a gap waits for the resync
     assert index.apply(A, stored("uv", sequence=2)) is Trust.STALE  # number 3 is known to be missing
     assert index.apply(A, stored("uvw", sequence=3)) is Trust.EXACT
     assert found(index, "uvw")["a"] == 3
@@ -191,7 +191,7 @@ def test_a_node_is_blind_until_it_starts_over() -> None:
     assert index.blocks == 0
     assert index.apply(A, stored("uv", sequence=7, cleared=True)) is Trust.EXACT
     index.distrust(A)
-    assert (index.trust(A), index.held_blocks(A)) == (Trust.BLIND, 0)
+    assert (index.trust(A), index.believed_blocks(A)) == (Trust.BLIND, 0)
     index.validate()
 
 
@@ -221,14 +221,14 @@ def test_a_node_that_claims_more_than_its_pool_is_not_believed() -> None:
 
 def test_a_departed_node_is_cleaned_up_by_later_batches_and_its_slot_reused() -> None:
     index = index_of(a="uvw", b="uv", c="")
-    slot = index.slot(A)
+    column = index.column(A)
     index.remove_node(A)
     matches = index.find(prompt_hashes("uvw"))
-    assert (matches.blocks(slot), matches.blocks(index.slot(B))) == (0, 2)  # at once, before any cleaning
+    assert (matches.blocks(column), matches.blocks(index.column(B))) == (0, 2)  # at once, before any cleaning
     index.apply(B, stored("xy", sequence=2))
     assert index.blocks == 4  # u, v, x, y: w was held by nobody else
     index.add_node(A, blocks_max=10)
-    assert index.slot(A) == slot
+    assert index.column(A) == column
     assert found(index, "uvw") == {"a": 0, "b": 2, "c": 0}
 
 
@@ -263,8 +263,8 @@ def test_random_histories_match_a_plain_model(seed: int) -> None:
         index.validate()
         chain = generator.choice(chains)
         matches = index.find(chain)
-        by_slot = matches.by_slot(index.slots)
-        assert {name: by_slot[index.slot(name)] for name in model.held} == {
+        by_column = matches.by_column(index.columns)
+        assert {name: by_column[index.column(name)] for name in model.held} == {
             name: model.longest(name, chain) for name in model.held
         }, f"seed {seed}"
 
@@ -293,10 +293,10 @@ def change(generator: random.Random, index: KvIndex, model: Model, node: NodeId,
 def test_siblings_find_what_the_first_is_about_to_compute() -> None:
     predicted = PredictedKv()
     predicted.add(A, RequestId(1), prompt_hashes("uvwx")[1:])
-    assert predicted.extend(A, prompt_hashes("uvwyz"), held=1) == 3
-    assert predicted.extend(A, prompt_hashes("uvwyz"), held=0) == 0  # its first block is neither held nor expected
-    assert predicted.extend(B, prompt_hashes("uvwyz"), held=1) == 1
-    assert predicted.extend(A, prompt_hashes("u"), held=1) == 1
+    assert predicted.extend(A, prompt_hashes("uvwyz"), present=1) == 3
+    assert predicted.extend(A, prompt_hashes("uvwyz"), present=0) == 0  # its first block is neither held nor expected
+    assert predicted.extend(B, prompt_hashes("uvwyz"), present=1) == 1
+    assert predicted.extend(A, prompt_hashes("u"), present=1) == 1
 
 
 def test_a_prediction_ends_with_its_request_unless_a_later_one_shares_it() -> None:
@@ -304,8 +304,8 @@ def test_a_prediction_ends_with_its_request_unless_a_later_one_shares_it() -> No
     predicted.add(A, RequestId(1), prompt_hashes("uv"))
     predicted.add(A, RequestId(2), prompt_hashes("uvw"))
     predicted.remove(A, RequestId(1))
-    assert predicted.extend(A, prompt_hashes("uvw"), held=0) == 3
+    assert predicted.extend(A, prompt_hashes("uvw"), present=0) == 3
     predicted.remove(A, RequestId(2))
     predicted.remove(A, RequestId(2))
-    assert predicted.extend(A, prompt_hashes("uvw"), held=0) == 0
+    assert predicted.extend(A, prompt_hashes("uvw"), present=0) == 0
     assert predicted.nodes == ()

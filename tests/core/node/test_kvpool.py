@@ -5,26 +5,26 @@ from random import Random
 import pytest
 
 from orchestrator.core.cluster.kvindex import KvIndex, Trust
-from orchestrator.core.node.kvpool import STALE_MAX, BlockPool, Hold, KvJournal
+from orchestrator.core.node.kvpool import STALE_MAX, BlockPool, Claim, KvJournal
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, NodeId, StoredRun
 from tests.builders import prompt_hashes
 
 A, B, C = prompt_hashes("abc")
 
 
-def computed(pool: BlockPool, prompt: str) -> tuple[Hold, list[BlockId]]:
+def computed(pool: BlockPool, prompt: str) -> tuple[Claim, list[BlockId]]:
     """Take blocks for a prompt and register them one by one, as a request that computed it does."""
-    hold, _ = pool.acquire((), 0)
+    claim, _ = pool.acquire((), 0)
     blocks = pool.allocate(len(prompt))
     for block, name in zip(blocks, prompt_hashes(prompt), strict=True):
-        pool.register(hold, [block], [name])
-    return hold, blocks
+        pool.register(claim, [block], [name])
+    return claim, blocks
 
 
 def keep(pool: BlockPool, prompt: str) -> list[BlockId]:
     """Compute a prompt and let go of it."""
-    hold, blocks = computed(pool, prompt)
-    pool.release(hold)
+    claim, blocks = computed(pool, prompt)
+    pool.release(claim)
     return blocks
 
 
@@ -44,10 +44,10 @@ def test_completed_blocks_stay_reusable_and_match_as_a_prefix() -> None:
     assert pool.match(prompt_hashes("abx"), 9) == 2
     assert pool.match(prompt_hashes("abc"), 1) == 1  # no more than asked for
     assert pool.match(prompt_hashes("xbc"), 9) == 0
-    hold, blocks = pool.acquire(prompt_hashes("abc"), 2)
+    claim, blocks = pool.acquire(prompt_hashes("abc"), 2)
     assert blocks == [0, 1]
     assert pool.idle_of(prompt_hashes("abc"), 3) == 1  # c alone idles
-    pool.validate([hold], [])
+    pool.validate([claim], [])
 
 
 def test_eviction_takes_the_suffix_of_what_idled_longest() -> None:
@@ -63,9 +63,9 @@ def test_eviction_takes_the_suffix_of_what_idled_longest() -> None:
 def test_a_shared_prefix_outlives_all_that_follows_on_it() -> None:
     pool = BlockPool(6)
     keep(pool, "abc")
-    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
-    pool.register(hold, pool.allocate(2), [BlockHash(b"abx"), BlockHash(b"abxy")])  # a branch: the run is split after b
-    pool.release(hold)
+    claim, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(claim, pool.allocate(2), [BlockHash(b"abx"), BlockHash(b"abxy")])  # a branch: the run is split after b
+    pool.release(claim)
     pool.allocate(1 + 1)  # the free one, then c, which idled longest
     assert [pool.match(prompt_hashes(text), 4) for text in ("abc", "abxy")] == [2, 4]
     pool.allocate(2)  # the other branch
@@ -129,8 +129,8 @@ def test_nothing_is_dead_that_somebody_holds_or_another_chain_continues() -> Non
     pool = BlockPool(8)
     keep(pool, "xy")
     keep(pool, "abc")
-    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
-    pool.register(hold, pool.allocate(1), [BlockHash(b"abx")])
+    claim, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(claim, pool.allocate(1), [BlockHash(b"abx")])
     pool.retire(BlockHash(b"abx"), prompt_hashes("z"))  # held
     pool.retire(B, prompt_hashes("z"))  # continued by two
     pool.allocate(2 + 2)
@@ -139,8 +139,8 @@ def test_nothing_is_dead_that_somebody_holds_or_another_chain_continues() -> Non
 
 def test_without_prefix_caching_nothing_is_kept_or_told() -> None:
     pool = BlockPool(2, caching=False)
-    hold, blocks = computed(pool, "ab")
-    pool.validate([hold], blocks)
+    claim, blocks = computed(pool, "ab")
+    pool.validate([claim], blocks)
     pool.give_back(blocks)
     assert (pool.free_blocks, pool.idle_blocks, pool.match((A, B), 2)) == (2, 0, 0)
     assert pool.take_changes() is None
@@ -171,8 +171,8 @@ def test_the_order_of_eviction_is_cleaned_of_what_is_stale() -> None:
 def test_branches_are_told_of_after_what_they_follow_on_even_when_that_was_split_meanwhile() -> None:
     pool = BlockPool(8)
     keep(pool, "abc")
-    hold, _ = pool.acquire(prompt_hashes("ab"), 2)
-    pool.register(hold, pool.allocate(1), [BlockHash(b"abx")])
+    claim, _ = pool.acquire(prompt_hashes("ab"), 2)
+    pool.register(claim, pool.allocate(1), [BlockHash(b"abx")])
     assert pool.take_changes() == (
         (StoredRun(None, (A, B)), StoredRun(B, (C,)), StoredRun(B, (BlockHash(b"abx"),))),
         (),
@@ -201,8 +201,8 @@ def test_the_journal_keeps_no_more_than_telling_all_would_take() -> None:
     journal = KvJournal(pool, batches_max=100)
     kept: list[KvBatch] = []
     for prompt in ("ab", "xy", "uv"):
-        hold, blocks = computed(pool, prompt)
-        pool.release(hold)
+        claim, blocks = computed(pool, prompt)
+        pool.release(claim)
         kept += journal.record()
         del blocks
     # "uv" pushed "ab" out: two stored and two removed are as many as the pool has blocks.
@@ -250,11 +250,11 @@ def test_pages_and_batches_are_as_large_as_they_may_be_and_bring_an_index_to_the
     prompts = [f"{random.choice('rst') * random.randrange(1, 20)}{number}{'x' * random.randrange(30)}" for number in range(40)]
     for prompt in prompts:
         names = prompt_hashes(prompt)
-        hold, _ = pool.acquire(names, matched := pool.match(names, len(names)))
+        claim, _ = pool.acquire(names, matched := pool.match(names, len(names)))
         blocks = pool.allocate(len(names) - matched)
-        copies = pool.register(hold, blocks, names[matched:])
+        copies = pool.register(claim, blocks, names[matched:])
         pool.give_back(blocks[:copies])
-        pool.release(hold)
+        pool.release(claim)
         for batch in journal.record():
             assert batch.blocks <= 7
             assert follower.apply(node, batch) is Trust.EXACT
@@ -265,13 +265,13 @@ def test_pages_and_batches_are_as_large_as_they_may_be_and_bring_an_index_to_the
     assert late.sequence(node) == follower.sequence(node)
     for prompt in prompts:
         names = prompt_hashes(prompt)
-        held = {index.find(names).blocks(index.slot(node)) for index in (follower, late)}
+        held = {index.find(names).blocks(index.column(node)) for index in (follower, late)}
         assert held == {pool.match(names, len(names))}
-    assert late.held_blocks(node) == follower.held_blocks(node)
+    assert late.believed_blocks(node) == follower.believed_blocks(node)
 
 
 def hold_once_more(pool: BlockPool) -> None:
-    pool._place[A].holds += 1
+    pool._place[A].claims += 1
 
 
 def lose_a_block(pool: BlockPool) -> None:
@@ -293,7 +293,7 @@ def never_evict(pool: BlockPool) -> None:
 @pytest.mark.parametrize(
     ("corrupt", "complaint"),
     [
-        (hold_once_more, "from block 0 on has 1 holds, there are 0"),
+        (hold_once_more, "from block 0 on has 1 claims, there are 0"),
         (lose_a_block, "free 1 \\+ cached 2 \\+ private 0 are not the 4 blocks"),
         (forget_a_parent, "b'a' is in the run from block 0 on, and said to be elsewhere"),
         (miscount, "2 blocks idle, 1 are counted"),

@@ -34,7 +34,7 @@ from orchestrator.core.events import (
     GatewayHeard,
     GatewayLost,
     NodeEvent,
-    ReplayRequested,
+    ResyncRequested,
     SliceResult,
     SourceLost,
     StepFailed,
@@ -575,16 +575,16 @@ def test_tokens_computed_again_after_a_preemption_are_billed_once(make_node: Mak
 
 
 def test_a_gateway_that_missed_batches_gets_them_or_everything(make_node: MakeNode) -> None:
-    node = make_node(config=SchedulerConfig(replay_batches_max=1), sequences_max=1)
+    node = make_node(config=SchedulerConfig(resync_batches_max=1), sequences_max=1)
     for number, prompt in ((1, "a"), (2, "x")):
         feed(node, Assigned(assignment(number, prompt, output_tokens_max=1)), finished(number, token(number)))
     second = KvBatch(2, (StoredRun(None, prompt_hashes("x")),))
     runs = (StoredRun(None, (A,)), StoredRun(None, prompt_hashes("x")))
     gateway = GatewayId(7)
-    assert feed(node, ReplayRequested(gateway, 1)) == [PublishKv((second,), gateway)]
+    assert feed(node, ResyncRequested(gateway, 1)) == [PublishKv((second,), gateway)]
     for number, after in ((1, 0), (2, None)):
         everything = KvBatch(2, runs, cleared=True, snapshot=number)
-        assert feed(node, ReplayRequested(gateway, after)) == [PublishKv((everything,), gateway)]
+        assert feed(node, ResyncRequested(gateway, after)) == [PublishKv((everything,), gateway)]
 
 
 def test_the_load_counts_what_is_there_now(make_node: MakeNode) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.core.commands import NodeCommand
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import Cancelled, GatewayLost, ReplayRequested, SourceLost
+from orchestrator.core.events import Cancelled, GatewayLost, ResyncRequested, SourceLost
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     Assignment,
@@ -67,7 +67,7 @@ class Scenario:
             hold_s_max=2.0,
             fetch_wait_s_max=0.5,
             fetch_silent_s_max=0.4,
-            replay_batches_max=8,
+            resync_batches_max=8,
             prefix_caching=caching,
         )
         specs = [
@@ -140,7 +140,7 @@ class Scenario:
     def resync(self, node: NodeId) -> None:
         """Let a gateway lose all it believes of a node and ask again."""
         self.driver.beliefs[node].parents = {}
-        self.driver.tell(node, ReplayRequested(GatewayId(1), None))
+        self.driver.tell(node, ResyncRequested(GatewayId(1), None))
         self.check_belief(node)
 
     def check_belief(self, node: NodeId) -> None:

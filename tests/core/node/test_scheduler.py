@@ -34,8 +34,8 @@ class Bench:
         plan = self.scheduler.plan_step()
         if plan is None:
             return []
-        holds = [sequence.hold for sequence in self.sequences if sequence.hold is not None]
-        self.pool.validate(holds, [block for sequence in self.sequences for block in sequence.private(0, len(sequence.table))])
+        claims = [sequence.claim for sequence in self.sequences if sequence.claim is not None]
+        self.pool.validate(claims, [block for sequence in self.sequences for block in sequence.private(0, len(sequence.table))])
         self.scheduler.finish_step(tuple(SliceResult(part.request, int(part.sample)) for part in plan.slices), 0.0)
         return [(part.request, part.start, part.count) for part in plan.slices]
 

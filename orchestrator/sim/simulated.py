@@ -37,7 +37,7 @@ class Answer(Protocol):
 
 
 class _Progress:
-    """A request on this machine."""
+    """A request on this simulated."""
 
     __slots__ = ("answer", "token_at", "tokens")
 
@@ -48,14 +48,14 @@ class _Progress:
         self.token_at = 0.0
 
 
-class Machine:
+class SimulatedNode:
     """One node in virtual time.
 
     Args:
         spec, node: what it is, and its decisions.
         agenda: the world's time.
         use, gaps_s: where its work and the times between its tokens are counted.
-        obey: executes what the node orders, by `start` if it is a step; told the machine, the commands and the time.
+        obey: executes what the node orders, by `start` if it is a step; told the simulated, the commands and the time.
         answer: returns what is to come out of a request.
         stepwise: take every step by itself.
     """
@@ -72,14 +72,14 @@ class Machine:
         agenda: Agenda,
         use: PoolUse,
         gaps_s: Distribution,
-        obey: "Callable[[Machine, Sequence[NodeCommand], float], None]",
+        obey: "Callable[[SimulatedNode, Sequence[NodeCommand], float], None]",
         answer: Callable[[RequestId], Answer],
         stepwise: bool = False,
     ) -> None:
         self.spec = spec
         self.node = node
         self.use = use
-        #: False once it has crashed; a new machine takes its place.
+        #: False once it has crashed; a new simulated takes its place.
         self.alive = True
         #: Calls of the node's `handle`.
         self.events = 0

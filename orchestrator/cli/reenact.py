@@ -1,4 +1,4 @@
-"""Replays agent sessions against a gateway over HTTP, closed loop: a turn starts when those before it have ended.
+"""Reenacts agent sessions against a gateway over HTTP, closed loop: a turn starts when those before it have ended.
 
 Used by the demo and by measurements. Prompts are token ids, so that lengths and shared prefixes are exactly those of the trace.
 """
@@ -37,7 +37,7 @@ class TurnResult:
     """How one turn went."""
 
     turn: ScaledTurn
-    #: Seconds since the replay's start.
+    #: Seconds since the start.
     started_s: float
     ended_s: float
     ttft_s: float
@@ -58,11 +58,11 @@ class TurnResult:
 class Scale:
     """How a trace is made small enough for this machine."""
 
-    #: Tokens of one trace block in the replay; the trace's own is usually 64.
+    #: Tokens of one trace block in the reenactment; the trace's own is usually 64.
     block_tokens: int
-    #: Replayed tokens a recorded output token.
+    #: Reenacted tokens a recorded output token.
     output: float
-    #: Replayed seconds a recorded second of tool or user time.
+    #: Reenacted seconds a recorded second of tool or user time.
     gap: float
     #: Token ids are drawn from [first, first + count): ordinary tokens of the served model's vocabulary.
     token_first: int
@@ -96,8 +96,8 @@ def block_tokens(block: int, scale: Scale) -> list[int]:
     return [scale.token_first + chance.randrange(scale.token_count) for _ in range(scale.block_tokens)]
 
 
-class Replay:
-    """One closed-loop replay; `run` may be called once."""
+class Reenactment:
+    """One closed-loop reenactment; `run` may be called once."""
 
     def __init__(self, url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> None:
         self._url = url
@@ -108,7 +108,7 @@ class Replay:
         self._started_at = 0.0
 
     async def run(self) -> list[TurnResult]:
-        """Replay all turns and return their results in the trace's order."""
+        """Reenact all turns and return their results in the trace's order."""
         self._started_at = time.perf_counter()
         limits = httpx.Limits(max_connections=256)
         async with httpx.AsyncClient(base_url=self._url, timeout=TURN_S_MAX, limits=limits, trust_env=False) as client:
