@@ -158,7 +158,7 @@ def test_a_prefill_pool_alone_is_not_ready(model_dir: Path) -> None:
 def test_a_node_with_other_weights_is_not_taken_in(model_dir: Path) -> None:
     async def scenario() -> None:
         async with cluster(together(), model_dir) as served:
-            spec = served.driver._members[NODE].spec
+            spec = served.driver._known[NODE].spec
             assert not served.driver.node_joined(spec, "other weights")
 
     run(scenario)

@@ -52,7 +52,7 @@ def test_matches_say_how_many_nodes_share_a_depth() -> None:
         (((1, 0b1111), (2, 0b0011), (9, 0b0010)), [2, 9, 1, 1]),
     ],
 )
-def test_blocks_by_slot(levels: tuple[tuple[int, int], ...], held: list[int]) -> None:
+def test_blocks_by_column(levels: tuple[tuple[int, int], ...], held: list[int]) -> None:
     assert Matches(levels).by_column(4) == held
     assert [Matches(levels).blocks(column) for column in range(4)] == held
 
