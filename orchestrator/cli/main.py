@@ -157,6 +157,8 @@ def _with_ports(config: ClusterConfig, options: argparse.Namespace) -> ClusterCo
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="base URL of a gateway to ask (http://127.0.0.1:8000 if weft up started nothing here)")
+    parser.add_argument("--key", default="", metavar="env:NAME", help="with --url: a tenant's key, env:NAME, file:PATH or itself")
+    parser.add_argument("--ca", default="", metavar="FILE", help="with --url: PEM file of the certificates to believe")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     add_place(parser)
     parser.set_defaults(run=_status)
@@ -165,12 +167,14 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 def _status(options: argparse.Namespace) -> int:
     # In a pipe or a file nothing is cut to the width of a terminal.
     out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else STATUS_COLUMNS)
+    if options.url is None and (options.key or options.ca):
+        raise UnusableInput(f"{'--key' if options.key else '--ca'}: needs --url, the gateway that it is for")
     if options.url is None and (options.name or options.address or heads()):
         with attached(place_of(options)) as fleet:
             status = fleet.status()
         show = show_fleet
     else:
-        status, show = fetch_status(options.url or LOCAL_GATEWAY), show_status
+        status, show = fetch_status(options.url or LOCAL_GATEWAY, options.key, options.ca), show_status
     if options.json:
         print(json.dumps(status, indent=2))
     else:

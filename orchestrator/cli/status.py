@@ -1,10 +1,14 @@
 """`weft status`: asks a cluster's controller, or one of its gateways, how the cluster is, and shows it as tables."""
 
+import ssl
 from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
+
+from orchestrator.core.config import ConfigError, require
+from orchestrator.live.secret import reveal
 
 TIMEOUT_S = 5.0
 
@@ -13,16 +17,39 @@ class StatusUnreachable(Exception):
     """No gateway answered as one; the message is one line."""
 
 
-def fetch_status(url: str) -> dict[str, Any]:
-    """Return a gateway's `/status`. Raises `StatusUnreachable`."""
+def fetch_status(url: str, key: str = "", ca: str = "") -> dict[str, Any]:
+    """Return a gateway's `/status`.
+
+    Args:
+        url: base URL of the gateway.
+        key: a tenant's key, or where it is (`env:NAME`, `file:PATH`); empty if the gateway asks for none.
+        ca: PEM file of the certificates that are believed instead of the system's; empty for the system's.
+
+    Raises:
+        ConfigError: the key is not where it is said to be, or cannot stand in a header, or the file holds no certificate.
+        StatusUnreachable: no gateway answers there, or it refuses the key.
+    """
+    secret = reveal(key, "--key")
+    require(secret.isascii() and secret.isprintable(), "--key", "must be printable ASCII")
+    headers = {"authorization": f"Bearer {secret}"} if secret else {}
+    believed = _believing(ca) if ca else True
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/status", timeout=TIMEOUT_S, trust_env=False)
+        answer = httpx.get(f"{url.rstrip('/')}/status", headers=headers, verify=believed, timeout=TIMEOUT_S, trust_env=False)
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise StatusUnreachable(f"{url}: the API key is missing or wrong: give one with --key env:NAME")
         status = answer.raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise StatusUnreachable(f"{url}: no gateway answers there: {error}") from None
     if not isinstance(status, dict) or "nodes" not in status:
         raise StatusUnreachable(f"{url}: what answers there is no gateway")
     return status
+
+
+def _believing(ca: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError("--ca", f"{ca}: no file of certificates in PEM: {error.strerror or error}") from None
 
 
 def show_status(status: dict[str, Any], console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import trustme
 from rich.console import Console
 
 from orchestrator.cli.cluster_file import LOCAL_CLUSTER, read_cluster
@@ -49,6 +51,11 @@ def test_a_cluster_file_that_cannot_be_used_ends_with_2_and_one_line(capsys: pyt
         (("serve", "--http-port", "70000"), "--http-port: must be a port"),
         (("serve", "--model", "/nonexistent"), "has no config.json"),
         (("serve", "--attach"), "--attach: needs --address"),
+        (("status", "--key", "k"), "weft: --key: needs --url"),
+        (("status", "--url", "http://127.0.0.1:1", "--key", "env:WEFT_NOT_SET"), "weft: --key: env:WEFT_NOT_SET is not set"),
+        (("status", "--url", "http://127.0.0.1:1", "--key", "a\nb"), "weft: --key: must be printable ASCII"),
+        (("status", "--url", "https://127.0.0.1:1", "--ca", "/nonexistent"), "weft: --ca: /nonexistent: no file of certificates"),
+        (("status", "--url", "https://127.0.0.1:1", "--ca", __file__), f"weft: --ca: {__file__}: no file of certificates"),
         (("serve", "--no-such-flag"), "weft: unrecognized arguments: --no-such-flag (see weft --help)"),
         (("serve", "--http-port", "x"), "weft: argument --http-port: invalid int value: 'x' (see weft serve --help)"),
         (("model", "create", "x" * 300, "--family", "llama", "--seed", "1"), "x: File name too long"),
@@ -140,6 +147,38 @@ def test_status_shows_what_the_gateway_says(capsys: pytest.CaptureFixture[str]) 
         thread.join()
     assert (code, json.loads(out)) == (0, STATUS)
     assert (foreign, said) == (1, f"weft: {url}/other: what answers there is no gateway\n")
+
+
+class _Locked(_Status):
+    def do_GET(self) -> None:
+        if self.headers["authorization"] == "Bearer k-1":
+            super().do_GET()
+        else:
+            self.send_error(401)
+
+
+def test_status_is_told_to_who_has_the_key_and_believes_the_certificate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, ca = trustme.CA(), tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    monkeypatch.setenv("WEFT_TEST_KEY", "k-1")
+    with HTTPServer(("127.0.0.1", 0), _Locked) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        asked = ("status", "--json", "--url", f"https://127.0.0.1:{server.server_port}")
+        code, out, _ = run(capsys, *asked, "--ca", str(ca), "--key", "env:WEFT_TEST_KEY")
+        wrong, _, keyless = run(capsys, *asked, "--ca", str(ca))
+        unknown, _, unbelieved = run(capsys, *asked, "--key", "k-1")
+        server.shutdown()
+        thread.join()
+    assert (code, json.loads(out)) == (0, STATUS)
+    assert (wrong, unknown) == (1, 1)
+    assert "the API key is missing or wrong" in keyless
+    assert "CERTIFICATE_VERIFY_FAILED" in unbelieved
 
 
 def test_status_as_a_table_names_every_node() -> None:
