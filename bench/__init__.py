@@ -1,1 +1,1 @@
-"""Measurements: each runnable alone as `python -m bench.NAME`, printing a table and writing JSON."""
+"""Measurements, run as `python -m bench.NAME`, which print a table and write JSON; and the parts they are made of."""

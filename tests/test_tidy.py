@@ -43,29 +43,29 @@ def test_canary_the_rules_notice_a_leftover_and_a_missing_first_line() -> None:
     assert first_line("import os\n") == ""
 
 
-def tree_of(readme: str) -> list[str]:
-    """Return the files that a README's tree names: a folder ends in a slash, its files stand indented below it."""
+def tree_of(readme: str) -> list[tuple[str, str]]:
+    """Return the files that a README's tree names, and its words on each: a folder ends in a slash, its files stand below it."""
     folder, files = "", []
     for line in readme.split("## The tree", 1)[1].split("\n## ", 1)[0].splitlines():
-        name = line.split(maxsplit=1)[0] if line.strip() else ""
+        name, _, words = line.strip().partition(" ")
         if name.endswith("/"):
             folder = name
         elif name.endswith(".py") and line.startswith("      "):
-            files.append(folder + name)
+            files.append((folder + name, words.strip()))
     return files
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_readme_names_every_source_file_of_its_package_once(package: str) -> None:
-    files = [str(path.relative_to(ROOT)) for path in sources() if path.name != "__init__.py"]
+def test_a_readme_names_every_source_file_of_its_package_once_by_its_first_line(package: str) -> None:
+    files = [path for path in sources() if path.name != "__init__.py" and path.is_relative_to(ROOT / package)]
     named = tree_of((ROOT / package / "README.md").read_text())
-    assert sorted(named) == [name for name in sorted(files) if name.startswith(f"{package}/")]
+    assert sorted(named) == sorted((str(path.relative_to(ROOT)), first_line(path.read_text())) for path in files)
 
 
 def test_canary_a_name_within_another_name_is_not_in_the_tree() -> None:
-    assert tree_of("## The tree\n\n    a/  all\n      gateway.py  one\n    a/b/\n      x.py  two\n") == [
-        "a/gateway.py",
-        "a/b/x.py",
+    assert tree_of("## The tree\n\n    a/  all\n      gateway.py  one thing\n    a/b/\n      x.py  two\n") == [
+        ("a/gateway.py", "one thing"),
+        ("a/b/x.py", "two"),
     ]
 
 
@@ -135,6 +135,29 @@ def dead_links(readme: Path, text: str) -> list[str]:
 )
 def test_links_lead_somewhere(readme: Path) -> None:
     assert dead_links(readme, readme.read_text()) == []
+
+
+#: A Python file as docstrings and pages name it.
+NAMED = re.compile(r"`([\w/]+\.py)`")
+KNOWN = frozenset(str(path.relative_to(ROOT)) for path in sources())
+
+
+def pages() -> list[Path]:
+    return sorted(ROOT.glob("*.md")) + [page for folder in (*FOLDERS, "deploy") for page in sorted((ROOT / folder).rglob("*.md"))]
+
+
+def stale_names(text: str, known: frozenset[str]) -> list[str]:
+    """Return the Python files that a text names and that are not there: a name alone may stand anywhere, a path ends a file's."""
+    return [name for name in NAMED.findall(text) if not any(f"/{one}".endswith(f"/{name}") for one in known)]
+
+
+@pytest.mark.parametrize("page", [*sources(), *pages()], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_are_there(page: Path) -> None:
+    assert page == SELF or stale_names(page.read_text(), KNOWN) == []
+
+
+def test_canary_a_file_that_is_not_there_is_noticed() -> None:
+    assert stale_names("`gone.py` `b.py` `a/b.py` `c/b.py`", frozenset({"x/a/b.py"})) == ["gone.py", "c/b.py"]
 
 
 def test_canary_a_dead_link_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""When a node began to compute the prompts of requests that somebody traces; for all others it does nothing, once a step."""
+"""Notes when a node starts on a prompt, for requests that are being traced."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What one gateway has still to be told by one node: everything that piles up between two frames goes out as one.
+"""Messages of one node that wait for one gateway: all that gathered between two frames go out as one.
 
 A gateway that is behind so gets fewer, larger frames, up to a size, and a queue only of such; past a bound it counts as lost.
 Counting frames on both ends tells after a broken stream whether anything was lost with it.

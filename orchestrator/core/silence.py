@@ -1,4 +1,4 @@
-"""How the silence of somebody who should be heard is told from one's own standing still: gateways of nodes, nodes of gateways."""
+"""Decides that a peer is lost: it was silent, and we were not the ones asleep."""
 
 #: Signs of life that are given in the time for which silence is borne, at least. One may come two intervals after the one before,
 #: and the machine may be busy.

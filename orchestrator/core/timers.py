@@ -1,4 +1,4 @@
-"""What timers are for: a closed union for each machine, so that whoever drives one knows all there are.
+"""The keys of timers, one closed set for each state machine.
 
 The text of a key, `kind:about`, is what journals hold; `cluster_timer` and `node_timer` read it again, each its own machine's.
 """

@@ -1,4 +1,4 @@
-"""A cluster as commands hold it: connects to Ray, finds or starts the controller, asks it, and leaves or ends everything.
+"""A handle on a cluster for commands: connect to Ray, find or start the controller, ask it, leave or end everything.
 
     command ──> Fleet ──> ControllerProcess ──> NodeProcess ...     one actor a process, each in a placement group of its own
                              ^            └──> GatewayProcess ...

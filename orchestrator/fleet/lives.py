@@ -1,4 +1,4 @@
-"""The processes of a cluster at work: how each starts, is lost, drains and goes, and what gateways hear of it. Pure.
+"""State of every process of a cluster, the steps between states, and what gateways hear of them. Pure.
 
 `controller.py` has one of these and decides what is to happen; nothing else touches it. See there for a process's life.
 """

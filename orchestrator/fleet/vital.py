@@ -1,4 +1,4 @@
-"""Which operating-system process an actor is, and how it is ended although it does not answer.
+"""Identifies an actor's operating-system process, so that it can be killed when it hangs.
 
 Ray asks a process to end; one that hangs (SIGSTOP, a stuck call) does not hear it. A SIGKILL comes from its own host.
 """

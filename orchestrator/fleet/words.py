@@ -1,4 +1,4 @@
-"""What the fleet's controller is told and what it orders. Facts in the past tense, orders imperatives; plain data.
+"""Events and orders of the fleet's controller: facts in the past tense, orders imperatives; plain data.
 
 An operator's wish carries a serial number, and exactly one `Answer` with that number follows: at once if it is refused.
 """

@@ -1,1 +1,1 @@
-"""Drives the core in real time: HTTP gateway, gRPC links to the nodes, the Ray fleet, metrics."""
+"""Drives the core in real time: HTTP gateway, gRPC links to the nodes, metrics."""

@@ -1,6 +1,6 @@
 """One gateway with all it needs, on one event loop: driver, HTTP server, gRPC port, metrics, status page.
 
-Does not know what process it is in; `fleet.py` makes it an actor.
+Does not know what process it is in; `fleet/actors.py` makes it an actor.
 """
 
 import asyncio

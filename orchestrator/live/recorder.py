@@ -1,6 +1,6 @@
 """Writes down what a live gateway served, as a trace that `weft simulate` reads: lengths, times and prefixes, no text.
 
-One line a generation that brought tokens (see `wire/traces/schema.py` for its fields), in order of arrival. The gateway only
+One line a generation that brought tokens (fields: `orchestrator/traces/schema.py`), in order of arrival. The gateway only
 takes the times; naming blocks, sorting and writing are done by a thread, and serving never waits for it:
 
     watch() .. delivered() .. ended()  ->  queue  ->  thread: names its blocks, holds it until all that arrived before have ended

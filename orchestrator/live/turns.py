@@ -1,4 +1,4 @@
-"""What the gateway asks of the driver, and what it gets back: one prompt in, one stream of tokens out.
+"""The interface between HTTP gateway and driver: one `Turn` in, one `TokenStream` out.
 
 The gateway (`choices.py` and above) knows text and HTTP; the driver (`driver.py`) knows the cluster and the nodes. This file is
 all they share, so that either can be tested against a small stand-in for the other.

@@ -1,4 +1,4 @@
-"""Checks what only shows across lines: ids used twice, dependencies that cannot be met, times that run backwards."""
+"""Checks a trace across its lines: ids used twice, dependencies that cannot be met, times that run backwards."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar

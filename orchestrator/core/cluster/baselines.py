@@ -6,9 +6,8 @@ those, chosen by the same rule. None of them fetches from a peer.
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Protocol
 
-from orchestrator.core.cluster.candidates import Candidate, Options, Placement
+from orchestrator.core.cluster.candidates import Candidate, Options, Placement, Router
 from orchestrator.core.commands import Scores
 from orchestrator.core.config import RouterConfig, RouterPolicy
 from orchestrator.core.cost.costs import prompt_seconds
@@ -19,14 +18,6 @@ SGLANG_BALANCE_ABSOLUTE = 64
 SGLANG_BALANCE_RELATIVE = 1.5
 #: Part of the prompt that a node must hold to be chosen for it.
 SGLANG_CACHE_THRESHOLD = 0.3
-
-
-class Router(Protocol):
-    """A way to choose nodes."""
-
-    def place(self, request: Request, options: Options) -> Placement | None:
-        """Return where a request goes; None if no node may take it."""
-        ...
 
 
 #: Chooses one of several candidates; given the request, what may be chosen from, and the candidates in question.

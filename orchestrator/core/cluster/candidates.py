@@ -8,11 +8,12 @@ a report has come that must include it:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from orchestrator.core.cluster.kvindex import Matches
 from orchestrator.core.commands import Scores
 from orchestrator.core.cost.costs import decode_seconds, token_seconds
-from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, RequestId, TenantId
+from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, Request, RequestId, TenantId
 
 #: A report that comes this many seconds after an assignment was sent includes it: twice the way to a node, generously.
 ASSIGN_LAG_S = 0.005
@@ -309,3 +310,11 @@ class Placement:
     def computes(self) -> Candidate:
         """The node that computes what is not cached."""
         return self.prefill or self.generate
+
+
+class Router(Protocol):
+    """A way to choose nodes."""
+
+    def place(self, request: Request, options: Options) -> Placement | None:
+        """Return where a request goes; None if no node may take it."""
+        ...

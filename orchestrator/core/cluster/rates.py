@@ -1,4 +1,4 @@
-"""How much a second: a token bucket, and what one tenant has of them at one of several gateways."""
+"""Rate limits of one tenant: token buckets for requests and tokens, a gateway's part of them."""
 
 from orchestrator.core.config import TenantConfig
 from orchestrator.core.types import Request

@@ -21,8 +21,8 @@ from itertools import islice
 from math import inf
 
 from orchestrator.core.blocks import blocks_for
-from orchestrator.core.cluster.baselines import Router, make_baseline
-from orchestrator.core.cluster.candidates import STEPS_GUESSED, Candidate, Options, Placement, computes_in_no_time
+from orchestrator.core.cluster.baselines import make_baseline
+from orchestrator.core.cluster.candidates import STEPS_GUESSED, Candidate, Options, Placement, Router, computes_in_no_time
 from orchestrator.core.cluster.kvindex import columns_in
 from orchestrator.core.commands import Scores
 from orchestrator.core.config import RouterConfig, RouterPolicy

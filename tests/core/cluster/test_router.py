@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.cluster.baselines import Router
-from orchestrator.core.cluster.candidates import Booking, Candidate
+from orchestrator.core.cluster.candidates import Booking, Candidate, Router
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.router import make_router
 from orchestrator.core.config import RouterConfig, RouterPolicy
