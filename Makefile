@@ -40,7 +40,7 @@ format: install
 proto: install         ## regenerate the protobuf stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $$(cd proto && find . -name '*.proto' | sed 's#^\./##')
 
-bench: install         ## every measurement that needs no peer; see README for those that do
+bench: install         ## what can be measured without a peer; bench/README.md has the others
 	$(BIN)/python -m bench.index
 	$(BIN)/python -m bench.core
 	$(BIN)/python -m bench.turn
