@@ -1,21 +1,28 @@
-"""Journals on the command line: `weft serve --journal` asks for them, `weft journal replay` runs them through fresh cores."""
+"""Journals on the command line: `weft serve --journal` asks for them, `weft journal` replays them or shows one request's part."""
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any, cast
 
+import msgspec
 from rich.console import Console
 
 from orchestrator.cli.cluster_file import UnusableInput
 from orchestrator.core.config import ClusterConfig
-from orchestrator.wire.journal import ClusterHeader, Header, Journal, JournalError, read_journal
+from orchestrator.core.events import Assigned, RequestArrived
+from orchestrator.core.types import RequestId
+from orchestrator.wire.journal import ClusterHeader, Entry, Header, Journal, JournalError, as_written, read_journal
 from orchestrator.wire.replay import replay
 
 #: Events between two words of progress.
 PROGRESS_EVERY = 1000
+#: Fields that say nothing to people and fill a screen.
+_UNREADABLE = frozenset({"hashes", "blocks", "superseded"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,10 @@ def add_journal(parser: argparse.ArgumentParser) -> None:
     again.add_argument("files", type=Path, nargs="+", metavar="FILE", help="written by `weft serve --journal DIR`")
     again.add_argument("--json", action="store_true", help="print the results as JSON")
     again.set_defaults(run=_replay)
+    show = commands.add_parser("show", help="print what a core was told of one request and what it decided, timers left out")
+    show.add_argument("file", type=Path, metavar="FILE", help="written by `weft serve --journal DIR`")
+    show.add_argument("--request", required=True, metavar="ID", help="its x-request-id")
+    show.set_defaults(run=_show)
 
 
 def with_journal(config: ClusterConfig, folder: Path) -> ClusterConfig:
@@ -81,6 +92,80 @@ def _replayed(path: Path) -> Replayed:
     except JournalError as problem:
         raise UnusableInput(str(problem)) from None
     return _result(journal, events, str(difference or ""))
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Print one request's part of a journal. Raises `UnusableInput`, also if the journal knows no such request."""
+    found = False
+    try:
+        for line in request_lines(read_journal(options.file), options.request):
+            found = True
+            print(line)
+    except JournalError as problem:
+        raise UnusableInput(str(problem)) from None
+    if not found:
+        raise UnusableInput(f"{options.file}: no request in it is called {options.request!r}")
+    return 0
+
+
+def request_lines(journal: Journal, name: str) -> Iterator[str]:
+    """Yield what happened to the requests of one name, a line each: seconds of the core's clock, an event; below it commands."""
+    ids: set[RequestId] = set()
+    for entry in journal.entries:
+        if (request := _begun(entry, name)) is not None:
+            ids.add(request)
+        if not ids:
+            continue
+        kind, event = as_written(entry.event)
+        told = _part(msgspec.msgpack.decode(msgspec.msgpack.encode(event)), ids)
+        decided = [(command, _part(msgspec.msgpack.decode(fields), ids)) for command, fields in entry.commands or ()]
+        if told is not None or any(part is not None for _, part in decided):
+            raised = " (the core raised)" if entry.commands is None else ""
+            yield f"{entry.now:.6f} {kind} {_shown(told)}".rstrip() + raised
+            yield from (f"    {command} {_shown(part)}" for command, part in decided if part is not None)
+
+
+def _begun(entry: Entry, name: str) -> RequestId | None:
+    match entry.event:
+        case RequestArrived(request) if request.name == name:
+            return request.id
+        case Assigned(assignment) if assignment.name == name:
+            return assignment.request
+        case _:
+            return None
+
+
+def _part(value: object, ids: Set[RequestId]) -> object:
+    """Return what of an event or command is about some requests, None if nothing is."""
+    if isinstance(value, list):
+        parts = [part for one in cast("list[object]", value) if (part := _part(one, ids)) is not None]
+        return parts or None
+    if not isinstance(value, dict):
+        return None
+    fields = cast("dict[str, Any]", value)
+    # An assignment goes with the scores that led to it; a frame's lists are cut down to what is about the request.
+    if any(_names(one, ids) for one in (fields, *fields.values())):
+        return fields
+    parts = {name: part for name, one in fields.items() if (part := _part(one, ids)) is not None}
+    return {**{name: one for name, one in fields.items() if not isinstance(one, list | dict)}, **parts} if parts else None
+
+
+def _names(value: object, ids: Set[RequestId]) -> bool:
+    if not isinstance(value, dict):
+        return False
+    fields = cast("dict[str, object]", value)
+    return any(isinstance(one := fields.get(name), int) and one in ids for name in ("request", "id"))
+
+
+def _shown(part: object) -> str:
+    return "" if part is None else json.dumps(_readable(part))
+
+
+def _readable(part: object) -> object:
+    if isinstance(part, Mapping):
+        fields = cast("Mapping[str, object]", part)
+        return {name: _readable(one) for name, one in fields.items() if name not in _UNREADABLE}
+    return [_readable(one) for one in cast("list[object]", part)] if isinstance(part, list) else part
 
 
 def _result(journal: Journal, events: int, difference: str) -> Replayed:

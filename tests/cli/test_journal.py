@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.cluster_file import LOCAL_CLUSTER
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER, read_cluster
 from orchestrator.cli.main import main
+from orchestrator.core.commands import Assign, RunStep, Scores, Slice
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import DrainRequested
-from orchestrator.wire.journal import JournalWriter, NodeHeader
-from tests.builders import node_spec
+from orchestrator.core.events import Assigned, DrainRequested, RequestArrived, SliceResult, StepFinished
+from orchestrator.core.types import BlockId, GatewayId, ModelName, NodeId, Request, RequestId, StepId, TenantId
+from orchestrator.wire.journal import JournalWriter, NodeHeader, cluster_header
+from tests.builders import assignment, node_spec
 
 
 def journal(path: Path, commands: tuple[()] | None) -> Path:
@@ -38,6 +40,38 @@ def test_a_journal_that_is_cut_off_replays_up_to_there_and_says_so(tmp_path: Pat
     assert main(["journal", "replay", str(cut)]) == 0
     said = "all 1 events replay identically (it ends in the middle: its process was killed, or the file was cut off)"
     assert capsys.readouterr().out == f"{cut}: node n0: {said}\n"
+
+
+def test_one_request_is_shown_with_what_was_decided_for_it_and_without_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, step = tmp_path / "two", StepId(1)
+    slices = tuple(Slice(RequestId(number), 0, 9, 0, (BlockId(0),), True) for number in (1, 2))
+    writer = JournalWriter(path, NodeHeader(node_spec(), SchedulerConfig()))
+    writer.record(1.0, Assigned(assignment(1, name="other")), ())
+    writer.record(2.0, Assigned(assignment(2, name="mine")), (RunStep(step, slices),))
+    writer.record(3.0, StepFinished(step, tuple(SliceResult(RequestId(number), 1) for number in (1, 2)), 0.5), None)
+    writer.record(4.0, StepFinished(step, (SliceResult(RequestId(1), 1),), 0.5), ())
+    writer.close()
+    assert main(["journal", "show", str(path), "--request", "mine"]) == 0
+    assigned, ran, finished = capsys.readouterr().out.splitlines()
+    assert assigned.startswith('2.000000 Assigned {"assignment": {"request": 2, ')
+    sliced = '{"request": 2, "start": 0, "count": 9, "first_block": 0, "sample": true}'
+    assert ran == f'    RunStep {{"step": 1, "decoding": 0, "steps_max": 1, "slices": [{sliced}]}}'
+    result = '{"request": 2, "output_tokens": 1, "stopped": false, "failure": null}'
+    assert finished == (
+        f'3.000000 StepFinished {{"step": 1, "seconds": 0.5, "steps": 1, "results": [{result}]}} (the core raised)'
+    )
+    routed = tmp_path / "routed"
+    gateway = JournalWriter(routed, cluster_header(GatewayId(0), read_cluster(LOCAL_CLUSTER)))
+    scores = Scores("predicted-time", hit_tokens=4, predicted_ttft_s=0.25)
+    request = Request(RequestId(2), ModelName("m"), TenantId("t"), 9, (), 8, name="mine")
+    gateway.record(1.0, RequestArrived(request), (Assign(NodeId("n"), assignment(2), scores),))
+    gateway.close()
+    assert main(["journal", "show", str(routed), "--request", "mine"]) == 0
+    assert '"predicted_ttft_s": 0.25' in capsys.readouterr().out
+    assert main(["journal", "show", str(path), "--request", "nobody"]) == 2
+    assert capsys.readouterr().err == f"weft: {path}: no request in it is called 'nobody'\n"
 
 
 def test_what_cannot_be_used_ends_with_two_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
