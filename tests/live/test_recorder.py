@@ -159,7 +159,7 @@ def test_what_brought_no_token_or_never_ended_is_left_out(tmp_path: Path) -> Non
 
 
 def test_a_request_that_holds_up_too_many_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "HELD_MAX", 3)
+    monkeypatch.setattr(recorder, "KEPT_MAX", 3)
     recorded = Recorded(tmp_path / "trace")
     long = recorded.begin([1] * 40, "long")
     for _ in range(5):
