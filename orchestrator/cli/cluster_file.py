@@ -129,6 +129,15 @@ def with_model(config: ClusterConfig, directory: Path, where: str) -> ClusterCon
     return replace(config, models={name: replace(model, path=str(directory.resolve()))})
 
 
+def check_served(config: ClusterConfig, path: Path) -> None:
+    """Raise `UnusableInput` if a model that has only a shape is to be computed: the built-in model would answer in its name."""
+    for name, model in config.models.items():
+        computes = any(pool.engine.name != "profiled" for pool in config.pools_of(name))
+        if model.shape and not model.path and computes:
+            problem = f"is empty, and a shape ({model.shape}) cannot be served; give a checkpoint directory here or with --model"
+            raise located(path, ConfigError(f"models.{name}.path", problem))
+
+
 def line_of(text: str, where: str) -> int:
     """Return the line of a field such as `pools[1].engine.blocks`, or of the table that should hold it; 1 if neither is there."""
     lines = _lines_by_field(text)

@@ -14,7 +14,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from orchestrator.cli.cases import SimulationFailed
-from orchestrator.cli.cluster_file import LOCAL_CLUSTER, UnusableInput, located, read_cluster, with_model
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER, UnusableInput, check_served, located, read_cluster, with_model
 from orchestrator.cli.demo import run_demo
 from orchestrator.cli.journal import add_journal, with_journal
 from orchestrator.cli.operate import add_operations, add_place, attached, place_of
@@ -132,6 +132,7 @@ def _config(options: argparse.Namespace) -> ClusterConfig:
     config = read_cluster(options.cluster)
     if options.model is not None:
         config = with_model(config, options.model, str(options.cluster))
+    check_served(config, options.cluster)
     if options.journal is not None:
         config = with_journal(config, options.journal)
     if options.record is not None:

@@ -138,21 +138,21 @@ class TlsConfig:
 class ClusterSettings:
     """[cluster]: what all parts share."""
 
-    #: Shown in `weft status` and in metrics.
+    #: Shown by `weft status`; also names the cluster on a shared Ray.
     name: str = "weft"
     #: Keys block hashes, so that nobody outside can forge one; or where it is, on each host: env:NAME or file:PATH. Empty: a
     #: random one at each start.
     secret: str = ""
-    #: Seconds a node may be unreachable before all it did is given up.
+    #: Seconds a node may be unreachable before all it did is given up, and a gateway before nodes end its requests.
     node_lost_s: float = 3.0
     #: Seconds a process may not answer the controller before it is killed and started anew. More than `node_lost_s`: going round
     #: a node costs little, killing one that was only slow costs all it holds.
     hung_s: float = 5.0
-    #: Seconds running requests get to finish after SIGTERM.
+    #: Seconds running requests get to finish on a drain, restart, resize or SIGTERM.
     drain_s: float = 30.0
     #: Folder, on each host, in which every gateway and node writes down its events and decisions. Empty: they do not.
     journal: str = ""
-    #: File, on each gateway's host, that gets what it serves as a trace; further gateways add their numbers. Empty: none.
+    #: File, on each gateway's host, that gets what it serves as a trace; gateway 1 writes FILE.1, and so on. Empty: none.
     record: str = ""
     tls: TlsConfig = field(default_factory=TlsConfig)
 
@@ -174,7 +174,7 @@ class TenantConfig:
     name: str
     #: Bearer tokens that stand for it, or where they are (env:NAME or file:PATH). Empty: nobody can ask as this tenant.
     keys: tuple[str, ...] = ()
-    #: Its part of full nodes and of the places to wait, relative to the other tenants' that wait then.
+    #: Its weight, for full nodes and places to wait, against the tenants that wait at the same moment.
     share: float = 1.0
     #: Highest priority it may ask for; a request for more is answered 403.
     priority_max: int = PRIORITY_MAX
@@ -211,11 +211,11 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     #: First gateway's HTTP port; the others count up from it. 0: any free port.
     http_port: int = 8000
-    #: First gateway's gRPC port (health, reflection); the others count up. 0: any free port.
+    #: First gateway's gRPC port (health, reflection); the others count up, so keep both at least `count` apart. 0: any free port.
     grpc_port: int = 8001
     #: Seconds a gateway that drains goes on refusing at least, so that load balancers see that it is not ready before it is gone.
     linger_s: float = 1.0
-    #: Request headers that name a session, the first present wins. See the README's list.
+    #: Request headers that name a session, the first present wins; `orchestrator/README.md` lists the others.
     session_headers: tuple[str, ...] = (
         "x-dynamo-session-id",
         "x-claude-code-agent-id",
@@ -230,7 +230,8 @@ class GatewayConfig:
     )
     #: Largest request body, bytes.
     body_bytes_max: int = 64 * 1024 * 1024
-    #: PEM files, on each gateway's host, of the certificate that HTTP and gRPC are served with, and of its key. Empty: plain.
+    #: PEM files, on each gateway's host, of the certificate that HTTP and gRPC are served with, and of its key; the same on all
+    #: gateways. Empty: plain.
     cert: str = ""
     key: str = ""
     #: Generations one request may ask for: its prompts times n. All are admitted or none.
@@ -327,7 +328,8 @@ class RouterConfig:
 class ModelConfig:
     """[models.NAME]: one model and the names it answers to."""
 
-    #: Hugging Face checkpoint directory. Empty: the small built-in random model.
+    #: Hugging Face checkpoint directory, the same on every host of a gateway or of this model's nodes; checkpoints that differ
+    #: are refused. Empty: the small built-in random model.
     path: str = ""
     #: Other names clients may use; a trailing * matches any ending.
     aliases: tuple[str, ...] = ()
@@ -360,7 +362,8 @@ class EngineConfig:
     dtype: str = "auto"
     #: Tokens in a KV block; the same in all pools of a model.
     block_tokens: int = 64
-    #: KV blocks of one node. 0: as many as `memory_fraction` of the device's free memory holds.
+    #: KV blocks of one node. 0: as many as `memory_fraction` of the device's free memory holds (on CPUs 2 GiB at most), and no
+    #: more than `sequences_max` contexts need.
     blocks: int = 0
     memory_fraction: float = 0.8
     #: CPU threads of one node's engine. 0: cores divided by the nodes that share them.
@@ -458,7 +461,7 @@ class SchedulerConfig:
     waiting_max: int = 1024
     #: Seconds a computed prompt's blocks are held for a decode node that does not come.
     hold_s_max: float = 30.0
-    #: Seconds a peer's fetch may wait for a request that has not been assigned here yet.
+    #: Seconds a decode node may ask for a prompt whose assignment has not reached this node yet.
     fetch_wait_s_max: float = 5.0
     #: Seconds the source of a fetch may be silent before the rest is computed here. Long, since a prefill node says nothing
     #: while a prompt waits its turn; a source that is lost is told of by gateways, after `node_lost_s`.

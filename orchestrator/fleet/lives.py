@@ -245,10 +245,11 @@ class Lives:
         self.order(Keep(tuple(process.part for process in wanted), drained, dict(self._next_numbers)))
 
     def tell_members(self) -> None:
-        """Have the gateways told who is there, if that has changed."""
+        """Have the gateways told who is there, if that has changed; a node that is kept out is not."""
         nodes = tuple(
             (node, PoolName(process.part.group), process.address if process.serves else "")
             for process in self._processes.values()
+            if process.state is not State.DRAINED
             for node in process.part.nodes
         )
         gateways = {

@@ -352,7 +352,8 @@ class ClusterDriver:
                 self._tell_computed(node, frame)
             self._handle(codec.report_from(node, frame))
         for stream in slow:
-            log.warning("request %s: %d tokens unread, cancelled", stream.request, len(stream.tokens))
+            named = {REQUEST: stream.turn.name, "number": stream.request}
+            log.warning("%d tokens unread, cancelled", len(stream.tokens), extra=named)
             self._give_up(stream, TurnFailed(408, "slow_client", f"more than {UNREAD_TOKENS_MAX} tokens were left unread"))
 
     def _tell_computed(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:

@@ -3,8 +3,8 @@
 import json
 import re
 import tomllib
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +45,11 @@ from tests.builders import some
 
 PARTS = (ClusterSettings, TlsConfig, LogConfig, TraceConfig, GatewayConfig, TenantConfig, LimitsConfig, RouterConfig, ModelConfig)
 README = FOLDER / "README.md"
+#: The tables of which the default file sets fields.
+BY_TABLE = {
+    "cluster": ClusterSettings, "gateway": GatewayConfig, "router": RouterConfig, "pools": PoolConfig, "pools.engine": EngineConfig,
+    "pools.scheduler": SchedulerConfig, "pools.profile": CostProfile,
+}  # fmt: skip
 #: Names of metrics in queries and tables.
 METRIC = r"(?:weft_|vllm:)\w+"
 TABLES = (*PARTS, PoolConfig, EngineConfig, SchedulerConfig, CostProfile, HardwareConfig)
@@ -72,6 +77,34 @@ def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     assert text.count("\n#") < LOCAL_CLUSTER.read_text().count("\n#") - 30
     tenant = TenantConfig("team-a", ("env:TEAM_A_KEY",))  # what of it is shown as the default is the default
     assert ClusterConfig.from_mapping(tomllib.loads(text)) == replace(read_cluster(LOCAL_CLUSTER), tenants=(tenant,))
+
+
+def test_a_line_that_differs_from_the_default_says_what_the_default_is() -> None:
+    lines = list(active_lines(LOCAL_CLUSTER.read_text()))
+    assert {name for name, *_ in lines} >= {"blocks", "threads", "step_s", "policy"}
+    assert [name for name, value, default, said in lines if said != ([] if value == default else [default])] == []
+
+
+def test_canary_a_default_that_is_wrong_or_missing_is_noticed() -> None:
+    head = "[[pools]]\n[pools.engine]\n"
+    assert list(active_lines(head + "threads = 1 # CPUs")) == [("threads", 1, 0, [])]
+    assert list(active_lines(head + "threads = 1 # CPUs (default 2)")) == [("threads", 1, 0, [2])]
+
+
+def active_lines(text: str) -> Iterator[tuple[str, object, object, list[object]]]:
+    """Return a cluster file's fields up to its second pool: name, value, default, and what its comment calls the default."""
+    table = ""
+    for line in text.split("\n"):
+        if line.startswith("["):
+            if line.startswith("[[pools]]") and table.startswith("pools"):
+                return
+            table = line.partition("]")[0].strip("[")
+        elif found := re.match(r"(\w+) = ([^#]*)(#.*)?", line):
+            name, value, comment = found.groups()
+            item = next(item for item in fields(BY_TABLE[table]) if item.name == name)
+            if item.default is not MISSING:
+                said = re.findall(r"\(default ([^\s):,]+)", comment or "")
+                yield name, tomllib.loads(f"x = {value}")["x"], item.default, [tomllib.loads(f"x = {one}")["x"] for one in said]
 
 
 def test_the_default_cluster_is_what_the_readme_says() -> None:
@@ -254,11 +287,12 @@ def test_kubernetes_manifests_agree_with_their_cluster_file() -> None:
 
 def test_no_secret_of_the_kubernetes_manifests_is_in_a_config_map() -> None:
     documents = list(yaml.safe_load_all((FOLDER / "kuberay" / "raycluster.yaml").read_text()))
-    secrets = next(one for one in documents if one["kind"] == "Secret")["stringData"]
+    assert [one for one in documents if one["kind"] == "Secret"] == []  # its values would be everybody's
     files = next(one for one in documents if one["kind"] == "ConfigMap")["data"]
     config = ClusterConfig.from_mapping(tomllib.loads(files["cluster.toml"]))
     named = {config.cluster.secret, *(key for tenant in config.tenants for key in tenant.keys)}
-    assert named == {f"env:{name}" for name in secrets}
+    making = re.findall(r"--from-literal=(\w+)=", (FOLDER / "kuberay" / "raycluster.yaml").read_text())
+    assert named == {f"env:{name}" for name in making}
     # Every process looks for them on its own host.
     ray = next(one for one in documents if one["kind"] == "RayCluster")["spec"]
     groups = [ray["headGroupSpec"], *ray["workerGroupSpecs"]]

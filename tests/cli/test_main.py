@@ -181,6 +181,14 @@ def test_status_is_told_to_who_has_the_key_and_believes_the_certificate(
     assert "CERTIFICATE_VERIFY_FAILED" in unbelieved
 
 
+def test_a_shape_is_not_served_without_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    path = LOCAL_CLUSTER.parent / "sim" / "vr-nvl72.toml"
+    for command in ("serve", "up"):
+        code, _, err = run(capsys, command, "--cluster", str(path))
+        assert (code, err.count("\n")) == (2, 1)
+        assert "models.default.path: is empty, and a shape (kimi-k2) cannot be served" in err
+
+
 def test_status_as_a_table_names_every_node() -> None:
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)

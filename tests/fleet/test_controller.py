@@ -149,11 +149,19 @@ def test_a_drained_node_finishes_stops_gives_back_what_it_had_and_stays_out_unti
     assert Release(D1) in orders
     assert answers(orders) == [Answer(2)]
     assert run.state(D1) is State.DRAINED
+    # Gateways do not expect it: it is no node that is down.
+    assert nodes_told(orders) == ["prefill-0", "decode-0"]
     assert answers(run.tell(DrainAsked(3, "node-decode-1"))) == [Answer(3, "node-decode-1 is drained already")]
     orders = run.tell(ReturnAsked(4, "decode-1"))
+    assert nodes_told(orders) == ["prefill-0", "decode-0", "decode-1"]
     assert brief(orders) == ["start decode-1", "settle decode-1"]
     assert answers(orders) == [Answer(4)]
     assert run.state(D1) is State.UP
+
+
+def nodes_told(orders: list[Command]) -> list[str]:
+    """Return the nodes that the last membership told has."""
+    return [node for node, _, _ in [order for order in orders if isinstance(order, TellMembers)][-1].nodes]
 
 
 def test_a_gateway_is_taken_from_the_others_view_before_it_refuses_anything() -> None:
