@@ -47,8 +47,8 @@ PARTS = (ClusterSettings, TlsConfig, LogConfig, TraceConfig, GatewayConfig, Tena
 README = FOLDER / "README.md"
 #: The tables of which the default file sets fields.
 BY_TABLE = {
-    "cluster": ClusterSettings, "gateway": GatewayConfig, "router": RouterConfig, "pools": PoolConfig, "pools.engine": EngineConfig,
-    "pools.scheduler": SchedulerConfig, "pools.profile": CostProfile,
+    "cluster": ClusterSettings, "gateway": GatewayConfig, "router": RouterConfig, "pools": PoolConfig,
+    "pools.engine": EngineConfig, "pools.scheduler": SchedulerConfig, "pools.profile": CostProfile,
 }  # fmt: skip
 #: Names of metrics in queries and tables.
 METRIC = r"(?:weft_|vllm:)\w+"
