@@ -88,16 +88,17 @@ class Accounts:
 class FairQueue(Generic[Item]):
     """What waits: tenants by their accounts, each one's own by rank. Equal levels are decided by rank."""
 
-    __slots__ = ("_accounts", "_count", "_lines")
+    __slots__ = ("_accounts", "_lines", "count")
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         #: Of tenants that have something waiting, in the order they came: (rank, item), lowest rank first. Ranks are unique.
         self._lines: dict[TenantId, list[tuple[Any, Item]]] = {}
-        self._count = 0
+        #: How much waits. Read only; a field, since every step asks.
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[Item]:
         """Each tenant's, lowest rank first."""
@@ -130,7 +131,7 @@ class FairQueue(Generic[Item]):
     def push(self, tenant: TenantId, rank: Any, item: Item) -> None:
         """Let something wait."""
         insort(self._lines.setdefault(tenant, []), (rank, item), key=_rank)
-        self._count += 1
+        self.count += 1
 
     def remove(self, tenant: TenantId, rank: Any) -> None:
         """Take out something that waits."""
@@ -138,7 +139,7 @@ class FairQueue(Generic[Item]):
         index = bisect_left(line, rank, key=_rank)
         assert line[index][0] == rank, f"{tenant}: rank {line[index][0]} waits, not {rank}"
         del line[index]
-        self._count -= 1
+        self.count -= 1
         if not line:
             del self._lines[tenant]
 
@@ -149,4 +150,4 @@ class FairQueue(Generic[Item]):
             assert ranks, f"{tenant} has a line in which nothing waits"
             assert ranks == sorted(ranks), f"{tenant}'s {len(ranks)} that wait are out of order"
         total = sum(map(len, self._lines.values()))
-        assert self._count == total, f"{total} wait, counted are {self._count}"
+        assert self.count == total, f"{total} wait, counted are {self.count}"

@@ -308,6 +308,8 @@ class Cluster:
     def _start_waiting(self, model: ModelName) -> None:
         """Give waiting requests to nodes, in order, as long as there is room for the tenant whose turn it is."""
         queue = self._admission.queue(model)
+        if not len(queue):
+            return
         passed: list[TenantId] = []
         while (first := queue.first(passed)) is not None:
             flight = self._flights[first]

@@ -121,7 +121,7 @@ class Scheduler:
     @property
     def tenants(self) -> tuple[TenantLoad, ...]:
         """What waits by tenant, as in `Load`."""
-        if self._queued_by.keys() <= _UNNAMED:
+        if not self._queued_by or self._queued_by.keys() <= _UNNAMED:
             return ()
         return tuple([TenantLoad(tenant, self._queue.waiting(tenant), tokens) for tenant, tokens in self._queued_by.items()])
 
@@ -206,7 +206,8 @@ class Scheduler:
         few blocks, or a step's worth of prompts before it, holds up those behind it.
         """
         admitted: list[Sequence] = []
-        while self.running < self._running_max and (sequence := self._queue.first()) is not None:
+        queue = self._queue
+        while queue.count and self.running < self._running_max and (sequence := queue.first()) is not None:
             hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
             fetches = sequence.fetch_tokens(hit) > 0
             if not fetches and self._step_aside(sequence, hit):
@@ -281,7 +282,7 @@ class Scheduler:
         decoding, slices = self._plan_decoding()
         budget = self._step_tokens_max - len(slices)
         chunks: list[Sequence] = []
-        for sequence in self._prompts_in_order():
+        for sequence in self._prompts_in_order() if self._prefilling else ():
             if budget <= 0:
                 break
             sequence.chunk = min(sequence.remaining_tokens, budget)
@@ -304,8 +305,7 @@ class Scheduler:
         prompts: Collection[Sequence] = self._prefilling.values()
         if self._accounts.contested:
             prompts = sorted(prompts, key=self._level_of)
-        if prompts:
-            self._accounts.reach(next(iter(prompts)).began_at)
+        self._accounts.reach(next(iter(prompts)).began_at)
         return prompts
 
     def _level_of(self, sequence: Sequence) -> float:
