@@ -466,7 +466,7 @@ class SchedulerConfig:
     #: Seconds the source of a fetch may be silent before the rest is computed here. Long, since a prefill node says nothing
     #: while a prompt waits its turn; a source that is lost is told of by gateways, after `node_lost_s`.
     fetch_silent_s_max: float = 120.0
-    #: KV batches kept for resync to a gateway that missed some.
+    #: KV batches kept for gateways that missed some.
     resync_batches_max: int = 4096
     #: Keep computed blocks for later requests with the same prefix.
     prefix_caching: bool = True

@@ -43,21 +43,21 @@ class Timers:
 
     def __init__(self, agenda: Agenda) -> None:
         self._agenda = agenda
-        #: When each fires, by its simulated and its key.
+        #: When each fires, by its owner and its key.
         self._due: dict[tuple[Hashable, Hashable], float] = {}
 
-    def set(self, simulated: Hashable, key: Hashable, at: float, action: Callable[..., None], *arguments: Any) -> None:
+    def set(self, owner: Hashable, key: Hashable, at: float, action: Callable[..., None], *arguments: Any) -> None:
         """Execute `SetTimer`: do something at a time, at once if it has passed."""
-        self._due[simulated, key] = at
-        self._agenda.at(max(at, self._agenda.now), self._fire, (simulated, key), at, action, arguments)
+        self._due[owner, key] = at
+        self._agenda.at(max(at, self._agenda.now), self._fire, (owner, key), at, action, arguments)
 
-    def clear(self, simulated: Hashable, key: Hashable) -> None:
+    def clear(self, owner: Hashable, key: Hashable) -> None:
         """Execute `ClearTimer`."""
-        self._due.pop((simulated, key), None)
+        self._due.pop((owner, key), None)
 
-    def drop(self, simulated: Hashable) -> None:
-        """Forget all timers of a simulated."""
-        for name in [name for name in self._due if name[0] == simulated]:
+    def drop(self, owner: Hashable) -> None:
+        """Forget all timers of a gateway or a node."""
+        for name in [name for name in self._due if name[0] == owner]:
             del self._due[name]
 
     def _fire(self, name: tuple[Hashable, Hashable], at: float, action: Callable[..., None], arguments: tuple[Any, ...]) -> None:

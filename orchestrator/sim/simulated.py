@@ -55,7 +55,7 @@ class SimulatedNode:
         spec, node: what it is, and its decisions.
         agenda: the world's time.
         use, gaps_s: where its work and the times between its tokens are counted.
-        obey: executes what the node orders, by `start` if it is a step; told the simulated, the commands and the time.
+        obey: executes what the node orders, by `start` if it is a step; told this node, the commands and the time.
         answer: returns what is to come out of a request.
         stepwise: take every step by itself.
     """

@@ -6,8 +6,8 @@ A request's life:
     WAITING     RequestArrived, all nodes full;    NodeReported, NodeJoined (room)        PROMPT       Assign
                 a retry that finds no node         TimerFired                             over         Refuse or Abort
                                                    RequestAbandoned                       over
-    PROMPT      RequestArrived; room for one that   NodeReported with its FirstToken       STREAMING
-                one                                NodeReported with its Ended:
+    PROMPT      RequestArrived; room for one       NodeReported with its FirstToken       STREAMING
+                that waits                         NodeReported with its Ended:
                                                      STOP, LENGTH                         over         Complete
                                                      FAILED; or NodeLost                  PROMPT       Restart, Assign
                                                                                           WAITING      Restart

@@ -153,7 +153,7 @@ class KvIndex:
 
     @property
     def columns(self) -> int:
-        """Slots ever used at one time: every column is below."""
+        """Columns ever used at one time: every column is below."""
         return self._columns
 
     def column(self, node: NodeId) -> int:

@@ -239,7 +239,7 @@ class BlockPool:
         return low
 
     def _split(self, run: Run, depth: int) -> Run:
-        """Cut a run in two and return the new, upper one, which ends at `depth`; the old one keeps what follows and claims."""
+        """Cut a run in two; return the new, upper one, which ends at `depth`. The old one keeps what follows and its claims."""
         count, parent = depth - run.start, run.parent
         assert parent is not None, "the root has nothing to split"
         assert 0 < count < len(run.names), f"a run of {len(run.names)} blocks cannot be split after {count}"
