@@ -37,8 +37,7 @@ from rich.table import Table
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
-from orchestrator.core.types import BlockId, RequestId
-from workers.engines.base import SamplingParams
+from orchestrator.core.types import BlockId, RequestId, Sampling
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 
@@ -99,7 +98,7 @@ def ours(directory: Path) -> Contender:
     def run(prompts: list[list[int]]) -> tuple[float, float]:
         requests = [RequestId(number) for number in range(len(prompts))]
         for request, prompt in zip(requests, prompts, strict=True):
-            engine.add(request, array("I", prompt), SamplingParams())
+            engine.add(request, array("I", prompt), Sampling())
         tables = [tuple(BlockId(request * blocks_each + place) for place in range(blocks_each)) for request in requests]
         began = time.perf_counter()
         slices = [Slice(request, 0, len(prompts[request]), 0, tables[request], True) for request in requests]

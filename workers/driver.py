@@ -65,7 +65,7 @@ from orchestrator.wire.journal import NodeJournalWriter, recorded
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
 from workers.beginnings import Beginnings
-from workers.engines.base import Engine, EngineDescription, SamplingParams, SliceOutput, broken_promise
+from workers.engines.base import Engine, EngineDescription, SliceOutput, broken_promise
 from workers.memory import PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
 from workers.runner import open_runner
@@ -439,7 +439,7 @@ class NodeDriver:
             log.debug("%s taken", assignment.role.value, extra=fields)
         if submit.timed:
             self._beginnings.watch(request)
-        self._runner.add(request, tokens, sampling_params(submit.sampling))
+        self._runner.add(request, tokens, codec.sampling_from(submit.sampling))
         self.handle(Assigned(assignment))
 
     def _check(self, outbox: Outbox, assignment: Assignment, submit: node_pb2.Submit) -> None:
@@ -564,22 +564,6 @@ class NodeDriver:
         self._engine.close()
         if self._journal is not None:
             await self._loop.run_in_executor(None, self._journal.close)
-
-
-def sampling_params(sampling: node_pb2.Sampling) -> SamplingParams:
-    """Return what the engine takes; an unset top_p keeps all."""
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p or 1.0,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed if sampling.HasField("seed") else None,
-        stop_token_ids=tuple(sampling.stop_token_ids),
-        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
-        logit_bias=dict(sampling.logit_bias),
-    )
 
 
 def check_vocabulary(description: EngineDescription, submit: node_pb2.Submit) -> None:

@@ -9,8 +9,8 @@ from threading import Thread
 from typing import Protocol
 
 from orchestrator.core.commands import RunStep
-from orchestrator.core.types import RequestId
-from workers.engines.base import Engine, SamplingParams, SliceOutput
+from orchestrator.core.types import RequestId, Sampling
+from workers.engines.base import Engine, SliceOutput
 
 #: A step ordered by the end of the one before continues its beat if that came no later than this, so that late wake-ups do not
 #: add up.
@@ -24,7 +24,7 @@ Failed = Callable[[RunStep, str], None]
 class Runner(Protocol):
     """One engine, driven from the loop."""
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
         """Give the engine a request before its first step."""
         ...
 
@@ -109,7 +109,7 @@ class ThreadRunner:
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
         self._changes.append(lambda: self._engine.add(request, tokens, sampling))
 
     def forget(self, request: RequestId) -> None:

@@ -4,7 +4,8 @@ No payload is ever in here. A request is a count of tokens and the hashes of its
 bytes of KV stay with whoever drives the core.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
@@ -26,6 +27,8 @@ ExportId = NewType("ExportId", int)
 
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")
+#: Seeds are whole numbers of 64 bits; greater ones, and negative ones, are cut to them.
+SEED_MASK = (1 << 64) - 1
 #: What a tenant's share may be; within these, the work of years stays a number.
 SHARE_MIN, SHARE_MAX = 1e-3, 1e6
 
@@ -102,6 +105,40 @@ class Request:
     timeout_s: float = 600.0
     #: What clients, logs and traces call it.
     name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a node chooses tokens, what ends them, and what it reports of the choice."""
+
+    #: 0 is greedy and ignores top_p, top_k, min_p and seed.
+    temperature: float = 0.0
+    #: 1 keeps all.
+    top_p: float = 1.0
+    #: 0 keeps all.
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    #: 0 to `SEED_MASK`; the same seed, prompt and parameters give the same tokens, whatever else is in the batch. None for any.
+    seed: int | None = None
+    #: All that end the output once the model's own ends are among them, if they are to count: nodes know no others.
+    stop_token_ids: tuple[int, ...] = ()
+    #: Most likely tokens to report at each position, beside the sampled one; None for no log probabilities at all.
+    logprobs: int | None = None
+    #: Added to logits, by token id.
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
+
+    def ending_with(self, tokens: frozenset[int]) -> "Sampling":
+        """Return the same with further tokens that end the output."""
+        further = tokens.difference(self.stop_token_ids)
+        return replace(self, stop_token_ids=(*self.stop_token_ids, *sorted(further))) if further else self
+
+    def for_choice(self, number: int) -> "Sampling":
+        """Return the same for one of several choices, from 0: each has a seed of its own."""
+        if self.seed is None or not number:
+            return self
+        return replace(self, seed=(self.seed + number) & SEED_MASK)
 
 
 @dataclass(frozen=True, slots=True)

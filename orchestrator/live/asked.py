@@ -7,13 +7,11 @@ Whoever makes one has checked what can be checked without knowing the model; tok
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.core.types import ServiceClass
+from orchestrator.core.types import Sampling, ServiceClass
 
-#: Seeds are whole numbers of 64 bits; greater ones, and negative ones, are cut to them.
-SEED_MASK = (1 << 64) - 1
 #: What a number of 32 bits holds: more tokens than any vocabulary has.
 TOP_K_MAX = (1 << 31) - 1
 
@@ -38,40 +36,6 @@ class Texts:
     """Prompts to be gone on with as they are: at least one, each a text or token ids, none empty."""
 
     texts: Sequence[str | Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a node chooses tokens, what ends them, and what it reports of the choice."""
-
-    #: 0 is greedy.
-    temperature: float = 0.0
-    #: 1 keeps all.
-    top_p: float = 1.0
-    #: 0 keeps all.
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    #: 0 to `SEED_MASK`; None for any.
-    seed: int | None = None
-    #: All that end the output once the model's own ends are among them, if they are to count.
-    stop_token_ids: tuple[int, ...] = ()
-    #: Most likely tokens to report at each position; None for no log probabilities at all.
-    logprobs: int | None = None
-    #: Added to logits, by token id.
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
-
-    def ending_with(self, tokens: frozenset[int]) -> "Sampling":
-        """Return the same with further tokens that end the output."""
-        further = tokens.difference(self.stop_token_ids)
-        return replace(self, stop_token_ids=(*self.stop_token_ids, *sorted(further))) if further else self
-
-    def for_choice(self, number: int) -> "Sampling":
-        """Return the same for one of several choices, from 0: each has a seed of its own."""
-        if self.seed is None or not number:
-            return self
-        return replace(self, seed=(self.seed + number) & SEED_MASK)
 
 
 @dataclass(frozen=True, slots=True)

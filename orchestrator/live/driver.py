@@ -50,7 +50,6 @@ from orchestrator.core.types import (
     Role,
     request_id,
 )
-from orchestrator.live.asked import Sampling
 from orchestrator.live.links import NodeLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2
@@ -457,7 +456,7 @@ class ClusterDriver:
         assignment = command.assignment
         stream = self._streams[assignment.request]
         prompt = stream.turn.prompt
-        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, sampling_message(stream.turn.sampling))
+        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, codec.sampling_message(stream.turn.sampling))
         message.timed = self._observer.follows(assignment.request)
         self._follows = self._follows or message.timed
         source = self._known.get(assignment.source) if assignment.source is not None else None
@@ -502,23 +501,3 @@ class ClusterDriver:
             await asyncio.wait((*closing, *self._closing))
         if self._journal is not None:
             await self.loop.run_in_executor(None, self._journal.close)
-
-
-def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
-    """Return how tokens are to be chosen, as nodes are told."""
-    message = node_pb2.Sampling(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        stop_token_ids=sampling.stop_token_ids,
-    )
-    if sampling.seed is not None:
-        message.seed = sampling.seed
-    if sampling.logprobs is not None:
-        message.logprobs = sampling.logprobs
-    if sampling.logit_bias:
-        message.logit_bias.update(sampling.logit_bias)
-    return message

@@ -15,8 +15,8 @@ from typing import assert_never
 
 from orchestrator.core.blocks import hash_root
 from orchestrator.core.config import ClusterConfig
-from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, SessionId, TenantId
-from orchestrator.live.asked import Asked, Conversation, Sampling, Texts
+from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, SessionId, TenantId
+from orchestrator.live.asked import Asked, Conversation, Texts
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.conversations import tool_parameters
 from orchestrator.live.text.generation import AnswerParser

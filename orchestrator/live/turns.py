@@ -7,8 +7,7 @@ all they share, so that either can be tested against a small stand-in for the ot
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.core.types import BlockHash, FinishReason, ModelName, RequestId, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Sampling
+from orchestrator.core.types import BlockHash, FinishReason, ModelName, RequestId, Sampling, ServiceClass, SessionId, TenantId
 
 
 @dataclass(frozen=True, slots=True)

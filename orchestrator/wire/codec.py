@@ -24,6 +24,7 @@ from orchestrator.core.types import (
     PoolName,
     RequestId,
     Role,
+    Sampling,
     StoredRun,
     TenantId,
     TenantLoad,
@@ -97,6 +98,42 @@ def check_frame(frame: node_pb2.NodeFrame) -> None:
     for entry in frame.logprobs:
         if len(entry.top_tokens) != len(entry.top_logprobs):
             raise MalformedMessage(f"log probabilities of {len(entry.top_tokens)} tokens and {len(entry.top_logprobs)} values")
+
+
+def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
+    """Return the message for how tokens are to be chosen."""
+    message = node_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+    if sampling.seed is not None:
+        message.seed = sampling.seed
+    if sampling.logprobs is not None:
+        message.logprobs = sampling.logprobs
+    if sampling.logit_bias:
+        message.logit_bias.update(sampling.logit_bias)
+    return message
+
+
+def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
+    """Return the sampling in a message; an unset top_p keeps all."""
+    return Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p or 1.0,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        logit_bias=dict(sampling.logit_bias),
+    )
 
 
 def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:

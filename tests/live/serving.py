@@ -12,8 +12,7 @@ from orchestrator.core.blocks import extend_hashes, hash_root
 from orchestrator.core.commands import ClusterCommand
 from orchestrator.core.config import ClusterConfig, ClusterSettings, EngineConfig, PoolConfig, RouterConfig, SchedulerConfig
 from orchestrator.core.events import ClusterEvent, NodeReported
-from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, RequestId, TenantId
-from orchestrator.live.asked import Sampling
+from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, RequestId, Sampling, TenantId
 from orchestrator.live.driver import ClusterDriver, TurnStream
 from orchestrator.live.turns import Delta, Prompt, Turn
 from orchestrator.wire.journal import cluster_header, open_journal

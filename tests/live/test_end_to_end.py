@@ -9,8 +9,7 @@ import pytest
 from orchestrator.core.commands import Assign, RequestResync, Restart
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import NodeJoined, NodeLost
-from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role
-from orchestrator.live.asked import Sampling
+from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role, Sampling
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
 from tests.builders import some

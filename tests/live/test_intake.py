@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.types import DEFAULT_TENANT, GatewayId, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Sampling, Texts
+from orchestrator.core.types import DEFAULT_TENANT, GatewayId, Sampling, ServiceClass, SessionId, TenantId
+from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Texts
 from orchestrator.live.choices import Choices, Usage
 from orchestrator.live.intake import Intake, Prepared
 from orchestrator.live.metrics import Metrics

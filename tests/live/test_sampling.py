@@ -2,18 +2,15 @@
 
 import pytest
 
-from orchestrator.live.asked import SEED_MASK, Sampling
-from orchestrator.live.driver import sampling_message
-from orchestrator.wire import node_pb2
-from workers.driver import sampling_params
-from workers.engines.base import SamplingParams
+from orchestrator.core.types import SEED_MASK, Sampling
+from orchestrator.wire import codec, node_pb2
 
 #: Fractions are such that 32 bits hold them.
 ALL = Sampling(0.5, 0.25, 3, 0.125, 1.5, -0.5, SEED_MASK, (5, 6), 0, {7: 2.0, 8: -100.0})
 
 
-def over_the_wire(sampling: Sampling) -> SamplingParams:
-    return sampling_params(node_pb2.Sampling.FromString(sampling_message(sampling).SerializeToString()))
+def over_the_wire(sampling: Sampling) -> Sampling:
+    return codec.sampling_from(node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString()))
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ from orchestrator.core.types import (
     PoolKind,
     PoolName,
     RequestId,
+    Sampling,
     SessionId,
     TenantId,
 )
-from orchestrator.live.asked import Sampling
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.turns import Prompt, Turn
 from orchestrator.profiles.resolve import PoolHardware, Resolved

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.types import BlockId, RequestId
+from orchestrator.core.types import BlockId, RequestId, Sampling
 from workers.engines import batch as batch_file
-from workers.engines.base import SamplingParams
 from workers.engines.batch import BatchBuilder, StepBatch
 from workers.engines.kvpool import KvPool
 from workers.engines.sequences import TokenSequence
@@ -33,7 +32,7 @@ class Bench:
         slices: list[Slice] = []
         sequences: list[TokenSequence] = []
         for number, (start, count, blocks) in enumerate(wanted):
-            sequence = TokenSequence(array("I", range(100 * number, 100 * number + 60)), SamplingParams(), 1 << 20)
+            sequence = TokenSequence(array("I", range(100 * number, 100 * number + 60)), Sampling(), 1 << 20)
             sequence.place(0, [BlockId(block) for block in blocks])
             sequences.append(sequence)
             samples = not sample or sample[number] == "x"

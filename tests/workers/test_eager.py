@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, EngineConfig
-from orchestrator.core.types import BlockId, RequestId
+from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.builders import some
-from workers.engines.base import SamplingParams
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.sampler import RANKED_TOKENS, sample, uniform
@@ -30,15 +29,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def sequence(sampling: SamplingParams, prompt: tuple[int, ...] = (1, 2, 3)) -> TokenSequence:
+def sequence(sampling: Sampling, prompt: tuple[int, ...] = (1, 2, 3)) -> TokenSequence:
     return TokenSequence(array("I", prompt), sampling, 1 << 20)
 
 
-def drawn(logits: list[float], sampling: SamplingParams, draws: int = 400) -> dict[int, int]:
+def drawn(logits: list[float], sampling: Sampling, draws: int = 400) -> dict[int, int]:
     """Return how often each token comes out of one row of logits."""
     found: dict[int, int] = {}
     for seed in range(draws):
-        changed = SamplingParams(
+        changed = Sampling(
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p, seed=seed
         )
         [output] = sample(torch.tensor([logits]), [sequence(changed)])
@@ -50,14 +49,14 @@ FOUR = [math.log(0.1), math.log(0.5), math.log(0.25), math.log(0.15)]
 
 
 def test_draws_follow_the_distribution() -> None:
-    found = drawn(FOUR, SamplingParams(temperature=1.0), draws=2000)
+    found = drawn(FOUR, Sampling(temperature=1.0), draws=2000)
     for token, share in enumerate((0.1, 0.5, 0.25, 0.15)):
         assert abs(found[token] / 2000 - share) < 0.03
 
 
 def test_temperature_flattens_and_sharpens() -> None:
-    hot = drawn(FOUR, SamplingParams(temperature=100.0))
-    cold = drawn(FOUR, SamplingParams(temperature=0.05))
+    hot = drawn(FOUR, Sampling(temperature=100.0))
+    cold = drawn(FOUR, Sampling(temperature=0.05))
     assert min(hot.values()) > 60
     assert cold == {1: 400}
 
@@ -65,26 +64,26 @@ def test_temperature_flattens_and_sharpens() -> None:
 @pytest.mark.parametrize(
     ("sampling", "left"),
     [
-        (SamplingParams(temperature=1.0, top_k=2), {1, 2}),
-        (SamplingParams(temperature=1.0, top_k=1), {1}),
-        (SamplingParams(temperature=1.0, top_p=0.7), {1, 2}),
-        (SamplingParams(temperature=1.0, top_p=0.76), {1, 2, 3}),
-        (SamplingParams(temperature=1.0, top_p=1e-9), {1}),
-        (SamplingParams(temperature=1.0, min_p=0.29), {1, 2, 3}),
-        (SamplingParams(temperature=1.0, min_p=0.4), {1, 2}),
+        (Sampling(temperature=1.0, top_k=2), {1, 2}),
+        (Sampling(temperature=1.0, top_k=1), {1}),
+        (Sampling(temperature=1.0, top_p=0.7), {1, 2}),
+        (Sampling(temperature=1.0, top_p=0.76), {1, 2, 3}),
+        (Sampling(temperature=1.0, top_p=1e-9), {1}),
+        (Sampling(temperature=1.0, min_p=0.29), {1, 2, 3}),
+        (Sampling(temperature=1.0, min_p=0.4), {1, 2}),
         # Top-p looks at what top-k left: 0.5 and 0.25 of 0.75.
-        (SamplingParams(temperature=1.0, top_k=2, top_p=0.6), {1}),
-        (SamplingParams(temperature=1.0, top_k=3, top_p=0.99), {1, 2, 3}),
+        (Sampling(temperature=1.0, top_k=2, top_p=0.6), {1}),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.99), {1, 2, 3}),
     ],
 )
-def test_truncation_leaves_the_most_likely(sampling: SamplingParams, left: set[int]) -> None:
+def test_truncation_leaves_the_most_likely(sampling: Sampling, left: set[int]) -> None:
     assert set(drawn(FOUR, sampling, draws=150)) == left
 
 
 def test_truncation_of_a_flat_large_vocabulary_looks_at_all_of_it() -> None:
     vocabulary = 3 * RANKED_TOKENS
     found = {
-        sample(torch.zeros(1, vocabulary), [sequence(SamplingParams(temperature=1.0, top_p=0.9, seed=seed))])[0].tokens[0]
+        sample(torch.zeros(1, vocabulary), [sequence(Sampling(temperature=1.0, top_p=0.9, seed=seed))])[0].tokens[0]
         for seed in range(300)
     }
     assert len(found) > 250
@@ -92,10 +91,10 @@ def test_truncation_of_a_flat_large_vocabulary_looks_at_all_of_it() -> None:
 
 def test_rows_with_different_wishes_share_a_step() -> None:
     wishes = [
-        SamplingParams(),
-        SamplingParams(temperature=1.0, top_k=1),
-        SamplingParams(logit_bias={3: 100.0}),
-        SamplingParams(temperature=0.01, logit_bias={0: 100.0}, logprobs=2),
+        Sampling(),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(logit_bias={3: 100.0}),
+        Sampling(temperature=0.01, logit_bias={0: 100.0}, logprobs=2),
     ]
     outputs = sample(torch.tensor([FOUR] * 4), [sequence(wish) for wish in wishes])
     assert [output.tokens for output in outputs] == [(1,), (1,), (3,), (0,)]
@@ -106,7 +105,7 @@ def test_rows_with_different_wishes_share_a_step() -> None:
 
 
 def test_penalties_count_generated_tokens_only() -> None:
-    asked = SamplingParams(frequency_penalty=0.4, presence_penalty=0.3)
+    asked = Sampling(frequency_penalty=0.4, presence_penalty=0.3)
     row = sequence(asked, prompt=(1, 1, 1))
     tokens = [sample(torch.tensor([FOUR]), [row])[0].tokens[0] for _ in range(5)]
     # Logits -2.30, -0.69, -1.39, -1.90. Once mentioned, token 1 is at -1.393, twice at -1.79, three times at -2.19.
@@ -115,7 +114,7 @@ def test_penalties_count_generated_tokens_only() -> None:
 
 def test_not_a_number_fails_its_own_row_only() -> None:
     logits = torch.tensor([FOUR, [math.nan] * 4, FOUR])
-    for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=1), SamplingParams(logprobs=1)):
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=1), Sampling(logprobs=1)):
         outputs = sample(logits, [sequence(sampling) for _ in range(3)])
         assert [output.failure is None for output in outputs] == [True, False, True]
         assert outputs[1].tokens == ()
@@ -129,7 +128,7 @@ def test_random_numbers_are_even_and_independent() -> None:
 
 
 def test_unseeded_sequences_differ(model_dir: Path) -> None:
-    assert sequence(SamplingParams(temperature=1.0)).seed != sequence(SamplingParams(temperature=1.0)).seed
+    assert sequence(Sampling(temperature=1.0)).seed != sequence(Sampling(temperature=1.0)).seed
 
 
 def test_a_broken_weight_fails_only_who_uses_it(model_dir: Path, tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_a_broken_weight_fails_only_who_uses_it(model_dir: Path, tmp_path: Path)
     tensors["model.embed_tokens.weight"][77] = math.nan
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     broken, sound = EagerEngine(tmp_path, CONFIG, 8, 256), EagerEngine(model_dir, CONFIG, 8, 256)
-    greedy = SamplingParams()
+    greedy = Sampling()
     good, bad = array("I", [5, 6, 7]), array("I", [5, 77, 7, *range(40)])
     for engine in (broken, sound):
         engine.add(RequestId(1), good, greedy)
@@ -165,8 +164,8 @@ def test_a_broken_weight_fails_only_who_uses_it(model_dir: Path, tmp_path: Path)
 
 def test_unknown_tokens_fail_their_request(model_dir: Path) -> None:
     engine = EagerEngine(model_dir, CONFIG, 8, 256)
-    engine.add(RequestId(1), array("I", [5, 512]), SamplingParams())
-    engine.add(RequestId(2), array("I", [5, 6]), SamplingParams())
+    engine.add(RequestId(1), array("I", [5, 512]), Sampling())
+    engine.add(RequestId(2), array("I", [5, 6]), Sampling())
     slices = [Slice(RequestId(number), 0, 2, 0, (BlockId(number),), True) for number in (1, 2)]
     bad, good = engine.step(slices)
     assert bad.failure == "token 512 is not in the model's vocabulary of 512"
@@ -184,7 +183,7 @@ def test_contexts_of_very_different_length_share_a_step(model_dir: Path) -> None
     first: list[tuple[int, ...]] = []
     taken = 0
     for number, length in enumerate(lengths):
-        engine.add(RequestId(number), array("I", [source.randrange(500) for _ in range(length)]), SamplingParams())
+        engine.add(RequestId(number), array("I", [source.randrange(500) for _ in range(length)]), Sampling())
         count = length // 16 + 1
         tables.append(tuple(BlockId(block) for block in range(taken, taken + count)))
         taken += count
@@ -201,7 +200,7 @@ def test_bfloat16_runs_and_agrees_with_itself(model_dir: Path) -> None:
     assert engine.description.block_bytes * 2 == EagerEngine(model_dir, CONFIG, 8, 256).description.block_bytes
     found: list[tuple[int, ...]] = []
     for number in range(2):
-        engine.add(RequestId(number), array("I", range(40)), SamplingParams())
+        engine.add(RequestId(number), array("I", range(40)), Sampling())
         blocks = tuple(BlockId(4 * number + place) for place in range(3))
         engine.step([Slice(RequestId(number), 0, 40, 0, blocks, True)])
         found.append(engine.step([Slice(RequestId(number), 40, 1, 0, (), True)])[0].tokens)
@@ -234,7 +233,7 @@ def test_cuda_writes_the_same_tokens(model_dir: Path) -> None:
     for device in ("cpu", "cuda"):
         config = EngineConfig(device=device, dtype="float32", block_tokens=16, blocks=64)
         engine = EagerEngine(model_dir, config, 8, 256)
-        engine.add(RequestId(1), array("I", range(40)), SamplingParams())
+        engine.add(RequestId(1), array("I", range(40)), Sampling())
         blocks = tuple(BlockId(place) for place in range(4))
         tokens = list(engine.step([Slice(RequestId(1), 0, 40, 0, blocks, True)])[0].tokens)
         while len(tokens) < 20:

@@ -17,16 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
-from orchestrator.core.types import BlockId, RequestId
+from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle, oracle
-from workers.engines.base import SamplingParams
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 
 BLOCK_TOKENS = 16
 #: Of the tests' checkpoints: ordinary tokens are below.
 VOCABULARY = 512
-GREEDY = SamplingParams()
+GREEDY = Sampling()
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {

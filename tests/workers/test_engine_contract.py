@@ -14,15 +14,15 @@ import torch
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
-from orchestrator.core.types import BlockId, CostProfile, RequestId
-from workers.engines.base import Engine, SamplingParams, SliceOutput, broken_promise
+from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
+from workers.engines.base import Engine, SliceOutput, broken_promise
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.profiled import ProfiledEngine
 
 BLOCK_TOKENS = 16
 BLOCKS = 96
-GREEDY = SamplingParams()
+GREEDY = Sampling()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def generate(
     request: int,
     tokens: "array[int]",
     count: int,
-    sampling: SamplingParams = GREEDY,
+    sampling: Sampling = GREEDY,
     chunk: int = 256,
     first: int = 0,
 ) -> list[int]:
@@ -242,17 +242,17 @@ def test_forgotten_requests_leave_nothing_behind(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        SamplingParams(temperature=1.0, seed=5),
-        SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.01, seed=5),
-        SamplingParams(temperature=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=2**63),
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=0.7, top_p=0.9, top_k=40, min_p=0.01, seed=5),
+        Sampling(temperature=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=2**63),
     ],
 )
-def test_a_seed_fixes_the_output(engine: Engine, sampling: SamplingParams) -> None:
+def test_a_seed_fixes_the_output(engine: Engine, sampling: Sampling) -> None:
     tokens = prompt(11, 20)
     expected = generate(engine, 1, tokens, 10, sampling)
     assert generate(engine, 77, tokens, 10, sampling, chunk=6) == expected
     engine.add(RequestId(1), tokens, sampling)
-    engine.add(RequestId(2), prompt(12, 20), SamplingParams(temperature=1.0))
+    engine.add(RequestId(2), prompt(12, 20), Sampling(temperature=1.0))
     found = list(prefill(engine, 1, 20, blocks_for(30), 256).tokens)
     engine.step([Slice(RequestId(2), 0, 20, 0, blocks_for(30, first=20), True)])
     for step in range(9):
@@ -264,13 +264,13 @@ def test_a_seed_fixes_the_output(engine: Engine, sampling: SamplingParams) -> No
 def test_stop_tokens_end_a_sequence_and_are_included(engine: Engine) -> None:
     tokens = prompt(13, 20)
     free = generate(engine, 1, tokens, 8)
-    stopped = generate(engine, 1, tokens, 8, SamplingParams(stop_token_ids=(free[3],)))
+    stopped = generate(engine, 1, tokens, 8, Sampling(stop_token_ids=(free[3],)))
     assert stopped == free[: free.index(free[3]) + 1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_logprobs_have_the_shape_asked_for(engine: Engine, count: int) -> None:
-    engine.add(RequestId(1), prompt(14, 20), SamplingParams(logprobs=count))
+    engine.add(RequestId(1), prompt(14, 20), Sampling(logprobs=count))
     output = prefill(engine, 1, 20, blocks_for(21), 256)
     [report] = output.logprobs
     assert report.logprob <= 0

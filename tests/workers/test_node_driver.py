@@ -23,12 +23,13 @@ from orchestrator.core.types import (
     PoolKind,
     PoolName,
     RequestId,
+    Sampling,
     request_id,
 )
 from orchestrator.wire import codec, node_pb2
 from tests.builders import TRUST
 from workers.driver import DriverLimits, NodeDriver
-from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
+from workers.engines.base import EngineDescription, SliceOutput, TokenLogprobs
 from workers.memory import PeerMemory
 from workers.outbox import Outbox
 from workers.transfer import Channels
@@ -46,14 +47,14 @@ class ScriptedEngine:
         self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, VOCABULARY, 64, "weights", "cpu", computes)
         self.pool = None
         self.counts: dict[RequestId, int] = {}
-        self.sampling: dict[RequestId, SamplingParams] = {}
+        self.sampling: dict[RequestId, Sampling] = {}
         self.failing: str | None = None
         self.stop_after = 1000
         #: How many tokens come in place of a request's n-th.
         self.tokens_at: dict[int, int] = {}
         self.closed = False
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
         assert request not in self.counts
         self.counts[request] = 0
         self.sampling[request] = sampling

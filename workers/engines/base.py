@@ -9,12 +9,12 @@ all layers, so that moving a block is one copy and needs no knowledge of the mod
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.types import BlockId, RequestId
+from orchestrator.core.types import BlockId, RequestId, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +33,6 @@ class EngineDescription:
     device: str
     #: True when a step computes and must run in a thread of its own; False when it returns at once and `pause_s` is waited for.
     computes: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy and ignores top_p, top_k, min_p and seed."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    #: 0 keeps all.
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    #: Same seed, prompt and parameters give the same tokens, whatever else is in the batch; None draws a fresh one.
-    seed: int | None = None
-    #: Tokens that end the sequence: who asks knows the checkpoint's own ends (a chat has others than a completion).
-    stop_token_ids: tuple[int, ...] = ()
-    #: Report the sampled token's log probability and those of this many most likely tokens; None: not at all.
-    logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +80,7 @@ class Engine(Protocol):
         """The whole pool's bytes if they are in host memory (block b at b * block_bytes), else None."""
         ...
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
         """Take a request's prompt (array of type code "I"). Called once, before its first slice."""
         ...
 

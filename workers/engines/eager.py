@@ -12,10 +12,10 @@ import torch
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, EngineConfig
-from orchestrator.core.types import BlockId, RequestId
+from orchestrator.core.types import BlockId, RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
-from workers.engines.base import EngineDescription, SamplingParams, SliceOutput
+from workers.engines.base import EngineDescription, SliceOutput
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
 from workers.engines.kvpool import KvPool, block_bytes
@@ -89,7 +89,7 @@ class EagerEngine:
     def pool(self) -> memoryview | None:
         return self._pool.memory
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
         known = self.description
         self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary)

@@ -16,11 +16,11 @@ from pathlib import Path
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.cost.costs import step_seconds
-from orchestrator.core.types import BlockId, CostProfile, RequestId
+from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
 from orchestrator.profiles.fields import COUNT_MAX, read_fields
 from orchestrator.profiles.model_config import model_fields, read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
-from workers.engines.base import EngineDescription, SamplingParams, SliceOutput, TokenLogprobs
+from workers.engines.base import EngineDescription, SliceOutput, TokenLogprobs
 
 #: Bytes of a block: enough to tell any two apart.
 BLOCK_BYTES = 64
@@ -101,7 +101,7 @@ class ProfiledEngine:
     def pool(self) -> memoryview | None:
         return self._memory
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: SamplingParams) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
         ending = frozenset(sampling.stop_token_ids) - self._special
         self._turns[request] = _Turn(tokens.tobytes(), ending, sampling.logprobs)
 

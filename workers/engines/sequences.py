@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.core.types import BlockId
-from workers.engines.base import SamplingParams
+from orchestrator.core.types import BlockId, Sampling
 
 
 class TokenSequence:
@@ -16,7 +15,7 @@ class TokenSequence:
 
     __slots__ = ("counts", "ending", "failure", "plain", "sampling", "seed", "table", "tokens")
 
-    def __init__(self, tokens: "array[int]", sampling: SamplingParams, vocabulary: int) -> None:
+    def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int) -> None:
         #: Prompt and output so far.
         self.tokens = array("I", tokens)
         self.sampling = sampling

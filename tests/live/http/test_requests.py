@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.types import ServiceClass
-from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Report, Sampling, Texts
+from orchestrator.core.types import Sampling, ServiceClass
+from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Report, Texts
 from orchestrator.live.http.openai.requests import (
     CHOICES_MAX,
     COMPLETION_TOKENS_DEFAULT,

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from orchestrator.core.config import PRIORITY_MAX
-from orchestrator.core.types import ServiceClass
-from orchestrator.live.asked import SEED_MASK, TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Sampling, Texts
+from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
+from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Texts
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.refusals import Invalid, require
