@@ -35,7 +35,9 @@ class Timers(Generic[TimerKey]):
 
     def set(self, key: TimerKey, at: float) -> None:
         """Execute `SetTimer`."""
-        self.clear(key)
+        handle = self._handles.get(key)
+        if handle is not None:
+            handle.cancel()
         self._handles[key] = self._loop.call_at(at - self._offset_s, self._fire, key)
 
     def clear(self, key: TimerKey) -> None:

@@ -94,6 +94,7 @@ class Candidate:
         "spec",
         "stale",
         "step_s",
+        "tells_tenants",
         "waiting",
         "work_s",
     )
@@ -111,6 +112,8 @@ class Candidate:
         self.context_tokens_max = min(spec.context_tokens_max, spec.blocks * spec.block_tokens)
         self.load = Load()
         self.reported = False
+        #: Whether the node tells tenants apart: then a request's way through it depends on whose it is.
+        self.tells_tenants = False
         self.draining = False
         #: Whose request the derived fields below are for, where that matters.
         self.seen_by: TenantId | None = None
@@ -200,6 +203,7 @@ class Candidate:
     def report(self, load: Load, now: float) -> None:
         """Take in what the node says of itself."""
         self.load = load
+        self.tells_tenants = bool(load.tenants)
         self.reported = True
         self.stale = True
         while self._fresh:
@@ -235,11 +239,6 @@ class Candidate:
         decoding = self.sequences if self.generates else 0
         self.compute_factor = scale * (1.0 + WORK_WEIGHT[self.spec.kind] + DELAY_WEIGHT * decoding)
         self.stale = False
-
-    @property
-    def tells_tenants(self) -> bool:
-        """Whether the node tells tenants apart: then a request's way through it depends on whose it is."""
-        return bool(self.load.tenants)
 
     def _part_before(self, tenant: TenantId) -> float:
         """Return how much of the queued work is done before a new request of a tenant's, 0 to 1.

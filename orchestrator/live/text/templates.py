@@ -63,7 +63,7 @@ class _GenerationBlocks(Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with short ways to what templates do once per message: read a dict's keys and call their own macros.
 
-    Every loop is over what `_Rounds.count` returns of it, calls of macros count as rounds, and what is multiplied stays small.
+    Every loop is over what `_counted` returns of it, calls of macros count as rounds, and what is multiplied stays small.
     """
 
     intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**"})  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -71,8 +71,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
-            counted = nodes.Call(nodes.Name(_COUNT, "load"), [loop.iter], [], None, None)
-            loop.iter = counted.set_lineno(loop.lineno, override=False)
+            # A filter, because those are called without being looked at by the sandbox.
+            loop.iter = nodes.Filter(loop.iter, _ROUNDS, [], [], None, None).set_lineno(loop.lineno, override=False)
         return template
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -93,14 +93,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if type(__obj) is Macro:
-            __context.parent[_COUNT](())
+            __context.parent[_ROUNDS].count(())
             kwargs.pop("_block_vars", None)
             kwargs.pop("_loop_vars", None)
             return __obj(__context.eval_ctx, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
 
-_COUNT = "_count"
+#: Names the filter that counts a loop's rounds, and the variable that holds those left.
+_ROUNDS = "_rounds"
 
 
 class _Rounds:
@@ -122,6 +123,11 @@ class _Rounds:
         if self._left < 0:
             raise jinja2.exceptions.SecurityError(f"the chat template takes more than {ROUNDS_MAX} rounds")
         return items
+
+
+@jinja2.pass_context
+def _counted(context: Context, items: Any) -> Any:
+    return context.parent[_ROUNDS].count(items)
 
 
 class _TemplateNamespace(Namespace):
@@ -182,6 +188,7 @@ def _strftime_now(form: str) -> str:
 def _environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols])
     cast(dict[str, Any], environment.filters)["tojson"] = _tojson  # pyright: ignore[reportUnknownMemberType]
+    cast(dict[str, Any], environment.filters)[_ROUNDS] = _counted  # pyright: ignore[reportUnknownMemberType]
     names = cast(dict[str, Any], environment.globals)  # pyright: ignore[reportUnknownMemberType]
     names.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_TemplateNamespace)
     return environment
@@ -195,6 +202,7 @@ class ChatTemplate:
         self.sources = dict(sources)
         self._special_tokens = dict(special_tokens)
         environment = _environment()
+        self._globals = dict(cast(dict[str, Any], environment.globals))  # pyright: ignore[reportUnknownMemberType]
         try:
             self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except jinja2.TemplateSyntaxError as error:
@@ -232,17 +240,19 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> str:
         variables: dict[str, Any] = {
+            **self._globals,
             **self._special_tokens,
             **(extra or {}),
             "messages": messages,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            _COUNT: _Rounds().count,
+            _ROUNDS: _Rounds(),
         }
         template = self._choose(tools)
         try:
-            return _joined(template.root_render_func(template.new_context(variables)))
+            # Shared, so that jinja2 does not copy what is made for this rendering alone.
+            return _joined(template.root_render_func(template.new_context(variables, shared=True)))
         except _FAILURES as error:
             # What a template does to messages it did not expect: each of these is the client's to mend.
             raise TemplateFailed(f"the chat template cannot render these messages: {error}") from error

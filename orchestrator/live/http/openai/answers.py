@@ -3,11 +3,11 @@
 A streamed event is  head of its choice + the text as a JSON string + tail;  only the middle differs from token to token.
 """
 
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from secrets import token_hex
 from typing import Any
 
 import msgspec
@@ -75,7 +75,7 @@ def model_card(name: str, root: str, created_unix_s: int, context_tokens_max: in
 
 
 def _answer(kind: str, asked: Asked, vocabulary: Vocabulary) -> "Answer":
-    return Answer(f"{kind}-{token_hex(12)}", int(time.time()), asked.model, vocabulary)
+    return Answer(f"{kind}-{random.getrandbits(96):024x}", int(time.time()), asked.model, vocabulary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ once, straight into the structures of `bodies.py`, which nobody else sees.
 
 import codecs
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -28,6 +29,18 @@ TOOLS_MAX = 4096
 COMPLETION_TOKENS_DEFAULT = 16
 #: More digits than any token id has.
 _TOKEN_DIGITS_MAX = 10
+#: The least and the most of numbers in both kinds of bodies.
+_RANGES: Mapping[str, tuple[float, float | None]] = {
+    "n": (1, CHOICES_MAX),
+    "max_tokens": (1, None),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, None),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+_ranged = attrgetter(*_RANGES)
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 #: OpenAI's tiers, and our classes by name; any other tier is the default's.
@@ -246,25 +259,18 @@ def _integral(value: Any) -> Any:
 def _check_common(request: GenerationRequest) -> None:
     name = unserved(request)
     require(name is None, name or "", "is not served here; leave it out")
-    _check_range("n", request.n, 1, CHOICES_MAX)
-    _check_range("max_tokens", request.max_tokens, 1)
-    _check_range("temperature", request.temperature, 0, 100)
-    _check_range("top_p", request.top_p, 0, 1)
-    _check_range("top_k", request.top_k, -1)
-    _check_range("min_p", request.min_p, 0, 1)
-    _check_range("presence_penalty", request.presence_penalty, -2, 2)
-    _check_range("frequency_penalty", request.frequency_penalty, -2, 2)
+    for (param, (least, most)), value in zip(_RANGES.items(), _ranged(request), strict=True):
+        if value is not None:
+            _check_range(param, value, least, most)
     require(request.top_p is None or request.top_p > 0, "top_p", "must be over 0")
-    require(len(request.stops) <= STOP_STRINGS_MAX, "stop", f"must be at most {STOP_STRINGS_MAX} strings")
-    require(all(request.stops), "stop", "must not be empty")
+    if stops := request.stops:
+        require(len(stops) <= STOP_STRINGS_MAX, "stop", f"must be at most {STOP_STRINGS_MAX} strings")
+        require(all(stops), "stop", "must not be empty")
 
 
 def _check_range(param: str, value: float | None, least: float, most: float | None = None) -> None:
     """Refuse a number outside [least, most]; absent numbers are fine."""
-    if value is None:
+    if value is None or (value >= least and (most is None or value <= most)):
         return
-    require(value >= least and (most is None or value <= most), param, _range_problem(value, least, most))
-
-
-def _range_problem(value: float, least: float, most: float | None) -> str:
-    return f"must be {least} or more, is {value}" if most is None else f"must be from {least} to {most}, is {value}"
+    bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+    require(False, param, f"must be {bounds}, is {value}")
