@@ -187,10 +187,8 @@ class Candidate:
             self._fresh.pop(request, None)
             self.stale = True
 
-    def takes(self, tenant: TenantId, waiting_max: int) -> bool:
-        """Return whether a tenant may give it a request: it is not full, or full of others that have more than their part."""
-        if self.draining or self.waiting < waiting_max:
-            return not self.draining
+    def displaces(self, tenant: TenantId, waiting_max: int) -> bool:
+        """Return whether a tenant may give it a request though it is full: others, that have more than their part, fill it."""
         if not self.tells_tenants:
             return False
         waiting = {one.tenant: one.waiting for one in self.load.tenants if one.waiting}
@@ -245,6 +243,9 @@ class Candidate:
 
         Of each other tenant's as much as of its own, by their shares, with a step's worth of the new request.
         """
+        told = self.load.tenants
+        if len(told) == 1 and told[0].tenant == tenant and all(one.tenant == tenant for one in self._fresh.values()):
+            return 1.0
         queued = {one.tenant: one.queued_tokens for one in self.load.tenants}
         for booking in self._fresh.values():
             queued[booking.tenant] = queued.get(booking.tenant, 0) + booking.queued_tokens

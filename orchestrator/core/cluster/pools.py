@@ -104,8 +104,10 @@ class ModelPools:
         for candidate in self._candidates.values():
             if candidate.stale or (candidate.tells_tenants and candidate.seen_by != request.tenant):
                 candidate.refresh(request.tenant)
-            if not candidate.takes(request.tenant, self._node_waiting_max):
-                prefillers_full |= not (candidate.generates or candidate.draining)
+            if candidate.draining:
+                continue
+            if candidate.waiting >= self._node_waiting_max and not candidate.displaces(request.tenant, self._node_waiting_max):
+                prefillers_full |= not candidate.generates
                 continue
             if not candidate.generates:
                 prefillers.append(candidate)
