@@ -88,7 +88,7 @@ class Watch:
 
 
 class NodeLink:
-    """The stream to one node. `start` and `close` bracket its life."""
+    """The stream to one node. Made on a running loop; `start` and `close` bracket its life."""
 
     def __init__(
         self, node: NodeId, address: str, gateway: GatewayId, incarnation: int, sink: NodeSink, lost_s: float, trust: Trust
@@ -110,6 +110,7 @@ class NodeLink:
         #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
         self._told_s = 0.0
+        self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._away: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -270,8 +271,9 @@ class NodeLink:
         Else that goes along with the next frame.
         """
         unread = self._hello.frames_received - self._frames_told
-        silent_s = asyncio.get_running_loop().time() - self._told_s
-        return unread >= codec.FRAMES_UNREAD_MAX // 2 or (unread > 0 and silent_s >= self._hello.heartbeat_s)
+        if unread >= codec.FRAMES_UNREAD_MAX // 2:
+            return True
+        return unread > 0 and self._loop.time() - self._told_s >= self._hello.heartbeat_s
 
     async def _write(self, call: Call) -> None:
         self._frames_told = self._hello.frames_received
@@ -292,7 +294,7 @@ class NodeLink:
                 self._lost_sources.clear()
                 self._resync = None
                 self._hello.frames_sent += counts
-                self._told_s = asyncio.get_running_loop().time()
+                self._told_s = self._loop.time()
                 await call.write(frame)
 
     def _next_submits(self) -> list[node_pb2.Submit]:
