@@ -7,7 +7,7 @@ a closed loop follows nearly, not exactly.
 from collections.abc import Iterable, Sequence
 from heapq import heappop
 
-from orchestrator.core.node.kvpool import BlockPool, Run
+from orchestrator.core.kvpool import BlockPool, Run
 from orchestrator.core.types import BlockHash
 from orchestrator.sim.prompts import Prompts
 from orchestrator.traces import TracedTurn

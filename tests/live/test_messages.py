@@ -15,7 +15,7 @@ from orchestrator.core.cluster.cluster import NodeView
 from orchestrator.core.cluster.kvindex import Trust
 from orchestrator.core.config import ClusterConfig, LimitsConfig, SchedulerConfig
 from orchestrator.core.events import NodeLost
-from orchestrator.core.node.kvpool import BATCH_HASHES_MAX
+from orchestrator.core.kvpool import BATCH_HASHES_MAX
 from orchestrator.core.types import GatewayId, NodeId, PoolKind
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.links import NodeLink

@@ -62,7 +62,7 @@ from orchestrator.core.events import (
     StepFinished,
     TimerFired,
 )
-from orchestrator.core.node.kvpool import BlockPool, Claim, KvJournal
+from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence

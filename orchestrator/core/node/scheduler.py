@@ -20,7 +20,7 @@ from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.cost.costs import decode_seconds, smoothed, smoothed_scale, step_seconds
 from orchestrator.core.events import SliceResult
 from orchestrator.core.fairness import Accounts, FairQueue, output_work
-from orchestrator.core.node.kvpool import BlockPool
+from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.types import (
     DEFAULT_TENANT,

@@ -14,7 +14,7 @@ and its tokens, left to right:
 
 from enum import Enum
 
-from orchestrator.core.node.kvpool import Claim
+from orchestrator.core.kvpool import Claim
 from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role, TenantId
 
 

@@ -6,7 +6,7 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.events import SliceResult
-from orchestrator.core.node.kvpool import BlockPool
+from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.scheduler import Scheduler
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.types import DEFAULT_TENANT, CostProfile, RequestId, Role, TenantId, TenantLoad

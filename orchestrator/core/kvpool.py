@@ -1,4 +1,4 @@
-"""One node's KV blocks: which are free, which are in use, which hold content worth keeping, and what to tell gateways.
+"""KV blocks of one node: which are free, which are in use, which hold content worth keeping, and what to tell gateways.
 
     free      no content                     -> allocate() hands these out first
     private   in use by one sequence, perhaps lent to readers; not complete yet, or a second copy of a cached block

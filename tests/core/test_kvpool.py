@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from orchestrator.core.cluster.kvindex import KvIndex, Trust
-from orchestrator.core.node.kvpool import STALE_MAX, BlockPool, Claim, KvJournal
+from orchestrator.core.kvpool import STALE_MAX, BlockPool, Claim, KvJournal
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, NodeId, StoredRun
 from tests.builders import prompt_hashes
 
