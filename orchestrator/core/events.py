@@ -16,6 +16,8 @@ from orchestrator.core.types import (
     FinishReason,
     GatewayId,
     KvBatch,
+    Lease,
+    LeaseId,
     Load,
     NodeId,
     NodeSpec,
@@ -30,6 +32,24 @@ class TimerFired(Generic[TimerKey]):
     """The time asked for by `SetTimer` has come. A timer that was set again fires only at the later setting."""
 
     key: TimerKey
+
+
+# --- what happens to whoever holds blocks: nodes and stores -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeasePlaced:
+    """A gateway placed, renewed, moved or lowered a lease. Ignored if that revision or a later one is known, or has ended."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """A gateway ended a lease before its time; revisions up to this one are over."""
+
+    lease: LeaseId
+    revision: int
 
 
 # --- what happens to a node -------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ BlockId = NewType("BlockId", int)
 StepId = NewType("StepId", int)
 #: One peer's reading of blocks from one node.
 ExportId = NewType("ExportId", int)
+#: Unique in the cluster; made of what asked for the lease, so that the same asked twice is one.
+LeaseId = NewType("LeaseId", str)
 
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")
@@ -73,6 +75,19 @@ class Role(StrEnum):
 
     PREFILL = "prefill"  # compute the prompt's KV and hold it until it is fetched
     GENERATE = "generate"  # deliver tokens
+
+
+class Tier(StrEnum):
+    """A level of the memory that KV is kept in, best first."""
+
+    HBM = "hbm"  # a node's own pool
+    CPU = "cpu"  # the host's arena
+    CMX = "cmx"  # content-addressed storage that all hosts share
+
+    @property
+    def below(self) -> "Tier | None":
+        """The next lower one."""
+        return {Tier.HBM: Tier.CPU, Tier.CPU: Tier.CMX}.get(self)
 
 
 class FinishReason(StrEnum):
@@ -209,6 +224,30 @@ class CostProfile:
     pass_tokens: int = 1
     #: Tokens a pass yields for each decoding sequence, on average: over 1 with speculation.
     tokens_per_pass: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A promise to a tenant that a chain of blocks stays at or above a tier for a while.
+
+    Gateways and holders (nodes, stores) each keep what they were told. A lease that is renewed, moved to other blocks or lowered
+    keeps its id and counts `revision` up: whoever hears of several believes the highest.
+    """
+
+    id: LeaseId
+    tenant: TenantId
+    model: ModelName
+    #: From the first block of the prompt to the last one that is leased: one is of use only with all before it.
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    #: The lowest that the blocks may sink to.
+    tier: Tier
+    #: Seconds left, from when this is told: clocks of processes differ.
+    ttl_s: float
+    #: What the blocks take of the tenant's quota.
+    size_bytes: int
+    revision: int = 0
+    #: The session that was named to place it, if one was.
+    session: SessionId | None = None
 
 
 @dataclass(frozen=True, slots=True)
