@@ -5,7 +5,8 @@
 DYNAMO_PYTHON names the python of an environment with ai-dynamo-runtime; without it only our side is measured. Both sides take
 what their Python interface takes: ours decoded batches (and, as a second figure, packed hashes as they come off the wire),
 Dynamo's JSON. Lookups are timed by the wall clock; events by the CPU time of all threads, since Dynamo's tree has one of its
-own: blocks a second are per core. The two sides run one after the other, so nothing else should.
+own: blocks a second are per core. The two sides run one after the other, so nothing else should. Below are the bytes that a block
+takes in memory, measured in processes of their own: of nodes' blocks, and of blocks in the shared storage by segments of eight.
 """
 
 import argparse
@@ -83,6 +84,26 @@ def dynamo_rows(python: str, quick: bool) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def memory_rows(quick: bool) -> list[dict[str, Any]]:
+    """Measure each index in a process of its own and return what it printed."""
+    cases = (
+        (("segments", "100000", "8"), ("blocks", "10000")) if quick else (("segments", "10000000", "8"), ("blocks", "1000000"))
+    )
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        done = subprocess.run([sys.executable, "-m", "bench.index_memory", *case], check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(done.stdout))
+    return rows
+
+
+def show_memory(rows: list[dict[str, Any]]) -> None:
+    """Print what a block takes."""
+    for row in rows:
+        name = f"in segments of {row['segment_blocks']}" if row["case"] == "segments" else "on nodes"
+        lookup = f"; {row['context_blocks']:,} blocks looked up in {row['p50_us']:.1f} us" if "p50_us" in row else ""
+        print(f"{row['blocks']:,} blocks {name}: {row['bytes_per_block']:.1f} bytes a block{lookup}")
+
+
 def show(ours: list[dict[str, Any]], from_bytes: list[dict[str, Any]], dynamo: list[dict[str, Any]] | None) -> None:
     """Print the table; a ratio over 1 means that we are faster."""
     print(f"{'case':<34}{'ours':>14}{'from bytes':>14}{'Dynamo':>14}{'ratio':>10}{'bytes':>10}")
@@ -118,8 +139,11 @@ def main() -> None:
     dynamo = dynamo_rows(python, arguments.quick) if python else None
     print(f"Dynamo: ai-dynamo-runtime {dynamo['version']}" if dynamo else "Dynamo: not measured, DYNAMO_PYTHON is not set")
     show(ours, from_bytes, dynamo["rows"] if dynamo else None)
+    memory = memory_rows(arguments.quick)
+    show_memory(memory)
     if arguments.json:
         figures = {"python": sys.version, "plan": plan_fields(plan), "ours": ours, "from_bytes": from_bytes, "dynamo": dynamo}
+        figures["memory"] = memory
         Path(arguments.json).write_text(json.dumps(figures, indent=1))
 
 

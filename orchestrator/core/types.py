@@ -13,6 +13,8 @@ from typing import NewType
 RequestId = NewType("RequestId", int)
 GatewayId = NewType("GatewayId", int)
 NodeId = NewType("NodeId", str)
+#: One host's store of KV below its nodes' memory.
+StoreId = NewType("StoreId", str)
 ModelName = NewType("ModelName", str)
 PoolName = NewType("PoolName", str)
 SessionId = NewType("SessionId", str)
@@ -335,6 +337,9 @@ class KvBatch:
     snapshot: int = 0
     page: int = 0
     more: bool = False
+    #: Segments that a store has put into the shared storage, or found there, and those that it has removed or found missing.
+    segments_stored: tuple[BlockHash, ...] = ()
+    segments_removed: tuple[BlockHash, ...] = ()
 
     @property
     def blocks(self) -> int:

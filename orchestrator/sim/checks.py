@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from orchestrator.core.cluster.cluster import Cluster
-from orchestrator.core.cluster.kvindex import Trust
+from orchestrator.core.cluster.following import Trust
 from orchestrator.core.types import GatewayId, NodeId, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.network import Transfers

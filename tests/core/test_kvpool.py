@@ -4,7 +4,8 @@ from random import Random
 
 import pytest
 
-from orchestrator.core.cluster.kvindex import KvIndex, Trust
+from orchestrator.core.cluster.following import Trust
+from orchestrator.core.cluster.kvindex import KvIndex
 from orchestrator.core.kvpool import STALE_MAX, BlockPool, Claim, KvJournal
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, NodeId, StoredRun
 from tests.builders import prompt_hashes

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.cluster.cluster import NodeView
-from orchestrator.core.cluster.kvindex import Trust
+from orchestrator.core.cluster.following import Trust
 from orchestrator.core.config import ClusterConfig, LimitsConfig, SchedulerConfig
 from orchestrator.core.events import NodeLost
 from orchestrator.core.kvpool import BATCH_HASHES_MAX

@@ -36,7 +36,7 @@ from typing import assert_never
 
 from orchestrator.core.cluster.admission import Admission
 from orchestrator.core.cluster.candidates import Booking, Candidate, Options, Placement
-from orchestrator.core.cluster.kvindex import Trust
+from orchestrator.core.cluster.following import Trust
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.router import make_router
 from orchestrator.core.cluster.sessions import Sessions

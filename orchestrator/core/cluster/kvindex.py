@@ -8,8 +8,7 @@ walking the chain:
     holders   ABC  ABC  ABC  AB   AB   -    -        levels: (3, ABC), (5, AB)
 
 The index is a belief, not a truth: a wrong one costs a recompute or a fetch that brings less, never a failure. Each node numbers
-what it tells; after a gap the node's holdings are believed only in part until a resync has mended them. All that it holds comes
-in pages: each is believed as it comes, in part, and the whole of it only when the last one came after all others.
+what it tells; after a gap the node's holdings are believed only in part until a resync has mended them (`following.py`).
 
 Rules for editors:
 
@@ -23,9 +22,9 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import compress, repeat
 
+from orchestrator.core.cluster.following import Follower, Trust
 from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, StoredRun
 
 NOBODY = -1
@@ -34,14 +33,6 @@ GROUPS_PICKED_MAX = 4
 #: Blocks cleaned of departed nodes with each batch: so many for every block it brings, and at least so many.
 SWEEP_FACTOR = 4
 SWEEP_BLOCKS_MIN = 256
-
-
-class Trust(Enum):
-    """How far a node's holdings are believed."""
-
-    EXACT = "exact"  # every batch was applied
-    STALE = "stale"  # a batch was missed, or a page is to come: a resync is needed or under way
-    BLIND = "blind"  # nothing is known; everything must be asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,25 +88,17 @@ class _Holders(dict[BlockHash, int]):
         return NOBODY
 
 
-class _Node:
+class _Node(Follower):
     """What is believed of one node."""
 
-    __slots__ = ("alone", "applied", "awaited", "bit", "blocks", "blocks_max", "column", "heard", "sequence", "trust")
+    __slots__ = ("alone", "bit", "blocks", "blocks_max", "column")
 
     def __init__(self, column: int, blocks_max: int) -> None:
+        super().__init__()
         self.move(column)
         self.blocks_max = blocks_max
         #: Blocks it is believed to hold.
         self.blocks = 0
-        #: Number of the last batch applied; None: only a batch that starts over is of use.
-        self.sequence: int | None = None
-        #: Highest number it was heard of; EXACT is only who is as far.
-        self.heard = 0
-        #: Snapshot and page that comes next, while one is under way; `sequence` is None then.
-        self.awaited: tuple[int, int] | None = None
-        #: Batches and pages taken in.
-        self.applied = 0
-        self.trust = Trust.BLIND
 
     def move(self, column: int) -> None:
         """Give the node a column of which no block knows."""
@@ -189,8 +172,7 @@ class KvIndex:
         """Forget what a node holds; from now on only a batch that starts over is believed."""
         entry = self._nodes[node]
         self._clear(entry)
-        entry.sequence = entry.awaited = None
-        entry.trust = Trust.BLIND
+        entry.distrust()
 
     def find(self, hashes: Sequence[BlockHash]) -> Matches:
         """Return how long a prefix of the chain `hashes` each node holds.
@@ -221,51 +203,22 @@ class KvIndex:
         return self._holders[block] | self._retired
 
     def apply(self, node: NodeId, batch: KvBatch) -> Trust:
-        """Take in what a node says of its holdings; anything but EXACT afterwards asks for a resync after `sequence`.
-
-        Batches seen already are ignored, and so are those after a gap: the resync brings them again in order. A page that is not
-        the next one ends its snapshot, and another must be asked for.
-        """
+        """Take in what a node says of its holdings; anything but EXACT afterwards asks for a resync after `sequence`."""
         entry = self._nodes[node]
         if self._retired:
             self._clean(max(SWEEP_BLOCKS_MIN, SWEEP_FACTOR * batch.blocks))
-        entry.heard = max(entry.heard, batch.sequence)
-        if self._follows(entry, batch):
-            self._take(entry, batch)
+        if entry.follows(batch):
+            if batch.cleared:
+                self._clear(entry)
+            if batch.removed:
+                self._remove(entry, batch.removed)
+            believable = True
+            for run in batch.stored:
+                if not self._store(entry, run):
+                    believable = False
+                    break
+            entry.take(batch, believable)
         return entry.trust
-
-    def _follows(self, entry: _Node, batch: KvBatch) -> bool:
-        """Tell whether a batch is to be taken in next, and note a gap before it."""
-        if batch.cleared:  # of no use to whoever is as far: its first page alone would tell less than is known
-            known = -1 if entry.sequence is None else entry.sequence
-            return batch.sequence > known or (batch.sequence == known and entry.trust is not Trust.EXACT)
-        if batch.page:
-            if entry.awaited is None or batch.snapshot != entry.awaited[0]:
-                return False  # of a snapshot that is of no use or was given up
-            if batch.page > entry.awaited[1]:
-                entry.awaited = None
-            return entry.awaited is not None and batch.page == entry.awaited[1]
-        if entry.sequence is None or batch.sequence <= entry.sequence:
-            return False
-        if batch.sequence != entry.sequence + 1:
-            entry.trust = Trust.STALE
-            return False
-        return True
-
-    def _take(self, entry: _Node, batch: KvBatch) -> None:
-        if batch.cleared:
-            self._clear(entry)
-        if batch.removed:
-            self._remove(entry, batch.removed)
-        complete = not batch.more
-        entry.sequence = batch.sequence if complete else None
-        entry.awaited = None if complete else (batch.snapshot, batch.page + 1)
-        entry.applied += 1
-        for run in batch.stored:
-            if not self._store(entry, run):
-                entry.sequence = entry.awaited = None
-                break
-        entry.trust = Trust.EXACT if entry.sequence == entry.heard else Trust.STALE
 
     def validate(self) -> None:
         """Check every invariant against every block. Raises `AssertionError`; for tests, as it walks the whole index."""

@@ -6,7 +6,8 @@ See also `kvindex.py` for holdings, `candidates.py` for load; `cluster.py` has o
 from collections.abc import Callable, Sequence
 
 from orchestrator.core.cluster.candidates import Candidate, Options
-from orchestrator.core.cluster.kvindex import KvIndex, PredictedKv, Trust
+from orchestrator.core.cluster.following import Trust
+from orchestrator.core.cluster.kvindex import KvIndex, PredictedKv
 from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request, TenantId
 
 #: A hit on a node that missed batches counts this much until it is mended: some of its blocks may be gone.

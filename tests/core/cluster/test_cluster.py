@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.core.cluster.cluster import RESYNC_S, RESYNCS_MAX, Cluster
-from orchestrator.core.cluster.kvindex import Trust
+from orchestrator.core.cluster.following import Trust
 from orchestrator.core.commands import (
     Abort,
     Assign,

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from orchestrator.core.cluster.kvindex import KvIndex, Matches, PredictedKv, Trust
+from orchestrator.core.cluster.following import Trust
+from orchestrator.core.cluster.kvindex import KvIndex, Matches, PredictedKv
 from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, StoredRun
 from tests.builders import prompt_hashes
 from tests.core.cluster.cluster_builders import stored
