@@ -1,0 +1,1 @@
+"""One host's store: KV below the engines' pools."""
