@@ -1,4 +1,4 @@
-"""Everything a cluster or a node can ask of its driver: imperatives.
+"""Everything a cluster, a node or a store can ask of its driver: imperatives.
 
 Each docstring names the events that end the command. Reasons travel with decisions (`why`) but take no part in equality, so
 that tests compare what is done and not why.
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from orchestrator.core.events import Ended, FirstToken
-from orchestrator.core.timers import ClusterTimer, NodeTimer, TimerKey
+from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -16,8 +16,12 @@ from orchestrator.core.types import (
     ExportId,
     GatewayId,
     KvBatch,
+    ModelName,
+    MoveId,
     NodeId,
+    OfferId,
     RequestId,
+    SlotId,
     StepId,
 )
 
@@ -162,6 +166,93 @@ NodeCommand = (
     | DropGateway
     | SetTimer[NodeTimer]
     | ClearTimer[NodeTimer]
+)
+
+
+# --- what a store asks for --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Let a node copy blocks [first, first + len(slots)) of its offer into these slots.
+
+    Ended by `OfferWritten` or `NodeDetached`. Without slots nothing is wanted and the offer is over; nothing answers. `orphan`
+    then says that the offer's parent is not held: what comes before may be offered.
+    """
+
+    offer: OfferId
+    first: int
+    slots: tuple[SlotId, ...]
+    orphan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSlots:
+    """Let a node copy these slots, the next blocks of its read. Ended by `SlotsRead`, `ReadClosed` or `NodeDetached`.
+
+    They complete the prompt up to `tokens`. `final` says that nothing follows; the read then ends with `ReadClosed`.
+    """
+
+    read: ExportId
+    slots: tuple[SlotId, ...]
+    tokens: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCmx:
+    """Copy a segment from cmx into these slots, one a block. Ended by exactly one `CmxRead`."""
+
+    move: MoveId
+    model: ModelName
+    segment: BlockHash
+    slots: tuple[SlotId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCmx:
+    """Copy these slots, one a block, to cmx as a segment, whole or not at all. Ended by exactly one `CmxWritten`."""
+
+    move: MoveId
+    model: ModelName
+    segment: BlockHash
+    slots: tuple[SlotId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelMove:
+    """Give a move up. It is still ended by its event: until then its slots may be written to."""
+
+    move: MoveId
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteCmx:
+    """Remove segments from cmx. Nothing answers; a later `WriteCmx` of the same segment takes place after it."""
+
+    model: ModelName
+    segments: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishHoldings:
+    """Tell gateways what changed in what is held of a model: all of them, or one that asked for a resync."""
+
+    model: ModelName
+    batches: tuple[KvBatch, ...]
+    gateway: GatewayId | None = None
+
+
+StoreCommand = (
+    Grant
+    | ServeSlots
+    | ReadCmx
+    | WriteCmx
+    | CancelMove
+    | DeleteCmx
+    | PublishHoldings
+    | SetTimer[StoreTimer]
+    | ClearTimer[StoreTimer]
 )
 
 

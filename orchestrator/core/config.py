@@ -485,6 +485,40 @@ class SchedulerConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """[store]: KV below the engines' pools, kept by one process on every host that has nodes."""
+
+    #: Bytes of the host's memory for KV that all its nodes share, parted equally among its models; their content outlives nodes.
+    cpu_bytes: int = 4 << 30
+    #: Where segments of KV go on to: file:///folder or s3://bucket/prefix, the same for all hosts. Empty: nowhere.
+    cmx: str = ""
+    #: Bytes of segments that a store keeps there; those used longest ago are deleted beyond.
+    cmx_bytes: int = 64 << 30
+    #: Blocks in a segment, the least that is moved to or from cmx.
+    segment_blocks: int = 8
+    #: Bytes that nodes may be writing into the memory at once; what else is offered then is not taken.
+    offers_bytes_max: int = 1 << 30
+    #: Bytes on their way to or from cmx at once. Half of them at most for what no prompt waits for.
+    moves_bytes_max: int = 256 << 20
+    #: Seconds that one such transfer may take before it is given up.
+    move_s_max: float = 60.0
+    #: Seconds for which memory that a lost node was copying is left alone.
+    detached_s: float = 5.0
+    #: Share of the memory that leases may keep from eviction, 0 to 1.
+    leased_share_max: float = 0.75
+    #: KV batches kept for gateways that missed some, a model.
+    resync_batches_max: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_bytes", "segment_blocks", "offers_bytes_max", "moves_bytes_max", "resync_batches_max"):
+            require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
+        for name in ("move_s_max", "detached_s"):
+            require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
+        require(self.cmx_bytes >= 0, "cmx_bytes", f"must be 0 or more, is {self.cmx_bytes}")
+        require(0 <= self.leased_share_max <= 1, "leased_share_max", f"must be a share, 0 to 1, is {self.leased_share_max}")
+
+
 def _check_profile(profile: CostProfile) -> None:
     """Raise `ConfigError` unless every step and every fetch takes a finite time of 0 or more, and more work no less of it."""
     for name in ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_latency_s"):

@@ -1,4 +1,4 @@
-"""Everything that can happen to a cluster or to a node: facts in the past tense.
+"""Everything that can happen to a cluster, to a node or to a store: facts in the past tense.
 
 An event carries the name of the command it answers: `Fetch` is ended by `FetchEnded`, `RunStep` by `StepFinished` or
 `StepFailed`. Failures are events too; nothing crosses a driver as an exception.
@@ -7,7 +7,7 @@ An event carries the name of the command it answers: `Fetch` is ended by `FetchE
 from dataclasses import dataclass, field
 from typing import Generic
 
-from orchestrator.core.timers import ClusterTimer, NodeTimer, TimerKey
+from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -19,11 +19,17 @@ from orchestrator.core.types import (
     Lease,
     LeaseId,
     Load,
+    ModelName,
+    MoveFailure,
+    MoveId,
     NodeId,
     NodeSpec,
+    OfferId,
     Request,
     RequestId,
+    SlotId,
     StepId,
+    Tier,
 )
 
 
@@ -185,10 +191,11 @@ class ExportClosed:
 
 @dataclass(frozen=True, slots=True)
 class ResyncRequested:
-    """A gateway missed KV batches after number `after`; None asks for everything held now."""
+    """A gateway missed KV batches after number `after`; None asks for everything held now. `model` is one of a store's."""
 
     gateway: GatewayId
     after: int | None
+    model: ModelName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +219,142 @@ NodeEvent = (
     | ResyncRequested
     | DrainRequested
     | TimerFired[NodeTimer]
+)
+
+
+# --- what happens to a store ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAttached:
+    """A node of the host has mapped the arena. Nothing is granted or served to one that has not attached."""
+
+    node: NodeId
+    model: ModelName
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDetached:
+    """A node is gone; its offers and reads have ended. A copy that it was in the middle of may go on for a moment."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A node holds complete blocks that the store may want: `hashes`, which follow on `parent`, None at the start of a prompt."""
+
+    offer: OfferId
+    node: NodeId
+    model: ModelName
+    parent: BlockHash | None
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OfferWritten:
+    """The first `blocks` granted ones were copied, and no more will be: the offer is over. 0 if the copy failed."""
+
+    offer: OfferId
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOpened:
+    """A node wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
+
+    `hashes` are the prompt's full-block hashes from its first block on.
+    """
+
+    read: ExportId
+    node: NodeId
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsRead:
+    """The node has its copy of these slots, the ones served longest ago."""
+
+    read: ExportId
+    slots: tuple[SlotId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadClosed:
+    """The node is satisfied or gave up; nothing of this read is copied any more. Unknown ids are ignored."""
+
+    read: ExportId
+
+
+@dataclass(frozen=True, slots=True)
+class CmxFound:
+    """Segments of a model were found in cmx, the one written longest ago first. Told at start, in pages."""
+
+    model: ModelName
+    segments: tuple[BlockHash, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CmxRead:
+    """A `ReadCmx` is over: the slots hold the segment, or `failure` says why not. Nothing is written to them any more."""
+
+    move: MoveId
+    failure: MoveFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CmxWritten:
+    """A `WriteCmx` is over: the segment is in cmx, whole, or `failure` says why not. Its slots are not read any more."""
+
+    move: MoveId
+    failure: MoveFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchAsked:
+    """Somebody expects a prompt: bring its first `blocks` from cmx into the arena, as far as they are there."""
+
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAsked:
+    """Somebody expects no use of blocks [first_block, end_block) of a chain: they are to leave `tier`.
+
+    With `demote` they leave cpu only once all their whole segments are in cmx. What is leased, used, or continued by what is not
+    in the range stays.
+    """
+
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    end_block: int
+    tier: Tier
+    demote: bool = False
+
+
+StoreEvent = (
+    NodeAttached
+    | NodeDetached
+    | Offered
+    | OfferWritten
+    | ReadOpened
+    | SlotsRead
+    | ReadClosed
+    | CmxFound
+    | CmxRead
+    | CmxWritten
+    | LeasePlaced
+    | LeaseEnded
+    | PrefetchAsked
+    | EvictAsked
+    | ResyncRequested
+    | TimerFired[StoreTimer]
 )
 
 

@@ -159,6 +159,45 @@ class BlockPool:
             run = run.parent
         return Claim(tip, matched), list(chain.from_iterable(reversed(parts)))
 
+    def claim(self, last: BlockHash | None) -> Claim | None:
+        """Claim the chain that ends with a block, or nothing yet for None; None if that block is not cached."""
+        if last is None:
+            self._pin(self._root)
+            return Claim(self._root, 0)
+        run = self._place.get(last)
+        if run is None:
+            return None
+        depth = run.end if run.names[-1] == last else run.start + run.names.index(last) + 1
+        if run.end > depth:
+            run = self._split(run, depth)
+        self._pin(run)
+        return Claim(run, depth)
+
+    def extend(self, claim: Claim, last: BlockHash, depth: int) -> None:
+        """Let a claim cover the `depth` cached blocks of its chain that end with `last`."""
+        assert depth > claim.depth, f"a claim on {claim.depth} blocks is extended to {depth}"
+        tip = self._place[last]
+        if tip.end > depth:
+            tip = self._split(tip, depth)
+        self._move(claim, tip)
+        claim.depth = depth
+
+    def tail(self, claim: Claim, count: int) -> tuple[list[BlockHash], list[BlockId]]:
+        """Return the last `count` blocks of a claimed chain, first block first: their names and where they are."""
+        assert count <= claim.depth, f"{count} blocks are wanted of a chain of {claim.depth}"
+        run, end = claim.run, claim.depth
+        names: list[list[BlockHash]] = []
+        blocks: list[list[BlockId]] = []
+        while count:
+            assert run is not None, f"{count} blocks are missing before block {end}"
+            start = max(end - count, run.start)
+            if start < end:
+                names.append(run.names[start - run.start : end - run.start])
+                blocks.append(run.blocks[start - run.start : end - run.start])
+                count, end = count - (end - start), start
+            run = run.parent
+        return list(chain.from_iterable(reversed(names))), list(chain.from_iterable(reversed(blocks)))
+
     def share(self, claim: Claim) -> Claim:
         """Return another claim on the same chain."""
         self._pin(claim.run)
@@ -225,6 +264,26 @@ class BlockPool:
             if kept:
                 return
             below, run = run, run.parent
+
+    def drop(self, hashes: Sequence[BlockHash], first: int, end: int) -> int:
+        """Forget blocks [first, end) of a chain, and return how many were forgotten.
+
+        Backwards, so that what somebody holds or another chain continues stays, and all before it. What follows on the last one
+        in one line goes too.
+        """
+        matched = self.match(hashes, end)
+        if matched <= first:
+            return 0
+        run, dropped = self._place[hashes[matched - 1]], 0
+        while len(run.children) == 1:
+            run = next(iter(run.children.values()))
+        while not run.claims and not run.children and run.end > first:
+            parent, count = run.parent, min(len(run.names), run.end - first)
+            self._free += self._cut(run, count)
+            dropped += count
+            assert parent is not None, "the root cannot be dropped"
+            run = parent
+        return dropped
 
     @staticmethod
     def _shared(run: Run, other: Sequence[BlockHash]) -> int:
@@ -320,7 +379,10 @@ class BlockPool:
     def _evict(self, count: int) -> list[BlockId]:
         """Forget up to `count` blocks at the end of the run that idled longest, and return them, last block first."""
         run = self._victim()
-        count = min(count, self._evictable(run))
+        return self._cut(run, min(count, self._evictable(run)))
+
+    def _cut(self, run: Run, count: int) -> list[BlockId]:
+        """Forget the last `count` blocks of a run that nobody holds and nothing continues, and return them, last block first."""
         names = run.names[: -count - 1 : -1]
         blocks = run.blocks[: -count - 1 : -1]
         del run.names[-count:], run.blocks[-count:]
@@ -482,13 +544,30 @@ class KvJournal:
         #: Blocks that they tell of.
         self._kept_blocks = 0
 
-    def record(self) -> tuple[KvBatch, ...]:
-        """Return the next batches; none if nothing changed since the last."""
+    def record(
+        self, segments_stored: Sequence[BlockHash] = (), segments_removed: Sequence[BlockHash] = ()
+    ) -> tuple[KvBatch, ...]:
+        """Return the next batches; none if nothing changed since the last. What changed in cmx comes last."""
+        new: list[KvBatch] = []
+        for runs, gone in self._parts():
+            self._sequence += 1
+            new.append(KvBatch(self._sequence, runs, gone))
+        most = self._batch_hashes_max
+        for start in range(0, len(segments_removed), most):
+            self._sequence += 1
+            new.append(KvBatch(self._sequence, segments_removed=tuple(segments_removed[start : start + most])))
+        for start in range(0, len(segments_stored), most):
+            self._sequence += 1
+            new.append(KvBatch(self._sequence, segments_stored=tuple(segments_stored[start : start + most])))
+        self._keep(new)
+        return tuple(new)
+
+    def _parts(self) -> list[tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]]]:
+        """Return what changed in the pool in portions of a batch."""
         changes = self._pool.take_changes()
         if changes is None:
-            return ()
+            return []
         stored, removed = changes
-        new: list[KvBatch] = []
         most = self._batch_hashes_max
         parts: list[tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]]] = []
         for start in range(0, len(removed), most):
@@ -499,11 +578,7 @@ class KvJournal:
                 parts[-1] = (runs, parts[-1][1])
             else:
                 parts.append((runs, ()))
-        for runs, gone in parts:
-            self._sequence += 1
-            new.append(KvBatch(self._sequence, runs, gone))
-        self._keep(new)
-        return tuple(new)
+        return parts
 
     def _keep(self, new: Iterable[KvBatch]) -> None:
         batches = self._batches
@@ -513,19 +588,25 @@ class KvJournal:
         while len(batches) > self._batches_max or (self._kept_blocks > self._pool.blocks and len(batches) > 1):
             self._kept_blocks -= batches.popleft().blocks
 
-    def since(self, after: int | None) -> tuple[KvBatch, ...]:
+    def since(self, after: int | None, segments: Iterable[BlockHash] = ()) -> tuple[KvBatch, ...]:
         """Return the batches after number `after`; without it, or when some of them are gone or none follows, all held now.
+
+        `segments` are those in cmx now.
 
         Changes must have been recorded before, or a snapshot would hold what a later batch tells again.
         """
         if after is not None and self._sequence - len(self._batches) <= after < self._sequence:
             return tuple(batch for batch in self._batches if batch.sequence > after)
         self._snapshot += 1
-        pages = paged(self._pool.snapshot(), self._batch_hashes_max) or [()]
+        most, named = self._batch_hashes_max, tuple(segments)
+        pages: list[tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]]] = [
+            (runs, ()) for runs in paged(self._pool.snapshot(), most)
+        ]
+        pages += [((), named[start : start + most]) for start in range(0, len(named), most)]
         last = len(pages) - 1
         return tuple(
-            KvBatch(self._sequence, runs, cleared=page == 0, snapshot=self._snapshot, page=page, more=page < last)
-            for page, runs in enumerate(pages)
+            KvBatch(self._sequence, runs, (), page == 0, self._snapshot, page, more=page < last, segments_stored=segments_stored)
+            for page, (runs, segments_stored) in enumerate(pages or [((), ())])
         )
 
 

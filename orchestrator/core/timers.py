@@ -1,12 +1,13 @@
 """The keys of timers, one closed set for each state machine.
 
-The text of a key, `kind:about`, is what journals hold; `cluster_timer` and `node_timer` read it again, each its own machine's.
+The text of a key, `kind:about`, is what journals hold; `cluster_timer`, `node_timer` and `store_timer` read it again, each its
+own machine's.
 """
 
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from orchestrator.core.types import ExportId, GatewayId, NodeId, RequestId
+from orchestrator.core.types import ExportId, GatewayId, LeaseId, MoveId, NodeId, RequestId
 
 #: The timers of one machine.
 TimerKey = TypeVar("TimerKey")
@@ -123,6 +124,66 @@ def node_timer(text: str) -> NodeTimer:
             return GatewayTimer(GatewayId(_number(about, text)))
         case _:
             raise UnknownTimer(f"a node has no timer {text!r}")
+
+
+# --- a store's --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class MoveTimer(Timer):
+    """A transfer to or from cmx takes too long."""
+
+    move: MoveId
+
+    def __str__(self) -> str:
+        return f"move:{self.move}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LeaseTimer(Timer):
+    """A lease has had its time."""
+
+    lease: LeaseId
+
+    def __str__(self) -> str:
+        return f"lease:{self.lease}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DetachTimer(Timer):
+    """Whatever a lost node was copying is long over."""
+
+    node: NodeId
+
+    def __str__(self) -> str:
+        return f"detach:{self.node}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CmxTimer(Timer):
+    """It is time to try again what cmx did not do."""
+
+    def __str__(self) -> str:
+        return "cmx:"
+
+
+StoreTimer: TypeAlias = MoveTimer | LeaseTimer | DetachTimer | CmxTimer
+
+
+def store_timer(text: str) -> StoreTimer:
+    """Return the key that a text names. Raises `UnknownTimer`."""
+    kind, _, about = text.partition(":")
+    match kind:
+        case "move":
+            return MoveTimer(MoveId(_number(about, text)))
+        case "lease":
+            return LeaseTimer(LeaseId(about))
+        case "detach":
+            return DetachTimer(NodeId(about))
+        case "cmx":
+            return CmxTimer()
+        case _:
+            raise UnknownTimer(f"a store has no timer {text!r}")
 
 
 def _number(about: str, text: str) -> int:

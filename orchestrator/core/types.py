@@ -24,8 +24,14 @@ BlockHash = NewType("BlockHash", bytes)
 #: A slot of one node's paged KV pool, 0 to blocks - 1.
 BlockId = NewType("BlockId", int)
 StepId = NewType("StepId", int)
-#: One peer's reading of blocks from one node.
+#: One peer's reading of blocks from one node, or a node's from its host's store.
 ExportId = NewType("ExportId", int)
+#: A slot of one model's part of a store's arena, 0 to slots - 1.
+SlotId = NewType("SlotId", BlockId)
+#: One run of blocks that a node offers to its host's store; its driver numbers them.
+OfferId = NewType("OfferId", int)
+#: One transfer of a segment between a store's arena and cmx.
+MoveId = NewType("MoveId", int)
 #: Unique in the cluster; made of what asked for the lease, so that the same asked twice is one.
 LeaseId = NewType("LeaseId", str)
 
@@ -311,6 +317,107 @@ class Load:
     tenants: tuple[TenantLoad, ...] = ()
 
 
+class MoveFailure(StrEnum):
+    """Why a transfer to or from cmx did not do what it was to."""
+
+    MISSING = "missing"  # there is no such object
+    DAMAGED = "damaged"  # it is not what was written: cut off, changed, of another size
+    UNAVAILABLE = "unavailable"  # the storage does not answer, or refuses
+    FULL = "full"  # the storage has no room
+    CANCELLED = "cancelled"  # given up before it was done
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One model's part of a store."""
+
+    model: ModelName
+    block_tokens: int
+    block_bytes: int
+    #: Blocks that its part of the arena has room for.
+    slots: int
+    #: Blocks in a segment, the unit of cmx: segments are aligned in their chain, and named by their last block.
+    segment_blocks: int = 8
+    #: Whether segments of it go to cmx.
+    cmx: bool = False
+
+    @property
+    def segment_bytes(self) -> int:
+        return self.segment_blocks * self.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """What a store is: fixed from its start to its end. Nodes of its host read from it, no others."""
+
+    id: StoreId
+    #: Counts restarts under the same id; a higher one makes all belief about the lower one's arena void.
+    incarnation: int
+    #: Equal to that of the nodes that can read its arena.
+    host: str
+    #: gRPC address, host:port.
+    address: str
+    models: tuple[StoredModel, ...]
+    #: What copies between its arena and a node, and between cmx and its arena, are expected to take, until they were measured.
+    cpu_bytes_per_s: float = 10e9
+    cmx_bytes_per_s: float = 1e9
+    cmx_latency_s: float = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounts:
+    """What a store has done for one model since it started. Blocks, unless it says otherwise."""
+
+    #: Copied in by nodes, and copied out by them.
+    taken: int = 0
+    given: int = 0
+    #: Offered and not taken: no room, or too much under way.
+    declined: int = 0
+    #: Moved from cmx into the arena, and from the arena to cmx.
+    recalled: int = 0
+    written: int = 0
+    #: Of what reads wanted: found in the arena, brought from cmx, and not had in the end.
+    cpu_hits: int = 0
+    cmx_hits: int = 0
+    misses: int = 0
+    #: Forgotten in the arena; and in cmx, for want of room.
+    cpu_evicted: int = 0
+    cmx_evicted: int = 0
+    #: Brought from cmx because somebody advised it.
+    prefetched: int = 0
+    #: What went wrong, by its name, and how often.
+    failures: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedBytes:
+    """What of a tenant's leases a store holds in one tier, bytes; blocks of several leases count for each."""
+
+    tenant: TenantId
+    tier: Tier
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLoad:
+    """A store's state for one model, now."""
+
+    slots_free: int = 0
+    #: Slots with content that nobody uses now: free for the asking, at the price of forgetting.
+    slots_cached: int = 0
+    slots_used: int = 0
+    #: Segments that it knows of in cmx.
+    segments: int = 0
+    #: Reads that wait for blocks from cmx, and the bytes they wait for.
+    reads_waiting: int = 0
+    waiting_bytes: int = 0
+    #: Measured, smoothed; 0 until measured.
+    cpu_bytes_per_s: float = 0.0
+    cmx_bytes_per_s: float = 0.0
+    counts: StoreCounts = StoreCounts()
+    leased: tuple[LeasedBytes, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class StoredRun:
     """Consecutive blocks that a node now holds; `parent` precedes the first, None at the start of a prompt."""
@@ -321,7 +428,7 @@ class StoredRun:
 
 @dataclass(frozen=True, slots=True)
 class KvBatch:
-    """What changed in one node's holdings, numbered without gaps so that a lost batch is noticed.
+    """What changed in one node's holdings, or in one store's of one model, numbered without gaps so that a lost batch is noticed.
 
     Removals are applied before storings. `cleared` says: forget all you believed of this node first.
 
@@ -343,5 +450,6 @@ class KvBatch:
 
     @property
     def blocks(self) -> int:
-        """How many blocks it tells of."""
-        return len(self.removed) + sum(len(run.hashes) for run in self.stored)
+        """How many blocks it tells of, each segment counted as one."""
+        segments = len(self.segments_stored) + len(self.segments_removed)
+        return len(self.removed) + sum(len(run.hashes) for run in self.stored) + segments

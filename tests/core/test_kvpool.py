@@ -138,6 +138,42 @@ def test_nothing_is_dead_that_somebody_holds_or_another_chain_continues() -> Non
     assert [pool.match(prompt_hashes(text), 3) for text in ("abx", "abc", "xy")] == [3, 3, 0]
 
 
+def test_a_chain_is_claimed_by_its_last_block_and_gives_its_end() -> None:
+    pool = BlockPool(6)
+    keep(pool, "abc")
+    claim = pool.claim(B)
+    assert claim is not None
+    assert pool.tail(claim, 1) == ([B], [1])
+    pool.extend(claim, C, 3)
+    assert pool.tail(claim, 2) == ([B, C], [1, 2])
+    assert pool.tail(claim, 3) == ([A, B, C], [0, 1, 2])
+    other, start = pool.claim(A), pool.claim(None)
+    assert other is not None
+    assert start is not None
+    pool.register(other, pool.allocate(1), [BlockHash(b"ax")])  # a branch: the run that was claimed is split
+    assert pool.tail(other, 2) == ([A, b"ax"], [0, 3])
+    assert pool.tail(claim, 3) == ([A, B, C], [0, 1, 2])
+    assert pool.claim(BlockHash(b"x")) is None
+    pool.validate([claim, other, start], [])
+
+
+def test_what_is_dropped_goes_from_the_end_as_far_as_nobody_needs_it() -> None:
+    pool = BlockPool(12)
+    keep(pool, "abcd")
+    branch, _ = pool.acquire((A, B), 2)
+    pool.register(branch, pool.allocate(1), [BlockHash(b"abx")])
+    pool.release(branch)
+    assert pool.drop(prompt_hashes("abc"), 1, 3) == 2  # c, and what follows on it in one line; abx goes on from b
+    assert pool.match(prompt_hashes("abc"), 3) == 2
+    claim, _ = pool.acquire(prompt_hashes("abx"), 2)
+    assert pool.drop(prompt_hashes("abx"), 0, 3) == 1  # a and b are held
+    pool.release(claim)
+    assert pool.drop(prompt_hashes("aby"), 1, 3) == 1  # as much of the chain as there is
+    assert pool.drop(prompt_hashes("ab"), 1, 2) == 0  # gone already
+    pool.validate([], [])
+    assert (pool.free_blocks, pool.idle_blocks) == (11, 1)
+
+
 def test_without_prefix_caching_nothing_is_kept_or_told() -> None:
     pool = BlockPool(2, caching=False)
     claim, blocks = computed(pool, "ab")
@@ -195,6 +231,24 @@ def test_the_journal_replays_what_it_still_has_and_else_tells_everything() -> No
     # 0: number 1 is gone. 3: nothing was missed, whoever asks is answered all the same. 9: a number of another life of this node.
     for number, after in enumerate((0, None, 3, 9), start=1):
         assert journal.since(after) == (KvBatch(3, runs, cleared=True, snapshot=number),)
+
+
+def test_the_journal_tells_of_segments_after_blocks_and_within_its_measure() -> None:
+    pool = BlockPool(8)
+    journal = KvJournal(pool, batches_max=8, batch_hashes_max=4)
+    keep(pool, "ab")
+    batches = journal.record(segments_stored=prompt_hashes("vwxyz"), segments_removed=(A,))
+    assert batches == (
+        KvBatch(1, (StoredRun(None, (A, B)),)),
+        KvBatch(2, segments_removed=(A,)),
+        KvBatch(3, segments_stored=prompt_hashes("vwxy")),
+        KvBatch(4, segments_stored=prompt_hashes("vwxyz")[4:]),
+    )
+    assert journal.record() == ()
+    assert journal.since(2) == batches[2:]
+    first, second = journal.since(None, prompt_hashes("v"))
+    assert (first.cleared, first.stored, first.more) == (True, (StoredRun(None, (A, B)),), True)
+    assert (second.cleared, second.segments_stored, second.more) == (False, prompt_hashes("v"), False)
 
 
 def test_the_journal_keeps_no_more_than_telling_all_would_take() -> None:

@@ -14,21 +14,30 @@ from orchestrator.core.events import Assigned, ExportOpened, NodeEvent, SliceRes
 from orchestrator.core.node.node import Node
 from orchestrator.core.timers import (
     ClusterTimer,
+    CmxTimer,
+    DetachTimer,
     ExportTimer,
     FetchTimer,
     GatewayTimer,
     HoldTimer,
+    LeaseTimer,
+    MoveTimer,
     NodeTimer,
     RequestTimer,
     ResyncTimer,
+    StoreTimer,
+    UnknownTimer,
     cluster_timer,
     node_timer,
+    store_timer,
 )
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
     ExportId,
     GatewayId,
+    LeaseId,
+    MoveId,
     NodeId,
     PoolKind,
     RequestId,
@@ -175,6 +184,13 @@ def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:
 )
 def test_the_text_of_a_nodes_timer_names_it(timer: NodeTimer) -> None:
     assert node_timer(str(timer)) == timer
+
+
+@pytest.mark.parametrize("timer", [MoveTimer(MoveId(5)), LeaseTimer(LeaseId("a:0")), DetachTimer(NodeId("a:0")), CmxTimer()])
+def test_the_text_of_a_stores_timer_names_it(timer: StoreTimer) -> None:
+    assert store_timer(str(timer)) == timer
+    with pytest.raises(UnknownTimer, match="a store has no timer 'hold:1'"):
+        store_timer("hold:1")
 
 
 @pytest.mark.parametrize(
