@@ -20,7 +20,9 @@ from orchestrator.core.commands import (
     DropGateway,
     Fetch,
     Forget,
+    LoadBlocks,
     NodeCommand,
+    Offer,
     PublishKv,
     ReportEnded,
     ReportFirstToken,
@@ -28,6 +30,7 @@ from orchestrator.core.commands import (
     SendBlocks,
     SetTimer,
     StopFetch,
+    StopOffer,
 )
 from orchestrator.core.config import GATEWAYS_MAX, SchedulerConfig
 from orchestrator.core.events import (
@@ -218,6 +221,8 @@ class NodeDriver:
                 self._fetches.start(command, sequence.source_address, sequence.source_host)
             case StopFetch(request):
                 self._fetches.stop(request)
+            case LoadBlocks() | Offer() | StopOffer():
+                raise AssertionError(f"node {self.spec.id} has no store and asks for {command}")
             case SendBlocks():
                 self._exports.send(command)
             case DropGateway(gateway):

@@ -97,10 +97,45 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class StopFetch:
-    """Give a fetch up. Still ended by `FetchEnded`: until then the blocks may be written to."""
+class LoadBlocks:
+    """Copy a prompt's blocks from the host's store into this node's `blocks`, which stand for prompt blocks `first_block` on.
+
+    All blocks up to `tokens` of the prompt (from its start) are wanted, whole ones only. `hashes` are all the prompt's. Answered,
+    ended and stopped as `Fetch` is; a request never fetches and loads at once.
+    """
 
     request: RequestId
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    blocks: tuple[BlockId, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopFetch:
+    """Give a fetch or a load up. Still ended by `FetchEnded`: until then the blocks may be written to."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Let the host's store copy what it lacks of `blocks`, which are named `hashes` and follow on the block named `parent`.
+
+    Ended by exactly one `OfferEnded`; until then none of the blocks, and none before them in the chain, is written to.
+    """
+
+    offer: OfferId
+    parent: BlockHash | None
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopOffer:
+    """Give an offer up, for its blocks are needed. Still ended by `OfferEnded`: until then they may be read."""
+
+    offer: OfferId
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +192,10 @@ class PublishKv:
 NodeCommand = (
     RunStep
     | Fetch
+    | LoadBlocks
     | StopFetch
+    | Offer
+    | StopOffer
     | SendBlocks
     | Forget
     | ReportFirstToken

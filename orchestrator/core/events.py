@@ -136,7 +136,7 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class FetchProgressed:
-    """Blocks arrived from a peer; `tokens` of the prompt, counted from its start, are now present without a hole."""
+    """Blocks arrived from a peer, or the store; `tokens` of the prompt, counted from its start, are now present without a hole."""
 
     request: RequestId
     tokens: int
@@ -144,15 +144,24 @@ class FetchProgressed:
 
 @dataclass(frozen=True, slots=True)
 class FetchEnded:
-    """A fetch is over and will write no more. `tokens` as in `FetchProgressed`.
+    """A fetch or a load is over and will write no more. `tokens` as in `FetchProgressed`.
 
     `computed_tokens` are prompt tokens the source computed for this very request, for the bill; `failure` says why less
-    came than was asked for, None if nothing went wrong.
+    came than was asked for, None if nothing went wrong. `cmx_tokens` of a load came from `cmx`, the others from `cpu`.
     """
 
     request: RequestId
     tokens: int
     computed_tokens: int = 0
+    failure: str | None = None
+    cmx_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OfferEnded:
+    """An offer is over and nothing of it is read any more; `failure` says why the store has not got all of it, None if it has."""
+
+    offer: OfferId
     failure: str | None = None
 
 
@@ -213,6 +222,7 @@ NodeEvent = (
     | StepFailed
     | FetchProgressed
     | FetchEnded
+    | OfferEnded
     | ExportOpened
     | BlocksSent
     | ExportClosed
@@ -403,11 +413,14 @@ class NodeDraining:
 class FirstToken:
     """A request's first token came: its prompt is complete on that node.
 
-    `computed_tokens` of the prompt were computed, on this node or for it on its source; the others were cached.
+    `computed_tokens` of the prompt were computed, on this node or for it on its source; the others were cached. Of those this
+    node loaded `cpu_tokens` and `cmx_tokens` from its host's store, which had them in that tier; the rest was in `hbm`.
     """
 
     request: RequestId
     computed_tokens: int
+    cpu_tokens: int = 0
+    cmx_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,9 +430,11 @@ class Ended:
     request: RequestId
     reason: FinishReason
     output_tokens: int
-    #: As in `FirstToken`; for PREFILLED what this node computed.
+    #: As in `FirstToken`; for PREFILLED what this node computed and loaded.
     computed_tokens: int
     message: str = ""
+    cpu_tokens: int = 0
+    cmx_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

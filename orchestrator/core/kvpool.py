@@ -38,7 +38,7 @@ RUN_HASHES = 2
 class Run:
     """Cached blocks that follow on each other and that nothing branches off from but at their end."""
 
-    __slots__ = ("blocks", "children", "claims", "idled", "names", "parent", "start", "told")
+    __slots__ = ("blocks", "children", "claims", "idled", "names", "offered", "parent", "start", "told")
 
     def __init__(self, parent: "Run | None", start: int) -> None:
         self.parent = parent
@@ -48,6 +48,8 @@ class Run:
         self.blocks: list[BlockId] = []
         #: Its first blocks that gateways have been told of.
         self.told = 0
+        #: Its first blocks that a tier below was offered, or gave.
+        self.offered = 0
         #: Runs that follow on its last block, by their first name.
         self.children: dict[BlockHash, Run] = {}
         #: Claims on it and on everything that follows on it.
@@ -143,6 +145,30 @@ class BlockPool:
             assert run.parent is not None, "the root is not held"
             run = run.parent
         return idle
+
+    def kept_by(self, claims: Iterable[Claim]) -> int:
+        """Return how many blocks would idle if these claims, and no others, were given up."""
+        counts: dict[Run, int] = {}
+        for claim in claims:
+            run: Run | None = claim.run
+            while run is not None:
+                counts[run] = counts.get(run, 0) + 1
+                run = run.parent
+        return sum(len(run.names) for run, count in counts.items() if count == run.claims)
+
+    def offered(self, hashes: Sequence[BlockHash], matched: int) -> int:
+        """Return how many of a chain's first `matched` blocks, which must be cached, a tier below was offered or gave."""
+        run = self._place[hashes[matched - 1]] if matched else self._root
+        while not run.offered and run.parent is not None:
+            run = run.parent
+        return min(run.start + run.offered, matched)
+
+    def mark_offered(self, hashes: Sequence[BlockHash], matched: int, offered: bool = True) -> None:
+        """Note that a tier below was offered, or gave, a chain's first `matched` blocks, or that it has not got all of them."""
+        run = self._place[hashes[matched - 1]] if matched else self._root
+        while run.parent is not None:
+            run.offered = max(run.offered, min(matched - run.start, len(run.names))) if offered else 0
+            run = run.parent
 
     # --- chains of cached blocks ------------------------------------------------------------------------------------------
 
@@ -307,6 +333,7 @@ class BlockPool:
         upper.blocks, run.blocks = run.blocks[:count], run.blocks[count:]
         upper.claims, upper.idled = run.claims, run.idled
         upper.told, run.told = min(run.told, count), max(0, run.told - count)
+        upper.offered, run.offered = min(run.offered, count), max(0, run.offered - count)
         if upper.told < count:
             self._untold[upper] = None
         upper.children[run.names[0]] = run
@@ -390,7 +417,7 @@ class BlockPool:
         deque(map(self._place.__delitem__, names), maxlen=0)
         untold = max(0, len(run.names) + count - run.told)
         self._removed += names[untold:]
-        run.told = min(run.told, len(run.names))
+        run.told, run.offered = min(run.told, len(run.names)), min(run.offered, len(run.names))
         if run.names:
             self._rank(run)
         else:
@@ -517,6 +544,7 @@ class BlockPool:
         told = run.told == len(run.names) or run in self._untold
         assert told, f"{where} has {len(run.names)} blocks, {run.told} are told of and the others will not be"
         assert len(run.names) == len(run.blocks), f"{where} has {len(run.names)} names for {len(run.blocks)} blocks"
+        assert run.offered <= len(run.names), f"{where} has {len(run.names)} blocks, {run.offered} were offered"
         for name in run.names:
             assert self._place.get(name) is run, f"{name!r} is in {where}, and said to be elsewhere"
         if not run.claims and not run.children:

@@ -34,6 +34,8 @@ OfferId = NewType("OfferId", int)
 MoveId = NewType("MoveId", int)
 #: Unique in the cluster; made of what asked for the lease, so that the same asked twice is one.
 LeaseId = NewType("LeaseId", str)
+#: One node's offer of blocks to its host's store; unique on the node.
+OfferId = NewType("OfferId", int)
 
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")
@@ -168,13 +170,14 @@ class Sampling:
 class Assignment:
     """One node's part in one request.
 
-    The node serves the prompt's tokens from three runs, left to right:
+    The node serves the prompt's tokens from four runs, left to right; each but the last may be empty:
 
         [0, hit)                 blocks it holds already
-        [hit, source_tokens)     blocks it fetches from `source`, if there is one
+        [hit, stored_tokens)     blocks it loads from its host's store
+        [.., source_tokens)      blocks it fetches from `source`, if there is one
         [.., prompt_tokens)      what is left: it computes them
 
-    A fetch that brings less than promised only makes the third run longer.
+    A load or a fetch that brings less than promised only makes a later run longer.
     """
 
     request: RequestId
@@ -198,6 +201,8 @@ class Assignment:
     tenant: TenantId = DEFAULT_TENANT
     #: The tenant's part of a full node, relative to the other tenants' that compete for it then.
     share: float = 1.0
+    #: Prompt tokens that the store of the node's host is to bring, counted from the start of the prompt.
+    stored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +288,8 @@ class NodeSpec:
     address: str = ""
     #: Equal on nodes that share host memory.
     host: str = ""
+    #: True if its host has a store: what it computes is offered to that, and loaded from there when it is told to.
+    stores: bool = False
 
 
 @dataclass(frozen=True, slots=True)

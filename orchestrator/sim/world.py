@@ -29,7 +29,9 @@ from orchestrator.core.commands import (
     DropGateway,
     Fetch,
     Forget,
+    LoadBlocks,
     NodeCommand,
+    Offer,
     PublishKv,
     Refuse,
     ReportEnded,
@@ -41,6 +43,7 @@ from orchestrator.core.commands import (
     SendBlocks,
     SetTimer,
     StopFetch,
+    StopOffer,
 )
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.events import (
@@ -480,6 +483,8 @@ class World:
                     self.transfers.carry(command)
                 case StopFetch(request):
                     self.transfers.stop(simulated.spec.id, request)
+                case LoadBlocks() | Offer() | StopOffer():
+                    raise AssertionError(f"node {simulated.spec.id} has no store and asks for {command}")
                 case _:
                     assert_never(command)
         if simulated.node.news != simulated.news:

@@ -155,6 +155,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         name=assignment.name,
         tenant=assignment.tenant,
         share=assignment.share,
+        stored_tokens=assignment.stored_tokens,
     )
 
 
@@ -183,6 +184,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         name=submit.name[:NAME_CHARS_MAX],
         tenant=TenantId(submit.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
         share=submit.share or 1.0,
+        stored_tokens=submit.stored_tokens,
     )
 
 
@@ -219,6 +221,7 @@ def welcome_message(spec: NodeSpec, fingerprint: str, resumed: bool) -> node_pb2
         host=spec.host,
         fingerprint=fingerprint,
         resumed=resumed,
+        stores=spec.stores,
     )
 
 
@@ -255,12 +258,24 @@ def spec_from(welcome: node_pb2.Welcome) -> NodeSpec:
         ),
         address=welcome.address,
         host=welcome.host,
+        stores=welcome.stores,
     )
 
 
 def first_token_message(report: FirstToken, began_s_ago: float = 0.0) -> node_pb2.FirstToken:
     """Return the message for a first token; `began_s_ago` for requests that are timed."""
-    return node_pb2.FirstToken(request=report.request, computed_tokens=report.computed_tokens, began_s_ago=began_s_ago)
+    return node_pb2.FirstToken(
+        request=report.request,
+        computed_tokens=report.computed_tokens,
+        began_s_ago=began_s_ago,
+        cpu_tokens=report.cpu_tokens,
+        cmx_tokens=report.cmx_tokens,
+    )
+
+
+def first_token_from(message: node_pb2.FirstToken) -> FirstToken:
+    """Return the first token that a message tells of."""
+    return FirstToken(RequestId(message.request), message.computed_tokens, message.cpu_tokens, message.cmx_tokens)
 
 
 def ended_message(report: Ended, began_s_ago: float = 0.0) -> node_pb2.Ended:
@@ -272,6 +287,8 @@ def ended_message(report: Ended, began_s_ago: float = 0.0) -> node_pb2.Ended:
         computed_tokens=report.computed_tokens,
         message=report.message[:MESSAGE_CHARS_MAX],
         began_s_ago=began_s_ago,
+        cpu_tokens=report.cpu_tokens,
+        cmx_tokens=report.cmx_tokens,
     )
 
 
@@ -286,6 +303,8 @@ def ended_from(message: node_pb2.Ended) -> Ended:
         output_tokens=message.output_tokens,
         computed_tokens=message.computed_tokens,
         message=message.message[:MESSAGE_CHARS_MAX],
+        cpu_tokens=message.cpu_tokens,
+        cmx_tokens=message.cmx_tokens,
     )
 
 
@@ -358,7 +377,7 @@ def report_from(node: NodeId, frame: node_pb2.NodeFrame) -> NodeReported:
     return NodeReported(
         node=node,
         load=load_from(frame.load),
-        first_tokens=tuple([FirstToken(RequestId(item.request), item.computed_tokens) for item in frame.first_tokens]),
+        first_tokens=tuple([first_token_from(item) for item in frame.first_tokens]),
         ended=tuple([ended_from(item) for item in frame.ended]),
         kv=tuple([kv_from(item) for item in frame.kv]),
     )

@@ -55,7 +55,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name", "tenant", "share", "timed", "source_incarnation")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "superseded", "name", "tenant", "share", "timed", "source_incarnation", "stored_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class Submit(_message.Message):
     SHARE_FIELD_NUMBER: _ClassVar[int]
     TIMED_FIELD_NUMBER: _ClassVar[int]
     SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -94,7 +95,8 @@ class Submit(_message.Message):
     share: float
     timed: bool
     source_incarnation: int
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ...) -> None: ...
+    stored_tokens: int
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., superseded: _Optional[bytes] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias")
@@ -178,7 +180,7 @@ class Move(_message.Message):
     def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., request: _Optional[int] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint", "resumed")
+    __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint", "resumed", "stores")
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +197,7 @@ class Welcome(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    STORES_FIELD_NUMBER: _ClassVar[int]
     node: str
     model: str
     pool: str
@@ -211,7 +214,8 @@ class Welcome(_message.Message):
     host: str
     fingerprint: str
     resumed: bool
-    def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ...) -> None: ...
+    stores: bool
+    def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ..., stores: bool = ...) -> None: ...
 
 class CostProfile(_message.Message):
     __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s", "batch_tokens", "batch_s", "overlap", "pass_tokens", "tokens_per_pass")
@@ -254,30 +258,38 @@ class TokenLogprobs(_message.Message):
     def __init__(self, request: _Optional[int] = ..., logprob: _Optional[float] = ..., top_tokens: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("request", "computed_tokens", "began_s_ago")
+    __slots__ = ("request", "computed_tokens", "began_s_ago", "cpu_tokens", "cmx_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
+    CPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CMX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     computed_tokens: int
     began_s_ago: float
-    def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
+    cpu_tokens: int
+    cmx_tokens: int
+    def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message", "began_s_ago")
+    __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message", "began_s_ago", "cpu_tokens", "cmx_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
+    CPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CMX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     reason: str
     output_tokens: int
     computed_tokens: int
     message: str
     began_s_ago: float
-    def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
+    cpu_tokens: int
+    cmx_tokens: int
+    def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ...) -> None: ...
 
 class KvBatch(_message.Message):
     __slots__ = ("sequence", "stored", "removed", "cleared", "snapshot", "page", "more")

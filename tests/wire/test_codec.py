@@ -49,6 +49,7 @@ def test_assignment_survives(role: Role, source: NodeId | None) -> None:
         priority=-3,
         tenant=TenantId("team"),
         share=2.5,
+        stored_tokens=64,
     )
     root = hashes(1)[0]
     sampling = node_pb2.Sampling(temperature=0.5, seed=0, stop_token_ids=[1, 2], logit_bias={5: -1.0})
@@ -76,6 +77,7 @@ def test_spec_survives(kind: PoolKind) -> None:
         profile=CostProfile(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, 0.7),
         address="127.0.0.1:5",
         host="here",
+        stores=True,
     )
     message = codec.welcome_message(spec, "weights", resumed=True)
     parsed = node_pb2.Welcome.FromString(message.SerializeToString())
@@ -91,8 +93,8 @@ def test_report_survives() -> None:
         KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),
         KvBatch(sequence=1, stored=(StoredRun(None, hashes(3)), StoredRun(hashes(1)[0], hashes(1))), removed=hashes(2)),
     )
-    ends = tuple(Ended(REQUEST, reason, 3, 2, "why") for reason in FinishReason)
-    first = (FirstToken(REQUEST, 12),)
+    ends = tuple(Ended(REQUEST, reason, 3, 2, "why", 7, 9) for reason in FinishReason)
+    first = (FirstToken(REQUEST, 12, 3, 4),)
     frame = node_pb2.NodeFrame(load=codec.load_message(load))
     frame.kv.extend(codec.kv_message(batch) for batch in batches)
     frame.ended.extend(codec.ended_message(end) for end in ends)

@@ -1,12 +1,19 @@
-"""One node's decisions: `Node.handle(event, now)` is the only entrance; `kvpool.py` and `scheduler.py` do the two hard parts.
+"""One node's decisions: `Node.handle(event, now)` is the only entrance; the block pool and `scheduler.py` do the two hard parts.
 
 What happens to a request here, by role:
 
-    GENERATE  Assigned .. [Fetch .. FetchEnded] .. steps .. ReportFirstToken .. steps .. Forget, ReportEnded
-    PREFILL   Assigned .. [Fetch .. FetchEnded] .. steps .. Forget, ReportEnded(PREFILLED), SetTimer(hold)
+    GENERATE  Assigned .. [LoadBlocks .. FetchEnded] .. [Fetch .. FetchEnded] .. steps .. ReportFirstToken .. steps
+              .. Forget, ReportEnded
+    PREFILL   Assigned .. [LoadBlocks .. FetchEnded] .. [Fetch .. FetchEnded] .. steps
+              .. Forget, ReportEnded(PREFILLED), SetTimer(hold)
               .. an export of it is fully sent and closed, or the timer fires, or Cancelled: its blocks are given back
     a fetch   Fetch, SetTimer(fetch) .. the source was silent for too long, SourceLost or Cancelled: ClearTimer, StopFetch
               .. FetchEnded: what did not come is computed here
+    a load    as a fetch, from the host's store; it is late once computing would take less time than what is missing
+
+Where there is a store, the blocks of a prompt that is complete, and of a request that ends, are offered to it:
+
+    Offer .. [room is needed: StopOffer] .. OfferEnded
 
 to a gateway that promised signs of life:
 
@@ -22,7 +29,8 @@ Rules for editors.
 
 Rule 1: blocks are given back before the end is reported, so that a retry cannot overlap the cleanup.
 Rule 2: a request whose blocks a step or a fetch may write to is only marked; it ends with the step or the fetch.
-Rule 3: an export references what it has sent, and everything before it in the chain, until it is closed.
+Rule 3: an export references what it has sent, and everything before it in the chain, until it is closed; so does an offer until
+        it has ended, and neither is cut short but by its end.
 """
 
 from typing import assert_never
@@ -32,6 +40,7 @@ from orchestrator.core.commands import (
     DropGateway,
     Fetch,
     Forget,
+    LoadBlocks,
     NodeCommand,
     PublishKv,
     ReportEnded,
@@ -40,6 +49,7 @@ from orchestrator.core.commands import (
     SendBlocks,
     SetTimer,
     StopFetch,
+    StopOffer,
 )
 from orchestrator.core.config import CachePolicy, SchedulerConfig
 from orchestrator.core.events import (
@@ -56,6 +66,7 @@ from orchestrator.core.events import (
     GatewayHeard,
     GatewayLost,
     NodeEvent,
+    OfferEnded,
     ResyncRequested,
     SourceLost,
     StepFailed,
@@ -63,6 +74,7 @@ from orchestrator.core.events import (
     TimerFired,
 )
 from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
+from orchestrator.core.node.offers import Offers
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence
@@ -121,6 +133,7 @@ class Node:
         self._pool = pool or BlockPool(spec.blocks, config.prefix_caching)
         self._journal = KvJournal(self._pool, config.resync_batches_max)
         self._scheduler = Scheduler(spec, config, self._pool)
+        self._offers = Offers(self._pool, int(spec.blocks * config.offered_share_max) if spec.stores else 0)
         #: Everything assigned here that still has or wants blocks.
         self._sequences: dict[RequestId, Sequence] = {}
         self._exports: dict[ExportId, Export] = {}
@@ -152,6 +165,8 @@ class Node:
                 self._on_fetch_progressed(event)
             case FetchEnded():
                 self._on_fetch_ended(event)
+            case OfferEnded():
+                self._offers.end(event.offer, complete=event.failure is None)
             case ExportOpened():
                 self._on_export_opened(event)
             case BlocksSent():
@@ -215,12 +230,31 @@ class Node:
                 plan = self._scheduler.plan_step()
             if plan is not None:
                 self._commands.append(RunStep(plan.step, plan.slices, len(plan.decoding), plan.steps_max))
+        self._make_room()
+        self._make_offers()
         if self._quiet and self._scheduler.preemptions == preemptions:
             return
         self.news += 1
         batches = self._journal.record()
         if batches:
             self._commands.append(PublishKv(batches))
+
+    def _make_room(self) -> None:
+        """Stop offers if that frees the blocks that somebody waits for, or that decoding is about to need."""
+        decoding = len(self._scheduler.plan.decoding) if self._scheduler.plan is not None else 0
+        short = max(self._scheduler.short_blocks, decoding - self._pool.available_blocks)
+        if short > 0:
+            self._commands += [StopOffer(offer) for offer in self._offers.stop(short, self._now)]
+
+    def _offer(self, sequence: Sequence) -> None:
+        """Offer the host's store what is cached of a sequence, before that can be forgotten."""
+        if self.spec.stores:
+            self._offers.add(tuple(sequence.hashes[: sequence.registered]))
+            self._make_offers()
+
+    def _make_offers(self) -> None:
+        while (offer := self._offers.next(self._now)) is not None:
+            self._commands.append(offer)
 
     def _admit(self) -> None:
         """Admit until nobody else can be: one with nothing to compute makes room for the next."""
@@ -260,17 +294,21 @@ class Node:
         return self._scheduler.refusal(assignment)
 
     def _begin(self, sequence: Sequence) -> None:
-        """Start the fetch of an admitted sequence, or hold it if everything is here already."""
+        """Let an admitted sequence load or fetch, or hold it if everything is here already."""
         self._advance(sequence)
-        if sequence.phase is not Phase.FETCHING:
-            return
+        if sequence.phase is Phase.FETCHING:
+            self._bring(sequence)
+
+    def _bring(self, sequence: Sequence) -> None:
+        """Ask for the blocks that follow on what is here: the host's store first, then the source."""
         assignment, first_block = sequence.assignment, sequence.registered
-        assert assignment.source is not None, f"request {sequence.request} fetches from nowhere"
-        tokens = sequence.fetch_tokens(first_block)
-        end = -(-tokens // self.spec.block_tokens)
-        blocks = tuple(sequence.table[first_block:end])
-        self._commands.append(
-            Fetch(
+        tokens = sequence.wanted_tokens
+        blocks = tuple(sequence.table[first_block : -(-tokens // self.spec.block_tokens)])
+        if not sequence.loaded:
+            command = LoadBlocks(sequence.request, assignment.hashes, first_block, blocks, tokens)
+        else:
+            assert assignment.source is not None, f"request {sequence.request} fetches from nowhere"
+            command = Fetch(
                 sequence.request,
                 assignment.source,
                 assignment.hashes,
@@ -280,8 +318,8 @@ class Node:
                 assignment.source_pending,
                 assignment.source_incarnation,
             )
-        )
-        sequence.heard_at = self._now
+        self._commands.append(command)
+        sequence.heard_at, sequence.paced_at = self._now, None
         self._await_source(sequence)
 
     def _on_cancelled(self, request: RequestId) -> None:
@@ -336,18 +374,22 @@ class Node:
         """Let readers have what there is, give the blocks back, then report."""
         for export in self._readers.pop(sequence.request, ()):
             self._send(export, sequence, final=True)
+        self._offer(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request]
         self._commands.append(Forget(sequence.request))
         self._report(sequence.request, reason, message, sequence)
 
     def _report(self, request: RequestId, reason: FinishReason, message: str = "", of: Sequence | None = None) -> None:
-        output_tokens, computed_tokens = (of.output_tokens, of.computed_tokens) if of is not None else (0, 0)
-        self._commands.append(ReportEnded(Ended(request, reason, output_tokens, computed_tokens, message)))
+        ended = Ended(request, reason, 0, 0, message)
+        if of is not None:
+            ended = Ended(request, reason, of.output_tokens, of.computed_tokens, message, *of.tier_tokens)
+        self._commands.append(ReportEnded(ended))
 
     def _hold(self, sequence: Sequence) -> None:
         """Report a completed PREFILL and keep its blocks for the decode node, for a while."""
         self._scheduler.hold(sequence)
+        self._offer(sequence)
         self._commands.append(Forget(sequence.request))
         self._report(sequence.request, FinishReason.PREFILLED, of=sequence)
         key = HoldTimer(sequence.request)
@@ -387,7 +429,9 @@ class Node:
     def _apply(self, outcome: StepOutcome) -> None:
         """Report first tokens, serve readers of prompts that got further, end what ended."""
         for sequence in outcome.started:
-            self._commands.append(ReportFirstToken(FirstToken(sequence.request, sequence.computed_tokens)))
+            report = FirstToken(sequence.request, sequence.computed_tokens, *sequence.tier_tokens)
+            self._commands.append(ReportFirstToken(report))
+            self._offer(sequence)
         for sequence in outcome.advanced:
             self._advance(sequence)
         for sequence, reason, message in outcome.ended:
@@ -404,10 +448,24 @@ class Node:
             self._forget_readers(sequence.request)
 
     def _await_source(self, sequence: Sequence) -> None:
-        """Set the timer that gives the source up if nothing more is heard of it."""
+        """Set the timer that gives the source, or the store, up if nothing more is heard of it."""
         key = FetchTimer(sequence.request)
         self._timers.add(key)
-        self._commands.append(SetTimer(key, sequence.heard_at + self._config.fetch_silent_s_max))
+        self._commands.append(SetTimer(key, sequence.heard_at + self._patience_s(sequence)))
+
+    def _patience_s(self, sequence: Sequence) -> float:
+        """Return the seconds for which who brings blocks may be silent; a store no longer than computing would take."""
+        silent_s = self._config.fetch_silent_s_max
+        recompute_s = 0.0 if sequence.loaded else self._scheduler.recompute_seconds(sequence)
+        return min(silent_s, recompute_s) if recompute_s > 0.0 else silent_s
+
+    def _is_late(self, sequence: Sequence) -> bool:
+        """Return whether computing what a load has not brought would take less time than it still needs at its pace."""
+        if sequence.loaded or sequence.paced_at is None or sequence.computed <= sequence.paced_from:
+            return False
+        seconds_a_token = (self._now - sequence.paced_at) / (sequence.computed - sequence.paced_from)
+        recompute_s = self._scheduler.recompute_seconds(sequence)
+        return 0.0 < recompute_s < seconds_a_token * (sequence.wanted_tokens - sequence.computed)
 
     def _stop_fetch(self, sequence: Sequence) -> None:
         """Give a fetch up, if that has not been done; its blocks may be written to until it has ended."""
@@ -425,7 +483,7 @@ class Node:
 
     def _on_source_silent(self, sequence: Sequence) -> None:
         """Give a fetch up whose source has been silent for too long; one that was heard of since the timer was set may go on."""
-        if sequence.heard_at + self._config.fetch_silent_s_max > self._now:
+        if sequence.heard_at + self._patience_s(sequence) > self._now:
             self._await_source(sequence)
         else:
             self._commands.append(StopFetch(sequence.request))
@@ -435,9 +493,9 @@ class Node:
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.assignment.source != event.source:
             return
-        if sequence.phase is Phase.FETCHING:
+        if sequence.phase is Phase.FETCHING and sequence.loaded:
             self._stop_fetch(sequence)
-        elif sequence.phase is Phase.WAITING and not sequence.fetched:
+        elif sequence.phase in (Phase.WAITING, Phase.FETCHING) and not sequence.fetched:
             self._scheduler.forgo_fetch(sequence)
 
     def _on_fetch_progressed(self, event: FetchProgressed) -> None:
@@ -447,9 +505,13 @@ class Node:
         sequence.heard_at = self._now
         self._scheduler.advance_fetch(sequence, event.tokens)
         self._advance(sequence)
+        if sequence.paced_at is None:
+            sequence.paced_at, sequence.paced_from = self._now, sequence.computed
+        elif self._is_late(sequence):
+            self._stop_fetch(sequence)
 
     def _on_fetch_ended(self, event: FetchEnded) -> None:
-        """Compute what did not come, or end a request that was cancelled meanwhile."""
+        """Fetch or compute what did not come, or end a request that was cancelled meanwhile."""
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.phase is not Phase.FETCHING:
             return
@@ -458,6 +520,9 @@ class Node:
             self._end(sequence, sequence.ending)
             return
         self._scheduler.advance_fetch(sequence, event.tokens)
+        if not sequence.loaded and self._scheduler.end_load(sequence, event.cmx_tokens):
+            self._begin(sequence)
+            return
         self._scheduler.end_fetch(sequence, event.computed_tokens)
         self._advance(sequence)
 
@@ -608,6 +673,8 @@ class Node:
             private += export.lent
             claims += [export.claim] if export.claim is not None else []
             assert export.in_flight <= export.sent, f"export {export.id}: {export.in_flight} in flight of {export.sent} sent"
+        claims += self._offers.claims
+        self._offers.validate()
         self._pool.validate(claims, private)
         self._scheduler.validate()
         self._validate_wakeups()
@@ -632,5 +699,5 @@ class Node:
                 assert export.waits != known, f"export {export.id} waits: {export.waits}, its request is here: {known}"
                 assert not export.final, f"export {export.id} is final but reads on"
         running = self._scheduler.running
-        pinned = held + sum(1 for export in self._exports.values() if export.claim is not None)
+        pinned = held + sum(1 for export in self._exports.values() if export.claim is not None) + len(self._offers.claims)
         assert running or pinned or not waiting, f"{waiting} requests wait though none runs and nothing is pinned"

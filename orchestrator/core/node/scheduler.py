@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.cost.costs import decode_seconds, smoothed, smoothed_scale, step_seconds
+from orchestrator.core.cost.costs import decode_seconds, prompt_seconds, smoothed, smoothed_scale, step_seconds, token_seconds
 from orchestrator.core.events import SliceResult
 from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.kvpool import BlockPool
@@ -82,6 +82,7 @@ class Scheduler:
 
     def __init__(self, spec: NodeSpec, config: SchedulerConfig, pool: BlockPool) -> None:
         self._profile = spec.profile
+        self._stores = spec.stores
         self._pool = pool
         self._caching = config.prefix_caching
         self._block_tokens = spec.block_tokens
@@ -110,6 +111,8 @@ class Scheduler:
         self._backlog_tokens = 0
         self.context_tokens = 0
         self.preemptions = 0
+        #: Blocks that the sequence to be admitted next lacks; 0 if it waits for something else, or nobody waits.
+        self.short_blocks = 0
         self.cost_scale = 1.0
         self.step_s = 0.0
 
@@ -148,7 +151,7 @@ class Scheduler:
 
     def enqueue(self, assignment: Assignment) -> Sequence:
         """Let an assignment that is not refused wait for its admission."""
-        sequence = Sequence(assignment, self._arrivals, self._block_tokens, self._pool.blocks)
+        sequence = Sequence(assignment, self._arrivals, self._block_tokens, self._pool.blocks, self._stores)
         self._arrivals += 1
         self._wait(sequence)
         return sequence
@@ -177,10 +180,27 @@ class Scheduler:
         sequence.phase = Phase.HELD
 
     def advance_fetch(self, sequence: Sequence, tokens: int) -> None:
-        """Note that a fetch has brought the first `tokens` of a prompt."""
-        sequence.computed = max(sequence.computed, min(tokens, sequence.fetch_tokens(0)))
-        sequence.count_present(sequence.computed, computed=False)
+        """Note that a load or a fetch has brought the first `tokens` of a prompt."""
+        sequence.computed = max(sequence.computed, min(tokens, sequence.wanted_tokens))
+        sequence.count_present(sequence.computed, loaded=not sequence.loaded)
+        registered = sequence.registered
         self._register(sequence)
+        if not sequence.loaded and sequence.registered > registered and self._caching:
+            self._pool.mark_offered(sequence.hashes, sequence.registered)
+
+    def end_load(self, sequence: Sequence, cmx_tokens: int) -> bool:
+        """Note that a load is over, of which `cmx_tokens` came from there; return whether the source has still more."""
+        sequence.loaded = True
+        sequence.loaded_cmx_tokens = min(sequence.loaded_cmx_tokens + cmx_tokens, sequence.loaded_tokens)
+        self._set_queued(sequence, self._tokens_to_compute(sequence, sequence.registered))
+        return sequence.fetch_tokens(sequence.registered) > 0
+
+    def recompute_seconds(self, sequence: Sequence) -> float:
+        """Return the seconds after which what a sequence still loads would have been computed here; 0.0 if nobody knows."""
+        profile, tokens = self._profile, sequence.wanted_tokens - sequence.computed
+        seconds = prompt_seconds(profile, tokens, sequence.computed, self._step_tokens_max)
+        before_s = self._backlog_tokens * token_seconds(profile, self._step_tokens_max)
+        return (seconds + before_s) * self.cost_scale if seconds > 0.0 else 0.0
 
     def end_fetch(self, sequence: Sequence, computed_tokens: int) -> None:
         """Let a sequence whose fetch is over compute what is missing; its source computed some tokens for it."""
@@ -191,10 +211,11 @@ class Scheduler:
         self._prefill(sequence)
 
     def forgo_fetch(self, sequence: Sequence) -> None:
-        """Let a waiting sequence compute what it was to fetch."""
-        assert sequence.phase is Phase.WAITING, f"request {sequence.request} is {sequence.phase.value}, not waiting"
+        """Let a sequence that waits or loads compute what it was to fetch."""
+        loads = sequence.phase is Phase.FETCHING and not sequence.loaded
+        assert loads or sequence.phase is Phase.WAITING, f"request {sequence.request} is {sequence.phase.value}, not waiting"
         sequence.fetched = True
-        hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
+        hit = sequence.registered if loads else self._pool.match(sequence.hashes, sequence.hit_blocks_max)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
 
     # --- admission --------------------------------------------------------------------------------------------------------
@@ -207,13 +228,17 @@ class Scheduler:
         """
         admitted: list[Sequence] = []
         queue = self._queue
+        self.short_blocks = 0
         while queue.count and self.running < self._running_max and (sequence := queue.first()) is not None:
             hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
-            fetches = sequence.fetch_tokens(hit) > 0
+            fetches = sequence.brought_tokens(hit) > 0
             if not fetches and self._step_aside(sequence, hit):
                 continue
             full = not fetches and self._tokens_before(sequence) + len(self._decoding) >= self._step_tokens_max
-            if full or not self._has_room(sequence, hit):
+            if full:
+                break
+            self.short_blocks = max(0, self._blocks_short(sequence, hit))
+            if self.short_blocks:
                 break
             self._place(sequence, hit, fetches)
             admitted.append(sequence)
@@ -239,13 +264,13 @@ class Scheduler:
         sequence.leader = leader
         return True
 
-    def _has_room(self, sequence: Sequence, hit: int) -> bool:
-        """Return whether the pool has the blocks for a sequence and, beside others, one more for each that decodes."""
+    def _blocks_short(self, sequence: Sequence, hit: int) -> int:
+        """Return how many blocks the pool lacks for a sequence and, beside others, one more for each that decodes."""
         needed = self._blocks_for(sequence.target) - hit
         if self.running:
             needed += max(self._watermark, len(self._decoding))
-        available = self._pool.available_blocks
-        return needed <= available and needed + self._pool.idle_of(sequence.hashes, hit) <= available
+        short = needed - self._pool.available_blocks
+        return short if short > 0 else short + self._pool.idle_of(sequence.hashes, hit)
 
     def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
         """Give a waiting sequence its blocks and let it begin."""
@@ -256,11 +281,12 @@ class Scheduler:
         sequence.fresh = tuple(sequence.table)
         sequence.registered = hit
         sequence.present_before = sequence.computed = hit * self._block_tokens
-        sequence.count_present(sequence.computed, computed=False)
+        sequence.count_present(sequence.computed)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
         sequence.began_at = self._accounts.level(sequence.tenant)
         output = output_work(sequence.output_tokens_max) if sequence.assignment.role is Role.GENERATE else 0
         self._accounts.charge(sequence.tenant, sequence.queued + output, sequence.assignment.share)
+        sequence.loaded = not sequence.load_tokens(hit)
         if fetches:
             sequence.phase = Phase.FETCHING
             self._fetching[sequence.request] = sequence
@@ -353,6 +379,7 @@ class Scheduler:
         """Send a running sequence back to wait; what it computed stays reusable until its blocks are needed."""
         self._leave(sequence)
         self._free(sequence)
+        sequence.loaded = not sequence.stored_tokens
         self.preemptions += 1
         self._wait(sequence)
 
@@ -581,7 +608,7 @@ class Scheduler:
 
     def _tokens_to_compute(self, sequence: Sequence, hit: int) -> int:
         """Return the tokens that will probably be computed here: neither held nor expected from a source."""
-        return sequence.target - max(hit * self._block_tokens, sequence.fetch_tokens(hit))
+        return sequence.target - max(hit * self._block_tokens, sequence.brought_tokens(hit))
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)

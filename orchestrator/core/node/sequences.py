@@ -2,7 +2,7 @@
 
 A sequence's life:
 
-    WAITING -> FETCHING -> PREFILLING -> DECODING        role GENERATE; FETCHING only with something to fetch
+    WAITING -> FETCHING -> PREFILLING -> DECODING        role GENERATE; FETCHING only with something to load or to fetch
     WAITING -> FETCHING -> PREFILLING -> HELD            role PREFILL: its blocks are kept for the decode node
        ^-------------------- preempted ----'
 
@@ -51,8 +51,13 @@ class Sequence:
         "hashes",
         "heard_at",
         "leader",
+        "loaded",
+        "loaded_cmx_tokens",
+        "loaded_tokens",
         "output_tokens",
         "output_tokens_max",
+        "paced_at",
+        "paced_from",
         "phase",
         "present_before",
         "present_tokens",
@@ -60,12 +65,13 @@ class Sequence:
         "rank",
         "registered",
         "request",
+        "stored_tokens",
         "table",
         "tenant",
         "told",
     )
 
-    def __init__(self, assignment: Assignment, arrival: int, block_tokens: int, blocks_max: int) -> None:
+    def __init__(self, assignment: Assignment, arrival: int, block_tokens: int, blocks_max: int, stores: bool = False) -> None:
         self.assignment = assignment
         self.request: RequestId = assignment.request
         self.tenant: TenantId = assignment.tenant
@@ -110,8 +116,17 @@ class Sequence:
         self.queued = 0
         #: True once its source was asked, or is not needed.
         self.fetched = assignment.source is None
-        #: When its source was last heard of, while it fetches.
+        #: Prompt tokens that the host's store is to bring; True once it was asked for them, or need not be.
+        self.stored_tokens = assignment.stored_tokens if stores else 0
+        self.loaded = not self.stored_tokens
+        #: Prompt tokens that were present first because the store brought them, and how many of those came from `cmx`.
+        self.loaded_tokens = 0
+        self.loaded_cmx_tokens = 0
+        #: When its source, or the store, was last heard of, while it fetches.
         self.heard_at = 0.0
+        #: When the running load first brought something, and the tokens that were present then; None before that.
+        self.paced_at: float | None = None
+        self.paced_from = 0
         #: The block it will register next; others who need it wait for it (`followers`: registered blocks needed, who).
         self.frontier: BlockHash | None = None
         self.followers: list[tuple[int, Sequence]] = []
@@ -137,6 +152,29 @@ class Sequence:
     def computed_tokens(self) -> int:
         """What the client is billed for as not cached."""
         return min(self.billed_tokens, self.assignment.prompt_tokens)
+
+    @property
+    def wanted_tokens(self) -> int:
+        """Up to which token of the prompt the running load or fetch goes."""
+        return self.fetch_tokens(0) if self.loaded else self.load_tokens(0)
+
+    def brought_tokens(self, hit_blocks: int) -> int:
+        """Return up to which token the prompt is to be loaded or fetched when `hit_blocks` are here; 0 when nothing is."""
+        return max(self.load_tokens(hit_blocks), self.fetch_tokens(hit_blocks))
+
+    def load_tokens(self, hit_blocks: int) -> int:
+        """Return up to which token of the prompt to load when `hit_blocks` are here already; 0 when nothing is."""
+        if self.loaded:
+            return 0
+        wanted = min(self.stored_tokens // self.block_tokens, self.hit_blocks_max) * self.block_tokens
+        return wanted if wanted > hit_blocks * self.block_tokens else 0
+
+    @property
+    def tier_tokens(self) -> tuple[int, int]:
+        """Prompt tokens that are reported as loaded from `cpu` and from `cmx`: none that a source computed nevertheless."""
+        cached = self.assignment.prompt_tokens - self.computed_tokens
+        cmx_tokens = min(self.loaded_cmx_tokens, cached)
+        return min(self.loaded_tokens - self.loaded_cmx_tokens, cached - cmx_tokens), cmx_tokens
 
     def fetch_tokens(self, hit_blocks: int) -> int:
         """Return up to which token of the prompt to fetch when `hit_blocks` are here already; 0 when nothing is."""
@@ -166,10 +204,12 @@ class Sequence:
             blocks += self.table[max(first, start) : min(end, stop)]
         return blocks + self.table[max(first, self.registered) : end]
 
-    def count_present(self, tokens: int, computed: bool) -> None:
-        """Note that the first `tokens` are present, and bill the prompt's new ones among them if they were `computed`."""
+    def count_present(self, tokens: int, computed: bool = False, loaded: bool = False) -> None:
+        """Note that the first `tokens` are present, and count the prompt's new ones among them as `computed` or `loaded`."""
         reached = min(tokens, self.assignment.prompt_tokens)
         if reached > self.present_tokens:
             if computed:
                 self.billed_tokens += reached - self.present_tokens
+            elif loaded:
+                self.loaded_tokens += reached - self.present_tokens
             self.present_tokens = reached

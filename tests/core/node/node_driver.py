@@ -1,4 +1,4 @@
-"""Drives nodes in fake time: engines that compute nothing, links that copy blocks from node to node, timers in one heap.
+"""Drives nodes in fake time: engines that compute nothing, links that copy blocks from node to node, a store, timers in one heap.
 
 `CountingEngine` only counts, for measurements. `CheckingEngine` keeps for every position of every block what its KV would be
 computed from, so that a step that reads a block somebody else overwrote, or a fetch that brought the wrong one, is noticed.
@@ -13,7 +13,9 @@ from orchestrator.core.commands import (
     ClearTimer,
     Fetch,
     Forget,
+    LoadBlocks,
     NodeCommand,
+    Offer,
     PublishKv,
     ReportEnded,
     ReportFirstToken,
@@ -22,6 +24,7 @@ from orchestrator.core.commands import (
     SetTimer,
     Slice,
     StopFetch,
+    StopOffer,
 )
 from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.events import (
@@ -34,6 +37,7 @@ from orchestrator.core.events import (
     FetchProgressed,
     FirstToken,
     NodeEvent,
+    OfferEnded,
     SliceResult,
     StepFailed,
     StepFinished,
@@ -49,6 +53,7 @@ from orchestrator.core.types import (
     KvBatch,
     NodeId,
     NodeSpec,
+    OfferId,
     RequestId,
 )
 
@@ -112,6 +117,13 @@ class CountingEngine:
     def copy_in(self, blocks: tuple[BlockId, ...], source: "CountingEngine", sent: tuple[BlockId, ...]) -> None:
         """Nothing is kept, so nothing is copied."""
 
+    def read(self, block: BlockId, name: BlockHash) -> list[int | None]:
+        """Return the content of a block that is said to have a name."""
+        return []
+
+    def write(self, block: BlockId, content: list[int | None]) -> None:
+        """Nothing is kept."""
+
 
 class CheckingEngine(CountingEngine):
     """Checks that all KV a slice builds on is in its table; generates what depends on the tokens before only."""
@@ -161,6 +173,15 @@ class CheckingEngine(CountingEngine):
         assert isinstance(source, CheckingEngine)
         for target, origin in zip(blocks, sent, strict=True):
             self.memory[target] = list(source.memory[origin])
+
+    def read(self, block: BlockId, name: BlockHash) -> list[int | None]:
+        content = list(self.memory[block])
+        last = content[-1]
+        assert last is not None and last.to_bytes(16, "big") == name, f"block {block} does not hold {name!r}"
+        return content
+
+    def write(self, block: BlockId, content: list[int | None]) -> None:
+        self.memory[block] = list(content)
 
 
 class Belief:
@@ -218,6 +239,14 @@ class NodeDriver:
         #: Seconds from a frame's sending to its arrival.
         self.latency_s = 0.001
         self.transfers: dict[ExportId, Transfer] = {}
+        #: What the store of all nodes holds, seconds it takes for a block, and those for one that it gives back.
+        self.store: dict[BlockHash, list[int | None]] = {}
+        self.copy_s = 0.0005
+        self.load_s = 0.0005
+        self.offers: dict[tuple[NodeId, OfferId], Offer] = {}
+        #: Loads that run, and the prompt tokens that are present with what each has brought.
+        self.loads: dict[tuple[NodeId, RequestId], int] = {}
+        self.loaded_blocks = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serials = count()
         self._exports = count(1)
@@ -255,6 +284,47 @@ class NodeDriver:
             self._tell_later(transfer.reader, FetchEnded(request, transfer.tokens, failure="link broken"))
             self._tell_later(transfer.source, ExportClosed(export))
 
+    def break_load(self, node: NodeId, request: RequestId) -> None:
+        """End a load before it has brought all."""
+        if (node, request) in self.loads:
+            self._end_load(node, request, self.loads[node, request], "stopped")
+
+    def break_offer(self, node: NodeId, offer: OfferId) -> None:
+        """End an offer before it is copied."""
+        if self.offers.pop((node, offer), None) is not None:
+            self._tell_later(node, OfferEnded(offer, "stopped"))
+
+    def _copy(self, node: NodeId, offer: Offer) -> None:
+        """Let the store copy all of an offer, unless it has forgotten what comes before."""
+        if self.offers.pop((node, offer.offer), None) is None:
+            return
+        if offer.parent is not None and offer.parent not in self.store:
+            self.tell(node, OfferEnded(offer.offer, "what comes before is not here"))
+            return
+        for name, block in zip(offer.hashes, offer.blocks, strict=True):
+            self.store[name] = self.engines[node].read(block, name)
+        self.tell(node, OfferEnded(offer.offer))
+
+    def _load(self, node: NodeId, load: LoadBlocks) -> None:
+        """Bring one more block of a load, or end it with the last one, or with the first that the store lacks."""
+        if (node, load.request) not in self.loads:
+            return
+        size = self.nodes[node].spec.block_tokens
+        place = self.loads[node, load.request] // size
+        if place * size >= load.tokens or load.hashes[place] not in self.store:
+            failure = None if place * size >= load.tokens else "the store has no more"
+            self._end_load(node, load.request, place * size, failure)
+            return
+        self.engines[node].write(load.blocks[place - load.first_block], self.store[load.hashes[place]])
+        self.loaded_blocks += 1
+        self.loads[node, load.request] += size
+        self.tell(node, FetchProgressed(load.request, (place + 1) * size))
+        self.later(self.load_s, lambda: self._load(node, load))
+
+    def _end_load(self, node: NodeId, request: RequestId, tokens: int, failure: str | None) -> None:
+        del self.loads[node, request]
+        self._tell_later(node, FetchEnded(request, tokens, failure=failure))
+
     def _tell_later(self, node: NodeId, event: NodeEvent) -> None:
         self.later(self.latency_s, lambda: self.tell(node, event))
 
@@ -268,6 +338,15 @@ class NodeDriver:
             case StopFetch():
                 for export in [key for key, item in self.transfers.items() if self._reads(item, node, command.request)]:
                     self.break_fetch(export)
+                self.break_load(node, command.request)
+            case LoadBlocks():
+                self.loads[node, command.request] = command.first_block * self.nodes[node].spec.block_tokens
+                self.later(self.latency_s, lambda: self._load(node, command))
+            case Offer():
+                self.offers[node, command.offer] = command
+                self.later(self.latency_s + self.copy_s * len(command.blocks), lambda: self._copy(node, command))
+            case StopOffer():
+                self.break_offer(node, command.offer)
             case SendBlocks():
                 self.later(self.latency_s, lambda: self._deliver(command))
             case Forget():

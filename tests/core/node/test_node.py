@@ -9,7 +9,9 @@ from orchestrator.core.commands import (
     DropGateway,
     Fetch,
     Forget,
+    LoadBlocks,
     NodeCommand,
+    Offer,
     PublishKv,
     ReportEnded,
     ReportFirstToken,
@@ -18,6 +20,7 @@ from orchestrator.core.commands import (
     SetTimer,
     Slice,
     StopFetch,
+    StopOffer,
 )
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import (
@@ -34,6 +37,7 @@ from orchestrator.core.events import (
     GatewayHeard,
     GatewayLost,
     NodeEvent,
+    OfferEnded,
     ResyncRequested,
     SliceResult,
     SourceLost,
@@ -47,12 +51,14 @@ from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, Hold
 from orchestrator.core.types import (
     BlockHash,
     BlockId,
+    CostProfile,
     ExportId,
     FinishReason,
     GatewayId,
     KvBatch,
     Load,
     NodeId,
+    OfferId,
     RequestId,
     Role,
     StepId,
@@ -113,6 +119,14 @@ def feed(node: Node, *events: NodeEvent, now: float = 0.0) -> list[NodeCommand]:
         commands = node.handle(event, now)
         node.validate()
     return commands
+
+
+def offer(number: int, parent: bytes | None, hashes: tuple[BlockHash, ...], *numbers: int) -> Offer:
+    return Offer(OfferId(number), None if parent is None else BlockHash(parent), hashes, blocks(*numbers))
+
+
+def offers(commands: list[NodeCommand]) -> list[NodeCommand]:
+    return [command for command in commands if isinstance(command, Offer | StopOffer)]
 
 
 # --- generating -------------------------------------------------------------------------------------------------------
@@ -601,6 +615,148 @@ def test_tokens_that_a_source_will_bring_are_not_queued_work(make_node: MakeNode
     assert node.load().queued_tokens == 1
     feed(node, FetchEnded(R1, 0, failure="gone"))
     assert node.load().queued_tokens == 9
+
+
+# --- the host's store -------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_prompt_is_offered_and_then_what_its_output_completed(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    commands = feed(node, Assigned(assignment(1, "ab", output_tokens_max=4)), finished(1, token(1)))
+    assert offers(commands) == [offer(1, None, (A, AB), 0, 1)]
+    commands = feed(node, OfferEnded(OfferId(1)), finished(2, token(1)), finished(3, token(1)), finished(4, token(1, b"abx")))
+    assert offers(commands) == [offer(2, AB, (BlockHash(b"abx"),), 2)]
+    feed(node, OfferEnded(OfferId(2)))
+    # all of it was offered: the next turn adds what is new
+    commands = feed(node, Assigned(assignment(2, "abc", output_tokens_max=1)), finished(5, token(2)))
+    assert [(made.parent, made.hashes) for made in offers(commands) if isinstance(made, Offer)] == [(AB, (ABC,))]
+
+
+def test_a_node_without_a_store_offers_and_loads_nothing(make_node: MakeNode) -> None:
+    node = make_node()
+    assert feed(node, Assigned(assignment(1, stored_tokens=8)))[0] == step(1, part(1, 0, 9, 0, (0, 1, 2)))
+    assert offers(feed(node, finished(1, token(1)))) == []
+
+
+def test_a_prompt_that_is_held_for_its_decode_node_is_offered(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    commands = feed(node, Assigned(assignment(1, "ab", role=Role.PREFILL)), finished(1, nothing(1)))
+    assert offers(commands) == [offer(1, None, (A, AB), 0, 1)]
+
+
+def test_what_the_store_did_not_take_is_offered_again_with_the_chains_next_use(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    feed(node, Assigned(assignment(1, "ab", output_tokens_max=1)), finished(1, token(1)))
+    assert offers(feed(node, OfferEnded(OfferId(1), failure="no room"))) == []
+    commands = feed(node, Assigned(assignment(2, "abc", output_tokens_max=1)), finished(2, token(2)))
+    assert offers(commands) == [offer(2, None, (A, AB, ABC), 0, 1, 2)]
+
+
+def test_offers_are_cut_to_a_share_of_the_pool_and_go_on_as_they_end(make_node: MakeNode) -> None:
+    node = make_node(SchedulerConfig(offered_share_max=0.25), stores=True, blocks=8)
+    commands = feed(node, Assigned(assignment(1, "abcde", output_tokens_max=1)), finished(1, token(1)))
+    hashes = prompt_hashes("abcde")
+    assert offers(commands) == [offer(1, None, hashes[:2], 0, 1)]
+    assert offers(feed(node, OfferEnded(OfferId(1)))) == [offer(2, hashes[1], hashes[2:4], 2, 3)]
+    assert offers(feed(node, OfferEnded(OfferId(2)))) == [offer(3, hashes[3], hashes[4:], 4)]
+    assert offers(feed(node, OfferEnded(OfferId(3)))) == []
+
+
+def test_what_follows_on_a_part_that_the_store_did_not_take_is_not_offered_to_it(make_node: MakeNode) -> None:
+    node = make_node(SchedulerConfig(offered_share_max=0.25), stores=True, blocks=8)
+    feed(node, Assigned(assignment(1, "abcde", output_tokens_max=1)), finished(1, token(1)))
+    assert offers(feed(node, OfferEnded(OfferId(1), failure="no room"))) == []
+
+
+def test_an_offer_keeps_its_blocks_until_it_has_ended_and_is_stopped_when_they_are_needed(make_node: MakeNode) -> None:
+    node = make_node(SchedulerConfig(offered_share_max=1.0), stores=True, blocks=4)
+    feed(node, Assigned(assignment(1, "ab", output_tokens_max=1)), finished(1, token(1)))
+    # the offer claims two of four blocks, the other request needs three
+    assert feed(node, Assigned(assignment(2, "xy", output_tokens_max=1)), now=1.0) == [StopOffer(OfferId(1))]
+    assert feed(node, GatewayHeard(GatewayId(0), 3.0), now=2.0)[0] != StopOffer(OfferId(1))
+    commands = feed(node, OfferEnded(OfferId(1), failure="stopped"), now=3.0)
+    assert [command.slices[0].count for command in commands if isinstance(command, RunStep)] == [9]
+
+
+def test_what_the_store_has_is_loaded_after_the_hit_and_reported_by_tier(make_node: MakeNode) -> None:
+    node = make_node(SchedulerConfig(offered_share_max=0.0), stores=True)
+    feed(node, Assigned(assignment(1, "a", output_tokens_max=1)), finished(1, token(1)))
+    hashes = prompt_hashes("abcd")
+    # block a is here; the store has 15 tokens, three whole blocks
+    assert feed(node, Assigned(assignment(2, "abcd", stored_tokens=15))) == [
+        LoadBlocks(R2, hashes, 1, blocks(1, 2), 12),
+        SetTimer(FetchTimer(R2), SILENT_S),
+    ]
+    assert node.load().queued_tokens == 5
+    feed(node, FetchProgressed(R2, 8))
+    commands = feed(node, FetchEnded(R2, 12, cmx_tokens=4))
+    assert commands[:2] == [ClearTimer(FetchTimer(R2)), step(2, part(2, 12, 5, 0, (0, 1, 2, 3, 4)))]
+    assert feed(node, finished(2, token(2)))[0] == ReportFirstToken(FirstToken(R2, 5, cpu_tokens=4, cmx_tokens=4))
+
+
+def test_what_a_load_does_not_bring_is_fetched_and_then_computed(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    hashes = prompt_hashes("abcd")
+    feed(node, Assigned(assignment(1, "abcd", stored_tokens=8, source=PEER, source_tokens=12)))
+    assert feed(node, FetchEnded(R1, 4, failure="not here"))[1:] == [
+        Fetch(R1, PEER, hashes, 1, blocks(1, 2), 12, pending=False),
+        SetTimer(SILENT, SILENT_S),
+        PublishKv((KvBatch(1, (StoredRun(None, hashes[:1]),)),)),
+    ]
+    assert feed(node, FetchEnded(R1, 8))[1] == step(1, part(1, 8, 9, 0, (0, 1, 2, 3, 4)))
+
+
+def test_a_source_that_is_lost_during_a_load_is_not_asked_afterwards(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    feed(node, Assigned(assignment(1, "abcd", stored_tokens=8, source=PEER, source_tokens=12)))
+    assert feed(node, SourceLost(R1, PEER)) == []
+    assert feed(node, FetchEnded(R1, 8))[1] == step(1, part(1, 8, 9, 0, (0, 1, 2, 3, 4)))
+
+
+def test_what_was_loaded_is_not_offered_again(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    feed(node, Assigned(assignment(1, "abc", stored_tokens=8)), FetchEnded(R1, 8))
+    assert offers(feed(node, finished(1, token(1)))) == [offer(1, AB, (ABC,), 2)]
+
+
+def test_a_load_is_overtaken_once_computing_would_be_sooner(make_node: MakeNode) -> None:
+    node = make_node(stores=True, profile=CostProfile(prefill_token_s=0.1))
+    commands = feed(node, Assigned(assignment(1, "abcdefgh", stored_tokens=32)))
+    # silent for as long as computing all of it would take: 32 tokens, of which 7 blocks may be loaded
+    assert commands[1] == SetTimer(SILENT, pytest.approx(3.2))
+    feed(node, FetchProgressed(R1, 4), now=0.1)
+    assert feed(node, FetchProgressed(R1, 8), now=0.4) == [
+        PublishKv((KvBatch(2, (StoredRun(A, (AB,)),)),)),
+    ]
+    # 4 blocks are missing, at 0.5 seconds a block; they would be computed in 1.6 seconds
+    late = feed(node, FetchProgressed(R1, 16), now=1.6)
+    assert late[:2] == [ClearTimer(SILENT), StopFetch(R1)]
+    assert feed(node, FetchEnded(R1, 16, failure="stopped"), now=1.7)[0] == step(1, part(1, 16, 17, 0, tuple(range(9))))
+
+
+def test_a_silent_store_is_given_up_when_the_prompt_could_have_been_computed(make_node: MakeNode) -> None:
+    node = make_node(stores=True, profile=CostProfile(prefill_token_s=0.1))
+    feed(node, Assigned(assignment(1, "abcd", stored_tokens=16)))
+    feed(node, FetchProgressed(R1, 8), now=1.0)
+    # what is missing takes 0.8 seconds to compute, and so long may the store be silent
+    assert feed(node, TimerFired(SILENT), now=1.6) == [SetTimer(SILENT, pytest.approx(1.8))]
+    assert feed(node, TimerFired(SILENT), now=1.8) == [StopFetch(R1)]
+
+
+def test_a_preempted_sequence_loads_again_what_was_forgotten_of_it(make_node: MakeNode) -> None:
+    node = make_node(SchedulerConfig(offered_share_max=0.0), stores=True, blocks=7)
+    feed(node, Assigned(assignment(1, "ab", output_tokens_max=16)), finished(1, token(1)))
+    feed(node, Assigned(assignment(2, "xy", output_tokens_max=16, stored_tokens=8)))
+    feed(node, FetchEnded(R2, 8))
+    loads = 0
+    for number in range(2, 40):
+        plan = node._scheduler.plan
+        if plan is None or plan.step != number:
+            break
+        results = [token(one.request) if one.sample else nothing(one.request) for one in plan.slices]
+        loads += sum(isinstance(command, LoadBlocks) for command in feed(node, finished(number, *results)))
+    assert node.load().preemptions > 0
+    assert loads > 0
 
 
 def test_canary_the_checker_notices_a_leaked_block(make_node: MakeNode) -> None:

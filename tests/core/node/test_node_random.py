@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from orchestrator.core.commands import NodeCommand
+from orchestrator.core.commands import NodeCommand, StopOffer
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import Cancelled, GatewayLost, ResyncRequested, SourceLost
 from orchestrator.core.node.node import Node
@@ -71,12 +71,21 @@ class Scenario:
             prefix_caching=caching,
         )
         specs = [
-            node_spec(id=node, blocks=self.random.randint(14, 30), step_tokens_max=24, sequences_max=6, profile=PROFILE)
+            node_spec(
+                id=node,
+                blocks=self.random.randint(14, 30),
+                step_tokens_max=24,
+                sequences_max=6,
+                profile=PROFILE,
+                stores=self.random.random() < 0.8,
+            )
             for node in (PREFILL, DECODE, OTHER)
         ]
         nodes = {spec.id: Node(spec, config) for spec in specs}
         engines = {spec.id: FlakyEngine(spec, self.prompts, self.random) for spec in specs}
         self.driver = NodeDriver(dict(engines), nodes, Node.validate)
+        # A slow store is overtaken, and its offers stand in the way.
+        self.driver.copy_s, self.driver.load_s = self.random.choice((0.0002, 0.02)), self.random.choice((0.0002, 0.02))
         self.stems = [[self.random.randrange(50) for _ in range(self.random.randint(0, 30))] for _ in range(4)]
         for serial in range(requests):
             self.driver.later(self.random.uniform(0, requests * 0.03), lambda serial=serial: self.arrive(serial))
@@ -111,7 +120,8 @@ class Scenario:
 
     def assign(self, node: NodeId, part: Assignment) -> None:
         tenant, share = TENANTS[part.request % len(TENANTS)]
-        part = replace(part, tenant=tenant, share=share)
+        stored_tokens = self.random.choice((0, part.prompt_tokens, self.random.randint(0, part.prompt_tokens)))
+        part = replace(part, tenant=tenant, share=share, stored_tokens=stored_tokens)
         self.driver.engines[node].stops[part.request] = self.random.randint(1, 40)
         self.assigned.append((node, part.request))
         self.driver.assign(node, part)
@@ -132,6 +142,25 @@ class Scenario:
         elif chance < 0.57:
             source = self.random.choice((PREFILL, OTHER))
             driver.later(delay_s, lambda: driver.tell(node, SourceLost(request, source)))
+        elif chance < 0.62:
+            driver.later(delay_s, self.break_some_offer)
+        elif chance < 0.67:
+            driver.later(delay_s, self.break_some_load)
+        elif chance < 0.70:
+            driver.later(delay_s, self.forget_some)
+
+    def break_some_offer(self) -> None:
+        if self.driver.offers:
+            self.driver.break_offer(*self.random.choice(list(self.driver.offers)))
+
+    def break_some_load(self) -> None:
+        if self.driver.loads:
+            self.driver.break_load(*self.random.choice(list(self.driver.loads)))
+
+    def forget_some(self) -> None:
+        """Let the store lose some of what it holds, prefixes before suffixes too."""
+        for name in [name for name in self.driver.store if self.random.random() < 0.3]:
+            del self.driver.store[name]
 
     def break_some_fetch(self) -> None:
         if self.driver.transfers:
@@ -151,6 +180,24 @@ class Scenario:
 @pytest.mark.parametrize("seed", range(8))
 def test_random_load_keeps_every_invariant_and_ends_every_request_once(seed: int) -> None:
     check_scenario(seed, requests=40)
+
+
+def test_random_load_loads_from_the_store_and_stops_offers_for_room() -> None:
+    loaded = stopped = 0
+    for seed in range(4):
+        scenario = Scenario(seed, requests=40)
+        execute = scenario.driver.execute
+
+        def watch(node: NodeId, command: NodeCommand, execute=execute) -> None:
+            nonlocal stopped
+            stopped += isinstance(command, StopOffer)
+            execute(node, command)
+
+        scenario.driver.execute = watch
+        scenario.driver.run()
+        loaded += sum(report.cpu_tokens for _, report in scenario.driver.ended)
+    assert loaded > 0
+    assert stopped > 0
 
 
 @pytest.mark.slow
@@ -196,7 +243,11 @@ def check_scenario(seed: int, requests: int) -> None:
         assert load.blocks_free + load.blocks_cached == node.spec.blocks
         scenario.check_belief(name)
         assert scenario.driver.engines[name].outputs == {}, "the engine was not told to forget"
+    assert not scenario.driver.offers
+    assert not scenario.driver.loads
     for _, report in scenario.driver.ended:
-        assert 0 <= report.computed_tokens <= len(scenario.prompts[report.request])
+        prompt_tokens = len(scenario.prompts[report.request])
+        assert 0 <= report.computed_tokens <= prompt_tokens
+        assert 0 <= report.cpu_tokens <= prompt_tokens - report.computed_tokens
         if report.reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert report.output_tokens >= 1
