@@ -7,6 +7,8 @@ from orchestrator.core.types import (
     Assignment,
     BlockHash,
     CostProfile,
+    Lease,
+    LeaseId,
     ModelName,
     NodeId,
     NodeSpec,
@@ -14,6 +16,8 @@ from orchestrator.core.types import (
     PoolName,
     RequestId,
     Role,
+    TenantId,
+    Tier,
 )
 from orchestrator.wire.trust import Trust
 
@@ -60,6 +64,20 @@ def assignment(request: int = 1, prompt: str = "ab", tail: int = 1, **changes: A
         "output_tokens_max": 4,
     }
     return Assignment(**{**fields, **changes})
+
+
+def lease(name: str = "l", prompt: str = "ab", **changes: Any) -> Lease:
+    """Return a lease of a tenant's for a minute on a prompt of one block a letter, in `hbm`."""
+    fields: dict[str, Any] = {
+        "id": LeaseId(name),
+        "tenant": TenantId("t"),
+        "model": ModelName("m"),
+        "hashes": prompt_hashes(prompt),
+        "tier": Tier.HBM,
+        "ttl_s": 60.0,
+        "size_bytes": len(prompt) * 64,
+    }
+    return Lease(**{**fields, **changes})
 
 
 def some(items: Iterable[T]) -> list[T]:

@@ -31,6 +31,7 @@ from orchestrator.core.commands import (
     SetTimer,
     StopFetch,
     StopOffer,
+    TellLeases,
 )
 from orchestrator.core.config import GATEWAYS_MAX, SchedulerConfig
 from orchestrator.core.events import (
@@ -221,8 +222,8 @@ class NodeDriver:
                 self._fetches.start(command, sequence.source_address, sequence.source_host)
             case StopFetch(request):
                 self._fetches.stop(request)
-            case LoadBlocks() | Offer() | StopOffer():
-                raise AssertionError(f"node {self.spec.id} has no store and asks for {command}")
+            case LoadBlocks() | Offer() | StopOffer() | TellLeases():
+                raise AssertionError(f"node {self.spec.id} has neither store nor leases and asks for {command}")
             case SendBlocks():
                 self._exports.send(command)
             case DropGateway(gateway):

@@ -7,7 +7,7 @@ that tests compare what is done and not why.
 from dataclasses import dataclass, field
 from typing import Generic
 
-from orchestrator.core.events import Ended, FirstToken
+from orchestrator.core.events import Ended, FirstToken, LeaseEnded
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
@@ -16,6 +16,7 @@ from orchestrator.core.types import (
     ExportId,
     GatewayId,
     KvBatch,
+    Lease,
     ModelName,
     MoveId,
     NodeId,
@@ -189,6 +190,15 @@ class PublishKv:
     gateway: GatewayId | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TellLeases:
+    """Tell gateways of leases: all of them what is new, or one that may know of none all there are. Nothing answers."""
+
+    placed: tuple[Lease, ...] = ()
+    ended: tuple[LeaseEnded, ...] = ()
+    gateway: GatewayId | None = None
+
+
 NodeCommand = (
     RunStep
     | Fetch
@@ -201,6 +211,7 @@ NodeCommand = (
     | ReportFirstToken
     | ReportEnded
     | PublishKv
+    | TellLeases
     | DropGateway
     | SetTimer[NodeTimer]
     | ClearTimer[NodeTimer]

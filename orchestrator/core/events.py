@@ -136,7 +136,7 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class FetchProgressed:
-    """Blocks arrived from a peer, or the store; `tokens` of the prompt, counted from its start, are now present without a hole."""
+    """Blocks came from a peer or the store; `tokens` of the prompt, counted from its start, are now present without a hole."""
 
     request: RequestId
     tokens: int
@@ -223,6 +223,8 @@ NodeEvent = (
     | FetchProgressed
     | FetchEnded
     | OfferEnded
+    | LeasePlaced
+    | LeaseEnded
     | ExportOpened
     | BlocksSent
     | ExportClosed

@@ -38,7 +38,7 @@ RUN_HASHES = 2
 class Run:
     """Cached blocks that follow on each other and that nothing branches off from but at their end."""
 
-    __slots__ = ("blocks", "children", "claims", "idled", "names", "offered", "parent", "start", "told")
+    __slots__ = ("blocks", "children", "claims", "idled", "names", "offered", "parent", "sealed", "start", "told")
 
     def __init__(self, parent: "Run | None", start: int) -> None:
         self.parent = parent
@@ -50,6 +50,8 @@ class Run:
         self.told = 0
         #: Its first blocks that a tier below was offered, or gave.
         self.offered = 0
+        #: True if what follows on its end is a run of its own, because somebody claims this one for long.
+        self.sealed = False
         #: Runs that follow on its last block, by their first name.
         self.children: dict[BlockHash, Run] = {}
         #: Claims on it and on everything that follows on it.
@@ -148,13 +150,34 @@ class BlockPool:
 
     def kept_by(self, claims: Iterable[Claim]) -> int:
         """Return how many blocks would idle if these claims, and no others, were given up."""
+        return sum(len(run.names) for run, count in self._counted(claims).items() if count == run.claims)
+
+    def claimed_by(self, claims: Iterable[Claim]) -> int:
+        """Return how many blocks these claims are on, each counted once."""
+        return sum(len(run.names) for run in self._counted(claims))
+
+    def shared_depth(self, claims: Iterable[Claim], hashes: Sequence[BlockHash], matched: int) -> int:
+        """Return how many of a chain's first `matched` blocks, which must be cached, these claims are on."""
+        counted = self._counted(claims)
+        run = self._place[hashes[matched - 1]] if matched else self._root
+        while run not in counted and run.parent is not None:
+            run = run.parent
+        return min(run.end, matched)
+
+    def seal(self, claim: Claim) -> None:
+        """Let nothing become part of the run that a claim ends on: it may last for long, and is on these blocks alone."""
+        claim.run.sealed = True
+
+    @staticmethod
+    def _counted(claims: Iterable[Claim]) -> dict[Run, int]:
+        """Return the runs that claims are on, each with how many of them."""
         counts: dict[Run, int] = {}
         for claim in claims:
             run: Run | None = claim.run
             while run is not None:
                 counts[run] = counts.get(run, 0) + 1
                 run = run.parent
-        return sum(len(run.names) for run, count in counts.items() if count == run.claims)
+        return counts
 
     def offered(self, hashes: Sequence[BlockHash], matched: int) -> int:
         """Return how many of a chain's first `matched` blocks, which must be cached, a tier below was offered or gave."""
@@ -257,7 +280,7 @@ class BlockPool:
             return copies
         if run.end > depth + copies:
             run = self._split(run, depth + copies)
-        if run is self._root or run.children:
+        if run is self._root or run.children or run.sealed:
             parent, run = run, Run(run, run.end)
             parent.children[names[copies]] = run
         self._move(claim, run)
@@ -418,6 +441,7 @@ class BlockPool:
         untold = max(0, len(run.names) + count - run.told)
         self._removed += names[untold:]
         run.told, run.offered = min(run.told, len(run.names)), min(run.offered, len(run.names))
+        run.sealed = False
         if run.names:
             self._rank(run)
         else:

@@ -107,7 +107,17 @@ class GatewayTimer(Timer):
         return f"gateway:{self.gateway}"
 
 
-NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer | GatewayTimer
+@dataclass(frozen=True, slots=True, repr=False)
+class LeaseTimer(Timer):
+    """A lease has had its time."""
+
+    lease: LeaseId
+
+    def __str__(self) -> str:
+        return f"lease:{self.lease}"
+
+
+NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer | GatewayTimer | LeaseTimer
 
 
 def node_timer(text: str) -> NodeTimer:
@@ -122,6 +132,8 @@ def node_timer(text: str) -> NodeTimer:
             return ExportTimer(ExportId(_number(about, text)))
         case "gateway":
             return GatewayTimer(GatewayId(_number(about, text)))
+        case "lease":
+            return LeaseTimer(LeaseId(about))
         case _:
             raise UnknownTimer(f"a node has no timer {text!r}")
 
@@ -137,16 +149,6 @@ class MoveTimer(Timer):
 
     def __str__(self) -> str:
         return f"move:{self.move}"
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class LeaseTimer(Timer):
-    """A lease has had its time."""
-
-    lease: LeaseId
-
-    def __str__(self) -> str:
-        return f"lease:{self.lease}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -322,6 +322,9 @@ class Load:
     step_s: float = 0.0
     #: What waits and is queued, by tenant; empty if all of it is the default tenant's.
     tenants: tuple[TenantLoad, ...] = ()
+    #: Blocks kept for leases, and those that leases wanted kept and did not get, counted for each lease.
+    blocks_leased: int = 0
+    blocks_unleased: int = 0
 
 
 class MoveFailure(StrEnum):

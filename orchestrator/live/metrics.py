@@ -443,12 +443,16 @@ class Metrics(Collector):
     def _node_families(self) -> Iterable[Metric]:
         up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._exported()}
         blocks: dict[Labels, float] = {}
+        leased: dict[Labels, float] = {}
         for node, state in self._exported():
             load = state.load
+            leased[node, "kept"], leased[node, "over"] = load.blocks_leased, load.blocks_unleased
             for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
                 blocks[node, HBM, word] = count
         yield _gauge("weft_node_up", "1 while the gateway hears the node.", ("node", "pool"), up)
         yield _gauge("weft_kv_blocks", "KV blocks of a node by state.", ("node", "tier", "state"), blocks)
+        text = "KV blocks that leases keep on a node, and those for which they had no room there."
+        yield _gauge("weft_kv_leased_blocks", text, ("node", "state"), leased)
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
         where = ("node", "pool")
         yield _counter("weft_node_requests", "Parts of requests that ended on a node.", where, self._parts)

@@ -44,6 +44,7 @@ from orchestrator.core.commands import (
     SetTimer,
     StopFetch,
     StopOffer,
+    TellLeases,
 )
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.events import (
@@ -483,8 +484,8 @@ class World:
                     self.transfers.carry(command)
                 case StopFetch(request):
                     self.transfers.stop(simulated.spec.id, request)
-                case LoadBlocks() | Offer() | StopOffer():
-                    raise AssertionError(f"node {simulated.spec.id} has no store and asks for {command}")
+                case LoadBlocks() | Offer() | StopOffer() | TellLeases():
+                    raise AssertionError(f"node {simulated.spec.id} has neither store nor leases and asks for {command}")
                 case _:
                     assert_never(command)
         if simulated.node.news != simulated.news:

@@ -352,6 +352,8 @@ def load_message(load: Load) -> node_pb2.Load:
         tenants=[
             node_pb2.TenantLoad(tenant=one.tenant, waiting=one.waiting, queued_tokens=one.queued_tokens) for one in load.tenants
         ],
+        blocks_leased=load.blocks_leased,
+        blocks_unleased=load.blocks_unleased,
     )
 
 
@@ -369,6 +371,8 @@ def load_from(message: node_pb2.Load) -> Load:
         preemptions=message.preemptions,
         step_s=message.step_s,
         tenants=tuple([TenantLoad(TenantId(item.tenant), item.waiting, item.queued_tokens) for item in message.tenants]),
+        blocks_leased=message.blocks_leased,
+        blocks_unleased=message.blocks_unleased,
     )
 
 

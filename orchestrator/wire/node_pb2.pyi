@@ -318,7 +318,7 @@ class StoredRun(_message.Message):
     def __init__(self, parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants")
+    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -330,6 +330,8 @@ class Load(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_LEASED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_UNLEASED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -341,7 +343,9 @@ class Load(_message.Message):
     preemptions: int
     step_s: float
     tenants: _containers.RepeatedCompositeFieldContainer[TenantLoad]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ...) -> None: ...
+    blocks_leased: int
+    blocks_unleased: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ...) -> None: ...
 
 class TenantLoad(_message.Message):
     __slots__ = ("tenant", "waiting", "queued_tokens")

@@ -15,6 +15,10 @@ Where there is a store, the blocks of a prompt that is complete, and of a reques
 
     Offer .. [room is needed: StopOffer] .. OfferEnded
 
+Leases keep what is cached of their chains, and what comes to be:
+
+    LeasePlaced, SetTimer, TellLeases .. LeasePlaced (a later revision) .. LeaseEnded: ClearTimer, TellLeases; or TimerFired
+
 to a gateway that promised signs of life:
 
     GatewayHeard, SetTimer .. GatewayHeard .. TimerFired, SetTimer .. it was silent for too long: its requests end, DropGateway
@@ -50,6 +54,7 @@ from orchestrator.core.commands import (
     SetTimer,
     StopFetch,
     StopOffer,
+    TellLeases,
 )
 from orchestrator.core.config import CachePolicy, SchedulerConfig
 from orchestrator.core.events import (
@@ -65,6 +70,8 @@ from orchestrator.core.events import (
     FirstToken,
     GatewayHeard,
     GatewayLost,
+    LeaseEnded,
+    LeasePlaced,
     NodeEvent,
     OfferEnded,
     ResyncRequested,
@@ -74,17 +81,19 @@ from orchestrator.core.events import (
     TimerFired,
 )
 from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
+from orchestrator.core.node.leases import Leases
 from orchestrator.core.node.offers import Offers
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence
-from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, NodeTimer
+from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, LeaseTimer, NodeTimer
 from orchestrator.core.types import (
     Assignment,
     BlockId,
     ExportId,
     FinishReason,
     GatewayId,
+    Lease,
     Load,
     NodeSpec,
     RequestId,
@@ -134,6 +143,7 @@ class Node:
         self._journal = KvJournal(self._pool, config.resync_batches_max)
         self._scheduler = Scheduler(spec, config, self._pool)
         self._offers = Offers(self._pool, int(spec.blocks * config.offered_share_max) if spec.stores else 0)
+        self._leases = Leases(self._pool, int(spec.blocks * config.leased_share_max))
         #: Everything assigned here that still has or wants blocks.
         self._sequences: dict[RequestId, Sequence] = {}
         self._exports: dict[ExportId, Export] = {}
@@ -184,7 +194,11 @@ class Node:
             case GatewayLost():
                 self._on_gateway_lost(event.gateway)
             case ResyncRequested():
-                self._commands.append(PublishKv(self._journal.since(event.after), event.gateway))
+                self._on_resync_requested(event)
+            case LeasePlaced():
+                self._on_lease_placed(event.lease)
+            case LeaseEnded():
+                self._on_lease_ended(event)
             case DrainRequested():
                 self._draining = True
             case _:
@@ -213,6 +227,8 @@ class Node:
             preemptions=scheduler.preemptions,
             step_s=scheduler.step_s,
             tenants=scheduler.tenants,
+            blocks_leased=self._leases.blocks,
+            blocks_unleased=self._leases.unclaimed_blocks,
         )
 
     def _proceed(self) -> None:
@@ -238,6 +254,9 @@ class Node:
         batches = self._journal.record()
         if batches:
             self._commands.append(PublishKv(batches))
+        for batch in batches:
+            for run in batch.stored:
+                self._leases.note(run.hashes)
 
     def _make_room(self) -> None:
         """Stop offers if that frees the blocks that somebody waits for, or that decoding is about to need."""
@@ -257,10 +276,17 @@ class Node:
             self._commands.append(offer)
 
     def _admit(self) -> None:
-        """Admit until nobody else can be: one with nothing to compute makes room for the next."""
-        while admitted := self._scheduler.admit():
+        """Admit until nobody else can be: one with nothing to compute makes room for the next, and so do leases if need be."""
+        while admitted := self._scheduler.admit() or self._admit_despite_leases():
             for sequence in admitted:
                 self._begin(sequence)
+
+    def _admit_despite_leases(self) -> list[Sequence]:
+        """Let leases give way if nothing runs that could make room for who waits."""
+        admitted: list[Sequence] = []
+        while (short := self._scheduler.short_blocks) and not self._scheduler.running and self._leases.give_way(short):
+            admitted = self._scheduler.admit()
+        return admitted
 
     # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -526,6 +552,32 @@ class Node:
         self._scheduler.end_fetch(sequence, event.computed_tokens)
         self._advance(sequence)
 
+    # --- leases and gateways ----------------------------------------------------------------------------------------------
+
+    def _on_lease_placed(self, lease: Lease) -> None:
+        """Keep a lease of this model's, and pass it on to gateways that may not know of it."""
+        if lease.model == self.spec.model and self._leases.place(lease, self._now):
+            key = LeaseTimer(lease.id)
+            self._timers.add(key)
+            self._commands.append(SetTimer(key, self._now + lease.ttl_s))
+            self._commands.append(TellLeases(placed=(lease,)))
+
+    def _on_lease_ended(self, event: LeaseEnded) -> None:
+        if not self._leases.end(event.lease, event.revision):
+            return
+        key = LeaseTimer(event.lease)
+        if key in self._timers:
+            self._timers.remove(key)
+            self._commands.append(ClearTimer(key))
+        self._commands.append(TellLeases(ended=(event,)))
+
+    def _on_resync_requested(self, event: ResyncRequested) -> None:
+        """Tell a gateway of holdings, and one that knows of none also of all leases."""
+        self._commands.append(PublishKv(self._journal.since(event.after), event.gateway))
+        leases, ended = self._leases.told(self._now), self._leases.ended()
+        if event.after is None and (leases or ended):
+            self._commands.append(TellLeases(leases, ended, event.gateway))
+
     # --- exports ----------------------------------------------------------------------------------------------------------
 
     def _on_export_opened(self, event: ExportOpened) -> None:
@@ -656,6 +708,8 @@ class Node:
                 self._forget_readers(export.opened.request)
             case GatewayTimer(gateway):
                 self._on_time_to_look(gateway)
+            case LeaseTimer(lease):
+                self._leases.expire(lease)
             case _:
                 assert_never(key)
 
@@ -673,8 +727,9 @@ class Node:
             private += export.lent
             claims += [export.claim] if export.claim is not None else []
             assert export.in_flight <= export.sent, f"export {export.id}: {export.in_flight} in flight of {export.sent} sent"
-        claims += self._offers.claims
+        claims += [*self._offers.claims, *self._leases.claims]
         self._offers.validate()
+        self._leases.validate()
         self._pool.validate(claims, private)
         self._scheduler.validate()
         self._validate_wakeups()
@@ -691,6 +746,8 @@ class Node:
             )
             awaits = FetchTimer(sequence.request) in self._timers
             assert not awaits or sequence.phase is Phase.FETCHING, f"request {sequence.request} is {sequence.phase.value}, awaits"
+        for lease in self._leases.ids:
+            assert LeaseTimer(lease) in self._timers, f"lease {lease} is kept for ever"
         for gateway in self._silences:
             assert GatewayTimer(gateway) in self._timers, f"gateway {gateway} is listened for and never looked at"
         for request, readers in self._readers.items():

@@ -21,6 +21,7 @@ from orchestrator.core.commands import (
     Slice,
     StopFetch,
     StopOffer,
+    TellLeases,
 )
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import (
@@ -36,6 +37,8 @@ from orchestrator.core.events import (
     FirstToken,
     GatewayHeard,
     GatewayLost,
+    LeaseEnded,
+    LeasePlaced,
     NodeEvent,
     OfferEnded,
     ResyncRequested,
@@ -45,9 +48,10 @@ from orchestrator.core.events import (
     StepFinished,
     TimerFired,
 )
+from orchestrator.core.node import leases as leases_module
 from orchestrator.core.node import node as node_module
 from orchestrator.core.node.node import Node
-from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer
+from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, LeaseTimer
 from orchestrator.core.types import (
     BlockHash,
     BlockId,
@@ -56,6 +60,7 @@ from orchestrator.core.types import (
     FinishReason,
     GatewayId,
     KvBatch,
+    LeaseId,
     Load,
     NodeId,
     OfferId,
@@ -63,9 +68,10 @@ from orchestrator.core.types import (
     Role,
     StepId,
     StoredRun,
+    Tier,
     request_id,
 )
-from tests.builders import assignment, prompt_hashes
+from tests.builders import assignment, lease, prompt_hashes
 
 MakeNode = Callable[..., Node]
 R1, R2, R3 = RequestId(1), RequestId(2), RequestId(3)
@@ -757,6 +763,129 @@ def test_a_preempted_sequence_loads_again_what_was_forgotten_of_it(make_node: Ma
         loads += sum(isinstance(command, LoadBlocks) for command in feed(node, finished(number, *results)))
     assert node.load().preemptions > 0
     assert loads > 0
+
+
+# --- leases -----------------------------------------------------------------------------------------------------------
+
+L, L2 = LeaseId("l"), LeaseId("l2")
+
+
+def serve(node: Node, request: int, prompt: str, number: int, now: float = 0.0) -> int:
+    """Let a request for one token come and go; returns how many prompt tokens it computed."""
+    feed(node, Assigned(assignment(request, prompt, output_tokens_max=1)), now=now)
+    plan = node._scheduler.plan
+    assert plan is not None
+    assert plan.step == number
+    feed(node, finished(number, token(request)), now=now)
+    return sum(part.count for part in plan.slices)
+
+
+def flood(node: Node, first: int) -> int:
+    """Fill the pool of 16 blocks with other prompts several times; returns the number of the next request and step."""
+    for number in range(first, first + 12):
+        serve(node, number, chr(ord("A") + number) * 5, number)
+    return first + 12
+
+
+def test_a_leased_chain_outlives_a_flood_until_its_time_is_over(make_node: MakeNode) -> None:
+    node = make_node()
+    serve(node, 1, "ab", 1)
+    placed = lease("l", "ab", ttl_s=60.0)
+    assert feed(node, LeasePlaced(placed), now=1.0) == [SetTimer(LeaseTimer(L), 61.0), TellLeases((placed,))]
+    number = flood(node, 2)
+    assert node.load().blocks_leased == 2
+    assert serve(node, number, "ab", number) == 1
+    assert feed(node, TimerFired(LeaseTimer(L)), now=61.0) == []
+    number = flood(node, number + 1)
+    assert serve(node, number, "ab", number) == 9
+
+
+def test_what_comes_to_be_cached_of_a_leased_chain_is_kept_too_and_what_follows_on_it_is_not(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, LeasePlaced(lease("l", "abc")))
+    serve(node, 1, "ab", 1)
+    assert node.load().blocks_leased == 2
+    serve(node, 2, "abcdef", 2)
+    assert node.load().blocks_leased == 3
+    number = flood(node, 3)
+    assert serve(node, number, "abcdef", number) == 13
+
+
+def test_a_lease_that_ends_keeps_nothing_and_late_word_of_it_is_ignored(make_node: MakeNode) -> None:
+    node = make_node()
+    serve(node, 1, "ab", 1)
+    feed(node, LeasePlaced(lease("l", "ab", revision=2)))
+    assert feed(node, LeaseEnded(L, 1)) == []
+    over = LeaseEnded(L, 2)
+    assert feed(node, over) == [ClearTimer(LeaseTimer(L)), TellLeases(ended=(over,))]
+    assert node.load().blocks_leased == 0
+    assert feed(node, LeasePlaced(lease("l", "ab", revision=2))) == []
+    assert feed(node, over) == []
+    assert feed(node, LeasePlaced(lease("l", "ab", revision=3)))[0] == SetTimer(LeaseTimer(L), 60.0)
+
+
+def test_a_later_revision_replaces_a_lease_and_may_lower_it(make_node: MakeNode) -> None:
+    node = make_node()
+    serve(node, 1, "abc", 1)
+    feed(node, LeasePlaced(lease("l", "ab")))
+    feed(node, LeasePlaced(lease("l", "abc", revision=1)))
+    assert node.load().blocks_leased == 3
+    assert feed(node, LeasePlaced(lease("l", "ab"))) == []
+    lowered = lease("l", "abc", revision=2, tier=Tier.CPU)
+    assert feed(node, LeasePlaced(lowered), now=5.0) == [SetTimer(LeaseTimer(L), 65.0), TellLeases((lowered,))]
+    assert node.load().blocks_leased == 0
+
+
+def test_leases_share_what_they_have_in_common_and_take_no_more_than_their_share(make_node: MakeNode) -> None:
+    node = make_node(SchedulerConfig(leased_share_max=0.25))  # 4 of 16 blocks
+    serve(node, 1, "abcx", 1)
+    serve(node, 2, "abcyz", 2)
+    feed(node, LeasePlaced(lease("l", "abcx")))
+    assert (node.load().blocks_leased, node.load().blocks_unleased) == (4, 0)
+    feed(node, LeasePlaced(lease("l2", "abcyz")))
+    assert (node.load().blocks_leased, node.load().blocks_unleased) == (4, 2)
+    # the first one ends: what it alone had makes room for one block of the other
+    feed(node, LeaseEnded(L, 0))
+    assert (node.load().blocks_leased, node.load().blocks_unleased) == (4, 1)
+
+
+def test_a_lease_of_another_model_is_not_this_nodes_business(make_node: MakeNode) -> None:
+    node = make_node()
+    assert feed(node, LeasePlaced(lease(model="another"))) == []
+    assert feed(node, ResyncRequested(GatewayId(0), None))[1:] == []
+
+
+def test_a_gateway_that_knows_nothing_is_told_of_all_leases_with_the_time_they_have_left(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(
+        node,
+        LeasePlaced(lease("l", ttl_s=60.0)),
+        LeasePlaced(lease("l2", tier=Tier.CPU, ttl_s=30.0)),
+        LeaseEnded(LeaseId("x"), 4),
+    )
+    told = feed(node, ResyncRequested(GatewayId(3), None), now=10.0)[1]
+    left = (lease("l", ttl_s=50.0), lease("l2", tier=Tier.CPU, ttl_s=20.0))
+    assert told == TellLeases(left, (LeaseEnded(LeaseId("x"), 4),), GatewayId(3))
+
+
+def test_leases_give_way_to_a_prompt_that_would_never_be_admitted_beside_them(make_node: MakeNode) -> None:
+    node = make_node()
+    serve(node, 1, "abcdefgh", 1)
+    feed(node, LeasePlaced(lease("l", "abcd")), LeasePlaced(lease("l2", "abcdefgh")))
+    assert node.load().blocks_leased == 8
+    # 12 of 16 blocks: the lease placed last gives way, and the other need not
+    assert serve(node, 2, "z" * 11, 2) == 45
+    assert (node.load().blocks_leased, node.load().blocks_unleased) == (4, 8)
+    assert serve(node, 3, "y" * 12, 3) == 49
+    assert (node.load().blocks_leased, node.load().blocks_unleased) == (0, 12)
+
+
+def test_a_node_keeps_no_more_leases_than_it_may(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases_module, "LEASES_MAX", 1)
+    node = make_node()
+    feed(node, LeasePlaced(lease("l")))
+    assert feed(node, LeasePlaced(lease("l2"))) == []
+    assert feed(node, LeasePlaced(lease("l", revision=1)))[0] == SetTimer(LeaseTimer(L), 60.0)
 
 
 def test_canary_the_checker_notices_a_leaked_block(make_node: MakeNode) -> None:

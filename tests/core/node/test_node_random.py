@@ -11,21 +11,23 @@ import pytest
 
 from orchestrator.core.commands import NodeCommand, StopOffer
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import Cancelled, GatewayLost, ResyncRequested, SourceLost
+from orchestrator.core.events import Cancelled, GatewayLost, LeaseEnded, LeasePlaced, ResyncRequested, SourceLost
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     Assignment,
     CostProfile,
     FinishReason,
     GatewayId,
+    LeaseId,
     NodeId,
     RequestId,
     Role,
     TenantId,
+    Tier,
     gateway_of,
     request_id,
 )
-from tests.builders import BLOCK_TOKENS, node_spec
+from tests.builders import BLOCK_TOKENS, lease, node_spec
 from tests.core.node.node_driver import CheckingEngine, EngineBroken, NodeDriver, block_hashes
 
 PROFILE = CostProfile(step_s=0.01, prefill_token_s=0.0002, sequence_s=0.0005)
@@ -148,6 +150,21 @@ class Scenario:
             driver.later(delay_s, self.break_some_load)
         elif chance < 0.70:
             driver.later(delay_s, self.forget_some)
+        elif chance < 0.82:
+            driver.later(delay_s, lambda: self.lease(node, request))
+        elif chance < 0.86:
+            ended = LeaseEnded(LeaseId(str(self.random.randrange(8))), self.random.randrange(1000))
+            driver.later(delay_s, lambda: driver.tell(node, ended))
+
+    def lease(self, node: NodeId, request: RequestId) -> None:
+        """Lease some first blocks of a request's prompt, anew or in the place of what the lease was on."""
+        random = self.random
+        hashes = block_hashes(self.prompts[request], BLOCK_TOKENS)
+        tier = random.choice((Tier.HBM, Tier.HBM, Tier.HBM, Tier.CPU))
+        revision = int(1000 * self.driver.now)
+        number = str(random.randrange(8))
+        placed = lease(number, hashes=hashes[: random.randint(0, len(hashes))], tier=tier, ttl_s=random.uniform(0.1, 4.0))
+        self.driver.tell(node, LeasePlaced(replace(placed, revision=revision)))
 
     def break_some_offer(self) -> None:
         if self.driver.offers:
@@ -243,6 +260,7 @@ def check_scenario(seed: int, requests: int) -> None:
         assert load.blocks_free + load.blocks_cached == node.spec.blocks
         scenario.check_belief(name)
         assert scenario.driver.engines[name].outputs == {}, "the engine was not told to forget"
+        assert load.blocks_leased == 0
     assert not scenario.driver.offers
     assert not scenario.driver.loads
     for _, report in scenario.driver.ended:
