@@ -24,6 +24,7 @@ from orchestrator.core.types import (
     RequestId,
     SlotId,
     StepId,
+    StoreId,
 )
 
 
@@ -319,6 +320,7 @@ class Scores:
     queue_s: float = 0.0
     compute_s: float = 0.0
     fetch_s: float = 0.0
+    load_s: float = 0.0
     candidates: int = 0
 
 
@@ -350,12 +352,18 @@ class ReportSourceLost:
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """The request is over and went well; its counts are final. `cached_tokens` of the prompt were not computed."""
+    """The request is over and went well; its counts are final.
+
+    `cached_tokens` of the prompt were not computed; of those `cpu_tokens` and `cmx_tokens` were loaded from a store that had them
+    in that tier, by whichever node computed the rest.
+    """
 
     request: RequestId
     ended: Ended
     cached_tokens: int
     predicted_cached_tokens: int
+    cpu_tokens: int = 0
+    cmx_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +396,15 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStoreResync:
+    """Ask a store for a model's KV batches after `after`, or for all it holds (None). Ended by those in a `StoreReported`."""
+
+    store: StoreId
+    model: ModelName
+    after: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestResync:
     """Ask a node for the KV batches after `after`, or for all it holds (None). Ended by the batches in a `NodeReported`."""
 
@@ -404,6 +421,7 @@ ClusterCommand = (
     | Abort
     | Restart
     | RequestResync
+    | RequestStoreResync
     | SetTimer[ClusterTimer]
     | ClearTimer[ClusterTimer]
 )

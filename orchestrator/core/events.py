@@ -29,6 +29,9 @@ from orchestrator.core.types import (
     RequestId,
     SlotId,
     StepId,
+    StoreId,
+    StoreLoad,
+    StoreSpec,
     Tier,
 )
 
@@ -451,6 +454,31 @@ class NodeReported:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreJoined:
+    """A store's stream is up. The same id with a higher incarnation replaces the older one."""
+
+    store: StoreSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLost:
+    """A store's stream broke and could not be mended: what it had in `cpu` is lost."""
+
+    store: StoreId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReported:
+    """What changed in a store's holdings of one model, and its state."""
+
+    store: StoreId
+    model: ModelName
+    load: StoreLoad
+    kv: tuple[KvBatch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaysChanged:
     """Other gateways take requests now: `count`, of which this one is the `place`th, from 0 on."""
 
@@ -466,6 +494,9 @@ ClusterEvent = (
     | NodeLost
     | NodeDraining
     | NodeReported
+    | StoreJoined
+    | StoreLost
+    | StoreReported
     | DrainRequested
     | TimerFired[ClusterTimer]
 )

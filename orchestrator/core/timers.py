@@ -7,7 +7,7 @@ own machine's.
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from orchestrator.core.types import ExportId, GatewayId, LeaseId, MoveId, NodeId, RequestId
+from orchestrator.core.types import ExportId, GatewayId, LeaseId, ModelName, MoveId, NodeId, RequestId, StoreId
 
 #: The timers of one machine.
 TimerKey = TypeVar("TimerKey")
@@ -49,7 +49,18 @@ class ResyncTimer(Timer):
         return f"resync:{self.node}"
 
 
-ClusterTimer: TypeAlias = RequestTimer | ResyncTimer
+@dataclass(frozen=True, slots=True, repr=False)
+class StoreResyncTimer(Timer):
+    """A store's resync of its KV batches of a model did not come."""
+
+    store: StoreId
+    model: ModelName
+
+    def __str__(self) -> str:
+        return f"store:{len(self.store)}:{self.store}{self.model}"
+
+
+ClusterTimer: TypeAlias = RequestTimer | ResyncTimer | StoreResyncTimer
 
 
 def cluster_timer(text: str) -> ClusterTimer:
@@ -60,6 +71,10 @@ def cluster_timer(text: str) -> ClusterTimer:
             return RequestTimer(RequestId(_number(about, text)))
         case "resync":
             return ResyncTimer(NodeId(about))
+        case "store":
+            length, _, names = about.partition(":")
+            count = _number(length, text)
+            return StoreResyncTimer(StoreId(names[:count]), ModelName(names[count:]))
         case _:
             raise UnknownTimer(f"a cluster has no timer {text!r}")
 

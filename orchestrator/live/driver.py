@@ -25,6 +25,7 @@ from orchestrator.core.commands import (
     Refuse,
     ReportSourceLost,
     RequestResync,
+    RequestStoreResync,
     Restart,
     SetTimer,
 )
@@ -445,6 +446,8 @@ class ClusterDriver:
                 link = self._links.get(node)
                 if link is not None:
                     link.resync(after)
+            case RequestStoreResync():
+                raise AssertionError(f"no store has joined, and {command} is asked for")
             case SetTimer(key, at):
                 self._timers.set(key, at)
             case ClearTimer(key):

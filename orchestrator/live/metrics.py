@@ -40,6 +40,7 @@ from orchestrator.core.types import (
     Role,
     ServiceClass,
     TenantId,
+    Tier,
 )
 
 #: Seconds. TTFT reaches 2560 s because a waiting request on a busy cluster counts too (the field's dashboards use this range).
@@ -233,6 +234,8 @@ class Metrics(Collector):
         self._requests: Tally[Labels] = Tally()
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
+        #: Those of them that a store brought, by the tier it had them in.
+        self._loaded_tokens: Tally[Labels] = Tally()
         #: Prompt tokens of requests that were started over, and what the core counts by reason.
         self._restarted_tokens = 0
         self._by_reason: Mapping[ReprefillReason, int] = {}
@@ -369,6 +372,9 @@ class Metrics(Collector):
         labels = (flight.model, flight.pool or NO_POOL)
         self._input_tokens[labels] += flight.prompt_tokens
         self._cached_tokens[labels] += command.cached_tokens
+        for tier, tokens in ((Tier.CPU, command.cpu_tokens), (Tier.CMX, command.cmx_tokens)):
+            if tokens:
+                self._loaded_tokens[*labels, tier.value] += tokens
         self._hit_error.child(flight.model).observe(abs(command.predicted_cached_tokens - command.cached_tokens))
 
     def _on_joined(self, spec: NodeSpec) -> None:
@@ -431,6 +437,9 @@ class Metrics(Collector):
     def _token_families(self) -> Iterable[Metric]:
         names = ("model", "pool")
         cached = {(*labels, HBM): count for labels, count in self._cached_tokens.items()}
+        for (model, pool, tier), count in self._loaded_tokens.items():
+            cached[model, pool, tier] = count
+            cached[model, pool, HBM] -= count
         yield _counter("weft_input_tokens", "Prompt tokens of completed generations.", names, self._input_tokens)
         yield _counter("weft_cached_tokens", "Those of them that were not computed again.", (*names, "tier"), cached)
         yield _counter("weft_output_tokens", "Tokens delivered.", names, self.output_tokens)

@@ -38,6 +38,7 @@ from orchestrator.core.commands import (
     ReportFirstToken,
     ReportSourceLost,
     RequestResync,
+    RequestStoreResync,
     Restart,
     RunStep,
     SendBlocks,
@@ -378,6 +379,8 @@ class World:
                 self._network.send(gateway, node, self._tell_node, node, SourceLost(request, source))
             case RequestResync(node, after):
                 self._network.send(gateway, node, self._tell_node, node, ResyncRequested(gateway, after))
+            case RequestStoreResync():
+                raise AssertionError(f"no store has joined, and {command} is asked for")
             case Complete(request, ended, cached_tokens):
                 served = self.visits[request].served
                 served.cached_tokens, served.output_tokens = cached_tokens, ended.output_tokens

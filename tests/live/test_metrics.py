@@ -54,9 +54,9 @@ def assign(request: int = 1, node: str = "decode-0") -> Assign:
     return Assign(NodeId(node), Assignment(RequestId(request), Role.GENERATE, 40, (), 8))
 
 
-def complete(cached: int = 32, predicted: int = 32) -> Complete:
+def complete(cached: int = 32, predicted: int = 32, cpu: int = 0, cmx: int = 0) -> Complete:
     ended = Ended(RequestId(1), FinishReason.STOP, 3, 40 - cached)
-    return Complete(RequestId(1), ended, cached, predicted)
+    return Complete(RequestId(1), ended, cached, predicted, cpu, cmx)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -90,6 +90,15 @@ def test_a_request_waits_runs_and_is_counted_with_its_cached_tokens() -> None:
     source = {"model_name": "default", "engine": "decode"}
     assert value(metrics, "vllm:prefix_cache_hits_total", **source) == 32
     assert value(metrics, "vllm:prompt_tokens_by_source_total", source="local_compute", **source) == 8
+
+
+def test_cached_tokens_are_counted_by_the_tier_they_were_in() -> None:
+    metrics = cluster()
+    metrics.observe(0.0, arrived(), [assign()])
+    metrics.observe(0.2, NodeReported(NodeId("decode-0"), Load()), [complete(32, cpu=12, cmx=16)])
+    where = {"model": "default", "pool": "decode"}
+    counts = [value(metrics, "weft_cached_tokens_total", **where, tier=tier) for tier in ("hbm", "cpu", "cmx")]
+    assert counts == [4, 12, 16]
 
 
 def test_tokens_are_timed_one_by_one_and_an_exchange_of_several_shares_its_time() -> None:

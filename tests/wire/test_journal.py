@@ -25,6 +25,7 @@ from orchestrator.core.timers import (
     NodeTimer,
     RequestTimer,
     ResyncTimer,
+    StoreResyncTimer,
     StoreTimer,
     UnknownTimer,
     cluster_timer,
@@ -37,12 +38,14 @@ from orchestrator.core.types import (
     ExportId,
     GatewayId,
     LeaseId,
+    ModelName,
     MoveId,
     NodeId,
     PoolKind,
     RequestId,
     Role,
     StepId,
+    StoreId,
     request_id,
 )
 from orchestrator.wire.journal import ClusterHeader, JournalError, NodeHeader, NodeJournalWriter, cluster_header, read_journal
@@ -174,7 +177,14 @@ def test_a_journal_names_timers_by_text_and_reads_them_as_what_they_are(tmp_path
     assert replay(read_journal(tmp_path / "one")) is None
 
 
-@pytest.mark.parametrize("timer", [RequestTimer(request_id(GatewayId(3), 1)), ResyncTimer(NodeId("a:0"))])
+@pytest.mark.parametrize(
+    "timer",
+    [
+        RequestTimer(request_id(GatewayId(3), 1)),
+        ResyncTimer(NodeId("a:0")),
+        StoreResyncTimer(StoreId("s:1"), ModelName("Qwen/Q:3")),
+    ],
+)
 def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:
     assert cluster_timer(str(timer)) == timer
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from orchestrator.core.cluster.kvindex import Matches
+from orchestrator.core.cluster.stores import StoreView
 from orchestrator.core.commands import Scores
 from orchestrator.core.cost.costs import decode_seconds, token_seconds
 from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, Request, RequestId, TenantId
@@ -83,6 +84,7 @@ class Candidate:
         "joining_s",
         "joining_token_s",
         "load",
+        "load_group",
         "profile",
         "queue_s",
         "ready_s",
@@ -94,6 +96,8 @@ class Candidate:
         "spec",
         "stale",
         "step_s",
+        "store",
+        "store_column",
         "tells_tenants",
         "waiting",
         "work_s",
@@ -107,6 +111,10 @@ class Candidate:
         self.column = column
         #: Equal on nodes for which the same work costs the same.
         self.cost_group = cost_group
+        #: The store that it can load from, that one's column in the index, and what is equal where loading costs the same.
+        self.store: StoreView | None = None
+        self.store_column: int | None = None
+        self.load_group = 0
         self.generates = spec.kind.generates
         #: Longest prompt plus output that its model allows and its pool holds.
         self.context_tokens_max = min(spec.context_tokens_max, spec.blocks * spec.block_tokens)
@@ -282,14 +290,18 @@ class Options:
     prefillers: Sequence[Candidate]
     #: All nodes of the model by column: any of them may be fetched from.
     peers: Mapping[int, Candidate]
-    #: Blocks of the prompt that each node holds or will hold in a moment, by column.
+    #: Blocks of the prompt that each node holds or will hold in a moment, and each store holds in `cpu`, by column.
     present: Sequence[int]
-    #: What the index says.
+    #: What the index says of nodes.
     matches: Matches
     #: Nodes of the session's last turn.
     sticky: Sequence[NodeId] = ()
     #: Whether there are others of these, which are full.
     prefillers_full: bool = False
+    #: Whether any host has a store.
+    stores: bool = False
+    #: Blocks of the prompt that are in the storage which all stores share.
+    cmx_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +317,8 @@ class Placement:
     #: Prompt tokens that will not be computed.
     cached_tokens: int
     scores: Scores
+    #: Prompt tokens that the one that computes loads before that from its host's store.
+    stored_tokens: int = 0
 
     @property
     def computes(self) -> Candidate:

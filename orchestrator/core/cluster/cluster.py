@@ -30,7 +30,7 @@ Rule 2: what was booked for a part is given back in the same call that ends the 
 Rule 3: reports about requests or nodes that are not known are late, not wrong: they are ignored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
 
@@ -38,8 +38,10 @@ from orchestrator.core.cluster.admission import Admission
 from orchestrator.core.cluster.candidates import Booking, Candidate, Options, Placement
 from orchestrator.core.cluster.following import Trust
 from orchestrator.core.cluster.pools import ModelPools
+from orchestrator.core.cluster.resyncs import Resync
 from orchestrator.core.cluster.router import make_router
 from orchestrator.core.cluster.sessions import Sessions
+from orchestrator.core.cluster.stores import StoreView
 from orchestrator.core.commands import (
     Abort,
     Assign,
@@ -50,6 +52,7 @@ from orchestrator.core.commands import (
     Refuse,
     ReportSourceLost,
     RequestResync,
+    RequestStoreResync,
     Restart,
     SetTimer,
 )
@@ -66,9 +69,12 @@ from orchestrator.core.events import (
     NodeReported,
     RequestAbandoned,
     RequestArrived,
+    StoreJoined,
+    StoreLost,
+    StoreReported,
     TimerFired,
 )
-from orchestrator.core.timers import ClusterTimer, RequestTimer, ResyncTimer
+from orchestrator.core.timers import ClusterTimer, RequestTimer, ResyncTimer, StoreResyncTimer
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -82,14 +88,11 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     Role,
+    StoreId,
+    StoreLoad,
+    StoreSpec,
     TenantId,
 )
-
-#: Seconds until a resync that did not come is asked for again, doubled each time up to the most.
-RESYNC_S = 0.5
-RESYNC_S_MAX = 30.0
-#: Resyncs asked for in vain after which nothing is believed of a node any more.
-RESYNCS_MAX = 5
 
 
 class Phase(Enum):
@@ -104,6 +107,8 @@ class Flight:
     """One request under way."""
 
     __slots__ = (
+        "cmx_tokens",
+        "cpu_tokens",
         "deadline_at",
         "failed_on",
         "generate",
@@ -136,6 +141,9 @@ class Flight:
         #: Times it was started over.
         self.restarted = 0
         self.predicted_cached_tokens = 0
+        #: What its prefill node loaded from that one's store, by the tier it was in.
+        self.cpu_tokens = 0
+        self.cmx_tokens = 0
         #: Whether it was sent where its session's last turn ran.
         self.stayed = True
 
@@ -152,7 +160,7 @@ class Flight:
 class KnownNode:
     """One node of the cluster."""
 
-    __slots__ = ("candidate", "pools", "requests", "resync_wait_s", "resyncs", "spec")
+    __slots__ = ("candidate", "pools", "requests", "resync", "spec")
 
     def __init__(self, candidate: Candidate, pools: ModelPools) -> None:
         self.spec = candidate.spec
@@ -161,13 +169,71 @@ class KnownNode:
         self.pools = pools
         #: Requests that it has a part in, in the order they came.
         self.requests: dict[RequestId, None] = {}
-        #: Resyncs asked for in vain so far; None while none is awaited.
-        self.resyncs: int | None = None
-        self.resync_wait_s = RESYNC_S
+        self.resync = Resync()
 
     @property
     def resync_timer(self) -> ResyncTimer:
         return ResyncTimer(self.spec.id)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all that it told of its holdings has come."""
+        return self.pools.index.trust(self.spec.id) is Trust.EXACT
+
+    @property
+    def told(self) -> int:
+        """What was taken in of what it told: more than before while a resync comes."""
+        return self.pools.index.applied(self.spec.id)
+
+    def resync_request(self) -> RequestResync:
+        return RequestResync(self.spec.id, self.pools.index.sequence(self.spec.id))
+
+    def distrust(self) -> None:
+        self.pools.distrust(self.spec.id)
+
+
+class KnownPart:
+    """One model's part of a store."""
+
+    __slots__ = ("pools", "resync", "view")
+
+    def __init__(self, view: StoreView, pools: ModelPools) -> None:
+        #: What routing knows of it.
+        self.view = view
+        self.pools = pools
+        self.resync = Resync()
+
+    @property
+    def resync_timer(self) -> StoreResyncTimer:
+        return StoreResyncTimer(self.view.spec.id, self.view.model.model)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all that it told of its holdings has come, in `cpu` as in `cmx`."""
+        index, segments = self.pools.index, self.pools.segments
+        return index.trust(self.view.holder) is Trust.EXACT is segments.trust(self.view.spec.id)
+
+    @property
+    def told(self) -> int:
+        """What was taken in of what it told: more than before while a resync comes."""
+        return self.pools.index.applied(self.view.holder)
+
+    def resync_request(self) -> RequestStoreResync:
+        held = self.pools.index.sequence(self.view.holder)
+        segments = self.pools.segments.sequence(self.view.spec.id)
+        after = None if held is None or segments is None else min(held, segments)
+        return RequestStoreResync(self.view.spec.id, self.view.model.model, after)
+
+    def distrust(self) -> None:
+        self.pools.distrust_store(self.view.spec.id)
+
+
+@dataclass(slots=True)
+class KnownStore:
+    """One host's store, with its parts for the models that this cluster serves."""
+
+    spec: StoreSpec
+    parts: dict[ModelName, KnownPart]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +247,18 @@ class NodeView:
     #: Requests of this gateway that it has a part in.
     requests: int
     #: Blocks it is believed to hold.
+    believed_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredView:
+    """A store's part for one model as status pages show it."""
+
+    spec: StoreSpec
+    model: ModelName
+    load: StoreLoad
+    exact: bool
+    #: Blocks that it is believed to hold in `cpu`.
     believed_blocks: int
 
 
@@ -198,6 +276,7 @@ class Cluster:
         self._admission = Admission(config.limits, models, config.tenants, gateways, place=gateway)
         self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
         self._known: dict[NodeId, KnownNode] = {}
+        self._stores: dict[StoreId, KnownStore] = {}
         self._flights: dict[RequestId, Flight] = {}
         self._now = 0.0
         self._commands: list[ClusterCommand] = []
@@ -208,6 +287,15 @@ class Cluster:
     def nodes(self) -> tuple[NodeView, ...]:
         """All nodes, in the order they joined."""
         return tuple(_view(known) for known in self._known.values())
+
+    @property
+    def stores(self) -> tuple[StoredView, ...]:
+        """All stores' parts, in the order the stores joined."""
+        return tuple(
+            StoredView(known.spec, model, part.view.load, part.exact, part.pools.index.believed_blocks(part.view.holder))
+            for known in self._stores.values()
+            for model, part in known.parts.items()
+        )
 
     @property
     def ready(self) -> bool:
@@ -249,6 +337,12 @@ class Cluster:
                 self._on_node_lost(event.node, event.reason)
             case NodeDraining():
                 self._on_node_draining(event.node)
+            case StoreReported():
+                self._on_store_reported(event)
+            case StoreJoined():
+                self._on_store_joined(event.store)
+            case StoreLost():
+                self._on_store_lost(event.store)
             case GatewaysChanged():
                 self._admission.divide(event.place, event.count, now)
             case DrainRequested():
@@ -345,16 +439,16 @@ class Cluster:
         output_tokens_max = min(request.output_tokens_max, room)
         assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
         source = self._known[placement.source].spec if placement.source is not None else None
-        source_tokens = placement.source_tokens
+        source_tokens, stored_tokens = placement.source_tokens, placement.stored_tokens
         share = self._admission.share(request.tenant)
         parts: list[Assign] = []
         if prefill is not None:
             part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, share, pending=False)
-            parts.append(Assign(prefill.spec.id, part, placement.scores))
-            source, source_tokens = prefill.spec, request.prompt_tokens
+            parts.append(Assign(prefill.spec.id, replace(part, stored_tokens=stored_tokens), placement.scores))
+            source, source_tokens, stored_tokens = prefill.spec, request.prompt_tokens, 0
         apart = prefill is not None
         part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, share, pending=apart)
-        parts.append(Assign(generate.spec.id, part, placement.scores))
+        parts.append(Assign(generate.spec.id, replace(part, stored_tokens=stored_tokens), placement.scores))
         self._commands += parts
         return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
 
@@ -363,7 +457,8 @@ class Cluster:
         computes, cached = placement.computes, placement.cached_tokens
         uncached = request.prompt_tokens - cached
         seconds = prompt_seconds(computes.profile, uncached, cached, computes.spec.step_tokens_max)
-        present = max(options.matches.blocks(computes.column) * computes.spec.block_tokens, placement.source_tokens)
+        held = options.matches.blocks(computes.column) * computes.spec.block_tokens
+        present = max(held, placement.source_tokens, placement.stored_tokens)
         queued = max(uncached, request.prompt_tokens - present)
         computes.give(request.id, Booking(uncached, seconds, queued, request.prompt_tokens, self._now, request.tenant))
         if placement.prefill is not None:
@@ -447,6 +542,7 @@ class Cluster:
             elif flight is not None and event.node == flight.prefill:
                 self._end_part(flight, event.node)
                 flight.holder = event.node if ended.reason is FinishReason.PREFILLED else None
+                flight.cpu_tokens, flight.cmx_tokens = ended.cpu_tokens, ended.cmx_tokens
         self._start_waiting(known.spec.model)
 
     def _on_generate_ended(self, flight: Flight, ended: Ended) -> None:
@@ -470,7 +566,10 @@ class Cluster:
         self._end_part(flight, node)
         self._cancel_parts(flight)
         self._finish(flight)
-        self._commands.append(Complete(request.id, ended, cached_tokens, flight.predicted_cached_tokens))
+        cmx_tokens = min(flight.cmx_tokens + ended.cmx_tokens, cached_tokens)
+        cpu_tokens = min(flight.cpu_tokens + ended.cpu_tokens, cached_tokens - cmx_tokens)
+        counts = (cached_tokens, flight.predicted_cached_tokens, cpu_tokens, cmx_tokens)
+        self._commands.append(Complete(request.id, ended, *counts))
 
     def _retry_or_abort(self, flight: Flight, node: NodeId, code: str, message: str) -> None:
         """Start a request over on other nodes, or end it with an error if that cannot or should not be."""
@@ -479,6 +578,7 @@ class Cluster:
             self._abort(flight, 502 if flight.phase is Phase.STREAMING else 503, code, message)
             return
         flight.restarted += 1
+        flight.cpu_tokens = flight.cmx_tokens = 0
         flight.failed_on = (*flight.failed_on, node)
         self._commands.append(Restart(flight.request.id, message))
         if not self._try_start(flight, self._pools[flight.request.model]):
@@ -492,32 +592,33 @@ class Cluster:
     # --- holdings ---------------------------------------------------------------------------------------------------------
 
     def _apply(self, known: KnownNode, batches: tuple[KvBatch, ...]) -> None:
-        """Take in holdings; ask for a resync once if something was missed, and wait on while it is coming."""
-        index, node = known.pools.index, known.spec.id
-        applied = index.applied(node)
+        """Take in a node's holdings."""
+        told = known.told
         for batch in batches:
-            known.pools.apply(node, batch)
-        if index.trust(node) is Trust.EXACT:
-            if known.resyncs is not None:
-                known.resyncs = None
+            known.pools.apply(known.spec.id, batch)
+        self._follow(known, known.told > told)
+
+    def _follow(self, known: KnownNode | KnownPart, progressed: bool) -> None:
+        """Ask for a resync once if something was missed of what somebody told, and wait on while it is coming."""
+        if known.exact:
+            if known.resync.awaited:
+                known.resync.end()
                 self._commands.append(ClearTimer(known.resync_timer))
-        elif known.resyncs is None:
+        elif not known.resync.awaited:
             self._ask_resync(known)
-        elif index.applied(node) > applied:
-            self._commands.append(SetTimer(known.resync_timer, self._now + known.resync_wait_s))
+        elif progressed:
+            self._commands.append(SetTimer(known.resync_timer, self._now + known.resync.wait_s))
 
-    def _ask_resync(self, known: KnownNode) -> None:
-        known.resyncs = 0 if known.resyncs is None else known.resyncs + 1
-        known.resync_wait_s = RESYNC_S if known.resyncs == 0 else min(2 * known.resync_wait_s, RESYNC_S_MAX)
-        node = known.spec.id
-        self._commands.append(RequestResync(node, known.pools.index.sequence(node)))
-        self._commands.append(SetTimer(known.resync_timer, self._now + known.resync_wait_s))
+    def _ask_resync(self, known: KnownNode | KnownPart) -> None:
+        known.resync.ask()
+        self._commands.append(known.resync_request())
+        self._commands.append(SetTimer(known.resync_timer, self._now + known.resync.wait_s))
 
-    def _on_resync_missing(self, known: KnownNode) -> None:
-        """Ask again; after too many times believe nothing of the node until it starts over."""
-        if known.resyncs is not None:
-            if known.resyncs >= RESYNCS_MAX:
-                known.pools.distrust(known.spec.id)
+    def _on_resync_missing(self, known: KnownNode | KnownPart) -> None:
+        """Ask again; after too many times believe nothing of the teller until it starts over."""
+        if known.resync.awaited:
+            if known.resync.vain:
+                known.distrust()
             self._ask_resync(known)
 
     # --- timers -----------------------------------------------------------------------------------------------------------
@@ -528,6 +629,10 @@ class Cluster:
                 known = self._known.get(node)
                 if known is not None:
                     self._on_resync_missing(known)
+            case StoreResyncTimer(store, model):
+                stored = self._stores.get(store)
+                if stored is not None and model in stored.parts:
+                    self._on_resync_missing(stored.parts[model])
             case RequestTimer(request):
                 flight = self._flights.get(request)
                 if flight is not None:
@@ -580,7 +685,7 @@ class Cluster:
             if flight.generate == node:
                 generating.append(flight)
             self._end_part(flight, node)
-        if known.resyncs is not None:
+        if known.resync.awaited:
             self._commands.append(ClearTimer(known.resync_timer))
         del self._known[node]
         known.pools.leave(node)
@@ -601,6 +706,43 @@ class Cluster:
         if known is not None:
             known.candidate.draining = True
 
+    # --- stores -----------------------------------------------------------------------------------------------------------
+
+    def _on_store_joined(self, spec: StoreSpec) -> None:
+        """Take a store in, in place of its former self if there is one, and ask what it holds of each model served here."""
+        former = self._stores.get(spec.id)
+        if former is not None and former.spec.incarnation >= spec.incarnation:
+            return
+        if former is not None:
+            self._on_store_lost(spec.id)
+        known = self._stores[spec.id] = KnownStore(spec, {})
+        for stored in spec.models:
+            pools = self._pools.get(stored.model)
+            if pools is not None:
+                part = known.parts[stored.model] = KnownPart(pools.join_store(spec, stored), pools)
+                self._ask_resync(part)
+
+    def _on_store_lost(self, store: StoreId) -> None:
+        """Forget a store: what it had in `cpu` is gone."""
+        known = self._stores.pop(store, None)
+        for part in known.parts.values() if known is not None else ():
+            if part.resync.awaited:
+                self._commands.append(ClearTimer(part.resync_timer))
+            part.pools.leave_store(store)
+
+    def _on_store_reported(self, event: StoreReported) -> None:
+        """Take in what a store holds of a model, and how it does."""
+        known = self._stores.get(event.store)
+        part = known.parts.get(event.model) if known is not None else None
+        if part is None:
+            return
+        told = part.told
+        for batch in event.kv:
+            part.pools.apply_store(event.store, batch)
+        part.pools.report_store(event.store, event.load)
+        if event.kv:
+            self._follow(part, part.told > told)
+
     # --- invariants -------------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
@@ -614,6 +756,9 @@ class Cluster:
                 assert node in self._flights[request].nodes, f"{node} has a part in request {request} that does not know of it"
         for pools in self._pools.values():
             pools.validate()
+        for known in self._stores.values():
+            for model, part in known.parts.items():
+                assert part.resync.awaited or part.exact, f"{known.spec.id} is believed in part of {model}, and is not asked"
 
     def _validate_flight(self, request: RequestId, flight: Flight) -> None:
         waits = request in self._admission.queue(flight.request.model)

@@ -47,6 +47,17 @@ class Matches:
         """The longest prefix that any node holds, blocks."""
         return self.levels[-1][0] if self.levels else 0
 
+    def within(self, columns: int) -> "Matches":
+        """Return the same for some of the columns, given as a mask."""
+        levels: list[tuple[int, int]] = []
+        for blocks, mask in self.levels:
+            held = mask & columns
+            if held and levels and levels[-1][1] == held:
+                levels[-1] = (blocks, held)
+            elif held:
+                levels.append((blocks, held))
+        return Matches(tuple(levels))
+
     def blocks(self, column: int) -> int:
         """Return how many blocks of the chain the node in `column` holds."""
         for blocks, mask in reversed(self.levels):

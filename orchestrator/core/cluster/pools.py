@@ -1,14 +1,17 @@
-"""The nodes of one model: what they hold, what they do, and which of them may take a request.
+"""The nodes of one model, and their hosts' stores: what they hold, what they do, and which nodes may take a request.
 
-See also `kvindex.py` for holdings, `candidates.py` for load; `cluster.py` has one of these for each model.
+See also `kvindex.py` and `segments.py` for holdings, `candidates.py` and `stores.py` for load; `cluster.py` has one of these for
+each model.
 """
 
 from collections.abc import Callable, Sequence
 
 from orchestrator.core.cluster.candidates import Candidate, Options
 from orchestrator.core.cluster.following import Trust
-from orchestrator.core.cluster.kvindex import KvIndex, PredictedKv
-from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request, TenantId
+from orchestrator.core.cluster.kvindex import KvIndex, Matches, PredictedKv
+from orchestrator.core.cluster.segments import SegmentIndex
+from orchestrator.core.cluster.stores import StoreView, holder
+from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request, StoredModel, StoreId, StoreLoad, StoreSpec, TenantId
 
 #: A hit on a node that missed batches counts this much until it is mended: some of its blocks may be gone.
 STALE_CREDIT = 0.5
@@ -24,9 +27,12 @@ class ModelPools:
         "_peers",
         "_share_of",
         "_stale",
+        "_store_columns",
+        "_stores",
         "context_tokens_max",
         "index",
         "predicted",
+        "segments",
     )
 
     def __init__(self, node_waiting_max: int, share_of: Callable[[TenantId], float]) -> None:
@@ -41,7 +47,11 @@ class ModelPools:
         self._stale: dict[NodeId, None] = {}
         #: Longest prompt plus output that any node takes; 0 without nodes that generate.
         self.context_tokens_max = 0
+        self._stores: dict[StoreId, StoreView] = {}
+        #: Their columns in the index, as a mask.
+        self._store_columns = 0
         self.index = KvIndex()
+        self.segments = SegmentIndex()
         self.predicted = PredictedKv()
 
     @property
@@ -57,6 +67,7 @@ class ModelPools:
         candidate = Candidate(spec, self.index.column(spec.id), cost_group, self._share_of)
         self._candidates[spec.id] = candidate
         self._peers[candidate.column] = candidate
+        self._find_stores()
         self._measure()
         return candidate
 
@@ -69,6 +80,59 @@ class ModelPools:
         if not self._candidates:
             self._cost_groups.clear()
         self._measure()
+
+    def join_store(self, spec: StoreSpec, model: StoredModel) -> StoreView:
+        """Take in what a store keeps of this model, of which nothing is known yet."""
+        self.index.add_node(holder(spec.id), model.slots)
+        self.segments.add_store(spec.id)
+        view = self._stores[spec.id] = StoreView(spec, model, self.index.column(holder(spec.id)))
+        self._find_stores()
+        return view
+
+    def leave_store(self, store: StoreId) -> None:
+        """Forget a store; what it put into the shared storage stays."""
+        del self._stores[store]
+        self.index.remove_node(holder(store))
+        self.segments.remove_store(store)
+        self._find_stores()
+
+    def apply_store(self, store: StoreId, batch: KvBatch) -> None:
+        """Take in what a store says of its holdings."""
+        self.index.apply(holder(store), batch)
+        self.segments.apply(store, batch)
+        self._follow_column(store)
+
+    def distrust_store(self, store: StoreId) -> None:
+        """Believe nothing of a store until it starts over."""
+        self.index.distrust(holder(store))
+        self.segments.distrust(store)
+        self._follow_column(store)
+
+    def report_store(self, store: StoreId, load: StoreLoad) -> None:
+        """Take in what a store says of itself."""
+        view = self._stores[store]
+        rates = view.rates
+        view.report(load)
+        if view.rates != rates:
+            self._find_stores()
+
+    def _follow_column(self, store: StoreId) -> None:
+        view, column = self._stores[store], self.index.column(holder(store))
+        if column != view.column:
+            view.column = column
+            self._find_stores()
+
+    def _find_stores(self) -> None:
+        """Let every node that can load know the store of its host, and note where the stores are in the index."""
+        by_host = {view.spec.host: view for view in self._stores.values()}
+        groups: dict[object, int] = {}
+        for candidate in self._candidates.values():
+            view = by_host.get(candidate.spec.host) if candidate.spec.stores else None
+            candidate.store = view
+            candidate.store_column = view.column if view is not None else None
+            key = (view.rates, view.model.cmx) if view is not None else None
+            candidate.load_group = groups.setdefault(key, len(groups))
+        self._store_columns = sum(1 << view.column for view in self._stores.values())
 
     def _measure(self) -> None:
         contexts = [candidate.context_tokens_max for candidate in self._candidates.values() if candidate.generates]
@@ -119,15 +183,27 @@ class ModelPools:
         if excluded:
             generators = [candidate for candidate in generators if candidate.spec.id not in excluded] or generators
             prefillers = [candidate for candidate in prefillers if candidate.spec.id not in excluded]
-        matches = self.index.find(request.hashes)
-        present = matches.by_column(self.index.columns)
+        found = self.index.find(request.hashes)
+        present = found.by_column(self.index.columns)
+        matches, cmx_blocks = found, 0
+        if self._stores:
+            matches, cmx_blocks = self._stored(request, found, present)
         for node in self._stale:
             column = self._candidates[node].column
             present[column] = int(present[column] * STALE_CREDIT)
         for node in self.predicted.nodes:
             column = self._candidates[node].column
             present[column] = self.predicted.extend(node, request.hashes, present[column])
-        return Options(generators, prefillers, self._peers, present, matches, sticky, prefillers_full)
+        stores = bool(self._stores)
+        return Options(generators, prefillers, self._peers, present, matches, sticky, prefillers_full, stores, cmx_blocks)
+
+    def _stored(self, request: Request, found: Matches, present: list[int]) -> tuple[Matches, int]:
+        """Return what nodes have of a prompt, and how many of its blocks are in the storage that the stores share."""
+        for view in self._stores.values():
+            if self.index.trust(view.holder) is Trust.STALE:
+                present[view.column] = int(present[view.column] * STALE_CREDIT)
+        segment_blocks = min(view.model.segment_blocks for view in self._stores.values())
+        return found.within(~self._store_columns), self.segments.blocks(request.hashes, segment_blocks)
 
     def validate(self) -> None:
         """Raise `AssertionError` unless all parts agree on which nodes there are."""
@@ -138,5 +214,13 @@ class ModelPools:
             assert candidate.column == column, f"{node} is in column {column}, not {candidate.column}"
             assert self._peers[candidate.column] is candidate, f"column {candidate.column} is not {node}"
         assert len(self._peers) == len(self._candidates), f"{len(self._peers)} columns for {len(self._candidates)} nodes"
+        self.segments.validate()
+        for store, view in self._stores.items():
+            column = self.index.column(holder(store))
+            assert view.column == column, f"{store} is in column {column}, not {view.column}"
+            assert self._store_columns >> column & 1, f"column {column} of {store} is taken for a node's"
+        for candidate in self._candidates.values():
+            store = candidate.store
+            assert store is None or self._stores.get(store.spec.id) is store, f"{candidate.spec.id} loads from one that left"
         for node in (*self._stale, *self.predicted.nodes):
             assert node in self._candidates, f"{node} is remembered after it left"

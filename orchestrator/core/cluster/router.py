@@ -2,7 +2,8 @@
 
 For each node that generates, two ways are compared:
 
-    here       wait for its queue, load the longer prefix of a peer or recompute it (whichever is sooner), compute the rest
+    here       wait for its queue; load what its host's store has, fetch the longer prefix of a peer, one after the other, or
+               recompute it (whichever is soonest); compute the rest
     apart      the same on the best prefill node, then hand over what the generating node lacks
 
 Decoding is charged for a guessed number of steps: the request's own, and what it adds to those of all that decode beside it.
@@ -52,25 +53,41 @@ def make_router(config: RouterConfig) -> Router:
 class _Way:
     """What serving one prompt costs on any node of a cost group that holds a given part of it, by the profile."""
 
-    __slots__ = ("compute_s", "fetch_s", "handoff_s", "hit_tokens", "rest_s", "seconds")
+    __slots__ = (
+        "compute_s",
+        "fetch_s",
+        "handoff_s",
+        "hit_tokens",
+        "load_rest_s",
+        "load_s",
+        "loaded_s",
+        "rest_s",
+        "seconds",
+        "stored_tokens",
+    )
 
-    def __init__(self, hit_tokens: int, compute_s: float, fetch_s: float, rest_s: float, handoff_s: float) -> None:
+    def __init__(self, hit_tokens: int, compute_s: float) -> None:
         self.hit_tokens = hit_tokens
         #: Computing all that is not held.
         self.compute_s = compute_s
-        #: Fetching what the best peer has beyond that, and computing what then remains. Infinite if no peer has more.
-        self.fetch_s = fetch_s
-        self.rest_s = rest_s
-        #: The sooner of the two, other work not counted.
-        self.seconds = min(compute_s, fetch_s + rest_s)
+        #: Loading the prompt's first `stored_tokens` from the host's store as far as they are not held, and computing what then
+        #: remains. Infinite if the store has no more.
+        self.load_s = self.load_rest_s = inf
+        self.stored_tokens = 0
+        #: Fetching what the best peer has beyond that, after loading for `loaded_s` what the store has if that is sooner than
+        #: fetching all, and computing what then remains. Infinite if no peer has more.
+        self.fetch_s = self.rest_s = inf
+        self.loaded_s = 0.0
+        #: The soonest of the three, other work not counted.
+        self.seconds = compute_s
         #: Handing over what is not held from a prefill node that computes it meanwhile.
-        self.handoff_s = handoff_s
+        self.handoff_s = 0.0
 
 
 class _Choice:
     """A node and what it would cost there."""
 
-    __slots__ = ("apart", "candidate", "compute_s", "fetch_s", "fetches", "here_s", "score", "way")
+    __slots__ = ("apart", "candidate", "compute_s", "fetch_s", "fetches", "here_s", "load_s", "score", "stored_tokens", "way")
 
     def __init__(self, candidate: Candidate, way: _Way, score: float) -> None:
         self.candidate = candidate
@@ -79,19 +96,26 @@ class _Choice:
         #: Whether the prompt is left to a prefill node.
         self.apart = False
         factor = candidate.compute_factor
-        #: Whether fetching from a peer beats recomputing on this node.
-        self.fetches = way.fetch_s + way.rest_s * factor < way.compute_s * factor
-        #: Seconds of computing, without what it costs others, and of fetching before that.
-        self.compute_s = (way.rest_s if self.fetches else way.compute_s) * candidate.load.cost_scale
-        self.fetch_s = way.fetch_s if self.fetches else 0.0
+        compute_s, load_s = way.compute_s * factor, way.load_s + way.load_rest_s * factor
+        fetch_s = way.fetch_s + way.rest_s * factor
+        #: Whether fetching from a peer beats recomputing on this node, and loading alone.
+        self.fetches = fetch_s < min(compute_s, load_s)
+        loads = way.loaded_s > 0.0 if self.fetches else load_s < compute_s
+        #: Prompt tokens that the host's store is to bring; 0: none.
+        self.stored_tokens = way.stored_tokens if loads else 0
+        #: Seconds of computing, without what it costs others, of fetching before that, and of loading before that.
+        uncached_s = way.rest_s if self.fetches else way.load_rest_s if loads else way.compute_s
+        self.compute_s = uncached_s * candidate.load.cost_scale
+        self.fetch_s = way.fetch_s - way.loaded_s if self.fetches else 0.0
+        self.load_s = way.load_s if loads else 0.0
         #: The score, without the step's, of computing on this node.
-        self.here_s = candidate.ready_s + min(way.compute_s * factor, way.fetch_s + way.rest_s * factor)
+        self.here_s = candidate.ready_s + min(compute_s, load_s, fetch_s)
 
 
 class _Prompt:
     """One request's prompt and the ways to serve it, worked out once for all nodes that hold equally much of it."""
 
-    __slots__ = ("_ways", "hashes", "prefill", "reach_blocks", "tokens")
+    __slots__ = ("_beside_store", "_cmx_blocks", "_present", "_ways", "hashes", "prefill", "reach_blocks", "tokens", "way_on")
 
     def __init__(self, request: Request, options: Options) -> None:
         self.tokens = request.prompt_tokens
@@ -101,26 +125,72 @@ class _Prompt:
         #: The prefill node that the prompt may be left to.
         self.prefill: _Choice | None = None
         self._ways: dict[tuple[int, int], _Way] = {}
+        #: Blocks that stores have of it: in `cpu` by column, beside what nodes hold, and in `cmx`.
+        self._present = options.present
+        self._cmx_blocks = options.cmx_blocks
+        self._beside_store: dict[tuple[int, int, int, int], _Way] = {}
+        #: Returns the way to serve the prompt on a node that holds so many of its first blocks, its host's store counted.
+        self.way_on = self._way_beside_store if options.stores else self.way
 
     def way(self, candidate: Candidate, blocks: int) -> _Way:
-        """Return the way to serve the prompt on nodes like `candidate` that hold its first `blocks` blocks."""
+        """Return the way to serve the prompt on nodes like `candidate` that hold its first `blocks` blocks, and have no store."""
         key = candidate.cost_group, blocks
-        return self._ways.get(key) or self._ways.setdefault(key, self._work_out(candidate, blocks))
+        return self._ways.get(key) or self._ways.setdefault(key, self._work_out(candidate, blocks, 0))
 
-    def _work_out(self, candidate: Candidate, blocks: int) -> _Way:
+    def _way_beside_store(self, candidate: Candidate, blocks: int) -> _Way:
+        column = candidate.store_column
+        if column is None:
+            return self.way(candidate, blocks)
+        stored = self._present[column]
+        key = candidate.cost_group, blocks, candidate.load_group, stored
+        return self._beside_store.get(key) or self._beside_store.setdefault(key, self._work_out(candidate, blocks, stored))
+
+    def _work_out(self, candidate: Candidate, blocks: int, stored: int) -> _Way:
+        """Work out a way; the host's store has the first `stored` blocks in `cpu`."""
         spec, profile = candidate.spec, candidate.profile
         hit = min(blocks * spec.block_tokens, self.tokens - 1)
-        compute_s = prompt_seconds(profile, self.tokens - hit, hit, spec.step_tokens_max)
-        fetch_s = rest_s = inf
+        way = _Way(hit, prompt_seconds(profile, self.tokens - hit, hit, spec.step_tokens_max))
         # The nominal profile of nodes that compute in no time is for ranking alone: they have nothing to gain from a peer.
-        if self.reach_blocks > blocks and not computes_in_no_time(spec.profile):
-            reach = min(self.reach_blocks * spec.block_tokens, self.tokens - 1)
-            fetch_s = fetch_seconds(profile, (self.reach_blocks - blocks) * spec.block_bytes)
-            rest_s = prompt_seconds(profile, self.tokens - reach, reach, spec.step_tokens_max)
-        handoff_s = 0.0
+        if not computes_in_no_time(spec.profile):
+            if candidate.store is not None:
+                self._add_load(way, candidate, blocks, stored)
+            if self.reach_blocks > blocks:
+                self._add_fetch(way, candidate, blocks)
         if self.prefill is not None:
-            handoff_s = self._handoff_s(candidate, blocks, self.prefill.compute_s)
-        return _Way(hit, compute_s, fetch_s, rest_s, handoff_s)
+            way.handoff_s = self._handoff_s(candidate, blocks, self.prefill.compute_s)
+        return way
+
+    def _add_load(self, way: _Way, candidate: Candidate, blocks: int, stored: int) -> None:
+        """Work out how long loading takes: of what is in `cpu` alone, or of what is in `cmx` behind that too."""
+        spec, store = candidate.spec, candidate.store
+        assert store is not None, f"{spec.id} has no store to load from"
+        cpu_bytes_per_s, cmx_bytes_per_s, cmx_latency_s = store.rates
+        cpu_end = max(blocks, stored)
+        cpu_s = candidate.profile.fetch_latency_s + (cpu_end - blocks) * spec.block_bytes / cpu_bytes_per_s
+        ways = [(cpu_s, cpu_end)]
+        if store.model.cmx and self._cmx_blocks > cpu_end:
+            cmx_s = cmx_latency_s + (self._cmx_blocks - cpu_end) * spec.block_bytes / cmx_bytes_per_s
+            ways.append((cpu_s + cmx_s, self._cmx_blocks))
+        for load_s, end in ways:
+            reach = min(end * spec.block_tokens, self.tokens - 1)
+            if reach <= way.hit_tokens:
+                continue
+            rest_s = prompt_seconds(candidate.profile, self.tokens - reach, reach, spec.step_tokens_max)
+            if load_s + rest_s < way.load_s + way.load_rest_s:
+                way.load_s, way.load_rest_s, way.stored_tokens = load_s, rest_s, end * spec.block_tokens
+        way.seconds = min(way.seconds, way.load_s + way.load_rest_s)
+
+    def _add_fetch(self, way: _Way, candidate: Candidate, blocks: int) -> None:
+        """Work out how long fetching takes, of all that is not held or of what the store does not bring."""
+        spec, profile = candidate.spec, candidate.profile
+        reach = min(self.reach_blocks * spec.block_tokens, self.tokens - 1)
+        way.fetch_s = fetch_seconds(profile, (self.reach_blocks - blocks) * spec.block_bytes)
+        way.rest_s = prompt_seconds(profile, self.tokens - reach, reach, spec.step_tokens_max)
+        behind = self.reach_blocks - way.stored_tokens // spec.block_tokens
+        if behind > 0 and way.load_s + fetch_seconds(profile, behind * spec.block_bytes) < way.fetch_s:
+            way.loaded_s = way.load_s
+            way.fetch_s = way.load_s + fetch_seconds(profile, behind * spec.block_bytes)
+        way.seconds = min(way.seconds, way.fetch_s + way.rest_s)
 
     def _handoff_s(self, candidate: Candidate, blocks: int, while_computing_s: float) -> float:
         """Return the seconds that handing over takes beyond the computing: the last step's blocks at least."""
@@ -163,7 +233,7 @@ class PredictedTimeRouter:
 
         This loop is what a decision costs: it touches every node, so it holds nothing that could be done before or after.
         """
-        present, way_of = options.present, prompt.way
+        present, way_of = options.present, prompt.way_on
         limit_s = self._limit_s(prompt, present, candidates)
         tied: list[Candidate] = []
         lowest = inf
@@ -171,7 +241,9 @@ class PredictedTimeRouter:
             blocks = present[candidate.column]
             way = way_of(candidate, blocks)
             factor = candidate.compute_factor
-            score = candidate.ready_s + min(way.compute_s * factor, way.fetch_s + way.rest_s * factor)
+            score = candidate.ready_s + min(
+                way.compute_s * factor, way.load_s + way.load_rest_s * factor, way.fetch_s + way.rest_s * factor
+            )
             if prompt.prefill is not None:
                 score = self._apart_s(prompt, prompt.prefill, candidate, way, score) or score
             if steps:
@@ -221,16 +293,22 @@ class PredictedTimeRouter:
     def _here(self, prompt: _Prompt, options: Options, choice: _Choice) -> Placement:
         candidate = choice.candidate
         source, source_tokens = self._source(prompt, options, choice)
-        hit_tokens = max(choice.way.hit_tokens, min(source_tokens, prompt.tokens - 1))
+        hit_tokens = self._hit_tokens(prompt, choice, source_tokens)
         scores = self._scores(options, choice, hit_tokens, candidate.step_s)
-        return Placement(candidate, None, source, source_tokens, hit_tokens, scores)
+        return Placement(candidate, None, source, source_tokens, hit_tokens, scores, choice.stored_tokens)
 
     def _apart(self, prompt: _Prompt, options: Options, generate: _Choice, prefill: _Choice) -> Placement:
         source, source_tokens = self._source(prompt, options, prefill)
-        hit_tokens = max(prefill.way.hit_tokens, min(source_tokens, prompt.tokens - 1))
+        hit_tokens = self._hit_tokens(prompt, prefill, source_tokens)
         after_s = generate.way.handoff_s + generate.candidate.slot_wait_s + generate.candidate.step_s
         scores = self._scores(options, prefill, hit_tokens, after_s)
-        return Placement(generate.candidate, prefill.candidate, source, source_tokens, hit_tokens, scores)
+        stored_tokens = prefill.stored_tokens
+        return Placement(generate.candidate, prefill.candidate, source, source_tokens, hit_tokens, scores, stored_tokens)
+
+    @staticmethod
+    def _hit_tokens(prompt: _Prompt, choice: _Choice, source_tokens: int) -> int:
+        """Return the prompt tokens that will not be computed."""
+        return max(choice.way.hit_tokens, min(max(source_tokens, choice.stored_tokens), prompt.tokens - 1))
 
     def _scores(self, options: Options, choice: _Choice, hit_tokens: int, after_s: float) -> Scores:
         """Explain a choice; `after_s` is what comes after computing: the hand-over and the first step."""
@@ -238,10 +316,11 @@ class PredictedTimeRouter:
         return Scores(
             policy=RouterPolicy.PREDICTED_TIME.value,
             hit_tokens=hit_tokens,
-            predicted_ttft_s=queue_s + choice.fetch_s + choice.compute_s + after_s,
+            predicted_ttft_s=queue_s + choice.load_s + choice.fetch_s + choice.compute_s + after_s,
             queue_s=queue_s,
             compute_s=choice.compute_s,
             fetch_s=choice.fetch_s,
+            load_s=choice.load_s,
             candidates=len(options.generators) + len(options.prefillers),
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.commands import Assign, ClearTimer, ClusterCommand, SetTimer
 from orchestrator.core.config import ClusterConfig, LimitsConfig, ModelConfig, PoolConfig, RouterConfig
-from orchestrator.core.events import Ended, FirstToken, NodeJoined, NodeReported, RequestArrived
+from orchestrator.core.events import Ended, FirstToken, NodeJoined, NodeReported, RequestArrived, StoreJoined, StoreReported
 from orchestrator.core.types import (
     CostProfile,
     FinishReason,
@@ -19,7 +19,11 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     SessionId,
+    StoredModel,
     StoredRun,
+    StoreId,
+    StoreLoad,
+    StoreSpec,
     TenantId,
 )
 from tests.builders import BLOCK_TOKENS, node_spec, prompt_hashes
@@ -98,3 +102,24 @@ def without_timers(commands: Sequence[ClusterCommand]) -> list[ClusterCommand]:
 def nodes_of(commands: Sequence[ClusterCommand]) -> list[str]:
     """Return the nodes that something is assigned to, in order."""
     return [command.node for command in commands if isinstance(command, Assign)]
+
+
+def store_spec(name: str = "s0", host: str = "h0", cmx: bool = False, **changes: Any) -> StoreSpec:
+    """Return a host's store for model m: 100 blocks in `cpu`, each there in a millisecond, and segments of two blocks."""
+    models = (StoredModel(ModelName("m"), BLOCK_TOKENS, 64, 100, segment_blocks=2, cmx=cmx),)
+    rates = {"cpu_bytes_per_s": 64_000.0, "cmx_bytes_per_s": 6_400.0, "cmx_latency_s": 0.01}
+    fields: dict[str, Any] = {"id": StoreId(name), "incarnation": 1, "host": host, "address": "", "models": models, **rates}
+    return StoreSpec(**{**fields, **changes})
+
+
+def store_reported(name: str, *kv: KvBatch, model: str = "m", **load: Any) -> StoreReported:
+    """Return a store's report of one model."""
+    return StoreReported(StoreId(name), ModelName(model), StoreLoad(**load), tuple(kv))
+
+
+def join_store(cluster: Cluster, name: str = "s0", *prompts: str, segments: Sequence[str] = (), **changes: Any) -> None:
+    """Let a store join that has these prompts in `cpu`, and these in `cmx`, one letter a block."""
+    cluster.handle(StoreJoined(store_spec(name, **changes)), 0.0)
+    ends = tuple(prompt_hashes(prompt)[end] for prompt in segments for end in range(1, len(prompt), 2))
+    held = KvBatch(1, stored(*prompts).stored if prompts else (), cleared=True, segments_stored=ends)
+    cluster.handle(store_reported(name, held), 0.0)

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.core.cluster.cluster import RESYNC_S, RESYNCS_MAX, Cluster
+from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.following import Trust
+from orchestrator.core.cluster.resyncs import RESYNC_S, RESYNCS_MAX
 from orchestrator.core.commands import (
     Abort,
     Assign,
