@@ -7,7 +7,6 @@ once a second; gateways notice if it stops doing so (`actors.Lookout`).
 
 import asyncio
 import os
-import secrets
 import time
 import traceback
 from collections import deque
@@ -22,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, get_placement_group, placem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.core.commands import ClearTimer, SetTimer
-from orchestrator.core.config import ClusterConfig
+from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.core.events import TimerFired
 from orchestrator.core.types import GatewayId
 from orchestrator.fleet import memory
@@ -62,6 +61,7 @@ from orchestrator.fleet.words import (
     TellMembers,
 )
 from orchestrator.live.front import Membership, NodePlace
+from orchestrator.live.secret import drawn_secret
 
 #: Ray's own annotations are too loose for the checker.
 ray = cast(Any, typed_ray)
@@ -161,12 +161,18 @@ class ControllerProcess:
     async def start(self, config: ClusterConfig) -> Started:
         """Place and start everything; what was started is ended again if something cannot be. Once it runs, only say where."""
         await self._resumed()
+        secret = config.cluster.secret
         if self._machine is None:
             offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             problem = unplaceable(config, parts_of(config), offers)
             if problem is not None:
                 return Started(problem=problem)
-            self._secret = config.cluster.secret or secrets.token_hex(32)
+            try:
+                secret = secret or await asyncio.to_thread(drawn_secret, config)
+            except ConfigError as error:
+                return Started(problem=str(error))
+        if self._machine is None:  # another command may have been faster meanwhile
+            self._secret = secret
             self._machine = Controller(config)
             self._booting = asyncio.get_running_loop().create_task(self._wish(BootAsked(self._next_wish())))
         if self._booting is not None:
@@ -497,7 +503,7 @@ class ControllerProcess:
                 return
             lives, described = await self._find_lives()
             drawn = next((one.config.cluster.secret for one in described), "")
-            self._secret = drawn or secrets.token_hex(32)
+            self._secret = drawn or await asyncio.to_thread(drawn_secret, remembered.config)
             self._machine = Controller(_with_known_secrets(remembered, described), remembered.kept)
             for part in remembered.kept.parts:
                 self._find_group(part)

@@ -5,10 +5,12 @@ not to a ConfigMap, a command line, a log, or Ray's tables.
 """
 
 import os
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.core.config import ClusterConfig, ConfigError
+from orchestrator.wire.buckets import kept_secret, open_bucket
 
 ENVIRONMENT = "env:"
 FILE = "file:"
@@ -52,6 +54,17 @@ def with_secrets(config: ClusterConfig) -> ClusterConfig:
     metrics_key = reveal(config.gateway.metrics_key, "gateway.metrics_key")
     gateway = replace(config.gateway, metrics_key=metrics_key)
     return replace(config, cluster=replace(config.cluster, secret=secret), gateway=gateway, tenants=tenants)
+
+
+def drawn_secret(config: ClusterConfig) -> str:
+    """Return the secret of a cluster whose file says none: a random one, or that which was drawn once and lies beside its blocks.
+
+    Blocks are called otherwise with another secret, so one that is forgotten makes all that is kept in `cmx` useless. May take
+    as long as a bucket does not answer. Raises `ConfigError` if `store.cmx` cannot be used.
+    """
+    drawn = secrets.token_hex(32)
+    url = config.store.cmx
+    return kept_secret(open_bucket(url, "store.cmx"), drawn, "store.cmx") if url else drawn
 
 
 def _content(path: Path, where: str) -> str:

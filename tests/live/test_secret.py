@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.core.config import ClusterConfig, ClusterSettings, ConfigError, GatewayConfig, PoolConfig, TenantConfig
+from orchestrator.core.config import (
+    ClusterConfig,
+    ClusterSettings,
+    ConfigError,
+    GatewayConfig,
+    PoolConfig,
+    StoreConfig,
+    TenantConfig,
+)
 from orchestrator.core.types import PoolKind
-from orchestrator.live.secret import reveal, with_secrets
+from orchestrator.live.secret import drawn_secret, reveal, with_secrets
 
 
 def test_a_secret_is_in_the_file_the_environment_or_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +71,14 @@ def test_a_tenants_key_that_is_not_there_or_another_ones_is_told_by_its_place(mo
     with pytest.raises(ConfigError) as caught:
         with_secrets(same)
     assert str(caught.value) == "tenants[1].keys[0]: is a key of a already"
+
+
+def test_a_secret_is_drawn_anew_unless_blocks_are_kept_that_are_called_by_it(tmp_path: Path) -> None:
+    pools = (PoolConfig(name="all", kind=PoolKind.AGGREGATED),)
+    forgetful = ClusterConfig(pools=pools)
+    assert drawn_secret(forgetful) != drawn_secret(forgetful)
+    keeping = ClusterConfig(pools=pools, store=StoreConfig(cpu_bytes=1, cmx=f"file://{tmp_path}/cmx"))
+    assert drawn_secret(keeping) == drawn_secret(keeping)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"store\.cmx: .*Not a directory"):
+        drawn_secret(ClusterConfig(pools=pools, store=StoreConfig(cpu_bytes=1, cmx=f"file://{tmp_path}/file/cmx")))
