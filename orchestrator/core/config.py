@@ -324,55 +324,6 @@ class RouterConfig:
         require(least is None or least >= 0, "disaggregation_tokens_min", f"must be 0 or more tokens, is {least}")
 
 
-#: Blocks that one object of `cmx` may hold: it is written and read whole.
-SEGMENT_BLOCKS_MAX = 1 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class StoreConfig:
-    """[store]: KV below the engines' pools, one store on each host that has nodes."""
-
-    #: Bytes of host memory (`cpu`) that blocks are kept in, on each host. 0: there are no stores.
-    cpu_bytes: int = 0
-    #: Each model's part of them, relative to the other models'; 1 for those that are not named.
-    shares: Mapping[str, float] = field(default_factory=lambda: {})
-    #: Where blocks are kept that outlive everything: file:///FOLDER, on each host, or s3://BUCKET/PREFIX, shared by all hosts.
-    #: Empty: nowhere. Credentials of a bucket are in the environment of each host.
-    cmx: str = ""
-    #: Bytes that one host's store keeps there at most.
-    cmx_bytes: int = 64 * 1024**3
-    #: Blocks that go there and come from there together, as one object; what is behind a prompt's last whole segment is computed.
-    segment_blocks: int = 8
-    #: Bytes on their way there and from there at once, on each host.
-    moves_bytes_max: int = 256 * 1024**2
-    #: Seconds after which one such move is given up.
-    move_s_max: float = 30.0
-    #: What the router starts from before it has measured: bytes a second out of host memory, and out of `cmx`; seconds before the
-    #: first byte from there.
-    cpu_bytes_per_s: float = 8e9
-    cmx_bytes_per_s: float = 1e9
-    cmx_latency_s: float = 0.005
-
-    def __post_init__(self) -> None:
-        require(self.cpu_bytes >= 0, "cpu_bytes", f"must be 0 or more bytes, is {self.cpu_bytes}")
-        for model, share in self.shares.items():
-            right = SHARE_MIN <= share <= SHARE_MAX
-            require(right, f"shares.{model}", f"must be {SHARE_MIN:g} to {SHARE_MAX:g}, is {share}")
-        known = not self.cmx or self.cmx.startswith(("file:///", "s3://"))
-        require(known, "cmx", f"must be file:///FOLDER or s3://BUCKET/PREFIX, is {shown(self.cmx)}")
-        needed = not self.cmx or self.cpu_bytes > 0
-        require(needed, "cmx", "needs cpu_bytes: what goes there and comes from there passes through host memory")
-        require(self.cmx_bytes > 0, "cmx_bytes", f"must be over 0 bytes, is {self.cmx_bytes}")
-        right = 1 <= self.segment_blocks <= SEGMENT_BLOCKS_MAX
-        require(right, "segment_blocks", f"must be 1 to {SEGMENT_BLOCKS_MAX}, is {self.segment_blocks}")
-        require(self.moves_bytes_max > 0, "moves_bytes_max", f"must be over 0 bytes, is {self.moves_bytes_max}")
-        require(self.move_s_max > 0, "move_s_max", f"must be over 0 seconds, is {self.move_s_max}")
-        for name in ("cpu_bytes_per_s", "cmx_bytes_per_s"):
-            require(getattr(self, name) > 0, name, f"must be over 0 bytes a second, is {getattr(self, name)}")
-        latency = self.cmx_latency_s
-        require(isfinite(latency) and latency >= 0, "cmx_latency_s", f"must be 0 or more seconds, is {latency}")
-
-
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """[models.NAME]: one model and the names it answers to."""
@@ -540,13 +491,20 @@ class SchedulerConfig:
         )
 
 
+#: Blocks that one object of `cmx` may hold: it is written and read whole.
+SEGMENT_BLOCKS_MAX = 1 << 10
+
+
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     """[store]: KV below the engines' pools, kept by one process on every host that has nodes."""
 
-    #: Bytes of the host's memory for KV that all its nodes share, parted equally among its models; their content outlives nodes.
+    #: Bytes of the host's memory for KV that all its nodes share; their content outlives nodes.
     cpu_bytes: int = 4 << 30
-    #: Where segments of KV go on to: file:///folder or s3://bucket/prefix, the same for all hosts. Empty: nowhere.
+    #: Each model's part of them, relative to the other models'; 1 for those that are not named.
+    shares: Mapping[str, float] = field(default_factory=lambda: {})
+    #: Where segments of KV go on to: file:///FOLDER, on each host, or s3://BUCKET/PREFIX, shared by all hosts. Empty: nowhere. A
+    #: bucket's credentials are in each host's environment.
     cmx: str = ""
     #: Bytes of segments that a store keeps there; those used longest ago are deleted beyond.
     cmx_bytes: int = 64 << 30
@@ -564,8 +522,24 @@ class StoreConfig:
     leased_share_max: float = 0.75
     #: KV batches kept for gateways that missed some, a model.
     resync_batches_max: int = 4096
+    #: What the router starts from before it has measured: bytes a second out of the memory, and out of cmx; seconds before the
+    #: first byte from there.
+    cpu_bytes_per_s: float = 10e9
+    cmx_bytes_per_s: float = 1e9
+    cmx_latency_s: float = 0.005
 
     def __post_init__(self) -> None:
+        for model, one in self.shares.items():
+            right = SHARE_MIN <= one <= SHARE_MAX
+            require(right, f"shares.{model}", f"must be {SHARE_MIN:g} to {SHARE_MAX:g}, is {one}")
+        known = not self.cmx or self.cmx.startswith(("file:///", "s3://"))
+        require(known, "cmx", f"must be file:///FOLDER or s3://BUCKET/PREFIX, is {shown(self.cmx)}")
+        most = SEGMENT_BLOCKS_MAX
+        require(self.segment_blocks <= most, "segment_blocks", f"must be at most {most}, is {self.segment_blocks}")
+        for name in ("cpu_bytes_per_s", "cmx_bytes_per_s"):
+            require(getattr(self, name) > 0, name, f"must be over 0 bytes a second, is {getattr(self, name)}")
+        latency = self.cmx_latency_s
+        require(isfinite(latency) and latency >= 0, "cmx_latency_s", f"must be 0 or more seconds, is {latency}")
         for name in ("cpu_bytes", "segment_blocks", "offers_bytes_max", "moves_bytes_max", "resync_batches_max"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("move_s_max", "detached_s"):
@@ -683,7 +657,8 @@ class ClusterConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
+    #: None: KV is in the engines' pools alone.
+    store: StoreConfig | None = None
     models: Mapping[str, ModelConfig] = field(default_factory=lambda: {"default": ModelConfig()})
     pools: tuple[PoolConfig, ...] = ()
     log: LogConfig = field(default_factory=LogConfig)
@@ -704,7 +679,7 @@ class ClusterConfig:
             require(pool.model in self.models, f"pools[{index}].model", f"no [models.{pool.model}] table; there are: {known}")
         for model in self.models:
             self._check_model(model)
-        for model in self.store.shares:
+        for model in self.store.shares if self.store is not None else ():
             require(
                 model in self.models, f"store.shares.{model}", f"no [models.{model}] table; there are: {', '.join(self.models)}"
             )

@@ -76,7 +76,7 @@ def _is_fixed(one: Difference) -> bool:
     where = one.where
     if where.startswith("models."):  # a model more or less, or another checkpoint
         return one.running is _ABSENT or one.given is _ABSENT or where.endswith(".path")
-    if where.startswith("store."):  # what stores hold and what objects are called depends on it
+    if where.startswith("store"):  # what stores hold and what objects are called depends on it
         return True
     return where in _FIXED_FIELDS or (where.startswith("pools[") and where.endswith(_FIXED_IN_POOLS))
 

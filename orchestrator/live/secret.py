@@ -63,7 +63,7 @@ def drawn_secret(config: ClusterConfig) -> str:
     as long as a bucket does not answer. Raises `ConfigError` if `store.cmx` cannot be used.
     """
     drawn = secrets.token_hex(32)
-    url = config.store.cmx
+    url = config.store.cmx if config.store is not None else ""
     return kept_secret(open_bucket(url, "store.cmx"), drawn, "store.cmx") if url else drawn
 
 

@@ -34,6 +34,7 @@ from orchestrator.core.config import (
     PoolConfig,
     RouterConfig,
     SchedulerConfig,
+    StoreConfig,
     TenantConfig,
     TlsConfig,
     TraceConfig,
@@ -43,7 +44,18 @@ from orchestrator.live.metrics import Metrics
 from orchestrator.traces import read_trace
 from tests.builders import some
 
-PARTS = (ClusterSettings, TlsConfig, LogConfig, TraceConfig, GatewayConfig, TenantConfig, LimitsConfig, RouterConfig, ModelConfig)
+PARTS = (
+    ClusterSettings,
+    TlsConfig,
+    LogConfig,
+    TraceConfig,
+    GatewayConfig,
+    TenantConfig,
+    LimitsConfig,
+    RouterConfig,
+    ModelConfig,
+    StoreConfig,
+)
 README = FOLDER / "README.md"
 #: The tables of which the default file sets fields.
 BY_TABLE = {
@@ -69,14 +81,15 @@ def test_the_default_file_names_every_field() -> None:
 
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     text = re.sub(
-        r"^# (?!session_headers|disaggregation|acceptance)(\w+ = |\[\[tenants)",
+        r"^# (?!session_headers|disaggregation|acceptance)(\w+ = |\[\[tenants|\[store)",
         r"\1",
         LOCAL_CLUSTER.read_text(),
         flags=re.MULTILINE,
     )
     assert text.count("\n#") < LOCAL_CLUSTER.read_text().count("\n#") - 30
     tenant = TenantConfig("team-a", ("env:TEAM_A_KEY",))  # what of it is shown as the default is the default
-    assert ClusterConfig.from_mapping(tomllib.loads(text)) == replace(read_cluster(LOCAL_CLUSTER), tenants=(tenant,))
+    whole = replace(read_cluster(LOCAL_CLUSTER), tenants=(tenant,), store=StoreConfig())
+    assert ClusterConfig.from_mapping(tomllib.loads(text)) == whole
 
 
 def test_a_line_that_differs_from_the_default_says_what_the_default_is() -> None:

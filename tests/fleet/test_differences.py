@@ -63,7 +63,7 @@ def test_what_restarts_apply(given: ClusterConfig, told: list[str], restarts: tu
     [
         (replace(BASE, cluster=ClusterSettings(secret="hidden")), "cluster.secret (changed)"),
         (replace(BASE, models={"default": ModelConfig(path="/other")}), "models.default.path '' -> '/other'"),
-        (replace(BASE, store=StoreConfig(cpu_bytes=1)), "store.cpu_bytes 0 -> 1"),
+        (replace(BASE, store=StoreConfig(cpu_bytes=1)), "store None -> "),
         (with_pool(BASE, 1, name="more"), "pools ['prefill', 'decode'] -> ['prefill', 'more']"),
         (with_pool(BASE, 0, kind=BASE.pools[1].kind), "pools[0].kind"),
         (
