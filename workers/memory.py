@@ -109,7 +109,7 @@ class PeerMemory:
         key = (memory.path, memory.cookie)
         view = self._maps.pop(key, None)
         if view is None:
-            view = _map_readonly(memory)
+            view = map_memory(memory)
         self._maps[key] = view
         if len(self._maps) > self._maps_max:
             del self._maps[next(iter(self._maps))]
@@ -121,14 +121,15 @@ class PeerMemory:
             del self._maps[key]
 
 
-def _map_readonly(memory: node_pb2.SharedMemory) -> memoryview:
+def map_memory(memory: node_pb2.SharedMemory, writable: bool = False) -> memoryview:
+    """Map another process's arena. Raises `PeerUnmappable` if the path does not lead to it."""
     size = memory.size + COOKIE_BYTES
     if _PLACE.fullmatch(memory.path) is None:
         raise PeerUnmappable(f"{shown(memory.path)} is no place where nodes keep blocks")
     try:
         if os.readlink(memory.path) != _SHOWN:
             raise PeerUnmappable(f"{memory.path} is not a node's memory")
-        descriptor = os.open(memory.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(memory.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
             found = os.fstat(descriptor)
             if found.st_uid != os.geteuid():
@@ -137,7 +138,8 @@ def _map_readonly(memory: node_pb2.SharedMemory) -> memoryview:
                 raise PeerUnmappable(f"{memory.path} is not sealed: it could shrink while it is read")
             if found.st_size != size:
                 raise PeerUnmappable(f"{memory.path} does not have {size} bytes")
-            view = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
+            mapped = mmap.mmap(descriptor, size, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+            view = memoryview(mapped)
         finally:
             os.close(descriptor)
     except OSError as error:

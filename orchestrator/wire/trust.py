@@ -1,8 +1,8 @@
-"""Who may speak on the channels inside a cluster: gateways to nodes, nodes to each other.
+"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other and to their host's store.
 
-Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node, so
-that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it speaks. With
-certificates channels are mutual TLS besides: without, tokens can be read off the network, so that network must be trusted.
+Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node or
+store, so that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it speaks.
+With certificates channels are mutual TLS besides: without, tokens can be read off the network, so that network must be trusted.
 
 See also: `codec.py` for what is said on the channels.
 """
@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from orchestrator.core.config import ConfigError, TlsConfig
-from orchestrator.core.types import NodeId
+from orchestrator.core.types import NodeId, StoreId
 from orchestrator.wire import codec
 
 #: Raised by every change after which an older process would misunderstand a newer one.
@@ -35,6 +35,9 @@ class Caller(StrEnum):
 
     GATEWAY = "gateway"
     PEER = "peer"
+    #: A node, and a gateway, to a store.
+    ATTACHED = "attached node"
+    STORE_GATEWAY = "store's gateway"
 
 
 class Refused(StrEnum):
@@ -70,16 +73,18 @@ class Trust:
         self._secret = secret
         self._certificates = certificates
 
-    def metadata(self, caller: Caller, node: NodeId) -> Metadata:
-        """Return what a call to a node must carry."""
+    def metadata(self, caller: Caller, node: NodeId | StoreId) -> Metadata:
+        """Return what a call to a node, or to a store, must carry."""
         return (
             (codec.NODE_METADATA, node),
             (PROTOCOL_METADATA, str(PROTOCOL)),
             (TOKEN_METADATA, self._token(caller, node)),
         )
 
-    def problem(self, caller: Caller, node: NodeId, metadata: Iterable[tuple[str, str | bytes]]) -> tuple[Refused, str] | None:
-        """Return why a call is not to be served by a node, None if it is. Takes as long for any wrong token."""
+    def problem(
+        self, caller: Caller, node: NodeId | StoreId, metadata: Iterable[tuple[str, str | bytes]]
+    ) -> tuple[Refused, str] | None:
+        """Return why a call is not to be served by a node or store, None if it is. Takes as long for any wrong token."""
         given = {name: value for name, value in metadata if isinstance(value, str)}
         expected = self._token(caller, node)
         if not hmac.compare_digest(given.get(TOKEN_METADATA, "").encode(), expected.encode()):
@@ -121,7 +126,7 @@ class Trust:
     def _seal(self, data: bytes) -> bytes:
         return hmac.new(self._secret, b"weft seal\0" + data, hashlib.sha256).digest()
 
-    def _token(self, caller: Caller, node: NodeId) -> str:
+    def _token(self, caller: Caller, node: NodeId | StoreId) -> str:
         return hmac.new(self._secret, _LABEL + f"{caller}\0{node}".encode(), hashlib.sha256).hexdigest()
 
 
