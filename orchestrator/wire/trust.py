@@ -1,8 +1,9 @@
 """Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other and to their host's store.
 
-Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node or
-store, so that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it speaks.
-With certificates channels are mutual TLS besides: without, tokens can be read off the network, so that network must be trusted.
+Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node
+or store, so that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it
+speaks. With certificates channels are mutual TLS besides: without, tokens can be read off the network, so that network must be
+trusted.
 
 See also: `codec.py` for what is said on the channels.
 """
