@@ -48,6 +48,7 @@ bench: install         ## what can be measured without a peer; bench/README.md h
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.trace
 	$(BIN)/python -m bench.simulate
+	$(BIN)/python -m bench.cache_policy
 	$(BIN)/python -m bench.fidelity
 
 clean:

@@ -89,6 +89,25 @@ def _runs(turn: TracedTurn, successor: TracedTurn | None) -> tuple[Runs, Runs]:
     return wanted, (*turn.block_runs, *answer)
 
 
+def working_set_tokens(turns: Sequence[TracedTurn]) -> int:
+    """Return the most tokens that at one moment were used before and are wanted again: a cache of that size forgets none."""
+    segments = _Segments(turns)
+    last = np.full(len(segments.sizes), -1, dtype=np.int64)
+    for number, use in enumerate(segments.uses):
+        for start, end in use.wanted:
+            last[start:end] = number
+    here = np.zeros(len(segments.sizes), dtype=np.bool_)
+    most = held = 0
+    for number, (turn, use) in enumerate(zip(turns, segments.uses, strict=True)):
+        for start, end in use.left:
+            kept = last[start:end] > number
+            change = kept.astype(np.int64) - here[start:end]
+            held += int((change * segments.sizes[start:end]).sum()) * turn.block_tokens
+            here[start:end] = kept
+        most = max(most, held)
+    return most
+
+
 def infinite_cache(turns: Sequence[TracedTurn]) -> Bound:
     """Return what a cache that forgets nothing would save."""
     segments = _Segments(turns)

@@ -34,10 +34,13 @@ class Future:
                 self._next[name] = number
 
     def passed(self, turn: TracedTurn) -> None:
-        """Note that a turn has come: its blocks' next use is the one after it."""
+        """Note that a turn is being computed: its blocks' next use is the one after it. Nothing if that was noted before."""
+        segments = self._segments.pop(turn.id, None)
+        if segments is None:
+            return
         names = self._prompts.of(turn)
         start = 0
-        for count, following in self._segments.pop(turn.id):
+        for count, following in segments:
             for name in names[start : start + count]:
                 self._next[name] = following
             start += count

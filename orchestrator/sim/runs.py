@@ -44,9 +44,10 @@ S_PER_H = 3600.0
 
 
 class CacheRule(StrEnum):
-    """Which unused blocks are forgotten first: what nodes can do, and the optimum that knows the future."""
+    """Which unused blocks are forgotten first: what nodes can do, least often used, and the optimum that knows the future."""
 
     LRU = "lru"
+    LFU = "lfu"
     VALUE = "value"
     OPTIMAL = "optimal"
 
@@ -75,16 +76,19 @@ def simulate(
     With `faults` things go wrong as that says; with `checks` every invariant is checked after every event, which is slow.
     """
     rule = CacheRule(cache)
-    options = WorldOptions(seed=seed, optimal_cache=rule is CacheRule.OPTIMAL, faults=faults, checks=checks)
+    options = WorldOptions(seed=seed, frequency_cache=rule is CacheRule.LFU, faults=faults, checks=checks)
     chosen = replace(resolved, config=_configured(resolved.config, policy, rule, seed))
+    if rule is CacheRule.OPTIMAL:  # when each turn comes hangs on how fast the ones before it were answered
+        foreseen = World(chosen, turns, options).run().served
+        options = replace(options, optimal_cache=True, order=[one.turn.id for one in foreseen])
     outcome = World(chosen, turns, options).run(progress)
     return Run({"policy": str(policy), "cache": str(rule), **figures(outcome, resolved.hardware)}, outcome)
 
 
 def _configured(config: ClusterConfig, policy: RouterPolicy, rule: CacheRule, seed: int) -> ClusterConfig:
-    """Return a cluster that routes by the policy and forgets by the rule; the optimum is the world's to impose."""
+    """Return a cluster that routes by the policy and forgets by the rule; those that no node has are the world's to impose."""
     router = replace(config.router, policy=policy, seed=seed)
-    if rule is CacheRule.OPTIMAL:
+    if rule not in list(CachePolicy):
         return replace(config, router=router)
     pools = tuple(replace(pool, scheduler=replace(pool.scheduler, cache=CachePolicy(rule))) for pool in config.pools)
     return replace(config, router=router, pools=pools)

@@ -66,6 +66,7 @@ from orchestrator.core.events import (
     SourceLost,
     TimerFired,
 )
+from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     BlockHash,
@@ -87,6 +88,7 @@ from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
+from orchestrator.sim.frequency import FrequencyPool
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
@@ -118,6 +120,10 @@ class WorldOptions:
     digest: bool = False
     #: Forget blocks by Belady's rule, with knowledge of the trace.
     optimal_cache: bool = False
+    #: For that: ids of the turns in the order in which they will come; empty for the trace's.
+    order: Sequence[int] = ()
+    #: Forget first what was used least often.
+    frequency_cache: bool = False
     faults: Faults | None = None
     #: Seconds from gateway to node, and from node to node, for a message.
     hop_s: float = 0.0002
@@ -277,7 +283,12 @@ class World:
         prompts = Prompts(turns, pools[0].engine.block_tokens, self._options.answers_return)
         self._prompts[model], self._prompt_tokens_max[model] = prompts, limit
         if self._options.optimal_cache:
-            self._futures[model] = Future([turn for turn in turns if turn.input_tokens <= limit], prompts)
+            self._futures[model] = Future([turn for turn in self._ordered(turns) if turn.input_tokens <= limit], prompts)
+
+    def _ordered(self, turns: Sequence[TracedTurn]) -> list[TracedTurn]:
+        """Return turns in the order in which they are expected to come."""
+        place = {number: index for index, number in enumerate(self._options.order)}
+        return sorted(turns, key=lambda turn: place.get(turn.id, len(place)))
 
     def _plan_arrivals(self) -> None:
         for turn in self._turns:
@@ -310,8 +321,6 @@ class World:
             session=session,
             timeout_s=self._config.limits.request_s_max,
         )
-        if fits and model in self._futures:
-            self._futures[model].passed(turn)
         self.agenda.at(self.agenda.now + self._options.request_s, self._ask, gateway, asked)
         faults = self._options.faults
         if faults is not None and self.agenda.now < faults.until_s and self._random.random() < faults.abandoned_share:
@@ -425,10 +434,9 @@ class World:
     def _start_node(self, spec: NodeSpec) -> None:
         """Start a node, in place of a crashed one if there was one."""
         scheduler = self._pools[spec.pool].scheduler
-        pool = OptimalPool(spec.blocks, self._futures[spec.model]) if spec.model in self._futures else None
         self.nodes[spec.id] = SimulatedNode(
             spec,
-            Node(spec, scheduler, pool),
+            Node(spec, scheduler, self._pool_of(spec)),
             self.agenda,
             self.uses[spec.pool],
             self.gaps_s,
@@ -443,6 +451,12 @@ class World:
                 self._tell_cluster(gateway, NodeJoined(spec))
             else:
                 self._network.send(spec.id, gateway, self._tell_cluster, gateway, NodeJoined(spec))
+
+    def _pool_of(self, spec: NodeSpec) -> BlockPool | None:
+        """Return the pool of a node that is to forget by a rule which no node has; None for its own."""
+        if spec.model in self._futures:
+            return OptimalPool(spec.blocks, self._futures[spec.model])
+        return FrequencyPool(spec.blocks) if self._options.frequency_cache else None
 
     def visit_of(self, request: RequestId) -> _Visit:
         """Return what an engine must know of a request; one that has ended meanwhile is as good as answered."""
@@ -464,6 +478,8 @@ class World:
             match command:
                 case RunStep():
                     simulated.start(command, at)
+                    if self._futures:
+                        self._pass_by(simulated.spec.model, command)
                 case ReportFirstToken(report):
                     first_tokens.append(report)
                 case ReportEnded(report):
@@ -494,6 +510,13 @@ class World:
         if simulated.node.news != simulated.news:
             simulated.news = simulated.node.news
             self._report(simulated, tuple(self.clusters), first_tokens, ended, batches)
+
+    def _pass_by(self, model: ModelName, command: RunStep) -> None:
+        """Let the future move on with turns whose prompts are computed: until then what they will find is wanted."""
+        for part in command.slices[command.decoding :]:
+            visit = self.visits.get(part.request)
+            if visit is not None:
+                self._futures[model].passed(visit.turn)
 
     def _report(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.sim.bounds import infinite_cache, offline_optimum
+from orchestrator.sim.bounds import infinite_cache, offline_optimum, working_set_tokens
 from orchestrator.sim.names import generated_runs, successors
 from orchestrator.traces import TracedTurn, read_trace
 from orchestrator.traces.turns import merged
@@ -127,3 +127,16 @@ def test_turns_without_blocks_share_nothing() -> None:
     turns = [TracedTurn(number, "s", "main", 0.0, (), 0.0, 100, 10, 0, ()) for number in range(2)]
     assert infinite_cache(turns) == offline_optimum(turns, 1000)
     assert infinite_cache(turns).cached_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_working_set_is_the_most_that_was_used_and_is_wanted_again(seed: int) -> None:
+    turns = random_trace(random.Random(seed), turns=12, agents=3, grow=4)
+    both = uses(turns)
+    most = 0
+    for now in range(len(turns)):
+        behind = {name for _, left in both[: now + 1] for name in left}
+        wanted = {name for found, _ in both[now + 1 :] for name in found}
+        most = max(most, len(behind & wanted))
+    assert working_set_tokens(turns) == most * BLOCK
+    assert offline_optimum(turns, most * BLOCK) == infinite_cache(turns)

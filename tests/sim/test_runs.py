@@ -100,7 +100,7 @@ def test_percentiles_lie_between_their_neighbours() -> None:
     assert percentiles([], 50) == {"p50": None}
 
 
-@pytest.mark.parametrize("cache", [CacheRule.OPTIMAL, CachePolicy.LRU])
+@pytest.mark.parametrize("cache", [CacheRule.OPTIMAL, CacheRule.LFU, CachePolicy.LRU])
 def test_a_trace_is_simulated_under_the_policy_that_was_asked_for(cache: CacheRule | CachePolicy) -> None:
     resolved = Resolved(ClusterConfig.from_mapping(CLUSTER), {})
     second = turn(2, arrival_s=1.0, after=(1,), input_tokens=200, block_runs=((1, 3),))

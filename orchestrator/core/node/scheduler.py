@@ -375,6 +375,13 @@ class Scheduler:
         sequence.fresh = (*sequence.fresh, *blocks)
         sequence.capacity += count * self._block_tokens
 
+    def _extend_all(self, decoding: Collection[Sequence], results: tuple[SliceResult, ...]) -> None:
+        """Give sequences the blocks that several steps filled, before any is settled: that may claim available ones."""
+        for sequence, result in zip(decoding, results, strict=False):
+            beyond = sequence.computed + result.output_tokens - sequence.capacity
+            if beyond > 0:
+                self._extend(sequence, self._blocks_for(beyond))
+
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait; what it computed stays reusable until its blocks are needed."""
         self._leave(sequence)
@@ -394,13 +401,13 @@ class Scheduler:
         self._measure(plan, seconds, steps)
         outcome = StepOutcome()
         generated = 0
+        if steps > 1:
+            self._extend_all(plan.decoding, results)
         for sequence, result in zip(plan.decoding, results, strict=False):
             tokens = result.output_tokens
             generated += tokens
             sequence.computed += tokens
             sequence.output_tokens += tokens
-            if sequence.computed > sequence.capacity:
-                self._extend(sequence, self._blocks_for(sequence.computed - sequence.capacity))
             if (
                 result.hashes
                 or result.stopped

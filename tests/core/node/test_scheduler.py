@@ -10,7 +10,7 @@ from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.scheduler import Scheduler
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.types import DEFAULT_TENANT, CostProfile, RequestId, Role, TenantId, TenantLoad
-from tests.builders import assignment, node_spec
+from tests.builders import assignment, node_spec, prompt_hashes
 
 
 class Bench:
@@ -261,3 +261,23 @@ def test_a_load_tells_tenants_apart_unless_there_is_only_the_default_one() -> No
     assert bench.scheduler.tenants == (TenantLoad(DEFAULT_TENANT, 0, 5), TenantLoad(TenantId("other"), 1, 9))
     bench.scheduler.remove(bench.sequences[1])
     assert bench.scheduler.tenants == ()
+
+
+def test_what_several_steps_filled_is_given_before_an_answer_claims_blocks_that_are_cached_already() -> None:
+    bench = Bench(blocks=15, sequences_max=2)
+    names = prompt_hashes("abcdx")
+    claim, _ = bench.pool.acquire(names, 0)
+    bench.pool.register(claim, bench.pool.allocate(4), names[:4])
+    bench.pool.release(claim)  # four idle blocks: the first one's prompt, and what its answer will be
+    for request, prompt in ((1, "a"), (2, "zzzz")):
+        bench.enqueue(request, prompt, tail=1, output_tokens_max=40)
+    bench.admit()
+    bench.step()
+    plan = bench.scheduler.plan_step()
+    assert plan is not None
+    assert bench.pool.available_blocks == 8
+    steps = 16  # four further blocks each: all that there are
+    assert steps <= plan.steps_max
+    named = SliceResult(RequestId(1), steps, names[1:], True)
+    outcome = bench.scheduler.finish_step((named, SliceResult(RequestId(2), steps)), 0.0, steps)
+    assert [sequence.request for sequence, _, _ in outcome.ended] == [1]

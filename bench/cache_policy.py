@@ -1,0 +1,144 @@
+"""Measures rules of eviction: agents' sessions whose contexts do not fit, under each rule and with the future known.
+
+    python -m bench.cache_policy [--trace FILE ...] [--share S] [--load N] [--limit N] [--nodes N] [--json FILE]
+
+Each trace goes through the simulator, closed loop, over the nodes and the cluster that serve live, once for each rule. All nodes
+together hold a share of the trace's working set (`orchestrator/sim/bounds.py`), a quarter unless told otherwise; one node, so
+that rules of eviction are compared and not rules of routing. Saved seconds are those that computing every prompt from its first
+token would have taken, less those of what was not cached: deep tokens weigh more than shallow ones. All times are virtual, and so
+every figure is the same on every machine.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.simulate import AGENT_MIX, STEP_TOKENS_MAX
+from orchestrator.cli.workload import read_workload
+from orchestrator.core.config import ClusterConfig, EngineConfig, LimitsConfig, PoolConfig, RouterPolicy, SchedulerConfig
+from orchestrator.core.cost.costs import prompt_seconds
+from orchestrator.core.types import CostProfile, PoolKind
+from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.bounds import infinite_cache, offline_optimum, working_set_tokens
+from orchestrator.sim.outcome import Served
+from orchestrator.sim.runs import CacheRule, simulate
+from orchestrator.traces import TracedTurn
+
+ARTICLE_SESSION = Path(__file__).parent / "article" / "data" / "seed_session.jsonl.gz"
+#: What is run unless traces are named: (file, copies of its sessions).
+DEFAULT_TRACES = ((AGENT_MIX, 1), (ARTICLE_SESSION, 12))
+BLOCK_TOKENS = 64
+#: Of the order of eight H200 that share a model of eight billion parameters: fast enough that requests rarely wait for each
+#: other, so that it is rules of eviction that are measured and not queues.
+PROFILE = CostProfile(0.002, 2.5e-6, 2.5e-11, 5e-6, 5e-9)
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One rule on one trace."""
+
+    rule: str
+    hit_rate: float
+    saved_s: float
+    session_s: float
+    prefill_tokens: int
+    failed: int
+
+
+def cluster(nodes: int, capacity_tokens: int) -> Resolved:
+    """Return equal nodes that do everything and hold so many tokens together."""
+    pool = PoolConfig(
+        name="nodes",
+        kind=PoolKind.AGGREGATED,
+        nodes=nodes,
+        engine=EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=capacity_tokens // nodes // BLOCK_TOKENS),
+        scheduler=SchedulerConfig(step_tokens_max=STEP_TOKENS_MAX, sequences_max=256),
+        profile=PROFILE,
+    )
+    limits = LimitsConfig(waiting_s_max=1e6, request_s_max=1e6, tenant_requests_max=1_000_000, waiting_max=1_000_000)
+    return Resolved(ClusterConfig(pools=(pool,), limits=limits), {})
+
+
+def saved_seconds(served: Sequence[Served]) -> float:
+    """Return the seconds of prefill that cached tokens have saved."""
+    return sum(
+        prompt_seconds(PROFILE, one.turn.input_tokens, 0, STEP_TOKENS_MAX)
+        - prompt_seconds(PROFILE, one.turn.input_tokens - one.cached_tokens, one.cached_tokens, STEP_TOKENS_MAX)
+        for one in served
+        if one.completed
+    )
+
+
+def measure(turns: Sequence[TracedTurn], resolved: Resolved, rule: CacheRule) -> Result:
+    """Run a trace under a rule."""
+    run = simulate(resolved, turns, RouterPolicy.PREDICTED_TIME, rule, SEED)
+    figures = run.figures
+    return Result(
+        rule=str(rule),
+        hit_rate=figures["hit_rate"],
+        saved_s=saved_seconds(run.outcome.served),
+        session_s=figures["session_s"]["mean"],
+        prefill_tokens=sum(pool["prefill_tokens"] for pool in figures["pools"].values()),
+        failed=figures["requests"] - figures["completed"],
+    )
+
+
+def compare(path: Path, load: int, limit: int | None, share: float, nodes: int) -> dict[str, object]:
+    """Run a trace under every rule, print the comparison and return it."""
+    turns = read_workload(str(path), limit, SEED, load).turns
+    whole = working_set_tokens(turns)
+    capacity = int(share * whole)
+    longest = max(turn.input_tokens + turn.output_tokens for turn in turns)
+    if capacity // nodes < longest + BLOCK_TOKENS:
+        problem = f"{nodes} nodes that hold {capacity:,} tokens together do not hold its longest context of {longest:,}"
+        raise SystemExit(f"{path}: {problem}; give a greater --load or --share")
+    endless, best = infinite_cache(turns), offline_optimum(turns, capacity)
+    print(
+        f"{path.name} x{load}: {len(turns):,} requests, working set {whole:,} tokens, {nodes} nodes hold {capacity:,}; "
+        f"hits of an endless cache {endless.hit_rate:.2%}, in recorded order at most {best.hit_rate:.2%}"
+    )
+    resolved = cluster(nodes, capacity)
+    results = [measure(turns, resolved, rule) for rule in CacheRule]
+    by_rule = {result.rule: result for result in results}
+    lru, optimum = by_rule[CacheRule.LRU], by_rule[CacheRule.OPTIMAL]
+    for one in results:
+        saved, session = one.saved_s / lru.saved_s, one.session_s / lru.session_s
+        print(
+            f"  {one.rule:<8} hits {one.hit_rate:7.2%}  saved {one.saved_s:9.1f} s = {saved:.3f} of lru, "
+            f"{one.saved_s / optimum.saved_s:.3f} of optimal  mean session {one.session_s:8.1f} s = {session:.3f} of lru"
+            f"  computed {one.prefill_tokens:,}" + (f"  FAILED {one.failed}" if one.failed else ""),
+            flush=True,
+        )
+    return {
+        "trace": path.name,
+        "load": load,
+        "requests": len(turns),
+        "working_set_tokens": whole,
+        "capacity_tokens": capacity,
+        "nodes": nodes,
+        "endless_hit_rate": endless.hit_rate,
+        "offline_hit_rate": best.hit_rate,
+        "rules": [asdict(result) for result in results],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--trace", type=Path, action="append", metavar="FILE", help="default: the samples in the repository")
+    parser.add_argument("--share", type=float, default=0.25, help="of the working set that the nodes hold (default 0.25)")
+    parser.add_argument("--load", type=int, default=1, help="copies of the named traces' sessions, from random moments on")
+    parser.add_argument("--limit", type=int, help="only the first so many requests")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args()
+    traces = [(path, arguments.load) for path in arguments.trace] if arguments.trace else DEFAULT_TRACES
+    figures = [compare(path, load, arguments.limit, arguments.share, arguments.nodes) for path, load in traces]
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
