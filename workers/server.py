@@ -196,8 +196,8 @@ class NodeServer:
             transports[OBJECT] = ObjectTransport(engine, self._objects, copier, limits)
         if engine.description.computes:
             return transports
-        profile, size = self._pool.profile, engine.description.block_bytes
-        return {name: PacedTransport(transport, profile, size) for name, transport in transports.items()}
+        sizes = {SHM: engine.description.block_bytes, OBJECT: engine.description.stored_bytes}
+        return {name: PacedTransport(inner, self._pool.profile, sizes[name]) for name, inner in transports.items()}
 
     def _choose(self, host: str) -> list[str]:
         """Return the transports for a source on `host`, best first."""

@@ -2,7 +2,8 @@
 
 shm     both on one host: the slabs lie in a memfd that the peer maps by /proc/PID/fd/N, and are copied straight from the
         source's pool (or from a staging arena, if the pool is not in host memory). A killed process leaves nothing behind.
-ray     elsewhere: the slabs become one object in a store both reach (`ObjectStore`; Ray's in `ray_transport.py`)
+ray     elsewhere: the blocks, in their stored form, become one object in a store both reach (`ObjectStore`; Ray's in
+        `ray_transport.py`)
 none    the engine keeps no bytes: the target waits as long as its profile says
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from orchestrator.core.cost.costs import fetch_seconds
 from orchestrator.core.types import BlockId, CostProfile
 from orchestrator.wire import node_pb2
-from workers.engines.base import Engine
+from workers.engines.base import Engine, NotEncodable
 from workers.memory import ByteBudget, Copier, PeerMemory, SharedArena, TransferFailed, TransferLimits, copy_bytes
 
 SHM, OBJECT = "shm", "ray"
@@ -143,23 +144,26 @@ def range_of(block: int, count: int) -> list[BlockId]:
 
 
 class ObjectTransport:
-    """Blocks become one object of a store that both ends reach."""
+    """Blocks become one object of a store that both ends reach, in their stored form, which may have fewer bytes."""
 
     def __init__(self, engine: Engine, store: ObjectStore, copier: Copier, limits: TransferLimits) -> None:
         self._engine = engine
-        self._block_bytes = engine.description.block_bytes
+        self._stored_bytes = engine.description.stored_bytes
         self._store = store
         self._copier = copier
         self._budget = ByteBudget(limits.staged_bytes_max)
         self._idle_s_max = limits.idle_s_max
 
     async def offer(self, blocks: Sequence[BlockId]) -> Offered:
-        size = len(blocks) * self._block_bytes
+        size = len(blocks) * self._stored_bytes
         await self._budget.acquire(size)
 
         def put() -> tuple[object, bytes]:
             data = np.empty(size, dtype=np.uint8).data
-            self._engine.read_blocks(blocks, data)
+            try:
+                self._engine.encode_blocks(blocks, data)
+            except NotEncodable as error:
+                raise TransferFailed(f"blocks cannot be sent as {self._engine.description.stored_layout}: {error}") from error
             return self._store.put(data)
 
         try:
@@ -176,19 +180,19 @@ class ObjectTransport:
         return Offered(node_pb2.BlocksFrame(ray=node_pb2.RayObject(reference=reference)), release)
 
     async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> None:
-        size = len(targets) * self._block_bytes
+        size = len(targets) * self._stored_bytes
 
         def get() -> None:
             data = self._store.get(frame.ray.reference, self._idle_s_max)
             if len(data) != size:
                 raise TransferFailed(f"the peer's object has {len(data)} bytes, not {size}")
-            self._engine.write_blocks(targets, data)
+            self._engine.decode_blocks(targets, data)
 
         await self._copier.run_blocking(get)
 
 
 class PacedTransport:
-    """Another transport, for engines that only pass time: taking lasts as long as the profile says."""
+    """Another transport, for engines that only pass time: taking lasts as long as the profile says for so many bytes a block."""
 
     def __init__(self, inner: Transport, profile: CostProfile, block_bytes: int) -> None:
         self._inner = inner

@@ -350,6 +350,14 @@ class ModelConfig:
         )
 
 
+class KvFormat(StrEnum):
+    """How KV blocks look outside of engines' pools."""
+
+    PLAIN = "plain"  # as in the pool
+    FP8 = "fp8"  # E4M3 with a scale for each block, layer, head, and keys or values
+    NVFP4 = "nvfp4"  # E2M1 with a scale for every 16 values and one above them
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """[pools.engine]: what computes."""
@@ -370,6 +378,9 @@ class EngineConfig:
     threads: int = 0
     #: Longest prompt plus output, tokens. 0: the model's own limit.
     context_tokens_max: int = 0
+    #: How KV blocks are kept in the tiers below the pool and sent to other hosts; the same in all pools of a model. plain: exactly
+    #: as they are. fp8: half the bytes of bfloat16. nvfp4: 0.28 of them. Blocks that come back from these two are no longer exact.
+    kv_format_stored: KvFormat = KvFormat.PLAIN
 
     def __post_init__(self) -> None:
         require(self.name in ("eager", "profiled"), "name", f"must be eager or profiled, is {self.name!r}")
@@ -706,8 +717,9 @@ class ClusterConfig:
         kinds = {pool.kind for pool in pools}
         serves = bool(kinds & {PoolKind.DECODE, PoolKind.AGGREGATED})
         require(serves, f"models.{model}", "no pool of kind decode or aggregated serves it")
-        sizes = sorted({pool.engine.block_tokens for pool in pools})
-        require(len(sizes) == 1, f"models.{model}", f"its pools differ in engine.block_tokens: {sizes}")
+        for name in ("block_tokens", "kv_format_stored"):
+            found = sorted({getattr(pool.engine, name) for pool in pools})
+            require(len(found) == 1, f"models.{model}", f"its pools differ in engine.{name}: {', '.join(map(str, found))}")
 
     def pools_of(self, model: str) -> tuple[PoolConfig, ...]:
         """Return the pools that serve a model, in the file's order."""

@@ -104,7 +104,15 @@ def test_values_find_their_fields() -> None:
         ({"pools": [{**POOL, "engine": {"block_tokens": 0}}]}, "pools[0].engine.block_tokens: must be 1 or more tokens, is 0"),
         (
             {"pools": [POOL, {**POOL, "name": "b", "engine": {"block_tokens": 16}}]},
-            "models.default: its pools differ in engine.block_tokens: [16, 64]",
+            "models.default: its pools differ in engine.block_tokens: 16, 64",
+        ),
+        (
+            {"pools": [POOL, {**POOL, "name": "b", "engine": {"kv_format_stored": "fp8"}}]},
+            "models.default: its pools differ in engine.kv_format_stored: fp8, plain",
+        ),
+        (
+            {"pools": [{**POOL, "engine": {"kv_format_stored": "int8"}}]},
+            "pools[0].engine.kv_format_stored: must be one of plain, fp8, nvfp4, is 'int8'",
         ),
         (
             {"pools": [{**POOL, "nodes_per_process": 2}]},

@@ -44,7 +44,7 @@ class ScriptedEngine:
     """Each request's n-th token is n; waits for `go` before each step if it computes."""
 
     def __init__(self, computes: bool) -> None:
-        self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, VOCABULARY, 64, "weights", "cpu", computes)
+        self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, 64, "plain", VOCABULARY, 64, "weights", "cpu", computes)
         self.pool = None
         self.counts: dict[RequestId, int] = {}
         self.sampling: dict[RequestId, Sampling] = {}

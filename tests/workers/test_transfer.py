@@ -15,7 +15,7 @@ from orchestrator.core.events import BlocksSent, ExportClosed, ExportOpened, Fet
 from orchestrator.core.types import BlockHash, BlockId, CostProfile, ExportId, NodeId, RequestId
 from orchestrator.wire import node_pb2_grpc
 from tests.builders import TRUST
-from workers.engines.base import EngineDescription
+from workers.engines.base import EngineDescription, NotEncodable
 from workers.memory import (
     ByteBudget,
     Copier,
@@ -32,11 +32,14 @@ from workers.transports import OBJECT, SHM, ObjectTransport, PacedTransport, Sha
 BLOCKS = 16
 BLOCK_TOKENS = 4
 BLOCK_BYTES = 4096
+STORED_BYTES = BLOCK_BYTES // 2
+#: A block of this has no stored form.
+UNENCODABLE = 255
 SOURCE = NodeId("prefill-0")
 REQUEST = RequestId(7)
 HASHES = tuple(BlockHash(os.urandom(16)) for _ in range(6))
 HOST = host_id()
-DESCRIPTION = EngineDescription(BLOCKS, BLOCK_TOKENS, BLOCK_BYTES, 256, 64, "weights", "cpu", True)
+DESCRIPTION = EngineDescription(BLOCKS, BLOCK_TOKENS, BLOCK_BYTES, STORED_BYTES, "halves", 256, 64, "weights", "cpu", True)
 
 
 class PoolEngine:
@@ -54,6 +57,17 @@ class PoolEngine:
     def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
         for index, block in enumerate(blocks):
             self.block(block)[:] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+
+    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        """Blocks here are made of one byte: half of one says it all."""
+        if any(self.block(block)[0] == UNENCODABLE for block in blocks):
+            raise NotEncodable("a NaN")
+        for index, block in enumerate(blocks):
+            into[index * STORED_BYTES : (index + 1) * STORED_BYTES] = self.block(block)[:STORED_BYTES]
+
+    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        for index, block in enumerate(blocks):
+            self.block(block)[:] = bytes(data[index * STORED_BYTES : (index + 1) * STORED_BYTES]) * 2
 
     def block(self, block: int) -> memoryview:
         return self.arena.view[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
@@ -187,6 +201,23 @@ def test_blocks_arrive_in_order_and_are_acknowledged(name: str, visible: bool) -
             ((request, size, seconds, began_s_ago),) = both.target.moved
             assert (request, size) == (REQUEST, 4 * BLOCK_BYTES)
             assert 0 < seconds <= began_s_ago
+
+    run(scenario)
+
+
+def test_objects_have_the_stored_form_and_what_has_none_is_computed_by_the_reader() -> None:
+    async def scenario() -> None:
+        async with pair([OBJECT]) as both:
+            both.source.engine.block(7)[:] = bytes([UNENCODABLE]) * BLOCK_BYTES
+            both.target.fetches.start(fetch(), both.address, HOST)
+            await both.source.next()
+            both.source.exports.send(send(ExportId(1), (5, 6), 12))
+            assert await both.target.next() == FetchProgressed(REQUEST, 12)
+            assert [len(data) for data in both.store.objects.values()] == [2 * STORED_BYTES]
+            both.source.exports.send(send(ExportId(1), (7,), 16))
+            ended = await both.target.next()
+            failure = "blocks cannot be sent as halves: a NaN"
+            assert ended == FetchEnded(REQUEST, 12, 0, failure)
 
     run(scenario)
 

@@ -1,11 +1,12 @@
-"""What a node asks of an engine: five verbs over a paged KV pool.
+"""What a node asks of an engine: seven verbs over a paged KV pool.
 
 The node's driver owns one engine and calls `add`, `forget` and `step` from one thread, never two at a time. `read_blocks` and
-`write_blocks` may come from another thread while a step runs, but only for blocks that no running step touches: the node's
-core guarantees that.
+`write_blocks`, `encode_blocks` and `decode_blocks` may come from other threads while a step runs, but only for blocks that no
+running step touches: the node's core guarantees that.
 
 Blocks are numbered 0 to `blocks - 1`. Each is one contiguous slab of `block_bytes` holding the KV of `block_tokens` tokens over
-all layers, so that moving a block is one copy and needs no knowledge of the model.
+all layers, so that moving a block is one copy and needs no knowledge of the model. Outside of the pool, in lower tiers and on the
+way to another host, a block has its *stored form*: the same bytes, or fewer (`engine.kv_format_stored`).
 """
 
 from array import array
@@ -17,6 +18,10 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.types import BlockId, RequestId, Sampling
 
 
+class NotEncodable(ValueError):
+    """KV that the stored form cannot hold: there is a NaN or an infinity among it."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineDescription:
     """What an engine is: fixed once it is made."""
@@ -24,6 +29,9 @@ class EngineDescription:
     blocks: int
     block_tokens: int
     block_bytes: int
+    #: Bytes of a block in its stored form, and what they mean: engines of one model that agree in this read each other's.
+    stored_bytes: int
+    stored_layout: str
     vocabulary: int
     #: Longest prompt plus output, tokens.
     context_tokens_max: int
@@ -110,6 +118,17 @@ class Engine(Protocol):
 
     def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
         """Copy slabs from `data` (len(blocks) * block_bytes bytes) into the pool."""
+        ...
+
+    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        """Write blocks in their stored form, one after the other, into `into` (len(blocks) * stored_bytes bytes).
+
+        Raises `NotEncodable`; what was written by then means nothing.
+        """
+        ...
+
+    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        """Fill blocks from their stored form (len(blocks) * stored_bytes bytes), made by any engine of this `stored_layout`."""
         ...
 
     def close(self) -> None:

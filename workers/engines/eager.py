@@ -71,13 +71,15 @@ class EagerEngine:
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, shape, dtype, device, sequences_max * context, reserve)
             sizes = (shape.layers, shape.kv_heads, config.block_tokens, shape.head_dim)
-            self._pool = KvPool(blocks, *sizes, dtype, device, allocate)
+            self._pool = KvPool(blocks, *sizes, dtype, device, allocate, config.kv_format_stored)
         self._batches = BatchBuilder(self._pool, shape.kv_heads, rows_min(dtype, device), dtype, device)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,
             block_tokens=config.block_tokens,
             block_bytes=self._pool.block_bytes,
+            stored_bytes=self._pool.stored_bytes,
+            stored_layout=self._pool.stored_layout,
             vocabulary=shape.vocabulary,
             context_tokens_max=context,
             fingerprint=fingerprint(model_dir),
@@ -136,6 +138,14 @@ class EagerEngine:
     @torch.inference_mode()
     def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
         self._pool.write_slabs(blocks, data)
+
+    @torch.inference_mode()
+    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        self._pool.encode(blocks, into)
+
+    @torch.inference_mode()
+    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        self._pool.decode(blocks, data)
 
     def close(self) -> None:
         """Let go of weights, pool and sequences."""

@@ -8,19 +8,23 @@ so that a slab is one contiguous copy, and all of a head's keys in a block are o
 blocks gives [KV head, token, dimension] matrices that batched products read without another copy.
 """
 
+import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orchestrator.core.config import KvFormat
 from orchestrator.core.types import BlockId
+from workers.engines.kvformats import KvCodec, check_format
 
 
 class KvPool:
-    """`blocks` slabs on one device."""
+    """`blocks` slabs on one device; raises `ConfigError` if they have no such stored form."""
 
     def __init__(
         self,
@@ -32,7 +36,9 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
         allocate: Callable[[int], memoryview] | None,
+        stored: KvFormat = KvFormat.PLAIN,
     ) -> None:
+        check_format(stored, head_dim)
         self.block_tokens = block_tokens
         self.block_bytes = block_bytes(layers, kv_heads, block_tokens, head_dim, dtype)
         self._kv_heads = kv_heads
@@ -54,6 +60,12 @@ class KvPool:
         self._token_offsets = heads * block_tokens
         self._head_offsets = heads.reshape(2, 1, kv_heads, 1)
         self.head_dim = head_dim
+        sizes = f"{layers} layers, {kv_heads} KV heads, {block_tokens} tokens, {head_dim} dimensions"
+        #: A slab's rows: what one head's keys or values of one layer are in it.
+        self._rows = typed.view(blocks, self._slab_heads, block_tokens * head_dim)
+        self._codec = None if stored is KvFormat.PLAIN else KvCodec(stored, self._slab_heads, block_tokens * head_dim)
+        self.stored_bytes = self._codec.block_bytes if self._codec else self.block_bytes
+        self.stored_layout = f"{stored} {'' if self._codec else f'{dtype} '}of {sizes}"
 
     def write_index(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the index for `write`: token i goes to place `offsets[i]` of block `blocks[i]`. Shape [tokens, 2 x KV heads]."""
@@ -84,19 +96,65 @@ class KvPool:
         if self.slabs.device.type == "cpu":
             torch.index_select(self.slabs, 0, index, out=target)
             return
-        staging = torch.empty(target.shape, dtype=torch.uint8, pin_memory=True)
-        target.copy_(staging.copy_(self.slabs[index]))
+        _to_host(self.slabs[index], target)
 
     def write_slabs(self, blocks: Sequence[BlockId], data: memoryview) -> None:
         """Copy whole slabs from host memory; `data` may be read-only."""
-        source = torch.from_numpy(
-            np.frombuffer(data, dtype=np.uint8).copy() if data.readonly else np.frombuffer(data, dtype=np.uint8)
-        )
-        source = source.view(len(blocks), self.block_bytes)
+        source = _readable(data).view(len(blocks), self.block_bytes)
         index = torch.tensor(blocks, dtype=torch.int64, device=self.slabs.device)
-        if self.slabs.device.type != "cpu":
-            source = source.pin_memory().to(self.slabs.device)
-        self.slabs.index_copy_(0, index, source)
+        self.slabs.index_copy_(0, index, _to_device(source, self.slabs.device))
+
+    def encode(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        """Write blocks in their stored form, one after the other, into host memory. Raises `NotEncodable`."""
+        if self._codec is None:
+            self.read_slabs(blocks, into)
+            return
+        target = torch.frombuffer(into, dtype=torch.uint8).view(len(blocks), self.stored_bytes)
+        if self.slabs.device.type == "cpu":
+            with _one_thread():
+                self._codec.encode(self._rows, blocks, target)
+            return
+        made = torch.empty(target.shape, dtype=torch.uint8, device=self.slabs.device)
+        self._codec.encode(self._rows, blocks, made)
+        _to_host(made, target)
+
+    def decode(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        """Fill blocks from their stored form in host memory; `data` may be read-only."""
+        if self._codec is None:
+            self.write_slabs(blocks, data)
+            return
+        source = _readable(data).view(len(blocks), self.stored_bytes)
+        with _one_thread():
+            self._codec.decode(_to_device(source, self.slabs.device), self._rows, blocks)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute in this thread alone: blocks are moved beside steps, which need the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _readable(data: memoryview) -> Tensor:
+    """Return host memory as a tensor of bytes that is only read: no copy, though `data` may not be written to."""
+    flat = np.frombuffer(data, dtype=np.uint8)
+    if not data.readonly:
+        return torch.from_numpy(flat)
+    # torch knows no memory that is only read, and warns of it. The tensor goes before `data` does: it never leaves this file.
+    return torch.frombuffer((ctypes.c_ubyte * flat.nbytes).from_address(flat.ctypes.data), dtype=torch.uint8)
+
+
+def _to_device(data: Tensor, device: torch.device) -> Tensor:
+    return data if device.type == "cpu" else data.pin_memory().to(device)
+
+
+def _to_host(data: Tensor, target: Tensor) -> None:
+    staging = torch.empty(target.shape, dtype=torch.uint8, pin_memory=True)
+    target.copy_(staging.copy_(data))
 
 
 def block_bytes(layers: int, kv_heads: int, block_tokens: int, head_dim: int, dtype: torch.dtype) -> int:

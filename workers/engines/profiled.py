@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig
+from orchestrator.core.config import EngineConfig, KvFormat
 from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
 from orchestrator.profiles.fields import COUNT_MAX, read_fields
@@ -22,8 +22,11 @@ from orchestrator.profiles.model_config import model_fields, read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
 from workers.engines.base import EngineDescription, SliceOutput, TokenLogprobs
 
-#: Bytes of a block: enough to tell any two apart.
+#: Bytes of a block: enough to tell any two apart. A block repeats its name, so that a part of it names it as well.
 BLOCK_BYTES = 64
+NAME_BYTES = 8
+#: Bytes of a block's stored form: what real formats would make of as many bytes of bfloat16, without a loss.
+STORED_BYTES = {KvFormat.PLAIN: BLOCK_BYTES, KvFormat.FP8: BLOCK_BYTES // 2, KvFormat.NVFP4: BLOCK_BYTES * 9 // 32}
 #: Blocks of a node unless the configuration says otherwise: two million tokens of 64 a block.
 BLOCKS_DEFAULT = 32768
 
@@ -89,6 +92,8 @@ class ProfiledEngine:
             blocks=blocks,
             block_tokens=config.block_tokens,
             block_bytes=BLOCK_BYTES,
+            stored_bytes=STORED_BYTES[config.kv_format_stored],
+            stored_layout=f"{config.kv_format_stored} of nothing, {config.block_tokens} tokens",
             vocabulary=vocabulary,
             context_tokens_max=limited(context_tokens_of(settings), config.context_tokens_max),
             fingerprint=f"profiled-{name}",
@@ -156,6 +161,17 @@ class ProfiledEngine:
                 place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES
             ]
 
+    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        target, size = into.cast("B"), self.description.stored_bytes
+        for place, block in enumerate(blocks):
+            target[place * size : (place + 1) * size] = self._memory[block * BLOCK_BYTES : block * BLOCK_BYTES + size]
+
+    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        source, size = data.cast("B"), self.description.stored_bytes
+        for place, block in enumerate(blocks):
+            name = bytes(source[place * size : place * size + NAME_BYTES])
+            self._memory[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = name * (BLOCK_BYTES // NAME_BYTES)
+
     def close(self) -> None:
         self._turns.clear()
         del self._memory
@@ -176,7 +192,9 @@ class ProfiledEngine:
             covered = min((index + 1) * size, end)
             name = self._prefix_name(turn, covered)
             place = turn.table[index] * BLOCK_BYTES
-            self._memory[place : place + BLOCK_BYTES] = (name << 32 | covered).to_bytes(8, "little") * (BLOCK_BYTES // 8)
+            self._memory[place : place + BLOCK_BYTES] = (name << 32 | covered).to_bytes(NAME_BYTES, "little") * (
+                BLOCK_BYTES // NAME_BYTES
+            )
 
     @staticmethod
     def _prefix_name(turn: _Turn, covered: int) -> int:
