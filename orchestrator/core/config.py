@@ -378,8 +378,8 @@ class EngineConfig:
     threads: int = 0
     #: Longest prompt plus output, tokens. 0: the model's own limit.
     context_tokens_max: int = 0
-    #: How KV blocks are kept in the tiers below the pool and sent to other hosts; the same in all pools of a model. plain: exactly
-    #: as they are. fp8: half the bytes of bfloat16. nvfp4: 0.28 of them. Blocks that come back from these two are no longer exact.
+    #: How KV blocks are kept in the tiers below the pool and sent to other hosts; the same in all pools of a model. plain: as
+    #: they are. fp8: in half the bytes of bfloat16. nvfp4: in 0.28 of them. What comes back of these two is no longer exact.
     kv_format_stored: KvFormat = KvFormat.PLAIN
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ its largest magnitude to 448, so no row saturates. Values are rounded to the nea
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def scales_of(magnitudes: Tensor, code_max: float) -> Tensor:
         NotEncodable: if there is a NaN or an infinity.
     """
     largest = magnitudes.amax(-1, keepdim=True).float()
-    if not bool(torch.isfinite(largest).all()):
+    if not math.isfinite(largest.max().item()):
         raise NotEncodable(f"{int((~torch.isfinite(largest)).sum())} of {largest.numel()} rows have a NaN or an infinity")
     # Not divided: by a number, CUDA multiplies with its reciprocal, and the same block would have other bytes there.
     return largest.mul_(1 / code_max).clamp_(SCALE_MIN, _VALUE_MAX / code_max)
@@ -39,7 +40,7 @@ def scales_of(magnitudes: Tensor, code_max: float) -> Tensor:
 
 def to_e4m3(values: Tensor) -> Tensor:
     """Return the nearest E4M3 of each value, as bytes; what is beyond 448 becomes 448, NaN stays NaN."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return _to_e4m3(values.clone())
 
 
 def from_e4m3(codes: Tensor) -> Tensor:
@@ -49,14 +50,18 @@ def from_e4m3(codes: Tensor) -> Tensor:
 
 def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes (bytes [..., n]) and scales (float32 [..., 1]) of rows [..., n]. Raises `NotEncodable`."""
-    values = values.float()
+    values = values.to(torch.float32, copy=True)
     scales = scales_of(values.abs(), E4M3_MAX)
-    return to_e4m3(values / scales), scales
+    return _to_e4m3(values.div_(scales)), scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the values of `encode`'s codes and scales in float32."""
     return from_e4m3(codes).mul_(scales)
+
+
+def _to_e4m3(values: Tensor) -> Tensor:
+    return values.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 @functools.cache

@@ -33,6 +33,8 @@ E2M1_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 #: The smallest E4M3 over 0.
 _SCALE_MIN = 2.0**-9
+#: Where in their table two codes of 0 are.
+_PAIR_ZERO = 128
 
 
 def encode(values: Tensor, tensor_scales: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,14 +48,15 @@ def encode(values: Tensor, tensor_scales: Tensor | None = None) -> tuple[Tensor,
     Raises:
         NotEncodable: if there is a NaN or an infinity and no tensor scale is given.
     """
-    groups = values.float().unflatten(-1, (-1, GROUP))
+    groups = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format).unflatten(-1, (-1, GROUP))
+    magnitudes = groups.abs()
     # Pooling: a maximum over a short last dimension takes twice as long as any other way.
-    largest = functional.max_pool1d(groups.abs().view(1, -1), GROUP).view(groups.shape[:-1])
+    largest = functional.max_pool1d(magnitudes.view(1, -1), GROUP).view(groups.shape[:-1])
     if tensor_scales is None:
         tensor_scales = scales_of(largest, E2M1_MAX * E4M3_MAX)
     scales = to_e4m3((largest / (E2M1_MAX * tensor_scales)).clamp_(min=_SCALE_MIN))
-    codes = _codes(groups / (from_e4m3(scales) * tensor_scales).unsqueeze(-1))
-    return _packed(codes.flatten(-2)), scales, tensor_scales
+    codes = _codes(groups.div_((from_e4m3(scales) * tensor_scales).unsqueeze(-1)), magnitudes)
+    return codes.view(*values.shape[:-1], -1), scales, tensor_scales
 
 
 def decode(codes: Tensor, scales: Tensor, tensor_scales: Tensor) -> Tensor:
@@ -63,25 +66,31 @@ def decode(codes: Tensor, scales: Tensor, tensor_scales: Tensor) -> Tensor:
     return groups.mul_((from_e4m3(scales) * tensor_scales).unsqueeze(-1)).flatten(-2)
 
 
-def _codes(values: Tensor) -> Tensor:
-    """Return signed numbers of the nearest E2M1, -7 to 7, as bytes.
+def _codes(values: Tensor, scratch: Tensor) -> Tensor:
+    """Return the nearest codes, two a byte. What is in both tensors is lost.
 
-    Up to 2 codes are 1/2 apart, up to 4 they are 1 apart, up to 6 they are 2 apart. A value is cut into its parts in these
-    three; each is rounded in its own steps, ties to even, and the differences are exact.
+    Up to 2 the values of codes are 1/2 apart, up to 4 they are 1 apart, up to 6 they are 2 apart. A value is cut into its parts
+    in these three; each is rounded in its own steps, ties to even, and the differences are exact.
     """
-    near = values.clamp(-2.0, 2.0)
-    far = values.clamp(-E2M1_MAX, E2M1_MAX).sub_(near)
+    near = torch.clamp(values, -2.0, 2.0, out=scratch)
+    far = values.clamp_(-E2M1_MAX, E2M1_MAX).sub_(near)
     middle = far.clamp(-2.0, 2.0)
     far.sub_(middle)
-    return near.mul_(2.0).round_().add_(middle.round_()).add_(far.mul_(0.5).round_()).to(torch.int8)
+    numbers = near.mul_(2.0).round_().add_(middle.round_()).add_(far.mul_(0.5).round_()).view(-1, 2)
+    pairs = torch.add(numbers[:, 0], numbers[:, 1], alpha=GROUP).add_(_PAIR_ZERO)
+    return torch.index_select(_packed(values.device), 0, pairs.to(torch.int32))
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """Return signed numbers of codes as sign and magnitude, two a byte."""
-    negative = codes >> 7
-    nibbles = ((codes ^ negative) - negative) | (negative & 8)
-    pairs = nibbles.view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
+@functools.cache
+def _packed(device: torch.device) -> Tensor:
+    """Return the byte of each two codes, by their numbers (-7 to 7): first + 16 x second + 128."""
+    numbers = torch.arange(-_PAIR_ZERO, _PAIR_ZERO)
+    first = ((numbers + 8) & 15) - 8
+    return (_nibbles(first) | _nibbles((numbers - first) >> 4) << 4).to(torch.uint8).to(device)
+
+
+def _nibbles(numbers: Tensor) -> Tensor:
+    return numbers.abs() | (numbers < 0) * 8
 
 
 @functools.cache
