@@ -26,7 +26,7 @@ from rich.table import Table
 from bench.frames import VICTIMS, Victim
 from bench.model import make_tiny_model
 from bench.mutations import hostile_bodies, hostile_frames
-from bench.servers import weft_server
+from bench.servers import family, resident, weft_server
 
 CLUSTER = """
 [gateway]
@@ -64,24 +64,6 @@ class Outcome:
     def holds(self) -> bool:
         """Tell whether nothing went wrong."""
         return not self.wrong and self.growth <= GROWTH_MAX
-
-
-def resident(pid: int) -> int:
-    """Return a process's resident bytes; 0 if it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
-
-
-def family(pid: int) -> list[int]:
-    """Return a process and its descendants."""
-    found = [pid]
-    for one in found:
-        for task in Path(f"/proc/{one}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
 
 
 def problem_of(answer: httpx.Response) -> str:

@@ -1,4 +1,4 @@
-"""Starts the servers that measurements load, ours and a peer's, and stops them again."""
+"""Starts the servers that measurements load, ours and a peer's, looks at their memory, and stops them again."""
 
 import contextlib
 import os
@@ -28,6 +28,24 @@ class Server:
     name: str
     url: str
     pids: tuple[int, ...]
+
+
+def resident(pid: int) -> int:
+    """Return a process's resident bytes; 0 if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    found = [pid]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+    return found
 
 
 def free_port() -> int:
