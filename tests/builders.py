@@ -16,6 +16,9 @@ from orchestrator.core.types import (
     PoolName,
     RequestId,
     Role,
+    StoredModel,
+    StoreId,
+    StoreSpec,
     TenantId,
     Tier,
 )
@@ -47,6 +50,30 @@ def node_spec(**changes: Any) -> NodeSpec:
         "profile": CostProfile(),
     }
     return NodeSpec(**{**fields, **changes})
+
+
+def stored_model(name: str = "m", **changes: Any) -> StoredModel:
+    """Return a small part of a store: 16 slots, segments of 2 blocks of 4 tokens, no cmx."""
+    fields: dict[str, Any] = {
+        "model": ModelName(name),
+        "block_tokens": BLOCK_TOKENS,
+        "block_bytes": 64,
+        "slots": 16,
+        "segment_blocks": 2,
+    }
+    return StoredModel(**{**fields, **changes})
+
+
+def store_spec(**changes: Any) -> StoreSpec:
+    """Return a store of one model on one host."""
+    fields: dict[str, Any] = {
+        "id": StoreId("s0"),
+        "incarnation": 1,
+        "host": "h0",
+        "address": "",
+        "models": (stored_model(),),
+    }
+    return StoreSpec(**{**fields, **changes})
 
 
 def prompt_hashes(prompt: str) -> tuple[BlockHash, ...]:

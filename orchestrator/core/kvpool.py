@@ -137,6 +137,10 @@ class BlockPool:
                 high = middle - 1
         return low
 
+    def holds(self, name: BlockHash) -> bool:
+        """Tell whether a block is cached."""
+        return name in self._place
+
     def idle_of(self, hashes: Sequence[BlockHash], matched: int) -> int:
         """Return how many of a chain's first `matched` blocks nobody holds."""
         idle, end = 0, matched

@@ -1,0 +1,490 @@
+"""A store's rules as literals: what is told, what is asked for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from orchestrator.core.commands import (
+    CancelMove,
+    ClearTimer,
+    DeleteCmx,
+    Grant,
+    PublishHoldings,
+    ReadCmx,
+    ServeSlots,
+    SetTimer,
+    StoreCommand,
+    WriteCmx,
+)
+from orchestrator.core.config import StoreConfig
+from orchestrator.core.events import (
+    CmxFound,
+    CmxRead,
+    CmxWritten,
+    EvictAsked,
+    LeaseEnded,
+    LeasePlaced,
+    NodeAttached,
+    NodeDetached,
+    Offered,
+    OfferWritten,
+    PrefetchAsked,
+    ReadClosed,
+    ReadOpened,
+    ResyncRequested,
+    SlotsRead,
+    TimerFired,
+)
+from orchestrator.core.store.store import Store
+from orchestrator.core.timers import CmxTimer, DetachTimer, LeaseTimer, MoveTimer
+from orchestrator.core.types import (
+    BlockHash,
+    ExportId,
+    GatewayId,
+    KvBatch,
+    Lease,
+    LeasedBytes,
+    LeaseId,
+    ModelName,
+    MoveFailure,
+    MoveId,
+    NodeId,
+    OfferId,
+    SlotId,
+    StoredRun,
+    TenantId,
+    Tier,
+)
+from tests.builders import BLOCK_TOKENS, prompt_hashes, store_spec, stored_model
+
+MODEL, NODE, OTHER = ModelName("m"), NodeId("n0"), NodeId("n1")
+MakeStore = Callable[..., Store]
+
+
+@pytest.fixture
+def make_store() -> Iterator[MakeStore]:
+    """Return a maker of stores with two nodes attached: `config` sets the store's settings, everything else its one model."""
+    made: list[Store] = []
+
+    def make(config: StoreConfig | None = None, **model: Any) -> Store:
+        store = Store(store_spec(models=(stored_model(**model),)), config or StoreConfig())
+        for node in (NODE, OTHER):
+            store.handle(NodeAttached(node, MODEL), 0.0)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.validate()
+
+
+def slots(*numbers: int) -> tuple[SlotId, ...]:
+    return tuple(map(SlotId, numbers))
+
+
+def offered(number: int, chain: str, start: int = 0, node: NodeId = NODE) -> Offered:
+    names = prompt_hashes(chain)
+    return Offered(OfferId(number), node, MODEL, names[start - 1] if start else None, names[start:])
+
+
+def keep(store: Store, chain: str, number: int = 99) -> None:
+    """Offer a chain and write all that is granted."""
+    (grant,) = store.handle(offered(number, chain), 0.0)
+    assert isinstance(grant, Grant)
+    store.handle(OfferWritten(OfferId(number), len(grant.slots)), 0.0)
+
+
+def opened(chain: str, blocks: int | None = None, first: int = 0, number: int = 1) -> ReadOpened:
+    tokens = (len(chain) if blocks is None else blocks) * BLOCK_TOKENS
+    return ReadOpened(ExportId(number), NODE, MODEL, prompt_hashes(chain), first, tokens)
+
+
+def only(commands: Sequence[StoreCommand], *kinds: type) -> list[StoreCommand]:
+    """Return the commands of some kinds."""
+    return [command for command in commands if isinstance(command, kinds)]
+
+
+def moves(commands: Sequence[StoreCommand]) -> list[StoreCommand]:
+    return only(commands, ReadCmx, WriteCmx, CancelMove, DeleteCmx)
+
+
+# --- offers -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_offer_is_granted_written_and_told_of(make_store: MakeStore) -> None:
+    store = make_store()
+    assert store.handle(offered(1, "abc"), 0.0) == [Grant(OfferId(1), 0, slots(0, 1, 2))]
+    assert store.handle(OfferWritten(OfferId(1), 2), 0.0) == [  # the copy of the third failed
+        PublishHoldings(MODEL, (KvBatch(1, (StoredRun(None, prompt_hashes("ab")),)),))
+    ]
+    # What is held is skipped.
+    assert store.handle(offered(2, "abc"), 0.0) == [Grant(OfferId(2), 2, slots(2))]
+    store.handle(OfferWritten(OfferId(2), 1), 0.0)
+    assert store.handle(offered(3, "abc"), 0.0) == [Grant(OfferId(3), 0, ())]
+    # What follows on a block that is held is taken without what is before it.
+    assert store.handle(offered(4, "abcd", start=3), 0.0) == [Grant(OfferId(4), 0, slots(3))]
+    counts = store.load(MODEL).counts
+    assert (counts.taken, counts.failures) == (3, (("copy", 1),))
+
+
+def test_an_offer_whose_parent_is_not_held_is_an_orphan(make_store: MakeStore) -> None:
+    assert make_store().handle(offered(1, "abc", start=2), 0.0) == [Grant(OfferId(1), 0, (), orphan=True)]
+
+
+def test_nothing_is_taken_from_a_node_that_has_not_attached_or_of_another_model(make_store: MakeStore) -> None:
+    store = make_store()
+    assert store.handle(offered(1, "a", node=NodeId("x")), 0.0) == [Grant(OfferId(1), 0, ())]
+    other = Offered(OfferId(2), NODE, ModelName("x"), None, prompt_hashes("a"))
+    assert store.handle(other, 0.0) == [Grant(OfferId(2), 0, ())]
+    read = ReadOpened(ExportId(1), NodeId("x"), MODEL, prompt_hashes("ab"), 1, 8)
+    assert store.handle(read, 0.0) == [ServeSlots(ExportId(1), (), BLOCK_TOKENS, final=True)]
+
+
+def test_what_another_node_is_writing_is_waited_for_not_written_twice(make_store: MakeStore) -> None:
+    store = make_store()
+    store.handle(offered(1, "ab"), 0.0)
+    assert store.handle(offered(2, "abc", node=OTHER), 0.0) == []
+    assert store.handle(offered(3, "abd", start=2), 0.0) == []  # its parent is on its way
+    told = store.handle(OfferWritten(OfferId(1), 2), 0.0)
+    assert only(told, Grant) == [Grant(OfferId(2), 2, slots(2)), Grant(OfferId(3), 0, slots(3))]
+
+
+def test_bytes_under_way_bound_what_is_granted(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(offers_bytes_max=3 * 64))
+    assert store.handle(offered(1, "ab"), 0.0) == [Grant(OfferId(1), 0, slots(0, 1))]
+    assert store.handle(offered(2, "xyz"), 0.0) == [Grant(OfferId(2), 0, slots(2))]  # the front of it
+    assert store.handle(offered(3, "q"), 0.0) == [Grant(OfferId(3), 0, ())]
+    assert store.load(MODEL).counts.declined == 3
+
+
+def test_what_idled_longest_makes_room_from_its_end(make_store: MakeStore) -> None:
+    store = make_store(slots=4)
+    keep(store, "ab")
+    keep(store, "x")
+    assert only(store.handle(offered(1, "yz"), 0.0), Grant, PublishHoldings) == [
+        Grant(OfferId(1), 0, slots(3, 1)),
+        PublishHoldings(MODEL, (KvBatch(3, (), prompt_hashes("ab")[1:]),)),
+    ]
+
+
+def test_slots_of_a_lost_node_are_left_alone_until_its_copies_are_over(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(detached_s=5.0), slots=4)
+    keep(store, "a")
+    store.handle(offered(1, "xyz"), 0.0)
+    store.handle(opened("a"), 0.0)
+    assert store.handle(NodeDetached(NODE), 1.0) == [SetTimer(DetachTimer(NODE), 6.0)]
+    assert store.handle(offered(2, "q", node=OTHER), 2.0) == [Grant(OfferId(2), 0, ())]
+    assert store.handle(OfferWritten(OfferId(1), 3), 2.0) == []  # its word comes too late
+    store.handle(TimerFired(DetachTimer(NODE)), 6.0)
+    assert store.load(MODEL).slots_free == 3
+
+
+# --- reads ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_read_of_what_is_in_the_arena_is_served_at_once_and_keeps_it_until_it_is_closed(make_store: MakeStore) -> None:
+    store = make_store(slots=4)
+    keep(store, "abc")
+    assert store.handle(opened("abcd", first=1), 0.0) == [ServeSlots(ExportId(1), slots(1, 2), 12, final=True)]
+    assert only(store.handle(offered(1, "xy"), 0.0), Grant) == [Grant(OfferId(1), 0, slots(3))]  # nothing else may go
+    store.handle(OfferWritten(OfferId(1), 0), 0.0)
+    store.handle(SlotsRead(ExportId(1), slots(1, 2)), 0.5)
+    store.handle(ReadClosed(ExportId(1)), 1.0)
+    assert store.handle(ReadClosed(ExportId(1)), 1.0) == []
+    load = store.load(MODEL)
+    assert (load.slots_free, load.slots_cached, load.cpu_bytes_per_s) == (1, 3, 2 * 64 / 0.5)
+    assert (load.counts.given, load.counts.cpu_hits, load.counts.misses) == (2, 2, 1)
+
+
+def in_cmx(store: Store, chain: str) -> None:
+    """Let a chain's segments be found in cmx."""
+    store.handle(CmxFound(MODEL, prompt_hashes(chain)[1::2]), 0.0)
+
+
+def test_what_is_in_cmx_is_brought_segment_by_segment_and_served_in_order(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcdef")
+    b, d, f = prompt_hashes("abcdef")[1::2]
+    first = store.handle(opened("abcdefg"), 0.0)
+    assert moves(first) == [
+        ReadCmx(MoveId(1), MODEL, b, slots(0, 1)),
+        ReadCmx(MoveId(2), MODEL, d, slots(2, 3)),
+        ReadCmx(MoveId(3), MODEL, f, slots(4, 5)),
+    ]
+    assert only(first, ServeSlots) == []
+    load = store.load(MODEL)
+    assert (load.reads_waiting, load.waiting_bytes) == (1, 6 * 64)
+    # The second comes before the first, and waits for it.
+    assert only(store.handle(CmxRead(MoveId(2)), 0.1), ServeSlots, PublishHoldings) == []
+    assert only(store.handle(CmxRead(MoveId(1)), 0.2), ServeSlots) == [
+        ServeSlots(ExportId(1), slots(0, 1, 2, 3), 16, final=False)
+    ]
+    # g is in no whole segment: nothing follows on f.
+    assert only(store.handle(CmxRead(MoveId(3)), 0.3), ServeSlots) == [ServeSlots(ExportId(1), slots(4, 5), 24, final=True)]
+    counts = store.load(MODEL).counts
+    assert (counts.recalled, counts.cmx_hits, counts.misses) == (6, 6, 1)
+    assert store.load(MODEL).slots_used == 6
+
+
+def test_a_segment_that_is_not_there_ends_the_read_and_is_forgotten(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    b, d = prompt_hashes("abcd")[1::2]
+    store.handle(opened("abcd"), 0.0)
+    assert moves(store.handle(CmxRead(MoveId(1), MoveFailure.DAMAGED), 0.1)) == [DeleteCmx(MODEL, (b,)), CancelMove(MoveId(2))]
+    assert store.load(MODEL).segments == 1
+    store.handle(CmxRead(MoveId(2), MoveFailure.CANCELLED), 0.2)
+    store.handle(ReadClosed(ExportId(1)), 0.2)
+    # One that another host's store wrote is not known here, and is looked for; whoever believes in it hears that it is not there.
+    tried = store.handle(opened("xy", number=2), 1.0)
+    assert moves(tried) == [ReadCmx(MoveId(3), MODEL, prompt_hashes("xy")[1], slots(3, 2))]
+    assert only(store.handle(CmxRead(MoveId(3), MoveFailure.MISSING), 1.1), ServeSlots, PublishHoldings) == [
+        ServeSlots(ExportId(2), (), 0, final=True),
+        PublishHoldings(MODEL, (KvBatch(3, segments_removed=prompt_hashes("xy")[1:]),)),
+    ]
+    load = store.load(MODEL)
+    assert (load.slots_free, load.counts.failures) == (16, (("damaged", 1), ("missing", 1)))
+    assert d in store._segments.names(MODEL)
+
+
+def test_a_late_move_is_given_up_and_its_slots_are_free_once_it_has_ended(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(move_s_max=10.0), cmx=True)
+    in_cmx(store, "ab")
+    assert SetTimer(MoveTimer(MoveId(1)), 10.0) in store.handle(opened("ab"), 0.0)
+    late = store.handle(TimerFired(MoveTimer(MoveId(1))), 10.0)
+    assert only(late, ServeSlots, CancelMove) == [CancelMove(MoveId(1)), ServeSlots(ExportId(1), (), 0, final=True)]
+    assert store.load(MODEL).slots_used == 2
+    store.handle(CmxRead(MoveId(1)), 11.0)
+    assert store.load(MODEL).slots_free == 16
+    assert store.load(MODEL).segments == 1  # it is there, only slow
+
+
+def test_a_reader_that_gives_up_gives_its_moves_up_unless_another_waits_for_them(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    store.handle(opened("abcd"), 0.0)
+    assert moves(store.handle(opened("ab", number=2), 0.0)) == []  # the same move does for both
+    assert moves(store.handle(ReadClosed(ExportId(1)), 0.1)) == [CancelMove(MoveId(2))]
+    assert only(store.handle(CmxRead(MoveId(1)), 0.2), ServeSlots) == [ServeSlots(ExportId(2), slots(0, 1), 8, final=True)]
+    store.handle(CmxRead(MoveId(2), MoveFailure.CANCELLED), 0.2)
+
+
+def test_storage_that_does_not_answer_is_left_alone_for_a_while(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    store.handle(opened("ab"), 0.0)
+    assert SetTimer(CmxTimer(), 1.1) in store.handle(CmxRead(MoveId(1), MoveFailure.UNAVAILABLE), 0.1)
+    assert store.handle(opened("cd", number=2), 0.2) == [ServeSlots(ExportId(2), (), 0, final=True)]
+    assert store.load(MODEL).segments == 2
+    store.handle(TimerFired(CmxTimer()), 1.1)
+    assert moves(store.handle(opened("abcd", number=3), 1.2)) != []
+    assert SetTimer(CmxTimer(), 3.3) in store.handle(CmxRead(MoveId(2), MoveFailure.UNAVAILABLE), 1.3)  # twice as long
+
+
+def test_a_prompt_that_waits_goes_before_advice_and_bytes_under_way_are_bounded(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(moves_bytes_max=4 * 64), cmx=True)
+    in_cmx(store, "abcdefgh")
+    in_cmx(store, "uv")
+    assert moves(store.handle(PrefetchAsked(MODEL, prompt_hashes("uv"), 2), 0.0)) == [
+        ReadCmx(MoveId(1), MODEL, prompt_hashes("uv")[1], slots(0, 1))
+    ]
+    b, d, f, _ = prompt_hashes("abcdefgh")[1::2]
+    assert moves(store.handle(opened("abcdef"), 0.0)) == [ReadCmx(MoveId(2), MODEL, b, slots(2, 3))]
+    assert moves(store.handle(PrefetchAsked(MODEL, prompt_hashes("abcdefgh"), 8), 0.0)) == []
+    assert moves(store.handle(CmxRead(MoveId(1)), 0.1)) == [ReadCmx(MoveId(3), MODEL, d, slots(4, 5))]
+    assert moves(store.handle(CmxRead(MoveId(2)), 0.2)) == [ReadCmx(MoveId(4), MODEL, f, slots(6, 7))]
+    # The read has asked for all it wants; what is advised has half of the bytes, which are taken.
+    assert moves(store.handle(CmxRead(MoveId(3)), 0.3)) == []
+    assert len(moves(store.handle(CmxRead(MoveId(4)), 0.4))) == 1
+    assert store.load(MODEL).counts.prefetched == 2
+
+
+def test_a_chain_that_the_arena_has_no_room_for_ends_where_the_room_does(make_store: MakeStore) -> None:
+    store = make_store(slots=4, cmx=True)
+    keep(store, "xyz")
+    store.handle(opened("xyz", number=9), 0.0)
+    in_cmx(store, "abcd")
+    store.handle(CmxWritten(MoveId(1)), 0.0)
+    assert only(store.handle(opened("abcd"), 0.0), ServeSlots, ReadCmx) == []  # the other reader will set slots free
+    freed = store.handle(ReadClosed(ExportId(9)), 1.0)
+    assert len(only(freed, ReadCmx)) == 2
+
+
+# --- cmx --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_segment_is_written_behind_and_told_of(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    store.handle(offered(1, "abcde"), 0.0)
+    b, d = prompt_hashes("abcd")[1::2]
+    assert moves(store.handle(OfferWritten(OfferId(1), 5), 0.0)) == [
+        WriteCmx(MoveId(1), MODEL, b, slots(0, 1)),
+        WriteCmx(MoveId(2), MODEL, d, slots(2, 3)),
+    ]
+    assert store.handle(CmxWritten(MoveId(1)), 0.1) == [
+        ClearTimer(MoveTimer(MoveId(1))),
+        PublishHoldings(MODEL, (KvBatch(2, segments_stored=(b,)),)),
+    ]
+    # What could not be written is tried again, a while later.
+    store.handle(CmxWritten(MoveId(2), MoveFailure.FULL), 0.1)
+    assert moves(store.handle(TimerFired(CmxTimer()), 1.1)) == [WriteCmx(MoveId(3), MODEL, d, slots(2, 3))]
+    assert moves(store.handle(CmxWritten(MoveId(3)), 1.2)) == []
+    assert store.load(MODEL).counts.written == 4
+
+
+def test_cmx_is_bounded_and_loses_suffixes_of_what_was_used_longest_ago(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(cmx_bytes=3 * 2 * 64), cmx=True)
+    in_cmx(store, "uv")
+    keep(store, "abcd")
+    b, d = prompt_hashes("abcd")[1::2]
+    for number in (1, 2):
+        store.handle(CmxWritten(MoveId(number)), 0.0)
+    store.handle(offered(1, "xyzw"), 0.0)
+    third = store.handle(OfferWritten(OfferId(1), 4), 0.0)
+    # First what was found, then d, which follows on b.
+    assert only(third, DeleteCmx) == [DeleteCmx(MODEL, prompt_hashes("uv")[1:]), DeleteCmx(MODEL, (d,))]
+    assert store._segments.holds(MODEL, b)
+
+
+def test_the_end_of_a_chain_that_cmx_has_no_room_for_is_not_written_at_the_price_of_its_front(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(cmx_bytes=2 * 2 * 64), cmx=True)
+    store.handle(offered(1, "abcdefgh"), 0.0)
+    written = moves(store.handle(OfferWritten(OfferId(1), 8), 0.0))
+    assert [command.segment for command in written if isinstance(command, WriteCmx)] == [*prompt_hashes("abcd")[1::2]]
+    for number in (1, 2):
+        assert moves(store.handle(CmxWritten(MoveId(number)), 0.1)) == []
+    assert store.load(MODEL).segments == 2
+    assert ("cmx full", 2) in store.load(MODEL).counts.failures
+
+
+def test_a_segment_is_not_written_without_what_is_before_it(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(cmx_bytes=3 * 2 * 64), cmx=True)
+    keep(store, "ab")
+    store.handle(CmxWritten(MoveId(1)), 0.0)
+    b, d = prompt_hashes("abcd")[1::2]
+    store.handle(EvictAsked(MODEL, prompt_hashes("ab"), 0, 2, Tier.CMX), 0.1)
+    store.handle(offered(2, "abcd", start=2), 0.2)
+    written = moves(store.handle(OfferWritten(OfferId(2), 2), 0.2))
+    assert [command.segment for command in written if isinstance(command, WriteCmx)] == [b, d]
+
+
+# --- leases, advice ---------------------------------------------------------------------------------------------------
+
+
+def lease(chain: str, tier: Tier = Tier.CPU, revision: int = 0, name: str = "l") -> LeasePlaced:
+    return LeasePlaced(Lease(LeaseId(name), TenantId("t"), MODEL, prompt_hashes(chain), tier, 60.0, 0, revision))
+
+
+def flood(store: Store, start: int = 1000) -> None:
+    """Offer more than the arena has room for."""
+    for number in range(start, start + 40):
+        (grant, *_) = only(store.handle(offered(number, chr(number)), 0.0), Grant)
+        if isinstance(grant, Grant) and grant.slots:
+            store.handle(OfferWritten(OfferId(number), 1), 0.0)
+
+
+def test_what_is_leased_stays_and_grows_until_the_lease_is_over(make_store: MakeStore) -> None:
+    store = make_store()
+    keep(store, "ab")
+    assert SetTimer(LeaseTimer(LeaseId("l")), 61.0) in store.handle(lease("abcd"), 1.0)
+    keep(store, "abcd")
+    flood(store)
+    assert store.load(MODEL).leased == (LeasedBytes(TenantId("t"), Tier.CPU, 4 * 64),)
+    store.handle(lease("ab"), 2.0)  # the same revision again: nothing new
+    store.handle(LeaseEnded(LeaseId("l"), 0), 3.0)
+    store.handle(lease("abcd", revision=0), 3.1)  # a late word of one that is over
+    assert store.load(MODEL).leased == ()
+    flood(store, 2000)
+    assert store.handle(opened("abcd"), 4.0) == [ServeSlots(ExportId(1), (), 0, final=True)]
+
+
+def test_a_lease_ends_by_itself(make_store: MakeStore) -> None:
+    store = make_store()
+    keep(store, "ab")
+    store.handle(lease("ab"), 1.0)
+    store.handle(TimerFired(LeaseTimer(LeaseId("l"))), 61.0)
+    assert store.load(MODEL).leased == ()
+
+
+def test_leases_have_their_share_of_the_arena_and_no_more(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(leased_share_max=0.5), slots=8)
+    keep(store, "abc")
+    keep(store, "uvwxy")
+    store.handle(lease("uvwxy"), 0.0)
+    assert store.load(MODEL).leased == (LeasedBytes(TenantId("t"), Tier.CPU, 4 * 64),)
+    store.handle(lease("abc", name="other"), 0.0)
+    assert store.load(MODEL).leased == (LeasedBytes(TenantId("t"), Tier.CPU, 4 * 64),)
+    store.handle(LeaseEnded(LeaseId("l"), 0), 0.0)
+    assert store.load(MODEL).leased == (LeasedBytes(TenantId("t"), Tier.CPU, 3 * 64),)
+
+
+def test_a_lease_at_cmx_holds_the_arena_only_until_its_segments_are_there(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(cmx_bytes=2 * 2 * 64), cmx=True)
+    store.handle(offered(1, "abc"), 0.0)
+    store.handle(lease("abc", Tier.CMX), 0.0)
+    store.handle(OfferWritten(OfferId(1), 3), 0.0)
+    assert store.load(MODEL).leased == (LeasedBytes(TenantId("t"), Tier.CPU, 3 * 64),)
+    store.handle(CmxWritten(MoveId(1)), 0.0)
+    assert store.load(MODEL).leased == (LeasedBytes(TenantId("t"), Tier.CMX, 2 * 64),)
+    in_cmx(store, "uvwxyz")  # more than there is room for
+    assert store._segments.holds(MODEL, prompt_hashes("ab")[1])
+
+
+def test_a_lease_at_cpu_brings_what_is_in_cmx_alone(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    assert len(only(store.handle(lease("abcde"), 0.0), ReadCmx)) == 2
+    store.handle(CmxRead(MoveId(1)), 0.1)
+    store.handle(CmxRead(MoveId(2)), 0.1)
+    assert LeasedBytes(TenantId("t"), Tier.CPU, 4 * 64) in store.load(MODEL).leased
+
+
+def test_what_is_demoted_leaves_the_arena_once_it_is_in_cmx(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    keep(store, "abcde")
+    store.handle(EvictAsked(MODEL, prompt_hashes("abcde"), 2, 5, Tier.CPU, demote=True), 0.0)
+    store.handle(CmxWritten(MoveId(1)), 0.1)
+    assert store.load(MODEL).slots_cached + store.load(MODEL).slots_used == 5
+    told = store.handle(CmxWritten(MoveId(2)), 0.1)
+    assert only(told, PublishHoldings) == [
+        PublishHoldings(
+            MODEL,
+            (KvBatch(3, (), prompt_hashes("abcde")[:1:-1]), KvBatch(4, segments_stored=prompt_hashes("abcd")[3:])),
+        )
+    ]
+    assert store.load(MODEL).slots_cached == 2
+
+
+def test_what_is_evicted_leaves_its_tier_unless_it_is_leased(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    keep(store, "abcd")
+    for number in (1, 2):
+        store.handle(CmxWritten(MoveId(number)), 0.0)
+    store.handle(lease("ab"), 0.0)
+    store.handle(EvictAsked(MODEL, prompt_hashes("abcd"), 0, 4, Tier.CPU), 0.0)
+    assert store.load(MODEL).slots_free == 14
+    gone = store.handle(EvictAsked(MODEL, prompt_hashes("abcd"), 0, 4, Tier.CMX), 0.0)
+    assert moves(gone) == [DeleteCmx(MODEL, prompt_hashes("abcd")[3:])]
+
+
+# --- what gateways are told -------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_gets_what_it_missed_or_all_that_is_held(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    keep(store, "ab")
+    store.handle(CmxWritten(MoveId(1)), 0.0)
+    b: BlockHash = prompt_hashes("ab")[1]
+    missed = store.handle(ResyncRequested(GatewayId(3), 1, MODEL), 0.0)
+    assert missed == [PublishHoldings(MODEL, (KvBatch(2, segments_stored=(b,)),), GatewayId(3))]
+    (everything,) = store.handle(ResyncRequested(GatewayId(3), None, MODEL), 0.0)
+    assert everything == PublishHoldings(
+        MODEL,
+        (
+            KvBatch(2, (StoredRun(None, prompt_hashes("ab")),), cleared=True, snapshot=1, more=True),
+            KvBatch(2, snapshot=1, page=1, segments_stored=(b,)),
+        ),
+        GatewayId(3),
+    )
+    assert store.handle(ResyncRequested(GatewayId(3), None, ModelName("x")), 0.0) == []
