@@ -16,7 +16,17 @@ from orchestrator.cli.cluster_file import UnusableInput
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import Assigned, RequestArrived
 from orchestrator.core.types import RequestId
-from orchestrator.wire.journal import ClusterHeader, Entry, Header, Journal, JournalError, as_written, read_journal
+from orchestrator.wire.journal import (
+    ClusterHeader,
+    Entry,
+    Header,
+    Journal,
+    JournalError,
+    NodeHeader,
+    StoreHeader,
+    as_written,
+    read_journal,
+)
 from orchestrator.wire.replay import replay
 
 #: Events between two words of progress.
@@ -173,7 +183,13 @@ def _result(journal: Journal, events: int, difference: str) -> Replayed:
 
 
 def _core(header: Header) -> str:
-    return f"gateway {header.gateway}" if isinstance(header, ClusterHeader) else f"node {header.spec.id}"
+    match header:
+        case ClusterHeader():
+            return f"gateway {header.gateway}"
+        case NodeHeader():
+            return f"node {header.spec.id}"
+        case StoreHeader():
+            return f"store {header.spec.id}"
 
 
 def _verdict(one: Replayed) -> str:

@@ -8,7 +8,8 @@ that many bytes of msgpack:
     last        [now, "Closed", {"reason": ...}, []]                                      missing if the process was killed
 
 Events and commands are the core's own, field by field, so that floats and hashes come back bit for bit; keys of timers are text.
-A cluster's journal holds what clusters are told and answer, a node's what nodes are; anything else is refused. No prompt, token,
+A cluster's journal holds what clusters are told and answer, a node's what nodes are, a store's what stores are; anything else is
+refused. No prompt, token,
 key or secret is in a journal; session names, tenants, lengths and block hashes are.
 """
 
@@ -26,11 +27,11 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar, cast, get_args, get_
 
 import msgspec
 
-from orchestrator.core.commands import ClearTimer, ClusterCommand, NodeCommand, SetTimer
-from orchestrator.core.config import BLOCKS_MAX, ClusterConfig, GatewayConfig, SchedulerConfig, shown
-from orchestrator.core.events import ClusterEvent, NodeEvent, TimerFired
-from orchestrator.core.timers import Timer, cluster_timer, node_timer
-from orchestrator.core.types import GatewayId, NodeSpec
+from orchestrator.core.commands import ClearTimer, ClusterCommand, NodeCommand, SetTimer, StoreCommand
+from orchestrator.core.config import BLOCKS_MAX, ClusterConfig, GatewayConfig, SchedulerConfig, StoreConfig, shown
+from orchestrator.core.events import ClusterEvent, NodeEvent, StoreEvent, TimerFired
+from orchestrator.core.timers import Timer, cluster_timer, node_timer, store_timer
+from orchestrator.core.types import GatewayId, NodeSpec, StoreSpec
 
 log = logging.getLogger("weft.journal")
 
@@ -47,14 +48,14 @@ FILE_BYTES_MAX = 4 * 1024**3
 #: Longest record that is believed when reading.
 RECORD_BYTES_MAX = 1 << 28
 
-Event: TypeAlias = ClusterEvent | NodeEvent
-Command: TypeAlias = ClusterCommand | NodeCommand
+Event: TypeAlias = ClusterEvent | NodeEvent | StoreEvent
+Command: TypeAlias = ClusterCommand | NodeCommand | StoreCommand
 
 _LENGTH = struct.Struct("<I")
 _CLOSED = "Closed"
 #: What one kind of core is told, and what it answers.
-OneEvent = TypeVar("OneEvent", ClusterEvent, NodeEvent)
-OneCommand = TypeVar("OneCommand", ClusterCommand, NodeCommand)
+OneEvent = TypeVar("OneEvent", ClusterEvent, NodeEvent, StoreEvent)
+OneCommand = TypeVar("OneCommand", ClusterCommand, NodeCommand, StoreCommand)
 #: Read what was written of one event or command.
 Decode: TypeAlias = Callable[[bytes], Any]
 
@@ -79,7 +80,15 @@ class NodeHeader:
     scheduler: SchedulerConfig
 
 
-Header: TypeAlias = ClusterHeader | NodeHeader
+@dataclass(frozen=True, slots=True)
+class StoreHeader:
+    """What a store's core was made from."""
+
+    spec: StoreSpec
+    config: StoreConfig
+
+
+Header: TypeAlias = ClusterHeader | NodeHeader | StoreHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +126,19 @@ def _timed(member: Any, timer: Callable[[str], Timer]) -> Decode:
 
 CLUSTER: Final = _kind("cluster", ClusterHeader, ClusterEvent, ClusterCommand, cluster_timer)
 NODE: Final = _kind("node", NodeHeader, NodeEvent, NodeCommand, node_timer)
-_KINDS = {kind.name: kind for kind in (CLUSTER, NODE)}
+STORE: Final = _kind("store", StoreHeader, StoreEvent, StoreCommand, store_timer)
+_KINDS = {kind.name: kind for kind in (CLUSTER, NODE, STORE)}
 
 
 def kind_of(header: Header) -> Kind:
     """Return what can be in a journal with this header."""
-    return CLUSTER if isinstance(header, ClusterHeader) else NODE
+    match header:
+        case ClusterHeader():
+            return CLUSTER
+        case NodeHeader():
+            return NODE
+        case StoreHeader():
+            return STORE
 
 
 def as_written(fact: Event | Command) -> tuple[str, object]:
@@ -148,6 +164,11 @@ def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
     )
 
 
+def store_header(spec: StoreSpec, config: StoreConfig) -> StoreHeader:
+    """Return a store's header, without the place of its cmx, which no decision depends on."""
+    return StoreHeader(spec, replace(config, cmx=""))
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +176,11 @@ def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
 def open_journal(folder: str, name: str, header: ClusterHeader) -> "ClusterJournalWriter | None": ...
 @overload
 def open_journal(folder: str, name: str, header: NodeHeader) -> "NodeJournalWriter | None": ...
-def open_journal(folder: str, name: str, header: Header) -> "ClusterJournalWriter | NodeJournalWriter | None":
+@overload
+def open_journal(folder: str, name: str, header: StoreHeader) -> "StoreJournalWriter | None": ...
+def open_journal(
+    folder: str, name: str, header: Header
+) -> "ClusterJournalWriter | NodeJournalWriter | StoreJournalWriter | None":
     """Start a journal in a folder, which is made if need be; None without a folder. Raises `OSError`."""
     if not folder:
         return None
@@ -236,6 +261,7 @@ class JournalWriter(Generic[OneEvent, OneCommand]):
 
 ClusterJournalWriter: TypeAlias = JournalWriter[ClusterEvent, ClusterCommand]
 NodeJournalWriter: TypeAlias = JournalWriter[NodeEvent, NodeCommand]
+StoreJournalWriter: TypeAlias = JournalWriter[StoreEvent, StoreCommand]
 
 
 def recorded(
@@ -308,9 +334,21 @@ def read_journal(path: Path) -> Journal:
         raise JournalError(f"{path}: its header does not fit this version of Weft: {error}") from None
     if isinstance(header, NodeHeader) and not 0 < header.spec.blocks <= BLOCKS_MAX:
         raise JournalError(f"{path}: its header is of no node: it has {header.spec.blocks} blocks")
+    if isinstance(header, StoreHeader):
+        _check_store(path, header)
     journal = Journal(path, str(written_by), header, iter(()))
     journal.entries = _entries(journal, records)
     return journal
+
+
+def _check_store(path: Path, header: StoreHeader) -> None:
+    """Raise `JournalError` if no store is like that."""
+    for model in header.spec.models:
+        if not 0 <= model.slots <= BLOCKS_MAX:
+            raise JournalError(f"{path}: its header is of no store: it has {model.slots} slots for {shown(model.model)}")
+        for field, value in (("segment_blocks", model.segment_blocks), ("block_bytes", model.block_bytes)):
+            if value < 1:
+                raise JournalError(f"{path}: its header is of no store: {field} of {shown(model.model)} is {value}")
 
 
 def _records(path: Path) -> Iterator[bytes]:

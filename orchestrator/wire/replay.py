@@ -12,6 +12,7 @@ import msgspec
 
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.node.node import Node
+from orchestrator.core.store.store import Store
 from orchestrator.wire.journal import (
     ClusterHeader,
     Command,
@@ -21,6 +22,7 @@ from orchestrator.wire.journal import (
     JournalError,
     Kind,
     NodeHeader,
+    StoreHeader,
     as_written,
     kind_of,
 )
@@ -84,6 +86,8 @@ def _fresh_core(header: Header) -> _Handle:
             return Cluster(gateway, config).handle
         case NodeHeader(spec, scheduler):
             return Node(spec, scheduler).handle
+        case StoreHeader(spec, config):
+            return Store(spec, config).handle
 
 
 def _shown(kind: Kind, commands: Sequence[tuple[str, bytes]] | None) -> tuple[str, ...]:

@@ -9,7 +9,15 @@ import msgspec
 import pytest
 
 from orchestrator.core.commands import NodeCommand
-from orchestrator.core.config import ClusterConfig, ClusterSettings, GatewayConfig, PoolConfig, SchedulerConfig, TenantConfig
+from orchestrator.core.config import (
+    ClusterConfig,
+    ClusterSettings,
+    GatewayConfig,
+    PoolConfig,
+    SchedulerConfig,
+    StoreConfig,
+    TenantConfig,
+)
 from orchestrator.core.events import Assigned, ExportOpened, NodeEvent, SliceResult, StepFinished, TimerFired
 from orchestrator.core.node.node import Node
 from orchestrator.core.timers import (
@@ -48,9 +56,21 @@ from orchestrator.core.types import (
     StoreId,
     request_id,
 )
-from orchestrator.wire.journal import ClusterHeader, JournalError, NodeHeader, NodeJournalWriter, cluster_header, read_journal
+from orchestrator.wire.journal import (
+    ClusterHeader,
+    JournalError,
+    NodeHeader,
+    NodeJournalWriter,
+    StoreHeader,
+    StoreJournalWriter,
+    cluster_header,
+    read_journal,
+    recorded,
+    store_header,
+)
 from orchestrator.wire.replay import replay
-from tests.builders import node_spec
+from tests.builders import node_spec, store_spec, stored_model
+from tests.core.store.test_store_random import Scenario
 
 HEADER = NodeHeader(node_spec(blocks=8), SchedulerConfig(step_tokens_max=16, sequences_max=4))
 
@@ -151,6 +171,24 @@ def test_no_secret_and_no_key_is_in_a_header() -> None:
     assert header.config.tenants == (TenantConfig("team", share=3.0),)  # what decisions depend on
 
 
+def test_a_store_answers_as_it_did_whatever_happened_to_it(tmp_path: Path) -> None:
+    scenario = Scenario(seed=3, turns=100)
+    store, path = scenario.driver.store, tmp_path / "one.journal.gz"
+    writer = StoreJournalWriter(path, store_header(store.spec, scenario.config))
+    handle = store.handle
+    store.handle = lambda event, now: list(recorded(writer, handle, event, now))
+    scenario.driver.run()
+    writer.close()
+    journal = read_journal(path)
+    assert journal.header == StoreHeader(store.spec, scenario.config)
+    assert {type(entry.event).__name__ for entry in journal.entries} >= {"Offered", "ReadOpened", "CmxWritten", "LeasePlaced"}
+    assert replay(read_journal(path)) is None
+
+
+def test_the_place_of_cmx_is_not_in_a_header() -> None:
+    assert "hidden" not in repr(store_header(store_spec(), StoreConfig(cmx="s3://hidden")))
+
+
 def packed(*records: object) -> bytes:
     """Return a journal made by hand."""
     encoded = [msgspec.msgpack.encode(record) for record in records]
@@ -159,6 +197,12 @@ def packed(*records: object) -> bytes:
 
 FIRST = ("weft-journal", 2, "0.1.0", "node", HEADER)
 CLUSTER = (*FIRST[:3], "cluster", cluster_header(GatewayId(0), ClusterConfig(pools=(PoolConfig("both", PoolKind.AGGREGATED),))))
+
+
+def store_first(**model: int) -> tuple[object, ...]:
+    return (*FIRST[:3], "store", StoreHeader(store_spec(models=(stored_model(**model),)), StoreConfig()))
+
+
 NESTED = struct.pack("<I", 9000) + b"\x91" * 9000
 
 
@@ -207,6 +251,8 @@ def test_the_text_of_a_stores_timer_names_it(timer: StoreTimer) -> None:
     ("content", "problem"),
     [
         (packed((*FIRST[:3], ["node"], HEADER)), "is no weft-journal of version 2: starts with 'weft-journal', 2, ['node']"),
+        (packed(store_first(slots=-1)), "its header is of no store: it has -1 slots for 'm'"),
+        (packed(store_first(segment_blocks=0)), "its header is of no store: segment_blocks of 'm' is 0"),
         (packed((*FIRST[:4], {})), "its header does not fit this version of Weft: Object missing required field `spec`"),
         (packed((*FIRST[:4], NodeHeader(node_spec(blocks=-1), SchedulerConfig()))), "its header is of no node: it has -1 blocks"),
         (packed((*FIRST[:4], NodeHeader(node_spec(blocks=10**12), SchedulerConfig()))), "its header is of no node: it has 1000"),
@@ -220,6 +266,8 @@ def test_the_text_of_a_stores_timer_names_it(timer: StoreTimer) -> None:
         (packed(CLUSTER, (1.0, "DrainRequested", {}, (("Forget", {}),))), "record 2: a cluster knows no command 'Forget'"),
         (packed(CLUSTER, (1.0, "Cancelled", {"request": 1}, ())), "record 2: a cluster knows no event 'Cancelled'"),
         (packed(CLUSTER, (1.0, "TimerFired", {"key": "hold:1"}, ())), "record 2: a cluster has no timer 'hold:1'"),
+        (packed(store_first(), (1.0, "Assigned", {}, ())), "record 2: a store knows no event 'Assigned'"),
+        (packed(store_first(), (1.0, "TimerFired", {"key": "hold:1"}, ())), "record 2: a store has no timer 'hold:1'"),
         (packed(FIRST, (1.0, "TimerFired", {"key": "request:1"}, ())), "record 2: a node has no timer 'request:1'"),
         (packed(FIRST, (1.0, "TimerFired", {"key": "hold:one"}, ())), "record 2: a timer must be about a number, is 'hold:one'"),
         (packed(FIRST, (1.0, "TimerFired", {"key": 5}, ())), "record 2: Expected `str`, got `int`"),

@@ -29,7 +29,7 @@ class Scenario:
             stored_model(BIG, slots=random.randint(12, 48), segment_blocks=4, cmx=random.random() < 0.9),
             stored_model(SMALL, slots=random.randint(8, 30), segment_blocks=2, block_bytes=16, cmx=random.random() < 0.9),
         )
-        config = StoreConfig(
+        self.config = config = StoreConfig(
             cmx_bytes=random.choice((0, 2000, 8000, 100_000, 100_000)),
             offers_bytes_max=random.choice((64, 1000, 100_000)),
             moves_bytes_max=random.choice((64, 600, 2000)),
@@ -43,7 +43,7 @@ class Scenario:
         self.leases: list[Lease] = []
         self.chains: dict[ModelName, list[tuple[BlockHash, ...]]] = {BIG: [()], SMALL: [()]}
         for node, model in NODES.items():
-            self.driver.attach(node, model)
+            self.driver.later(0, lambda node=node, model=model: self.driver.attach(node, model))
         for _ in range(turns):
             self.driver.later(random.uniform(0, turns * 0.1), self.act)
 
