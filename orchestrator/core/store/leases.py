@@ -14,7 +14,7 @@ from orchestrator.core.events import LeaseEnded, LeasePlaced
 from orchestrator.core.kvpool import Claim
 from orchestrator.core.store.shelves import Shelf
 from orchestrator.core.timers import LeaseTimer
-from orchestrator.core.types import BlockHash, Lease, LeasedBytes, LeaseId, TenantId, Tier
+from orchestrator.core.types import BlockHash, Lease, LeasedBytes, LeaseId, ModelName, TenantId, Tier
 
 #: Leases of a store; one more is not kept.
 LEASES_MAX = 8192
@@ -44,7 +44,7 @@ class Held:
 class Leases:
     """All leases of a store."""
 
-    __slots__ = ("_clipped", "_ended", "_held", "_of_segment", "_orders", "_share_max", "_waiting")
+    __slots__ = ("_clipped", "_ended", "_held", "_leased", "_of_segment", "_orders", "_share_max", "_waiting")
 
     def __init__(self, share_max: float, orders: list[StoreCommand]) -> None:
         self._share_max = share_max
@@ -56,6 +56,8 @@ class Leases:
         self._waiting: dict[BlockHash, dict[LeaseId, Held]] = {}
         #: Those that have less of their chain than there is, since leases have their share of the arena.
         self._clipped: dict[LeaseId, Held] = {}
+        #: What `leased` said of a model, until something changes.
+        self._leased: dict[ModelName, tuple[LeasedBytes, ...]] = {}
         #: Those that pin a segment.
         self._of_segment: dict[BlockHash, dict[LeaseId, Held]] = {}
 
@@ -115,6 +117,7 @@ class Leases:
             for held in list(self._of_segment.get(name, {}).values()):
                 if held.shelf is not shelf:
                     continue
+                self._leased.pop(shelf.model.model, None)
                 if shelf.segments.holds(shelf.model.model, name):
                     held.missing.pop(name, None)
                 else:
@@ -126,6 +129,12 @@ class Leases:
 
     def leased(self, shelf: Shelf) -> tuple[LeasedBytes, ...]:
         """Return what is held of a model, by tenant and tier."""
+        model = shelf.model.model
+        if model not in self._leased:
+            self._leased[model] = self._count(shelf)
+        return self._leased[model]
+
+    def _count(self, shelf: Shelf) -> tuple[LeasedBytes, ...]:
         blocks: dict[tuple[TenantId, Tier], int] = {}
         size = shelf.model.segment_blocks
         for held in self._held.values():
@@ -167,6 +176,8 @@ class Leases:
             self._waiting.setdefault(hashes[there], {})[held.lease.id] = held
 
     def _stop_waiting(self, held: Held) -> None:
+        """Take a lease out of those that wait for a block; what it claims is about to change."""
+        self._leased.pop(held.lease.model, None)
         depth, hashes = held.claim.depth, held.lease.hashes
         if depth < len(hashes) and (waiting := self._waiting.get(hashes[depth])) is not None:
             waiting.pop(held.lease.id, None)
@@ -215,6 +226,8 @@ class Leases:
             segments = self._segments(shelf, lease)
             missing = {name for name in segments if not shelf.segments.holds(shelf.model.model, name)}
             assert missing == set(held.missing), f"lease {lease.id} lacks {len(missing)} segments, counts {len(held.missing)}"
+            told, counted = self._leased.get(lease.model), self._count(shelf)
+            assert told in (None, counted), f"{told} are said to be leased of {lease.model}, there are {counted}"
             depth = held.claim.depth
             waits = depth < len(lease.hashes) and lease.id in self._waiting.get(lease.hashes[depth], {})
             assert waits != (held.sunk or depth == len(lease.hashes)), f"lease {lease.id} claims {depth} blocks, waits: {waits}"

@@ -45,11 +45,12 @@ class Moves:
 
     def write(
         self, shelf: Shelf, segment: BlockHash, parent: BlockHash | None, claim: Claim, blocks: list[BlockId], now: float
-    ) -> None:
+    ) -> Move:
         """Start writing a segment, which the claim keeps in the arena."""
         move = self._start(shelf, segment, parent, now)
         move.claim = claim
         self._orders.append(WriteCmx(move.id, shelf.model.model, segment, tuple(map(SlotId, blocks))))
+        return move
 
     def _start(self, shelf: Shelf, segment: BlockHash, parent: BlockHash | None, now: float) -> Move:
         self._serial += 1

@@ -201,7 +201,9 @@ class Recalls:
             self._waiting.pop(recall, None)
             self._prefetches.pop(recall, None)
             self._forsake(recall)
-            recall.shelf.segments.use(recall.shelf.model.model, recall.shelf.whole(recall.hashes, recall.depth))
+            shelf = recall.shelf
+            if shelf.model.cmx:
+                shelf.segments.use(shelf.model.model, shelf.whole(recall.hashes, recall.depth))
         if recall.read is not None:
             self._serve(recall, over, now)
             if over:
@@ -308,9 +310,11 @@ class Recalls:
             shelf.segments.remove(shelf.model.model, move.segment)
         if failure is MoveFailure.DAMAGED:
             self._orders.append(DeleteCmx(shelf.model.model, (move.segment,)))
+        self._end_waiting(move, now)
         if failure is MoveFailure.UNAVAILABLE:
             self._moves.pause(now)
-        self._end_waiting(move, now)
+            for recall in [*self._waiting, *self._prefetches]:  # nothing more is asked for
+                self._break(recall, recall.asked * recall.shelf.model.segment_blocks, now)
 
     def _end_waiting(self, move: Move, now: float) -> None:
         """End whoever waits for a move where it would have gone on."""

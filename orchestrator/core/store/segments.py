@@ -39,8 +39,8 @@ class Segments:
         self.bytes = 0
         self._sizes = sizes
         self._known: dict[ModelName, dict[BlockHash, Segment]] = {model: {} for model in sizes}
-        #: Those that may be evicted, the one used longest ago first: (when it was, the segment). Some are stale.
-        self._order: list[tuple[int, Segment]] = []
+        #: Those that may be evicted, the one used longest ago first: (when it was, a tie-break, the segment). Some are stale.
+        self._order: list[tuple[int, int, Segment]] = []
         self._serial = 0
         #: How many want a segment to stay, whether it is known or not, by model.
         self._pins: dict[ModelName, dict[BlockHash, int]] = {model: {} for model in sizes}
@@ -72,14 +72,23 @@ class Segments:
         self._use(segment)
 
     def use(self, model: ModelName, names: Sequence[BlockHash]) -> None:
-        """Note that a chain is used: its segments, first one first."""
-        known, parent = self._known[model], None
-        for name in names:
-            segment = known.get(name)
-            if segment is not None:
-                self._link(segment, parent)
+        """Note that a chain is used: its segments, first one first, known or not.
+
+        The last known one stands for all before it: these go after it, and take its place in the order then.
+        """
+        known = self._known[model]
+        last: Segment | None = None
+        for place in range(len(names) - 1, -1, -1):
+            segment = known.get(names[place])
+            if segment is None:
+                continue
+            if last is None:
+                last = segment
                 self._use(segment)
-            parent = name
+            before = known.get(names[place - 1]) if place else None
+            if before is segment.parent:
+                return
+            self._link(segment, names[place - 1])
 
     def remove(self, model: ModelName, name: BlockHash) -> None:
         """Know of a segment no more. It is told of as removed even if it was not known: somebody else may believe in it."""
@@ -92,6 +101,7 @@ class Segments:
         parent = segment.parent
         if parent is not None:
             parent.children -= 1
+            parent.used = max(parent.used, segment.used)
             self._rank(parent)
 
     def discard(self, model: ModelName, names: Sequence[BlockHash]) -> list[BlockHash]:
@@ -134,8 +144,9 @@ class Segments:
         while self._order:
             entry = heappop(self._order)
             if self._fresh(entry):
-                self.remove(entry[1].model, entry[1].name)
-                return entry[1]
+                segment = entry[2]
+                self.remove(segment.model, segment.name)
+                return segment
         return None
 
     def take_changes(self, model: ModelName) -> tuple[list[BlockHash], list[BlockHash]]:
@@ -162,18 +173,20 @@ class Segments:
 
     def _rank(self, segment: Segment) -> None:
         """Put a segment that may be evicted into the order."""
-        entry = (segment.used, segment)
+        self._serial += 1
+        entry = (segment.used, self._serial, segment)
         if not self._fresh(entry):
             return
         heappush(self._order, entry)
         total = sum(map(len, self._known.values()))
         if len(self._order) > 2 * total + STALE_MAX:
-            everything = [(one.used, one) for known in self._known.values() for one in known.values()]
-            self._order = [entry for entry in everything if self._fresh(entry)]
+            everything = [one for known in self._known.values() for one in known.values()]
+            order = [(one.used, number, one) for number, one in enumerate(everything)]
+            self._order = [entry for entry in order if self._fresh(entry)]
             heapify(self._order)
 
-    def _fresh(self, entry: tuple[int, Segment]) -> bool:
-        used, segment = entry
+    def _fresh(self, entry: tuple[int, int, Segment]) -> bool:
+        used, _, segment = entry
         known = self._known[segment.model].get(segment.name) is segment
         return known and used == segment.used and self._evictable(segment)
 
@@ -189,7 +202,7 @@ class Segments:
         for segment in everything:
             if segment.parent is not None:
                 children[id(segment.parent)] = children.get(id(segment.parent), 0) + 1
-        ranked = {id(entry[1]) for entry in self._order if self._fresh(entry)}
+        ranked = {id(entry[2]) for entry in self._order if self._fresh(entry)}
         for segment in everything:
             found, there = segment.children, children.get(id(segment), 0)
             assert found == there, f"segment {segment.name!r} counts {found} that follow on it, there are {there}"

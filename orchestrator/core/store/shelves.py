@@ -130,6 +130,7 @@ class Shelf:
         "failures",
         "grown",
         "journal",
+        "leaving",
         "model",
         "pool",
         "segments",
@@ -146,6 +147,8 @@ class Shelf:
         self.journal = KvJournal(self.pool, config.resync_batches_max)
         #: Segments whose read from cmx somebody waits for, under way or arrived, by name.
         self.arriving: dict[BlockHash, Move] = {}
+        #: Segments that are being written to cmx, by name.
+        self.leaving: dict[BlockHash, Move] = {}
         #: Segments that were complete in the arena and not in cmx, the first one first; some have left the arena since.
         self.unwritten: dict[BlockHash, None] = {}
         #: Blocks that came since leases were last extended.

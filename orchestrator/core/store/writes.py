@@ -74,7 +74,7 @@ class Writes:
         while shelf.unwritten:
             name = next(iter(shelf.unwritten))
             del shelf.unwritten[name]
-            if self._is_written(shelf, name):
+            if name in shelf.leaving:
                 continue
             claim = None if self._segments.holds(shelf.model.model, name) else shelf.pool.claim(name)
             if claim is None:
@@ -85,7 +85,7 @@ class Writes:
             orphan = parent is not None and not self._comes(shelf, parent)
             if not orphan and self._make_room(shelf, 1, parent):
                 self._writing += shelf.model.segment_bytes
-                self._moves.write(shelf, name, parent, claim, blocks[-size:], now)
+                shelf.leaving[name] = self._moves.write(shelf, name, parent, claim, blocks[-size:], now)
                 return True
             put_first = orphan and self._put_first(shelf, claim)
             shelf.pool.release(claim)
@@ -98,7 +98,7 @@ class Writes:
         """Give up what has left the arena before it was written."""
         for name in [name for name in shelf.unwritten if not shelf.pool.holds(name)]:
             del shelf.unwritten[name]
-            if not self._is_written(shelf, name):
+            if name not in shelf.leaving:
                 self._settle(shelf, name)
 
     def _put_first(self, shelf: Shelf, claim: Claim) -> bool:
@@ -115,12 +115,7 @@ class Writes:
 
     def _comes(self, shelf: Shelf, name: BlockHash) -> bool:
         """Tell whether a segment is in cmx or on its way there."""
-        return self._segments.holds(shelf.model.model, name) or self._is_written(shelf, name)
-
-    def _is_written(self, shelf: Shelf, name: BlockHash) -> bool:
-        """Tell whether a segment is being written now."""
-        written = [move for move in self._moves.running.values() if move.claim is not None]
-        return any(move.segment == name and move.shelf is shelf for move in written)
+        return self._segments.holds(shelf.model.model, name) or name in shelf.leaving
 
     def _make_room(self, shelf: Shelf, count: int, parent: BlockHash | None) -> bool:
         """Evict from cmx until so many segments more fit, but not what they follow on; False if they never will."""
@@ -152,6 +147,7 @@ class Writes:
         shelf = move.shelf
         assert move.claim is not None, f"move {move.id} writes nothing"
         shelf.pool.release(move.claim)
+        del shelf.leaving[move.segment]
         self._writing -= shelf.model.segment_bytes
         if failure is None:
             shelf.count("written", shelf.model.segment_blocks)
@@ -186,7 +182,7 @@ class Writes:
             shelf.pool.drop(hashes, first, end)
 
     def _to_come(self, shelf: Shelf, name: BlockHash) -> bool:
-        return name in shelf.unwritten or self._is_written(shelf, name)
+        return name in shelf.unwritten or name in shelf.leaving
 
     def _settle(self, shelf: Shelf, segment: BlockHash) -> None:
         """Carry out demotions that waited for nothing but this segment, which will not be written any more."""
