@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from orchestrator.core.events import Ended, FirstToken, LeaseEnded
+from orchestrator.core.making import quickly_made
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
@@ -64,6 +65,7 @@ class Slice:
     sample: bool
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class RunStep:
     """Run one engine step. Ended by `StepFinished` or `StepFailed`; at most one step runs at a time.
@@ -309,6 +311,7 @@ StoreCommand = (
 # --- what a cluster asks for ------------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Why a route was taken, in predicted seconds and tokens."""
@@ -350,6 +353,7 @@ class ReportSourceLost:
     source: NodeId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Complete:
     """The request is over and went well; its counts are final.

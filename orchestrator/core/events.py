@@ -7,6 +7,7 @@ An event carries the name of the command it answers: `Fetch` is ended by `FetchE
 from dataclasses import dataclass, field
 from typing import Generic
 
+from orchestrator.core.making import quickly_made
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
@@ -117,6 +118,7 @@ class SliceResult:
     failure: str | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class StepFinished:
     """The engine ran a step; results stand in the order of the step's slices."""
@@ -428,6 +430,7 @@ class FirstToken:
     cmx_tokens: int = 0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A node is done with its part of a request."""
@@ -442,6 +445,7 @@ class Ended:
     cmx_tokens: int = 0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class NodeReported:
     """One frame of a node's stream, without the tokens."""

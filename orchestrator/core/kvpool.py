@@ -288,10 +288,11 @@ class BlockPool:
             parent, run = run, Run(run, run.end)
             parent.children[names[copies]] = run
         self._move(claim, run)
-        new = names[copies:]
+        new = names[copies:] if copies else names
         run.names += new
-        run.blocks += blocks[copies:]
-        place.update(dict.fromkeys(new, run))
+        run.blocks += blocks[copies:] if copies else blocks
+        for name in new:
+            place[name] = run
         self._untold[run] = None
         return copies
 
@@ -366,7 +367,9 @@ class BlockPool:
         upper.children[run.names[0]] = run
         parent.children[upper.names[0]] = upper
         run.parent, run.start = upper, depth
-        self._place.update(dict.fromkeys(upper.names, upper))
+        place = self._place
+        for name in upper.names:
+            place[name] = upper
         return upper
 
     def _move(self, claim: Claim, run: Run) -> None:
@@ -441,7 +444,9 @@ class BlockPool:
         blocks = run.blocks[: -count - 1 : -1]
         del run.names[-count:], run.blocks[-count:]
         self.idle_blocks -= count
-        deque(map(self._place.__delitem__, names), maxlen=0)
+        place = self._place
+        for name in names:
+            del place[name]
         untold = max(0, len(run.names) + count - run.told)
         self._removed += names[untold:]
         run.told, run.offered = min(run.told, len(run.names)), min(run.offered, len(run.names))
@@ -505,7 +510,8 @@ class BlockPool:
         if not self.untold:
             return None
         stored: list[StoredRun] = []
-        for run in sorted(self._untold, key=lambda run: run.start):  # parents before children
+        untold = self._untold
+        for run in untold if len(untold) == 1 else sorted(untold, key=lambda run: run.start):  # parents before children
             if run.told < len(run.names):
                 stored.append(StoredRun(self._name_before(run, run.told), tuple(run.names[run.told :])))
                 run.told = len(run.names)
@@ -668,6 +674,8 @@ class KvJournal:
 
 def paged(runs: Sequence[StoredRun], hashes_max: int) -> list[tuple[StoredRun, ...]]:
     """Return runs in order, in portions of `hashes_max` hashes at most, what comes with each run counted; long runs are cut."""
+    if _hashes(runs) <= hashes_max:  # nearly always
+        return [tuple(runs)] if runs else []
     pages: list[tuple[StoredRun, ...]] = []
     page: list[StoredRun] = []
     room = hashes_max
@@ -686,4 +694,4 @@ def paged(runs: Sequence[StoredRun], hashes_max: int) -> list[tuple[StoredRun, .
 
 def _hashes(runs: Sequence[StoredRun]) -> int:
     """Return what runs cost a batch."""
-    return sum(len(run.hashes) + RUN_HASHES for run in runs)
+    return sum([len(run.hashes) + RUN_HASHES for run in runs])

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
+from orchestrator.core.making import quickly_made
+
 #: Unique in the cluster: the gateway's number in the bits from `REQUEST_SERIAL_BITS` up, a running number below.
 RequestId = NewType("RequestId", int)
 GatewayId = NewType("GatewayId", int)
@@ -110,6 +112,7 @@ class FinishReason(StrEnum):
     FAILED = "failed"  # the node could not serve it; the report carries the message
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Request:
     """One turn as the cluster sees it."""
@@ -166,6 +169,7 @@ class Sampling:
         return replace(self, seed=(self.seed + number) & SEED_MASK)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """One node's part in one request.
@@ -301,6 +305,7 @@ class TenantLoad:
     queued_tokens: int
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Load:
     """A node's state at the end of a step; each is a count now, not a rate."""
@@ -436,6 +441,7 @@ class StoredRun:
     hashes: tuple[BlockHash, ...]
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class KvBatch:
     """What changed in one node's holdings, or in one store's of one model, numbered without gaps so that a lost batch is noticed.
@@ -462,4 +468,4 @@ class KvBatch:
     def blocks(self) -> int:
         """How many blocks it tells of, each segment counted as one."""
         segments = len(self.segments_stored) + len(self.segments_removed)
-        return len(self.removed) + sum(len(run.hashes) for run in self.stored) + segments
+        return len(self.removed) + sum([len(run.hashes) for run in self.stored]) + segments

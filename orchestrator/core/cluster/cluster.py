@@ -466,7 +466,7 @@ class Cluster:
         for candidate in (placement.prefill, placement.generate):
             if candidate is not None:
                 self._known[candidate.spec.id].requests[request.id] = None
-                pools.predicted.add(candidate.spec.id, request.id, request.hashes[options.present[candidate.column] :])
+                pools.predicted.add(candidate.spec.id, request.id, request.hashes, options.present[candidate.column])
 
     def _on_request_abandoned(self, event: RequestAbandoned) -> None:
         flight = self._flights.get(event.request)

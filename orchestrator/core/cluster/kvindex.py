@@ -30,6 +30,8 @@ from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, Store
 NOBODY = -1
 #: Distinct sets of holders in one batch up to which each is picked out by a pass in C (measured by bench/index.py).
 GROUPS_PICKED_MAX = 4
+#: Chains expected of a node that are compared one by one before a table of their blocks is made.
+NOTED_MAX = 4
 #: Blocks cleaned of departed nodes with each batch: so many for every block it brings, and at least so many.
 SWEEP_FACTOR = 4
 SWEEP_BLOCKS_MIN = 256
@@ -265,24 +267,18 @@ class KvIndex:
         return node.blocks <= node.blocks_max
 
     def _remove(self, node: _Node, hashes: Sequence[BlockHash]) -> None:
-        """Note blocks as not held. Those that nobody else holds are taken out in the pass that asks for them, if all are such."""
-        bit, holders = node.bit, self._holders
-        if holders[hashes[0]] == holders[hashes[-1]] == node.alone:
-            values = list(map(holders.pop, hashes, repeat(NOBODY)))
-            if values.count(node.alone) == len(values):
-                node.blocks -= len(values)
-                return
-        else:
-            values = list(map(holders.__getitem__, hashes))
-        for value, members in _by_value(hashes, values):
-            if value == NOBODY:
-                continue
-            if not value & bit:
-                node.blocks -= len(members)
-            if value | bit == NOBODY:
-                self._delete(members)
-            else:
-                self._replace(members, value | bit)
+        """Note blocks as not held. All are taken out in the pass that asks for them; those that others hold are put back."""
+        holders, alone = self._holders, node.alone
+        values = list(map(holders.pop, hashes, repeat(NOBODY)))
+        ended = values.count(alone)
+        node.blocks -= ended
+        if ended < len(values):
+            shared = list(map(alone.__ne__, values))
+            for value, members in _by_value(list(compress(hashes, shared)), list(compress(values, shared))):
+                if not value & node.bit:
+                    node.blocks -= len(members)
+                if value != NOBODY:
+                    self._replace(members, value | node.bit)
         assert node.blocks >= 0, f"column {node.column} holds {node.blocks} blocks of {len(holders)}"
 
     def _replace(self, members: Sequence[BlockHash], value: int) -> int:
@@ -356,56 +352,86 @@ def _by_value(hashes: Sequence[BlockHash], values: Sequence[int]) -> list[tuple[
     return list(groups.items())
 
 
+class _Expected:
+    """What one node is expected to hold soon."""
+
+    __slots__ = ("blocks", "noted", "requests")
+
+    def __init__(self) -> None:
+        #: Block to the last request that is about to compute it there; without those of `noted`.
+        self.blocks: dict[BlockHash, RequestId] = {}
+        #: Chains that nobody has looked into yet: request, the chain, and the first of its blocks that is expected.
+        self.noted: dict[RequestId, tuple[Sequence[BlockHash], int]] = {}
+        #: Requests of which something is expected.
+        self.requests = 0
+
+    def has(self, hashes: Sequence[BlockHash], place: int) -> bool:
+        """Return whether a chain's block is expected; in a noted chain it would be at the same place."""
+        block = hashes[place]
+        if block in self.blocks:
+            return True
+        return block in [chain[place] for chain, start in self.noted.values() if start <= place < len(chain)]
+
+    def look_into(self) -> None:
+        """Make a table of all that is expected."""
+        for request, (chain, start) in self.noted.items():
+            self.blocks.update(dict.fromkeys(chain[start:], request))
+        self.noted.clear()
+
+
 class PredictedKv:
     """Blocks that nodes do not hold yet but are about to compute for requests under way.
 
     A burst of siblings arrives before the first of them is computed; sent where the first went, they share its work. A request
     is noted with the part of its prompt that its node did not hold; that part goes when its first token comes, by when the
-    node has told of the blocks itself.
+    node has told of the blocks itself. Most prompts have no sibling: a table of their blocks is made only for those that do.
     """
 
-    __slots__ = ("_by_node", "_by_request", "_requests")
+    __slots__ = ("_by_node", "_by_request")
 
     def __init__(self) -> None:
-        #: Block to the last request that is about to compute it there.
-        self._by_node: dict[NodeId, dict[BlockHash, RequestId]] = {}
-        self._by_request: dict[tuple[NodeId, RequestId], Sequence[BlockHash]] = {}
-        #: Requests of which something is expected of a node.
-        self._requests: dict[NodeId, int] = {}
+        self._by_node: dict[NodeId, _Expected] = {}
+        #: A request's chain and the first of its blocks that is expected of a node.
+        self._by_request: dict[tuple[NodeId, RequestId], tuple[Sequence[BlockHash], int]] = {}
 
     @property
     def nodes(self) -> Sequence[NodeId]:
         """Nodes of which anything is predicted."""
         return tuple(self._by_node)
 
-    def add(self, node: NodeId, request: RequestId, uncached: Sequence[BlockHash]) -> None:
-        """Expect a node to hold the blocks that it is to compute for a request."""
-        if uncached:
-            self._by_request[node, request] = uncached
-            expected = dict.fromkeys(uncached, request)
-            if node in self._by_node:
-                self._by_node[node].update(expected)
-            else:
-                self._by_node[node] = expected
-            self._requests[node] = self._requests.get(node, 0) + 1
+    def add(self, node: NodeId, request: RequestId, hashes: Sequence[BlockHash], start: int) -> None:
+        """Expect a node to hold the blocks that it is to compute for a request: those of its chain from `start` on."""
+        if start >= len(hashes):
+            return
+        expected = self._by_node.get(node)
+        if expected is None:
+            expected = self._by_node[node] = _Expected()
+        elif len(expected.noted) >= NOTED_MAX:
+            expected.look_into()
+        self._by_request[node, request] = expected.noted[request] = hashes, start
+        expected.requests += 1
 
     def remove(self, node: NodeId, request: RequestId) -> None:
         """Expect nothing more of a request on a node; unknown ones are ignored."""
-        uncached = self._by_request.pop((node, request), None)
-        if uncached is None:
-            return
-        self._requests[node] -= 1
-        if not self._requests[node]:  # most often: nothing else is under way there
-            del self._requests[node], self._by_node[node]
+        noted = self._by_request.pop((node, request), None)
+        if noted is None:
             return
         expected = self._by_node[node]
-        for block in uncached:
-            if expected.get(block) == request:
-                del expected[block]
+        expected.requests -= 1
+        if not expected.requests:  # most often: nothing else is under way there
+            del self._by_node[node]
+        elif expected.noted.pop(request, None) is None:
+            hashes, start = noted
+            blocks = expected.blocks
+            for block in hashes[start:]:
+                if blocks.get(block) == request:
+                    del blocks[block]
 
     def extend(self, node: NodeId, hashes: Sequence[BlockHash], present: int) -> int:
         """Return how many blocks of a chain a node is about to hold, given that it holds the first `present` already."""
         expected = self._by_node.get(node)
-        if expected is None or present >= len(hashes) or hashes[present] not in expected:
+        if expected is None or present >= len(hashes) or not expected.has(hashes, present):
             return present
-        return bisect_left(hashes, True, present, key=lambda block: block not in expected)
+        expected.look_into()
+        blocks = expected.blocks
+        return bisect_left(hashes, True, present, key=lambda block: block not in blocks)

@@ -293,7 +293,7 @@ def change(generator: random.Random, index: KvIndex, model: Model, node: NodeId,
 
 def test_siblings_find_what_the_first_is_about_to_compute() -> None:
     predicted = PredictedKv()
-    predicted.add(A, RequestId(1), prompt_hashes("uvwx")[1:])
+    predicted.add(A, RequestId(1), prompt_hashes("uvwx"), 1)
     assert predicted.extend(A, prompt_hashes("uvwyz"), present=1) == 3
     assert predicted.extend(A, prompt_hashes("uvwyz"), present=0) == 0  # its first block is neither held nor expected
     assert predicted.extend(B, prompt_hashes("uvwyz"), present=1) == 1
@@ -302,11 +302,37 @@ def test_siblings_find_what_the_first_is_about_to_compute() -> None:
 
 def test_a_prediction_ends_with_its_request_unless_a_later_one_shares_it() -> None:
     predicted = PredictedKv()
-    predicted.add(A, RequestId(1), prompt_hashes("uv"))
-    predicted.add(A, RequestId(2), prompt_hashes("uvw"))
+    predicted.add(A, RequestId(1), prompt_hashes("uv"), 0)
+    predicted.add(A, RequestId(2), prompt_hashes("uvw"), 0)
     predicted.remove(A, RequestId(1))
     assert predicted.extend(A, prompt_hashes("uvw"), present=0) == 3
     predicted.remove(A, RequestId(2))
     predicted.remove(A, RequestId(2))
     assert predicted.extend(A, prompt_hashes("uvw"), present=0) == 0
     assert predicted.nodes == ()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_expected_is_the_same_whether_it_was_looked_into_or_not(seed: int) -> None:
+    generator = random.Random(seed)
+    predicted = PredictedKv()
+    expected: dict[RequestId, tuple[tuple[BlockHash, ...], int]] = {}
+    prompts = [prompt_hashes(f"{letter}{number}" * 6) for letter in "ab" for number in range(3)]
+    for number in range(200):
+        if expected and generator.random() < 0.45:
+            request = generator.choice(list(expected))
+            predicted.remove(A, request)
+            del expected[request]
+        else:
+            chain = generator.choice(prompts)
+            held = {block for other, first in expected.values() for block in other[first:]}
+            start = next((place for place in range(generator.randrange(4), 12) if chain[place] not in held), 12)
+            if not held.intersection(chain[start:]):
+                predicted.add(A, RequestId(number), chain, start)
+                if start < 12:
+                    expected[RequestId(number)] = chain, start
+        held = {block for other, first in expected.values() for block in other[first:]}
+        chain, place = generator.choice(prompts), generator.randrange(12)
+        end = next((end for end in range(place, 12) if chain[end] not in held), 12)
+        assert predicted.extend(A, chain, place) == end, f"seed {seed}"
+    assert (predicted.nodes != ()) == bool(expected)

@@ -123,7 +123,7 @@ def test_a_prefix_worth_less_than_its_transfer_is_recomputed() -> None:
 
 def test_a_sibling_goes_where_the_first_is_being_computed() -> None:
     place = Place("a0", "a1")
-    place.pools.predicted.add(NodeId("a1"), RequestId(7), prompt_hashes("abcdefgh"))
+    place.pools.predicted.add(NodeId("a1"), RequestId(7), prompt_hashes("abcdefgh"), 0)
     place.busy("a1", tokens=33)
     assert place.place("abcdefghi") == ("a1", None, None, 8 * BLOCK_TOKENS)
 
