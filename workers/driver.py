@@ -70,13 +70,13 @@ from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
 from workers.beginnings import Beginnings
 from workers.engines.base import Engine, EngineDescription, SliceOutput, broken_promise
-from workers.memory import PeerMemory, TransferFailed, TransferLimits
+from workers.memory import Copier, PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
 from workers.runner import open_runner
+from workers.tiers import HBM, Moved, StorePlace, Tiers
 from workers.transfer import Channels, Exports, Fetches, Stream, WholeWrites
 from workers.transports import Transport
 
-HBM = "hbm"
 #: Seconds between two lines in the log about calls that were refused.
 REFUSAL_LOG_S = 1.0
 log = logging.getLogger("weft.node")
@@ -134,6 +134,7 @@ class NodeDriver:
         channels, peers: connections and memory maps, shared by the nodes of a process.
         fatal: told of an error that leaves the node in an unknown state; the process should end.
         journal: takes down every event and what came of it; closed by `close`.
+        copier: makes the copies to and from this host's store; None if the host is to have none.
 
     Made on a running loop.
     """
@@ -150,6 +151,7 @@ class NodeDriver:
         fatal: Callable[[BaseException], None],
         limits: DriverLimits,
         journal: NodeJournalWriter | None = None,
+        copier: Copier | None = None,
     ) -> None:
         self.spec = spec
         self._journal = journal
@@ -161,6 +163,11 @@ class NodeDriver:
         tokens = spec.block_tokens
         self._exports = Exports(transports, size, tokens, self.handle, limits.transfer)
         self._fetches = Fetches(transports, choose, size, tokens, channels, peers, self.handle, self._moved)
+        trust = channels.trust
+        paced = None if self._description.computes else spec.profile
+        self._tiers = (
+            Tiers(spec, engine, paced, copier, trust, limits.transfer, self.handle, self._copied) if copier is not None else None
+        )
         self._fatal = fatal
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -221,9 +228,16 @@ class NodeDriver:
                 sequence = self._sequences[command.request]
                 self._fetches.start(command, sequence.source_address, sequence.source_host)
             case StopFetch(request):
-                self._fetches.stop(request)
-            case LoadBlocks() | Offer() | StopOffer() | TellLeases():
-                raise AssertionError(f"node {self.spec.id} has neither store nor leases and asks for {command}")
+                if self._tiers is None or not self._tiers.stop(request):
+                    self._fetches.stop(request)
+            case LoadBlocks():
+                self._tiers_for(command).load(command)
+            case Offer():
+                self._tiers_for(command).offer(command)
+            case StopOffer(offer):
+                self._tiers_for(command).stop_offer(offer)
+            case TellLeases():
+                raise AssertionError(f"node {self.spec.id} has no leases and asks for {command}")
             case SendBlocks():
                 self._exports.send(command)
             case DropGateway(gateway):
@@ -477,8 +491,27 @@ class NodeDriver:
             else:
                 asking.add_kv([codec.kv_message(batch) for batch in batches])
 
+    def use_store(self, place: StorePlace | None) -> None:
+        """Take another store of this host from now on, or none."""
+        assert self._tiers is not None, f"node {self.spec.id} is not to use stores"
+        self._tiers.use(place)
+
+    def _tiers_for(self, command: LoadBlocks | Offer | StopOffer) -> Tiers:
+        assert self._tiers is not None, f"node {self.spec.id} has no store and asks for {command}"
+        return self._tiers
+
     def _moved(self, request: RequestId, size: int, seconds: float, began_s_ago: float) -> None:
-        move = node_pb2.Move(source=HBM, target=HBM, bytes=size, seconds=seconds, request=request, began_s_ago=began_s_ago)
+        self._copied(Moved(HBM, HBM, size, seconds, request, began_s_ago))
+
+    def _copied(self, moved: Moved) -> None:
+        move = node_pb2.Move(
+            source=moved.source,
+            target=moved.target,
+            bytes=moved.bytes,
+            seconds=moved.seconds,
+            request=moved.request or 0,
+            began_s_ago=moved.began_s_ago,
+        )
         for outbox in self._outboxes.values():
             outbox.add_move(move)
 
@@ -565,6 +598,8 @@ class NodeDriver:
                 outbox.stream.cancel()
         self._exports.close()
         await self._fetches.close()
+        if self._tiers is not None:
+            await self._tiers.close()
         # Waiting for the engine's thread must not stop the loop, which the thread's last call needs.
         await self._loop.run_in_executor(None, self._runner.close)
         self._engine.close()

@@ -24,6 +24,7 @@ from orchestrator.wire.trust import Caller, Refused, Trust
 from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import Engine
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
+from workers.tiers import StorePlace
 from workers.transfer import Channels
 from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedTransport, SharedMemoryTransport, Transport
 
@@ -65,6 +66,7 @@ class NodeServer:
         host: address to listen on and to be reached by; the port is chosen by the system.
         objects: a store that nodes on other hosts reach, if there is one.
         journal: folder in which each node writes down what it is told and what it decides; empty for none.
+        stores: whether this host has, or is to have, a store (`set_store`).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class NodeServer:
         objects: ObjectStore | None = None,
         limits: DriverLimits | None = None,
         journal: str = "",
+        stores: bool = False,
     ) -> None:
         assert nodes, "a process without nodes"
         self._pool = pool
@@ -88,6 +91,7 @@ class NodeServer:
         self._host_id = host_id()
         self._objects = objects
         self._journal = journal
+        self._stores = stores
         given = limits or DriverLimits()
         # Nodes of one process share its time for frames.
         frame_s = min(given.frame_s_min * len(nodes), max(FRAME_S_MOST, given.frame_s_min))
@@ -119,6 +123,11 @@ class NodeServer:
         """Wait for an error that leaves a node in an unknown state, and raise it; the process should end then."""
         assert self._failure is not None, "not started"
         raise await asyncio.shield(self._failure)
+
+    async def set_store(self, place: StorePlace | None) -> None:
+        """Have the nodes use another store of this host from now on, or none."""
+        for driver in self.drivers.values():
+            driver.use_store(place)
 
     async def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs end. Returns False if some did not end in time."""
@@ -173,6 +182,7 @@ class NodeServer:
             fatal=self._on_fatal,
             limits=self._limits,
             journal=open_journal(self._journal, name, NodeHeader(spec, self._pool.scheduler)),
+            copier=Copier(self._copies, self._limits.transfer.inline_bytes_max) if self._stores else None,
         )
 
     def _spec(self, node: NodeId, address: str, engine: Engine) -> NodeSpec:
@@ -186,6 +196,7 @@ class NodeServer:
             context_tokens_max=min(description.context_tokens_max, codec.prompt_tokens_max(description.block_tokens)),
             address=address,
             host=self._host_id,
+            stores=self._stores,
         )
 
     def _transports(self, engine: Engine, arena: SharedArena | None, limits: TransferLimits) -> dict[str, Transport]:

@@ -63,6 +63,18 @@ def show_status(status: dict[str, Any], console: Console) -> None:
     for node in status["nodes"]:
         table.add_row(*_row(node))
     console.print(table)
+    if status.get("stores"):
+        show_stores(status["stores"], console)
+
+
+def show_stores(stores: list[dict[str, Any]], console: Console) -> None:
+    """Print what hosts' stores hold."""
+    table = Table("store", "model", "cpu used", "cached", "blocks", "segments in cmx", "reads that wait")
+    for one in stores:
+        total = sum(one["slots"].values())
+        shares = [f"{100 * one['slots'][state] / max(total, 1):.0f} %" for state in ("used", "cached")]
+        table.add_row(one["store"], one["model"], *shares, str(total), str(one["segments"]), str(one["waiting_reads"]))
+    console.print(table)
 
 
 def show_fleet(status: dict[str, Any], console: Console) -> None:

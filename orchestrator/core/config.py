@@ -33,6 +33,8 @@ BLOCKS_MAX = 1 << 27
 GATEWAYS_MAX = 1 << 10
 #: What operators call the gateways where they may name a pool as well.
 GATEWAYS = "gateways"
+#: And the stores, one on each host that has nodes.
+STORES = "stores"
 #: What a whole number in a file may be, and how much of a wrong value is shown.
 WHOLE_MAX = 1 << 53
 SHOWN_MAX = 60
@@ -614,7 +616,8 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
-        require(self.name != GATEWAYS, "name", f'"{GATEWAYS}" is what commands call the gateways')
+        for taken in (GATEWAYS, STORES):
+            require(self.name != taken, "name", f'"{taken}" is what commands call the {taken}')
         _check_profile(self.profile)
         require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
@@ -640,6 +643,7 @@ class PoolConfig:
         context_tokens_max: int,
         address: str = "",
         host: str = "",
+        stores: bool = False,
     ) -> NodeSpec:
         """Return a node of the pool: what this file says of it, and the sizes that its engine has."""
         return NodeSpec(
@@ -657,6 +661,7 @@ class PoolConfig:
             profile=self.profile,
             address=address,
             host=host,
+            stores=stores,
         )
 
 
@@ -720,6 +725,10 @@ class ClusterConfig:
         for name in ("block_tokens", "kv_format_stored"):
             found = sorted({getattr(pool.engine, name) for pool in pools})
             require(len(found) == 1, f"models.{model}", f"its pools differ in engine.{name}: {', '.join(map(str, found))}")
+        for name in ("name", "dtype") if self.store is not None else ():
+            found = sorted({getattr(pool.engine, name) for pool in pools})
+            problem = f"its pools differ in engine.{name}, so that they cannot share a store: {', '.join(found)}"
+            require(len(found) == 1, f"models.{model}", problem)
 
     def pools_of(self, model: str) -> tuple[PoolConfig, ...]:
         """Return the pools that serve a model, in the file's order."""

@@ -1,4 +1,4 @@
-"""The actors that are a cluster's processes: some nodes, or a gateway. Asked by the controller (`keeper.py`) alone.
+"""The actors that are a cluster's processes: some nodes, a gateway, a host's store. Asked by the controller (`keeper.py`) alone.
 
 What they are to be comes with `start`, from actor to actor: what a constructor is given Ray keeps in its tables, and a
 configuration may hold secrets.
@@ -19,17 +19,20 @@ import ray as typed_ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from orchestrator.core.config import ClusterConfig
-from orchestrator.core.types import GatewayId, NodeId
+from orchestrator.core.types import GatewayId, ModelName, NodeId, StoreId
 from orchestrator.fleet.loops import LoopThread, serve_long
 from orchestrator.fleet.processes import Part, ProcessName, pool_of, pools_by_node
 from orchestrator.fleet.vital import Vital, end, own_vital
-from orchestrator.live.front import Front, Membership
+from orchestrator.live.front import Front, HostStore, Membership
 from orchestrator.live.secret import with_secrets
 from orchestrator.wire.logs import open_log
 from orchestrator.wire.trust import read_trust
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
+from workers.store.models import ModelBlocks, model_blocks
+from workers.store.server import StoreServer
+from workers.tiers import StorePlace
 
 #: Ray's own annotations are too loose for the checker.
 ray = cast(Any, typed_ray)
@@ -182,6 +185,11 @@ class NodeProcess(_Process):
         serve_long()
         return self.describe()
 
+    def set_store(self, store: HostStore | None) -> None:
+        """Tell the nodes which store their host has now."""
+        if self._server is not None:
+            self._loop.run(self._server.set_store(StorePlace(store.store, store.address) if store is not None else None))
+
     def drain(self, seconds: float, lingers: bool) -> bool:
         """Take nothing new and let what runs end; False if some did not."""
         del lingers  # gateways hear of it by their links
@@ -201,8 +209,60 @@ class NodeProcess(_Process):
         trust = read_trust(config.cluster.secret, config.cluster.tls)
         host, pool, journal = ray.util.get_node_ip_address(), pool_of(config, self._part), config.cluster.journal
         self._server = NodeServer(
-            pool, self._part.nodes, self._incarnation, folder, trust, host, RayObjects(trust), limits, journal
+            pool,
+            self._part.nodes,
+            self._incarnation,
+            folder,
+            trust,
+            host,
+            RayObjects(trust),
+            limits,
+            journal,
+            stores=config.store is not None,
         )
+        address = await self._server.start()
+        self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
+        return address
+
+
+class StoreProcess(_Process):
+    """Actor: one host's store."""
+
+    def __init__(self, part: Part, incarnation: int) -> None:
+        super().__init__(part, incarnation)
+        self._server: StoreServer | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    def start(self, config: ClusterConfig) -> Description | None:
+        """Take the memory, serve, and say where."""
+        config = self._configure(config)
+        engines = {model: config.pools_of(model)[0].engine for model in config.models}
+        models = [model_blocks(ModelName(model), engine, model_folder(config, model)) for model, engine in engines.items()]
+        self._fingerprints = {model: fingerprint(model_folder(config, model)) for model in config.models}
+        self._address = self._loop.run(self._serve(config, models))
+        serve_long()
+        return self.describe()
+
+    def drain(self, seconds: float, lingers: bool) -> bool:
+        """Nodes go on without it: there is nothing to wait for."""
+        del seconds, lingers
+        self._draining = True
+        return True
+
+    def stop(self) -> None:
+        """Stop serving; what is in the memory is lost."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._server is not None:
+            self._loop.run(self._server.stop(), STOP_S)
+        self._close()
+
+    async def _serve(self, config: ClusterConfig, models: list[ModelBlocks]) -> str:
+        trust = read_trust(config.cluster.secret, config.cluster.tls)
+        host, journal = ray.util.get_node_ip_address(), config.cluster.journal
+        assert config.store is not None, "a store without [store]"
+        store = StoreId(self._part.name)
+        self._server = StoreServer(store, self._incarnation, config.store, models, trust, host, journal)
         address = await self._server.start()
         self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
         return address
@@ -264,10 +324,10 @@ async def _vital() -> Vital:
     return own_vital()
 
 
-async def _exit_on_failure(server: NodeServer) -> None:
+async def _exit_on_failure(server: NodeServer | StoreServer) -> None:
     try:
         await server.wait()
-    except Exception as error:  # Whatever it was, the node is in an unknown state: the controller starts a new process.
+    except Exception as error:  # Whatever it was, the node or store is in an unknown state: the controller starts a new process.
         _exit(error)
 
 

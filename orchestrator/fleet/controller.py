@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from orchestrator.core.config import GATEWAYS, GATEWAYS_MAX, NODES_MAX, ClusterConfig, ConfigError
+from orchestrator.core.config import GATEWAYS, GATEWAYS_MAX, NODES_MAX, STORES, ClusterConfig, ConfigError
 from orchestrator.core.events import TimerFired
 from orchestrator.fleet.differences import changes_between, with_sizes
 from orchestrator.fleet.lives import Lives
@@ -41,6 +41,7 @@ from orchestrator.fleet.words import (
     DrainAsked,
     EndAsked,
     Event,
+    HostUsed,
     Keep,
     Kill,
     ProcessDied,
@@ -132,6 +133,8 @@ class Controller:
         match event:
             case Resumed():
                 self._on_resumed(event, now)
+            case HostUsed(host):
+                self._on_host_used(host, now)
             case ProcessServes():
                 self._on_process_serves(event, now)
             case StartFailed():
@@ -170,6 +173,15 @@ class Controller:
             if process.state is State.DOWN:
                 self._lives.start(process, now)
         self._lives.keep()
+
+    def _on_host_used(self, host: str, now: float) -> None:
+        process = None if self._lives.ending else self._lives.store_for(host)
+        if process is None:
+            return
+        self._lives.keep()
+        if self._operation is not None and self._operation.boots:
+            self._operation.coming[process.part.name] = None
+        self._lives.start(process, now)
 
     def _on_process_serves(self, event: ProcessServes, now: float) -> None:
         process = self._lives.current(event.name, event.incarnation)
@@ -283,7 +295,7 @@ class Controller:
         if process.state is State.DRAINED:
             return f"{name} is drained already"
         if not wish.force and self._lives.is_last(process):
-            what = "gateway that serves" if process.part.pool is None else "process that generates for its model"
+            what = "gateway that serves" if process.part.is_gateway else "process that generates for its model"
             return f"{name} is the only {what}; --force drains it all the same"
         self._operation = _Operation(wish.serial, f"draining {name}", leaving={name: None})
         self._lives.retire(process, Then.OUT, now)
@@ -307,6 +319,8 @@ class Controller:
         most = GATEWAYS_MAX if wish.group == GATEWAYS else NODES_MAX
         if wish.group not in self._lives.groups:
             return f"no pool is called {wish.group}; there are: {', '.join(self._lives.groups)}"
+        if wish.group == STORES:
+            return "each host that has nodes has one store, and no other has any"
         if not 1 <= wish.count <= most:
             return f"{wish.group} must be 1 to {most}, not {wish.count}"
         if wish.group == GATEWAYS:
@@ -353,7 +367,7 @@ class Controller:
         self._lives.ending = True
         self._operation = operation = _Operation(wish.serial, "ending the cluster", deque([_EndNodes()]))
         for process in self.processes:
-            if process.part.pool is None:
+            if process.part.is_gateway:
                 operation.leaving[process.part.name] = None
                 if process.state is State.UP:
                     self._lives.drain(process, Then.AWAY, wish.drain_s)
@@ -405,7 +419,7 @@ class Controller:
             operation.steps.appendleft(_Retire(part.name))
             self._lives.keep()
             return
-        if part.pool is None and self._lives.is_last(process):
+        if part.is_gateway and self._lives.is_last(process):
             self._lives.order(Say(f"{part.name} is the only gateway: nothing answers while it starts anew"))
         operation.coming[part.name] = None
         self._lives.retire(process, Then.AGAIN, now)

@@ -17,15 +17,20 @@ from typing import Any, assert_never, cast
 
 import ray as typed_ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.core.events import TimerFired
 from orchestrator.core.types import GatewayId
 from orchestrator.fleet import memory
-from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess
+from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess, StoreProcess
 from orchestrator.fleet.controller import Controller
 from orchestrator.fleet.processes import Part, ProcessName, State, bundle_of, cannot_be_placed, parts_of, unplaceable
 from orchestrator.fleet.vital import Vital, end, own_vital
@@ -40,6 +45,7 @@ from orchestrator.fleet.words import (
     EndAsked,
     Event,
     Found,
+    HostUsed,
     Keep,
     Kill,
     ProcessDied,
@@ -60,7 +66,7 @@ from orchestrator.fleet.words import (
     Stop,
     TellMembers,
 )
-from orchestrator.live.front import Membership, NodePlace
+from orchestrator.live.front import HostStore, Membership, NodePlace
 from orchestrator.live.secret import drawn_secret
 
 #: Ray's own annotations are too loose for the checker.
@@ -107,6 +113,10 @@ class _Life:
 
     part: Part
     incarnation: int
+    #: The host that it is on, as Ray names it; empty while it has no place.
+    host: str = ""
+    #: What its nodes were told last of their host's store.
+    told_store: HostStore | None = None
     handle: Any = None
     vital: Vital | None = None
     version: str = ""
@@ -142,6 +152,8 @@ class ControllerProcess:
         self._lives: dict[ProcessName, _Life] = {}
         self._groups: dict[ProcessName, PlacementGroup] = {}
         self._timers: dict[ProcessName, asyncio.TimerHandle] = {}
+        #: By host, as Ray names it.
+        self._stores: dict[str, HostStore] = {}
         self._answers: dict[int, asyncio.Future[str | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: What gateways are being told of members; each message has a serial number, so that they may overtake each other.
@@ -320,6 +332,8 @@ class ControllerProcess:
         assert problem.address is not None, f"{name} has started and does not serve"
         life.version = problem.version
         self._handle_of(life, ProcessServes(name, life.incarnation, problem.address, problem.fingerprints))
+        if life.part.nodes:
+            await self._tell_store(life)
         await self._watch(life)
 
     def _handle_of(self, life: _Life, event: Event) -> None:
@@ -335,9 +349,12 @@ class ControllerProcess:
             problem = await self._place(life.part)
             if problem is not None:
                 return problem
+            life.host = life.part.host or self._host_of(life.part)
+            if life.part.nodes:
+                self._handle(HostUsed(life.host))
             life.handle = self._actor(life)
             config = self._effective_config()
-            more = (self._http_port(life.part, address), self._members) if life.part.pool is None else ()
+            more = (self._http_port(life.part, address), self._members) if life.part.is_gateway else ()
             found: Description = await asyncio.wait_for(life.handle.start.remote(config, *more), START_S)
             life.vital = await asyncio.wait_for(life.handle.ping.remote(self._vital), ASK_S)
         except RayTaskError as error:
@@ -352,6 +369,8 @@ class ControllerProcess:
 
     async def _place(self, part: Part) -> str | None:
         """Reserve what a process asks for. Returns the problem if there is no room; it stays asked for."""
+        if part.is_store:
+            return None
         machine = cast(Controller, self._machine)
         bundle = bundle_of(machine.config, part)
         group = self._groups.get(part.name)
@@ -361,6 +380,11 @@ class ControllerProcess:
         if await asyncio.to_thread(group.wait, PLACEMENT_S):
             return None
         return cannot_be_placed(part.group, 1, bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+    def _host_of(self, part: Part) -> str:
+        """Return the host on which a process has its place."""
+        table: dict[str, Any] = ray.util.placement_group_table(self._groups[part.name])
+        return next(iter(table["bundles_to_node_id"].values()), "")
 
     def _actor(self, life: _Life) -> Any:
         """Ask Ray for a process."""
@@ -373,10 +397,15 @@ class ControllerProcess:
             "num_cpus": bundle.get("CPU", 0),
             "num_gpus": bundle.get("GPU", 0),
             "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[life.part.name], placement_group_bundle_index=0),
+            "scheduling_strategy": self._strategy(life.part),
         }
-        kind = GatewayProcess if life.part.pool is None else NodeProcess
+        kind = StoreProcess if life.part.is_store else GatewayProcess if life.part.is_gateway else NodeProcess
         return remote(kind, options).remote(life.part, life.incarnation)
+
+    def _strategy(self, part: Part) -> Any:
+        if part.is_store:
+            return NodeAffinitySchedulingStrategy(part.host, soft=False)
+        return PlacementGroupSchedulingStrategy(self._groups[part.name], placement_group_bundle_index=0)
 
     def _actor_name(self, life: _Life) -> str:
         return f"{self._cluster}/{life.part.name}/{life.incarnation}"
@@ -461,19 +490,32 @@ class ControllerProcess:
     def _gateways(self) -> list[_Life]:
         """Return the gateways that can be asked."""
         processes = cast(Controller, self._machine).processes
-        names = [process.part.name for process in processes if process.part.pool is None and process.serves]
+        names = [process.part.name for process in processes if process.part.is_gateway and process.serves]
         return [self._lives[name] for name in names if name in self._lives]
 
     def _tell_members(self, order: TellMembers) -> None:
         nodes = tuple(NodePlace(node, pool, address) for node, pool, address in order.nodes)
         gateways: Mapping[GatewayId, str] = {GatewayId(number): url for number, url in order.gateways.items()}
-        self._members = Membership(self._members.serial + 1, nodes, gateways)
+        stores = tuple(HostStore(store, address) for store, _, address in order.stores)
+        self._members = Membership(self._members.serial + 1, nodes, gateways, stores)
+        self._stores = {host: HostStore(store, address) for store, host, address in order.stores}
+        for life in self._lives.values():
+            if life.part.nodes and life.vital is not None:
+                self._spawn(self._tell_store(life), life)
         telling = self._spawn(self._tell_gateways(self._members))
         self._tellings.add(telling)
         telling.add_done_callback(self._tellings.discard)
 
     async def _tell_gateways(self, members: Membership) -> None:
         await asyncio.gather(*(self._ask_life(life, "set_members", members) for life in self._gateways()))
+
+    async def _tell_store(self, life: _Life) -> None:
+        """Tell a process with nodes of its host's store, if it was told otherwise before."""
+        store = self._stores.get(life.host)
+        if store == life.told_store:
+            return
+        life.told_store = store
+        await self._ask_life(life, "set_store", store)
 
     async def _in_order(self) -> None:
         """Wait until the gateways know what they were to be told up to now."""
@@ -510,6 +552,8 @@ class ControllerProcess:
             for life in lives:
                 self._lives[life.part.name] = life
                 self._find_group(life.part)
+                if life.part.name in self._groups:
+                    life.host = self._host_of(life.part)
             found = [
                 Found(one.part, one.incarnation, cast(str, one.address), one.fingerprints, one.draining) for one in described
             ]

@@ -6,8 +6,8 @@
 from typing import assert_never
 
 from orchestrator.core.commands import ClearTimer, SetTimer
-from orchestrator.core.config import GATEWAYS, ClusterConfig
-from orchestrator.core.types import PoolName
+from orchestrator.core.config import GATEWAYS, STORES, ClusterConfig
+from orchestrator.core.types import PoolName, StoreId
 from orchestrator.fleet.processes import Part, Process, ProcessName, State, Then, node_parts, parts_of, pool_of
 from orchestrator.fleet.words import (
     BackoffTimer,
@@ -173,8 +173,9 @@ class Lives:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """What operators may name: the pools, and the gateways."""
-        return (*(pool.name for pool in self.config.pools), GATEWAYS)
+        """What operators may name: the pools, the stores if there are any, and the gateways."""
+        stores = (STORES,) if self.config.store is not None else ()
+        return (*(pool.name for pool in self.config.pools), *stores, GATEWAYS)
 
     def wanted(self, group: str | None = None) -> list[Process]:
         """Return the processes (of a group) that are not on their way out for good."""
@@ -207,7 +208,7 @@ class Lives:
             return False
         others = [other for other in self._processes.values() if other is not process and other.state is State.UP]
         if process.part.pool is None:
-            return not any(other.part.pool is None for other in others)
+            return not any(other.part.is_gateway for other in others)
         model = pool_of(self.config, process.part).model
         return not any(
             other.part.pool is not None and self._generates(other.part) and pool_of(self.config, other.part).model == model
@@ -215,16 +216,23 @@ class Lives:
         )
 
     def _generates(self, part: Part) -> bool:
-        return part.pool is None or pool_of(self.config, part).kind.generates
+        return part.is_gateway or (part.pool is not None and pool_of(self.config, part).kind.generates)
 
     def fresh(self, group: str, count: int) -> list[Process]:
         """Add processes for so many more nodes, or gateways; none if `count` is not over 0."""
         if group == GATEWAYS:
-            taken = [process.part.number for process in self._processes.values() if process.part.pool is None]
+            taken = [process.part.number for process in self._processes.values() if process.part.is_gateway]
             free = [number for number in range(len(taken) + max(count, 0)) if number not in taken]
             return [self._add(Part(None, number)) for number in free[: max(count, 0)]]
         pool = next(pool for pool in self.config.pools if pool.name == group)
         return [self._add(part) for part in node_parts(pool, self._next_numbers[group], max(count, 0))]
+
+    def store_for(self, host: str) -> Process | None:
+        """Add a process for a host's store; None if there are none in this cluster, or that host has one."""
+        stores = [process.part for process in self._processes.values() if process.part.is_store]
+        if self.config.store is None or any(part.host == host for part in stores):
+            return None
+        return self._add(Part(None, max((part.number for part in stores), default=-1) + 1, host=host))
 
     def _add(self, part: Part) -> Process:
         process = self._processes[part.name] = Process(part)
@@ -255,9 +263,14 @@ class Lives:
         gateways = {
             process.part.number: process.address
             for process in self._processes.values()
-            if process.part.pool is None and process.state is State.UP
+            if process.part.is_gateway and process.state is State.UP
         }
-        told = TellMembers(nodes, gateways)
+        stores = tuple(
+            (StoreId(process.part.name), process.part.host, process.address)
+            for process in self._processes.values()
+            if process.part.is_store and process.state is State.UP
+        )
+        told = TellMembers(nodes, gateways, stores)
         if told != self._told and not self.ending:
             self._told = told
             self.order(told)

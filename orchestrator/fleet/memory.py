@@ -43,7 +43,7 @@ def write(cluster: str, config: ClusterConfig, kept: Keep) -> None:
     content = {
         "config": concealed,
         "lacks_secrets": concealed != mapping,
-        "parts": [[part.pool, part.number, list(part.nodes)] for part in kept.parts],
+        "parts": [[part.pool, part.number, list(part.nodes), part.host] for part in kept.parts],
         "drained": list(kept.drained),
         "next_numbers": dict(kept.next_numbers),
     }
@@ -57,8 +57,8 @@ def read(cluster: str) -> Memory | None:
         return None
     content = json.loads(found)
     parts = tuple(
-        Part(PoolName(pool) if pool is not None else None, number, tuple(map(NodeId, nodes)))
-        for pool, number, nodes in content["parts"]
+        Part(PoolName(pool) if pool is not None else None, number, tuple(map(NodeId, nodes)), *host)
+        for pool, number, nodes, *host in content["parts"]  # a host is missing where an older controller wrote
     )
     kept = Keep(parts, tuple(map(ProcessName, content["drained"])), content["next_numbers"])
     return Memory(ClusterConfig.from_mapping(content["config"]), kept, content["lacks_secrets"])

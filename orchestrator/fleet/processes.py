@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
-from orchestrator.core.config import GATEWAYS, ClusterConfig, PoolConfig
+from orchestrator.core.config import GATEWAYS, STORES, ClusterConfig, PoolConfig
 from orchestrator.core.types import NodeId, PoolName
 
 ProcessName = NewType("ProcessName", str)
@@ -45,22 +45,38 @@ class Then(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one process is there for: some nodes of a pool, or a gateway."""
+    """What one process is there for: some nodes of a pool, a gateway, or a host's store."""
 
-    #: None for a gateway.
+    #: None for a gateway and for a store.
     pool: PoolName | None
-    #: A gateway's number, or that of the first node.
+    #: A gateway's or a store's number, or that of the first node.
     number: int
     nodes: tuple[NodeId, ...] = ()
+    #: A store's host, as Ray names it; empty for all others, which run where there is room.
+    host: str = ""
+
+    @property
+    def is_store(self) -> bool:
+        """Whether it is a host's store."""
+        return bool(self.host)
+
+    @property
+    def is_gateway(self) -> bool:
+        """Whether it is a gateway."""
+        return self.pool is None and not self.host
 
     @property
     def name(self) -> ProcessName:
         """Its name in the cluster."""
+        if self.is_store:
+            return ProcessName(f"store-{self.number}")
         return ProcessName(f"gateway-{self.number}" if self.pool is None else f"node-{self.nodes[0]}")
 
     @property
     def group(self) -> str:
         """What operators call the processes of its kind."""
+        if self.is_store:
+            return STORES
         return GATEWAYS if self.pool is None else self.pool
 
     @property
@@ -81,7 +97,7 @@ class Process:
     #: Starts in a row without a stable life after.
     failures: int = 0
     up_since: float = 0.0
-    #: gRPC address of a node process, URL of a gateway; empty until it was up once.
+    #: gRPC address of a node process or store, URL of a gateway; empty until it was up once.
     address: str = ""
     #: Names the checkpoint of each model it serves.
     fingerprints: Mapping[str, str] = field(default_factory=lambda: {})
@@ -136,7 +152,9 @@ def pool_of(config: ClusterConfig, part: Part) -> PoolConfig:
 
 
 def bundle_of(config: ClusterConfig, part: Part) -> dict[str, float]:
-    """Return what a process asks Ray for."""
+    """Return what a process asks Ray for; a store nothing: it goes where nodes are."""
+    if part.is_store:
+        return {}
     if part.pool is None:
         return _bundle(config.gateway.resources)
     pool = pool_of(config, part)
@@ -166,7 +184,7 @@ def cannot_be_placed(group: str, count: int, bundle: Mapping[str, float], offers
             if not name.startswith(_RAYS_OWN):
                 total[name] = total.get(name, 0.0) + amount
     asking = f"{count} process{'es' if count > 1 else ''} asking for {_listed(bundle)} each"
-    kind = group if group == GATEWAYS else f"pool {group}"
+    kind = group if group in (GATEWAYS, STORES) else f"pool {group}"
     return f"{kind}: {asking} cannot be placed; the cluster offers {_listed(total)}"
 
 

@@ -11,7 +11,7 @@ from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import TimerFired
 from orchestrator.core.timers import Timer
-from orchestrator.core.types import NodeId, PoolName
+from orchestrator.core.types import NodeId, PoolName, StoreId
 from orchestrator.fleet.processes import Part, ProcessName
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -33,6 +33,13 @@ class Resumed:
     """The controller was started again and found these."""
 
     found: tuple[Found, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HostUsed:
+    """A process with nodes was placed on a host, which may have no store yet."""
+
+    host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,7 @@ class EndAsked:
 
 Event: TypeAlias = (
     Resumed
+    | HostUsed
     | ProcessServes
     | StartFailed
     | ProcessDied
@@ -247,11 +255,12 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class TellMembers:
-    """Tell all gateways who is there: each node with its pool and address (empty: it does not serve), and the gateways that take
-    requests."""
+    """Tell all gateways who is there: each node with its pool and address (empty: it does not serve), the gateways that take
+    requests, and the stores that serve, each with its host and address. Nodes are told of their host's store."""
 
     nodes: tuple[tuple[NodeId, PoolName, str], ...]
     gateways: Mapping[int, str]
+    stores: tuple[tuple[StoreId, str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

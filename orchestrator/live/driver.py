@@ -39,21 +39,30 @@ from orchestrator.core.events import (
     NodeLost,
     RequestAbandoned,
     RequestArrived,
+    StoreJoined,
+    StoreLost,
+    StoreReported,
 )
 from orchestrator.core.timers import ClusterTimer
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
+    KvBatch,
+    ModelName,
     NodeId,
     NodeSpec,
     Request,
     RequestId,
     Role,
+    StoreId,
+    StoreLoad,
+    StoreSpec,
     request_id,
 )
 from orchestrator.live.links import NodeLink
+from orchestrator.live.stores import StoreLink
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
-from orchestrator.wire import codec, node_pb2
+from orchestrator.wire import codec, node_pb2, store_codec, store_pb2
 from orchestrator.wire.clock import Timers
 from orchestrator.wire.journal import ClusterJournalWriter, recorded
 from orchestrator.wire.logs import REQUEST
@@ -77,7 +86,7 @@ class Observer(Protocol):
         ...
 
     def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
-        """A node copied KV from one tier to another."""
+        """A node, or the store of that name, copied KV from one tier to another."""
         ...
 
     def follows(self, request: RequestId) -> bool:
@@ -219,6 +228,9 @@ class ClusterDriver:
         self._streams: dict[RequestId, TurnStream] = {}
         self._links: dict[NodeId, NodeLink] = {}
         self._known: dict[NodeId, _KnownNode] = {}
+        self._stores: dict[StoreId, StoreLink] = {}
+        #: What stores told last of themselves, by model.
+        self._store_loads: dict[tuple[StoreId, ModelName], StoreLoad] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: Timers[ClusterTimer] = Timers(self._handle)
         self._idle = asyncio.Event()
@@ -304,6 +316,9 @@ class ClusterDriver:
             return
         link.give_up(reason)
         del self._links[node]
+        self._close(link)
+
+    def _close(self, link: NodeLink | StoreLink) -> None:
         closing = asyncio.ensure_future(link.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -327,6 +342,45 @@ class ClusterDriver:
     def node_draining(self, node: NodeId) -> None:
         """Start nothing new on a node."""
         self._handle(NodeDraining(node))
+
+    # --- stores -------------------------------------------------------------------------------------------------------
+
+    def set_stores(self, stores: Sequence[tuple[StoreId, str]]) -> None:
+        """Hold links to exactly these stores; one whose address changed was started anew."""
+        wanted = dict(stores)
+        for store, link in tuple(self._stores.items()):
+            if wanted.get(store) != link.address:
+                link.give_up("it left the cluster" if store not in wanted else "it was started anew")
+                del self._stores[store]
+                self._close(link)
+        for store, address in wanted.items():
+            if store not in self._stores:
+                link = StoreLink(store, address, self._gateway, self, self._config.cluster.node_lost_s, self._trust)
+                self._stores[store] = link
+                link.start()
+
+    def store_joined(self, spec: StoreSpec) -> None:
+        """Take a store in."""
+        self._handle(StoreJoined(spec))
+
+    def store_lost(self, store: StoreId, reason: str) -> None:
+        """Give a store up."""
+        log.warning("store %s is lost: %s", store, reason)
+        self._store_loads = {key: load for key, load in self._store_loads.items() if key[0] != store}
+        self._handle(StoreLost(store, reason))
+
+    def store_frame(self, store: StoreId, frame: store_pb2.FromStore) -> None:
+        """Take what a store tells to the core, model by model. Raises `MalformedMessage`."""
+        told: dict[ModelName, list[KvBatch]] = {}
+        for model, load in map(store_codec.load_from, frame.loads):
+            self._store_loads[store, model] = load
+            told[model] = []
+        for model, batch in map(store_codec.holdings_from, frame.holdings):
+            told.setdefault(model, []).append(batch)
+        for move in frame.moves:
+            self._observer.moved(NodeId(store), move.source, move.target, move.bytes, move.seconds)
+        for model, batches in told.items():
+            self._handle(StoreReported(store, model, self._store_loads.get((store, model), StoreLoad()), tuple(batches)))
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
@@ -446,8 +500,10 @@ class ClusterDriver:
                 link = self._links.get(node)
                 if link is not None:
                     link.resync(after)
-            case RequestStoreResync():
-                raise AssertionError(f"no store has joined, and {command} is asked for")
+            case RequestStoreResync(store, model, after):
+                store_link = self._stores.get(store)
+                if store_link is not None:
+                    store_link.resync(model, after)
             case SetTimer(key, at):
                 self._timers.set(key, at)
             case ClearTimer(key):
@@ -498,8 +554,9 @@ class ClusterDriver:
         for stream in tuple(self._streams.values()):
             stream.fail(TurnFailed(503, "shutting_down", "the gateway is shutting down"))
         self._streams.clear()
-        closing = [asyncio.ensure_future(link.close()) for link in self._links.values()]
+        closing = [asyncio.ensure_future(link.close()) for link in (*self._links.values(), *self._stores.values())]
         self._links.clear()
+        self._stores.clear()
         if closing or self._closing:
             await asyncio.wait((*closing, *self._closing))
         if self._journal is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.core.config import ClusterConfig, GatewayConfig
-from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName
+from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName, StoreId, StoreLoad
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.health import HealthServer
 from orchestrator.live.http.gateway import Gateway
@@ -39,13 +39,22 @@ class NodePlace:
 
 
 @dataclass(frozen=True, slots=True)
+class HostStore:
+    """A store that serves."""
+
+    store: StoreId
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Membership:
-    """All nodes that the cluster has, and the URLs of all gateways that take requests."""
+    """All nodes that the cluster has, the URLs of all gateways that take requests, and the stores that serve."""
 
     #: Grows with each one told.
     serial: int = 0
     nodes: tuple[NodePlace, ...] = ()
     gateways: Mapping[GatewayId, str] = field(default_factory=lambda: {})
+    stores: tuple[HostStore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +150,7 @@ class Front:
             if not place.address:
                 self._driver.mark_dead(place.node)
         self._driver.set_nodes([(place.node, place.address) for place in members.nodes if place.address])
+        self._driver.set_stores([(place.store, place.address) for place in members.stores])
         self._metrics.set_members({place.node: place.pool for place in members.nodes}, sorted(members.gateways))
         self._driver.set_gateways(tuple(members.gateways))
         self._gateway.join(members.gateways)
@@ -189,6 +199,9 @@ class Front:
                 _node_status(node, state) | {"computed_tokens": self._metrics.computed_tokens(node)}
                 for node, state in self._metrics.nodes.items()
             ],
+            "stores": [
+                {"store": store, "model": model} | _store_status(load) for (store, model), load in self._metrics.stores.items()
+            ],
         }
 
     def _text(self, model: str, folder: Path) -> ModelText:
@@ -202,6 +215,11 @@ def _certificate(gateway: GatewayConfig) -> tuple[bytes, bytes] | None:
     if not gateway.cert:
         return None
     return read_pem(gateway.key, "gateway.key"), read_pem(gateway.cert, "gateway.cert")
+
+
+def _store_status(load: StoreLoad) -> dict[str, Any]:
+    slots = {"used": load.slots_used, "cached": load.slots_cached, "free": load.slots_free}
+    return {"slots": slots, "segments": load.segments, "waiting_reads": load.reads_waiting}
 
 
 def _node_status(node: NodeId, state: NodeState) -> dict[str, Any]:

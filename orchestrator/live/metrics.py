@@ -27,7 +27,17 @@ from prometheus_client.registry import Collector
 
 from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart
-from orchestrator.core.events import ClusterEvent, Ended, NodeJoined, NodeLost, NodeReported, RequestAbandoned, RequestArrived
+from orchestrator.core.events import (
+    ClusterEvent,
+    Ended,
+    NodeJoined,
+    NodeLost,
+    NodeReported,
+    RequestAbandoned,
+    RequestArrived,
+    StoreLost,
+    StoreReported,
+)
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -39,6 +49,8 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     ServiceClass,
+    StoreId,
+    StoreLoad,
     TenantId,
     Tier,
 )
@@ -52,7 +64,7 @@ STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 
 MOVE_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TOKEN_BOUNDS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
-#: The one tier that exists; the word is a label so that dashboards survive the next ones.
+#: The tier of engines' pools.
 HBM = "hbm"
 #: The pool label of what ended before a node had it.
 NO_POOL = "none"
@@ -247,6 +259,9 @@ class Metrics(Collector):
         #: All nodes, also those that other gateways export.
         self._nodes: dict[NodeId, NodeState] = {}
         self._foreign: frozenset[NodeId] = frozenset()
+        #: What stores told last of themselves, by model; the first gateway exports it.
+        self._stores: dict[tuple[StoreId, ModelName], StoreLoad] = {}
+        self._first = True
         self.set_members(nodes, range(gateways))
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -266,6 +281,11 @@ class Metrics(Collector):
         """Every node of the cluster as last heard of."""
         return self._nodes
 
+    @property
+    def stores(self) -> Mapping[tuple[StoreId, ModelName], StoreLoad]:
+        """Every store's state for each model as last heard of."""
+        return self._stores
+
     def requests_by_model(self) -> dict[str, tuple[int, int]]:
         """Return for each model how many of this gateway's requests run and how many wait."""
         running, waiting = self._flights_by_model()
@@ -283,6 +303,7 @@ class Metrics(Collector):
         """Learn which nodes and gateways the cluster has from now on; what was counted of a node that left is forgotten."""
         self._nodes = {node: self._nodes.get(node) or NodeState(pool) for node, pool in nodes.items()}
         exporters = [gateways[place % len(gateways)] if gateways else None for place in range(len(nodes))]
+        self._first = not gateways or gateways[0] == self._gateway
         self._foreign = frozenset(node for node, by in zip(nodes, exporters, strict=True) if by != self._gateway)
         for tally in (self._parts, self._computed_tokens):
             for labels in [labels for labels in tally if labels[0] not in nodes]:
@@ -295,8 +316,8 @@ class Metrics(Collector):
         self._route.observe(seconds)
 
     def moved(self, node: NodeId, source: str, target: str, size_bytes: int, seconds: float) -> None:
-        """Count blocks that came to a node: `source` and `target` are tiers."""
-        if node not in self._foreign:
+        """Count blocks that a node or a store has moved: `source` and `target` are tiers. The first gateway counts for stores."""
+        if node not in self._foreign and (self._first or node in self._nodes):
             self._moved_bytes[source, target] += size_bytes
             self._move.child(source, target).observe(seconds)
 
@@ -340,6 +361,10 @@ class Metrics(Collector):
                 state = self._nodes.get(node)
                 if state is not None:
                     state.up, state.load = False, Load(preemptions=state.load.preemptions)
+            case StoreReported(store, model, load):
+                self._stores[store, model] = load
+            case StoreLost(store, _):
+                self._stores = {key: load for key, load in self._stores.items() if key[0] != store}
             case RequestAbandoned(request):
                 self._flights.pop(request, None)
             case _:
@@ -458,8 +483,15 @@ class Metrics(Collector):
             leased[node, "kept"], leased[node, "over"] = load.blocks_leased, load.blocks_unleased
             for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
                 blocks[node, HBM, word] = count
+        for (store, _), load in self._stores.items() if self._first else ():
+            for tier, word, count in (
+                (Tier.CPU, "used", load.slots_used),
+                (Tier.CPU, "cached", load.slots_cached),
+                (Tier.CPU, "free", load.slots_free),
+            ):
+                blocks[store, tier, word] = blocks.get((store, tier, word), 0) + count
         yield _gauge("weft_node_up", "1 while the gateway hears the node.", ("node", "pool"), up)
-        yield _gauge("weft_kv_blocks", "KV blocks of a node by state.", ("node", "tier", "state"), blocks)
+        yield _gauge("weft_kv_blocks", "KV blocks of a node, or of a host's store, by state.", ("node", "tier", "state"), blocks)
         text = "KV blocks that leases keep on a node, and those for which they had no room there."
         yield _gauge("weft_kv_leased_blocks", text, ("node", "state"), leased)
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))

@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachFrame(_message.Message):
-    __slots__ = ("hello", "offers", "written", "reads", "copied", "closed")
+    __slots__ = ("hello", "offers", "written", "reads", "copied", "closed", "goodbye")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_FIELD_NUMBER: _ClassVar[int]
     READS_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     offers: _containers.RepeatedCompositeFieldContainer[Offer]
     written: _containers.RepeatedCompositeFieldContainer[Written]
     reads: _containers.RepeatedCompositeFieldContainer[Read]
     copied: _containers.RepeatedCompositeFieldContainer[Copied]
     closed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., written: _Optional[_Iterable[_Union[Written, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[Read, _Mapping]]] = ..., copied: _Optional[_Iterable[_Union[Copied, _Mapping]]] = ..., closed: _Optional[_Iterable[int]] = ...) -> None: ...
+    goodbye: bool
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., written: _Optional[_Iterable[_Union[Written, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[Read, _Mapping]]] = ..., copied: _Optional[_Iterable[_Union[Copied, _Mapping]]] = ..., closed: _Optional[_Iterable[int]] = ..., goodbye: bool = ...) -> None: ...
 
 class NodeHello(_message.Message):
     __slots__ = ("node", "model", "fingerprint", "layout", "block_tokens", "block_bytes", "process", "host")

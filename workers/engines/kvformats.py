@@ -19,6 +19,7 @@ from torch import Tensor
 from orchestrator.core.config import ConfigError, KvFormat
 from orchestrator.core.types import BlockId
 from workers.engines import fp8, nvfp4
+from workers.engines.stored import row_parts
 
 #: Values that are converted at a time. On a CPU what is computed between the steps of a conversion stays in its caches so
 #: (measured: half as many and four times as many are a third slower); on a device memory for it is bounded.
@@ -48,19 +49,16 @@ class KvCodec:
     def __init__(self, stored: KvFormat, rows: int, row_values: int) -> None:
         self._rows = rows
         #: Bytes of a row in each part of a block, and how they are made and read.
-        self._parts: tuple[int, ...]
+        self._parts = row_parts(stored, row_values)
         self._encode: Callable[[Tensor], tuple[Tensor, ...]]
         self._decode: Callable[..., Tensor]
         match stored:
             case KvFormat.FP8:
-                self._parts = (_FLOAT32_BYTES, row_values)
                 self._encode, self._decode = _encode_fp8, _decode_fp8
             case KvFormat.NVFP4:
-                self._parts = (_FLOAT32_BYTES, row_values // nvfp4.GROUP, row_values // 2)
                 self._encode, self._decode = _encode_nvfp4, _decode_nvfp4
             case KvFormat.PLAIN:
                 raise AssertionError("a slab is its own plain form")
-        self.block_bytes = rows * sum(self._parts)
 
     def encode(self, slabs: Tensor, blocks: Sequence[BlockId], into: Tensor) -> None:
         """Write blocks of `slabs` [blocks, rows, row values] into `into` (bytes [len(blocks), block_bytes]).

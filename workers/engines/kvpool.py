@@ -21,6 +21,7 @@ from torch import Tensor
 from orchestrator.core.config import KvFormat
 from orchestrator.core.types import BlockId
 from workers.engines.kvformats import KvCodec, check_format
+from workers.engines.stored import Slab, form_of
 
 
 class KvPool:
@@ -60,12 +61,11 @@ class KvPool:
         self._token_offsets = heads * block_tokens
         self._head_offsets = heads.reshape(2, 1, kv_heads, 1)
         self.head_dim = head_dim
-        sizes = f"{layers} layers, {kv_heads} KV heads, {block_tokens} tokens, {head_dim} dimensions"
         #: A slab's rows: what one head's keys or values of one layer are in it.
         self._rows = typed.view(blocks, self._slab_heads, block_tokens * head_dim)
         self._codec = None if stored is KvFormat.PLAIN else KvCodec(stored, self._slab_heads, block_tokens * head_dim)
-        self.stored_bytes = self._codec.block_bytes if self._codec else self.block_bytes
-        self.stored_layout = f"{stored} {'' if self._codec else f'{dtype} '}of {sizes}"
+        form = form_of(stored, Slab(layers, kv_heads, block_tokens, head_dim, str(dtype).removeprefix("torch.")))
+        self.stored_bytes, self.stored_layout = form.block_bytes, form.layout
 
     def write_index(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the index for `write`: token i goes to place `offsets[i]` of block `blocks[i]`. Shape [tokens, 2 x KV heads]."""

@@ -21,6 +21,7 @@ from orchestrator.profiles.fields import COUNT_MAX, read_fields
 from orchestrator.profiles.model_config import model_fields, read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
 from workers.engines.base import EngineDescription, SliceOutput, TokenLogprobs
+from workers.engines.stored import StoredForm
 
 #: Bytes of a block: enough to tell any two apart. A block repeats its name, so that a part of it names it as well.
 BLOCK_BYTES = 64
@@ -87,16 +88,16 @@ class ProfiledEngine:
         self._turns: dict[RequestId, _Turn] = {}
         #: One output for each token without logprobs or an end: most outputs of all.
         self._outputs: dict[int, SliceOutput] = {}
-        name = hashlib.blake2b(json.dumps(written.values, sort_keys=True).encode(), digest_size=12).hexdigest()
+        form = stored_form(config)
         self.description = EngineDescription(
             blocks=blocks,
             block_tokens=config.block_tokens,
             block_bytes=BLOCK_BYTES,
-            stored_bytes=STORED_BYTES[config.kv_format_stored],
-            stored_layout=f"{config.kv_format_stored} of nothing, {config.block_tokens} tokens",
+            stored_bytes=form.block_bytes,
+            stored_layout=form.layout,
             vocabulary=vocabulary,
             context_tokens_max=limited(context_tokens_of(settings), config.context_tokens_max),
-            fingerprint=f"profiled-{name}",
+            fingerprint=profiled_fingerprint(model_dir),
             device="none",
             computes=False,
         )
@@ -206,6 +207,19 @@ class ProfiledEngine:
         turn.prefix = zlib.crc32(memoryview(turn.prompt)[turn.covered * 4 : covered * 4], turn.prefix)
         turn.covered = covered
         return turn.prefix
+
+
+def profiled_fingerprint(model_dir: Path) -> str:
+    """Return what names a checkpoint of which only config.json is read."""
+    values = read_fields(model_dir / "config.json").values
+    return f"profiled-{hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()}"
+
+
+def stored_form(config: EngineConfig) -> StoredForm:
+    """Return the stored form of this engine's blocks."""
+    return StoredForm(
+        STORED_BYTES[config.kv_format_stored], f"{config.kv_format_stored} of nothing, {config.block_tokens} tokens"
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,37 @@
+"""What the blocks of a cluster's models are outside of engines' pools, before any engine is there. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.core.config import EngineConfig
+from orchestrator.core.types import ModelName
+from workers.engines.checkpoint import fingerprint
+from workers.engines.profiled import profiled_fingerprint
+from workers.engines.profiled import stored_form as profiled_form
+from workers.engines.shape import read_architecture
+from workers.engines.stored import Slab, StoredForm, form_of
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBlocks:
+    """What the blocks of one model are."""
+
+    model: ModelName
+    fingerprint: str
+    layout: str
+    block_tokens: int
+    block_bytes: int
+
+
+def model_blocks(model: ModelName, engine: EngineConfig, folder: Path) -> ModelBlocks:
+    """Return what an engine of a model will say of its blocks. Raises `CheckpointError` for a folder that it could not open."""
+    profiled = engine.name == "profiled"
+    form = profiled_form(engine) if profiled else _eager_form(engine, folder)
+    name = profiled_fingerprint(folder) if profiled else fingerprint(folder)
+    return ModelBlocks(model, name, form.layout, engine.block_tokens, form.block_bytes)
+
+
+def _eager_form(engine: EngineConfig, folder: Path) -> StoredForm:
+    shape = read_architecture(folder)
+    dtype = shape.dtype if engine.dtype == "auto" else engine.dtype
+    return form_of(engine.kv_format_stored, Slab(shape.layers, shape.kv_heads, engine.block_tokens, shape.head_dim, dtype))

@@ -1,0 +1,492 @@
+"""A node's end of its host's store: offers what the node caches, loads what the node is told to, straight between two memories.
+
+What is offered and loaded is the core's decision (`Offer`, `LoadBlocks`), where it lies in the host's memory the store's. One
+copy each way, off the loop and never on the engine's thread, a piece at a time; loads before offers. Without a store, or while
+there is none, offers and loads end at once and the node computes.
+
+Rules for editors. 1: a block is read or written only between the command and the event that ends it. 2: slots that a call granted
+are touched while that call lasts, or in the one piece that was being copied as it ended: the next call begins after that piece,
+so that a store which hears a new hello knows that nothing of the former call goes on.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+
+from orchestrator.core.blocks import pack_hashes
+from orchestrator.core.commands import LoadBlocks, Offer
+from orchestrator.core.config import KvFormat
+from orchestrator.core.cost.costs import fetch_seconds
+from orchestrator.core.events import FetchEnded, FetchProgressed, NodeEvent, OfferEnded
+from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, RequestId, StoreId
+from orchestrator.wire import store_pb2, store_pb2_grpc
+from orchestrator.wire.trust import Caller, Trust
+from workers.engines.base import Engine, NotEncodable
+from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory
+from workers.transports import range_of, runs
+
+#: Seconds between two tries to reach a store: doubled from the first to the second.
+RETRY_S_MIN, RETRY_S_MAX = 0.05, 2.0
+#: Seconds in which a store must answer a hello.
+HELLO_S_MAX = 5.0
+#: Seconds that the end of a call waits for its last word.
+GOODBYE_S_MAX = 1.0
+HBM, CPU = "hbm", "cpu"
+log = logging.getLogger("weft.node")
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlace:
+    """Where a store is."""
+
+    id: StoreId
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes that were copied, for whom, and how long that took."""
+
+    source: str
+    target: str
+    bytes: int
+    seconds: float
+    #: The request that they are for, and seconds since the first of them; None for an offer.
+    request: RequestId | None = None
+    began_s_ago: float = 0.0
+
+
+@dataclass(slots=True)
+class _Offer:
+    """An offer that has not ended."""
+
+    command: Offer
+    #: Where its blocks go, from number `first` on; None until the store has answered.
+    slots: tuple[int, ...] | None = None
+    first: int = 0
+    copied: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class _Load:
+    """A load that has not ended."""
+
+    command: LoadBlocks
+    read: int
+    answers: deque[store_pb2.Slots] = field(default_factory=deque[store_pb2.Slots])
+    #: Blocks that came, and how many of them the store had to bring from `cmx`.
+    blocks: int = 0
+    cmx_blocks: int = 0
+    #: Blocks of the first answer that are copied already.
+    copied: int = 0
+    seconds: float = 0.0
+    began_s: float = 0.0
+    stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is copied at a time."""
+
+    blocks: list[BlockId]
+    slots: list[int]
+
+
+class _Arena:
+    """The model's part of a store's memory, mapped."""
+
+    def __init__(self, placed: store_pb2.Arena, block_bytes: int) -> None:
+        first, size = placed.first_byte, placed.slots * block_bytes
+        if first + size > placed.memory.size:
+            raise TransferFailed(f"{placed.slots} slots from byte {first} on are not within {placed.memory.size} bytes")
+        self.slots = placed.slots
+        self._block_bytes = block_bytes
+        self._view = map_memory(placed.memory, writable=True)[first : first + size]
+
+    def slabs(self, slot: int, count: int) -> memoryview:
+        """Return the bytes of neighbouring slots."""
+        return self._view[slot * self._block_bytes : (slot + count) * self._block_bytes]
+
+
+class Tiers:
+    """One node's use of its host's store.
+
+    Args:
+        spec: the node.
+        engine: whose blocks are copied.
+        profile: what copies must appear to take, for engines that only pass time; None for others.
+        copier: runs copies in threads.
+        trust: of the cluster.
+        limits: bounds of what is copied at a time.
+        handle: takes events to the core; never called from within `offer`, `load` or `stop`.
+        moved: is told what was copied.
+
+    Made on a running loop.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        engine: Engine,
+        profile: CostProfile | None,
+        copier: Copier,
+        trust: Trust,
+        limits: TransferLimits,
+        handle: Callable[[NodeEvent], None],
+        moved: Callable[[Moved], None],
+    ) -> None:
+        self._spec = spec
+        self._engine = engine
+        known = engine.description
+        #: The engine's blocks, where copying their bytes is all there is to do.
+        self._pool = engine.pool if known.stored_layout.startswith(KvFormat.PLAIN) else None
+        self._profile = profile
+        self._copier = copier
+        self._trust = trust
+        self._handle = handle
+        self._moved = moved
+        self._loop = asyncio.get_running_loop()
+        self._block_bytes = known.stored_bytes
+        self._piece_blocks = max(1, limits.frame_bytes_max // self._block_bytes)
+        self._place: StorePlace | None = None
+        self._arena: _Arena | None = None
+        self._offers: dict[OfferId, _Offer] = {}
+        #: Offers that ended before the store answered them: their grants are given back.
+        self._unanswered: set[OfferId] = set()
+        self._loads: dict[RequestId, _Load] = {}
+        self._reads: dict[int, _Load] = {}
+        self._reads_opened = 0
+        self._frame = store_pb2.AttachFrame()
+        self._said = asyncio.Event()
+        #: Something may be copied.
+        self._work = asyncio.Event()
+        self._attaching: asyncio.Task[None] | None = None
+
+    # --- told by the driver -------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a store now."""
+        return self._arena is not None
+
+    def use(self, place: StorePlace | None) -> None:
+        """Take another store from now on, or none."""
+        if place == self._place:
+            return
+        self._place = place
+        if self._attaching is not None:
+            self._attaching.cancel()
+        former, self._attaching = self._attaching, None
+        if place is not None or former is not None:
+            self._attaching = self._loop.create_task(self._attach(place, former))
+
+    def offer(self, command: Offer) -> None:
+        """Execute `Offer`."""
+        if self._arena is None:
+            self._loop.call_soon(self._handle, OfferEnded(command.offer, "there is no store"))
+            return
+        self._offers[command.offer] = _Offer(command)
+        self._frame.offers.add(offer=command.offer, parent=command.parent or b"", hashes=pack_hashes(command.hashes))
+        self._said.set()
+
+    def stop_offer(self, offer: OfferId) -> None:
+        """Execute `StopOffer`; what is being copied is copied to its end."""
+        found = self._offers.get(offer)
+        if found is not None:
+            found.stopped = True
+            self._work.set()
+
+    def load(self, command: LoadBlocks) -> None:
+        """Execute `LoadBlocks`."""
+        if self._arena is None:
+            tokens = command.first_block * self._spec.block_tokens
+            self._loop.call_soon(self._handle, FetchEnded(command.request, tokens, failure="there is no store"))
+            return
+        self._reads_opened += 1
+        load = self._loads[command.request] = self._reads[self._reads_opened] = _Load(command, self._reads_opened)
+        hashes = pack_hashes(command.hashes)
+        self._frame.reads.add(read=load.read, hashes=hashes, first_block=command.first_block, tokens=command.tokens)
+        self._said.set()
+
+    def stop(self, request: RequestId) -> bool:
+        """Execute `StopFetch`. Returns False if that request loads nothing."""
+        load = self._loads.get(request)
+        if load is not None:
+            load.stopped = True
+            self._work.set()
+        return load is not None
+
+    async def close(self) -> None:
+        """Give the store up and wait for the last copy."""
+        self.use(None)
+        if self._attaching is not None:
+            await asyncio.wait((self._attaching,))
+
+    # --- the call -----------------------------------------------------------------------------------------------------
+
+    async def _attach(self, place: StorePlace | None, former: asyncio.Task[None] | None) -> None:
+        """Be attached to a store for as long as that is the one."""
+        if former is not None:
+            await asyncio.wait((former,))
+        wait_s = RETRY_S_MIN
+        while place is not None:
+            began = self._loop.time()
+            try:
+                await self._call(place)
+            except (grpc.aio.AioRpcError, TransferFailed, TimeoutError) as error:
+                text = (error.details() or "") if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                log.log(
+                    logging.WARNING if wait_s == RETRY_S_MIN else logging.DEBUG,
+                    "node %s is without its store %s: %s", self._spec.id, place.id, text or type(error).__name__,
+                )  # fmt: skip
+            wait_s = RETRY_S_MIN if self._loop.time() - began > RETRY_S_MAX else min(2 * wait_s, RETRY_S_MAX)
+            await asyncio.sleep(wait_s)
+
+    async def _call(self, place: StorePlace) -> None:
+        """Make one call and serve it until it breaks; all offers and loads of it have ended then."""
+        async with self._trust.open_channel(place.address) as channel:
+            call = store_pb2_grpc.StoreStub(channel).Attach(metadata=self._trust.metadata(Caller.ATTACHED, place.id))
+            tasks: list[asyncio.Task[None]] = []
+            try:
+                await call.write(store_pb2.AttachFrame(hello=self._hello()))
+                first = await asyncio.wait_for(call.read(), HELLO_S_MAX)
+                if not isinstance(first, store_pb2.ArenaFrame) or not first.HasField("arena"):
+                    raise TransferFailed("it does not begin with its memory")
+                self._arena = _Arena(first.arena, self._block_bytes)
+                log.info("node %s is attached to store %s", self._spec.id, place.id)
+                work = (self._read_all(call), self._write_all(call), self._copy_all())
+                tasks = [asyncio.ensure_future(one) for one in work]
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                self._arena = None
+                await _ended(tasks)
+                self._lose_all(f"store {place.id} is gone")
+                # Nothing is copied any more; a call that is broken cannot be told anything.
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+                    await asyncio.wait_for(call.write(store_pb2.AttachFrame(goodbye=True)), GOODBYE_S_MAX)
+                    await asyncio.wait_for(call.done_writing(), GOODBYE_S_MAX)
+                call.cancel()
+
+    def _hello(self) -> store_pb2.NodeHello:
+        known = self._engine.description
+        return store_pb2.NodeHello(
+            node=self._spec.id,
+            model=self._spec.model,
+            fingerprint=known.fingerprint,
+            layout=known.stored_layout,
+            block_tokens=known.block_tokens,
+            block_bytes=known.stored_bytes,
+            process=os.getpid(),
+            host=self._spec.host,
+        )
+
+    async def _read_all(self, call: grpc.aio.StreamStreamCall) -> None:
+        while isinstance(frame := await call.read(), store_pb2.ArenaFrame):
+            self._take(frame)
+        raise TransferFailed("it has ended the call")
+
+    async def _write_all(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            await self._said.wait()
+            self._said.clear()
+            frame, self._frame = self._frame, store_pb2.AttachFrame()
+            await call.write(frame)
+
+    def _take(self, frame: store_pb2.ArenaFrame) -> None:
+        for grant in frame.grants:
+            self._granted(grant)
+        for answer in frame.slots:
+            self._check_slots(answer.slots)
+            load = self._reads.get(answer.read)
+            if load is not None:
+                load.answers.append(answer)
+                self._work.set()
+
+    def _granted(self, grant: store_pb2.Grant) -> None:
+        offer = OfferId(grant.offer)
+        self._check_slots(grant.slots)
+        if offer in self._unanswered:
+            self._unanswered.discard(offer)
+            if grant.slots:
+                self._say_written(offer, 0)
+            return
+        found = self._offers.get(offer)
+        if found is None or found.slots is not None or grant.first + len(grant.slots) > len(found.command.blocks):
+            raise TransferFailed(f"it grants {len(grant.slots)} slots for what was not offered")
+        if not grant.slots:
+            self._end_offer(found, "what comes before is not held" if grant.orphan else None)
+            return
+        found.first, found.slots = grant.first, tuple(grant.slots)
+        self._work.set()
+
+    def _check_slots(self, slots: Sequence[int]) -> None:
+        arena = self._arena
+        if arena is not None and slots and max(slots) >= arena.slots:
+            raise TransferFailed(f"slot {max(slots)} is beyond the {arena.slots} that there are")
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    async def _copy_all(self) -> None:
+        """Copy piece by piece: what a prompt waits for first."""
+        while True:
+            self._work.clear()
+            if not (await self._copy_for_load() or await self._copy_for_offer()):
+                await self._work.wait()
+
+    async def _copy_for_load(self) -> bool:
+        """Copy the next piece of the load that has waited longest. Returns False if there is none."""
+        for load in tuple(self._loads.values()):
+            if load.stopped:
+                self._end_load(load, "stopped")
+            elif load.answers:
+                await self._load_piece(load)
+                return True
+        return False
+
+    async def _load_piece(self, load: _Load) -> None:
+        answer, command = load.answers[0], load.command
+        slots = list(answer.slots[load.copied : load.copied + self._piece_blocks])
+        first = load.blocks
+        if first + len(slots) > len(command.blocks):
+            raise TransferFailed(f"it serves more than the {len(command.blocks)} blocks asked for")
+        load.began_s = load.began_s or time.perf_counter()
+        load.seconds += await self._copied(_Piece(list(command.blocks[first : first + len(slots)]), slots), self._copy_in)
+        load.blocks += len(slots)
+        load.copied += len(slots)
+        if load.copied < len(answer.slots):
+            return
+        load.answers.popleft()
+        load.copied = 0
+        load.cmx_blocks += answer.cmx_blocks
+        self._frame.copied.add(read=load.read, answers=1)
+        self._said.set()
+        if answer.final:
+            self._end_load(load, None)
+        elif slots:
+            self._handle(FetchProgressed(command.request, self._tokens(load)))
+
+    async def _copy_for_offer(self) -> bool:
+        """Copy the next piece of the offer that has waited longest. Returns False if there is none."""
+        for offer in tuple(self._offers.values()):
+            if offer.stopped:
+                self._end_offer(offer, "stopped")
+            elif offer.slots is not None:
+                await self._offer_piece(offer, offer.slots)
+                return True
+        return False
+
+    async def _offer_piece(self, offer: _Offer, granted: tuple[int, ...]) -> None:
+        slots = list(granted[offer.copied : offer.copied + self._piece_blocks])
+        first = offer.first + offer.copied
+        piece = _Piece(list(offer.command.blocks[first : first + len(slots)]), slots)
+        try:
+            offer.seconds += await self._copied(piece, self._copy_out)
+        except NotEncodable as error:
+            self._end_offer(offer, str(error))
+            return
+        offer.copied += len(slots)
+        if offer.copied == len(granted):
+            whole = offer.first + offer.copied == len(offer.command.blocks)
+            self._end_offer(offer, None if whole else "there is no room for all of it")
+
+    async def _copied(self, piece: _Piece, copy: Callable[[_Piece, _Arena], None]) -> float:
+        """Copy a piece, off the loop, and return the seconds it took."""
+        arena = self._arena
+        assert arena is not None, "copying without a store"
+        started = time.perf_counter()
+        size = len(piece.blocks) * self._block_bytes
+        try:
+            await self._copier.run(size, lambda: copy(piece, arena))
+        except NotEncodable:
+            raise
+        except Exception as error:  # An engine may fail in any way; that ends the call and not the node.
+            raise TransferFailed(f"{len(piece.blocks)} blocks cannot be copied: {error!r}") from error
+        if self._profile is not None:
+            await asyncio.sleep(fetch_seconds(self._profile, size))
+        return time.perf_counter() - started
+
+    def _copy_in(self, piece: _Piece, arena: _Arena) -> None:
+        for block, slot, count in runs(piece.blocks, piece.slots):
+            if self._pool is None:
+                self._engine.decode_blocks(range_of(block, count), arena.slabs(slot, count))
+            else:
+                copy_bytes(self._slabs(self._pool, block, count), arena.slabs(slot, count))
+
+    def _copy_out(self, piece: _Piece, arena: _Arena) -> None:
+        for block, slot, count in runs(piece.blocks, piece.slots):
+            if self._pool is None:
+                self._engine.encode_blocks(range_of(block, count), arena.slabs(slot, count))
+            else:
+                copy_bytes(arena.slabs(slot, count), self._slabs(self._pool, block, count))
+
+    def _slabs(self, pool: memoryview, block: int, count: int) -> memoryview:
+        return pool[block * self._block_bytes : (block + count) * self._block_bytes]
+
+    # --- ends ---------------------------------------------------------------------------------------------------------
+
+    def _tokens(self, load: _Load) -> int:
+        """Return the prompt tokens that are there without a hole."""
+        each = self._spec.block_tokens
+        return max(load.command.first_block * each, min((load.command.first_block + load.blocks) * each, load.command.tokens))
+
+    def _end_load(self, load: _Load, failure: str | None) -> None:
+        request = load.command.request
+        del self._loads[request], self._reads[load.read]
+        if self._arena is not None:
+            self._frame.closed.append(load.read)
+            self._said.set()
+        if load.blocks:
+            ago = time.perf_counter() - load.began_s
+            self._moved(Moved(CPU, HBM, load.blocks * self._block_bytes, load.seconds, request, ago))
+        cmx_tokens = load.cmx_blocks * self._spec.block_tokens
+        self._handle(FetchEnded(request, self._tokens(load), failure=failure, cmx_tokens=cmx_tokens))
+
+    def _end_offer(self, offer: _Offer, failure: str | None) -> None:
+        number = offer.command.offer
+        del self._offers[number]
+        if self._arena is not None:
+            if offer.slots is not None:
+                self._say_written(number, offer.copied)
+            elif offer.stopped:
+                self._unanswered.add(number)
+        if offer.copied:
+            self._moved(Moved(HBM, CPU, offer.copied * self._block_bytes, offer.seconds))
+        self._handle(OfferEnded(number, failure))
+
+    def _say_written(self, offer: OfferId, blocks: int) -> None:
+        self._frame.written.add(offer=offer, blocks=blocks)
+        self._said.set()
+
+    def _lose_all(self, reason: str) -> None:
+        """End what the call began: nothing is copied any more."""
+        for load in tuple(self._loads.values()):
+            self._end_load(load, reason)
+        for offer in tuple(self._offers.values()):
+            self._end_offer(offer, reason)
+        self._unanswered.clear()
+        self._frame = store_pb2.AttachFrame()
+        self._said.clear()
+        self._work.clear()
+
+
+async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait for them; what went wrong in them is known already, or follows from that."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
