@@ -22,14 +22,14 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress, repeat
+from itertools import repeat
 
 from orchestrator.core.cluster.following import Follower, Trust
 from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, StoredRun
 
 NOBODY = -1
-#: Distinct sets of holders in one batch up to which each is picked out by a pass in C (measured by bench/index.py).
-GROUPS_PICKED_MAX = 4
+#: Distinct sets of holders in one batch up to which each is looked for by a pass in C (measured by bench/index.py).
+PARTS_MAX = 4
 #: Chains expected of a node that are compared one by one before a table of their blocks is made.
 NOTED_MAX = 4
 #: Blocks cleaned of departed nodes with each batch: so many for every block it brings, and at least so many.
@@ -263,28 +263,30 @@ class KvIndex:
         if values.count(node.alone) < len(values):
             for value, members in _by_value(run.hashes, values):
                 if value & bit:
-                    node.blocks += self._replace(members, value & ~bit)
+                    holders.update(zip(members, repeat(value & ~bit)))
+                    node.blocks += len(set(members))
         return node.blocks <= node.blocks_max
 
     def _remove(self, node: _Node, hashes: Sequence[BlockHash]) -> None:
-        """Note blocks as not held. All are taken out in the pass that asks for them; those that others hold are put back."""
-        holders, alone = self._holders, node.alone
-        values = list(map(holders.pop, hashes, repeat(NOBODY)))
-        ended = values.count(alone)
-        node.blocks -= ended
-        if ended < len(values):
-            shared = list(map(alone.__ne__, values))
-            for value, members in _by_value(list(compress(hashes, shared)), list(compress(values, shared))):
-                if not value & node.bit:
-                    node.blocks -= len(members)
-                if value != NOBODY:
-                    self._replace(members, value | node.bit)
+        """Note blocks as not held. Those that nobody else holds are taken out in the pass that asks for them, if all are such."""
+        bit, holders, alone = node.bit, self._holders, node.alone
+        if holders[hashes[0]] == holders[hashes[-1]] == alone:
+            values = list(map(holders.pop, hashes, repeat(NOBODY)))
+            if values.count(alone) == len(values):
+                node.blocks -= len(values)
+                return
+        else:
+            values = list(map(holders.__getitem__, hashes))
+        for value, members in _by_value(hashes, values):
+            if value == NOBODY:
+                continue
+            if not value & bit:
+                node.blocks -= len(members)
+            if value | bit == NOBODY:
+                self._delete(members)
+            else:
+                holders.update(zip(members, repeat(value | bit)))
         assert node.blocks >= 0, f"column {node.column} holds {node.blocks} blocks of {len(holders)}"
-
-    def _replace(self, members: Sequence[BlockHash], value: int) -> int:
-        changed = dict.fromkeys(members, value)
-        self._holders.update(changed)
-        return len(changed)
 
     def _delete(self, members: Sequence[BlockHash]) -> int:
         before = len(self._holders)
@@ -326,7 +328,7 @@ class KvIndex:
             if cleaned == NOBODY:
                 self._delete(members)
             elif cleaned != value:
-                self._replace(members, cleaned)
+                self._holders.update(zip(members, repeat(cleaned)))
         if self._swept == len(self._sweep):
             self._end_sweep()
 
@@ -339,14 +341,20 @@ class KvIndex:
             self._start_sweep()
 
 
-def _by_value(hashes: Sequence[BlockHash], values: Sequence[int]) -> list[tuple[int, Sequence[BlockHash]]]:
-    """Return blocks by their value; nearly always there are only one or two."""
-    distinct = list(dict.fromkeys(values))
-    if len(distinct) == 1:
-        return [(distinct[0], hashes)]
-    if len(distinct) <= GROUPS_PICKED_MAX:
-        return [(value, list(compress(hashes, map(value.__eq__, values)))) for value in distinct]
-    groups: dict[int, list[BlockHash]] = {value: [] for value in distinct}
+def _by_value(hashes: Sequence[BlockHash], values: list[int]) -> list[tuple[int, Sequence[BlockHash]]]:
+    """Return blocks by their value. Nearly always each value's are neighbours, and there are only a few values."""
+    parts: list[tuple[int, Sequence[BlockHash]]] = []
+    start = 0
+    while start < len(values) and len(parts) < PARTS_MAX:
+        value = values[start]
+        end = start + values.count(value)
+        if end - start > 1 and values[start:end].count(value) < end - start:
+            break
+        parts.append((value, hashes[start:end]))
+        start = end
+    if start == len(values):
+        return parts
+    groups: dict[int, list[BlockHash]] = {value: [] for value in dict.fromkeys(values)}
     for value, block in zip(values, hashes, strict=True):
         groups[value].append(block)
     return list(groups.items())
