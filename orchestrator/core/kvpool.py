@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain
+from typing import cast
 
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
 
@@ -99,7 +100,7 @@ class BlockPool:
         self.idle_blocks = 0
         self._caching = caching
         #: Blocks without content; the last is handed out first.
-        self._free: list[BlockId] = [BlockId(number) for number in range(blocks - 1, -1, -1)]
+        self._free: list[BlockId] = cast(list[BlockId], list(range(blocks - 1, -1, -1)))
         #: Private blocks that readers use beside their owner, and how many do.
         self._lent: dict[BlockId, int] = {}
         #: Stands before the first block of every prompt; held for ever.
@@ -631,6 +632,8 @@ class KvJournal:
             return []
         stored, removed = changes
         most = self._batch_hashes_max
+        if len(removed) + _hashes(stored) <= most:  # nearly always
+            return [changes]
         parts: list[tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]]] = []
         for start in range(0, len(removed), most):
             parts.append(((), removed[start : start + most]))
@@ -674,8 +677,6 @@ class KvJournal:
 
 def paged(runs: Sequence[StoredRun], hashes_max: int) -> list[tuple[StoredRun, ...]]:
     """Return runs in order, in portions of `hashes_max` hashes at most, what comes with each run counted; long runs are cut."""
-    if _hashes(runs) <= hashes_max:  # nearly always
-        return [tuple(runs)] if runs else []
     pages: list[tuple[StoredRun, ...]] = []
     page: list[StoredRun] = []
     room = hashes_max

@@ -8,12 +8,13 @@ from typing import Any
 class Agenda:
     """A heap of things to do; what is due at one moment happens in the order in which it was asked for."""
 
-    __slots__ = ("_heap", "_serial", "now")
+    __slots__ = ("_heap", "_serial", "_stopped", "now")
 
     def __init__(self) -> None:
         #: Seconds since the start.
         self.now = 0.0
         self._serial = 0
+        self._stopped = False
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
 
     def __len__(self) -> int:
@@ -29,6 +30,18 @@ class Agenda:
         assert when >= self.now, f"asked for at {when}, it is {self.now}"
         self._serial += 1
         heappush(self._heap, (when, self._serial, action, arguments))
+
+    def run(self, until: float) -> None:
+        """Let everything happen that is due by a time, unless `stop` is called meanwhile."""
+        heap = self._heap
+        self._stopped = False
+        while heap and not self._stopped and heap[0][0] <= until:
+            self.now, _, action, arguments = heappop(heap)
+            action(*arguments)
+
+    def stop(self) -> None:
+        """Let nothing more happen in this `run`."""
+        self._stopped = True
 
     def step(self) -> None:
         """Let the next thing happen."""

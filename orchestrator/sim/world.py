@@ -227,8 +227,10 @@ class World:
             while due > sample_at:
                 interval_s = self._sample(sample_at, interval_s)
                 sample_at += interval_s
-            agenda.step()
-            if checks is not None:
+            if checks is None:
+                agenda.run(until=sample_at)
+            else:
+                agenda.step()
                 checks.after_event()
         self._settle(checks)
         starts = [served.arrived_s for served in self.served]
@@ -349,6 +351,8 @@ class World:
         visit.served.ended_s = self.agenda.now + self._options.reply_s
         visit.served.failure = failure
         self._ended += 1
+        if self._ended == len(self._turns):
+            self.agenda.stop()
         if self._progress is not None and (self._ended % PROGRESS_EVERY == 0 or self._ended == len(self._turns)):
             self._progress(self._ended / len(self._turns))
         for turn in self._followers.pop(visit.turn.id, ()):
@@ -480,15 +484,15 @@ class World:
                     simulated.start(command, at)
                     if self._futures:
                         self._pass_by(simulated.spec.model, command)
-                case ReportFirstToken(report):
-                    first_tokens.append(report)
-                case ReportEnded(report):
-                    ended.append(report)
                 case PublishKv(new, gateway):
                     if gateway is None:
                         batches += new
                     else:
                         self._report(simulated, (gateway,), (), (), new)
+                case ReportFirstToken(report):
+                    first_tokens.append(report)
+                case ReportEnded(report):
+                    ended.append(report)
                 case Forget(request):
                     simulated.forget(request)
                 case SetTimer(key, fires_at):
@@ -528,6 +532,7 @@ class World:
     ) -> None:
         """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
         spec, load, faults = simulated.spec, simulated.node.load(), self._options.faults
+        several = len(self.clusters) > 1
         for gateway in gateways:
             kv = tuple(batches)
             if kv:
@@ -537,8 +542,8 @@ class World:
             report = NodeReported(
                 spec.id,
                 load,
-                tuple([first for first in first_tokens if gateway_of(first.request) == gateway]),
-                tuple([end for end in ended if gateway_of(end.request) == gateway]),
+                tuple([first for first in first_tokens if gateway_of(first.request) == gateway] if several else first_tokens),
+                tuple([end for end in ended if gateway_of(end.request) == gateway] if several else ended),
                 kv,
             )
             self._network.send(spec.id, gateway, self._on_report, gateway, report, spec.incarnation)

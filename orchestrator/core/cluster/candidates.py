@@ -14,6 +14,7 @@ from orchestrator.core.cluster.kvindex import Matches
 from orchestrator.core.cluster.stores import StoreView
 from orchestrator.core.commands import Scores
 from orchestrator.core.cost.costs import decode_seconds, token_seconds
+from orchestrator.core.making import quickly_made
 from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, Request, RequestId, TenantId
 
 #: A report that comes this many seconds after an assignment was sent includes it: twice the way to a node, generously.
@@ -33,6 +34,7 @@ WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE:
 EVICTION_WEIGHT = 0.5
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Booking:
     """What one part of a request asks of a node."""
@@ -280,6 +282,7 @@ class Candidate:
             assert request in self._bookings, f"{self.spec.id} counts request {request} that it does not have"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a router may choose from for one request."""
@@ -304,6 +307,7 @@ class Options:
     cmx_blocks: int = 0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request goes."""

@@ -49,12 +49,15 @@ class Marks:
     @staticmethod
     def of(hashes: Sequence[BlockHash]) -> "Marks":
         """Return the marks of a prompt."""
-        count = min(len(hashes), MARKS_MAX)
-        ends = [len(hashes) * (mark + 1) // count for mark in range(count)]
-        return Marks(tuple((end, hashes[end - 1]) for end in ends))
+        blocks = len(hashes)
+        count = min(blocks, MARKS_MAX)
+        ends = [blocks * mark // count for mark in range(1, count + 1)]
+        return Marks(tuple([(end, hashes[end - 1]) for end in ends]))
 
     def repeated_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """Return how many of this prompt's blocks another prompt repeats, as far as the marks tell."""
+        if self.hashes and self.blocks <= len(hashes) and hashes[self.blocks - 1] == self.hashes[-1][1]:
+            return self.blocks
         repeated = 0
         for blocks, block in self.hashes:
             if blocks > len(hashes) or hashes[blocks - 1] != block:

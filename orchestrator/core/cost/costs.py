@@ -48,6 +48,11 @@ def decode_seconds(profile: CostProfile, sequences: int, context_tokens: int, st
     rest_s = batch_seconds(profile, sequences * profile.pass_tokens)
     first_s = sequences * profile.sequence_s + context_tokens * profile.context_token_s
     growth_s = sequences * profile.context_token_s
+    if steps == 1:
+        total_s = profile.step_s + (1.0 - profile.overlap) * (first_s + rest_s)
+        if profile.overlap:
+            total_s += profile.overlap * max(first_s, rest_s)
+        return total_s / profile.tokens_per_pass
     attention_s = _sum(first_s, growth_s, 0, steps)
     total_s = steps * profile.step_s + (1.0 - profile.overlap) * (attention_s + steps * rest_s)
     if profile.overlap:
