@@ -53,11 +53,10 @@ class Recalls:
     def open(self, shelf: Shelf, read: ReadOpened, now: float) -> None:
         """Serve what is in the arena of a prompt, and fetch the rest as far as it may be in cmx."""
         assert read.read not in self._reads, f"read {read.read} is open already"
-        if len(self._reads) >= READS_MAX:
-            self.refuse(read, shelf.model.block_tokens)
-            shelf.fail("too many reads")
-            return
         end = min(read.tokens // shelf.model.block_tokens, len(read.hashes))
+        if end <= read.first_block or len(self._reads) >= READS_MAX:
+            self.refuse(read, shelf.model.block_tokens)
+            return
         recall = self._reads[read.read] = self._recall(shelf, read.hashes, end, read)
         self._climb(recall)
         shelf.count("cpu_hits", max(0, min(recall.depth, end) - read.first_block))

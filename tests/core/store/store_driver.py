@@ -52,8 +52,10 @@ from orchestrator.core.types import (
 )
 from tests.core.node.node_driver import Belief
 
-#: What is in a slot that is being written to.
-TORN = BlockHash(b"torn")
+
+def torn(who: str, number: int) -> BlockHash:
+    """Return what is in a slot that somebody is writing to."""
+    return BlockHash(f"torn by {who} {number}".encode())
 
 
 class HoldingsBelief(Belief):
@@ -254,13 +256,14 @@ class StoreDriver:
             return
         arena, names = self.arena[offered.model], offered.hashes[grant.first : grant.first + len(grant.slots)]
         self.granted += len(names)
+        mark = torn("offer", grant.offer)
         for slot in grant.slots:
-            arena[slot] = TORN
+            arena[slot] = mark
         written = len(names) if self.random.random() >= self.troubles.short else self.random.randrange(len(names))
 
         def done() -> None:
             for slot, name in list(zip(grant.slots, names, strict=True))[:written]:
-                assert arena[slot] == TORN, f"slot {slot} of offer {grant.offer} was written to by somebody else"
+                assert arena[slot] == mark, f"slot {slot} of offer {grant.offer} was written to by somebody else"
                 arena[slot] = name
             if self.offers.pop(grant.offer, None) is not None:
                 self.tell(OfferWritten(grant.offer, written))
@@ -304,7 +307,7 @@ class StoreDriver:
             self._check(command.model, command.slots, expected, f"move {command.move}")
         else:
             for slot in command.slots:
-                self.arena[command.model][slot] = TORN
+                self.arena[command.model][slot] = torn("move", command.move)
         if self.random.random() < self.troubles.hanging:
             return
         failure = self.random.choice(self.troubles.kinds) if self.random.random() < self.troubles.failing else None
@@ -326,6 +329,6 @@ class StoreDriver:
         arena = self.arena[command.model]
         failure = failure or (None if stored in self.cmx.objects else MoveFailure.MISSING)
         for slot, name in zip(command.slots, transfer.expected, strict=True):
-            assert arena[slot] == TORN, f"slot {slot} of move {identity} was written to by somebody else"
+            assert arena[slot] == torn("move", identity), f"slot {slot} of move {identity} was written to by somebody else"
             arena[slot] = name if failure is None else None
         self.tell(CmxRead(identity, failure))

@@ -197,6 +197,12 @@ def test_a_read_of_what_is_in_the_arena_is_served_at_once_and_keeps_it_until_it_
     assert (load.counts.given, load.counts.cpu_hits, load.counts.misses) == (2, 2, 1)
 
 
+def test_a_read_of_nothing_brings_nothing(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    assert store.handle(opened("abcd", blocks=2, first=2), 0.0) == [ServeSlots(ExportId(1), (), 8, final=True)]
+
+
 def in_cmx(store: Store, chain: str) -> None:
     """Let a chain's segments be found in cmx."""
     store.handle(CmxFound(MODEL, prompt_hashes(chain)[1::2]), 0.0)
@@ -488,3 +494,53 @@ def test_a_gateway_gets_what_it_missed_or_all_that_is_held(make_store: MakeStore
         GatewayId(3),
     )
     assert store.handle(ResyncRequested(GatewayId(3), None, ModelName("x")), 0.0) == []
+
+
+# --- the checker ------------------------------------------------------------------------------------------------------
+
+
+def lose_a_slot(store: Store) -> None:
+    store._shelves[MODEL].pool._free.pop()
+
+
+def forget_a_wakeup(store: Store) -> None:
+    store._recalls._waiting.clear()
+
+
+def forget_a_reader(store: Store) -> None:
+    next(iter(store._moves.running.values())).recalls.clear()
+
+
+def miscount_grants(store: Store) -> None:
+    store._offers._bytes += 1
+
+
+def miscount_moves(store: Store) -> None:
+    store._moves._bytes += 1
+
+
+def forget_a_segment(store: Store) -> None:
+    next(iter(store._leases._held.values())).missing.clear()
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "complaint"),
+    [
+        (lose_a_slot, "are not the 16 blocks"),
+        (forget_a_wakeup, "read 1 is neither final nor waits"),
+        (forget_a_reader, "nobody waits for move 1"),
+        (miscount_grants, "128 bytes are granted, 129 are counted"),
+        (miscount_moves, "256 bytes are under way, 257 are counted"),
+        (forget_a_segment, "lease l lacks 1 segments, counts 0"),
+    ],
+)
+def test_canary_the_checker_notices_what_is_wrong(corrupt: Callable[[Store], None], complaint: str) -> None:
+    store = Store(store_spec(models=(stored_model(cmx=True),)), StoreConfig())
+    store.handle(NodeAttached(NODE, MODEL), 0.0)
+    store.handle(opened("abcd"), 0.0)
+    store.handle(offered(1, "xy"), 0.0)
+    store.handle(lease("xy", Tier.CMX), 0.0)
+    store.validate()
+    corrupt(store)
+    with pytest.raises(AssertionError, match=complaint):
+        store.validate()
