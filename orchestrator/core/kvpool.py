@@ -227,6 +227,18 @@ class BlockPool:
         self._pin(run)
         return Claim(run, depth)
 
+    def keep(self, last: BlockHash, depth: int) -> Claim | None:
+        """Claim a chain of `depth` blocks, and what follows in the run that it ends in, which is not cut. None if not cached.
+
+        For a short while, and for reading alone: nothing is to be registered behind it.
+        """
+        run = self._place.get(last)
+        if run is None:
+            return None
+        assert run.names[depth - run.start - 1] == last, f"{last!r} does not end a chain of {depth} blocks"
+        self._pin(run)
+        return Claim(run, depth)
+
     def extend(self, claim: Claim, last: BlockHash, depth: int) -> None:
         """Let a claim cover the `depth` cached blocks of its chain that end with `last`."""
         assert depth > claim.depth, f"a claim on {claim.depth} blocks is extended to {depth}"

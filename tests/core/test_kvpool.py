@@ -157,6 +157,22 @@ def test_a_chain_is_claimed_by_its_last_block_and_gives_its_end() -> None:
     pool.validate([claim, other, start], [])
 
 
+def test_a_chain_is_kept_for_a_while_without_cutting_what_it_ends_in() -> None:
+    pool = BlockPool(6)
+    keep(pool, "abc")
+    claim = pool.keep(B, 2)
+    assert claim is not None
+    assert pool.tail(claim, 1) == ([B], [1])
+    assert (pool.idle_blocks, len(pool._runs())) == (0, 1)  # c as well
+    cut = pool.claim(A)  # by somebody else, meanwhile
+    assert cut is not None
+    assert pool.tail(claim, 2) == ([A, B], [0, 1])
+    pool.validate([claim, cut], [])
+    pool.release(claim)
+    assert pool.idle_blocks == 2
+    assert pool.keep(BlockHash(b"x"), 1) is None
+
+
 def test_what_is_dropped_goes_from_the_end_as_far_as_nobody_needs_it() -> None:
     pool = BlockPool(12)
     keep(pool, "abcd")

@@ -149,8 +149,9 @@ class Shelf:
         self.arriving: dict[BlockHash, Move] = {}
         #: Segments that are being written to cmx, by name.
         self.leaving: dict[BlockHash, Move] = {}
-        #: Segments that were complete in the arena and not in cmx, the first one first; some have left the arena since.
-        self.unwritten: dict[BlockHash, None] = {}
+        #: Segments that were complete in the arena and not in cmx, the first one first, and how many blocks their chains have up
+        #: to their ends; some have left the arena since.
+        self.unwritten: dict[BlockHash, int] = {}
         #: Blocks that came since leases were last extended.
         self.grown: list[BlockHash] = []
         #: Grants and reads that nodes carry out or are to end, and lost nodes' that may go on: each sets slots free one day.
@@ -180,7 +181,7 @@ class Shelf:
         for end in range((depth + copies) // size * size + size, depth + len(names) + 1, size):
             name = names[end - depth - 1]
             if not self.segments.holds(self.model.model, name):
-                self.unwritten[name] = None
+                self.unwritten[name] = end
 
     def segment(self, hashes: Sequence[BlockHash], number: int) -> BlockHash | None:
         """Return the name of a chain's segment, counted from 0; None if the chain does not have all of it."""

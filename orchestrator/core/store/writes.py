@@ -72,11 +72,11 @@ class Writes:
         """Start the next write of a model; False if nothing is left to write."""
         size = shelf.model.segment_blocks
         while shelf.unwritten:
-            name = next(iter(shelf.unwritten))
+            name, depth = next(iter(shelf.unwritten.items()))
             del shelf.unwritten[name]
             if name in shelf.leaving:
                 continue
-            claim = None if self._segments.holds(shelf.model.model, name) else shelf.pool.claim(name)
+            claim = None if self._segments.holds(shelf.model.model, name) else shelf.pool.keep(name, depth)
             if claim is None:
                 self._settle(shelf, name)
                 continue
@@ -110,7 +110,9 @@ class Writes:
         there = next(place for place, name in enumerate(names) if not self._comes(shelf, name))
         if not self._make_room(shelf, len(names) - there, names[there - 1] if there else None):
             return False
-        shelf.unwritten = {**dict.fromkeys(names[there:]), **shelf.unwritten}
+        size = shelf.model.segment_blocks
+        missing = {name: (place + 1) * size for place, name in enumerate(names[there:], there)}
+        shelf.unwritten = {**missing, **shelf.unwritten}
         return True
 
     def _comes(self, shelf: Shelf, name: BlockHash) -> bool:
@@ -144,9 +146,10 @@ class Writes:
 
     def written(self, move: Move, failure: MoveFailure | None, now: float) -> None:
         """Know that a segment is in cmx, or try again later."""
-        shelf = move.shelf
-        assert move.claim is not None, f"move {move.id} writes nothing"
-        shelf.pool.release(move.claim)
+        shelf, claim = move.shelf, move.claim
+        assert claim is not None, f"move {move.id} writes nothing"
+        depth = claim.depth
+        shelf.pool.release(claim)
         del shelf.leaving[move.segment]
         self._writing -= shelf.model.segment_bytes
         if failure is None:
@@ -156,7 +159,7 @@ class Writes:
             return
         if not move.cancelled:
             shelf.fail(failure.value)
-        shelf.unwritten[move.segment] = None
+        shelf.unwritten[move.segment] = depth
         self._moves.pause(now)
 
     def evict(self, shelf: Shelf, hashes: Sequence[BlockHash], first: int, end: int) -> None:
