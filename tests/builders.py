@@ -49,7 +49,8 @@ def node_spec(**changes: Any) -> NodeSpec:
         "context_tokens_max": 1000,
         "profile": CostProfile(),
     }
-    return NodeSpec(**{**fields, **changes})
+    fields |= changes
+    return NodeSpec(**{"leased_blocks_max": fields["blocks"] // 2, **fields})
 
 
 def stored_model(name: str = "m", **changes: Any) -> StoredModel:

@@ -41,6 +41,7 @@ from orchestrator.core.events import (
     Ended,
     GatewayHeard,
     GatewayLost,
+    LeasePlaced,
     NodeEvent,
     ResyncRequested,
     SliceResult,
@@ -224,6 +225,8 @@ class NodeDriver:
                     self._runner.forget(request)
             case PublishKv(batches, gateway):
                 self._publish(batches, gateway)
+            case TellLeases():
+                self._tell_leases(command)
             case Fetch():
                 sequence = self._sequences[command.request]
                 self._fetches.start(command, sequence.source_address, sequence.source_host)
@@ -236,8 +239,6 @@ class NodeDriver:
                 self._tiers_for(command).offer(command)
             case StopOffer(offer):
                 self._tiers_for(command).stop_offer(offer)
-            case TellLeases():
-                raise AssertionError(f"node {self.spec.id} has no leases and asks for {command}")
             case SendBlocks():
                 self._exports.send(command)
             case DropGateway(gateway):
@@ -338,7 +339,7 @@ class NodeDriver:
             )
             writer = asyncio.ensure_future(self._write_frames(outbox, stream))
             while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
-                outbox.frames_received += bool(frame.submits or frame.cancels or frame.lost_sources or frame.HasField("resync"))
+                outbox.frames_received += _says_something(frame)
                 self._on_frame(outbox, frame)
         finally:
             if writer is not None:
@@ -429,6 +430,12 @@ class NodeDriver:
             self.handle(SourceLost(RequestId(lost.request), NodeId(lost.source)))
         for submit in frame.submits:
             self._on_submit(outbox, submit)
+        for lease in frame.leases:
+            self.handle(LeasePlaced(codec.lease_from(lease)))
+        for ended in frame.ended_leases:
+            self.handle(codec.ended_lease_from(ended))
+        for retired in frame.retired:
+            self.handle(codec.retired_from(retired))
         if frame.HasField("resync"):
             after = frame.resync.after if frame.resync.HasField("after") else None
             self.handle(ResyncRequested(outbox.gateway, after))
@@ -499,6 +506,13 @@ class NodeDriver:
     def _tiers_for(self, command: LoadBlocks | Offer | StopOffer) -> Tiers:
         assert self._tiers is not None, f"node {self.spec.id} has no store and asks for {command}"
         return self._tiers
+
+    def _tell_leases(self, command: TellLeases) -> None:
+        told = [codec.lease_message(lease) for lease in command.placed]
+        told_ended = [codec.ended_lease_message(ended) for ended in command.ended]
+        for outbox in self._outboxes.values():
+            if command.gateway in (None, outbox.gateway):
+                outbox.add_leases(told, told_ended)
 
     def _moved(self, request: RequestId, size: int, seconds: float, began_s_ago: float) -> None:
         self._copied(Moved(HBM, HBM, size, seconds, request, began_s_ago))
@@ -605,6 +619,12 @@ class NodeDriver:
         self._engine.close()
         if self._journal is not None:
             await self._loop.run_in_executor(None, self._journal.close)
+
+
+def _says_something(frame: node_pb2.GatewayFrame) -> bool:
+    """Return whether a gateway counts a frame: one that only tells of frames read may get lost."""
+    waits = frame.submits or frame.cancels or frame.lost_sources or frame.leases or frame.ended_leases or frame.retired
+    return bool(waits or frame.HasField("resync"))
 
 
 def check_vocabulary(description: EngineDescription, submit: node_pb2.Submit) -> None:

@@ -23,9 +23,9 @@ class Outbox:
     """One gateway's pending frame and the state of its stream."""
 
     __slots__ = (
-        "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_logprobs", "_moves", "_pages", "_sealed",
-        "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received", "frames_sent", "gateway",
-        "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
+        "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_leases", "_logprobs", "_moves", "_pages",
+        "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received", "frames_sent",
+        "gateway", "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -62,6 +62,8 @@ class Outbox:
         self._pages: deque[KvBatch] = deque()
         self._kv: list[node_pb2.KvBatch] = []
         self._moves: list[node_pb2.Move] = []
+        #: What was heard last of each lease; bounded by the leases that a node keeps.
+        self._leases: dict[str, node_pb2.Lease | node_pb2.EndedLease] = {}
         #: Hashes pending, those of a snapshot apart.
         self._weight = 0
         #: Bytes of log probabilities and ends that are pending, about.
@@ -74,7 +76,8 @@ class Outbox:
     @property
     def pending(self) -> bool:
         """True while there is something that must go out now."""
-        return bool(self.requests or self._ended or self._kv or self._pages or self._first_tokens or self._moves or self._sealed)
+        told = self.requests or self._ended or self._kv or self._pages or self._first_tokens or self._moves or self._leases
+        return bool(told or self._sealed)
 
     @property
     def telling(self) -> bool:
@@ -130,6 +133,11 @@ class Outbox:
 
     def add_move(self, message: node_pb2.Move) -> None:
         self._moves.append(message)
+
+    def add_leases(self, placed: Sequence[node_pb2.Lease], ended: Sequence[node_pb2.EndedLease]) -> None:
+        """Add what has become of leases, in place of what waits to be told of the same ones."""
+        for message in (*placed, *ended):
+            self._leases[message.id] = message
 
     def wake(self) -> None:
         """Have a frame sent as soon as the stream is free."""
@@ -209,7 +217,23 @@ class Outbox:
         if self._moves:
             frame.moves.extend(self._moves)
             self._moves.clear()
+        if self._leases:
+            self._take_leases(frame)
         return frame
+
+    def _take_leases(self, frame: node_pb2.NodeFrame) -> None:
+        """Put leases into a frame, one at least; a next frame brings what is left."""
+        size = 0
+        for name, message in list(self._leases.items()):
+            size += message.ByteSize()
+            if size > codec.FRAME_BYTES_MAX and (frame.leases or frame.ended_leases):
+                self._wake.set()
+                return
+            del self._leases[name]
+            if isinstance(message, node_pb2.Lease):
+                frame.leases.append(message)
+            else:
+                frame.ended_leases.append(message)
 
     def _take_kv(self, frame: node_pb2.NodeFrame) -> None:
         """Put the oldest changes of holdings into a frame, one at least; a next frame brings what is left."""

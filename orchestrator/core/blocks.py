@@ -70,6 +70,18 @@ def split_hashes(packed: bytes) -> tuple[BlockHash, ...]:
     return (*chain.from_iterable(runs), *_RUNS[count % RUN_HASHES].unpack(packed[whole:]))
 
 
+def common_blocks(one: Sequence[BlockHash], other: Sequence[BlockHash], blocks_max: int | None = None) -> int:
+    """Return how many first blocks two chains have in common, `blocks_max` at most, by bisection."""
+    low, high = 0, min(len(one), len(other), *(() if blocks_max is None else (blocks_max,)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[middle - 1] == other[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """Return how many blocks a run of tokens needs, the last one perhaps part filled."""
     return -(-tokens // block_tokens)

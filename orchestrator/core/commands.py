@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from orchestrator.core.events import Ended, FirstToken, LeaseEnded
+from orchestrator.core.hints import LeaseChange, Receipt, Verb
 from orchestrator.core.making import quickly_made
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
@@ -26,6 +27,7 @@ from orchestrator.core.types import (
     SlotId,
     StepId,
     StoreId,
+    TenantId,
 )
 
 
@@ -416,6 +418,49 @@ class RequestResync:
     after: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerHint:
+    """Tell who asked what became of an action; `(message, action)` name it within its tenant."""
+
+    tenant: TenantId
+    verb: Verb
+    message: str
+    action: str
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceLease:
+    """Tell holders of a lease, as it is now. Nothing answers.
+
+    `change` is what has become of it, for whoever watches or counts; None if nothing has, and a holder only has to be told.
+    """
+
+    lease: Lease
+    change: LeaseChange | None
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndLease:
+    """Tell holders that a lease is over. Nothing answers. `change` as in `PlaceLease`; `lease` is as it was last."""
+
+    lease: Lease
+    change: LeaseChange | None
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvictBlocks:
+    """Tell nodes that a chain's blocks from `first_block` on are dead: they go before anything else, or now. Nothing answers."""
+
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    at_once: bool
+    nodes: tuple[NodeId, ...]
+
+
 ClusterCommand = (
     Assign
     | Cancel
@@ -426,6 +471,10 @@ ClusterCommand = (
     | Restart
     | RequestResync
     | RequestStoreResync
+    | AnswerHint
+    | PlaceLease
+    | EndLease
+    | EvictBlocks
     | SetTimer[ClusterTimer]
     | ClearTimer[ClusterTimer]
 )

@@ -3,8 +3,8 @@
 A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a parsed file into one frozen object or raises
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
-    [cluster]  [gateway]  [[tenants]]  [limits]  [router]  [store]  [models.NAME]  [[pools]]  [pools.engine]  [pools.scheduler]
-    [pools.profile]  [pools.hardware]  [log]  [trace]
+    [cluster]  [gateway]  [[tenants]]  [limits]  [leases]  [router]  [store]  [models.NAME]  [[pools]]  [pools.engine]
+    [pools.scheduler]  [pools.profile]  [pools.hardware]  [log]  [trace]
 """
 
 import types
@@ -25,6 +25,7 @@ from orchestrator.core.types import (
     PoolKind,
     PoolName,
     ServiceClass,
+    Tier,
 )
 
 #: More nodes than any pool has, and more KV blocks than any node: beyond them a number is a mistake, and takes all of a memory.
@@ -40,6 +41,8 @@ WHOLE_MAX = 1 << 53
 SHOWN_MAX = 60
 #: Characters of a tenant's name: it goes with every assignment.
 TENANT_CHARS_MAX = 64
+#: Longest that a lease may be let last: 30 days.
+LEASE_S_MAX = 30 * 86_400.0
 #: Highest priority that a request can have: what 32 bits hold.
 PRIORITY_MAX = (1 << 31) - 1
 #: Tables that were, and what to write instead.
@@ -188,6 +191,12 @@ class TenantConfig:
     tokens_per_s: float = 0.0
     #: Requests waiting or running; one more is answered 429. 0: `limits.tenant_requests_max`.
     requests_max: int = 0
+    #: Bytes that its leases may have of a tier (hbm, cpu, cmx), such as {hbm = 2_000_000_000}; less is granted beyond it.
+    #: A tier that is not named: the tenant's share of what pools leave for leases (`scheduler.leased_share_max`).
+    pinned_bytes_max: Mapping[str, int] = field(default_factory=lambda: {})
+    #: Byte-seconds a second that its leases may take: the bytes pinned on average over an hour. A lease costs its bytes times its
+    #: seconds when it is placed. 0: any number.
+    pinned_byte_s_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         right = 1 <= len(self.name) <= TENANT_CHARS_MAX
@@ -195,7 +204,11 @@ class TenantConfig:
         for index, key in enumerate(self.keys):
             require(bool(key), f"keys[{index}]", "must not be empty")
         require(SHARE_MIN <= self.share <= SHARE_MAX, "share", f"must be {SHARE_MIN:g} to {SHARE_MAX:g}, is {self.share}")
-        for name in ("requests_per_s", "tokens_per_s"):
+        for tier, most in self.pinned_bytes_max.items():
+            where = f"pinned_bytes_max.{tier}"
+            require(tier in tuple(Tier), where, f"no such tier; known here: {', '.join(Tier)}")
+            require(most >= 0, where, f"must be 0 or more bytes, is {most}")
+        for name in ("requests_per_s", "tokens_per_s", "pinned_byte_s_per_s"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, f"must be 0 or more a second, is {value}")
         within = abs(self.priority_max) <= PRIORITY_MAX
@@ -291,6 +304,24 @@ class LimitsConfig:
         for name in ("waiting_s_max", "request_s_max"):
             require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
         require(self.retries_max >= 0, "retries_max", f"must be 0 or more, is {self.retries_max}")
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesConfig:
+    """[leases]: how much of the cluster's KV memory tenants may pin (`weft.cache.v1`), and for how long."""
+
+    #: Seconds a lease lasts at most; more is granted as so many.
+    ttl_s_max: float = 86_400.0
+    #: Leases of one tenant; one more is rejected.
+    leases_max: int = 1024
+    #: Actions of one tenant that a gateway remembers, so that the same one sent again has no second effect.
+    actions_remembered_max: int = 16_384
+
+    def __post_init__(self) -> None:
+        within = 1 <= self.ttl_s_max <= LEASE_S_MAX
+        require(within, "ttl_s_max", f"must be 1 to {LEASE_S_MAX:g} seconds, is {self.ttl_s_max}")
+        for name in ("leases_max", "actions_remembered_max"):
+            require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
 
 
 class RouterPolicy(StrEnum):
@@ -655,6 +686,7 @@ class PoolConfig:
             blocks=blocks,
             block_tokens=block_tokens,
             block_bytes=block_bytes,
+            leased_blocks_max=int(blocks * self.scheduler.leased_share_max),
             sequences_max=self.scheduler.sequences_max,
             step_tokens_max=self.scheduler.step_tokens_max,
             context_tokens_max=context_tokens_max,
@@ -672,6 +704,7 @@ class ClusterConfig:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    leases: LeasesConfig = field(default_factory=LeasesConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     #: None: KV is in the engines' pools alone.
     store: StoreConfig | None = None

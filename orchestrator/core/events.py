@@ -7,6 +7,7 @@ An event carries the name of the command it answers: `Fetch` is ended by `FetchE
 from dataclasses import dataclass, field
 from typing import Generic
 
+from orchestrator.core.hints import Hint
 from orchestrator.core.making import quickly_made
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
@@ -213,6 +214,18 @@ class ResyncRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksRetired:
+    """A gateway says that a chain's blocks from `first_block` on are dead: what only that chain has of them goes first.
+
+    With `at_once` it goes now.
+    """
+
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    at_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
     """No new assignments from now on; what runs may finish."""
 
@@ -234,6 +247,7 @@ NodeEvent = (
     | BlocksSent
     | ExportClosed
     | ResyncRequested
+    | BlocksRetired
     | DrainRequested
     | TimerFired[NodeTimer]
 )
@@ -490,10 +504,28 @@ class GatewaysChanged:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class HintAsked:
+    """A harness asked for something to be done with the cache; its targets are resolved."""
+
+    hint: Hint
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesTold:
+    """A node tells of leases: all it keeps to a gateway that has just joined, later what other gateways placed and ended."""
+
+    node: NodeId
+    placed: tuple[Lease, ...]
+    ended: tuple[LeaseEnded, ...] = ()
+
+
 ClusterEvent = (
     RequestArrived
     | RequestAbandoned
     | GatewaysChanged
+    | HintAsked
+    | LeasesTold
     | NodeJoined
     | NodeLost
     | NodeDraining

@@ -26,6 +26,19 @@ class Timer:
         return repr(str(self))
 
 
+# --- of all of them -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LeaseTimer(Timer):
+    """A lease has had its time."""
+
+    lease: LeaseId
+
+    def __str__(self) -> str:
+        return f"lease:{self.lease}"
+
+
 # --- a cluster's ------------------------------------------------------------------------------------------------------
 
 
@@ -60,7 +73,15 @@ class StoreResyncTimer(Timer):
         return f"store:{len(self.store)}:{self.store}{self.model}"
 
 
-ClusterTimer: TypeAlias = RequestTimer | ResyncTimer | StoreResyncTimer
+@dataclass(frozen=True, slots=True, repr=False)
+class RefitTimer(Timer):
+    """Leases have exceeded the memory there is for long enough."""
+
+    def __str__(self) -> str:
+        return "refit:"
+
+
+ClusterTimer: TypeAlias = RequestTimer | ResyncTimer | StoreResyncTimer | LeaseTimer | RefitTimer
 
 
 def cluster_timer(text: str) -> ClusterTimer:
@@ -75,6 +96,10 @@ def cluster_timer(text: str) -> ClusterTimer:
             length, _, names = about.partition(":")
             count = _number(length, text)
             return StoreResyncTimer(StoreId(names[:count]), ModelName(names[count:]))
+        case "lease":
+            return LeaseTimer(LeaseId(about))
+        case "refit":
+            return RefitTimer()
         case _:
             raise UnknownTimer(f"a cluster has no timer {text!r}")
 
@@ -120,16 +145,6 @@ class GatewayTimer(Timer):
 
     def __str__(self) -> str:
         return f"gateway:{self.gateway}"
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class LeaseTimer(Timer):
-    """A lease has had its time."""
-
-    lease: LeaseId
-
-    def __str__(self) -> str:
-        return f"lease:{self.lease}"
 
 
 NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer | GatewayTimer | LeaseTimer

@@ -294,6 +294,8 @@ class NodeSpec:
     host: str = ""
     #: True if its host has a store: what it computes is offered to that, and loaded from there when it is told to.
     stores: bool = False
+    #: KV blocks that leases may hold together.
+    leased_blocks_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,15 @@ from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import (
     Abort,
+    AnswerHint,
     Assign,
     Cancel,
     ClearTimer,
     ClusterCommand,
     Complete,
+    EndLease,
+    EvictBlocks,
+    PlaceLease,
     Refuse,
     ReportSourceLost,
     RequestResync,
@@ -31,9 +35,12 @@ from orchestrator.core.commands import (
 )
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import (
+    BlocksRetired,
     ClusterEvent,
     DrainRequested,
     GatewaysChanged,
+    HintAsked,
+    LeaseEnded,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -43,6 +50,7 @@ from orchestrator.core.events import (
     StoreLost,
     StoreReported,
 )
+from orchestrator.core.hints import Hint, Receipt
 from orchestrator.core.timers import ClusterTimer
 from orchestrator.core.types import (
     FinishReason,
@@ -234,6 +242,8 @@ class ClusterDriver:
         self._closing: set[asyncio.Task[None]] = set()
         self._timers: Timers[ClusterTimer] = Timers(self._handle)
         self._idle = asyncio.Event()
+        #: The answer to the hint that is being asked.
+        self._receipt: Receipt | None = None
         #: Whether any request has been followed: without traces none is, and frames are not searched for what nodes tell of them.
         self._follows = False
 
@@ -288,6 +298,15 @@ class ClusterDriver:
     def reprefilled_tokens(self) -> Mapping[ReprefillReason, int]:
         """Prompt tokens computed so far, by why they had to be; changes as turns end."""
         return self._core.sessions.reprefilled_tokens
+
+    # --- hints --------------------------------------------------------------------------------------------------------
+
+    def ask(self, hint: Hint) -> Receipt:
+        """Do what a harness asks for, as far as it can be; return what became of it."""
+        self._handle(HintAsked(hint))
+        receipt, self._receipt = self._receipt, None
+        assert receipt is not None, f"a hint to {hint.verb.value} was not answered"
+        return receipt
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
@@ -405,6 +424,8 @@ class ClusterDriver:
             if self._follows:
                 self._tell_computed(node, frame)
             self._handle(codec.report_from(node, frame))
+        if frame.leases or frame.ended_leases:
+            self._handle(codec.leases_from(node, frame))
         for stream in slow:
             named = {REQUEST: stream.turn.name, "number": stream.request}
             log.warning("%d tokens unread, cancelled", len(stream.tokens), extra=named)
@@ -504,12 +525,26 @@ class ClusterDriver:
                 store_link = self._stores.get(store)
                 if store_link is not None:
                     store_link.resync(model, after)
+            case AnswerHint():
+                self._receipt = command.receipt
+            case PlaceLease(lease, _, nodes):
+                for link in self._links_to(nodes):
+                    link.place_lease(codec.lease_message(lease))
+            case EndLease(lease, _, nodes):
+                for link in self._links_to(nodes):
+                    link.end_lease(codec.ended_lease_message(LeaseEnded(lease.id, lease.revision)))
+            case EvictBlocks(_, hashes, first_block, at_once, nodes):
+                for link in self._links_to(nodes):
+                    link.retire(codec.retired_message(BlocksRetired(hashes, first_block, at_once)))
             case SetTimer(key, at):
                 self._timers.set(key, at)
             case ClearTimer(key):
                 self._timers.clear(key)
             case _:
                 assert_never(command)
+
+    def _links_to(self, nodes: Sequence[NodeId]) -> list[NodeLink]:
+        return [self._links[node] for node in nodes if node in self._links]
 
     def _assign(self, command: Assign) -> None:
         assignment = command.assignment

@@ -19,7 +19,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from orchestrator.core.silence import HEARTBEATS, Silence
-from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
+from orchestrator.core.types import GatewayId, LeaseId, NodeId, NodeSpec, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 
@@ -30,6 +30,8 @@ RETRY_S_MIN = 0.05
 RETRY_S_MAX = 1.0
 #: Seconds a node has to answer Hello.
 WELCOME_S_MAX = 5.0
+#: Hints about dead blocks that wait for a node that does not read.
+RETIRED_MAX = 256
 
 
 class Call(Protocol):
@@ -107,6 +109,9 @@ class NodeLink:
         self._cancels: list[RequestId] = []
         self._lost_sources: list[node_pb2.LostSource] = []
         self._resync: node_pb2.Resync | None = None
+        #: What was decided last of each lease, and blocks that are dead, oldest first.
+        self._leases: dict[LeaseId, node_pb2.Lease | node_pb2.EndedLease] = {}
+        self._retired: list[node_pb2.Retired] = []
         #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
         self._told_s = 0.0
@@ -146,6 +151,22 @@ class NodeLink:
         self._resync = node_pb2.Resync(after=after)
         self._wake.set()
 
+    def place_lease(self, message: node_pb2.Lease) -> None:
+        """Tell of a lease, in place of what waits to be told of it."""
+        self._leases[LeaseId(message.id)] = message
+        self._wake.set()
+
+    def end_lease(self, message: node_pb2.EndedLease) -> None:
+        """Tell of the end of a lease, in place of what waits to be told of it."""
+        self._leases[LeaseId(message.id)] = message
+        self._wake.set()
+
+    def retire(self, message: node_pb2.Retired) -> None:
+        """Tell of dead blocks; the oldest hint is forgotten where too many wait."""
+        self._retired.append(message)
+        del self._retired[:-RETIRED_MAX]
+        self._wake.set()
+
     def give_up(self, reason: str) -> None:
         """Report the node lost at once, if it had joined."""
         if self._away is not None:
@@ -155,6 +176,8 @@ class NodeLink:
         self._submits.clear()
         self._cancels.clear()
         self._lost_sources.clear()
+        self._leases.clear()
+        self._retired.clear()
         self._resync = None
         if self.spec is not None:
             self.spec = None
@@ -262,7 +285,8 @@ class NodeLink:
     @property
     def _says_something(self) -> bool:
         """Whether anything waits to go out; bounded by the requests the cluster lets in."""
-        return bool(self._submits or self._cancels or self._lost_sources or self._resync is not None)
+        waits = self._submits or self._cancels or self._lost_sources or self._leases or self._retired
+        return bool(waits or self._resync is not None)
 
     @property
     def _must_tell(self) -> bool:
@@ -290,12 +314,30 @@ class NodeLink:
                     resync=self._resync,
                     frames_received=read,
                 )
+                if self._leases or self._retired:
+                    self._add_hints(frame)
                 self._cancels.clear()
                 self._lost_sources.clear()
                 self._resync = None
                 self._hello.frames_sent += counts
                 self._told_s = self._loop.time()
                 await call.write(frame)
+
+    def _add_hints(self, frame: node_pb2.GatewayFrame) -> None:
+        """Put leases and dead blocks into a frame, oldest first, one at least, as far as it goes."""
+        size = frame.ByteSize()
+        for lease, message in list(self._leases.items()):
+            size += message.ByteSize()
+            if size > codec.FRAME_BYTES_MAX and (frame.leases or frame.ended_leases):
+                return
+            del self._leases[lease]
+            if isinstance(message, node_pb2.Lease):
+                frame.leases.append(message)
+            else:
+                frame.ended_leases.append(message)
+        while self._retired and size <= codec.FRAME_BYTES_MAX:
+            size += self._retired[0].ByteSize()
+            frame.retired.append(self._retired.pop(0))
 
     def _next_submits(self) -> list[node_pb2.Submit]:
         """Take the oldest submits, one at least, as far as a frame goes."""

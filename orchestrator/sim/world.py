@@ -21,17 +21,21 @@ from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.commands import (
     Abort,
+    AnswerHint,
     Assign,
     Cancel,
     ClearTimer,
     ClusterCommand,
     Complete,
     DropGateway,
+    EndLease,
+    EvictBlocks,
     Fetch,
     Forget,
     LoadBlocks,
     NodeCommand,
     Offer,
+    PlaceLease,
     PublishKv,
     Refuse,
     ReportEnded,
@@ -50,12 +54,16 @@ from orchestrator.core.commands import (
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.events import (
     Assigned,
+    BlocksRetired,
     Cancelled,
     ClusterEvent,
     Ended,
     FirstToken,
     GatewayHeard,
     GatewayLost,
+    LeaseEnded,
+    LeasePlaced,
+    LeasesTold,
     NodeEvent,
     NodeJoined,
     NodeLost,
@@ -405,6 +413,17 @@ class World:
                 served = self.visits[request].served
                 served.restarts += 1
                 served.prefill = None
+            case PlaceLease(lease, _, nodes):
+                for node in nodes:
+                    self._network.send(gateway, node, self._tell_node, node, LeasePlaced(lease))
+            case EndLease(lease, _, nodes):
+                for node in nodes:
+                    self._network.send(gateway, node, self._tell_node, node, LeaseEnded(lease.id, lease.revision))
+            case EvictBlocks(_, hashes, first_block, at_once, nodes):
+                for node in nodes:
+                    self._network.send(gateway, node, self._tell_node, node, BlocksRetired(hashes, first_block, at_once))
+            case AnswerHint():
+                pass  # simulated harnesses go on whatever they are answered
             case _:
                 assert_never(command)
 
@@ -489,10 +508,10 @@ class World:
                         batches += new
                     else:
                         self._report(simulated, (gateway,), (), (), new)
-                case ReportFirstToken(report):
-                    first_tokens.append(report)
-                case ReportEnded(report):
-                    ended.append(report)
+                case TellLeases(placed, gone, asking):
+                    told = LeasesTold(simulated.spec.id, placed, gone)
+                    for gateway in self.clusters if asking is None else (asking,):
+                        self._network.send(simulated.spec.id, gateway, self._tell_cluster, gateway, told)
                 case Forget(request):
                     simulated.forget(request)
                 case SetTimer(key, fires_at):
@@ -507,8 +526,8 @@ class World:
                     self.transfers.carry(command)
                 case StopFetch(request):
                     self.transfers.stop(simulated.spec.id, request)
-                case LoadBlocks() | Offer() | StopOffer() | TellLeases():
-                    raise AssertionError(f"node {simulated.spec.id} has neither store nor leases and asks for {command}")
+                case LoadBlocks() | Offer() | StopOffer():
+                    raise AssertionError(f"node {simulated.spec.id} has no store and asks for {command}")
                 case _:
                     assert_never(command)
         if simulated.node.news != simulated.news:

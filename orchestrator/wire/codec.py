@@ -4,9 +4,11 @@ Lists of hashes travel as one run of bytes, 16 a hash. Every function is the inv
 what it claims raises `MalformedMessage`, the only error here.
 """
 
+from math import isfinite
+
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
-from orchestrator.core.events import Ended, FirstToken, NodeReported
+from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     SHARE_MAX,
@@ -16,6 +18,8 @@ from orchestrator.core.types import (
     CostProfile,
     FinishReason,
     KvBatch,
+    Lease,
+    LeaseId,
     Load,
     ModelName,
     NodeId,
@@ -25,9 +29,11 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     Sampling,
+    SessionId,
     StoredRun,
     TenantId,
     TenantLoad,
+    Tier,
 )
 from orchestrator.wire import node_pb2
 
@@ -222,6 +228,7 @@ def welcome_message(spec: NodeSpec, fingerprint: str, resumed: bool) -> node_pb2
         fingerprint=fingerprint,
         resumed=resumed,
         stores=spec.stores,
+        leased_blocks_max=spec.leased_blocks_max,
     )
 
 
@@ -259,6 +266,7 @@ def spec_from(welcome: node_pb2.Welcome) -> NodeSpec:
         address=welcome.address,
         host=welcome.host,
         stores=welcome.stores,
+        leased_blocks_max=welcome.leased_blocks_max,
     )
 
 
@@ -334,6 +342,68 @@ def kv_from(message: node_pb2.KvBatch) -> KvBatch:
         page=message.page,
         more=message.more,
     )
+
+
+def lease_message(lease: Lease) -> node_pb2.Lease:
+    """Return the message for a lease."""
+    return node_pb2.Lease(
+        id=lease.id,
+        tenant=lease.tenant,
+        model=lease.model,
+        hashes=pack_hashes(lease.hashes),
+        tier=lease.tier,
+        ttl_s=lease.ttl_s,
+        size_bytes=lease.size_bytes,
+        revision=lease.revision,
+        session=lease.session or "",
+    )
+
+
+def lease_from(message: node_pb2.Lease) -> Lease:
+    """Return the lease in a message."""
+    if message.tier not in tuple(Tier):
+        raise MalformedMessage(f"lease {message.id[:NAME_CHARS_MAX]} is on the unknown tier {message.tier[:NAME_CHARS_MAX]!r}")
+    if not (isfinite(message.ttl_s) and message.hashes and message.id):
+        raise MalformedMessage(
+            f"lease {message.id[:NAME_CHARS_MAX]!r} for {message.ttl_s} s of {len(message.hashes)} bytes of hashes"
+        )
+    return Lease(
+        id=LeaseId(message.id),
+        tenant=TenantId(message.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
+        model=ModelName(message.model),
+        hashes=hashes_from(message.hashes),
+        tier=Tier(message.tier),
+        ttl_s=message.ttl_s,
+        size_bytes=message.size_bytes,
+        revision=message.revision,
+        session=SessionId(message.session) if message.session else None,
+    )
+
+
+def ended_lease_message(ended: LeaseEnded) -> node_pb2.EndedLease:
+    """Return the message for the end of a lease."""
+    return node_pb2.EndedLease(id=ended.lease, revision=ended.revision)
+
+
+def ended_lease_from(message: node_pb2.EndedLease) -> LeaseEnded:
+    """Return the end of a lease in a message."""
+    return LeaseEnded(LeaseId(message.id), message.revision)
+
+
+def retired_message(retired: BlocksRetired) -> node_pb2.Retired:
+    """Return the message for a chain's blocks that are dead from the given one on."""
+    return node_pb2.Retired(hashes=pack_hashes(retired.hashes), first_block=retired.first_block, at_once=retired.at_once)
+
+
+def retired_from(message: node_pb2.Retired) -> BlocksRetired:
+    """Return the dead blocks in a message."""
+    return BlocksRetired(hashes_from(message.hashes), message.first_block, message.at_once)
+
+
+def leases_from(node: NodeId, frame: node_pb2.NodeFrame) -> LeasesTold:
+    """Return what a frame tells of leases."""
+    placed = tuple([lease_from(item) for item in frame.leases])
+    return LeasesTold(node, placed, tuple([ended_lease_from(item) for item in frame.ended_leases]))
 
 
 def load_message(load: Load) -> node_pb2.Load:

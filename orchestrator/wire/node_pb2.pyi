@@ -17,20 +17,66 @@ ROLE_PREFILL: Role
 ROLE_GENERATE: Role
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources")
+    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources", "leases", "ended_leases", "retired")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
     FRAMES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     LOST_SOURCES_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    ENDED_LEASES_FIELD_NUMBER: _ClassVar[int]
+    RETIRED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancels: _containers.RepeatedScalarFieldContainer[int]
     resync: Resync
     frames_received: int
     lost_sources: _containers.RepeatedCompositeFieldContainer[LostSource]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ...) -> None: ...
+    leases: _containers.RepeatedCompositeFieldContainer[Lease]
+    ended_leases: _containers.RepeatedCompositeFieldContainer[EndedLease]
+    retired: _containers.RepeatedCompositeFieldContainer[Retired]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., retired: _Optional[_Iterable[_Union[Retired, _Mapping]]] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("id", "tenant", "model", "hashes", "tier", "ttl_s", "size_bytes", "revision", "session")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    tenant: str
+    model: str
+    hashes: bytes
+    tier: str
+    ttl_s: float
+    size_bytes: int
+    revision: int
+    session: str
+    def __init__(self, id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., hashes: _Optional[bytes] = ..., tier: _Optional[str] = ..., ttl_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
+
+class EndedLease(_message.Message):
+    __slots__ = ("id", "revision")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    revision: int
+    def __init__(self, id: _Optional[str] = ..., revision: _Optional[int] = ...) -> None: ...
+
+class Retired(_message.Message):
+    __slots__ = ("hashes", "first_block", "at_once")
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    hashes: bytes
+    first_block: int
+    at_once: bool
+    def __init__(self, hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., at_once: bool = ...) -> None: ...
 
 class LostSource(_message.Message):
     __slots__ = ("request", "source")
@@ -136,7 +182,7 @@ class Resync(_message.Message):
     def __init__(self, after: _Optional[int] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls")
+    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls", "leases", "ended_leases")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +195,8 @@ class NodeFrame(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
     REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    ENDED_LEASES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     requests: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
@@ -161,7 +209,9 @@ class NodeFrame(_message.Message):
     draining: bool
     moves: _containers.RepeatedCompositeFieldContainer[Move]
     refused_calls: int
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ...) -> None: ...
+    leases: _containers.RepeatedCompositeFieldContainer[Lease]
+    ended_leases: _containers.RepeatedCompositeFieldContainer[EndedLease]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ...) -> None: ...
 
 class Move(_message.Message):
     __slots__ = ("source", "target", "bytes", "seconds", "request", "began_s_ago")
@@ -180,7 +230,7 @@ class Move(_message.Message):
     def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., request: _Optional[int] = ..., began_s_ago: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint", "resumed", "stores")
+    __slots__ = ("node", "model", "pool", "kind", "incarnation", "blocks", "block_tokens", "block_bytes", "sequences_max", "step_tokens_max", "context_tokens_max", "profile", "address", "host", "fingerprint", "resumed", "stores", "leased_blocks_max")
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +248,7 @@ class Welcome(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     STORES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BLOCKS_MAX_FIELD_NUMBER: _ClassVar[int]
     node: str
     model: str
     pool: str
@@ -215,7 +266,8 @@ class Welcome(_message.Message):
     fingerprint: str
     resumed: bool
     stores: bool
-    def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ..., stores: bool = ...) -> None: ...
+    leased_blocks_max: int
+    def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ..., stores: bool = ..., leased_blocks_max: _Optional[int] = ...) -> None: ...
 
 class CostProfile(_message.Message):
     __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s", "batch_tokens", "batch_s", "overlap", "pass_tokens", "tokens_per_pass")

@@ -1,16 +1,20 @@
 """Every noun survives the wire, and what means nothing is refused."""
 
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from orchestrator.core.events import Ended, FirstToken, NodeReported
+from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
     CostProfile,
     FinishReason,
     KvBatch,
+    Lease,
+    LeaseId,
     Load,
     ModelName,
     NodeId,
@@ -19,9 +23,11 @@ from orchestrator.core.types import (
     PoolName,
     RequestId,
     Role,
+    SessionId,
     StoredRun,
     TenantId,
     TenantLoad,
+    Tier,
 )
 from orchestrator.wire import codec, node_pb2
 
@@ -78,6 +84,7 @@ def test_spec_survives(kind: PoolKind) -> None:
         address="127.0.0.1:5",
         host="here",
         stores=True,
+        leased_blocks_max=50,
     )
     message = codec.welcome_message(spec, "weights", resumed=True)
     parsed = node_pb2.Welcome.FromString(message.SerializeToString())
@@ -101,6 +108,42 @@ def test_report_survives() -> None:
     frame.first_tokens.extend(codec.first_token_message(report) for report in first)
     parsed = node_pb2.NodeFrame.FromString(frame.SerializeToString())
     assert codec.report_from(NODE, parsed) == NodeReported(NODE, load, first, ends, batches)
+
+
+LEASE = Lease(LeaseId("l"), TenantId("t"), ModelName("m"), hashes(3), Tier.CPU, 12.5, 1 << 40, 3, SessionId("s"))
+
+
+def test_leases_survive() -> None:
+    frame = node_pb2.NodeFrame()
+    leases = (LEASE, replace(LEASE, session=None, revision=0))
+    frame.leases.extend(codec.lease_message(lease) for lease in leases)
+    frame.ended_leases.append(codec.ended_lease_message(LeaseEnded(LeaseId("x"), 2)))
+    parsed = node_pb2.NodeFrame.FromString(frame.SerializeToString())
+    assert codec.leases_from(NODE, parsed) == LeasesTold(NODE, leases, (LeaseEnded(LeaseId("x"), 2),))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_dead_blocks_survive(at_once: bool) -> None:
+    retired = BlocksRetired(hashes(3), 1, at_once)
+    assert codec.retired_from(node_pb2.Retired.FromString(codec.retired_message(retired).SerializeToString())) == retired
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"tier": "ram"}, "unknown tier 'ram'"),
+        ({"ttl_s": float("nan")}, "for nan s"),
+        ({"hashes": b""}, "of 0 bytes of hashes"),
+        ({"hashes": b"x"}, "1 bytes are no whole number"),
+        ({"id": ""}, "lease ''"),
+    ],
+)
+def test_a_lease_that_means_nothing_is_refused(wrong: dict[str, Any], problem: str) -> None:
+    message = codec.lease_message(LEASE)
+    for name, value in wrong.items():
+        setattr(message, name, value)
+    with pytest.raises(codec.MalformedMessage, match=problem):
+        codec.lease_from(message)
 
 
 def test_what_means_nothing_is_refused() -> None:

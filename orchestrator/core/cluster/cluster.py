@@ -37,6 +37,7 @@ from typing import assert_never
 from orchestrator.core.cluster.admission import Admission
 from orchestrator.core.cluster.candidates import Booking, Candidate, Options, Placement
 from orchestrator.core.cluster.following import Trust
+from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.resyncs import Resync
 from orchestrator.core.cluster.router import make_router
@@ -63,6 +64,8 @@ from orchestrator.core.events import (
     DrainRequested,
     Ended,
     GatewaysChanged,
+    HintAsked,
+    LeasesTold,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -74,7 +77,7 @@ from orchestrator.core.events import (
     StoreReported,
     TimerFired,
 )
-from orchestrator.core.timers import ClusterTimer, RequestTimer, ResyncTimer, StoreResyncTimer
+from orchestrator.core.timers import ClusterTimer, LeaseTimer, RefitTimer, RequestTimer, ResyncTimer, StoreResyncTimer
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -275,6 +278,7 @@ class Cluster:
         gateways = max(config.gateway.count, gateway + 1)
         self._admission = Admission(config.limits, models, config.tenants, gateways, place=gateway)
         self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
+        self._hints = Hints(config.leases, config.tenants, gateways, self._pools, self._sessions)
         self._known: dict[NodeId, KnownNode] = {}
         self._stores: dict[StoreId, KnownStore] = {}
         self._flights: dict[RequestId, Flight] = {}
@@ -313,6 +317,11 @@ class Cluster:
         return self._admission.waiting
 
     @property
+    def hints(self) -> Hints:
+        """Leases, who holds what, and what hints would come to; to be read only."""
+        return self._hints
+
+    @property
     def sessions(self) -> Sessions:
         """What is remembered of sessions, and why their prompts were computed again; to be read only."""
         return self._sessions
@@ -345,6 +354,12 @@ class Cluster:
                 self._on_store_lost(event.store)
             case GatewaysChanged():
                 self._admission.divide(event.place, event.count, now)
+                self._hints.leases.divide(event.count, now)
+            case HintAsked(hint):
+                self._commands += self._hints.asked(hint, now)
+            case LeasesTold():
+                if event.node in self._known:
+                    self._commands += self._hints.told(event, now)
             case DrainRequested():
                 self._admission.draining = True
             case _:
@@ -637,6 +652,10 @@ class Cluster:
                 flight = self._flights.get(request)
                 if flight is not None:
                     self._on_time_up(flight)
+            case LeaseTimer(lease):
+                self._commands += self._hints.expire(lease, self._now)
+            case RefitTimer():
+                self._commands += self._hints.refit(self._now)
             case _:
                 assert_never(key)
 
@@ -672,6 +691,7 @@ class Cluster:
             self._on_node_lost(spec.id, "it was started anew")
         known = self._known[spec.id] = KnownNode(pools.join(spec), pools)
         self._ask_resync(known)
+        self._commands += self._hints.node_joined(spec, self._now)
         self._start_waiting(spec.model)
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
@@ -689,6 +709,7 @@ class Cluster:
             self._commands.append(ClearTimer(known.resync_timer))
         del self._known[node]
         known.pools.leave(node)
+        self._commands += self._hints.node_lost(node, self._now)
         for flight in generating:
             self._retry_or_abort(flight, node, "node_lost", f"{node} was lost: {reason}")
         for flight in self._flights.values():
@@ -759,6 +780,7 @@ class Cluster:
         for known in self._stores.values():
             for model, part in known.parts.items():
                 assert part.resync.awaited or part.exact, f"{known.spec.id} is believed in part of {model}, and is not asked"
+        self._hints.validate()
 
     def _validate_flight(self, request: RequestId, flight: Flight) -> None:
         waits = request in self._admission.queue(flight.request.model)

@@ -1,4 +1,4 @@
-"""Rate limits of one tenant: token buckets for requests and tokens, a gateway's part of them."""
+"""Rate limits of one tenant: token buckets for requests, tokens and byte-seconds, a gateway's part of them."""
 
 from orchestrator.core.config import TenantConfig
 from orchestrator.core.types import Request
@@ -10,12 +10,13 @@ BURST_S = 2.0
 class Bucket:
     """Fills at a rate up to a capacity; what is taken at once may be more than is in it, and is owed then."""
 
-    __slots__ = ("_at", "_capacity", "_level", "_rate")
+    __slots__ = ("_at", "_burst_s", "_capacity", "_level", "_rate")
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, burst_s: float = BURST_S) -> None:
         assert rate > 0, f"a bucket fills at {rate} a second"
         self._rate = rate
-        self._capacity = max(rate * BURST_S, 1.0)
+        self._burst_s = burst_s
+        self._capacity = max(rate * burst_s, 1.0)
         self._level = self._capacity
         self._at = 0.0
 
@@ -23,8 +24,13 @@ class Bucket:
         """Fill at another rate from now on; what is in it, or owed, grows or shrinks with it."""
         self._fill(now)
         former = self._capacity
-        self._rate, self._capacity = rate, max(rate * BURST_S, 1.0)
+        self._rate, self._capacity = rate, max(rate * self._burst_s, 1.0)
         self._level *= self._capacity / former
+
+    def level(self, now: float) -> float:
+        """Return what is in it; less than 0 is owed."""
+        self._fill(now)
+        return self._level
 
     def wait_s(self, amount: float, now: float) -> float:
         """Return the seconds until so much may be taken, 0 for now; more than the bucket holds may be when it is full."""

@@ -128,6 +128,25 @@ class Sessions:
         if len(self._sessions) > self._sessions_max:
             del self._sessions[next(iter(self._sessions))]
 
+    def fork(self, model: ModelName, tenant: TenantId, parent: SessionId, children: Iterable[SessionId]) -> bool:
+        """Let new sessions begin where another one is, with its context; False if that one is not known."""
+        origin = self._sessions.get((model, tenant, parent))
+        if origin is None:
+            return False
+        for child in children:
+            key = model, tenant, child
+            if key not in self._sessions:
+                session = self._sessions[key] = Session()
+                session.generated_on, session.prefilled_on = origin.generated_on, origin.prefilled_on
+                session.marks = origin.marks
+        while len(self._sessions) > self._sessions_max:
+            del self._sessions[next(iter(self._sessions))]
+        return True
+
+    def end(self, model: ModelName, tenant: TenantId, session: SessionId) -> bool:
+        """Forget a session that has ended; False if it is not known."""
+        return self._sessions.pop((model, tenant, session), None) is not None
+
     def ended(self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int) -> None:
         """Note that a turn went well, and why it computed what it did.
 

@@ -59,6 +59,7 @@ from orchestrator.core.commands import (
 from orchestrator.core.config import CachePolicy, SchedulerConfig
 from orchestrator.core.events import (
     Assigned,
+    BlocksRetired,
     BlocksSent,
     Cancelled,
     DrainRequested,
@@ -199,6 +200,8 @@ class Node:
                 self._on_lease_placed(event.lease)
             case LeaseEnded():
                 self._on_lease_ended(event)
+            case BlocksRetired():
+                self._on_blocks_retired(event)
             case DrainRequested():
                 self._draining = True
             case _:
@@ -570,6 +573,14 @@ class Node:
             self._timers.remove(key)
             self._commands.append(ClearTimer(key))
         self._commands.append(TellLeases(ended=(event,)))
+
+    def _on_blocks_retired(self, event: BlocksRetired) -> None:
+        """Let what only a dead chain has be forgotten first, or now."""
+        cached = self._pool.match(event.hashes, len(event.hashes))
+        if event.at_once:
+            self._pool.drop(event.hashes, event.first_block, cached)
+        elif cached > event.first_block:
+            self._pool.retire(event.hashes[cached - 1], event.hashes[: event.first_block])
 
     def _on_resync_requested(self, event: ResyncRequested) -> None:
         """Tell a gateway of holdings, and one that knows of none also of all leases."""

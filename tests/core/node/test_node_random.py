@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.core.commands import NodeCommand, StopOffer
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import Cancelled, GatewayLost, LeaseEnded, LeasePlaced, ResyncRequested, SourceLost
+from orchestrator.core.events import BlocksRetired, Cancelled, GatewayLost, LeaseEnded, LeasePlaced, ResyncRequested, SourceLost
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
     Assignment,
@@ -155,6 +155,9 @@ class Scenario:
         elif chance < 0.86:
             ended = LeaseEnded(LeaseId(str(self.random.randrange(8))), self.random.randrange(1000))
             driver.later(delay_s, lambda: driver.tell(node, ended))
+        elif chance < 0.90:
+            retired = BlocksRetired(block_hashes(self.prompts[request], BLOCK_TOKENS), 1, self.random.random() < 0.5)
+            driver.later(delay_s, lambda: driver.tell(node, retired))
 
     def lease(self, node: NodeId, request: RequestId) -> None:
         """Lease some first blocks of a request's prompt, anew or in the place of what the lease was on."""

@@ -1,0 +1,380 @@
+"""What harnesses ask of the cache, decided: each `Hint` gets one `Receipt`, and nodes are told what follows from it.
+
+    HintAsked ── done before? ── yes ──> AnswerHint(DUPLICATE)
+                      └─ no ──> by its verb ──> AnswerHint, and PlaceLease, EndLease or EvictBlocks to holders
+
+`leases.py` has the rules of leases, the index who holds what. Nothing that a hint does changes what a model says.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from typing import assert_never
+
+from orchestrator.core.cluster.leases import REFIT_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
+from orchestrator.core.cluster.pools import ModelPools
+from orchestrator.core.cluster.sessions import Sessions
+from orchestrator.core.commands import AnswerHint, ClearTimer, ClusterCommand, EndLease, EvictBlocks, PlaceLease, SetTimer
+from orchestrator.core.config import LeasesConfig, TenantConfig
+from orchestrator.core.cost.costs import prompt_seconds
+from orchestrator.core.events import LeasesTold
+from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
+from orchestrator.core.timers import LeaseTimer, RefitTimer
+from orchestrator.core.types import BlockHash, Lease, LeaseId, ModelName, NodeId, NodeSpec, TenantId, Tier
+
+#: What no holder can be asked for, by verb, as long as there is none that could.
+_NO_HOLDER = {
+    Verb.RETAIN: "no tier here takes a bias for what it forgets first",
+    Verb.PREFETCH: "there is no tier below hbm to bring blocks up from",
+    Verb.DEMOTE: "there is no tier below hbm for blocks to sink to",
+    Verb.SHARE: "no node here takes blocks that no request has asked it for",
+    Verb.TOOL_STARTED: "nothing here places blocks by the pauses of sessions",
+    Verb.TOOL_FINISHED: "nothing here places blocks by the pauses of sessions",
+}
+#: The reason that stands for a grant that is less in several ways: the one that costs most.
+_GRAVEST = (Reason.QUOTA_BYTES, Reason.LOWER_TIER, Reason.QUOTA_BYTE_SECONDS, Reason.TTL_MAX)
+_CLIPPED = {
+    Reason.QUOTA_BYTES: "the tenant's quota of bytes has room for a part of it",
+    Reason.LOWER_TIER: "the tier that was asked for has no room left for this tenant",
+    Reason.QUOTA_BYTE_SECONDS: "the tenant has no byte-seconds left for longer",
+    Reason.TTL_MAX: "no lease lasts longer here",
+    Reason.LEASED: "a lease covers the first part of it",
+}
+
+
+class Hints:
+    """One gateway's part of all hints: leases, what was done already, and whom to tell."""
+
+    __slots__ = ("_block_bytes", "_config", "_done", "_fits", "_nodes", "_pools", "_sessions", "leases")
+
+    def __init__(
+        self,
+        config: LeasesConfig,
+        tenants: Sequence[TenantConfig],
+        gateways: int,
+        pools: dict[ModelName, ModelPools],
+        sessions: Sessions,
+    ) -> None:
+        self._config = config
+        self._pools = pools
+        self._sessions = sessions
+        self.leases = Leases(config, tenants, gateways)
+        #: Nodes that have joined, in that order.
+        self._nodes: dict[NodeId, NodeSpec] = {}
+        #: Bytes of a model's block, as its nodes told last.
+        self._block_bytes: dict[ModelName, int] = {}
+        #: What had an effect, by message and action: each tenant's own, oldest first, at most `actions_remembered_max`.
+        self._done: dict[TenantId, OrderedDict[tuple[str, str], Receipt]] = {}
+        #: False while leases exceed the memory there is and wait for the refit.
+        self._fits = True
+
+    # --- views ------------------------------------------------------------------------------------------------------------
+
+    def holdings(self, model: ModelName, hashes: Sequence[BlockHash]) -> tuple[Holding, ...]:
+        """Return who is believed to hold a beginning of a chain, most first."""
+        index = self._pools[model].index
+        matches = index.find(hashes)
+        held = [
+            Holding(Tier.HBM, node, blocks)
+            for node, spec in self._nodes.items()
+            if spec.model == model and (blocks := matches.blocks(index.column(node)))
+        ]
+        return tuple(sorted(held, key=lambda one: (-one.blocks, one.holder)))
+
+    def price(self, hint: Hint, now: float) -> Price:
+        """Return what a hint would come to; nothing is done. Only pins have a price."""
+        tier = hint.tier or Tier.HBM
+        left = self.leases.bytes_left(hint.tenant, tier)
+        saved = self.leases.byte_s_left(hint.tenant, now)
+        if hint.verb is not Verb.PIN:
+            return Price(self._cannot(hint) or Receipt(Outcome.APPLIED), bytes_left=left, byte_s_left=saved)
+        wanted = self._wanted(hint)
+        granted = self.leases.grant(wanted, now) if isinstance(wanted, Wanted) else wanted
+        if isinstance(granted, Receipt | Refused):
+            return Price(_refusal(granted), bytes_left=left, byte_s_left=saved)
+        cached_s, computed_s = self._ttft_s(wanted.model, wanted.hashes) if isinstance(wanted, Wanted) else (0.0, 0.0)
+        receipt = self._receipt(hint, granted, None)
+        return Price(receipt, granted.size_bytes * granted.ttl_s, left, saved, cached_s, computed_s)
+
+    def _ttft_s(self, model: ModelName, hashes: Sequence[BlockHash]) -> tuple[float, float]:
+        """Return the predicted seconds to a first token after a chain on an idle node: from what is held, and from nothing."""
+        spec = next((spec for spec in self._nodes.values() if spec.model == model and spec.kind.generates), None)
+        if spec is None:
+            return 0.0, 0.0
+        tokens, held = len(hashes) * spec.block_tokens, self._held_blocks(model, hashes) * spec.block_tokens
+        most = spec.step_tokens_max
+        return prompt_seconds(spec.profile, tokens - held + 1, held, most), prompt_seconds(spec.profile, tokens + 1, 0, most)
+
+    # --- what is asked ----------------------------------------------------------------------------------------------------
+
+    def asked(self, hint: Hint, now: float) -> list[ClusterCommand]:
+        """Do what a hint asks for, unless it was done; return the answer and what follows from it."""
+        done = self._done.setdefault(hint.tenant, OrderedDict())
+        name = hint.message, hint.action
+        before = done.get(name)
+        if before is not None:
+            return [AnswerHint(hint.tenant, hint.verb, *name, replace(before, outcome=Outcome.DUPLICATE, first=before.outcome))]
+        receipt, commands = self._do(hint, now)
+        if receipt.outcome.effective:
+            done[name] = receipt
+            if len(done) > self._config.actions_remembered_max:
+                done.popitem(last=False)
+        return [AnswerHint(hint.tenant, hint.verb, *name, receipt), *commands]
+
+    def _do(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        cannot = self._cannot(hint)
+        if cannot is not None:
+            return cannot, []
+        match hint.verb:
+            case Verb.PIN:
+                return self._pin(hint, now)
+            case Verb.UNPIN:
+                return self._unpin(hint, now)
+            case Verb.EVICT:
+                return self._evict(hint)
+            case Verb.SUPERSEDE:
+                return self._evict(hint)
+            case Verb.FORK:
+                return self._fork(hint), []
+            case Verb.END_SESSION:
+                return self._end_session(hint, now)
+            case Verb.RETAIN | Verb.PREFETCH | Verb.DEMOTE | Verb.SHARE | Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
+                raise AssertionError(f"{hint.verb.value} is said to be possible")
+            case _:
+                assert_never(hint.verb)
+
+    def _cannot(self, hint: Hint) -> Receipt | None:
+        """Return why nobody here could do what a hint asks for, None if somebody could."""
+        missing = _NO_HOLDER.get(hint.verb)
+        if missing is not None:
+            return Receipt(Outcome.UNSUPPORTED, Reason.NO_HOLDER, missing)
+        if hint.verb in (Verb.PIN, Verb.EVICT) and hint.tier not in (None, Tier.HBM) and not self.leases.has_tier(hint.tier):
+            return Receipt(Outcome.UNSUPPORTED, Reason.NO_TIER, f"this cluster has no {hint.tier.value} tier")
+        return None
+
+    # --- leases -----------------------------------------------------------------------------------------------------------
+
+    def _pin(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        wanted = self._wanted(hint)
+        if isinstance(wanted, Receipt):
+            return wanted, []
+        known = self.leases.get(wanted.id, hint.tenant)
+        if known is not None and hint.lease is None:  # the same message went to another gateway, and holders told of it
+            lease = known.lease
+            ttl_s = known.expires_at - now
+            receipt = Receipt(Outcome.DUPLICATE, None, "", lease.id, len(lease.hashes), lease.size_bytes, lease.tier, ttl_s)
+            return replace(receipt, first=Outcome.APPLIED), []
+        granted = self.leases.grant(wanted, now)
+        if isinstance(granted, Refused):
+            return _refusal(granted), []
+        held = self.leases.place(wanted, granted, now)
+        change = LeaseChange.PLACED if known is None else LeaseChange.RENEWED
+        return self._receipt(hint, granted, held.lease.id), self._placing(held, change, now)
+
+    def _wanted(self, hint: Hint) -> Wanted | Receipt:
+        """Return the lease that a pin asks for, or why it can be none."""
+        assert hint.model is not None, "a pin is resolved to blocks of a model"
+        if not hint.hashes:
+            return Receipt(Outcome.REJECTED, Reason.TOO_SHORT, "the target fills no block")
+        block_bytes = self._block_bytes.get(hint.model)
+        if block_bytes is None:
+            return Receipt(Outcome.REJECTED, Reason.NO_NODE, f"no node has served {hint.model} yet")
+        if hint.lease is not None:
+            known = self.leases.get(hint.lease, hint.tenant)
+            if known is None or known.lease.model != hint.model:
+                return Receipt(Outcome.MISSING, Reason.NO_LEASE, "this tenant has no such lease of that model")
+        tier, number = hint.tier or Tier.HBM, hint.lease or _lease_id(hint)
+        return Wanted(number, hint.tenant, hint.model, hint.hashes, block_bytes, tier, hint.ttl_s, hint.session)
+
+    def _receipt(self, hint: Hint, granted: Grant, lease: LeaseId | None) -> Receipt:
+        reason = next((reason for reason in _GRAVEST if reason in granted.clipped), None)
+        outcome, message = Outcome.CLIPPED if reason is not None else Outcome.APPLIED, _CLIPPED.get(reason, "") if reason else ""
+        if reason is None and hint.model is not None and self._held_blocks(hint.model, hint.hashes) < granted.blocks:
+            outcome, reason = Outcome.DEFERRED, Reason.NOT_RESIDENT
+            message = "blocks that nobody holds yet are kept from when they are computed"
+        return Receipt(outcome, reason, message, lease, granted.blocks, granted.size_bytes, granted.tier, granted.ttl_s)
+
+    def _unpin(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        ending = self._meant(hint)
+        if not ending:
+            return Receipt(Outcome.MISSING, Reason.NO_LEASE, "this tenant has no lease on that"), []
+        blocks, size_bytes = max(len(held.lease.hashes) for held in ending), sum(held.lease.size_bytes for held in ending)
+        only = ending[0].lease.id if len(ending) == 1 else None
+        commands = [command for held in ending for command in self._ending(held, LeaseChange.UNPINNED, now)]
+        return Receipt(Outcome.APPLIED, lease=only, blocks=blocks, size_bytes=size_bytes), commands
+
+    def _meant(self, hint: Hint) -> list[Held]:
+        """Return the tenant's leases that a target means: that one, or those placed with the session, or with these blocks."""
+        if hint.lease is not None:
+            held = self.leases.get(hint.lease, hint.tenant)
+            return [held] if held is not None else []
+        mine = [held for held in self.leases.of(hint.tenant) if held.lease.model == hint.model]
+        if hint.session is not None:
+            return [held for held in mine if held.lease.session == hint.session]
+        return [held for held in mine if hint.hashes and held.lease.hashes == hint.hashes[: len(held.lease.hashes)]]
+
+    def _placing(self, held: Held, change: LeaseChange, now: float) -> list[ClusterCommand]:
+        return _placed(held, change, self._holders(held.lease.model), now)
+
+    def _ending(self, held: Held, change: LeaseChange, now: float) -> list[ClusterCommand]:
+        """End a lease before its time, and tell holders."""
+        self.leases.end(held, now)
+        return _over(held.lease, change, self._holders(held.lease.model))
+
+    def _holders(self, model: ModelName) -> tuple[NodeId, ...]:
+        return tuple(node for node, spec in self._nodes.items() if spec.model == model)
+
+    def expire(self, lease: LeaseId, now: float) -> list[ClusterCommand]:
+        """End a lease whose time is up; holders do so by their own clocks."""
+        held = self.leases.expire(lease, now)
+        return [EndLease(held.lease, LeaseChange.EXPIRED, ())] if held is not None else []
+
+    # --- blocks that are dead ---------------------------------------------------------------------------------------------
+
+    def _evict(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
+        """Let a target's own blocks be forgotten first, but for those that a lease covers."""
+        leased = leased_blocks(self._leases_on(hint), hint.hashes)
+        first = max(hint.first_block, leased)
+        clipped = first > hint.first_block
+        if clipped and first >= len(hint.hashes):
+            return Receipt(Outcome.REJECTED, Reason.LEASED, "a lease covers all of it; unpin it first"), []
+        commands, blocks = self._evicting(hint, first)
+        if not commands:
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "no node holds any of it"), []
+        reason = Reason.LEASED if clipped else None
+        outcome, message = (Outcome.CLIPPED, _CLIPPED[Reason.LEASED]) if clipped else (Outcome.APPLIED, "")
+        size_bytes = blocks * self._block_bytes[hint.model] if hint.model is not None else 0
+        return Receipt(outcome, reason, message, blocks=blocks, size_bytes=size_bytes, tier=Tier.HBM), commands
+
+    def _evicting(self, hint: Hint, first: int) -> tuple[list[ClusterCommand], int]:
+        """Return what tells nodes that a chain's blocks from `first` on are dead, and how many they are at most."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        if hint.tier not in (None, Tier.HBM):
+            return [], 0
+        held = [one for one in self.holdings(hint.model, hint.hashes) if one.blocks > first]
+        if not held:
+            return [], 0
+        nodes = tuple(NodeId(one.holder) for one in held)
+        return [EvictBlocks(hint.model, hint.hashes, first, hint.verb is Verb.EVICT, nodes)], held[0].blocks - first
+
+    def _leases_on(self, hint: Hint) -> list[Held]:
+        return [held for held in self.leases.of(hint.tenant) if held.lease.model == hint.model]
+
+    # --- sessions ---------------------------------------------------------------------------------------------------------
+
+    def _fork(self, hint: Hint) -> Receipt:
+        assert hint.model is not None, "a session is resolved to one of a model"
+        assert hint.session is not None, "a fork is of a session"
+        if not self._sessions.fork(hint.model, hint.tenant, hint.session, hint.children):
+            return Receipt(Outcome.MISSING, Reason.NO_SESSION, "this tenant has no such session here")
+        return Receipt(Outcome.APPLIED, blocks=len(hint.hashes))
+
+    def _end_session(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        """End the leases placed with a session, forget it, and let go what only it needs."""
+        assert hint.model is not None, "a session is resolved to one of a model"
+        assert hint.session is not None, "an end is that of a session"
+        commands: list[ClusterCommand] = []
+        for held in [held for held in self._leases_on(hint) if held.lease.session == hint.session]:
+            commands += self._ending(held, LeaseChange.SESSION_ENDED, now)
+        known = self._sessions.end(hint.model, hint.tenant, hint.session)
+        evicting, blocks = self._evicting(hint, leased_blocks(self._leases_on(hint), hint.hashes)) if hint.hashes else ([], 0)
+        if not (known or commands or evicting):
+            return Receipt(Outcome.MISSING, Reason.NO_SESSION, "this tenant has no such session here"), []
+        return Receipt(Outcome.APPLIED, blocks=blocks), [*commands, *evicting]
+
+    # --- holders ----------------------------------------------------------------------------------------------------------
+
+    def node_joined(self, spec: NodeSpec, now: float) -> list[ClusterCommand]:
+        """Count a node's memory and tell it of its model's leases."""
+        self._nodes[spec.id] = spec
+        self._block_bytes[spec.model] = spec.block_bytes
+        self._measure()
+        placing = [PlaceLease(lease, None, (spec.id,)) for lease in self.leases.told(spec.model, now)]
+        return [*placing, *self._watch_fit(now)]
+
+    def node_lost(self, node: NodeId, now: float) -> list[ClusterCommand]:
+        """Count a node's memory no more."""
+        del self._nodes[node]
+        self._measure()
+        return self._watch_fit(now)
+
+    def told(self, event: LeasesTold, now: float) -> list[ClusterCommand]:
+        """Take in leases that a node was told of by others, or keeps from before; correct it where it is behind."""
+        commands: list[ClusterCommand] = []
+        for end in event.ended:
+            held = self.leases.learn_end(end.lease, end.revision, now)
+            if held is not None:
+                commands += _over(held.lease, LeaseChange.UNPINNED, ())
+        for lease in event.placed:
+            known = self.leases.get(lease.id, lease.tenant)
+            held = self.leases.learn(lease, now)
+            if held is not None:
+                commands += _placed(held, LeaseChange.PLACED if known is None else LeaseChange.RENEWED, (), now)
+            elif known is not None and known.lease.revision > lease.revision:
+                commands.append(PlaceLease(_as_of(known, now), None, (event.node,)))
+            elif (revision := self.leases.ended_revision(lease.id)) >= lease.revision:
+                ended = replace(lease, revision=revision)
+                commands.append(EndLease(ended, None, (event.node,)))
+        return commands + self._watch_fit(now)
+
+    def _measure(self) -> None:
+        """Note how much memory there is: nodes that generate keep contexts, what others hold passes through."""
+        specs = [spec for spec in self._nodes.values() if spec.kind.generates]
+        self.leases.set_capacity(Tier.HBM, sum(spec.leased_blocks_max * spec.block_bytes for spec in specs))
+
+    def _watch_fit(self, now: float) -> list[ClusterCommand]:
+        """Set or clear the timer for leases that exceed the memory there is (rule 3 of `leases.py`)."""
+        fits = not self.leases.exceeded
+        if fits == self._fits:
+            return []
+        self._fits = fits
+        return [ClearTimer(RefitTimer()) if fits else SetTimer(RefitTimer(), now + REFIT_S)]
+
+    def refit(self, now: float) -> list[ClusterCommand]:
+        """Lower or drop leases that have exceeded the memory there is for long enough."""
+        if self._fits:
+            return []
+        commands: list[ClusterCommand] = []
+        for former, held in self.leases.fit(now):
+            if held is not None:
+                commands += self._placing(held, LeaseChange.LOWERED, now)
+            else:
+                commands += _over(former.lease, LeaseChange.NO_MEMORY, self._holders(former.lease.model))
+        self._fits = True
+        return commands + self._watch_fit(now)
+
+    def _held_blocks(self, model: ModelName, hashes: Sequence[BlockHash]) -> int:
+        """Return how many first blocks of a chain somebody holds."""
+        return self._pools[model].index.find(hashes).blocks_max
+
+    def validate(self) -> None:
+        """Raise `AssertionError` unless the books agree."""
+        self.leases.validate()
+        for tenant, done in self._done.items():
+            assert len(done) <= self._config.actions_remembered_max, f"{len(done)} actions of {tenant} are remembered"
+        assert self._fits or self.leases.exceeded, "leases fit, and are waited for"
+
+
+def _as_of(held: Held, now: float) -> Lease:
+    """Return a lease with the time that it has left."""
+    return replace(held.lease, ttl_s=max(0.0, held.expires_at - now))
+
+
+def _placed(held: Held, change: LeaseChange, nodes: tuple[NodeId, ...], now: float) -> list[ClusterCommand]:
+    return [PlaceLease(_as_of(held, now), change, nodes), SetTimer(LeaseTimer(held.lease.id), held.expires_at)]
+
+
+def _over(lease: Lease, change: LeaseChange, nodes: tuple[NodeId, ...]) -> list[ClusterCommand]:
+    return [EndLease(lease, change, nodes), ClearTimer(LeaseTimer(lease.id))]
+
+
+def _refusal(refused: Receipt | Refused) -> Receipt:
+    return refused if isinstance(refused, Receipt) else Receipt(Outcome.REJECTED, refused.reason, refused.message)
+
+
+def _lease_id(hint: Hint) -> LeaseId:
+    """Return the id of the lease that an action places: the same wherever it is sent."""
+    parts = [part.encode() for part in (hint.tenant, hint.message, hint.action)]
+    name = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+    return LeaseId(blake2b(name, digest_size=12).hexdigest())
