@@ -260,6 +260,9 @@ class GatewayConfig:
     prompts_cached_max: int = 4096
     #: Characters kept in all of them together.
     prompt_chars_cached_max: int = 512 * 1024 * 1024
+    #: Blocks of sessions' last prompts whose names are kept, so that harnesses can speak of them (`weft.cache.v1`); tenants share
+    #: equally. About 60 bytes each, most of them in common with what is kept of prompts.
+    chain_blocks_max: int = 1_000_000
     #: Custom Ray resources one gateway asks for.
     resources: Mapping[str, float] = field(default_factory=lambda: {})
 
@@ -271,7 +274,8 @@ class GatewayConfig:
         require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
         require(bool(self.cert) == bool(self.key), "cert", "cert and key must be given together")
         require(self.generations_max > 0, "generations_max", f"must be over 0, is {self.generations_max}")
-        require(self.prompts_cached_max > 0, "prompts_cached_max", f"must be over 0, is {self.prompts_cached_max}")
+        for name in ("prompts_cached_max", "chain_blocks_max"):
+            require(getattr(self, name) > 0, name, f"must be over 0, is {getattr(self, name)}")
 
     @property
     def loopback(self) -> bool:

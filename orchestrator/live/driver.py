@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import (
     Abort,
@@ -244,6 +245,8 @@ class ClusterDriver:
         self._idle = asyncio.Event()
         #: The answer to the hint that is being asked.
         self._receipt: Receipt | None = None
+        #: Who is told of every event: those who watch what becomes of their blocks.
+        self._listeners: list[Callable[[ClusterEvent, Sequence[ClusterCommand]], None]] = []
         #: Whether any request has been followed: without traces none is, and frames are not searched for what nodes tell of them.
         self._follows = False
 
@@ -307,6 +310,16 @@ class ClusterDriver:
         receipt, self._receipt = self._receipt, None
         assert receipt is not None, f"a hint to {hint.verb.value} was not answered"
         return receipt
+
+    @property
+    def hints(self) -> Hints:
+        """What the core knows of leases and holders; to be read only."""
+        return self._core.hints
+
+    def listen(self, listener: Callable[[ClusterEvent, Sequence[ClusterCommand]], None]) -> Callable[[], None]:
+        """Tell somebody of every event and its commands until the returned function is called."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
@@ -478,6 +491,8 @@ class ClusterDriver:
             self._observer.observe(now, event, commands)
             for command in commands:
                 self._execute(command)
+            for listener in self._listeners:
+                listener(event, commands)
         except Exception as error:  # A core or driver that broke its own rules cannot go on: better no gateway than a wrong one.
             if self._journal is not None:
                 self._journal.close()

@@ -10,14 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from orchestrator.core.config import ClusterConfig, GatewayConfig
 from orchestrator.core.types import GatewayId, ModelName, NodeId, PoolName, StoreId, StoreLoad
+from orchestrator.live.cache_service import CacheService
 from orchestrator.live.driver import ClusterDriver
 from orchestrator.live.health import HealthServer
+from orchestrator.live.hints import HintDesk, MessageRefused
 from orchestrator.live.http.gateway import Gateway
+from orchestrator.live.http.openai.dialect import CHAT
 from orchestrator.live.intake import Intake
 from orchestrator.live.metrics import Metrics, NodeState
 from orchestrator.live.recorder import open_recorder
+from orchestrator.live.refusals import Invalid
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.tracing import traces_opener
 from orchestrator.wire.journal import cluster_header, open_journal
@@ -109,13 +115,17 @@ class Front:
         told = self._traces or self._metrics
         self._driver = ClusterDriver(number, config, trust, told, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
-        self._health = HealthServer(_certificate(config.gateway))
+        self._metrics.attach_leases(self._driver.hints.leases.used_bytes)
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
         intake = Intake(config, texts, config.cluster.secret.encode())
         driver, around = self._driver, self._traces.wrap if self._traces is not None else None
-        self._gateway = Gateway(config, number, intake, driver, told, page, status, self._recorder, around)
+        self._gateway = Gateway(config, number, intake, driver, told, page, status, self._recorder, around, self._call)
+        tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in intake.models}
+        self._desk = HintDesk(intake, driver, self._metrics, self._gateway.peers, CHAT.parse, tokens)
+        bytes_max = config.gateway.body_bytes_max
+        self._health = HealthServer(_certificate(config.gateway), CacheService(self._desk), bytes_max)
 
     async def start(self, members: Membership | None = None) -> FrontAddress:
         """Serve, once the nodes that serve already are reached, or do not answer in time. Raises `OSError` if a port is taken."""
@@ -182,6 +192,13 @@ class Front:
             await asyncio.to_thread(self._recorder.close)
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
+
+    async def _call(self, method: str, request: bytes, key: bytes) -> bytes | None:
+        """Answer what another gateway asks about hints of a caller of its own."""
+        try:
+            return await self._desk.serve(method, request, self._desk.caller(key, forwarded=True))
+        except (MessageRefused, DecodeError) as error:
+            raise Invalid(str(error), "invalid_message") from error
 
     def status(self) -> dict[str, Any]:
         """Return what `/status` shows."""

@@ -8,7 +8,7 @@ Knows neither HTTP nor gRPC: what cannot be served raises `Refused`, and each wa
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from hmac import compare_digest
 from typing import assert_never
@@ -17,6 +17,7 @@ from orchestrator.core.blocks import hash_root
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, SessionId, TenantId
 from orchestrator.live.asked import Asked, Conversation, Texts
+from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.conversations import tool_parameters
 from orchestrator.live.text.generation import AnswerParser
@@ -73,6 +74,9 @@ class Intake:
         self._secret = secret
         self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
         tenants = tuple(TenantId(one.name) for one in config.tenants) or (DEFAULT_TENANT,)
+        gateway = config.gateway
+        #: What prompts were made of lately.
+        self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
         self.models = {name: ServedModel(name, text, _prompts(config, name, text, tenants)) for name, text in texts.items()}
 
     # --- names --------------------------------------------------------------------------------------------------------
@@ -130,9 +134,26 @@ class Intake:
                 assert_never(asked.prompt)
         for prompt in prompts:
             _check_length(model.text, prompt)
+        if session is not None:
+            self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         return Prepared(asked, model, tenant, session, prompts, sampling, parser)
+
+    async def beginning(self, asked: Asked, model: ServedModel, tenant: TenantId) -> Prompt:
+        """Return the prompt that other requests may go on from: a conversation without the opening of an answer, or one text.
+
+        Raises `Invalid`.
+        """
+        salt = asked.hints.cache_salt
+        match asked.prompt:
+            case Conversation() as conversation:
+                text = _rendered(replace(conversation, opens_answer=False, continues=False), model)
+                return await self.encode(model, text, tenant, None, salt, prefixed=False)
+            case Texts(texts):
+                return await self.encode(model, texts[0], tenant, None, salt, prefixed=True)
+            case _:
+                assert_never(asked.prompt)
 
     async def encode(
         self,

@@ -38,6 +38,7 @@ from orchestrator.core.events import (
     StoreLost,
     StoreReported,
 )
+from orchestrator.core.hints import Outcome, Verb
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -251,6 +252,10 @@ class Metrics(Collector):
         #: Prompt tokens of requests that were started over, and what the core counts by reason.
         self._restarted_tokens = 0
         self._by_reason: Mapping[ReprefillReason, int] = {}
+        #: By verb and outcome; bytes of leases by tenant and tier.
+        self._hints: Tally[Labels] = Tally()
+        self._leased: Mapping[tuple[TenantId, Tier], int] = {}
+        #: All gateways know of all leases; one of them tells.
         #: By node and pool: parts of this gateway's requests that ended there, and the tokens they computed.
         self._parts: Tally[Labels] = Tally()
         self._computed_tokens: Tally[Labels] = Tally()
@@ -299,11 +304,19 @@ class Metrics(Collector):
         """Export what the core's sessions say of computed prompt tokens; the mapping is read at each scrape."""
         self._by_reason = reprefilled
 
+    def attach_leases(self, leased: Mapping[tuple[TenantId, Tier], int]) -> None:
+        """Export the bytes of leases; the mapping is read at each scrape."""
+        self._leased = leased
+
+    def hinted(self, verb: Verb, outcome: Outcome) -> None:
+        """Count what became of one action of a harness."""
+        self._hints[verb, outcome] += 1
+
     def set_members(self, nodes: Mapping[NodeId, PoolName], gateways: Sequence[int]) -> None:
         """Learn which nodes and gateways the cluster has from now on; what was counted of a node that left is forgotten."""
         self._nodes = {node: self._nodes.get(node) or NodeState(pool) for node, pool in nodes.items()}
         exporters = [gateways[place % len(gateways)] if gateways else None for place in range(len(nodes))]
-        self._first = not gateways or gateways[0] == self._gateway
+        self._first = not gateways or self._gateway == min(gateways)
         self._foreign = frozenset(node for node, by in zip(nodes, exporters, strict=True) if by != self._gateway)
         for tally in (self._parts, self._computed_tokens):
             for labels in [labels for labels in tally if labels[0] not in nodes]:
@@ -473,6 +486,11 @@ class Metrics(Collector):
             (str(reason),): count for reason, count in self._by_reason.items() if reason is not ReprefillReason.NEW
         }
         yield _counter("weft_reprefilled_tokens", text, ("reason",), again | {("restarted",): self._restarted_tokens})
+        yield _counter("weft_hint_actions", "What became of harnesses' actions on the cache.", ("action", "outcome"), self._hints)
+        if self._first:
+            text = "Bytes that leases promise to keep, by the lowest tier they may sink to."
+            leased: dict[Labels, float] = {(tenant, tier): size for (tenant, tier), size in self._leased.items()}
+            yield _gauge("weft_lease_bytes", text, ("tenant", "tier"), leased)
 
     def _node_families(self) -> Iterable[Metric]:
         up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._exported()}

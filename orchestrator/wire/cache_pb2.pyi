@@ -70,12 +70,14 @@ class Prompt(_message.Message):
     def __init__(self, chat_json: _Optional[str] = ..., text: _Optional[str] = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ..., range: _Optional[_Union[TokenRange, _Mapping]] = ...) -> None: ...
 
 class Blocks(_message.Message):
-    __slots__ = ("hashes", "model")
+    __slots__ = ("hashes", "model", "first_block")
     HASHES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     hashes: _containers.RepeatedScalarFieldContainer[bytes]
     model: str
-    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., model: _Optional[str] = ...) -> None: ...
+    first_block: int
+    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., model: _Optional[str] = ..., first_block: _Optional[int] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("session", "prompt", "blocks", "lease")

@@ -82,6 +82,10 @@ class Hints:
         ]
         return tuple(sorted(held, key=lambda one: (-one.blocks, one.holder)))
 
+    def block_bytes(self, model: ModelName) -> int:
+        """Return the bytes of a model's block; 0 while no node has told."""
+        return self._block_bytes.get(model, 0)
+
     def price(self, hint: Hint, now: float) -> Price:
         """Return what a hint would come to; nothing is done. Only pins have a price."""
         tier = hint.tier or Tier.HBM

@@ -26,8 +26,8 @@ from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError, http_error
 from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send, closing, key_of
 from orchestrator.live.http.openai import dialect as openai
-from orchestrator.live.http.proxy import FORWARDED, Peers
-from orchestrator.live.http.routes import MODELS, PROBED, make_routes
+from orchestrator.live.http.proxy import CALLS, FORWARDED, Peers
+from orchestrator.live.http.routes import MODELS, PROBED, Calls, make_routes
 from orchestrator.live.http.sending import send_events, send_whole
 from orchestrator.live.http.server import HttpServer
 from orchestrator.live.intake import Intake, ServedModel
@@ -68,6 +68,7 @@ class Gateway:
         status: returns what `/status` shows, as JSON-able values.
         recorder: writes generations down; None if nobody asked for that.
         around: returns the ASGI application that is served in place of this one; None for this one.
+        calls: answers what other gateways ask about hints (`routes.py`).
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Gateway:
         status: Callable[[], Any],
         recorder: TurnRecorder | None = None,
         around: Callable[[Any], Any] | None = None,
+        calls: Calls | None = None,
     ) -> None:
         self._number = gateway
         self._intake = intake
@@ -89,11 +91,12 @@ class Gateway:
         self._recorder = recorder
         self._body_bytes_max = config.gateway.body_bytes_max
         self._session_headers = tuple(name.lower().encode() for name in config.gateway.session_headers)
-        self._cold = make_routes(intake, lambda: self.ready, metrics_page, status, int(time.time()))
+        self._cold = make_routes(intake, lambda: self.ready, metrics_page, status, int(time.time()), calls, self._body_bytes_max)
         cert, key = config.gateway.cert, config.gateway.key
         application = _with_origins(self, config.gateway.cors_origins)
         self._server = HttpServer(application if around is None else around(application), cert, key)
-        self._peers = Peers(gateway, cert)
+        #: The other gateways.
+        self.peers = Peers(gateway, cert)
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -107,7 +110,7 @@ class Gateway:
 
     def join(self, peers: Mapping[GatewayId, str]) -> None:
         """Learn the base URLs of all gateways that take requests: from now on sessions are served by their owner among them."""
-        self._peers.join(peers)
+        self.peers.join(peers)
 
     async def drain(self, seconds: float, linger_s: float = 0.0) -> bool:
         """Take nothing new and wait for what runs, for `linger_s` and `seconds` at most; return True if nothing is left.
@@ -127,6 +130,7 @@ class Gateway:
         """Stop listening and end what still runs."""
         self._draining = True
         await self._server.stop()
+        await self.peers.close()
 
     @property
     def ready(self) -> bool:
@@ -170,7 +174,7 @@ class Gateway:
             await self._cold(scope, receive, named)
         except Exception:  # The routes have answered it (`_on_fault`); it must not end the connection as well.
             log.exception("a request failed by a fault of ours", extra={REQUEST: exchange.request_id.decode()})
-        known = exchange.path in PROBED or exchange.path == MODELS or exchange.path.startswith(f"{MODELS}/")
+        known = exchange.path in (*PROBED, MODELS) or exchange.path.startswith((f"{MODELS}/", f"{CALLS}/"))
         endpoint = f"/{'/'.join(exchange.path.split('/')[1:3])}" if known else UNKNOWN_ENDPOINT
         if exchange.path not in PROBED or exchange.status >= 400:
             self._metrics.answered(UNKNOWN_MODEL, endpoint, exchange.status, DEFAULT_TENANT)
@@ -187,7 +191,7 @@ class Gateway:
             model = self._intake.model_named(asked.model)
             label = model.name
             session = self._session_of(exchange, asked)
-            if session is not None and await self._peers.pass_on(exchange, body, session):
+            if session is not None and await self.peers.pass_on(exchange, body, session):
                 return
             await self._answer(exchange, dialect, asked, model, tenant, session)
         except HttpError as error:

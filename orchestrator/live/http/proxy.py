@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
+import httpx
 
 from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.types import GatewayId, SessionId
@@ -18,6 +19,9 @@ from orchestrator.live.http.exchange import Exchange, HeaderList
 
 #: Says that a request was passed on already; it is served where it arrives, whoever owns it.
 FORWARDED = b"x-weft-forwarded"
+#: Where gateways ask each other about hints, each method by its name.
+CALLS = "/weft.cache.v1.CacheControl"
+_CALL_S_MAX = 10.0
 _CONNECT_S_MAX = 2.0
 _READ_BYTES = 64 * 1024
 #: Headers that belong to one connection, or that the answering side writes itself.
@@ -69,20 +73,41 @@ class Peers:
         self._tls = pinned(cert) if cert else None
         #: Base URLs; this one is not among them while it drains.
         self._urls: dict[GatewayId, str] = {}
+        #: For questions about hints; made with the first.
+        self._client: httpx.AsyncClient | None = None
 
     def join(self, urls: Mapping[GatewayId, str]) -> None:
         """Learn the base URLs of all gateways that take requests."""
         self._urls = dict(urls)
 
+    def owner(self, session: SessionId) -> str | None:
+        """Return the base URL of the gateway that a session belongs to; None if that is this one, or no other is known."""
+        owner = owner_of(session, self._urls) if self._urls else self._number
+        return None if owner == self._number else self._urls[owner]
+
+    async def call(self, owner: str, method: str, request: bytes, key: bytes) -> bytes | None:
+        """Return what another gateway answers to a question about hints (`routes.py`); None if it does not answer."""
+        if self._client is None:
+            self._client = httpx.AsyncClient(verify=self._tls or True, timeout=_CALL_S_MAX, trust_env=False)
+        headers = {"authorization": f"Bearer {key.decode('latin-1')}", FORWARDED.decode(): "1"}
+        try:
+            answer = await self._client.post(f"{owner}{CALLS}/{method}", content=request, headers=headers)
+        except httpx.HTTPError:
+            return None
+        return answer.content if answer.status_code == 200 else None
+
+    async def close(self) -> None:
+        """Close connections to other gateways."""
+        if self._client is not None:
+            await self._client.aclose()
+
     async def pass_on(self, exchange: Exchange, body: bytes, session: SessionId) -> bool:
         """Let the session's owner answer, if that is another gateway that can be reached; return whether it has answered."""
-        if not self._urls or FORWARDED in exchange.headers:
-            return False
-        owner = owner_of(session, self._urls)
-        if owner == self._number:
+        owner = self.owner(session) if FORWARDED not in exchange.headers else None
+        if owner is None:
             return False
         try:
-            await forward(exchange, body, self._urls[owner], self._tls)
+            await forward(exchange, body, owner, self._tls)
         except PeerUnreachable:
             # Serving it here costs a recompute; refusing it would cost the request.
             return False

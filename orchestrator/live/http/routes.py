@@ -1,6 +1,6 @@
 """The endpoints that are asked now and then: models, health, metrics, status. Generation has its own short way, `gateway.py`."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,12 +10,14 @@ from starlette.exceptions import HTTPException
 from orchestrator.live.http.errors import HttpError, fault, http_error
 from orchestrator.live.http.exchange import key_of
 from orchestrator.live.http.openai.answers import error_body, model_card
+from orchestrator.live.http.proxy import CALLS
 from orchestrator.live.intake import Intake
 from orchestrator.live.refusals import Refused
 
 #: Asked by probes and scrapers, time and again: only what goes wrong there is counted.
 PROBED = ("/live", "/health", "/ready", "/metrics", "/status")
 MODELS = "/v1/models"
+Calls = Callable[[str, bytes, bytes], Awaitable[bytes | None]]
 #: Prometheus' text format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -26,6 +28,8 @@ def make_routes(
     metrics_page: Callable[[], bytes],
     status: Callable[[], Any],
     started_unix_s: int,
+    calls: Calls | None = None,
+    body_bytes_max: int = 0,
 ) -> FastAPI:
     """Return the application; unknown routes and wrong methods end in OpenAI's error bodies.
 
@@ -35,6 +39,8 @@ def make_routes(
         metrics_page: returns the Prometheus exposition.
         status: returns what `/status` shows, as JSON-able values.
         started_unix_s: since when models are served.
+        calls: answers what other gateways ask about hints of a caller of theirs: method, message, key; None for no such method.
+        body_bytes_max: of such a message.
     """
     application = FastAPI(title="Weft", docs_url=None, redoc_url=None)
 
@@ -64,6 +70,18 @@ def make_routes(
         intake.tenant_of(_key(request))
         return JSONResponse(status())
 
+    async def call(request: Request, method: str) -> Response:
+        message = b""
+        async for chunk in request.stream():
+            message += chunk
+            if len(message) > body_bytes_max:
+                raise HTTPException(413, f"a message may have {body_bytes_max} bytes")
+        answer = await calls(method, message, _key(request)) if calls is not None else None
+        if answer is None:
+            raise HTTPException(404, "Not Found")
+        return Response(answer, media_type="application/x-protobuf")
+
+    application.add_api_route(f"{CALLS}/{{method}}", call, methods=["POST"])
     application.add_api_route("/v1/models", models)
     application.add_api_route("/v1/models/{name:path}", model)
     application.add_api_route("/live", live)
