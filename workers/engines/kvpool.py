@@ -101,6 +101,10 @@ class KvPool:
     def write_slabs(self, blocks: Sequence[BlockId], data: memoryview) -> None:
         """Copy whole slabs from host memory; `data` may be read-only."""
         source = _readable(data).view(len(blocks), self.block_bytes)
+        if self.slabs.device.type == "cpu":  # there one copy with an index takes five times as long as many without
+            for block, slab in zip(blocks, source, strict=True):
+                self.slabs[block].copy_(slab)
+            return
         index = torch.tensor(blocks, dtype=torch.int64, device=self.slabs.device)
         self.slabs.index_copy_(0, index, _to_device(source, self.slabs.device))
 
