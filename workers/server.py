@@ -207,8 +207,7 @@ class NodeServer:
             transports[OBJECT] = ObjectTransport(engine, self._objects, copier, limits)
         if engine.description.computes:
             return transports
-        sizes = {SHM: engine.description.block_bytes, OBJECT: engine.description.stored_bytes}
-        return {name: PacedTransport(inner, self._pool.profile, sizes[name]) for name, inner in transports.items()}
+        return {name: PacedTransport(transport, self._pool.profile) for name, transport in transports.items()}
 
     def _choose(self, host: str) -> list[str]:
         """Return the transports for a source on `host`, best first."""

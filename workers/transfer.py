@@ -413,9 +413,8 @@ class Fetches:
             transport = self._transports.get(frame.WhichOneof("payload") or "")
             if transport is None:
                 raise TransferFailed(f"{command.source} sent {len(targets)} blocks in no way known here")
-            await transport.take(frame, targets)
+            fetch.bytes += await transport.take(frame, targets)
             fetch.seconds += time.perf_counter() - started
-            fetch.bytes += len(targets) * self._block_bytes
         fetch.blocks += len(targets)
         if targets:
             fetch.tokens = min(frame.tokens, command.tokens)

@@ -63,8 +63,8 @@ class Transport(Protocol):
         """Make blocks readable for a peer. Raises `TransferFailed`."""
         ...
 
-    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> None:
-        """Copy a frame's blocks into this node's. Raises `TransferFailed`."""
+    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> int:
+        """Copy a frame's blocks into this node's; returns the bytes that came. Raises `TransferFailed`."""
         ...
 
 
@@ -115,7 +115,7 @@ class SharedMemoryTransport:
             raise
         return Offered(node_pb2.BlocksFrame(shm=arena.place(slots)), release)
 
-    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> None:
+    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> int:
         memory, size = frame.shm, self._block_bytes
         source = self._peers.view(memory)
         if memory.size % size or (memory.blocks and (max(memory.blocks) + 1) * size > memory.size):
@@ -131,6 +131,7 @@ class SharedMemoryTransport:
                     copy_bytes(pool.view[target * size : (target + count) * size], slabs)
 
         await self._copier.run(len(targets) * size, copy)
+        return len(targets) * size
 
     def close(self) -> None:
         """Give the staging memory back."""
@@ -179,7 +180,7 @@ class ObjectTransport:
 
         return Offered(node_pb2.BlocksFrame(ray=node_pb2.RayObject(reference=reference)), release)
 
-    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> None:
+    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> int:
         size = len(targets) * self._stored_bytes
 
         def get() -> None:
@@ -189,19 +190,20 @@ class ObjectTransport:
             self._engine.decode_blocks(targets, data)
 
         await self._copier.run_blocking(get)
+        return size
 
 
 class PacedTransport:
-    """Another transport, for engines that only pass time: taking lasts as long as the profile says for so many bytes a block."""
+    """Another transport, for engines that only pass time: taking lasts as long as the profile says."""
 
-    def __init__(self, inner: Transport, profile: CostProfile, block_bytes: int) -> None:
+    def __init__(self, inner: Transport, profile: CostProfile) -> None:
         self._inner = inner
         self._profile = profile
-        self._block_bytes = block_bytes
 
     async def offer(self, blocks: Sequence[BlockId]) -> Offered:
         return await self._inner.offer(blocks)
 
-    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> None:
-        await self._inner.take(frame, targets)
-        await asyncio.sleep(fetch_seconds(self._profile, len(targets) * self._block_bytes))
+    async def take(self, frame: node_pb2.BlocksFrame, targets: Sequence[BlockId]) -> int:
+        size = await self._inner.take(frame, targets)
+        await asyncio.sleep(fetch_seconds(self._profile, size))
+        return size

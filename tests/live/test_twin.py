@@ -209,7 +209,7 @@ def start_node(node: NodeId, settings: PoolConfig, fatal: list[BaseException]) -
         spec(node, settings),
         settings.scheduler,
         engine,
-        {SHM: PacedTransport(shared, settings.profile, BLOCK_BYTES)},
+        {SHM: PacedTransport(shared, settings.profile)},
         lambda host: [SHM],
         Channels(8, TRUST),
         peers,

@@ -129,7 +129,7 @@ def side(names: list[str], limits: TransferLimits, store: DictStore, executor: T
         OBJECT: ObjectTransport(engine, store, copier, limits),
     }
     profile = CostProfile(fetch_latency_s=0.0, fetch_bytes_per_s=1e9)
-    return Side(engine, {name: PacedTransport(inner, profile, BLOCK_BYTES) for name, inner in transports.items()}, limits, names)
+    return Side(engine, {name: PacedTransport(inner, profile) for name, inner in transports.items()}, limits, names)
 
 
 @dataclass
@@ -199,7 +199,7 @@ def test_blocks_arrive_in_order_and_are_acknowledged(name: str, visible: bool) -
             assert [pool.block(block)[0] for block in (9, 10, 3, 4)] == [6, 7, 8, 1]
             assert bytes(pool.block(3)) == bytes([8]) * BLOCK_BYTES
             ((request, size, seconds, began_s_ago),) = both.target.moved
-            assert (request, size) == (REQUEST, 4 * BLOCK_BYTES)
+            assert (request, size) == (REQUEST, 4 * (BLOCK_BYTES if name == SHM else STORED_BYTES))
             assert 0 < seconds <= began_s_ago
 
     run(scenario)
