@@ -512,6 +512,10 @@ class World:
                     told = LeasesTold(simulated.spec.id, placed, gone)
                     for gateway in self.clusters if asking is None else (asking,):
                         self._network.send(simulated.spec.id, gateway, self._tell_cluster, gateway, told)
+                case ReportFirstToken(report):
+                    first_tokens.append(report)
+                case ReportEnded(report):
+                    ended.append(report)
                 case Forget(request):
                     simulated.forget(request)
                 case SetTimer(key, fires_at):
