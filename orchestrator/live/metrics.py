@@ -255,7 +255,6 @@ class Metrics(Collector):
         #: By verb and outcome; bytes of leases by tenant and tier.
         self._hints: Tally[Labels] = Tally()
         self._leased: Mapping[tuple[TenantId, Tier], int] = {}
-        #: All gateways know of all leases; one of them tells.
         #: By node and pool: parts of this gateway's requests that ended there, and the tokens they computed.
         self._parts: Tally[Labels] = Tally()
         self._computed_tokens: Tally[Labels] = Tally()
@@ -264,7 +263,7 @@ class Metrics(Collector):
         #: All nodes, also those that other gateways export.
         self._nodes: dict[NodeId, NodeState] = {}
         self._foreign: frozenset[NodeId] = frozenset()
-        #: What stores told last of themselves, by model; the first gateway exports it.
+        #: What stores told last of themselves, by model. The first gateway exports it, and leases, of which all gateways know.
         self._stores: dict[tuple[StoreId, ModelName], StoreLoad] = {}
         self._first = True
         self.set_members(nodes, range(gateways))
