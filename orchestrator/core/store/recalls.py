@@ -170,8 +170,8 @@ class Recalls:
         """Claim what is in the arena, and what has arrived and follows on it."""
         shelf, claim, hashes = recall.shelf, recall.claim, recall.hashes
         while not recall.over:
-            held = shelf.pool.match(hashes, recall.end)
-            if held > claim.depth:
+            if shelf.pool.holds(hashes[claim.depth]):
+                held = shelf.pool.match(hashes, recall.end)
                 shelf.pool.extend(claim, hashes[held - 1], held)
             segment = shelf.segment(hashes, claim.depth // shelf.model.segment_blocks)
             move = shelf.arriving.get(segment) if segment is not None and not recall.over else None
