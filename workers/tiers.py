@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -407,8 +408,10 @@ class Tiers:
         assert arena is not None, "copying without a store"
         started = time.perf_counter()
         size = len(piece.blocks) * self._block_bytes
+        # Small copies are made on the loop, which waits for them; for converting blocks it never does.
+        run = self._copier.run_blocking if self._pool is None else partial(self._copier.run, size)
         try:
-            await self._copier.run(size, lambda: copy(piece, arena))
+            await run(lambda: copy(piece, arena))
         except NotEncodable:
             raise
         except Exception as error:  # An engine may fail in any way; that ends the call and not the node.

@@ -24,6 +24,7 @@ from workers.engines.models import Model
 from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
+from workers.engines.stored import POOL_DTYPES
 from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
@@ -33,7 +34,7 @@ CPU_POOL_BYTES_MAX = 2 * 1024**3
 #: step's many small products waits for a thread that the system has put off, which was measured to cost twofold to tenfold.
 SINGLE_THREAD_OPERATIONS_MAX = 40_000_000
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kept) for name, kept in POOL_DTYPES.items()}
 
 
 class EagerEngine:

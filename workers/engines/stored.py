@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from orchestrator.core.config import KvFormat
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: What is computed with, and kept in the pool, for a dtype that is asked for or that a checkpoint has.
+POOL_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 #: NVFP4 has a scale for every so many values.
 NVFP4_GROUP = 16
 _FLOAT32_BYTES = 4

@@ -9,7 +9,7 @@ from workers.engines.checkpoint import fingerprint
 from workers.engines.profiled import profiled_fingerprint
 from workers.engines.profiled import stored_form as profiled_form
 from workers.engines.shape import read_architecture
-from workers.engines.stored import Slab, StoredForm, form_of
+from workers.engines.stored import POOL_DTYPES, Slab, StoredForm, form_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,5 +33,5 @@ def model_blocks(model: ModelName, engine: EngineConfig, folder: Path) -> ModelB
 
 def _eager_form(engine: EngineConfig, folder: Path) -> StoredForm:
     shape = read_architecture(folder)
-    dtype = shape.dtype if engine.dtype == "auto" else engine.dtype
+    dtype = POOL_DTYPES[shape.dtype if engine.dtype == "auto" else engine.dtype]
     return form_of(engine.kv_format_stored, Slab(shape.layers, shape.kv_heads, engine.block_tokens, shape.head_dim, dtype))

@@ -145,17 +145,20 @@ async def until(holds: Callable[[], bool]) -> None:
 class Host:
     """A store that can be stopped and started, and nodes."""
 
-    def __init__(self, cmx: Path | None = None, journal: str = "", **changes: Any) -> None:
+    def __init__(
+        self, cmx: Path | None = None, journal: str = "", models: Sequence[ModelBlocks] = MODELS, **changes: Any
+    ) -> None:
         fields = {"cpu_bytes": PAGES * 4096, "segment_blocks": SEGMENT, "detached_s": 0.05, **changes}
         self.config = StoreConfig(cmx=f"file://{cmx}" if cmx is not None else "", **fields)
         self.journal = journal
+        self.models = tuple(models)
         self.executor = ThreadPoolExecutor(2)
         self.nodes: list[Node] = []
         self.starts = 0
 
     async def start(self) -> None:
         self.starts += 1
-        self.server = StoreServer(STORE, self.starts, self.config, MODELS, TRUST, journal=self.journal)
+        self.server = StoreServer(STORE, self.starts, self.config, self.models, TRUST, journal=self.journal)
         self.place = StorePlace(STORE, await self.server.start())
 
     async def node(self, name: str = "n0", attach: bool = True, **fields: Any) -> Node:
@@ -173,8 +176,10 @@ class Host:
 
 
 @asynccontextmanager
-async def host(cmx: Path | None = None, journal: str = "", **changes: Any) -> AsyncIterator[Host]:
-    made = Host(cmx, journal, **changes)
+async def host(
+    cmx: Path | None = None, journal: str = "", models: Sequence[ModelBlocks] = MODELS, **changes: Any
+) -> AsyncIterator[Host]:
+    made = Host(cmx, journal, models, **changes)
     await made.start()
     try:
         yield made
