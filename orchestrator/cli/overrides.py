@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from orchestrator.cli.cluster_file import UnusableInput, parsed
 from orchestrator.core.config import ClusterConfig
@@ -74,7 +74,9 @@ def field_paths(config: ClusterConfig) -> dict[str, FieldPath]:
 def _paths(value: Any, name: str, path: FieldPath) -> Iterator[tuple[str, FieldPath]]:
     if is_dataclass(value):
         for item in fields(value):
-            yield from _paths(getattr(value, item.name), f"{name}.{item.name}" if name else item.name, (*path, item.name))
+            entry = getattr(value, item.name)
+            within = _absent_table(type(value), item.name) if entry is None else None
+            yield from _paths(within or entry, f"{name}.{item.name}" if name else item.name, (*path, item.name))
     elif isinstance(value, Mapping) and any(is_dataclass(entry) for entry in value.values()):
         for key, entry in value.items():
             yield from _paths(entry, f"{name}.{key}", (*path, key))
@@ -83,6 +85,14 @@ def _paths(value: Any, name: str, path: FieldPath) -> Iterator[tuple[str, FieldP
             yield from _paths(entry, f"{name}[{index}]", (*path, index))
     else:
         yield name, path
+
+
+def _absent_table(table: type, name: str) -> Any:
+    """Return a table with its defaults that a file may have and this one has not; None if the field is no table."""
+    for kind in get_args(get_type_hints(table)[name]):
+        if isinstance(kind, type) and is_dataclass(kind):
+            return kind()
+    return None
 
 
 def set_field(mapping: dict[str, Any], path: FieldPath, value: Any) -> None:

@@ -484,9 +484,11 @@ class HardwareConfig:
     #: Tokens drafted in each pass, and the chance that one is accepted after all before it were; None: as the profiles assume.
     draft_tokens: int = 0
     acceptance: float | None = None
+    #: Chips of one host: as many nodes of the pool as they make share its memory.
+    host_chips: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("chips", "group_nodes", "microbatches"):
+        for name in ("chips", "host_chips", "group_nodes", "microbatches"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("ffn_chips", "draft_tokens"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")

@@ -29,6 +29,21 @@ _SOMETIMES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Below:
+    """What is below the memory of a pool's nodes: their hosts' memory, and the storage that hosts share.
+
+    The links are one node's to its host's memory, and one host's to the storage, in one direction.
+    """
+
+    #: Nodes of one host.
+    host_nodes: int
+    cpu_bytes_per_s: float
+    cpu_latency_s: float
+    cmx_bytes_per_s: float
+    cmx_latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PoolHardware:
     """What one node of a pool is made of, costs and draws, its share of the other half's chips included."""
 
@@ -41,6 +56,8 @@ class PoolHardware:
     block_bytes: int
     #: Names of the assumptions that profile, price or power rest on.
     assumptions: tuple[str, ...]
+    #: None in a cluster without stores.
+    below: Below | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +74,15 @@ def resolve(config: ClusterConfig, catalog: Catalog) -> Resolved:
     hardware: dict[PoolName, PoolHardware] = {}
     for index, pool in enumerate(config.pools):
         if not pool.hardware.chip:
+            problem = f"cannot be simulated beside pools[{index}], which has no hardware: nobody knows the bytes of its blocks"
+            require(config.store is None, "store", problem)
             pools.append(pool)
             continue
         try:
             machine = machine_of(config, pool, catalog)
             pools.append(_filled(config, pool, machine))
         except ConfigError as error:
-            where = error.where if error.where.startswith("models.") else f"pools[{index}].{error.where}"
+            where = error.where if error.where.startswith(("models.", "store.")) else f"pools[{index}].{error.where}"
             raise ConfigError(where, error.problem) from None
         hardware[PoolName(pool.name)] = _node_hardware(config, pool, machine, catalog)
     return Resolved(replace(config, pools=tuple(pools)), hardware)
@@ -155,7 +174,27 @@ def _node_hardware(config: ClusterConfig, pool: PoolConfig, machine: Machine, ca
         usd_per_hour=sum(chip.usd_per_hour * count for chip, count in counts),
         kw=sum(chip.kw * count for chip, count in counts),
         block_bytes=block_bytes(machine, pool.engine.block_tokens),
+        below=_below(config, pool, machine),
         assumptions=_assumptions(config, pool, machine, catalog),
+    )
+
+
+def _below(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> Below | None:
+    """Return what is below a pool's nodes: the chip's own host and storage, or what the cluster file says of stores' rates."""
+    store, chip, hardware = config.store, machine.chip, pool.hardware
+    if store is None:
+        return None
+    host_nodes = max(1, hardware.host_chips // hardware.chips)
+    chips = host_nodes * hardware.chips
+    if chip.host is not None and chip.host.capacity_bytes:
+        most = int(chip.host.capacity_bytes * chips)
+        require(store.cpu_bytes <= most, "store.cpu_bytes", f"a host of {chips} {chip.name} has {most}, is {store.cpu_bytes}")
+    return Below(
+        host_nodes=host_nodes,
+        cpu_bytes_per_s=chip.host.rate * hardware.chips if chip.host is not None else store.cpu_bytes_per_s,
+        cpu_latency_s=chip.host.latency_s if chip.host is not None else 0.0,
+        cmx_bytes_per_s=chip.storage.rate * chips if chip.storage is not None else store.cmx_bytes_per_s,
+        cmx_latency_s=chip.storage.latency_s if chip.storage is not None else store.cmx_latency_s,
     )
 
 
@@ -166,6 +205,9 @@ def _assumptions(config: ClusterConfig, pool: PoolConfig, machine: Machine, cata
     if hardware.mode is not DecodeMode.WHOLE:
         files |= {machine.chip.name} | ({machine.group_link.name} if hardware.chips * hardware.group_nodes > 1 else set())
     files |= {other.name} if other is not None else set()
+    if config.store is not None:
+        below = (machine.chip.host, machine.chip.storage if config.store.cmx else None)
+        files |= {link.name for link in below if link is not None}
     files |= {"lpx"} if hardware.mode is DecodeMode.DRAFTER else set()
     used = _used(machine, catalog)
     return tuple(name for name in catalog.assumptions_in(frozenset(files)) if name in used or not name.endswith(_SOMETIMES))

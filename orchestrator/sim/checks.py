@@ -13,6 +13,7 @@ from orchestrator.core.types import GatewayId, NodeId, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.network import Transfers
 from orchestrator.sim.simulated import SimulatedNode
+from orchestrator.sim.stores import SimulatedStore
 
 
 class Stuck(AssertionError):
@@ -31,6 +32,7 @@ class Checked(Protocol):
     agenda: Agenda
     clusters: dict[GatewayId, Cluster]
     nodes: dict[NodeId, SimulatedNode]
+    stores: dict[str, SimulatedStore]
     transfers: Transfers
     unaware: dict[tuple[GatewayId, NodeId], bool]
 
@@ -55,12 +57,16 @@ class Checks:
             if simulated.alive:
                 simulated.node.validate()
                 self._check_wakeup(simulated)
+        for store in world.stores.values():
+            if store.alive:
+                store.store.validate()
 
     def _check_wakeup(self, simulated: SimulatedNode) -> None:
         """A node with sequences runs a step, or waits for blocks that are on their way."""
         load = simulated.node.load()
         if load.running and simulated.run is None:
-            assert len(self._world.transfers), f"{simulated.spec.id} has {load.running} sequences, no step and nothing to fetch"
+            bringing = len(self._world.transfers) + sum(store.unfinished for store in self._world.stores.values())
+            assert bringing, f"{simulated.spec.id} has {load.running} sequences, no step and nothing to fetch or load"
         assert simulated.run is None or len(self._world.agenda), f"{simulated.spec.id} runs a step that never ends"
 
     def at_the_end(self) -> None:
@@ -72,6 +78,16 @@ class Checks:
             assert cluster.running + cluster.waiting == 0, f"gateway {gateway} has {cluster.running} running requests left"
             for view in cluster.nodes:
                 self._check_belief(gateway, view.spec.id, view.trust, view.believed_blocks)
+            for part in cluster.stores:
+                load = world.stores[part.spec.host].store.load(part.model)
+                assert not part.exact or part.believed_blocks == load.slots_cached, (
+                    f"gateway {gateway} believes that {part.spec.id} has {part.believed_blocks} blocks: {load.slots_cached}"
+                )
+        for store in world.stores.values():
+            assert not store.unfinished, f"{store.spec.id} has {store.unfinished} offers and reads left"
+            for stored in store.spec.models:
+                used = store.store.load(stored.model).slots_used
+                assert used == 0, f"{store.spec.id} still uses {used} slots"
         for simulated in world.nodes.values():
             load = simulated.node.load()
             assert load.running + load.waiting == 0, f"{simulated.spec.id} still has {load.running} + {load.waiting} requests"

@@ -36,6 +36,10 @@ class Faults:
     #: Chance that a client goes away, and seconds after which at most.
     abandoned_share: float = 0.0
     abandoned_s_max: float = 2.0
+    #: Hosts' stores that stop dead, with all they have in memory; each is back after `restart_s`.
+    store_crashes: int = 0
+    #: Chance that a transfer to or from `cmx` fails: what is read is damaged, what is written is not taken.
+    damaged_share: float = 0.0
     #: Nodes whose steps take `slowness` times as long.
     slow_nodes: int = 0
     slowness: float = 3.0
@@ -45,6 +49,6 @@ class Faults:
             value = getattr(self, item.name)
             require(value >= 0, item.name, f"must be 0 or more, is {value:g}")
             require(not item.name.endswith("_share") or value <= 1, item.name, f"must be a share, 1 at most, is {value:g}")
-        for name in ("crashes", "hangs", "gateway_hangs", "slow_nodes"):
+        for name in ("crashes", "hangs", "gateway_hangs", "store_crashes", "slow_nodes"):
             require(getattr(self, name) <= COUNT_MAX, name, f"must be at most {COUNT_MAX}, is {getattr(self, name)}")
         require(self.slowness >= 1, "slowness", f"must be 1 or more, is {self.slowness:g}")

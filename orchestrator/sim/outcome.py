@@ -24,8 +24,10 @@ class Served:
     first_token_s: float | None = None
     #: When it was over, well or not; None while it is under way.
     ended_s: float | None = None
-    #: Prompt tokens that were not computed.
+    #: Prompt tokens that were not computed, and those of them that a store had in `cpu` or in `cmx`.
     cached_tokens: int = 0
+    cpu_tokens: int = 0
+    cmx_tokens: int = 0
     output_tokens: int = 0
     #: The node that generated, and the one that computed the prompt if that was another.
     node: NodeId | None = None
@@ -116,6 +118,23 @@ class PoolUse:
 
 
 @dataclass(slots=True)
+class StoreUse:
+    """All hosts' stores over the whole run."""
+
+    hosts: int = 0
+    #: Blocks that there is room for in `cpu`.
+    slots: int = 0
+    #: Bytes that nodes copied in and out, and that went to `cmx` and came from there.
+    offered_bytes: int = 0
+    loaded_bytes: int = 0
+    cmx_written_bytes: int = 0
+    cmx_read_bytes: int = 0
+    #: Blocks in `cpu` and segments in `cmx`, taken at the same times as the pools' samples.
+    slots_held: list[int] = field(default_factory=lambda: [])
+    segments: list[int] = field(default_factory=lambda: [])
+
+
+@dataclass(slots=True)
 class Outcome:
     """A whole run."""
 
@@ -123,6 +142,8 @@ class Outcome:
     pools: dict[PoolName, PoolUse]
     #: Seconds between two tokens of one request, counted once a token.
     itl_s: Distribution
+    #: None where hosts have none.
+    stores: StoreUse | None = None
     #: Virtual seconds from the first arrival to the last end; wall seconds that simulating took.
     duration_s: float = 0.0
     wall_s: float = 0.0

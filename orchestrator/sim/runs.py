@@ -6,6 +6,8 @@
     input_tokens                    tokens     prompts, whether computed or not
     cached_tokens                   tokens     part of the prompts that was not computed, on whichever node it lay
     hit_rate                        0 to 1     cached_tokens / input_tokens
+    hit_rate_by_tier                0 to 1     its parts: hbm (a node's own or a peer's), cpu and cmx (loaded from a store)
+      {hbm, cpu, cmx}
     output_tokens                   tokens     generated
     ttft_s {p50, p90, p99}          s          from a request's arrival to its first token
     itl_s {p50, p90, p99}           s          between two tokens of one request, each pair counted once, failed requests' too
@@ -18,6 +20,7 @@
     usd_per_million_tokens          USD        the same price over input_tokens + output_tokens, cached ones counted
     kwh_per_million_tokens          kWh        energy of all nodes at full power for duration_s, over input_tokens + output_tokens
     pools {name: ...}                          see `_pool`
+    stores                                     of all hosts, see `_stores`; null where there are none
     duration_s, wall_s              s          virtual time from the first arrival to the last end; time that simulating took
     failures {reason: count}                   requests that did not complete
     assumptions                                names of the unpublished numbers that went into it
@@ -36,7 +39,7 @@ from orchestrator.core.config import CachePolicy, ClusterConfig, RouterPolicy
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.faults import Faults
-from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
+from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
 
@@ -109,6 +112,7 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
         "input_tokens": inputs,
         "cached_tokens": cached,
         "hit_rate": _ratio(cached, inputs),
+        "hit_rate_by_tier": _tiers(completed, cached, inputs),
         "output_tokens": outputs,
         "ttft_s": percentiles(ttfts, 50, 90, 99),
         "itl_s": _gap_percentiles(outcome.itl_s, 50, 90, 99),
@@ -116,10 +120,34 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
         "session_s": {**percentiles(sessions, 50, 90), "mean": fmean(sessions) if sessions else None},
         **_economics(outcome, hardware, inputs, outputs),
         "pools": {name: _pool(use, outcome.duration_s) for name, use in outcome.pools.items()},
+        "stores": _stores(outcome.stores) if outcome.stores is not None else None,
         "duration_s": outcome.duration_s,
         "wall_s": outcome.wall_s,
         "failures": _failures(outcome.served),
         "assumptions": sorted({name for pool in hardware.values() for name in pool.assumptions}),
+    }
+
+
+def _tiers(completed: Sequence[Served], cached: int, inputs: int) -> dict[str, float | None]:
+    cpu, cmx = sum(request.cpu_tokens for request in completed), sum(request.cmx_tokens for request in completed)
+    return {"hbm": _ratio(cached - cpu - cmx, inputs), "cpu": _ratio(cpu, inputs), "cmx": _ratio(cmx, inputs)}
+
+
+def _stores(use: StoreUse) -> dict[str, Any]:
+    """Return the stores' figures.
+
+    `cpu` is the room for blocks in all hosts' memory, and the share of it that held any, in the mean over the run's samples;
+    `segments` those in `cmx`, at most; bytes are counts of the whole run.
+    """
+    held = fmean(use.slots_held or [0])
+    return {
+        "hosts": use.hosts,
+        "cpu": {"blocks": use.slots, "held": _ratio(held, use.slots)},
+        "segments": max(use.segments, default=0),
+        "offered_bytes": use.offered_bytes,
+        "loaded_bytes": use.loaded_bytes,
+        "cmx_written_bytes": use.cmx_written_bytes,
+        "cmx_read_bytes": use.cmx_read_bytes,
     }
 
 

@@ -1,8 +1,8 @@
-"""A whole cluster in virtual time: gateways' `Cluster`s, nodes, links between them and the agents that use them.
+"""A whole cluster in virtual time: gateways' `Cluster`s, nodes, hosts' stores, links between them and the agents that use them.
 
 The decisions are those of the live system, because they are the same objects: this file only carries what one of them says to
 the other, a little later, and gives agents their answers. See also: `live/driver.py`, which does it in real time; `simulated.py`
-(nodes), `network.py` (links), `faults.py`, `checks.py`.
+(nodes), `stores.py`, `network.py` (links), `faults.py`, `checks.py`.
 
 What is simplified against the live system: frames go out at once, where live nodes gather for some milliseconds; an answer's
 blocks get their names when it ends; with speculation tokens come evenly, not in the bursts of a pass; every request is of class
@@ -51,7 +51,7 @@ from orchestrator.core.commands import (
     StopOffer,
     TellLeases,
 )
-from orchestrator.core.config import PoolConfig
+from orchestrator.core.config import ConfigError, PoolConfig, StoreConfig
 from orchestrator.core.events import (
     Assigned,
     BlocksRetired,
@@ -72,6 +72,9 @@ from orchestrator.core.events import (
     RequestArrived,
     ResyncRequested,
     SourceLost,
+    StoreJoined,
+    StoreLost,
+    StoreReported,
     TimerFired,
 )
 from orchestrator.core.kvpool import BlockPool
@@ -88,20 +91,23 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     SessionId,
+    StoreId,
+    StoreSpec,
     TenantId,
     gateway_of,
     request_id,
 )
-from orchestrator.profiles.resolve import Resolved
+from orchestrator.profiles.resolve import Below, Resolved
 from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
-from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
+from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
 from orchestrator.sim.prompts import Prompts
 from orchestrator.sim.simulated import SimulatedNode
+from orchestrator.sim.stores import Shared, SimulatedStore, host_of, store_specs
 from orchestrator.traces import TracedTurn
 
 #: Samples of the pools that a run keeps at most; beyond, every second one is dropped.
@@ -190,6 +196,11 @@ class World:
         for model in map(ModelName, config.models):
             self._add_model(model)
         self._timers = Timers(self.agenda)
+        #: By host, in a cluster that has them; and what is in the storage that they share.
+        self.stores: dict[str, SimulatedStore] = {}
+        self._shared: Shared = {}
+        self._below: dict[str, Below] = {}
+        self._store_use = StoreUse() if config.store is not None else None
         #: Whether a gateway cannot know that it missed a node's last batch, since no later one has shown the gap.
         self.unaware: dict[tuple[GatewayId, NodeId], bool] = {}
         #: Requests under way, and how many turns each unfinished predecessor's followers still wait for.
@@ -203,6 +214,8 @@ class World:
         self.served: list[Served] = []
         self._progress: Callable[[float], None] | None = None
         self._checks = Checks(self) if options.checks else None
+        if config.store is not None:
+            self._add_stores(config.store, resolved)
         for pool in config.pools:
             self._add_pool(pool, resolved)
         if options.faults is not None:
@@ -249,11 +262,16 @@ class World:
             served=self.served,
             pools=self.uses,
             itl_s=self.gaps_s,
+            stores=self._store_use,
             duration_s=max(ends, default=0.0) - min(starts, default=0.0),
             wall_s=time.perf_counter() - began,
-            events=self._cluster_events + self._node_events + sum(simulated.events for simulated in self.nodes.values()),
+            events=self._cluster_events + self._node_events + self._events_now(),
             digest=self._digest.hexdigest() if self._options.digest else "",
         )
+
+    def _events_now(self) -> int:
+        """Return the calls of nodes and stores that have not crashed since."""
+        return sum(one.events for one in self.nodes.values()) + sum(one.events for one in self.stores.values())
 
     def _settle(self, checks: Checks | None) -> None:
         """See that every request ended; with checks, let what is still on its way arrive and look at what is left."""
@@ -281,8 +299,20 @@ class World:
             )
             if len(use.samples) >= SAMPLES_MAX:
                 del use.samples[1::2]
+        self._sample_stores()
         full = any(len(use.samples) == SAMPLES_MAX // 2 and at > interval_s * SAMPLES_MAX / 2 for use in self.uses.values())
         return 2 * interval_s if full else interval_s
+
+    def _sample_stores(self) -> None:
+        use = self._store_use
+        if use is None:
+            return
+        loads = [one.store.load(stored.model) for one in self.stores.values() for stored in one.spec.models]
+        use.slots_held.append(sum(load.slots_used + load.slots_cached for load in loads))
+        use.segments.append(sum(map(len, self._shared.values())))
+        for samples in (use.slots_held, use.segments):
+            if len(samples) >= SAMPLES_MAX:
+                del samples[1::2]
 
     # --- the agents ---------------------------------------------------------------------------------------------------
 
@@ -400,11 +430,12 @@ class World:
                 self._network.send(gateway, node, self._tell_node, node, SourceLost(request, source))
             case RequestResync(node, after):
                 self._network.send(gateway, node, self._tell_node, node, ResyncRequested(gateway, after))
-            case RequestStoreResync():
-                raise AssertionError(f"no store has joined, and {command} is asked for")
+            case RequestStoreResync(store, model, after):
+                self._network.send(gateway, store, self._resync_store, store, gateway, model, after)
             case Complete(request, ended, cached_tokens):
                 served = self.visits[request].served
                 served.cached_tokens, served.output_tokens = cached_tokens, ended.output_tokens
+                served.cpu_tokens, served.cmx_tokens = command.cpu_tokens, command.cmx_tokens
                 self._end(request, None)
             case Refuse(request, status, code, message) | Abort(request, status, code, message):
                 if request in self.visits:  # an abandoned one has ended already
@@ -451,6 +482,8 @@ class World:
                 block_tokens=pool.engine.block_tokens,
                 block_bytes=hardware.block_bytes if hardware is not None else 0,
                 context_tokens_max=pool.engine.context_tokens_max or CONTEXT_TOKENS_DEFAULT,
+                host=host_of(pool, number, hardware.below) if hardware is not None else "",
+                stores=hardware is not None and hardware.below is not None,
             )
             self._start_node(spec)
 
@@ -469,6 +502,8 @@ class World:
         )
         self.nodes[spec.id].set_slowness(self._slowness.get(spec.id, 1.0))
         self._incarnations[spec.id] = spec.incarnation
+        if spec.stores:
+            self.stores[spec.host].attach(spec)
         for gateway in self.clusters:
             if spec.incarnation == 1:  # here before the first client
                 self._tell_cluster(gateway, NodeJoined(spec))
@@ -480,6 +515,71 @@ class World:
         if spec.model in self._futures:
             return OptimalPool(spec.blocks, self._futures[spec.model])
         return FrequencyPool(spec.blocks) if self._options.frequency_cache else None
+
+    # --- stores -------------------------------------------------------------------------------------------------------
+
+    def _add_stores(self, config: StoreConfig, resolved: Resolved) -> None:
+        """Start a store on every host."""
+        for pool in self._config.pools:
+            hardware = resolved.hardware.get(PoolName(pool.name))
+            below = hardware.below if hardware is not None else None
+            if hardware is None or below is None:
+                raise ConfigError("store", f"pool {pool.name} has no hardware that says what is below its nodes' memory")
+            for number in range(pool.nodes):
+                host = host_of(pool, number, below)
+                self._below[host] = below
+            self._shared.setdefault(ModelName(pool.model), {})
+        for spec in store_specs(config, resolved):
+            self._start_store(spec)
+
+    def _start_store(self, spec: StoreSpec) -> None:
+        """Start a store, in place of a crashed one if there was one."""
+        use, config = self._store_use, self._config.store
+        assert use is not None
+        assert config is not None
+        if spec.incarnation == 1:
+            use.hosts += 1
+            use.slots += sum(model.slots for model in spec.models)
+        simulated = self.stores[spec.host] = SimulatedStore(
+            spec,
+            config,
+            self._below[spec.host].cpu_latency_s,
+            self.agenda,
+            self._network,
+            self._timers,
+            self._shared,
+            use,
+            self._tell_node,
+            self._report_store,
+            self._options.faults,
+            self._random,
+        )
+        for node in self.nodes.values():
+            if node.alive and node.spec.host == spec.host:
+                simulated.attach(node.spec)
+        for gateway in self.clusters:
+            if spec.incarnation == 1:
+                self._tell_cluster(gateway, StoreJoined(spec))
+            else:
+                self._network.send(spec.id, gateway, self._tell_cluster, gateway, StoreJoined(spec))
+        if config.cmx:
+            simulated.found()
+
+    def _report_store(self, simulated: SimulatedStore, report: StoreReported, gateway: GatewayId | None) -> None:
+        """Send what a store says of a model to gateways, or to the one that asked."""
+        spec = simulated.spec
+        for one in self.clusters if gateway is None else (gateway,):
+            self._network.send(spec.id, one, self._on_store_report, one, report, spec)
+
+    def _on_store_report(self, gateway: GatewayId, report: StoreReported, spec: StoreSpec) -> None:
+        """Take a store's frame in, unless it is from before a crash, or nobody reads it."""
+        if self.stores[spec.host].spec.incarnation == spec.incarnation and gateway not in self._hung:
+            self._tell_cluster(gateway, report)
+
+    def _resync_store(self, store: StoreId, gateway: GatewayId, model: ModelName, after: int | None) -> None:
+        for simulated in self.stores.values():
+            if simulated.spec.id == store:
+                simulated.resync(gateway, model, after)
 
     def visit_of(self, request: RequestId) -> _Visit:
         """Return what an engine must know of a request; one that has ended meanwhile is as good as answered."""
@@ -530,8 +630,14 @@ class World:
                     self.transfers.carry(command)
                 case StopFetch(request):
                     self.transfers.stop(simulated.spec.id, request)
-                case LoadBlocks() | Offer() | StopOffer():
-                    raise AssertionError(f"node {simulated.spec.id} has no store and asks for {command}")
+                    if simulated.spec.stores:
+                        self.stores[simulated.spec.host].stop_load(simulated.spec.id, request)
+                case LoadBlocks():
+                    self.stores[simulated.spec.host].load(simulated.spec, command)
+                case Offer():
+                    self.stores[simulated.spec.host].offer(simulated.spec, command)
+                case StopOffer(offer):
+                    self.stores[simulated.spec.host].stop_offer(simulated.spec.id, offer)
                 case _:
                     assert_never(command)
         if simulated.node.news != simulated.news:
@@ -585,6 +691,9 @@ class World:
         for _ in range(faults.gateway_hangs):
             gateway = self._random.choice(list(self.clusters))
             self.agenda.at(self._random.uniform(0.0, faults.until_s), self._hang_gateway, gateway, faults)
+        for _ in range(faults.store_crashes if self.stores else 0):
+            host = self._random.choice(list(self.stores))
+            self.agenda.at(self._random.uniform(0.0, faults.until_s), self._crash_store, host, faults)
         for node in self._random.sample(nodes, min(faults.slow_nodes, len(nodes))):
             self._slowness[node] = faults.slowness
             self.nodes[node].set_slowness(faults.slowness)
@@ -622,7 +731,30 @@ class World:
         lost_at = self.agenda.now + self._config.cluster.node_lost_s
         for gateway in self.clusters:
             self.agenda.at(lost_at, self._lose, gateway, node, self._incarnations[node])
+        if simulated.spec.stores:
+            self.stores[simulated.spec.host].detach(node)
         return True
+
+    def _crash_store(self, host: str, faults: Faults) -> None:
+        """Stop a store dead; gateways notice after a while, and it comes back with nothing but what is in `cmx`."""
+        simulated = self.stores[host]
+        if not simulated.alive:
+            return
+        simulated.crash()
+        self._node_events += simulated.events
+        simulated.events = 0
+        lost_at = self.agenda.now + self._config.cluster.node_lost_s
+        for gateway in self.clusters:
+            self.agenda.at(lost_at, self._lose_store, gateway, simulated)
+        self.agenda.at(self.agenda.now + faults.restart_s, self._restart_store, simulated.spec)
+
+    def _lose_store(self, gateway: GatewayId, simulated: SimulatedStore) -> None:
+        """Let a gateway give a store up, unless it is back by now."""
+        if self.stores[simulated.spec.host] is simulated:
+            self._tell_cluster(gateway, StoreLost(simulated.spec.id, "it stopped answering"))
+
+    def _restart_store(self, spec: StoreSpec) -> None:
+        self._start_store(replace(spec, incarnation=spec.incarnation + 1))
 
     def _hang_gateway(self, gateway: GatewayId, faults: Faults) -> None:
         """Let a gateway stand still until it is killed: nodes notice that nothing comes of it any more."""
@@ -651,6 +783,9 @@ class World:
             self._network.send(gateway, node, self._tell_node, node, GatewayLost(gateway))
             if simulated.alive:
                 self._tell_cluster(gateway, NodeJoined(simulated.spec))
+        for store in self.stores.values():
+            if store.alive:
+                self._tell_cluster(gateway, StoreJoined(store.spec))
 
     def _lose(self, gateway: GatewayId, node: NodeId, incarnation: int) -> None:
         """Let a gateway give a node up, unless it is back by now."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.cases import Case, run_cases
-from orchestrator.cli.cluster_file import AGENT_SESSION, UnusableInput, read_cluster
+from orchestrator.cli.cluster_file import AGENT_SESSION, FOLDER, UnusableInput, read_cluster
 from orchestrator.cli.main import main
 from orchestrator.cli.overrides import field_paths, parse_overrides, set_field
 from orchestrator.cli.report.comparison import number, percent, seconds
@@ -86,6 +86,16 @@ def test_a_field_that_is_set_counts(capsys: pytest.CaptureFixture[str], cluster:
     _, out, _ = weft(capsys, "--cluster", cluster, "--trace", AGENT_SESSION, *flags)
     found = json.loads(out)
     assert (found["runs"][0]["pools"]["workers"]["nodes"], found["bounds"]) == (5, {})
+
+
+def test_a_store_may_be_set_where_the_file_has_none_and_hits_are_told_by_tier(capsys: pytest.CaptureFixture[str]) -> None:
+    pools = [f"pools[{pool}].{field}" for pool in (0, 1) for field in ("nodes=1", "engine.blocks=3500")]
+    settings = [*pools, "store.cpu_bytes=300000000000", "store.cmx=file:///any"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    arguments = ("--cluster", FOLDER / "sim" / "vr-nvl72.toml", "--trace", AGENT_SESSION, "--limit", 3)
+    code, out, err = weft(capsys, *arguments, "--policy", "predicted-time", "--no-bounds", *flags)
+    assert (code, err) == (0, "")
+    assert [tier in out for tier in ("hit rate, hbm", "hit rate, cpu", "hit rate, cmx")] == [True] * 3
 
 
 def test_bounds_leave_out_what_the_cluster_cannot_serve(

@@ -16,11 +16,12 @@ from orchestrator.core.config import (
     PoolConfig,
     Precision,
     SchedulerConfig,
+    StoreConfig,
 )
 from orchestrator.core.cost.costs import step_seconds
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.catalog import Catalog
-from orchestrator.profiles.resolve import machine_of, resolve
+from orchestrator.profiles.resolve import Below, machine_of, resolve
 from tests.builders import some
 
 CATALOG = Catalog.load()
@@ -56,6 +57,39 @@ def test_a_pool_without_hardware_stays_as_it_is() -> None:
     config = cluster(HardwareConfig())
     assert resolve(config, CATALOG).config == config
     assert resolve(config, CATALOG).hardware == {}
+
+
+def test_below_a_pool_are_its_chips_host_and_storage() -> None:
+    config = replace(cluster(replace(RUBIN, chips=2)), store=StoreConfig(cpu_bytes=10**12, cmx="file:///any"))
+    hardware = resolve(config, CATALOG).hardware[POOL]
+    host, storage = CATALOG.chip("vr200", 1).host, CATALOG.chip("vr200", 1).storage
+    assert host is not None
+    assert storage is not None
+    # two nodes of two chips share a host of four
+    assert hardware.below == Below(2, 2 * host.rate, host.latency_s, 4 * storage.rate, storage.latency_s)
+    assert {"vera.efficiency", "cmx.bytes_per_s"} <= set(hardware.assumptions)
+    without = resolve(cluster(replace(RUBIN, chips=2)), CATALOG).hardware[POOL]
+    assert without.below is None
+    assert not {name for name in without.assumptions if name.startswith(("vera.", "cmx."))}
+
+
+def test_where_a_chip_has_no_storage_the_cluster_file_says_how_fast_it_is() -> None:
+    store = StoreConfig(cpu_bytes=10**10, cmx="s3://bucket/any", cmx_bytes_per_s=5e9, cmx_latency_s=0.25)
+    h200 = HardwareConfig(chip="h200", chips=8, host_chips=8)
+    below = resolve(replace(cluster(h200, "qwen3-235b-a22b"), store=store), CATALOG).hardware[POOL].below
+    assert below is not None
+    assert (below.host_nodes, below.cmx_bytes_per_s, below.cmx_latency_s) == (1, 5e9, 0.25)
+
+
+def test_a_host_has_no_more_memory_than_its_chips_bring() -> None:
+    config = replace(cluster(RUBIN), store=StoreConfig(cpu_bytes=4 * 10**12))
+    with pytest.raises(ConfigError, match=r"store.cpu_bytes: a host of 4 vr200 has 3000000000000, is 4000000000000"):
+        resolve(config, CATALOG)
+
+
+def test_a_store_beside_a_pool_without_hardware_cannot_be_simulated() -> None:
+    with pytest.raises(ConfigError, match=r"store: cannot be simulated beside pools\[0\], which has no hardware"):
+        resolve(replace(cluster(HardwareConfig()), store=StoreConfig()), CATALOG)
 
 
 def test_blocks_fill_what_weights_and_reserve_leave() -> None:

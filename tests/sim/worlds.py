@@ -12,12 +12,16 @@ from orchestrator.core.config import (
     RouterConfig,
     RouterPolicy,
     SchedulerConfig,
+    StoreConfig,
 )
-from orchestrator.core.types import CostProfile, PoolKind
-from orchestrator.profiles.resolve import Resolved
+from orchestrator.core.types import CostProfile, PoolKind, PoolName
+from orchestrator.profiles.resolve import Below, PoolHardware, Resolved
 from orchestrator.traces import TracedTurn
 
 BLOCK_TOKENS = 16
+BLOCK_BYTES = 1024
+#: Two nodes a host; a block comes from its memory in 10 us, from `cmx` in 100 us.
+BELOW = Below(2, cpu_bytes_per_s=1e8, cpu_latency_s=1e-5, cmx_bytes_per_s=1e7, cmx_latency_s=1e-3)
 AFFINE = CostProfile(0.005, 2e-5, 2e-10, 2e-5, 2e-8, fetch_bytes_per_s=1e9)
 CURVED = replace(AFFINE, prefill_token_s=0.0, batch_tokens=(1, 16, 512), batch_s=(0.004, 0.006, 0.02))
 #: Attention becomes the longer half at a context of some thousand tokens: stretches of steps have a bend in them.
@@ -31,8 +35,9 @@ def cluster(
     blocks: int = 512,
     gateways: int = 1,
     policy: RouterPolicy = RouterPolicy.PREDICTED_TIME,
+    store: StoreConfig | None = None,
 ) -> Resolved:
-    """Return a cluster with one pool of each kind."""
+    """Return a cluster with one pool of each kind; `store` is what each of its hosts has below its nodes' memory."""
     engine = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=blocks)
     scheduler = SchedulerConfig(step_tokens_max=512, sequences_max=32)
     pools = tuple(
@@ -41,7 +46,14 @@ def cluster(
     )
     router = RouterConfig(policy=policy)
     limits = LimitsConfig(waiting_s_max=500.0, request_s_max=500.0)
-    return Resolved(ClusterConfig(gateway=GatewayConfig(count=gateways), limits=limits, router=router, pools=pools), {})
+    config = ClusterConfig(gateway=GatewayConfig(count=gateways), limits=limits, router=router, pools=pools, store=store)
+    hardware = PoolHardware({}, 0.0, 0.0, 0.0, block_bytes=BLOCK_BYTES, assumptions=(), below=BELOW)
+    return Resolved(config, {PoolName(pool.name): hardware for pool in pools} if store is not None else {})
+
+
+def below(blocks: int, cmx: bool = False) -> StoreConfig:
+    """Return a store with room for so many blocks in `cpu`."""
+    return StoreConfig(cpu_bytes=blocks * BLOCK_BYTES, cmx="file:///simulated" if cmx else "", segment_blocks=4, detached_s=0.5)
 
 
 def agents(count: int, turns: int, seed: int, context_tokens: int = 2000, seams: float = 0.1) -> list[TracedTurn]:

@@ -44,6 +44,8 @@ def percent(value: float | None) -> str:
 #: Name of a row, the way to its figure, how it is written.
 Row = tuple[str, tuple[str, ...], Callable[[float | None], str]]
 HIT_RATE: Row = ("hit rate", ("hit_rate",), percent)
+#: Its parts, where there are stores.
+TIERS: tuple[Row, ...] = tuple((f"hit rate, {tier}", ("hit_rate_by_tier", tier), percent) for tier in ("hbm", "cpu", "cmx"))
 ROWS: tuple[Row, ...] = (
     ("requests completed", ("completed",), number),
     *((f"TTFT {at}", ("ttft_s", at), seconds) for at in ("p50", "p90", "p99")),
@@ -70,6 +72,8 @@ def figure_of(run: Run, path: Sequence[str]) -> float | None:
 def comparison(columns: Sequence[Column]) -> Table:
     """Return the table of all figures; the rows are the same for every column."""
     rows = [_row(HIT_RATE, columns)]
+    if any(column.run.figures.get("stores") for column in columns):
+        rows += [_row(row, columns) for row in TIERS]
     if any(column.bound for column in columns):
         rows.append(["hit rate, bound", *(percent(column.bound.hit_rate) if column.bound else "" for column in columns)])
     rows += [_row(row, columns) for row in (*ROWS[:-1], *_pool_rows(columns[0].run), ROWS[-1])]

@@ -1,0 +1,123 @@
+"""Hosts' stores in the simulated world: what they bring, what goes wrong with them, and that nothing is left over."""
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.core.config import ConfigError, RouterPolicy
+from orchestrator.core.types import PoolKind, PoolName
+from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.faults import Faults
+from orchestrator.sim.outcome import Outcome, StoreUse
+from orchestrator.sim.runs import CacheRule, simulate
+from orchestrator.sim.world import World, WorldOptions
+from tests.builders import some
+from tests.sim.worlds import agents, below, cluster
+
+TOGETHER = {PoolKind.AGGREGATED: 3}
+APART = {PoolKind.PREFILL: 2, PoolKind.DECODE: 2}
+#: Blocks of a node: less than the sessions' contexts need.
+SHORT = 160
+
+
+def serve(resolved: Resolved, seed: int = 1, faults: Faults | None = None) -> Outcome:
+    """Let agents work whose contexts do not fit the nodes' memory."""
+    trace = agents(12, 4, seed, context_tokens=450)
+    return World(resolved, trace, WorldOptions(seed=seed, faults=faults)).run()
+
+
+def used(outcome: Outcome) -> StoreUse:
+    assert outcome.stores is not None
+    return outcome.stores
+
+
+@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+def test_what_nodes_forgot_comes_from_the_hosts_memory(layout: dict[PoolKind, int]) -> None:
+    without = serve(cluster(layout, blocks=SHORT))
+    outcome = serve(cluster(layout, blocks=SHORT, store=below(4000)))
+    assert all(served.completed for served in some(outcome.served))
+    assert sum(served.cpu_tokens for served in outcome.served) > 0
+    assert sum(served.cmx_tokens for served in outcome.served) == 0
+    cached = [sum(served.cached_tokens for served in one.served) for one in (without, outcome)]
+    assert cached[1] > cached[0]
+    assert used(outcome).loaded_bytes > 0
+    assert used(outcome).offered_bytes > 0
+    assert used(outcome).cmx_written_bytes == 0
+
+
+def test_what_the_hosts_memory_forgot_comes_from_the_shared_storage() -> None:
+    outcome = serve(cluster(TOGETHER, blocks=SHORT, store=below(250, cmx=True)))
+    assert all(served.completed for served in some(outcome.served))
+    assert sum(served.cmx_tokens for served in outcome.served) > 0
+    assert used(outcome).cmx_written_bytes >= used(outcome).cmx_read_bytes > 0
+
+
+def test_baselines_compute_what_nodes_forgot() -> None:
+    outcome = serve(cluster(TOGETHER, blocks=SHORT, policy=RouterPolicy.ROUND_ROBIN, store=below(4000)))
+    assert all(served.completed for served in some(outcome.served))
+    assert used(outcome).loaded_bytes == 0
+
+
+def test_figures_tell_hits_by_tier() -> None:
+    resolved = cluster(TOGETHER, blocks=SHORT, store=below(250, cmx=True))
+    figures = simulate(resolved, agents(12, 4, 1, context_tokens=450), RouterPolicy.PREDICTED_TIME, CacheRule.LRU, 0).figures
+    tiers = figures["hit_rate_by_tier"]
+    assert sum(tiers.values()) == pytest.approx(figures["hit_rate"])
+    assert min(tiers.values()) > 0
+    assert figures["stores"]["hosts"] == 2
+    assert 0 < figures["stores"]["cpu"]["held"] <= 1
+
+
+def test_figures_without_stores_have_none() -> None:
+    figures = simulate(cluster(TOGETHER), agents(2, 2, 1), RouterPolicy.PREDICTED_TIME, CacheRule.LRU, 0).figures
+    assert figures["stores"] is None
+    assert figures["hit_rate_by_tier"]["cpu"] == 0
+
+
+def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left() -> None:
+    check_faults(TOGETHER, seed=3, sessions=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_with_everything_going_wrong_over_many_seeds(seed: int) -> None:
+    check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8)
+
+
+def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int) -> None:
+    faults = Faults(
+        until_s=8.0, crashes=2, restart_s=0.5, hangs=1, gateway_hangs=1, store_crashes=3, damaged_share=0.2,
+        late_share=0.2, lost_kv_share=0.1, broken_fetch_share=0.1, abandoned_share=0.1, slow_nodes=1,
+    )  # fmt: skip
+    resolved = cluster(layout, blocks=SHORT, gateways=2, store=below(400, cmx=True))
+    trace = agents(sessions, 3, seed, context_tokens=600)
+    outcome = World(resolved, trace, WorldOptions(seed=seed, checks=True, faults=faults)).run()
+    assert all(served.ended_s is not None for served in some(outcome.served))
+
+
+def test_a_store_that_crashed_comes_back_with_what_is_in_the_shared_storage() -> None:
+    resolved = cluster({PoolKind.AGGREGATED: 2}, blocks=SHORT, store=below(1000, cmx=True))
+    faults = Faults(until_s=6.0, store_crashes=8, restart_s=0.1)
+    outcome = serve(resolved, seed=2, faults=faults)
+    assert all(served.completed for served in some(outcome.served))
+    assert sum(served.cmx_tokens for served in outcome.served) > 0
+
+
+def test_equal_seeds_give_equal_runs() -> None:
+    faults = Faults(until_s=8.0, store_crashes=2, damaged_share=0.3)
+    resolved = cluster(APART, blocks=SHORT, store=below(300, cmx=True))
+    trace = agents(5, 3, 1, context_tokens=600)
+    digests = [World(resolved, trace, WorldOptions(seed=4, digest=True, faults=faults)).run().digest for _ in range(2)]
+    assert digests[0] == digests[1]
+
+
+def test_a_host_with_too_little_memory_for_a_segment_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"store.cpu_bytes: leaves a host of aggregated no room for a segment of 4 blocks"):
+        World(cluster(TOGETHER, store=below(3)), [], WorldOptions())
+
+
+def test_a_pool_that_says_nothing_of_what_is_below_it_is_refused() -> None:
+    resolved = cluster(TOGETHER, store=below(100))
+    hardware = {PoolName("aggregated"): replace(resolved.hardware[PoolName("aggregated")], below=None)}
+    with pytest.raises(ConfigError, match="store: pool aggregated has no hardware"):
+        World(replace(resolved, hardware=hardware), [], WorldOptions())
