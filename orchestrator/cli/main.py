@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from orchestrator.cli.cache import CacheFailed, add_cache
 from orchestrator.cli.cases import SimulationFailed
 from orchestrator.cli.cluster_file import LOCAL_CLUSTER, UnusableInput, check_served, located, read_cluster, with_model
 from orchestrator.cli.demo import run_demo
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (UnusableInput, ConfigError, TraceError) as problem:
         return _fail(str(problem), UNUSABLE)
-    except (FleetFailed, SimulationFailed, StatusUnreachable) as problem:
+    except (CacheFailed, FleetFailed, SimulationFailed, StatusUnreachable) as problem:
         return _fail(str(problem), FAILED)
     except BrokenPipeError:  # whoever read the output has read enough
         return _without_output()
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="start a cluster and serve until interrupted"))
     add_operations(commands, _config)
     _add_status(commands.add_parser("status", help="show a running cluster"))
+    add_cache(commands.add_parser("cache", help="program a running cluster's KV cache: pin, evict, look up, watch"))
     _add_demo(commands.add_parser("demo", help="run an agent session through a small cluster on this machine"))
     add_simulate(commands.add_parser("simulate", help="run a trace through a cluster in virtual time, under every policy"))
     add_plan(commands.add_parser("plan", help="find the cheapest cluster that serves a trace fast enough"))
