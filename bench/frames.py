@@ -159,7 +159,11 @@ class NodeVictim(Victim):
         self._channel = TRUST.open_channel(await self._server.start())
         driver = self._server.drivers[NODE]
         serve = getattr(driver, self._serves)
-        setattr(driver, self._serves, lambda stream: serve(_Counted(stream, self._progress)))
+        setattr(driver, self._serves, lambda stream: serve(self._counted(stream)))
+
+    def _counted(self, stream: Any) -> "_Counted":
+        """Return a server's end of a stream of which is noted how far it was read."""
+        return _Counted(stream, self._progress)
 
     async def _stop(self) -> None:
         await self._channel.close(None)
@@ -313,9 +317,6 @@ class GatewayVictim(Victim):
                 return not self.failures
             await asyncio.sleep(0.05)
         return False
-
-
-VICTIMS: tuple[type[Victim], ...] = (NodeVictim, SourceVictim, GatewayVictim)
 
 
 class _Progress:

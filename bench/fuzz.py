@@ -23,10 +23,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.frames import VICTIMS, Victim
+from bench.frames import Victim
 from bench.model import make_tiny_model
 from bench.mutations import hostile_bodies, hostile_frames
 from bench.servers import family, resident, weft_server
+from bench.store_frames import VICTIMS
 
 CLUSTER = """
 [gateway]

@@ -503,6 +503,10 @@ class NodeDriver:
         assert self._tiers is not None, f"node {self.spec.id} is not to use stores"
         self._tiers.use(place)
 
+    async def wait_attached(self, seconds: float) -> bool:
+        """Wait until the node has its store, for so long at most. Returns whether it has."""
+        return self._tiers is not None and await self._tiers.wait_attached(seconds)
+
     def _tiers_for(self, command: LoadBlocks | Offer | StopOffer) -> Tiers:
         assert self._tiers is not None, f"node {self.spec.id} has no store and asks for {command}"
         return self._tiers

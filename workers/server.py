@@ -124,10 +124,12 @@ class NodeServer:
         assert self._failure is not None, "not started"
         raise await asyncio.shield(self._failure)
 
-    async def set_store(self, place: StorePlace | None) -> None:
-        """Have the nodes use another store of this host from now on, or none."""
+    async def set_store(self, place: StorePlace | None, wait_s: float = 0.0) -> None:
+        """Have the nodes use another store of this host from now on, or none; wait until they do, for so long at most."""
         for driver in self.drivers.values():
             driver.use_store(place)
+        if place is not None and wait_s:
+            await asyncio.gather(*(driver.wait_attached(wait_s) for driver in self.drivers.values()))
 
     async def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs end. Returns False if some did not end in time."""

@@ -161,6 +161,8 @@ class Tiers:
         self._piece_blocks = max(1, limits.frame_bytes_max // self._block_bytes)
         self._place: StorePlace | None = None
         self._arena: _Arena | None = None
+        #: Set while there is an arena.
+        self._has_arena = asyncio.Event()
         self._offers: dict[OfferId, _Offer] = {}
         #: Offers that ended before the store answered them: their grants are given back.
         self._unanswered: set[OfferId] = set()
@@ -179,6 +181,12 @@ class Tiers:
     def attached(self) -> bool:
         """Whether there is a store now."""
         return self._arena is not None
+
+    async def wait_attached(self, seconds: float) -> bool:
+        """Wait until there is a store, for so long at most. Returns whether there is one."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._has_arena.wait(), seconds)
+        return self.attached
 
     def use(self, place: StorePlace | None) -> None:
         """Take another store from now on, or none."""
@@ -264,6 +272,7 @@ class Tiers:
                 if not isinstance(first, store_pb2.ArenaFrame) or not first.HasField("arena"):
                     raise TransferFailed("it does not begin with its memory")
                 self._arena = _Arena(first.arena, self._block_bytes)
+                self._has_arena.set()
                 log.info("node %s is attached to store %s", self._spec.id, place.id)
                 work = (self._read_all(call), self._write_all(call), self._copy_all())
                 tasks = [asyncio.ensure_future(one) for one in work]
@@ -272,6 +281,7 @@ class Tiers:
                     task.result()
             finally:
                 self._arena = None
+                self._has_arena.clear()
                 await _ended(tasks)
                 self._lose_all(f"store {place.id} is gone")
                 # Nothing is copied any more; a call that is broken cannot be told anything.

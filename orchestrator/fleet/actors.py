@@ -40,6 +40,8 @@ ray = cast(Any, typed_ray)
 NAMESPACE = "weft"
 #: Seconds a stopping process gets to close what it holds.
 STOP_S = 5.0
+#: Seconds that a node which starts waits for its host's store at most.
+ATTACH_S = 5.0
 #: Seconds between two looks at how long the controller has been silent.
 LOOK_EVERY_S = 1.0
 
@@ -175,20 +177,20 @@ class NodeProcess(_Process):
         # Read when the engine's libraries are loaded: threads that wait for work by spinning take the cores of other nodes.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    def start(self, config: ClusterConfig) -> Description | None:
-        """Open the engine, serve, and say where."""
+    def start(self, config: ClusterConfig, store: HostStore | None) -> Description | None:
+        """Open the engine, serve, with the host's store if that is there, and say where."""
         config = self._configure(config)
         pool = pool_of(config, self._part)
         folder = model_folder(config, pool.model)
         self._fingerprints = {pool.model: fingerprint(folder)}
-        self._address = self._loop.run(self._serve(config, folder))
+        self._address = self._loop.run(self._serve(config, folder, store))
         serve_long()
         return self.describe()
 
     def set_store(self, store: HostStore | None) -> None:
         """Tell the nodes which store their host has now."""
         if self._server is not None:
-            self._loop.run(self._server.set_store(StorePlace(store.store, store.address) if store is not None else None))
+            self._loop.run(self._server.set_store(_place(store)))
 
     def drain(self, seconds: float, lingers: bool) -> bool:
         """Take nothing new and let what runs end; False if some did not."""
@@ -204,7 +206,7 @@ class NodeProcess(_Process):
             self._loop.run(self._server.stop(), STOP_S)
         self._close()
 
-    async def _serve(self, config: ClusterConfig, folder: Path) -> str:
+    async def _serve(self, config: ClusterConfig, folder: Path, store: HostStore | None) -> str:
         limits = DriverLimits(gateway_lost_s=config.cluster.node_lost_s)
         trust = read_trust(config.cluster.secret, config.cluster.tls)
         host, pool, journal = ray.util.get_node_ip_address(), pool_of(config, self._part), config.cluster.journal
@@ -221,6 +223,8 @@ class NodeProcess(_Process):
             stores=config.store is not None,
         )
         address = await self._server.start()
+        if store is not None:
+            await self._server.set_store(_place(store), ATTACH_S)
         self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
         return address
 
@@ -318,6 +322,10 @@ class GatewayProcess(_Process):
         number, reach, pools = GatewayId(self._part.number), ray.util.get_node_ip_address(), pools_by_node(config)
         self._front = Front(config, number, reach, http_port, folders, self._fingerprints, pools, _exit)
         return (await self._front.start(members)).url
+
+
+def _place(store: HostStore | None) -> StorePlace | None:
+    return StorePlace(store.store, store.address) if store is not None else None
 
 
 async def _vital() -> Vital:

@@ -83,6 +83,8 @@ ASK_S = 5.0
 #: Seconds in which gateways must know a process that serves, and how often they are asked.
 SETTLE_S = 30.0
 SETTLE_EVERY_S = 0.1
+#: Seconds that the nodes of a host wait for a store which starts.
+STORE_S = 30.0
 #: Lines of news kept for commands.
 NEWS_MAX = 1000
 #: What an operator may wish for by `ask`.
@@ -352,9 +354,12 @@ class ControllerProcess:
             life.host = life.part.host or self._host_of(life.part)
             if life.part.nodes:
                 self._handle(HostUsed(life.host))
+                life.told_store = await self._store_of(life.host)
             life.handle = self._actor(life)
             config = self._effective_config()
-            more = (self._http_port(life.part, address), self._members) if life.part.is_gateway else ()
+            more: tuple[Any, ...] = (life.told_store,) if life.part.nodes else ()
+            if life.part.is_gateway:
+                more = (self._http_port(life.part, address), self._members)
             found: Description = await asyncio.wait_for(life.handle.start.remote(config, *more), START_S)
             life.vital = await asyncio.wait_for(life.handle.ping.remote(self._vital), ASK_S)
         except RayTaskError as error:
@@ -508,6 +513,18 @@ class ControllerProcess:
 
     async def _tell_gateways(self, members: Membership) -> None:
         await asyncio.gather(*(self._ask_life(life, "set_members", members) for life in self._gateways()))
+
+    async def _store_of(self, host: str) -> HostStore | None:
+        """Return a host's store; one that is being started is waited for, since it comes before the nodes of its host."""
+        for _ in range(int(STORE_S / SETTLE_EVERY_S)):
+            if host in self._stores or not self._store_starts(host):
+                break
+            await asyncio.sleep(SETTLE_EVERY_S)
+        return self._stores.get(host)
+
+    def _store_starts(self, host: str) -> bool:
+        processes = cast(Controller, self._machine).processes
+        return any(process.part.host == host and process.state is State.STARTING for process in processes)
 
     async def _tell_store(self, life: _Life) -> None:
         """Tell a process with nodes of its host's store, if it was told otherwise before."""
