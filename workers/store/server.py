@@ -70,6 +70,8 @@ class StoreServer:
         self._failure: asyncio.Future[BaseException] | None = None
         self._arena: Arena | None = None
         self._driver: StoreDriver | None = None
+        self._populating: asyncio.Future[None] | None = None
+        self._stopped = False
 
     async def start(self) -> str:
         """Take the memory and listen. Returns the address. Raises `ConfigError` if the file asks for what cannot be."""
@@ -77,6 +79,11 @@ class StoreServer:
         port = self._trust.listen(self._server, f"{self._host}:0")
         address = f"{self._host}:{port}"
         self._driver = self._open(address)
+        assert self._arena is not None
+        # Nobody waits for it; a host that has less memory than was asked for is noticed at once.
+        populate = self._arena.populate
+        self._populating = asyncio.get_running_loop().run_in_executor(None, populate, lambda: self._stopped)
+        self._populating.add_done_callback(self._on_populated)
         store_pb2_grpc.add_StoreServicer_to_server(_Service(self._store, self._driver, self._trust), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._server.start()
@@ -90,6 +97,11 @@ class StoreServer:
         assert self._driver is not None, "not started"
         return self._driver
 
+    async def populated(self) -> None:
+        """Wait until all of the memory is taken."""
+        assert self._populating is not None, "not started"
+        await asyncio.wait((self._populating,))
+
     async def wait(self) -> NoReturn:
         """Wait for an error that leaves the store in an unknown state, and raise it; the process should end then."""
         assert self._failure is not None, "not started"
@@ -97,7 +109,10 @@ class StoreServer:
 
     async def stop(self) -> None:
         """Stop at once. Nodes and gateways see their streams end."""
+        self._stopped = True
         stopping = asyncio.ensure_future(self._server.stop(STOP_S))
+        if self._populating is not None:
+            await asyncio.wait((self._populating,))
         if self._driver is not None:
             await self._driver.close()
         await stopping
@@ -157,6 +172,10 @@ class StoreServer:
             )
             for one in self._models
         }
+
+    def _on_populated(self, populating: "asyncio.Future[None]") -> None:
+        if not populating.cancelled() and (error := populating.exception()) is not None:
+            self._on_fatal(error)
 
     def _on_fatal(self, error: BaseException) -> None:
         if self._failure is not None and not self._failure.done():

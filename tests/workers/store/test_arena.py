@@ -34,6 +34,9 @@ def test_what_a_node_writes_into_its_slots_is_there_and_only_whom_it_is_said_to_
     assert [len(slab) for slab in slabs] == [512, 1024]
     assert b"".join(slabs) == b"\x09" * 512 + b"\x03" * 512 + b"\x04" * 512
     assert bytes(arena.slabs(A, [SlotId(0)])[0]) == bytes(1000)
+    arena.populate(lambda: True)  # a store that stops takes nothing more
+    arena.populate(lambda: False)
+    assert b"".join(slabs) == b"\x09" * 512 + b"\x03" * 512 + b"\x04" * 512
     with pytest.raises(TypeError, match="read-only"):
         map_memory(place.memory)[0:1] = b"x"
     place.memory.cookie = bytes(16)

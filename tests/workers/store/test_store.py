@@ -162,7 +162,7 @@ def test_what_is_stopped_ends_after_the_piece_that_is_being_copied() -> None:
             request = node.begin_load(0, 8)
             await asyncio.to_thread(pause.reached.wait, 10)
             assert node.tiers.stop(request)
-            offer = node.begin_offer(0, 8)
+            offer = node.begin_offer(8, 12)  # which the store wants
             node.tiers.stop_offer(offer)
             pause.go_on.set()
             ended = {await node.next(), await node.next()}

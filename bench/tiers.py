@@ -1,0 +1,376 @@
+"""Measures tiers below the engine: time to the first token of a long context from each, bytes a second against memcpy and files.
+
+    python -m bench.tiers [--tokens 8192] [--moved 400000] [--json FILE]
+
+First `weft serve` with a model that is large enough for its prefill to be felt: a context is computed, found in the node's pool
+(`hbm`), in the host's memory after the node was killed (`cpu`), and in `cmx` after everything was restarted. Tokens must be the
+same each time; exit code 1 says that they are not.
+
+Then a store and two nodes without engines: a context's bytes, as many as a profile says, into the host's memory, out of it, and
+out of `cmx`, beside one plain copy of as many bytes in the same process, and beside reading the files.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.servers import Server, family, weft_server
+from orchestrator.core.commands import LoadBlocks, Offer
+from orchestrator.core.config import StoreConfig
+from orchestrator.core.events import FetchEnded, NodeEvent, OfferEnded
+from orchestrator.core.types import (
+    BlockHash,
+    BlockId,
+    CostProfile,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    OfferId,
+    PoolKind,
+    PoolName,
+    RequestId,
+    StoreId,
+)
+from orchestrator.wire.trust import Trust
+from workers.engines.base import Engine, EngineDescription
+from workers.engines.checkpoint import create_checkpoint
+from workers.memory import Copier, SharedArena, TransferLimits, copy_bytes, host_id
+from workers.store.models import ModelBlocks
+from workers.store.server import StoreServer
+from workers.tiers import StorePlace, Tiers
+
+BLOCK_TOKENS, SEGMENT_BLOCKS, OUTPUT_TOKENS = 64, 8, 16
+#: A dense model of 0.1B in float32: 16 layers, 8 KV heads of 64 dimensions, 64 KiB of KV a token.
+MODEL = {
+    "layers": 16,
+    "hidden": 512,
+    "heads": 8,
+    "kv_heads": 8,
+    "head_dim": 64,
+    "intermediate": 1536,
+    "context_tokens_max": 16384,
+}
+CLUSTER = """
+[store]
+cpu_bytes = 2147483648
+cmx = "file://{folder}"
+[models.default]
+[[pools]]
+name = "all"
+kind = "aggregated"
+[pools.engine]
+block_tokens = 64
+blocks = 200
+[pools.scheduler]
+step_tokens_max = 1024
+sequences_max = 8
+[pools.profile]
+step_s = 0.01
+prefill_token_s = 0.001
+"""
+#: KV bytes of a token in the second part: an 8B model's grouped keys and values in FP8 are 64 KiB, a latent one's 4 KiB or so.
+TOKEN_BYTES = 4096
+WAIT_S = 120.0
+#: A context's blocks are offered and loaded this many at a time, as nodes do.
+OFFER_BLOCKS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way, and what it came to."""
+
+    what: str
+    value: float
+    unit: str
+    beside: str
+    ratio: float
+
+
+# --- time to the first token ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a request."""
+
+    ttft_s: float
+    text: str
+    cached_tokens: int
+
+
+def ask(server: Server, prompt: Sequence[int]) -> Answer:
+    """Send a prompt and read its answer as it comes."""
+    body = {
+        "model": "default", "prompt": list(prompt), "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    started, first, text, cached = time.perf_counter(), 0.0, "", 0
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=600, trust_env=False) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            for choice in chunk["choices"]:
+                first = first or time.perf_counter() - started
+                text += choice["text"]
+            cached = chunk["usage"]["prompt_tokens_details"]["cached_tokens"] if chunk.get("usage") else cached
+    return Answer(first, text, cached)
+
+
+def wait_for(server: Server, holds: Callable[[dict[str, Any]], bool]) -> None:
+    """Wait until something holds of a cluster's status. Raises `TimeoutError`."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        status = cast(dict[str, Any], httpx.get(f"{server.url}/status", timeout=30, trust_env=False).json())
+        if holds(status):
+            return
+        if time.monotonic() > until:
+            raise TimeoutError(f"it does not come about: {status}")
+        time.sleep(0.05)
+
+
+def kill(server: Server, name: str) -> None:
+    """End the actor of that name at once."""
+    for pid in (pid for root in server.pids for pid in family(root)):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if command.startswith(f"ray::{name}".encode()):
+            os.kill(pid, signal.SIGKILL)
+
+
+def restarted(status: dict[str, Any]) -> bool:
+    """Tell whether the node is up again."""
+    return all(node["up"] and node["restarts"] for node in status["nodes"])
+
+
+def first_tokens(tokens: int) -> tuple[list[Row], list[str]]:
+    """Measure the time to the first token from each tier. Returns rows, and what is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        create_checkpoint(model, "llama", 1, **MODEL)
+        cluster = CLUSTER.format(folder=Path(folder) / "cmx")
+        prompt = [random.Random(1).randrange(100, 400) for _ in range(tokens)]
+        whole = tokens // BLOCK_TOKENS
+        segments = whole // SEGMENT_BLOCKS
+        found: dict[str, Answer] = {}
+        with weft_server(cluster, model) as server:
+            wait_for(server, lambda status: bool(status["stores"]))
+            ask(server, prompt[: BLOCK_TOKENS // 2])  # what the first request of all pays is no matter of tiers
+            found["computed"] = ask(server, prompt)
+            wait_for(server, lambda status: status["stores"][0]["segments"] >= segments)
+            found["hbm"] = ask(server, prompt)
+            kill(server, "NodeProcess")
+            wait_for(server, restarted)
+            found["cpu"] = ask(server, prompt)
+        with weft_server(cluster, model) as server:
+            wait_for(server, lambda status: bool(status["stores"]) and status["stores"][0]["segments"] >= segments)
+            found["cmx, everything restarted"] = ask(server, prompt)
+        computed = found["computed"]
+        wrong = [f"{name}: other tokens than computed" for name, one in found.items() if one.text != computed.text]
+        wrong += [
+            f"{name}: {one.cached_tokens} cached" for name, one in found.items() if name != "computed" and not one.cached_tokens
+        ]
+        rows = [
+            Row(f"TTFT of {tokens} tokens: {name}", one.ttft_s * 1000, "ms", "computed", computed.ttft_s / one.ttft_s)
+            for name, one in found.items()
+        ]
+    return rows, wrong
+
+
+# --- bytes a second ---------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """An engine that is a pool of bytes and nothing else."""
+
+    def __init__(self, blocks: int, block_bytes: int) -> None:
+        self.arena = SharedArena(blocks * block_bytes)
+        self.pool = self.arena.view
+        self.description = EngineDescription(
+            blocks=blocks,
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=block_bytes,
+            stored_bytes=block_bytes,
+            stored_layout="plain bytes",
+            vocabulary=1,
+            context_tokens_max=blocks * BLOCK_TOKENS,
+            fingerprint="bytes",
+            device="cpu",
+            computes=True,
+        )
+
+
+class Mover:
+    """A node without an engine, which offers and loads."""
+
+    def __init__(self, name: str, blocks: int, block_bytes: int, trust: Trust, executor: ThreadPoolExecutor) -> None:
+        self.engine = Pool(blocks, block_bytes)
+        spec = NodeSpec(
+            NodeId(name), ModelName("m"), PoolName("p"), PoolKind.AGGREGATED, 1, blocks, BLOCK_TOKENS, block_bytes, 1, 1,
+            blocks * BLOCK_TOKENS, CostProfile(), "", host_id(),
+        )  # fmt: skip
+        self._events: asyncio.Queue[NodeEvent] = asyncio.Queue()
+        self._offers = 0
+        copier, limits = Copier(executor, 0), TransferLimits()
+        engine = cast(Engine, self.engine)
+        self.tiers = Tiers(spec, engine, None, copier, trust, limits, self._events.put_nowait, lambda moved: None)
+
+    async def offer(self, names: Sequence[BlockHash]) -> float:
+        """Offer a context, and return the seconds until the store has it."""
+        started = time.perf_counter()
+        for first in range(0, len(names), OFFER_BLOCKS):
+            part = tuple(names[first : first + OFFER_BLOCKS])
+            blocks = tuple(BlockId(block) for block in range(first, first + len(part)))
+            self._offers += 1
+            self.tiers.offer(Offer(OfferId(self._offers), names[first - 1] if first else None, part, blocks))
+            event = await self._events.get()
+            assert isinstance(event, OfferEnded)
+            assert event.failure is None, event.failure
+        return time.perf_counter() - started
+
+    async def load(self, names: Sequence[BlockHash]) -> float:
+        """Load a context, and return the seconds until it is in the pool."""
+        started, count = time.perf_counter(), len(names)
+        blocks = tuple(BlockId(block) for block in range(count))
+        self.tiers.load(LoadBlocks(RequestId(1), tuple(names), 0, blocks, count * BLOCK_TOKENS))
+        while not isinstance(event := await self._events.get(), FetchEnded):
+            pass
+        assert event.tokens == count * BLOCK_TOKENS, event
+        return time.perf_counter() - started
+
+
+async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
+    """Measure copies of a context of so many tokens."""
+    blocks = tokens // BLOCK_TOKENS // SEGMENT_BLOCKS * SEGMENT_BLOCKS
+    size = TOKEN_BYTES * BLOCK_TOKENS
+    total = blocks * size
+    names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
+    trust, model = Trust(b"the measurement's"), ModelBlocks(ModelName("m"), "bytes", "plain bytes", BLOCK_TOKENS, size)
+    plain = StoreConfig(cpu_bytes=total + (64 << 20), segment_blocks=SEGMENT_BLOCKS, cmx_bytes=2 * total)
+    config = replace(plain, cmx=f"file://{folder}")
+    seconds: dict[str, float] = {}
+    with ThreadPoolExecutor(2) as executor:
+        source, target = (Mover(name, blocks, size, trust, executor) for name in ("source", "target"))
+        for start in range(0, total, 64 << 20):
+            end = min(start + (64 << 20), total)
+            source.engine.pool[start:end] = np.random.default_rng(start).bytes(end - start)
+            target.engine.pool[start:end] = bytes(end - start)  # memory that was never touched is slower to write
+        server = await _begin(1, plain, model, trust, source, target)
+        seconds["memcpy"] = min(_timed(lambda: copy_bytes(target.engine.pool, source.engine.pool)) for _ in range(3))
+        seconds["hbm to cpu, slots never used before"] = await source.offer([BlockHash(name[::-1]) for name in names])
+        seconds["hbm to cpu"] = await source.offer(names)
+        seconds["cpu to hbm"] = await target.load(names)
+        assert bytes(target.engine.pool[-size:]) == bytes(source.engine.pool[-size:])
+        await _leave(server, source, target)
+        server = await _begin(2, config, model, trust, source)
+        await source.offer(names)
+        await _all_stored(server, blocks)
+        await _leave(server, source)
+        seconds["files"] = _read_files(folder, target.engine.pool)
+        server = await _begin(3, config, model, trust, target)
+        await _all_stored(server, blocks)
+        seconds["cmx to hbm"] = await target.load(names)
+        assert bytes(target.engine.pool[-size:]) == bytes(source.engine.pool[-size:])
+        await _leave(server, target)
+    beside = {name: "files" if name.startswith("cmx") else "memcpy" for name in seconds if " to " in name}
+    gigabytes = total / 1e9
+    return [
+        Row(
+            f"{blocks * BLOCK_TOKENS} tokens of {TOKEN_BYTES} bytes: {name}", gigabytes / took, "GB/s", beside.get(name, ""),
+            seconds[beside[name]] / took if name in beside else 1.0,
+        )
+        for name, took in seconds.items()
+    ]  # fmt: skip
+
+
+async def _begin(start: int, config: StoreConfig, model: ModelBlocks, trust: Trust, *movers: Mover) -> StoreServer:
+    server = StoreServer(StoreId("s"), start, config, [model], trust)
+    place = StorePlace(StoreId("s"), await server.start())
+    for mover in movers:
+        mover.tiers.use(place)
+        assert await mover.tiers.wait_attached(10)
+    await server.populated()
+    return server
+
+
+async def _all_stored(server: StoreServer, blocks: int) -> None:
+    """Wait until a store knows all segments of a context to be in `cmx`."""
+    for _ in range(int(WAIT_S / 0.05)):
+        if server.driver.load(ModelName("m")).segments >= blocks // SEGMENT_BLOCKS:
+            return
+        await asyncio.sleep(0.05)
+    raise TimeoutError("the context does not get into cmx")
+
+
+async def _leave(server: StoreServer, *movers: Mover) -> None:
+    for mover in movers:
+        mover.tiers.use(None)
+    await server.stop()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _read_files(folder: Path, target: memoryview) -> float:
+    """Read all objects into memory, one after the other, and return the seconds."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def read() -> None:
+        place = 0
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                place = (place + file.readinto(target[place : min(place + path.stat().st_size, len(target))])) % len(target)
+
+    return _timed(read)
+
+
+def main() -> int:
+    """Measure, print a table; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tiers", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=8192, help="of the context whose first token is waited for (%(default)s)")
+    parser.add_argument("--moved", type=int, default=400_000, help="tokens of the context whose bytes are moved (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    wrong: list[str] = []
+    if options.moved:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += asyncio.run(moved_bytes(options.moved, Path(folder)))
+    if options.tokens:
+        found, wrong = first_tokens(options.tokens)
+        rows += found
+    table = Table("what", "", "beside", "ratio")
+    for row in rows:
+        table.add_row(row.what, f"{row.value:,.2f} {row.unit}", row.beside, f"{row.ratio:.2f}x")
+    Console(width=140).print(table)
+    for problem in wrong:
+        print(problem)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
