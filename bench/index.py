@@ -113,7 +113,8 @@ def show(ours: list[dict[str, Any]], from_bytes: list[dict[str, Any]], dynamo: l
             _line(name, "p50_us", "us", row, {}, theirs)
         else:
             for verb in ("stored", "removed"):
-                _line(f"{verb}, {row['event_blocks']} blocks an event", f"{verb}_per_s", "/s", row, packed, theirs)
+                held = f", held by {row['shared_by']}" if row["shared_by"] > 1 else ""
+                _line(f"{verb}, {row['event_blocks']} an event{held}", f"{verb}_per_s", "/s", row, packed, theirs)
 
 
 def _line(name: str, field: str, unit: str, ours: dict[str, Any], packed: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 RUN_BLOCKS = 500
 APPLY_NODES = 64
 APPLY_BLOCKS = 1024
+#: Events of chains that nodes hold alone, and of chains that so many hold alike.
+SHARED_BY = (1, 16)
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,20 @@ def find_cases(index: Index, plan: Plan) -> list[dict[str, Any]]:
 
 
 def apply_cases(index: Index, plan: Plan) -> list[dict[str, Any]]:
-    """Time events: separate chains on every node stored run by run over all nodes, then removed from their ends."""
+    """Time events: chains on every node, its own or shared, stored run by run over all nodes, then removed from their ends."""
     rows: list[dict[str, Any]] = []
-    for run in (16, 64, 256):
+    for run, shared_by in ((run, shared_by) for shared_by in SHARED_BY for run in (16, 64, 256)):
         stored: list[float] = []
         removed: list[float] = []
         for repetition in range(plan.repetitions):
             generator = random.Random(repetition)
             index.clear(APPLY_NODES)
-            chains = [chain_of(generator, APPLY_BLOCKS) for _ in range(APPLY_NODES)]
+            chains = [chain_of(generator, APPLY_BLOCKS) for _ in range(APPLY_NODES // shared_by)] * shared_by
             stores = [_stores(index, node, chain, run) for node, chain in enumerate(chains)]
             removes = [_removes(index, node, chain, run) for node, chain in enumerate(chains)]
             stored.append(APPLY_NODES * APPLY_BLOCKS / _apply_seconds(index, stores))
             removed.append(APPLY_NODES * APPLY_BLOCKS / _apply_seconds(index, removes))
-        row = {"case": "apply", "event_blocks": run}
+        row = {"case": "apply", "event_blocks": run, "shared_by": shared_by}
         rows.append(row | {"stored_per_s": statistics.median(stored), "removed_per_s": statistics.median(removed)})
     return rows
 

@@ -1,11 +1,12 @@
-"""Measures how fast the simulator is: requests simulated a second, beside Dynamo's offline replay of the same trace.
+"""Measures how fast the simulator is: requests simulated a second of CPU time, beside Dynamo's offline replay of the same trace.
 
     python -m bench.simulate [--trace FILE ...] [--nodes N] [--quick] [--json FILE]
 
 DYNAMO_PYTHON names the python of an environment with ai-dynamo; without it only our side is measured. Both sides route by cached
 prefixes and, as a second row, round robin, over equal nodes of equal KV capacity, and get the trace's recorded arrivals (no side
-waits for dependencies here, because Dynamo's replay cannot). Wall time covers reading the trace, simulating and the summary;
-the sides take turns, so that both see the same machine. Besides: what twice the output and twice the requests cost, which shows
+waits for dependencies here, because Dynamo's replay cannot). Times are CPU times of all of a process's threads, so that
+what else runs disturbs them little. They cover reading the trace, simulating and the summary; the sides take turns, so that both
+see the same machine. Besides: what twice the output and twice the requests cost, which shows
 that time goes by requests and not by tokens.
 """
 
@@ -65,12 +66,12 @@ def open_loop(turns: Sequence[TracedTurn]) -> list[TracedTurn]:
 
 
 def simulate(turns: Sequence[TracedTurn], resolved: Resolved, answers_return: bool = True) -> tuple[float, float, int]:
-    """Return wall seconds, hit rate and completed requests of one run."""
-    start = time.perf_counter()
+    """Return CPU seconds, hit rate and completed requests of one run."""
+    start = time.process_time()
     served = World(resolved, turns, WorldOptions(answers_return=answers_return)).run().served
     done = [one for one in served if one.completed]
     cached, tokens = sum(one.cached_tokens for one in done), sum(one.turn.input_tokens for one in done)
-    return time.perf_counter() - start, cached / max(1, tokens), len(done)
+    return time.process_time() - start, cached / max(1, tokens), len(done)
 
 
 def write_mooncake(turns: Sequence[TracedTurn], path: Path) -> int:
@@ -100,9 +101,9 @@ def measure_dynamo(path: Path, trace_block: int, cases: list[dict[str, Any]], re
 
 def compare(path: Path, nodes: int, repetitions: int) -> list[dict[str, Any]]:
     """Measure both sides on one trace."""
-    start = time.perf_counter()
+    start = time.process_time()
     turns = open_loop(list(read_trace(path)))
-    read_s = time.perf_counter() - start
+    read_s = time.process_time() - start
     trace_block = next(turn.block_tokens for turn in turns)
     blocks = sorted({64, trace_block})
     cases = [
@@ -118,13 +119,13 @@ def compare(path: Path, nodes: int, repetitions: int) -> list[dict[str, Any]]:
             for _ in range(repetitions):
                 theirs += measure_dynamo(mooncake, trace_block, [case], 1)
                 ours.append(simulate(turns, cluster(nodes, case["block"], MODES[case["mode"]])))
-            wall_s = statistics.median(run[0] for run in ours) + read_s
-            row = {"trace": path.name, **case, "requests": ours[0][2], "wall_s": wall_s, "requests_per_s": ours[0][2] / wall_s}
+            cpu_s = statistics.median(run[0] for run in ours) + read_s
+            row = {"trace": path.name, **case, "requests": ours[0][2], "cpu_s": cpu_s, "requests_per_s": ours[0][2] / cpu_s}
             row["hit"] = ours[0][1]
             if theirs:
-                dynamo_s = statistics.median(run["walls_s"][0] for run in theirs)
-                row |= {"dynamo_wall_s": dynamo_s, "dynamo_requests_per_s": theirs[0]["requests"] / dynamo_s}
-                row |= {"dynamo_hit": theirs[0]["hit"], "faster": dynamo_s / wall_s}
+                dynamo_s = statistics.median(run["cpu_s"][0] for run in theirs)
+                row |= {"dynamo_cpu_s": dynamo_s, "dynamo_requests_per_s": theirs[0]["requests"] / dynamo_s}
+                row |= {"dynamo_hit": theirs[0]["hit"], "faster": dynamo_s / cpu_s}
             rows.append(row)
             print(shown(row), flush=True)
     return rows
@@ -139,7 +140,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def scaling(path: Path, nodes: int, repetitions: int) -> dict[str, Any]:
-    """Measure what twice the output, and twice the requests on twice the nodes, cost in wall time: the least of all runs.
+    """Measure what twice the output, and twice the requests on twice the nodes, cost in CPU time: the least of all runs.
 
     Recorded prompts hold the recorded answers and not longer ones: here no answer is looked for in the prompt after it.
     """
@@ -147,12 +148,12 @@ def scaling(path: Path, nodes: int, repetitions: int) -> dict[str, Any]:
     block = next(turn.block_tokens for turn in turns)
     longer = [replace(turn, output_tokens=2 * turn.output_tokens) for turn in turns]
     cases = {"once": (turns, nodes), "output": (longer, nodes), "requests": (copies(turns, 2, 0), 2 * nodes)}
-    walls: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repetitions):
         for name, (asked, count) in cases.items():
-            walls[name].append(simulate(asked, cluster(count, block, RouterPolicy.PREDICTED_TIME), answers_return=False)[0])
-    output, requests = (min(walls[name]) / min(walls["once"]) for name in ("output", "requests"))
-    print(f"{path.name}: twice the output {output:.2f}x the wall time, twice the requests on twice the nodes {requests:.2f}x")
+            times[name].append(simulate(asked, cluster(count, block, RouterPolicy.PREDICTED_TIME), answers_return=False)[0])
+    output, requests = (min(times[name]) / min(times["once"]) for name in ("output", "requests"))
+    print(f"{path.name}: twice the output {output:.2f}x the time, twice the requests on twice the nodes {requests:.2f}x")
     return {"trace": path.name, "output": output, "requests": requests}
 
 
