@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from orchestrator.plan.goal import PERCENTILES, Budget, Slo
 from orchestrator.plan.measure import Builder, Measured, measured
 from orchestrator.plan.planner import Answer, Effort, Planner, Question
 from orchestrator.plan.space import KV, WEIGHTS, Choices, Plan
+from orchestrator.plan.tiers import Tried, best_of, size_tiers
 from orchestrator.profiles.catalog import Catalog, CatalogError
-from orchestrator.sim.runs import CacheRule
+from orchestrator.profiles.resolve import Resolved
+from orchestrator.sim.runs import CacheRule, Run
 from orchestrator.traces import TracedTurn
 
 #: Requests of a trace that each plan is simulated with, unless it is said otherwise.
@@ -65,6 +67,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"fewer simulations, of {QUICK_REQUESTS_MAX} requests")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (%(default)s)")
     parser.add_argument("--jobs", type=count, metavar="N", help="processes at most (as many as cores, for large traces)")
+    parser.add_argument(
+        "--tiers", action="store_true", help="size the hosts' CPU memory and CMX below the pick, by simulating it"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the pick as a cluster file")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all that was found as JSON; - for standard output, then no table"
@@ -131,6 +136,22 @@ class _Task:
         together = zip(plans, resolved, runs, strict=True)
         return [measured(plan, one, run.outcome, self.question.slo) for plan, one, run in together]
 
+    def tiers(self, pick: Measured, catalog: Catalog) -> tuple[Tried, ...]:
+        """Size what is below a plan's memory."""
+        turns, options, slo = self.workload.turns, self.options, self.question.slo
+
+        def measure(clusters: Sequence[Resolved]) -> list[Tried]:
+            cases = [Case(one, RouterPolicy.PREDICTED_TIME, CacheRule.VALUE, turns, options.seed) for one in clusters]
+            runs = _with_status(len(cases), lambda tell: run_cases(cases, options.jobs, tell))
+            return [_tried(one, run, measured(pick.plan, one, run.outcome, slo)) for one, run in zip(clusters, runs, strict=True)]
+
+        return size_tiers(demand_of(turns), self.builder.resolved(pick.plan), catalog, measure)
+
+
+def _tried(cluster: Resolved, run: Run, reached: Measured) -> Tried:
+    shares = run.figures["hit_rate_by_tier"]
+    return Tried(cluster.config.store, shares["hbm"] or 0.0, shares["cpu"] or 0.0, shares["cmx"] or 0.0, reached.ttft_s)
+
 
 def _with_status(total: int, work: Callable[[Callable[[float], None]], Any]) -> Any:
     """Say on a terminal how far the simulations are."""
@@ -151,8 +172,10 @@ def run_plan(options: argparse.Namespace) -> int:
     _check_contexts(workload.turns, options.model, catalog)
     question = Question(options.slo, options.budget, _choices(options, catalog))
     builder = Builder(catalog, model, workload.turns[0].block_tokens or BLOCK_TOKENS)
-    answer = _Task(question, workload, builder, options).answer()
-    told = Told(shlex.join(["weft", *sys.argv[1:]]), question, answer, workload.notes, catalog)
+    task = _Task(question, workload, builder, options)
+    answer = task.answer()
+    tiers = task.tiers(answer.pick, catalog) if options.tiers and answer.pick is not None else ()
+    told = Told(shlex.join(["weft", *sys.argv[1:]]), question, answer, workload.notes, catalog, tiers)
     if options.json is not None:
         _write("--json", options.json, json.dumps(as_json(told), indent=2) + "\n")
     if options.json != Path("-"):
@@ -229,8 +252,12 @@ def _choices(options: argparse.Namespace, catalog: Catalog) -> Choices:
 
 def _cluster_file(builder: Builder, told: Told, pick: Measured) -> str:
     config = builder.cluster(pick.plan)
+    if told.tiers:
+        config = replace(config, store=best_of(told.tiers).store)
     comments = ["Found by", "", f"    {told.command}", "", *reasons(told), ""]
     notes = {}
+    if config.store is not None and config.store.cmx:
+        notes["store"] = "`cmx`: give the folder or bucket that all hosts share."
     if not config.models["default"].path:
         notes["models.default"] = "To serve it, give the checkpoint: `weft serve --model DIR`, or `path` here."
     return cluster_text(config, comments, notes)

@@ -59,6 +59,18 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return weft(capsys, "plan", *ASKED, *arguments)
 
 
+def test_what_is_below_the_pick_is_sized_when_that_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = planned(capsys, "--tiers", "--json", tmp_path / "plan.json", "--out", tmp_path / "pick.toml")
+    assert code == 0, err
+    assert "CPU memory a host" in out
+    tiers = json.loads((tmp_path / "plan.json").read_text())["tiers"]
+    assert tiers[0]["cpu_bytes"] == 0
+    assert len(tiers) > 2
+    (enough,) = [one for one in tiers if one["enough"]]
+    store = read_cluster(tmp_path / "pick.toml").store
+    assert (store.cpu_bytes if store is not None else 0) == enough["cpu_bytes"]
+
+
 @dataclass(frozen=True)
 class Search:
     """One search, with all that it can write."""

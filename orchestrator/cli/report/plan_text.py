@@ -12,6 +12,7 @@ from orchestrator.cli.report.page import Table
 from orchestrator.plan.goal import Budget, Slo
 from orchestrator.plan.measure import Measured
 from orchestrator.plan.planner import Answer, Question
+from orchestrator.plan.tiers import Tried, best_of
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import acceptance_of
 
@@ -27,6 +28,8 @@ class Told:
     answer: Answer
     notes: Sequence[str]
     catalog: Catalog
+    #: What was tried below the pick's memory; empty unless that was asked for.
+    tiers: Sequence[Tried] = ()
 
     def number(self, one: Measured) -> int:
         """Return a simulated plan's number: in the order of prices."""
@@ -46,6 +49,12 @@ def print_answer(told: Told) -> None:
     console.print(shown)
     for one in told.answer.front:
         console.print(f"{told.number(one):3}  {one.plan}", soft_wrap=True)
+    if told.tiers:
+        tiers = tiers_table(told)
+        shown = RichTable(*tiers.headers)
+        for row in tiers.rows:
+            shown.add_row(*row)
+        console.print(shown)
     for line in (*told.notes, *(reasons(told) if told.answer.pick else shortfalls(told))):
         console.print(line, soft_wrap=True)
     fell = pruned_table(told.answer)
@@ -63,6 +72,19 @@ def front_table(told: Told) -> Table:
     # Chips that cost nothing may be planned with too.
     dearest = max((one.price.usd_per_hour for one in front), default=1.0) or 1.0
     return Table(headers, [_row(told, one, dearest) for one in front])
+
+
+def tiers_table(told: Told) -> Table:
+    """Return what the pick reaches with what below its memory."""
+    headers = ["CPU memory a host", "CMX", f"TTFT p{100 * told.question.slo.percentile:g}", "hits", "hbm", "cpu", "cmx", ""]
+    best = best_of(told.tiers)
+    rows: list[list[str]] = []
+    for one in told.tiers:
+        store = one.store
+        sizes = [f"{store.cpu_bytes / 1e9:,.3g} GB" if store else "none", "yes" if store and store.cmx else "none"]
+        shares = [f"{100 * share:.1f} %" for share in (one.hit_rate, one.hbm, one.cpu, one.cmx)]
+        rows.append([*sizes, f"{one.ttft_s:.3g} s", *shares, "enough" if one is best else ""])
+    return Table(headers, rows)
 
 
 def _row(told: Told, one: Measured, dearest: float) -> list[str]:
@@ -177,6 +199,17 @@ def shortfalls(told: Told) -> list[str]:
     return lines
 
 
+def _tier_json(one: Tried, told: Told) -> dict[str, Any]:
+    store = one.store
+    return {
+        "cpu_bytes": store.cpu_bytes if store is not None else 0,
+        "cmx_bytes": store.cmx_bytes if store is not None and store.cmx else 0,
+        "ttft_s": one.ttft_s,
+        "hit_rate": {"hbm": one.hbm, "cpu": one.cpu, "cmx": one.cmx},
+        "enough": one is best_of(told.tiers),
+    }
+
+
 def as_json(told: Told) -> dict[str, Any]:
     """Return all that was found, as it is written to a JSON file."""
     answer = told.answer
@@ -196,6 +229,7 @@ def as_json(told: Told) -> dict[str, Any]:
         "budget": {key: value for key, value in asdict(told.question.budget).items() if isfinite(value)},
         **single,
         "front": [told.number(one) for one in answer.front],
+        "tiers": [_tier_json(one, told) for one in told.tiers],
         "plans": [{"number": told.number(one), **_plan_json(one)} for one in ordered],
         "considered": answer.swept.considered,
         "pruned": {reason.value: count for reason, count in answer.swept.pruned.items()},
