@@ -166,10 +166,11 @@ class _Prompt:
         assert store is not None, f"{spec.id} has no store to load from"
         cpu_bytes_per_s, cmx_bytes_per_s, cmx_latency_s = store.rates
         cpu_end = max(blocks, stored)
-        cpu_s = candidate.profile.fetch_latency_s + (cpu_end - blocks) * spec.block_bytes / cpu_bytes_per_s
+        block_bytes = store.model.block_bytes  # which may be fewer than in a node's memory
+        cpu_s = candidate.profile.fetch_latency_s + (cpu_end - blocks) * block_bytes / cpu_bytes_per_s
         ways = [(cpu_s, cpu_end)]
         if store.model.cmx and self._cmx_blocks > cpu_end:
-            cmx_s = cmx_latency_s + (self._cmx_blocks - cpu_end) * spec.block_bytes / cmx_bytes_per_s
+            cmx_s = cmx_latency_s + (self._cmx_blocks - cpu_end) * block_bytes / cmx_bytes_per_s
             ways.append((cpu_s + cmx_s, self._cmx_blocks))
         for load_s, end in ways:
             reach = min(end * spec.block_tokens, self.tokens - 1)

@@ -104,9 +104,9 @@ def nodes_of(commands: Sequence[ClusterCommand]) -> list[str]:
     return [command.node for command in commands if isinstance(command, Assign)]
 
 
-def store_spec(name: str = "s0", host: str = "h0", cmx: bool = False, **changes: Any) -> StoreSpec:
+def store_spec(name: str = "s0", host: str = "h0", cmx: bool = False, block_bytes: int = 64, **changes: Any) -> StoreSpec:
     """Return a host's store for model m: 100 blocks in `cpu`, each there in a millisecond, and segments of two blocks."""
-    models = (StoredModel(ModelName("m"), BLOCK_TOKENS, 64, 100, segment_blocks=2, cmx=cmx),)
+    models = (StoredModel(ModelName("m"), BLOCK_TOKENS, block_bytes, 100, segment_blocks=2, cmx=cmx),)
     rates = {"cpu_bytes_per_s": 64_000.0, "cmx_bytes_per_s": 6_400.0, "cmx_latency_s": 0.01}
     fields: dict[str, Any] = {"id": StoreId(name), "incarnation": 1, "host": host, "address": "", "models": models, **rates}
     return StoreSpec(**{**fields, **changes})

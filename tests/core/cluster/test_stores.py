@@ -66,6 +66,14 @@ def test_what_the_hosts_store_has_is_loaded_instead_of_computed(cluster: Cluster
     assert part.why.hit_tokens == 8 * BLOCK_TOKENS
 
 
+def test_blocks_that_are_stored_in_fewer_bytes_are_loaded_sooner(cluster: Cluster) -> None:
+    join_store(cluster, "s0", "abcd", segments=["abcdefgh"], cmx=True, block_bytes=16, cmx_bytes_per_s=64_000.0)
+    (part,) = assign(cluster)
+    assert part.why is not None
+    # a quarter of a millisecond for each of eight blocks, one for asking, and ten until the first comes from cmx
+    assert part.why.load_s == pytest.approx(0.013)
+
+
 def test_only_what_a_node_does_not_hold_is_worth_loading(cluster: Cluster) -> None:
     join_store(cluster, "s0", "abcdefgh")
     cluster.handle(reported("a0", stored("abcdefgh")), 0.0)
