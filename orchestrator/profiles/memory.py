@@ -2,13 +2,20 @@
 
 from math import ceil
 
-from orchestrator.core.config import DecodeMode, Precision, require
+from orchestrator.core.config import DecodeMode, KvFormat, Precision, require
 from orchestrator.core.cost.machines import BYTES, Chip, Machine
 
 
 def block_bytes(machine: Machine, block_tokens: int) -> int:
     """Return the bytes of one block's KV, held once."""
     return round(machine.kv_token_bytes * block_tokens)
+
+
+def stored_block_bytes(machine: Machine, block_tokens: int, stored: KvFormat) -> int:
+    """Return the bytes of one block's KV in a host's store: never more than in a node's memory."""
+    each = BYTES[machine.hardware.kv]
+    share = 1.0 if stored is KvFormat.PLAIN else min(1.0, BYTES[Precision(stored.value)] / each)
+    return round(machine.kv_token_bytes * block_tokens * share)
 
 
 def kv_blocks(machine: Machine, block_tokens: int, sequences_max: int, memory_fraction: float) -> int:

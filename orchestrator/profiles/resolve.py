@@ -12,7 +12,7 @@ from orchestrator.core.cost.machines import Chip, Coupling, Link, Machine
 from orchestrator.core.cost.roofline import cost_profile
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError, acceptance_name
-from orchestrator.profiles.memory import block_bytes, kv_blocks
+from orchestrator.profiles.memory import block_bytes, kv_blocks, stored_block_bytes
 from orchestrator.profiles.positions import limited
 
 _T = TypeVar("_T")
@@ -41,6 +41,8 @@ class Below:
     cpu_latency_s: float
     cmx_bytes_per_s: float
     cmx_latency_s: float
+    #: Of a block there, which may be fewer than in the nodes' memory.
+    block_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ def _below(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> Below |
         cpu_latency_s=chip.host.latency_s if chip.host is not None else 0.0,
         cmx_bytes_per_s=chip.storage.rate * chips if chip.storage is not None else store.cmx_bytes_per_s,
         cmx_latency_s=chip.storage.latency_s if chip.storage is not None else store.cmx_latency_s,
+        block_bytes=stored_block_bytes(machine, pool.engine.block_tokens, pool.engine.kv_format_stored),
     )
 
 

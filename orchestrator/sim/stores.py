@@ -114,7 +114,7 @@ def store_specs(config: StoreConfig, resolved: Resolved) -> list[StoreSpec]:
         hardware = resolved.hardware[PoolName(pool.name)]
         below = hardware.below
         assert below is not None, f"pool {pool.name} has nothing below its nodes' memory"
-        block_bytes, model = hardware.block_bytes, ModelName(pool.model)
+        block_bytes, model = below.block_bytes, ModelName(pool.model)
         slots = config.cpu_bytes // block_bytes  # nodes of one pool alone are on a host
         needed = config.segment_blocks * block_bytes
         problem = f"leaves a host of {pool.name} no room for a segment of {config.segment_blocks} blocks ({needed} bytes)"
@@ -298,7 +298,7 @@ class SimulatedStore:
             self._end_offer(grant.offer, "its parent is not held" if grant.orphan else None)
         else:
             offered.grant = grant
-            size = len(grant.slots) * offered.node.block_bytes
+            size = len(grant.slots) * self._block_bytes(offered.node.model)
             arrives_s = self._carry(offered.node.id, "out", size, self.spec.cpu_bytes_per_s, self._cpu_latency_s)
             self._agenda.at(arrives_s, self._written, grant, size)
 
@@ -353,7 +353,7 @@ class SimulatedStore:
         reading = self._reads.get(command.read)
         if reading is None:
             return
-        size = len(command.slots) * reading.node.block_bytes
+        size = len(command.slots) * self._block_bytes(reading.node.model)
         if size:
             arrives_s = self._carry(reading.node.id, "in", size, self.spec.cpu_bytes_per_s, self._cpu_latency_s)
             reading.arrives_s = max(arrives_s, reading.arrives_s)

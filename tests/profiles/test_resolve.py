@@ -12,6 +12,7 @@ from orchestrator.core.config import (
     DecodeMode,
     EngineConfig,
     HardwareConfig,
+    KvFormat,
     ModelConfig,
     PoolConfig,
     Precision,
@@ -59,6 +60,17 @@ def test_a_pool_without_hardware_stays_as_it_is() -> None:
     assert resolve(config, CATALOG).hardware == {}
 
 
+@pytest.mark.parametrize(
+    ("kv", "stored", "share"),
+    [("bf16", "plain", 1.0), ("bf16", "fp8", 0.5), ("bf16", "nvfp4", 0.28125), ("fp8", "nvfp4", 0.5625), ("nvfp4", "fp8", 1.0)],
+)
+def test_blocks_below_a_pool_are_stored_in_no_more_bytes_than_in_it(kv: str, stored: str, share: float) -> None:
+    config = cluster(replace(RUBIN, kv=Precision(kv)), kv_format_stored=KvFormat(stored))
+    hardware = resolve(replace(config, store=StoreConfig(cpu_bytes=1 << 30)), CATALOG).hardware[POOL]
+    assert hardware.below is not None
+    assert hardware.below.block_bytes == hardware.block_bytes * share
+
+
 def test_below_a_pool_are_its_chips_host_and_storage() -> None:
     config = replace(cluster(replace(RUBIN, chips=2)), store=StoreConfig(cpu_bytes=10**12, cmx="file:///any"))
     hardware = resolve(config, CATALOG).hardware[POOL]
@@ -66,7 +78,7 @@ def test_below_a_pool_are_its_chips_host_and_storage() -> None:
     assert host is not None
     assert storage is not None
     # two nodes of two chips share a host of four
-    assert hardware.below == Below(2, 2 * host.rate, host.latency_s, 4 * storage.rate, storage.latency_s)
+    assert hardware.below == Below(2, 2 * host.rate, host.latency_s, 4 * storage.rate, storage.latency_s, hardware.block_bytes)
     assert {"vera.efficiency", "cmx.bytes_per_s"} <= set(hardware.assumptions)
     without = resolve(cluster(replace(RUBIN, chips=2)), CATALOG).hardware[POOL]
     assert without.below is None

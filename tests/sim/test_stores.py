@@ -12,7 +12,7 @@ from orchestrator.sim.outcome import Outcome, StoreUse
 from orchestrator.sim.runs import CacheRule, simulate
 from orchestrator.sim.world import World, WorldOptions
 from tests.builders import some
-from tests.sim.worlds import agents, below, cluster
+from tests.sim.worlds import BELOW, agents, below, cluster
 
 TOGETHER = {PoolKind.AGGREGATED: 3}
 APART = {PoolKind.PREFILL: 2, PoolKind.DECODE: 2}
@@ -50,6 +50,16 @@ def test_what_the_hosts_memory_forgot_comes_from_the_shared_storage() -> None:
     assert all(served.completed for served in some(outcome.served))
     assert sum(served.cmx_tokens for served in outcome.served) > 0
     assert used(outcome).cmx_written_bytes >= used(outcome).cmx_read_bytes > 0
+
+
+def test_stores_hold_more_blocks_of_fewer_bytes() -> None:
+    whole = cluster(TOGETHER, blocks=SHORT, store=below(150))
+    hardware = whole.hardware[PoolName("aggregated")]
+    fewer = replace(hardware, below=replace(BELOW, block_bytes=hardware.block_bytes // 4))
+    plain, packed = serve(whole), serve(replace(whole, hardware={PoolName("aggregated"): fewer}))
+    tokens = [sum(served.cpu_tokens for served in one.served) for one in (plain, packed)]
+    assert tokens[1] > tokens[0]
+    assert used(packed).loaded_bytes < used(plain).loaded_bytes * tokens[1] / tokens[0]
 
 
 def test_baselines_compute_what_nodes_forgot() -> None:
