@@ -28,6 +28,7 @@ from orchestrator.core.types import (
     StepId,
     StoreId,
     TenantId,
+    Tier,
 )
 
 
@@ -439,6 +440,7 @@ class PlaceLease:
     lease: Lease
     change: LeaseChange | None
     nodes: tuple[NodeId, ...]
+    stores: tuple[StoreId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,6 +450,7 @@ class EndLease:
     lease: Lease
     change: LeaseChange | None
     nodes: tuple[NodeId, ...]
+    stores: tuple[StoreId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,6 +462,29 @@ class EvictBlocks:
     first_block: int
     at_once: bool
     nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchStored:
+    """Advise stores to bring a chain's first `blocks` from cmx into their memory. Nothing answers."""
+
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    blocks: int
+    stores: tuple[StoreId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvictStored:
+    """Advise stores that blocks [first_block, end_block) of a chain are to leave a tier, see `EvictAsked`. Nothing answers."""
+
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    first_block: int
+    end_block: int
+    tier: Tier
+    demote: bool
+    stores: tuple[StoreId, ...]
 
 
 ClusterCommand = (
@@ -475,6 +501,8 @@ ClusterCommand = (
     | PlaceLease
     | EndLease
     | EvictBlocks
+    | PrefetchStored
+    | EvictStored
     | SetTimer[ClusterTimer]
     | ClearTimer[ClusterTimer]
 )

@@ -513,11 +513,15 @@ class HintAsked:
 
 @dataclass(frozen=True, slots=True)
 class LeasesTold:
-    """A node tells of leases: all it keeps to a gateway that has just joined, later what other gateways placed and ended."""
+    """A holder tells of leases: all it keeps to a gateway that has just joined, later what other gateways placed and ended.
 
-    node: NodeId
+    It is a node, or else a store.
+    """
+
+    node: NodeId | None
     placed: tuple[Lease, ...]
     ended: tuple[LeaseEnded, ...] = ()
+    store: StoreId | None = None
 
 
 ClusterEvent = (

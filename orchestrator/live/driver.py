@@ -26,7 +26,9 @@ from orchestrator.core.commands import (
     Complete,
     EndLease,
     EvictBlocks,
+    EvictStored,
     PlaceLease,
+    PrefetchStored,
     Refuse,
     ReportSourceLost,
     RequestResync,
@@ -39,12 +41,15 @@ from orchestrator.core.events import (
     BlocksRetired,
     ClusterEvent,
     DrainRequested,
+    EvictAsked,
     GatewaysChanged,
     HintAsked,
     LeaseEnded,
+    LeasesTold,
     NodeDraining,
     NodeJoined,
     NodeLost,
+    PrefetchAsked,
     RequestAbandoned,
     RequestArrived,
     StoreJoined,
@@ -411,6 +416,8 @@ class ClusterDriver:
             told.setdefault(model, []).append(batch)
         for move in frame.moves:
             self._observer.moved(NodeId(store), move.source, move.target, move.bytes, move.seconds)
+        if frame.leases:
+            self._handle(LeasesTold(None, tuple(store_codec.lease_from(lease) for lease in frame.leases), store=store))
         for model, batches in told.items():
             self._handle(StoreReported(store, model, self._store_loads.get((store, model), StoreLoad()), tuple(batches)))
 
@@ -542,12 +549,22 @@ class ClusterDriver:
                     store_link.resync(model, after)
             case AnswerHint():
                 self._receipt = command.receipt
-            case PlaceLease(lease, _, nodes):
+            case PlaceLease(lease, _, nodes, stores):
                 for link in self._links_to(nodes):
                     link.place_lease(codec.lease_message(lease))
-            case EndLease(lease, _, nodes):
+                for store_link in self._stores_at(stores):
+                    store_link.place_lease(lease)
+            case EndLease(lease, _, nodes, stores):
                 for link in self._links_to(nodes):
                     link.end_lease(codec.ended_lease_message(LeaseEnded(lease.id, lease.revision)))
+                for store_link in self._stores_at(stores):
+                    store_link.end_lease(lease)
+            case PrefetchStored():
+                for store_link in self._stores_at(command.stores):
+                    store_link.advise(PrefetchAsked(command.model, command.hashes, command.blocks))
+            case EvictStored(model, hashes, first, end, tier, demote, stores):
+                for store_link in self._stores_at(stores):
+                    store_link.advise(EvictAsked(model, hashes, first, end, tier, demote))
             case EvictBlocks(_, hashes, first_block, at_once, nodes):
                 for link in self._links_to(nodes):
                     link.retire(codec.retired_message(BlocksRetired(hashes, first_block, at_once)))
@@ -557,6 +574,9 @@ class ClusterDriver:
                 self._timers.clear(key)
             case _:
                 assert_never(command)
+
+    def _stores_at(self, stores: Sequence[StoreId]) -> list[StoreLink]:
+        return [self._stores[store] for store in stores if store in self._stores]
 
     def _links_to(self, nodes: Sequence[NodeId]) -> list[NodeLink]:
         return [self._links[node] for node in nodes if node in self._links]

@@ -7,18 +7,22 @@ belief meanwhile costs a recompute. One on which nothing came for `lost_s` hangs
 import asyncio
 import logging
 import random
+from collections import deque
 from typing import Any, Protocol, cast
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from orchestrator.core.types import GatewayId, ModelName, StoreId, StoreSpec
+from orchestrator.core.events import EvictAsked, PrefetchAsked
+from orchestrator.core.types import GatewayId, Lease, LeaseId, ModelName, StoreId, StoreSpec
 from orchestrator.live.links import RETRY_S_MAX, RETRY_S_MIN, WELCOME_S_MAX, Watch
 from orchestrator.wire import codec, store_codec, store_pb2, store_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 
 log = logging.getLogger("weft.links")
+#: Advice that waits for a store that does not read.
+ADVICE_MAX = 256
 
 
 class Call(Protocol):
@@ -61,6 +65,9 @@ class StoreLink:
         self._trust = trust
         #: What goes out with the next frame; by model, so that it is bounded by them.
         self._resyncs: dict[ModelName, store_pb2.Resync] = {}
+        #: What was decided last of each lease, and advice, oldest first.
+        self._leases: dict[LeaseId, store_pb2.Lease | store_pb2.LeaseEnd] = {}
+        self._advice: deque[PrefetchAsked | EvictAsked] = deque(maxlen=ADVICE_MAX)
         self._frames_received = 0
         self._frames_told = 0
         self._wake = asyncio.Event()
@@ -74,6 +81,21 @@ class StoreLink:
     def resync(self, model: ModelName, after: int | None) -> None:
         """Ask for a model's batches after a number, or for all."""
         self._resyncs[model] = store_pb2.Resync(model=model, after=after)
+        self._wake.set()
+
+    def place_lease(self, lease: Lease) -> None:
+        """Tell of a lease, in place of what waits to be told of it."""
+        self._leases[lease.id] = store_codec.lease_message(lease)
+        self._wake.set()
+
+    def end_lease(self, lease: Lease) -> None:
+        """Tell of the end of a lease, in place of what waits to be told of it."""
+        self._leases[lease.id] = store_pb2.LeaseEnd(id=lease.id, revision=lease.revision)
+        self._wake.set()
+
+    def advise(self, advice: PrefetchAsked | EvictAsked) -> None:
+        """Tell what somebody expects; the oldest advice is forgotten where too much waits."""
+        self._advice.append(advice)
         self._wake.set()
 
     async def close(self) -> None:
@@ -114,6 +136,8 @@ class StoreLink:
                 return "no Welcome", False
             self._frames_received = self._frames_told = 0
             self._resyncs.clear()
+            self._leases.clear()
+            self._advice.clear()
             self.spec = store_codec.spec_from(frame.welcome)
             self._sink.store_joined(self.spec)
             self._sink.store_frame(self.store, frame)
@@ -162,7 +186,32 @@ class StoreLink:
             self._frames_told = self._frames_received
             frame = store_pb2.ToStore(resyncs=self._resyncs.values(), frames_received=self._frames_received)
             self._resyncs.clear()
+            self._add_hints(frame)
             await call.write(frame)
+
+    def _add_hints(self, frame: store_pb2.ToStore) -> None:
+        """Put leases and advice into a frame, oldest first, one at least; a next frame brings what is left."""
+        size = 0
+        for lease, message in list(self._leases.items()):
+            size += message.ByteSize()
+            if size > codec.FRAME_BYTES_MAX and (frame.leases or frame.ended_leases):
+                self._wake.set()
+                return
+            del self._leases[lease]
+            if isinstance(message, store_pb2.Lease):
+                frame.leases.append(message)
+            else:
+                frame.ended_leases.append(message)
+        while self._advice and size <= codec.FRAME_BYTES_MAX:
+            advice = self._advice.popleft()
+            if isinstance(advice, PrefetchAsked):
+                frame.prefetches.append(store_codec.prefetch_message(advice))
+                size += frame.prefetches[-1].ByteSize()
+            else:
+                frame.evictions.append(store_codec.evict_message(advice))
+                size += frame.evictions[-1].ByteSize()
+        if self._advice:
+            self._wake.set()
 
 
 def _report(task: asyncio.Task[None]) -> None:

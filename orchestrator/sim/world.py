@@ -30,12 +30,14 @@ from orchestrator.core.commands import (
     DropGateway,
     EndLease,
     EvictBlocks,
+    EvictStored,
     Fetch,
     Forget,
     LoadBlocks,
     NodeCommand,
     Offer,
     PlaceLease,
+    PrefetchStored,
     PublishKv,
     Refuse,
     ReportEnded,
@@ -444,15 +446,17 @@ class World:
                 served = self.visits[request].served
                 served.restarts += 1
                 served.prefill = None
-            case PlaceLease(lease, _, nodes):
+            case PlaceLease(lease, _, nodes, _):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, LeasePlaced(lease))
-            case EndLease(lease, _, nodes):
+            case EndLease(lease, _, nodes, _):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, LeaseEnded(lease.id, lease.revision))
             case EvictBlocks(_, hashes, first_block, at_once, nodes):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, BlocksRetired(hashes, first_block, at_once))
+            case PrefetchStored() | EvictStored():
+                raise AssertionError(f"no store has joined, and {command} is asked for")
             case AnswerHint():
                 pass  # simulated harnesses go on whatever they are answered
             case _:

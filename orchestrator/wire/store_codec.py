@@ -132,6 +132,23 @@ def lease_from(message: store_pb2.Lease) -> Lease:
     )
 
 
+def prefetch_message(asked: PrefetchAsked) -> store_pb2.Prefetch:
+    """Return the message for advice to bring blocks up."""
+    return store_pb2.Prefetch(model=asked.model, hashes=pack_hashes(asked.hashes), blocks=asked.blocks)
+
+
+def evict_message(asked: EvictAsked) -> store_pb2.Evict:
+    """Return the message for advice to let blocks go."""
+    return store_pb2.Evict(
+        model=asked.model,
+        hashes=pack_hashes(asked.hashes),
+        first_block=asked.first_block,
+        end_block=asked.end_block,
+        tier=asked.tier,
+        demote=asked.demote,
+    )
+
+
 def prefetch_from(message: store_pb2.Prefetch) -> PrefetchAsked:
     """Return the advice in a message."""
     hashes = hashes_from(message.hashes)

@@ -278,7 +278,7 @@ class Cluster:
         gateways = max(config.gateway.count, gateway + 1)
         self._admission = Admission(config.limits, models, config.tenants, gateways, place=gateway)
         self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
-        self._hints = Hints(config.leases, config.tenants, gateways, self._pools, self._sessions)
+        self._hints = Hints(config.leases, config.tenants, gateways, self._pools, self._sessions, config.store)
         self._known: dict[NodeId, KnownNode] = {}
         self._stores: dict[StoreId, KnownStore] = {}
         self._flights: dict[RequestId, Flight] = {}
@@ -358,7 +358,7 @@ class Cluster:
             case HintAsked(hint):
                 self._commands += self._hints.asked(hint, now)
             case LeasesTold():
-                if event.node in self._known:
+                if event.node in self._known or event.store in self._stores:
                     self._commands += self._hints.told(event, now)
             case DrainRequested():
                 self._admission.draining = True
@@ -742,6 +742,7 @@ class Cluster:
             if pools is not None:
                 part = known.parts[stored.model] = KnownPart(pools.join_store(spec, stored), pools)
                 self._ask_resync(part)
+        self._commands += self._hints.store_joined(spec, self._now)
 
     def _on_store_lost(self, store: StoreId) -> None:
         """Forget a store: what it had in `cpu` is gone."""
@@ -750,6 +751,8 @@ class Cluster:
             if part.resync.awaited:
                 self._commands.append(ClearTimer(part.resync_timer))
             part.pools.leave_store(store)
+        if known is not None:
+            self._commands += self._hints.store_lost(store, self._now)
 
     def _on_store_reported(self, event: StoreReported) -> None:
         """Take in what a store holds of a model, and how it does."""

@@ -15,19 +15,44 @@ from typing import assert_never
 from orchestrator.core.cluster.leases import REFIT_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.sessions import Sessions
-from orchestrator.core.commands import AnswerHint, ClearTimer, ClusterCommand, EndLease, EvictBlocks, PlaceLease, SetTimer
-from orchestrator.core.config import LeasesConfig, TenantConfig
+from orchestrator.core.cluster.stores import holder
+from orchestrator.core.commands import (
+    AnswerHint,
+    ClearTimer,
+    ClusterCommand,
+    EndLease,
+    EvictBlocks,
+    EvictStored,
+    PlaceLease,
+    PrefetchStored,
+    SetTimer,
+)
+from orchestrator.core.config import LeasesConfig, StoreConfig, TenantConfig
 from orchestrator.core.cost.costs import prompt_seconds
 from orchestrator.core.events import LeasesTold
 from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
 from orchestrator.core.timers import LeaseTimer, RefitTimer
-from orchestrator.core.types import BlockHash, Lease, LeaseId, ModelName, NodeId, NodeSpec, TenantId, Tier
+from orchestrator.core.types import (
+    BlockHash,
+    Lease,
+    LeaseId,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    StoredModel,
+    StoreId,
+    StoreSpec,
+    TenantId,
+    Tier,
+)
 
-#: What no holder can be asked for, by verb, as long as there is none that could.
-_NO_HOLDER = {
-    Verb.RETAIN: "no tier here takes a bias for what it forgets first",
+#: What no holder can be asked for, by verb, as long as there is none that could; and where there is no store.
+_NO_STORE = {
     Verb.PREFETCH: "there is no tier below hbm to bring blocks up from",
     Verb.DEMOTE: "there is no tier below hbm for blocks to sink to",
+}
+_NO_HOLDER = {
+    Verb.RETAIN: "no tier here takes a bias for what it forgets first",
     Verb.SHARE: "no node here takes blocks that no request has asked it for",
     Verb.TOOL_STARTED: "nothing here places blocks by the pauses of sessions",
     Verb.TOOL_FINISHED: "nothing here places blocks by the pauses of sessions",
@@ -46,7 +71,7 @@ _CLIPPED = {
 class Hints:
     """One gateway's part of all hints: leases, what was done already, and whom to tell."""
 
-    __slots__ = ("_block_bytes", "_config", "_done", "_fits", "_nodes", "_pools", "_sessions", "leases")
+    __slots__ = ("_block_bytes", "_config", "_done", "_fits", "_nodes", "_pools", "_sessions", "_stored", "_stores", "leases")
 
     def __init__(
         self,
@@ -55,13 +80,17 @@ class Hints:
         gateways: int,
         pools: dict[ModelName, ModelPools],
         sessions: Sessions,
+        stored: StoreConfig | None = None,
     ) -> None:
         self._config = config
+        self._stored = stored
         self._pools = pools
         self._sessions = sessions
         self.leases = Leases(config, tenants, gateways)
         #: Nodes that have joined, in that order.
         self._nodes: dict[NodeId, NodeSpec] = {}
+        #: Stores that have joined.
+        self._stores: dict[StoreId, StoreSpec] = {}
         #: Bytes of a model's block, as its nodes told last.
         self._block_bytes: dict[ModelName, int] = {}
         #: What had an effect, by message and action: each tenant's own, oldest first, at most `actions_remembered_max`.
@@ -72,15 +101,29 @@ class Hints:
     # --- views ------------------------------------------------------------------------------------------------------------
 
     def holdings(self, model: ModelName, hashes: Sequence[BlockHash]) -> tuple[Holding, ...]:
-        """Return who is believed to hold a beginning of a chain, most first."""
-        index = self._pools[model].index
-        matches = index.find(hashes)
+        """Return who is believed to hold a beginning of a chain, best tier first, then most first."""
+        pools = self._pools[model]
+        matches = pools.index.find(hashes)
         held = [
-            Holding(Tier.HBM, node, blocks)
+            Holding(Tier.HBM, node, matches.blocks(pools.index.column(node)))
             for node, spec in self._nodes.items()
-            if spec.model == model and (blocks := matches.blocks(index.column(node)))
+            if spec.model == model
         ]
-        return tuple(sorted(held, key=lambda one: (-one.blocks, one.holder)))
+        stores = self._stores_of(model)
+        held += [Holding(Tier.CPU, store, matches.blocks(pools.index.column(holder(store)))) for store in stores]
+        segment_blocks = next((part.segment_blocks for part in self._parts_of(model) if part.cmx), 0)
+        held.append(Holding(Tier.CMX, "", pools.segments.blocks(hashes, segment_blocks) if segment_blocks else 0))
+        tiers = list(Tier)
+        return tuple(
+            sorted((one for one in held if one.blocks), key=lambda one: (tiers.index(one.tier), -one.blocks, one.holder))
+        )
+
+    def _stores_of(self, model: ModelName) -> tuple[StoreId, ...]:
+        return tuple(store for store, spec in self._stores.items() if any(part.model == model for part in spec.models))
+
+    def _parts_of(self, model: ModelName) -> list[StoredModel]:
+        """Return what stores have for a model."""
+        return [part for spec in self._stores.values() for part in spec.models if part.model == model]
 
     def block_bytes(self, model: ModelName) -> int:
         """Return the bytes of a model's block; 0 while no node has told."""
@@ -139,21 +182,29 @@ class Hints:
                 return self._evict(hint)
             case Verb.SUPERSEDE:
                 return self._evict(hint)
+            case Verb.PREFETCH:
+                return self._prefetch(hint)
+            case Verb.DEMOTE:
+                return self._demote(hint, now)
             case Verb.FORK:
                 return self._fork(hint), []
             case Verb.END_SESSION:
                 return self._end_session(hint, now)
-            case Verb.RETAIN | Verb.PREFETCH | Verb.DEMOTE | Verb.SHARE | Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
+            case Verb.RETAIN | Verb.SHARE | Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
                 raise AssertionError(f"{hint.verb.value} is said to be possible")
             case _:
                 assert_never(hint.verb)
 
     def _cannot(self, hint: Hint) -> Receipt | None:
         """Return why nobody here could do what a hint asks for, None if somebody could."""
-        missing = _NO_HOLDER.get(hint.verb)
+        missing = _NO_HOLDER.get(hint.verb) or (None if self._stores else _NO_STORE.get(hint.verb))
         if missing is not None:
             return Receipt(Outcome.UNSUPPORTED, Reason.NO_HOLDER, missing)
-        if hint.verb in (Verb.PIN, Verb.EVICT) and hint.tier not in (None, Tier.HBM) and not self.leases.has_tier(hint.tier):
+        if (
+            hint.verb in (Verb.PIN, Verb.EVICT, Verb.PREFETCH, Verb.DEMOTE)
+            and hint.tier not in (None, Tier.HBM)
+            and not self.leases.has_tier(hint.tier)
+        ):
             return Receipt(Outcome.UNSUPPORTED, Reason.NO_TIER, f"this cluster has no {hint.tier.value} tier")
         return None
 
@@ -219,12 +270,12 @@ class Hints:
         return [held for held in mine if hint.hashes and held.lease.hashes == hint.hashes[: len(held.lease.hashes)]]
 
     def _placing(self, held: Held, change: LeaseChange, now: float) -> list[ClusterCommand]:
-        return _placed(held, change, self._holders(held.lease.model), now)
+        return _placed(held, change, self._holders(held.lease.model), self._stores_of(held.lease.model), now)
 
     def _ending(self, held: Held, change: LeaseChange, now: float) -> list[ClusterCommand]:
         """End a lease before its time, and tell holders."""
         self.leases.end(held, now)
-        return _over(held.lease, change, self._holders(held.lease.model))
+        return _over(held.lease, change, self._holders(held.lease.model), self._stores_of(held.lease.model))
 
     def _holders(self, model: ModelName) -> tuple[NodeId, ...]:
         return tuple(node for node, spec in self._nodes.items() if spec.model == model)
@@ -245,22 +296,93 @@ class Hints:
             return Receipt(Outcome.REJECTED, Reason.LEASED, "a lease covers all of it; unpin it first"), []
         commands, blocks = self._evicting(hint, first)
         if not commands:
-            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "no node holds any of it"), []
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "nobody holds any of it there"), []
         reason = Reason.LEASED if clipped else None
         outcome, message = (Outcome.CLIPPED, _CLIPPED[Reason.LEASED]) if clipped else (Outcome.APPLIED, "")
-        size_bytes = blocks * self._block_bytes[hint.model] if hint.model is not None else 0
-        return Receipt(outcome, reason, message, blocks=blocks, size_bytes=size_bytes, tier=Tier.HBM), commands
+        return Receipt(outcome, reason, message, blocks=blocks, size_bytes=self._size(hint, blocks), tier=hint.tier), commands
 
     def _evicting(self, hint: Hint, first: int) -> tuple[list[ClusterCommand], int]:
-        """Return what tells nodes that a chain's blocks from `first` on are dead, and how many they are at most."""
+        """Return what tells holders that a chain's blocks from `first` on are dead, and how many they are at most."""
         assert hint.model is not None, "the target is resolved to blocks of a model"
-        if hint.tier not in (None, Tier.HBM):
-            return [], 0
-        held = [one for one in self.holdings(hint.model, hint.hashes) if one.blocks > first]
+        held = [one for one in self.holdings(hint.model, hint.hashes) if one.blocks > first and hint.tier in (None, one.tier)]
+        nodes = tuple(NodeId(one.holder) for one in held if one.tier is Tier.HBM)
+        commands: list[ClusterCommand] = []
+        if nodes:
+            commands.append(EvictBlocks(hint.model, hint.hashes, first, hint.verb is Verb.EVICT, nodes))
+        for tier in (Tier.CPU, Tier.CMX):
+            end = max((one.blocks for one in held if one.tier is tier), default=0)
+            if end and hint.verb is Verb.EVICT:  # what only a dead branch has goes first there by itself
+                stores = self._stores_of(hint.model)
+                commands.append(EvictStored(hint.model, hint.hashes, first, end, tier, False, stores))
+        return commands, max((one.blocks for one in held), default=first) - first
+
+    def _size(self, hint: Hint, blocks: int) -> int:
+        return blocks * self._block_bytes.get(hint.model, 0) if hint.model is not None else 0
+
+    # --- blocks between tiers ---------------------------------------------------------------------------------------------
+
+    def _prefetch(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
+        """Have the store that has most of a chain bring what cmx has beyond; nodes load from there when they are asked."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        held = self.holdings(hint.model, hint.hashes)
+        stores = {StoreId(one.holder): one.blocks for one in held if one.tier is Tier.CPU}
+        here = max(stores.values(), default=0)
+        there = max((one.blocks for one in held if one.tier is Tier.CMX), default=0)
         if not held:
-            return [], 0
-        nodes = tuple(NodeId(one.holder) for one in held)
-        return [EvictBlocks(hint.model, hint.hashes, first, hint.verb is Verb.EVICT, nodes)], held[0].blocks - first
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "nobody holds any of it"), []
+        if held[0].tier is Tier.HBM and held[0].blocks >= max(here, there):
+            blocks, tier = held[0].blocks, Tier.HBM
+            return Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=tier), []
+        commands: list[ClusterCommand] = []
+        if there > here:
+            candidates = self._stores_of(hint.model)
+            best = max(candidates, key=lambda store: (stores.get(store, 0), store))
+            commands.append(PrefetchStored(hint.model, hint.hashes, there, (best,)))
+        blocks = max(here, there)
+        receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=Tier.CPU)
+        if hint.tier in (None, Tier.HBM):
+            message = "brought up to cpu: a node takes blocks only for a request that it is given"
+            return replace(receipt, outcome=Outcome.CLIPPED, reason=Reason.LOWER_TIER, message=message), commands
+        if commands:
+            return replace(receipt, outcome=Outcome.DEFERRED, reason=Reason.NOT_RESIDENT, message="on their way"), commands
+        return receipt, []
+
+    def _demote(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        """Let blocks sink that a lower tier has; of a lease, lower it."""
+        tier = hint.tier or Tier.HBM
+        if hint.lease is not None:
+            held = self.leases.get(hint.lease, hint.tenant)
+            if held is None:
+                return Receipt(Outcome.MISSING, Reason.NO_LEASE, "this tenant has no such lease"), []
+            if list(Tier).index(tier) <= list(Tier).index(held.lease.tier):
+                return Receipt(Outcome.REJECTED, Reason.INVALID, f"{tier.value} is not below {held.lease.tier.value}"), []
+            if self.leases.bytes_left(hint.tenant, tier) < held.lease.size_bytes:
+                return Receipt(Outcome.REJECTED, Reason.QUOTA_BYTES, f"{tier.value} has no room left for this lease"), []
+            lease = self.leases.lower(held, tier, now)
+            size_bytes, blocks = lease.lease.size_bytes, len(lease.lease.hashes)
+            receipt = Receipt(Outcome.APPLIED, None, "", lease.lease.id, blocks, size_bytes, tier, lease.expires_at - now)
+            return receipt, self._placing(lease, LeaseChange.LOWERED, now)
+        if tier is Tier.HBM:
+            return Receipt(Outcome.REJECTED, Reason.INVALID, "hbm is the best tier: nothing sinks to it"), []
+        return self._sink(hint, tier)
+
+    def _sink(self, hint: Hint, tier: Tier) -> tuple[Receipt, list[ClusterCommand]]:
+        """Let blocks leave the tiers above one, as far as it, or one below, has them and no lease keeps them."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        held = self.holdings(hint.model, hint.hashes)
+        first = max(hint.first_block, leased_blocks(self._leases_on(hint), hint.hashes))
+        stored = max((one.blocks for one in held if one.tier is not Tier.HBM), default=0)
+        if stored <= first:
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, f"{tier.value} has none of it that may leave what is above"), []
+        commands: list[ClusterCommand] = []
+        nodes = tuple(NodeId(one.holder) for one in held if one.tier is Tier.HBM and one.blocks > first)
+        if nodes:
+            commands.append(EvictBlocks(hint.model, hint.hashes[:stored], first, True, nodes))
+        if tier is Tier.CMX:
+            stores = self._stores_of(hint.model)
+            commands.append(EvictStored(hint.model, hint.hashes, first, stored, Tier.CPU, True, stores))
+        blocks = stored - first
+        return Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=tier), commands
 
     def _leases_on(self, hint: Hint) -> list[Held]:
         return [held for held in self.leases.of(hint.tenant) if held.lease.model == hint.model]
@@ -304,28 +426,49 @@ class Hints:
         return self._watch_fit(now)
 
     def told(self, event: LeasesTold, now: float) -> list[ClusterCommand]:
-        """Take in leases that a node was told of by others, or keeps from before; correct it where it is behind."""
+        """Take in leases that a holder was told of by others, or keeps from before; correct it where it is behind."""
         commands: list[ClusterCommand] = []
+        nodes = (event.node,) if event.node is not None else ()
+        stores = (event.store,) if event.store is not None else ()
         for end in event.ended:
             held = self.leases.learn_end(end.lease, end.revision, now)
             if held is not None:
-                commands += _over(held.lease, LeaseChange.UNPINNED, ())
+                commands += _over(held.lease, LeaseChange.UNPINNED, (), ())
         for lease in event.placed:
             known = self.leases.get(lease.id, lease.tenant)
             held = self.leases.learn(lease, now)
             if held is not None:
-                commands += _placed(held, LeaseChange.PLACED if known is None else LeaseChange.RENEWED, (), now)
+                commands += _placed(held, LeaseChange.PLACED if known is None else LeaseChange.RENEWED, (), (), now)
             elif known is not None and known.lease.revision > lease.revision:
-                commands.append(PlaceLease(_as_of(known, now), None, (event.node,)))
+                commands.append(PlaceLease(_as_of(known, now), None, nodes, stores))
             elif (revision := self.leases.ended_revision(lease.id)) >= lease.revision:
                 ended = replace(lease, revision=revision)
-                commands.append(EndLease(ended, None, (event.node,)))
+                commands.append(EndLease(ended, None, nodes, stores))
         return commands + self._watch_fit(now)
+
+    def store_joined(self, spec: StoreSpec, now: float) -> list[ClusterCommand]:
+        """Count a store's memory and tell it of its models' leases."""
+        self._stores[spec.id] = spec
+        self._measure()
+        models = dict.fromkeys(part.model for part in spec.models)
+        placing = [PlaceLease(lease, None, (), (spec.id,)) for model in models for lease in self.leases.told(model, now)]
+        return [*placing, *self._watch_fit(now)]
+
+    def store_lost(self, store: StoreId, now: float) -> list[ClusterCommand]:
+        """Count a store's memory no more."""
+        del self._stores[store]
+        self._measure()
+        return self._watch_fit(now)
 
     def _measure(self) -> None:
         """Note how much memory there is: nodes that generate keep contexts, what others hold passes through."""
         specs = [spec for spec in self._nodes.values() if spec.kind.generates]
         self.leases.set_capacity(Tier.HBM, sum(spec.leased_blocks_max * spec.block_bytes for spec in specs))
+        share, cmx_bytes = (self._stored.leased_share_max, self._stored.cmx_bytes) if self._stored is not None else (0.0, 0)
+        cpu = sum(part.slots * part.block_bytes for spec in self._stores.values() for part in spec.models)
+        cmx = sum(cmx_bytes for spec in self._stores.values() if any(part.cmx for part in spec.models))
+        self.leases.set_capacity(Tier.CPU, int(share * cpu))
+        self.leases.set_capacity(Tier.CMX, int(share * cmx))
 
     def _watch_fit(self, now: float) -> list[ClusterCommand]:
         """Set or clear the timer for leases that exceed the memory there is (rule 3 of `leases.py`)."""
@@ -344,13 +487,14 @@ class Hints:
             if held is not None:
                 commands += self._placing(held, LeaseChange.LOWERED, now)
             else:
-                commands += _over(former.lease, LeaseChange.NO_MEMORY, self._holders(former.lease.model))
+                model = former.lease.model
+                commands += _over(former.lease, LeaseChange.NO_MEMORY, self._holders(model), self._stores_of(model))
         self._fits = True
         return commands + self._watch_fit(now)
 
     def _held_blocks(self, model: ModelName, hashes: Sequence[BlockHash]) -> int:
         """Return how many first blocks of a chain somebody holds."""
-        return self._pools[model].index.find(hashes).blocks_max
+        return max((one.blocks for one in self.holdings(model, hashes)), default=0)
 
     def validate(self) -> None:
         """Raise `AssertionError` unless the books agree."""
@@ -365,12 +509,14 @@ def _as_of(held: Held, now: float) -> Lease:
     return replace(held.lease, ttl_s=max(0.0, held.expires_at - now))
 
 
-def _placed(held: Held, change: LeaseChange, nodes: tuple[NodeId, ...], now: float) -> list[ClusterCommand]:
-    return [PlaceLease(_as_of(held, now), change, nodes), SetTimer(LeaseTimer(held.lease.id), held.expires_at)]
+def _placed(
+    held: Held, change: LeaseChange, nodes: tuple[NodeId, ...], stores: tuple[StoreId, ...], now: float
+) -> list[ClusterCommand]:
+    return [PlaceLease(_as_of(held, now), change, nodes, stores), SetTimer(LeaseTimer(held.lease.id), held.expires_at)]
 
 
-def _over(lease: Lease, change: LeaseChange, nodes: tuple[NodeId, ...]) -> list[ClusterCommand]:
-    return [EndLease(lease, change, nodes), ClearTimer(LeaseTimer(lease.id))]
+def _over(lease: Lease, change: LeaseChange, nodes: tuple[NodeId, ...], stores: tuple[StoreId, ...]) -> list[ClusterCommand]:
+    return [EndLease(lease, change, nodes, stores), ClearTimer(LeaseTimer(lease.id))]
 
 
 def _refusal(refused: Receipt | Refused) -> Receipt:

@@ -171,11 +171,11 @@ class World:
         match command:
             case AnswerHint():
                 self.answers.append(command.receipt)
-            case PlaceLease(lease, _, nodes):
+            case PlaceLease(lease, _, nodes, _):
                 for node in nodes:
                     if self.nodes[node].place(lease, self.now):
                         self.tell(1 - gateway, LeasesTold(node, (lease,)))
-            case EndLease(lease, _, nodes):
+            case EndLease(lease, _, nodes, _):
                 for node in nodes:
                     if self.nodes[node].end(lease.id, lease.revision):
                         self.tell(1 - gateway, LeasesTold(node, (), (LeaseEnded(lease.id, lease.revision),)))
