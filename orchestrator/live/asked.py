@@ -63,6 +63,8 @@ class Hints:
     session: str | None = None
     #: Keeps its cached blocks apart from others of the same tenant.
     cache_salt: str = ""
+    #: Seconds for which to keep the prompt's cached blocks, within the tenant's quota; 0: as long as there is room.
+    retention_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

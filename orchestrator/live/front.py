@@ -121,7 +121,9 @@ class Front:
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
         intake = Intake(config, texts, config.cluster.secret.encode())
         driver, around = self._driver, self._traces.wrap if self._traces is not None else None
-        self._gateway = Gateway(config, number, intake, driver, told, page, status, self._recorder, around, self._call)
+        self._gateway = Gateway(
+            config, number, intake, driver, told, page, status, self._recorder, around, self._call, lambda: self._desk
+        )
         tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in intake.models}
         self._desk = HintDesk(intake, driver, self._metrics, self._gateway.peers, CHAT.parse, tokens)
         bytes_max = config.gateway.body_bytes_max
@@ -192,6 +194,9 @@ class Front:
             await asyncio.to_thread(self._recorder.close)
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
+
+    def _lives(self) -> HintDesk:
+        return self._desk
 
     async def _call(self, method: str, request: bytes, key: bytes) -> bytes | None:
         """Answer what another gateway asks about hints of a caller of its own."""

@@ -26,6 +26,7 @@ from orchestrator.live.asked import Asked
 from orchestrator.live.chains import Chain
 from orchestrator.live.intake import Intake, ServedModel
 from orchestrator.live.refusals import Invalid, ModelUnknown
+from orchestrator.live.turns import Prompt
 from orchestrator.wire import cache_pb2
 
 #: Actions of a message, targets of a question, children of a fork at most.
@@ -38,6 +39,12 @@ WATCH_S = 0.1
 #: Streams that one tenant may watch with at one gateway, and changes of leases that wait for one that does not read.
 WATCHES_MAX = 64
 CHANGES_MAX = 1024
+
+#: Prompts that requests asked to be kept and whose leases are known by session.
+KEPT_MAX = 65_536
+#: Seconds up to which a prompt that a request asks to be kept is kept in hbm.
+NEAR_S_MAX = 3600.0
+_LOWEST_FIRST = (Tier.CMX, Tier.CPU, Tier.HBM)
 
 _TIERS = {cache_pb2.TIER_HBM: Tier.HBM, cache_pb2.TIER_CPU: Tier.CPU, cache_pb2.TIER_CMX: Tier.CMX}
 _TIERS_TOLD = {tier: number for number, tier in _TIERS.items()}
@@ -175,6 +182,8 @@ class HintDesk:
         self._peers = peers
         self._parse_chat = parse_chat
         self._block_tokens = block_tokens
+        #: Leases of prompts that requests asked to be kept: by session, or by its last block where there is none; oldest first.
+        self._kept: dict[tuple[TenantId, ModelName, SessionId | BlockHash], LeaseId] = {}
         #: Streams by tenant.
         self._watches: dict[TenantId, int] = {}
 
@@ -306,6 +315,44 @@ class HintDesk:
         if hint is None or hint.model is None:
             return None
         return receipt.blocks * self._block_tokens[hint.model]
+
+    # --- what requests over HTTP say ----------------------------------------------------------------------------------
+
+    def begins(self, model: ModelName, tenant: TenantId, session: SessionId, parent: SessionId) -> None:
+        """Let a session that is new begin where another one is."""
+        chains = self._intake.chains
+        if parent == session or chains.of(tenant, session, [model]) or not (found := chains.of(tenant, parent, [model])):
+            return
+        hint = Hint(Verb.FORK, tenant, uuid.uuid4().hex, "0", model, parent, found[0].hashes, children=(session,))
+        self._metrics.hinted(hint.verb, self._driver.ask(hint).outcome)
+
+    def kept(
+        self, model: ModelName, tenant: TenantId, session: SessionId | None, prompts: Sequence[Prompt], seconds: float
+    ) -> None:
+        """Keep prompts for a while, a session's last one by one lease that moves with it; for long on the lowest tier."""
+        has_tier = self._driver.hints.leases.has_tier
+        tier = next(filter(has_tier, _LOWEST_FIRST), Tier.HBM) if seconds > NEAR_S_MAX else Tier.HBM
+        for prompt in prompts[-1:] if session is not None else prompts:
+            if not prompt.hashes:
+                continue
+            key = tenant, model, session or prompt.hashes[-1]
+            former = self._kept.pop(key, None)
+            known = former is not None and self._driver.hints.leases.get(former, tenant) is not None
+            hint = Hint(Verb.PIN, tenant, uuid.uuid4().hex, "0", model, session, prompt.hashes, tier=tier, ttl_s=seconds)
+            receipt = self._driver.ask(replace(hint, lease=former if known else None))
+            self._metrics.hinted(hint.verb, receipt.outcome)
+            if receipt.lease is not None:
+                self._kept[key] = receipt.lease
+        while len(self._kept) > KEPT_MAX:
+            del self._kept[next(iter(self._kept))]
+
+    def ends(self, model: ModelName, tenant: TenantId, session: SessionId) -> None:
+        """Nothing more comes of a session."""
+        for chain in self._intake.chains.of(tenant, session, [model]):
+            hint = Hint(Verb.END_SESSION, tenant, uuid.uuid4().hex, "0", model, session, chain.hashes)
+            receipt = self._driver.ask(hint)
+            self._follow(hint, receipt, tenant)
+            self._metrics.hinted(hint.verb, receipt.outcome)
 
     # --- targets ------------------------------------------------------------------------------------------------------
 

@@ -352,3 +352,32 @@ def test_hints_over_quota_hold_up_nobody() -> None:
             await asyncio.wait_for(gateway.flood(), 60)
 
     run(scenario)
+
+
+@pytest.mark.slow
+def test_requests_over_http_keep_fork_and_end_sessions_by_what_they_carry() -> None:
+    async def scenario() -> None:
+        async with gateways() as (_, (gateway,)):
+
+            async def turn(name: str, text: str, headers: dict[str, str] | None = None, **body: Any) -> None:
+                messages = [{"role": "user", "content": text}]
+                asked = {"model": "default", "messages": messages, "max_tokens": 2, "ignore_eos": True, **body}
+                named = {"x-api-key": "sk-a", "x-session-id": name, **(headers or {})}
+                (await gateway.http.post("/v1/chat/completions", json=asked, headers=named)).raise_for_status()
+
+            await turn("s", LONG, cache_control={"type": "ephemeral", "ttl": "10m"})
+            (lease,) = (await gateway.lookup(session("s"))).leases
+            assert (lease.session, lease.ttl_s > 500) == ("s", True)
+            # The next turn moves the lease along, it does not add one.
+            await turn("s", LONG + "And more of it, so that it is longer by some blocks. " * 3, prompt_cache_retention="24h")
+            (moved,) = (await gateway.lookup(session("s"))).leases
+            assert (moved.lease, moved.blocks > lease.blocks, moved.ttl_s > 80_000) == (lease.lease, True, True)
+            await turn("child", LONG, {"x-dynamo-parent-session-id": "s"})
+            await turn("s", LONG, {"x-dynamo-session-final": "true"})
+            assert (await gateway.lookup(session("s"))).outcome == cache_pb2.OUTCOME_MISSING
+            assert (await gateway.lookup(cache_pb2.Target(lease=lease.lease))).outcome == cache_pb2.OUTCOME_MISSING
+            page = (await gateway.http.get("/metrics", headers={"x-api-key": "sk-a"})).text
+            for action in ("fork", "end_session"):
+                assert f'weft_hint_actions_total{{action="{action}",outcome="applied"}} 1.0' in page
+
+    run(scenario)

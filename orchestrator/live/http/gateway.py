@@ -27,12 +27,13 @@ from orchestrator.live.http.errors import HttpError, http_error
 from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send, closing, key_of
 from orchestrator.live.http.openai import dialect as openai
 from orchestrator.live.http.proxy import CALLS, FORWARDED, Peers
+from orchestrator.live.http.retention import PARENT_HEADERS, is_final
 from orchestrator.live.http.routes import MODELS, PROBED, Calls, make_routes
 from orchestrator.live.http.sending import send_events, send_whole
 from orchestrator.live.http.server import HttpServer
 from orchestrator.live.intake import Intake, ServedModel
 from orchestrator.live.refusals import Refused
-from orchestrator.live.turns import TurnDriver, TurnFailed
+from orchestrator.live.turns import Prompt, TurnDriver, TurnFailed
 from orchestrator.wire.logs import REQUEST
 
 log = logging.getLogger("weft.gateway")
@@ -55,6 +56,24 @@ class GatewayMetrics(TurnMetrics, Protocol):
         ...
 
 
+class SessionLives(Protocol):
+    """Who acts on what requests say besides what they ask for."""
+
+    def begins(self, model: ModelName, tenant: TenantId, session: SessionId, parent: SessionId) -> None:
+        """A request says what its session forked from."""
+        ...
+
+    def kept(
+        self, model: ModelName, tenant: TenantId, session: SessionId | None, prompts: Sequence[Prompt], seconds: float
+    ) -> None:
+        """A request asks for its prompts to be kept."""
+        ...
+
+    def ends(self, model: ModelName, tenant: TenantId, session: SessionId) -> None:
+        """A session's last request has ended."""
+        ...
+
+
 class Gateway:
     """One gateway. Belongs to one event loop.
 
@@ -69,6 +88,7 @@ class Gateway:
         recorder: writes generations down; None if nobody asked for that.
         around: returns the ASGI application that is served in place of this one; None for this one.
         calls: answers what other gateways ask about hints (`routes.py`).
+        lives: told of what requests say of sessions and of keeping their prompts; None if nobody is.
     """
 
     def __init__(
@@ -83,8 +103,10 @@ class Gateway:
         recorder: TurnRecorder | None = None,
         around: Callable[[Any], Any] | None = None,
         calls: Calls | None = None,
+        lives: Callable[[], SessionLives] | None = None,
     ) -> None:
         self._number = gateway
+        self._lives = lives
         self._intake = intake
         self._driver = driver
         self._metrics = metrics
@@ -215,18 +237,31 @@ class Gateway:
         session: SessionId | None,
     ) -> None:
         """Start what is asked for and send what it brings; whatever happens, no turn stays behind."""
+        lives = self._lives() if self._lives is not None else None
+        parent = self._parent_of(exchange) if session is not None else None
+        if lives is not None and session is not None and parent is not None:
+            lives.begins(model.name, tenant, session, parent)
         prepared = await self._intake.prepare(asked, model, tenant, session)
         choices = Choices(prepared, exchange.request_id.decode())
         writer = dialect.writer(asked, model.text.vocabulary)
         with exchange.watch(choices.cancel):
             try:
                 choices.start(self._driver, self._metrics, self._recorder)
+                if lives is not None and asked.hints.retention_s:
+                    lives.kept(model.name, tenant, session, prepared.prompts, asked.hints.retention_s)
                 if asked.report.streams:
                     await send_events(exchange, choices, writer)
                 else:
                     await send_whole(exchange, choices, writer)
             finally:
                 choices.cancel()
+                if lives is not None and session is not None and is_final(exchange.headers):
+                    lives.ends(model.name, tenant, session)
+
+    def _parent_of(self, exchange: Exchange) -> SessionId | None:
+        """Return the session that a request's session forked from, if a header says so."""
+        named = next((value for name in PARENT_HEADERS if (value := exchange.headers.get(name))), None)
+        return self._intake.session_named(named.decode("latin-1")) if named is not None else None
 
     def _check_draining(self, exchange: Exchange) -> None:
         # What another gateway passed on before it heard of the drain is served like what runs.

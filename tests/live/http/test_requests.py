@@ -94,7 +94,7 @@ def test_a_body_that_says_all() -> None:
         prompt=Conversation([USER], [NOW], {"reasoning_effort": "low", "enable_thinking": False}),
         sampling=Sampling(0.5, 0.25, 3, 0.125, 0.5, -0.5, 7, (5, 6), 4, {7: 2.0, 8: -100.0}),
         limits=Limits(9, ["a", "b"], ignores_ends=True, choices=2),
-        hints=Hints(1, ServiceClass.BATCH, "key", "salt"),
+        hints=Hints(1, ServiceClass.BATCH, "key", "salt", 300.0),
         report=Report(streams=True, usage=True, thoughts=False),
     )
 

@@ -1,7 +1,7 @@
 """Bodies of requests in OpenAI's words, as JSON is read into them; `requests.py` checks them and says what they ask for.
 
-Unknown fields are ignored, never refused: harnesses send what other servers understand. Moving `cache_control` markers fall out
-by not being in here.
+Unknown fields are ignored, never refused: harnesses send what other servers understand. Moving `cache_control` markers say how
+long to keep a prompt, and are no part of it.
 """
 
 from collections.abc import Sequence
@@ -37,6 +37,8 @@ class Extension(msgspec.Struct):
     agent_hints: AgentHints | None = None
     agent_context: AgentContext | None = None
     cache_salt: str | None = None
+    #: As Anthropic's; whatever else is in it means nothing.
+    cache_control: Any = None
 
 
 class FunctionCall(msgspec.Struct):
@@ -60,6 +62,7 @@ class Part(msgspec.Struct):
     type: str
     text: str | None = None
     refusal: str | None = None
+    cache_control: Any = None
 
 
 class Message(msgspec.Struct):
@@ -73,6 +76,13 @@ class Message(msgspec.Struct):
     reasoning_content: str | None = None
     #: Some clients send an object here, which is none of ours.
     reasoning: Any = None
+    cache_control: Any = None
+
+    @property
+    def cache_markers(self) -> list[Any]:
+        """What it says of caching the prompt up to it or to one of its parts."""
+        parts = self.content if isinstance(self.content, list) else ()
+        return [self.cache_control, *(part.cache_control for part in parts if isinstance(part, Part))]
 
 
 class GenerationRequest(Unserved, kw_only=True):
@@ -97,8 +107,15 @@ class GenerationRequest(Unserved, kw_only=True):
     priority: int | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Any = None
+    cache_control: Any = None
     cache_salt: str | None = None
     nvext: Extension | None = None
+
+    @property
+    def cache_markers(self) -> list[Any]:
+        """What is said of caching the prompt, in whatever form."""
+        return [self.cache_control, self.nvext.cache_control if self.nvext is not None else None]
 
     @property
     def choices(self) -> int:
@@ -125,6 +142,13 @@ class ChatRequest(GenerationRequest, kw_only=True):
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+    @property
+    def cache_markers(self) -> list[Any]:
+        """What is said of caching the prompt, in whatever form; of messages and tools too."""
+        own = [self.cache_control, self.nvext.cache_control if self.nvext is not None else None]
+        of_messages = [marker for message in self.messages for marker in message.cache_markers]
+        return [*own, *of_messages, *(tool.get("cache_control") for tool in self.tools or ())]
 
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:

@@ -16,6 +16,7 @@ from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
 from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Texts
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
 from orchestrator.live.http.openai.unserved import unserved
+from orchestrator.live.http.retention import retention_s
 from orchestrator.live.refusals import Invalid, require
 from orchestrator.live.text.conversations import shown_call, shown_message, shown_tools, tool_parameters
 
@@ -139,6 +140,7 @@ def _hints(request: GenerationRequest) -> Hints:
         service_class=_CLASSES.get(tier, ServiceClass.STANDARD) if tier is not None else ServiceClass.STANDARD,
         session=named or request.prompt_cache_key or None,
         cache_salt=more.cache_salt or request.cache_salt or "",
+        retention_s=retention_s(request.cache_markers, request.prompt_cache_retention),
     )
 
 
