@@ -2,7 +2,8 @@
 
     python -m bench.cache_policy [--trace FILE ...] [--share S] [--load N] [--limit N] [--nodes N] [--json FILE]
 
-Each trace goes through the simulator, closed loop, over the nodes and the cluster that serve live, once for each rule. All nodes
+Each trace goes through the simulator, closed loop, over the nodes and the cluster that serve live, once for each rule,
+and for ours with what agents may tell between their turns (`orchestrator/sim/hints.py`). All nodes
 together hold a share of the trace's working set (`orchestrator/sim/bounds.py`), a quarter unless told otherwise; one node, so
 that rules of eviction are compared and not rules of routing. Saved seconds are those that computing every prompt from its first
 token would have taken, less those of what was not cached: deep tokens weigh more than shallow ones. All times are virtual, and so
@@ -22,6 +23,7 @@ from orchestrator.core.cost.costs import prompt_seconds
 from orchestrator.core.types import CostProfile, PoolKind
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.bounds import infinite_cache, offline_optimum, working_set_tokens
+from orchestrator.sim.hints import HintProgram
 from orchestrator.sim.outcome import Served
 from orchestrator.sim.runs import CacheRule, simulate
 from orchestrator.traces import TracedTurn
@@ -72,12 +74,12 @@ def saved_seconds(served: Sequence[Served]) -> float:
     )
 
 
-def measure(turns: Sequence[TracedTurn], resolved: Resolved, rule: CacheRule) -> Result:
+def measure(turns: Sequence[TracedTurn], resolved: Resolved, rule: CacheRule, hints: HintProgram = HintProgram.NONE) -> Result:
     """Run a trace under a rule."""
-    run = simulate(resolved, turns, RouterPolicy.PREDICTED_TIME, rule, SEED)
+    run = simulate(resolved, turns, RouterPolicy.PREDICTED_TIME, rule, SEED, hints=hints)
     figures = run.figures
     return Result(
-        rule=str(rule),
+        rule=str(rule) if hints is HintProgram.NONE else f"{rule}, {hints} hints",
         hit_rate=figures["hit_rate"],
         saved_s=saved_seconds(run.outcome.served),
         session_s=figures["session_s"]["mean"],
@@ -102,12 +104,13 @@ def compare(path: Path, load: int, limit: int | None, share: float, nodes: int) 
     )
     resolved = cluster(nodes, capacity)
     results = [measure(turns, resolved, rule) for rule in CacheRule]
+    results[-1:-1] = [measure(turns, resolved, CacheRule.VALUE, hints) for hints in list(HintProgram)[1:]]
     by_rule = {result.rule: result for result in results}
     lru, optimum = by_rule[CacheRule.LRU], by_rule[CacheRule.OPTIMAL]
     for one in results:
         saved, session = one.saved_s / lru.saved_s, one.session_s / lru.session_s
         print(
-            f"  {one.rule:<8} hits {one.hit_rate:7.2%}  saved {one.saved_s:9.1f} s = {saved:.3f} of lru, "
+            f"  {one.rule:<20} hits {one.hit_rate:7.2%}  saved {one.saved_s:9.1f} s = {saved:.3f} of lru, "
             f"{one.saved_s / optimum.saved_s:.3f} of optimal  mean session {one.session_s:8.1f} s = {session:.3f} of lru"
             f"  computed {one.prefill_tokens:,}" + (f"  FAILED {one.failed}" if one.failed else ""),
             flush=True,

@@ -29,6 +29,7 @@ from orchestrator.core.commands import (
     ClearTimer,
     ClusterCommand,
     Complete,
+    Expect,
     Fetch,
     Forget,
     NodeCommand,
@@ -49,6 +50,7 @@ from orchestrator.core.events import (
     Cancelled,
     ClusterEvent,
     Ended,
+    Expected,
     ExportClosed,
     ExportOpened,
     FetchEnded,
@@ -266,6 +268,8 @@ class World:
                 self.end_turn(command)
             case Cancel():
                 self.later(HOP_S, self.tell_node, command.node, Cancelled(command.request))
+            case Expect():
+                self.later(HOP_S, self.tell_node, command.node, Expected(command.outlook))
             case RequestResync():
                 self.later(HOP_S, self.tell_node, command.node, ResyncRequested(GATEWAY, command.after))
             case _:

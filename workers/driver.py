@@ -39,6 +39,7 @@ from orchestrator.core.events import (
     Cancelled,
     DrainRequested,
     Ended,
+    Expected,
     GatewayHeard,
     GatewayLost,
     LeasePlaced,
@@ -428,6 +429,8 @@ class NodeDriver:
         # What is given in this frame has a source that was there when it was decided.
         for lost in frame.lost_sources:
             self.handle(SourceLost(RequestId(lost.request), NodeId(lost.source)))
+        for outlook in frame.outlooks:
+            self.handle(Expected(codec.outlook_from(outlook)))
         for submit in frame.submits:
             self._on_submit(outbox, submit)
         for lease in frame.leases:
@@ -627,7 +630,15 @@ class NodeDriver:
 
 def _says_something(frame: node_pb2.GatewayFrame) -> bool:
     """Return whether a gateway counts a frame: one that only tells of frames read may get lost."""
-    waits = frame.submits or frame.cancels or frame.lost_sources or frame.leases or frame.ended_leases or frame.retired
+    waits = (
+        frame.submits
+        or frame.cancels
+        or frame.lost_sources
+        or frame.outlooks
+        or frame.leases
+        or frame.ended_leases
+        or frame.retired
+    )
     return bool(waits or frame.HasField("resync"))
 
 

@@ -32,7 +32,7 @@ from orchestrator.wire.replay import replay
 #: Events between two words of progress.
 PROGRESS_EVERY = 1000
 #: Fields that say nothing to people and fill a screen.
-_UNREADABLE = frozenset({"hashes", "blocks", "superseded"})
+_UNREADABLE = frozenset({"hashes", "blocks", "ages_s", "chances"})
 
 
 @dataclass(frozen=True, slots=True)

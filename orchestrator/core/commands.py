@@ -10,6 +10,7 @@ from typing import Generic
 from orchestrator.core.events import Ended, FirstToken, LeaseEnded
 from orchestrator.core.hints import LeaseChange, Receipt, Verb
 from orchestrator.core.making import quickly_made
+from orchestrator.core.outlook import Outlook
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
@@ -356,6 +357,14 @@ class ReportSourceLost:
     source: NodeId
 
 
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Tell a node that may hold a context that something else is expected of it than before. Nothing answers."""
+
+    node: NodeId
+    outlook: Outlook
+
+
 @quickly_made
 @dataclass(frozen=True, slots=True)
 class Complete:
@@ -491,6 +500,7 @@ ClusterCommand = (
     Assign
     | Cancel
     | ReportSourceLost
+    | Expect
     | Complete
     | Refuse
     | Abort

@@ -520,7 +520,7 @@ class SchedulerConfig:
     resync_batches_max: int = 4096
     #: Keep computed blocks for later requests with the same prefix.
     prefix_caching: bool = True
-    #: Which unused blocks are forgotten first: lru (longest unused) or value (superseded contexts, then longest unused).
+    #: Which unused blocks are forgotten first: lru (longest unused) or value (what saves least, by when it will be used again).
     cache: CachePolicy = CachePolicy.VALUE
     #: Blocks on their way to the host's store at most, as a share of the pool; further ones are offered as those are copied.
     offered_share_max: float = 0.25

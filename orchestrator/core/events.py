@@ -9,6 +9,7 @@ from typing import Generic
 
 from orchestrator.core.hints import Hint
 from orchestrator.core.making import quickly_made
+from orchestrator.core.outlook import Outlook
 from orchestrator.core.timers import ClusterTimer, NodeTimer, StoreTimer, TimerKey
 from orchestrator.core.types import (
     Assignment,
@@ -29,11 +30,13 @@ from orchestrator.core.types import (
     OfferId,
     Request,
     RequestId,
+    SessionId,
     SlotId,
     StepId,
     StoreId,
     StoreLoad,
     StoreSpec,
+    TenantId,
     Tier,
 )
 
@@ -226,6 +229,13 @@ class BlocksRetired:
 
 
 @dataclass(frozen=True, slots=True)
+class Expected:
+    """A gateway expects something else of a context than when its last turn was assigned. Ignored where it is not held."""
+
+    outlook: Outlook
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
     """No new assignments from now on; what runs may finish."""
 
@@ -248,6 +258,7 @@ NodeEvent = (
     | ExportClosed
     | ResyncRequested
     | BlocksRetired
+    | Expected
     | DrainRequested
     | TimerFired[NodeTimer]
 )
@@ -524,9 +535,41 @@ class LeasesTold:
     store: StoreId | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ToolStarted:
+    """A session waits for a tool of some class, `expected_s` seconds from now if that is known. Ignored of sessions not known."""
+
+    model: ModelName
+    tenant: TenantId
+    session: SessionId
+    tool: str = ""
+    expected_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFinished:
+    """What a session waited for is there: its next turn is about to come."""
+
+    model: ModelName
+    tenant: TenantId
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnded:
+    """A session comes back no more."""
+
+    model: ModelName
+    tenant: TenantId
+    session: SessionId
+
+
 ClusterEvent = (
     RequestArrived
     | RequestAbandoned
+    | ToolStarted
+    | ToolFinished
+    | SessionEnded
     | GatewaysChanged
     | HintAsked
     | LeasesTold

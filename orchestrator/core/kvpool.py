@@ -26,7 +26,8 @@ from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import cast
 
-from orchestrator.core.types import BlockHash, BlockId, KvBatch, StoredRun
+from orchestrator.core.outlook import Outlook
+from orchestrator.core.types import BlockHash, BlockId, KvBatch, RequestId, StoredRun
 
 #: Stale entries of the eviction order that are put up with before it is cleaned.
 STALE_MAX = 256
@@ -92,10 +93,13 @@ class BlockPool:
         "_untold",
         "blocks",
         "idle_blocks",
+        "now",
     )
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
         self.blocks = blocks
+        #: The time, in seconds; whoever owns the pool sets it.
+        self.now = 0.0
         #: Cached blocks that nobody holds.
         self.idle_blocks = 0
         self._caching = caching
@@ -506,6 +510,20 @@ class BlockPool:
         """Return how many blocks at a run's end go before the next run's."""
         return len(run.names)
 
+    # --- what is expected: nothing, by the order of use alone; `eviction.py` goes by it -------------------------------------
+
+    def leave(self, claim: Claim, outlook: Outlook) -> None:
+        """Take note of what is expected where a claim ends, which is about to be given up."""
+
+    def expect(self, outlook: Outlook) -> None:
+        """Take note that something else is expected of a context than before."""
+
+    def await_chain(self, request: RequestId, hashes: Sequence[BlockHash], matched: int) -> None:
+        """Take note that a prompt waits for its admission, which will find its first `matched` blocks."""
+
+    def stop_awaiting(self, request: RequestId) -> None:
+        """Take note that a prompt waits no longer."""
+
     # --- what gateways are told -------------------------------------------------------------------------------------------
 
     @property
@@ -595,8 +613,10 @@ class BlockPool:
         for name in run.names:
             assert self._place.get(name) is run, f"{name!r} is in {where}, and said to be elsewhere"
         if not run.claims and not run.children:
-            ranked = any(entry[2] is run and self._fresh(entry) for entry in self._idle_runs)
-            assert ranked, f"{where} idles and will never be evicted"
+            assert self._is_ranked(run), f"{where} idles and will never be evicted"
+
+    def _is_ranked(self, run: Run) -> bool:
+        return any(entry[2] is run and self._fresh(entry) for entry in self._idle_runs)
 
 
 class KvJournal:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import NewType
 
 from orchestrator.core.making import quickly_made
+from orchestrator.core.outlook import Outlook
 
 #: Unique in the cluster: the gateway's number in the bits from `REQUEST_SERIAL_BITS` up, a running number below.
 RequestId = NewType("RequestId", int)
@@ -198,8 +199,9 @@ class Assignment:
     #: Which start of the source is meant: a later one holds nothing of what that held.
     source_incarnation: int | None = None
     priority: int = 0
-    #: Last block of the session's former prompt, if this prompt replaces it: what only that one had is dead.
-    superseded: BlockHash | None = None
+    #: What is expected after this turn; None: nothing is known.
+    #: A prediction: like reasons it takes no part in equality.
+    outlook: Outlook | None = field(default=None, compare=False)
     #: What clients, logs and traces call the request.
     name: str = ""
     tenant: TenantId = DEFAULT_TENANT

@@ -27,6 +27,7 @@ from orchestrator.core.commands import (
     EndLease,
     EvictBlocks,
     EvictStored,
+    Expect,
     PlaceLease,
     PrefetchStored,
     Refuse,
@@ -535,6 +536,10 @@ class ClusterDriver:
                 stream = self._streams.get(request)
                 if stream is not None:
                     stream.restart()
+            case Expect(node, outlook):
+                link = self._links.get(node)
+                if link is not None:
+                    link.expect(outlook)
             case ReportSourceLost(node, request, source):
                 link = self._links.get(node)
                 if link is not None:

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.silence import HEARTBEATS, Silence
 from orchestrator.core.types import GatewayId, LeaseId, NodeId, NodeSpec, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
@@ -32,6 +33,8 @@ RETRY_S_MAX = 1.0
 WELCOME_S_MAX = 5.0
 #: Hints about dead blocks that wait for a node that does not read.
 RETIRED_MAX = 256
+#: Contexts of which a node is to hear at once at most.
+OUTLOOKS_MAX = 4096
 
 
 class Call(Protocol):
@@ -108,6 +111,8 @@ class NodeLink:
         self._submits: dict[RequestId, node_pb2.Submit] = {}
         self._cancels: list[RequestId] = []
         self._lost_sources: list[node_pb2.LostSource] = []
+        #: The newest of each context; bounded by `OUTLOOKS_MAX`.
+        self._outlooks: dict[ContextId, node_pb2.Outlook] = {}
         self._resync: node_pb2.Resync | None = None
         #: What was decided last of each lease, and blocks that are dead, oldest first.
         self._leases: dict[LeaseId, node_pb2.Lease | node_pb2.EndedLease] = {}
@@ -146,6 +151,14 @@ class NodeLink:
             for name in ("source", "source_address", "source_host", "source_tokens", "source_pending", "source_incarnation"):
                 submit.ClearField(name)
 
+    def expect(self, outlook: Outlook) -> None:
+        """Tell what is expected of a context by now; where too many wait to go out, the oldest never does: it is a hint."""
+        self._outlooks.pop(outlook.context, None)
+        self._outlooks[outlook.context] = codec.outlook_message(outlook)
+        if len(self._outlooks) > OUTLOOKS_MAX:
+            del self._outlooks[next(iter(self._outlooks))]
+        self._wake.set()
+
     def resync(self, after: int | None) -> None:
         """Ask for the KV batches after a number, or for all."""
         self._resync = node_pb2.Resync(after=after)
@@ -178,6 +191,7 @@ class NodeLink:
         self._lost_sources.clear()
         self._leases.clear()
         self._retired.clear()
+        self._outlooks.clear()
         self._resync = None
         if self.spec is not None:
             self.spec = None
@@ -285,7 +299,7 @@ class NodeLink:
     @property
     def _says_something(self) -> bool:
         """Whether anything waits to go out; bounded by the requests the cluster lets in."""
-        waits = self._submits or self._cancels or self._lost_sources or self._leases or self._retired
+        waits = self._submits or self._cancels or self._lost_sources or self._outlooks or self._leases or self._retired
         return bool(waits or self._resync is not None)
 
     @property
@@ -311,6 +325,7 @@ class NodeLink:
                     submits=self._next_submits(),
                     cancels=self._cancels,
                     lost_sources=self._lost_sources,
+                    outlooks=self._outlooks.values(),
                     resync=self._resync,
                     frames_received=read,
                 )
@@ -318,6 +333,7 @@ class NodeLink:
                     self._add_hints(frame)
                 self._cancels.clear()
                 self._lost_sources.clear()
+                self._outlooks.clear()
                 self._resync = None
                 self._hello.frames_sent += counts
                 self._told_s = self._loop.time()

@@ -39,6 +39,7 @@ from orchestrator.core.config import CachePolicy, ClusterConfig, RouterPolicy
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.faults import Faults
+from orchestrator.sim.hints import HintProgram
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
@@ -73,13 +74,15 @@ def simulate(
     progress: Callable[[float], None] | None = None,
     faults: Faults | None = None,
     checks: bool = False,
+    hints: HintProgram = HintProgram.NONE,
 ) -> Run:
     """Run a trace and return its figures; `progress` is told the share of requests that ended.
 
-    With `faults` things go wrong as that says; with `checks` every invariant is checked after every event, which is slow.
+    `hints` is what agents tell the cluster between their turns. With `faults` things go wrong as that says; with `checks` every
+    invariant is checked after every event, which is slow.
     """
     rule = CacheRule(cache)
-    options = WorldOptions(seed=seed, frequency_cache=rule is CacheRule.LFU, faults=faults, checks=checks)
+    options = WorldOptions(seed=seed, frequency_cache=rule is CacheRule.LFU, hints=hints, faults=faults, checks=checks)
     chosen = replace(resolved, config=_configured(resolved.config, policy, rule, seed))
     if rule is CacheRule.OPTIMAL:  # when each turn comes hangs on how fast the ones before it were answered
         foreseen = World(chosen, turns, options).run().served

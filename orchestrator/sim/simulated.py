@@ -7,6 +7,9 @@ Steps that only decode and that nothing disturbs are taken as one:
                                   ^ an event: two whole steps are reported as of their end, the third is cut off from the rest
                                     and ends when it must, and the event is handled in the middle of it, as it would be live
 
+Blocks that several steps fill are taken at their end, which is exact for pools that forget by order of use; one that forgets by
+what is expected may have chosen otherwise a little before.
+
 See also: `workers/driver.py`, which drives a node in real time.
 """
 

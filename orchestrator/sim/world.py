@@ -31,6 +31,7 @@ from orchestrator.core.commands import (
     EndLease,
     EvictBlocks,
     EvictStored,
+    Expect,
     Fetch,
     Forget,
     LoadBlocks,
@@ -60,6 +61,7 @@ from orchestrator.core.events import (
     Cancelled,
     ClusterEvent,
     Ended,
+    Expected,
     FirstToken,
     GatewayHeard,
     GatewayLost,
@@ -73,11 +75,13 @@ from orchestrator.core.events import (
     RequestAbandoned,
     RequestArrived,
     ResyncRequested,
+    SessionEnded,
     SourceLost,
     StoreJoined,
     StoreLost,
     StoreReported,
     TimerFired,
+    ToolStarted,
 )
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.node import Node
@@ -104,6 +108,7 @@ from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
+from orchestrator.sim.hints import AGENTS, TOOL, Continuations, HintProgram
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
@@ -140,6 +145,8 @@ class WorldOptions:
     order: Sequence[int] = ()
     #: Forget first what was used least often.
     frequency_cache: bool = False
+    #: What agents tell between their turns.
+    hints: HintProgram = HintProgram.NONE
     faults: Faults | None = None
     #: Seconds from gateway to node, and from node to node, for a message.
     hop_s: float = 0.0002
@@ -197,6 +204,8 @@ class World:
         self._futures: dict[ModelName, Future] = {}
         for model in map(ModelName, config.models):
             self._add_model(model)
+        self._hints = options.hints
+        self._continuations = Continuations(turns)
         self._timers = Timers(self.agenda)
         #: By host, in a cluster that has them; and what is in the storage that they share.
         self.stores: dict[str, SimulatedStore] = {}
@@ -343,8 +352,7 @@ class World:
 
     def _arrive(self, turn: TracedTurn) -> None:
         """Let a client send its turn."""
-        session, model = SessionId(f"{turn.session}/{turn.agent}"), self._model_of(turn)
-        gateway = owner_of(session, [one for one in self.clusters if one not in self._away] or self.clusters)
+        gateway, session, model = self._place_of(turn)
         self._requests += 1
         request = request_id(gateway, self._requests)
         served = Served(turn, self.agenda.now)
@@ -356,7 +364,7 @@ class World:
         asked = Request(
             id=request,
             model=model,
-            tenant=TenantId(turn.tenant or "default"),
+            tenant=self._tenant_of(turn),
             prompt_tokens=visit.prompt_tokens,
             hashes=hashes,
             output_tokens_max=visit.output_tokens,
@@ -374,6 +382,16 @@ class World:
             self._end(asked.id, "no gateway answers")
         elif asked.id in self.visits:
             self._tell_cluster(gateway, RequestArrived(asked))
+
+    def _place_of(self, turn: TracedTurn) -> tuple[GatewayId, SessionId, ModelName]:
+        """Return the gateway that a turn's session belongs to, the session, and the model."""
+        session = SessionId(f"{turn.session}/{turn.agent}")
+        gateway = owner_of(session, [one for one in self.clusters if one not in self._away] or self.clusters)
+        return gateway, session, self._model_of(turn)
+
+    @staticmethod
+    def _tenant_of(turn: TracedTurn) -> TenantId:
+        return TenantId(turn.tenant or "default")
 
     def _model_of(self, turn: TracedTurn) -> ModelName:
         """Return the model that a turn goes to: the one that answers to the recorded name, else the cluster's first."""
@@ -399,7 +417,30 @@ class World:
             self._awaited[turn.id] -= 1
             if not self._awaited[turn.id]:
                 del self._awaited[turn.id]
-                self.agenda.at(visit.served.ended_s + turn.gap_s, self._arrive, turn)
+                arrives_s = visit.served.ended_s + turn.gap_s
+                self.agenda.at(arrives_s, self._arrive, turn)
+                if self._hints is not HintProgram.NONE and self._continuations.continues(turn):
+                    self._tell_of_tool(turn, TOOL, arrives_s)
+        if self._hints is not HintProgram.NONE:
+            self._tell_of_pause(visit.turn)
+
+    def _tell_of_pause(self, turn: TracedTurn) -> None:
+        """Let an agent say what comes after its turn; if that is a turn which waits for this one alone, it has been said."""
+        following = self._continuations.after(turn)
+        if following is None:
+            gateway, session, model = self._place_of(turn)
+            self._tell_cluster(gateway, SessionEnded(model, self._tenant_of(turn), session))
+        elif following.id in self._awaited:
+            self._tell_of_tool(following, AGENTS, None)
+        elif not following.after:
+            self._tell_of_tool(following, TOOL, following.arrival_s)
+
+    def _tell_of_tool(self, turn: TracedTurn, tool: str, ends_s: float | None) -> None:
+        """Let an agent say that a tool runs, after which this turn comes."""
+        gateway, session, model = self._place_of(turn)
+        exact = self._hints is HintProgram.ORACLE and ends_s is not None
+        expected_s = max(0.0, ends_s - self.agenda.now) if exact and ends_s is not None else None
+        self._tell_cluster(gateway, ToolStarted(model, self._tenant_of(turn), session, tool, expected_s))
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 
@@ -430,6 +471,8 @@ class World:
                 self._network.send(gateway, node, self._tell_node, node, Cancelled(request))
             case ReportSourceLost(node, request, source):
                 self._network.send(gateway, node, self._tell_node, node, SourceLost(request, source))
+            case Expect(node, outlook):
+                self._network.send(gateway, node, self._tell_node, node, Expected(outlook))
             case RequestResync(node, after):
                 self._network.send(gateway, node, self._tell_node, node, ResyncRequested(gateway, after))
             case RequestStoreResync(store, model, after):

@@ -9,6 +9,7 @@ from math import isfinite
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     SHARE_MAX,
@@ -157,7 +158,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         source_pending=assignment.source_pending,
         source_incarnation=assignment.source_incarnation,
         sampling=sampling,
-        superseded=assignment.superseded or b"",
+        outlook=outlook_message(assignment.outlook) if assignment.outlook is not None else None,
         name=assignment.name,
         tenant=assignment.tenant,
         share=assignment.share,
@@ -186,12 +187,26 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         source_pending=submit.source_pending,
         source_incarnation=submit.source_incarnation if submit.HasField("source_incarnation") else None,
         priority=submit.priority,
-        superseded=hash_from(submit.superseded, "superseded"),
+        outlook=outlook_from(submit.outlook) if submit.HasField("outlook") else None,
         name=submit.name[:NAME_CHARS_MAX],
         tenant=TenantId(submit.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
         share=submit.share or 1.0,
         stored_tokens=submit.stored_tokens,
     )
+
+
+def outlook_message(outlook: Outlook) -> node_pb2.Outlook:
+    """Return the message for what is expected of a context."""
+    return node_pb2.Outlook(context=outlook.context, ages_s=outlook.ages_s, chances=outlook.chances)
+
+
+def outlook_from(message: node_pb2.Outlook) -> Outlook:
+    """Return what a message expects of a context."""
+    ages_s, chances = tuple(message.ages_s), tuple(message.chances)
+    problem = Outlook.problem(ages_s, chances)
+    if problem is not None:
+        raise MalformedMessage(f"context {message.context}: {problem}")
+    return Outlook(ContextId(message.context), ages_s, chances)
 
 
 def welcome_message(spec: NodeSpec, fingerprint: str, resumed: bool) -> node_pb2.Welcome:

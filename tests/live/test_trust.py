@@ -169,7 +169,7 @@ def test_a_stream_that_begins_with_nonsense_ends_alone(model_dir: Path, frame: n
         {"tokens": b"123"},
         {"role": 0},
         {"hash_root": b"short"},
-        {"superseded": b"short"},
+        {"outlook": node_pb2.Outlook(context=1, ages_s=[1.0])},
         {"hashes": b"x" * 15},
         {"request": request_id(GatewayId(5), 1)},
     ],

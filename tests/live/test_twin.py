@@ -167,9 +167,7 @@ def in_bytes(command: ClusterCommand) -> ClusterCommand:
     if not isinstance(command, Assign):
         return command
     given = command.assignment
-    last = given.superseded
-    named = replace(given, hashes=tuple(map(hashed, given.hashes)), superseded=None if last is None else hashed(last))
-    return replace(command, assignment=named)
+    return replace(command, assignment=replace(given, hashes=tuple(map(hashed, given.hashes))))
 
 
 def simulated(config: ClusterConfig, turns: Sequence[TracedTurn]) -> Decided:

@@ -34,7 +34,7 @@ def times(outcome: Outcome) -> dict[int, tuple[float, float]]:
 
 
 def assert_equal_times(layout: dict[PoolKind, int], profile: str, blocks: int, seed: int, count: int = 8, turns: int = 4) -> None:
-    resolved = cluster(layout, PROFILES[profile], blocks, gateways=1 + seed % 2)
+    resolved = cluster(layout, PROFILES[profile], blocks, gateways=1 + seed % 2, cache=CachePolicy.LRU)
     trace = agents(count, turns, seed)
     closed = World(resolved, trace, WorldOptions()).run()
     single = World(resolved, trace, WorldOptions(stepwise=True)).run()
@@ -52,7 +52,7 @@ def test_many_steps_at_once_end_when_single_steps_do(layout: dict[PoolKind, int]
 
 
 def test_many_steps_at_once_end_when_single_steps_do_where_memory_is_short() -> None:
-    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=120)
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=120, cache=CachePolicy.LRU)
     trace = agents(24, 2, seed=3, context_tokens=500)
     worlds = [World(resolved, trace, WorldOptions(stepwise=stepwise)) for stepwise in (False, True)]
     closed, single = (world.run() for world in worlds)
@@ -64,7 +64,7 @@ def test_many_steps_at_once_end_when_single_steps_do_where_memory_is_short() -> 
 @pytest.mark.parametrize("seed", [0, 35, 177, 214, 244])
 def test_many_steps_at_once_end_when_single_steps_do_where_hardly_anything_fits(seed: int) -> None:
     # A sequence that gives way in the planning of a step finds room again after that step, not after all that could follow.
-    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=(90, 120)[seed % 2])
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=(90, 120)[seed % 2], cache=CachePolicy.LRU)
     trace = agents(20, 3, seed, context_tokens=500)
     closed, single = (World(resolved, trace, WorldOptions(stepwise=stepwise)).run() for stepwise in (False, True))
     assert sum(use.preemptions for use in single.pools.values()) > 0

@@ -4,6 +4,7 @@ from dataclasses import replace
 from random import Random
 
 from orchestrator.core.config import (
+    CachePolicy,
     ClusterConfig,
     EngineConfig,
     GatewayConfig,
@@ -36,10 +37,11 @@ def cluster(
     gateways: int = 1,
     policy: RouterPolicy = RouterPolicy.PREDICTED_TIME,
     store: StoreConfig | None = None,
+    cache: CachePolicy = CachePolicy.VALUE,
 ) -> Resolved:
     """Return a cluster with one pool of each kind; `store` is what each of its hosts has below its nodes' memory."""
     engine = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=blocks)
-    scheduler = SchedulerConfig(step_tokens_max=512, sequences_max=32)
+    scheduler = SchedulerConfig(step_tokens_max=512, sequences_max=32, cache=cache)
     pools = tuple(
         PoolConfig(kind.value, kind, nodes=count, engine=engine, scheduler=scheduler, profile=profile)
         for kind, count in kinds.items()

@@ -30,18 +30,20 @@ Rule 2: what was booked for a part is given back in the same call that ends the 
 Rule 3: reports about requests or nodes that are not known are late, not wrong: they are ignored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
 
 from orchestrator.core.cluster.admission import Admission
 from orchestrator.core.cluster.candidates import Booking, Candidate, Options, Placement
+from orchestrator.core.cluster.expectations import Told
 from orchestrator.core.cluster.following import Trust
 from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.resyncs import Resync
 from orchestrator.core.cluster.router import make_router
-from orchestrator.core.cluster.sessions import Sessions
+from orchestrator.core.cluster.sessions import Sessions, Started
 from orchestrator.core.cluster.stores import StoreView
 from orchestrator.core.commands import (
     Abort,
@@ -50,6 +52,7 @@ from orchestrator.core.commands import (
     ClearTimer,
     ClusterCommand,
     Complete,
+    Expect,
     Refuse,
     ReportSourceLost,
     RequestResync,
@@ -72,15 +75,18 @@ from orchestrator.core.events import (
     NodeReported,
     RequestAbandoned,
     RequestArrived,
+    SessionEnded,
     StoreJoined,
     StoreLost,
     StoreReported,
     TimerFired,
+    ToolFinished,
+    ToolStarted,
 )
+from orchestrator.core.outlook import Outlook
 from orchestrator.core.timers import ClusterTimer, LeaseTimer, RefitTimer, RequestTimer, ResyncTimer, StoreResyncTimer
 from orchestrator.core.types import (
     Assignment,
-    BlockHash,
     FinishReason,
     GatewayId,
     KvBatch,
@@ -122,6 +128,7 @@ class Flight:
         "reads",
         "request",
         "restarted",
+        "started",
         "stayed",
         "wake_at",
     )
@@ -147,6 +154,8 @@ class Flight:
         #: What its prefill node loaded from that one's store, by the tier it was in.
         self.cpu_tokens = 0
         self.cmx_tokens = 0
+        #: What its session was told of it; None until it first ran.
+        self.started: Started | None = None
         #: Whether it was sent where its session's last turn ran.
         self.stayed = True
 
@@ -352,6 +361,8 @@ class Cluster:
                 self._on_store_joined(event.store)
             case StoreLost():
                 self._on_store_lost(event.store)
+            case ToolStarted() | ToolFinished() | SessionEnded():
+                self._tell(self._sessions.hinted(event, now))
             case GatewaysChanged():
                 self._admission.divide(event.place, event.count, now)
                 self._hints.leases.divide(event.count, now)
@@ -441,13 +452,19 @@ class Cluster:
         flight.phase = Phase.PROMPT
         flight.predicted_cached_tokens = placement.cached_tokens
         flight.stayed = session is None or placement.computes.spec.id in session.nodes
-        self._sessions.started(request, flight.generate, flight.prefill)
+        again = flight.started is not None
+        flight.started = started = self._sessions.started(request, flight.generate, flight.prefill, again, self._now)
         self._wake(flight, flight.deadline_at)
-        flight.reads = self._assign(request, placement, session.superseded_by(request) if session is not None else None)
+        flight.reads = self._assign(request, placement, started.outlook)
+        self._tell(started.told)
         self._book(request, placement, options, pools)
         return True
 
-    def _assign(self, request: Request, placement: Placement, superseded: BlockHash | None) -> tuple[tuple[NodeId, NodeId], ...]:
+    def _tell(self, told: Sequence[Told]) -> None:
+        """Tell nodes what is expected of contexts that they may hold; those that are gone hold nothing."""
+        self._commands += [Expect(node, outlook) for node, outlook in told if node in self._known]
+
+    def _assign(self, request: Request, placement: Placement, outlook: Outlook) -> tuple[tuple[NodeId, NodeId], ...]:
         """Give nodes their parts; return who of them reads from whom."""
         generate, prefill = placement.generate, placement.prefill
         room = generate.context_tokens_max - request.prompt_tokens
@@ -458,11 +475,11 @@ class Cluster:
         share = self._admission.share(request.tenant)
         parts: list[Assign] = []
         if prefill is not None:
-            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, superseded, share, pending=False)
+            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, outlook, share, pending=False)
             parts.append(Assign(prefill.spec.id, replace(part, stored_tokens=stored_tokens), placement.scores))
             source, source_tokens, stored_tokens = prefill.spec, request.prompt_tokens, 0
         apart = prefill is not None
-        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, superseded, share, pending=apart)
+        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, outlook, share, pending=apart)
         parts.append(Assign(generate.spec.id, replace(part, stored_tokens=stored_tokens), placement.scores))
         self._commands += parts
         return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
@@ -495,6 +512,8 @@ class Cluster:
         request = flight.request
         for node in flight.nodes:
             self._end_part(flight, node)
+        if flight.started is not None:
+            self._tell(self._sessions.paused(flight.started, self._now))
         self._admission.queue(request.model).remove(request.id)
         self._admission.left(request)
         del self._flights[request.id]
@@ -801,7 +820,7 @@ def _part(
     output_tokens_max: int,
     source: NodeSpec | None,
     source_tokens: int,
-    superseded: BlockHash | None,
+    outlook: Outlook,
     share: float,
     *,
     pending: bool,
@@ -817,7 +836,7 @@ def _part(
         source_pending=pending,
         source_incarnation=source.incarnation if source is not None else None,
         priority=request.priority,
-        superseded=superseded,
+        outlook=outlook,
         name=request.name,
         tenant=request.tenant,
         share=share,

@@ -6,15 +6,16 @@ were computed again. Bounded: the session that was quiet for longest is forgotte
 Where there are several gateways each session belongs to one, so that what is known of it is in one place (`owner_of`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
 
-from orchestrator.core.types import BlockHash, GatewayId, ModelName, NodeId, Request, SessionId, TenantId
-
-#: Hashes kept of a session's last prompt, evenly spaced: they tell how much of it a new prompt repeats to one part in so many.
-MARKS_MAX = 16
+from orchestrator.core.cluster.contexts import Context, Marks
+from orchestrator.core.cluster.expectations import Expectations, Line, Told
+from orchestrator.core.events import SessionEnded, ToolFinished, ToolStarted
+from orchestrator.core.outlook import Outlook
+from orchestrator.core.types import GatewayId, ModelName, NodeId, Request, SessionId, TenantId
 
 
 def owner_of(session: SessionId, gateways: Iterable[GatewayId]) -> GatewayId:
@@ -34,42 +35,10 @@ class ReprefillReason(StrEnum):
     MOVED = "moved"  # computed before, on other nodes
 
 
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """What is kept of a prompt: some of its blocks' hashes."""
-
-    #: (blocks up to and with this one, its hash), shortest first; the last is that of the last full block.
-    hashes: tuple[tuple[int, BlockHash], ...] = ()
-
-    @property
-    def blocks(self) -> int:
-        """Full blocks of the prompt."""
-        return self.hashes[-1][0] if self.hashes else 0
-
-    @staticmethod
-    def of(hashes: Sequence[BlockHash]) -> "Marks":
-        """Return the marks of a prompt."""
-        blocks = len(hashes)
-        count = min(blocks, MARKS_MAX)
-        ends = [blocks * mark // count for mark in range(1, count + 1)]
-        return Marks(tuple([(end, hashes[end - 1]) for end in ends]))
-
-    def repeated_blocks(self, hashes: Sequence[BlockHash]) -> int:
-        """Return how many of this prompt's blocks another prompt repeats, as far as the marks tell."""
-        if self.hashes and self.blocks <= len(hashes) and hashes[self.blocks - 1] == self.hashes[-1][1]:
-            return self.blocks
-        repeated = 0
-        for blocks, block in self.hashes:
-            if blocks > len(hashes) or hashes[blocks - 1] != block:
-                break
-            repeated = blocks
-        return repeated
-
-
 class Session:
     """One agent's reasoning chain on one model."""
 
-    __slots__ = ("generated_on", "marks", "prefilled_on")
+    __slots__ = ("generated_on", "line", "marks", "prefilled_on")
 
     def __init__(self) -> None:
         #: Node that generated the last turn's tokens, and the one that computed its prompt if that was another.
@@ -77,31 +46,36 @@ class Session:
         self.prefilled_on: NodeId | None = None
         #: Of the last prompt that was served to the end.
         self.marks = Marks()
+        #: Its contexts.
+        self.line = Line()
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """Where the last turn ran."""
         return tuple(node for node in (self.generated_on, self.prefilled_on) if node is not None)
 
-    def superseded_by(self, request: Request) -> BlockHash | None:
-        """Return the last block of the last prompt if a new one replaces its end (a compaction, an edit), None otherwise.
 
-        A prompt that repeats nothing of it is another context under the same name, and replaces nothing.
-        """
-        repeated = self.marks.repeated_blocks(request.hashes)
-        return self.marks.hashes[-1][1] if 0 < repeated < self.marks.blocks else None
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A turn that runs: its context, and what is expected after it."""
+
+    context: Context | None
+    outlook: Outlook
+    #: What other nodes have to hear.
+    told: list[Told]
 
 
 class Sessions:
     """The sessions heard of lately, at most `sessions_max`."""
 
-    __slots__ = ("_reprefilled", "_sessions", "_sessions_max")
+    __slots__ = ("_expectations", "_reprefilled", "_sessions", "_sessions_max")
 
     def __init__(self, sessions_max: int) -> None:
         self._sessions_max = sessions_max
         #: Longest quiet first.
         self._sessions: dict[tuple[ModelName, TenantId, SessionId], Session] = {}
         self._reprefilled = dict.fromkeys(ReprefillReason, 0)
+        self._expectations = Expectations()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -117,16 +91,37 @@ class Sessions:
             return None
         return self._sessions.get((request.model, request.tenant, request.session))
 
-    def started(self, request: Request, generate: NodeId, prefill: NodeId | None) -> None:
-        """Note where a turn runs."""
+    def started(self, request: Request, generate: NodeId, prefill: NodeId | None, again: bool, now: float) -> Started:
+        """Note where a turn runs, perhaps after it ran elsewhere; return what is expected after it."""
         if request.session is None:
-            return
+            return Started(None, self._expectations.outlook(None, request.id), [])
         key = request.model, request.tenant, request.session
         session = self._sessions.pop(key, None) or Session()
         self._sessions[key] = session
         session.generated_on, session.prefilled_on = generate, prefill
         if len(self._sessions) > self._sessions_max:
             del self._sessions[next(iter(self._sessions))]
+        context, told = self._expectations.started(session.line, request.id, request.hashes, session.nodes, again, now)
+        return Started(context, self._expectations.outlook(context, request.id), told)
+
+    def paused(self, started: Started, now: float) -> list[Told]:
+        """Note that a turn is over, well or not; return what nodes have to hear."""
+        return self._expectations.paused(started.context, now) if started.context is not None else []
+
+    def hinted(self, event: ToolStarted | ToolFinished | SessionEnded, now: float) -> list[Told]:
+        """Take in what a session's harness says of it; return what nodes have to hear. Nothing if the session is not known."""
+        key = event.model, event.tenant, event.session
+        session = self._sessions.get(key)
+        if session is None:
+            return []
+        match event:
+            case ToolStarted():
+                return self._expectations.tool_started(session.line, event.tool, event.expected_s, now)
+            case ToolFinished():
+                return self._expectations.tool_finished(session.line, now)
+            case SessionEnded():
+                del self._sessions[key]
+                return self._expectations.ended(session.line)
 
     def fork(self, model: ModelName, tenant: TenantId, parent: SessionId, children: Iterable[SessionId]) -> bool:
         """Let new sessions begin where another one is, with its context; False if that one is not known."""

@@ -64,6 +64,7 @@ from orchestrator.core.events import (
     Cancelled,
     DrainRequested,
     Ended,
+    Expected,
     ExportClosed,
     ExportOpened,
     FetchEnded,
@@ -81,6 +82,7 @@ from orchestrator.core.events import (
     StepFinished,
     TimerFired,
 )
+from orchestrator.core.eviction import ValuePool
 from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
 from orchestrator.core.node.leases import Leases
 from orchestrator.core.node.offers import Offers
@@ -140,7 +142,7 @@ class Node:
         """Make an idle node; `pool` is its empty block pool if that is to evict by another rule."""
         self.spec = spec
         self._config = config
-        self._pool = pool or BlockPool(spec.blocks, config.prefix_caching)
+        self._pool = pool or _pool(spec, config)
         self._journal = KvJournal(self._pool, config.resync_batches_max)
         self._scheduler = Scheduler(spec, config, self._pool)
         self._offers = Offers(self._pool, int(spec.blocks * config.offered_share_max) if spec.stores else 0)
@@ -163,7 +165,7 @@ class Node:
 
     def handle(self, event: NodeEvent, now: float) -> list[NodeCommand]:
         """Take a fact at time `now`, in seconds, and return what to do about it, in order."""
-        self._now = now
+        self._now = self._pool.now = now
         self._quiet = False
         match event:
             case StepFinished():
@@ -202,6 +204,8 @@ class Node:
                 self._on_lease_ended(event)
             case BlocksRetired():
                 self._on_blocks_retired(event)
+            case Expected(outlook):
+                self._pool.expect(outlook)
             case DrainRequested():
                 self._draining = True
             case _:
@@ -308,8 +312,6 @@ class Node:
             for export in self._readers.pop(assignment.request, ()):
                 self._send_cached(export)
             return
-        if assignment.superseded is not None and self._config.cache is CachePolicy.VALUE:
-            self._pool.retire(assignment.superseded, assignment.hashes)
         self._sequences[assignment.request] = self._scheduler.enqueue(assignment)
         for export in self._readers.get(assignment.request, ()):
             self._stop_waiting(export)
@@ -769,3 +771,10 @@ class Node:
         running = self._scheduler.running
         pinned = held + sum(1 for export in self._exports.values() if export.claim is not None) + len(self._offers.claims)
         assert running or pinned or not waiting, f"{waiting} requests wait though none runs and nothing is pinned"
+
+
+def _pool(spec: NodeSpec, config: SchedulerConfig) -> BlockPool:
+    """Return the pool of a node that forgets by the rule which its configuration names."""
+    if config.cache is CachePolicy.LRU:
+        return BlockPool(spec.blocks, config.prefix_caching)
+    return ValuePool(spec.blocks, config.prefix_caching)

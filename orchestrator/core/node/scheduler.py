@@ -161,6 +161,8 @@ class Scheduler:
         assert not self.in_step(sequence), f"request {sequence.request} is in running step {self._steps}"
         self._leave(sequence)
         self._compete(sequence, False)
+        if sequence.claim is not None and sequence.assignment.outlook is not None:
+            self._pool.leave(sequence.claim, sequence.assignment.outlook)
         self._free(sequence)
         self._set_queued(sequence, 0)
         sequence.phase = Phase.GONE
@@ -260,6 +262,7 @@ class Scheduler:
             return False
         self._leave(sequence)
         self.waiting += 1
+        self._pool.await_chain(sequence.request, sequence.hashes, hit)
         leader.followers.append((leader.shared_blocks(sequence), sequence))
         sequence.leader = leader
         return True
@@ -543,6 +546,7 @@ class Scheduler:
         self._queue.push(sequence.tenant, sequence.rank, sequence)
         hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+        self._pool.await_chain(sequence.request, sequence.hashes, hit)
 
     def _prefill(self, sequence: Sequence) -> None:
         sequence.phase = Phase.PREFILLING
@@ -576,6 +580,7 @@ class Scheduler:
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self.waiting -= 1
+        self._pool.stop_awaiting(sequence.request)
         leader = sequence.leader
         if leader is not None:
             leader.followers = [entry for entry in leader.followers if entry[1] is not sequence]

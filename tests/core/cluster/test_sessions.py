@@ -2,7 +2,8 @@
 
 import pytest
 
-from orchestrator.core.cluster.sessions import MARKS_MAX, Marks, ReprefillReason, Sessions
+from orchestrator.core.cluster.contexts import MARKS_MAX, Marks
+from orchestrator.core.cluster.sessions import ReprefillReason, Sessions
 from orchestrator.core.types import BlockHash, NodeId, SessionId
 from tests.builders import BLOCK_TOKENS, prompt_hashes
 from tests.core.cluster.cluster_builders import make_request
@@ -12,7 +13,7 @@ A, B = NodeId("a"), NodeId("b")
 
 def turn(sessions: Sessions, prompt: str, computed_tokens: int, stayed: bool = True, session: str = "s") -> None:
     request = make_request(prompt=prompt, session=SessionId(session))
-    sessions.started(request, A, None)
+    sessions.started(request, A, None, again=False, now=0.0)
     sessions.ended(request, computed_tokens, stayed, BLOCK_TOKENS)
 
 
@@ -20,30 +21,30 @@ def test_a_session_knows_where_its_last_turn_ran() -> None:
     sessions = Sessions(sessions_max=4)
     request = make_request(session=SessionId("s"))
     assert sessions.of(request) is None
-    sessions.started(request, A, B)
+    sessions.started(request, A, B, again=False, now=0.0)
     known = sessions.of(request)
     assert known is not None
     assert known.nodes == (A, B)
-    sessions.started(request, B, None)
+    sessions.started(request, B, None, again=False, now=0.0)
     assert known.nodes == (B,)
 
 
 def test_requests_without_a_session_are_not_remembered() -> None:
     sessions = Sessions(sessions_max=4)
-    sessions.started(make_request(), A, None)
+    sessions.started(make_request(), A, None, again=False, now=0.0)
     assert len(sessions) == 0
 
 
 def test_the_longest_quiet_session_goes_first() -> None:
     sessions = Sessions(sessions_max=2)
     for name in ("x", "y", "x", "z"):
-        sessions.started(make_request(session=SessionId(name)), A, None)
+        sessions.started(make_request(session=SessionId(name)), A, None, again=False, now=0.0)
     assert [sessions.of(make_request(session=SessionId(name))) is not None for name in "xyz"] == [True, False, True]
 
 
 def test_the_same_name_of_another_tenant_or_model_is_another_session() -> None:
     sessions = Sessions(sessions_max=4)
-    sessions.started(make_request(session=SessionId("s")), A, None)
+    sessions.started(make_request(session=SessionId("s")), A, None, again=False, now=0.0)
     assert sessions.of(make_request(session=SessionId("s"), tenant="u")) is None
     assert sessions.of(make_request(session=SessionId("s"), model="other")) is None
 

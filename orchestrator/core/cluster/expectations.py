@@ -1,0 +1,212 @@
+"""Predicts when sessions' contexts are wanted again, and says which nodes have to hear of it.
+
+    started    a turn runs: what is expected after it goes to its nodes with the assignment
+    paused     it is over
+    hinted     a tool runs, with or without the time it will take, or has finished: its nodes hear what is expected now
+    left       the session went another way: its nodes hear how likely it comes back, which is learned like any other pause
+    moved      its next turn runs elsewhere: nodes that had it before hear that nobody is expected
+
+What is learned is how long contexts pause, by class (`pauses.py`): the first turns of a context, later ones, what was left, each
+tool, what a tool's end is followed by.
+"""
+
+from collections.abc import Sequence
+
+from orchestrator.core.cluster.contexts import Context, Marks, course_of
+from orchestrator.core.cluster.pauses import EDGES_S, HAZARD, HAZARD_LEFT, Ages, Hazards, range_of
+from orchestrator.core.outlook import ContextId, Outlook, rising
+from orchestrator.core.types import BlockHash, NodeId, RequestId
+
+#: Classes of pauses that are told apart; what further ones do counts for all together.
+CLASSES_MAX = 64
+#: What is predicted of a class is computed anew after so many predictions.
+REFRESH = 32
+#: How many pauses weigh as much as what is known of a wider class: of a tool's, which says much; of any that nothing is known of,
+#: which says little beyond its age.
+WEIGHT, WEIGHT_UNHINTED = 8.0, 256.0
+#: A tool that is said to take some time nearly always ends between these parts of it; one that is late within so many times it.
+EARLY, LATE, VERY_LATE = 0.95, 1.05, 4.0
+#: How likely it ends in time, and how likely ever.
+IN_TIME, EVER = 0.9, 0.99
+#: Seconds by which its end is uncertain at least.
+UNCERTAIN_S = 0.05
+#: Classes of pauses that nobody has hinted at.
+LEFT, FINISHED, TOOL = "left", "tool finished", "tool "
+#: Turns of a context by which pauses are told apart; what comes later is alike.
+TURNS_MAX = 4
+
+Told = tuple[NodeId, Outlook]
+
+
+class Line:
+    """What a session has of contexts."""
+
+    __slots__ = ("contexts",)
+
+    def __init__(self) -> None:
+        #: The one that was used last at the end.
+        self.contexts: list[Context] = []
+
+
+class _Class:
+    """Pauses of one class, and what is predicted of them."""
+
+    __slots__ = ("_predicted", "_uses", "hazards")
+
+    def __init__(self) -> None:
+        self.hazards = Hazards()
+        self._predicted: list[float] = []
+        self._uses = 0
+
+    def predict(self, wider: Sequence[float], weight: float) -> Sequence[float]:
+        """Return the hazard of each range; where little is known, that of a wider class."""
+        if self._uses % REFRESH == 0:
+            self._predicted = self.hazards.over(wider, weight)
+        self._uses += 1
+        return self._predicted
+
+
+class Expectations:
+    """What is expected of all sessions of one gateway."""
+
+    __slots__ = ("_ages", "_all", "_classes", "_others")
+
+    def __init__(self) -> None:
+        self._all = _Class()
+        self._classes: dict[str, _Class] = {}
+        #: Of classes beyond `CLASSES_MAX`.
+        self._others = _Class()
+        self._ages: Ages[Context] = Ages()
+
+    @property
+    def classes(self) -> int:
+        """Classes of pauses that are told apart so far."""
+        return len(self._classes)
+
+    def started(
+        self, line: Line, request: RequestId, hashes: Sequence[BlockHash], nodes: tuple[NodeId, ...], again: bool, now: float
+    ) -> tuple[Context, list[Told]]:
+        """Note that a turn runs on nodes, perhaps again elsewhere; return its context, and what other nodes have to hear."""
+        self._ages.pass_time(now, self._reach)
+        course = course_of(line.contexts, ContextId(request), hashes)
+        context = course.context
+        if context.paused_s is not None:
+            self._come_back(context, now - context.paused_s)
+        told = [(node, Outlook(context.id)) for node in context.nodes if node not in nodes]
+        if course.left is not None:
+            told += self._hint(course.left, LEFT, now)
+        if not again:
+            context.turns += 1
+            context.running += 1
+        context.paused_s, context.expected_s, context.nodes, context.marks = None, None, nodes, Marks.of(hashes)
+        context.kind = f"after {min(context.turns, TURNS_MAX)}"
+        return context, told
+
+    def paused(self, context: Context, now: float) -> list[Told]:
+        """Note that a turn is over; return what its nodes have to hear if something was said of the pause before."""
+        context.running -= 1
+        assert context.running >= 0, f"{-context.running} turns of context {context.id} have ended that were not started"
+        if context.running:
+            return []
+        kind, expected_s = context.kind, context.expected_s
+        if not kind.startswith(TOOL):
+            self._pause(context, kind, now)
+            return []
+        return self._hint(context, kind, now, expected_s)
+
+    def outlook(self, context: Context | None, request: RequestId) -> Outlook:
+        """Return what to expect after a turn of a context; of a request without session, what all have in common."""
+        if context is None:
+            return rising(ContextId(request), EDGES_S, self._all.predict(_BASE, WEIGHT_UNHINTED))
+        return self._outlook(context)
+
+    # --- hints ------------------------------------------------------------------------------------------------------------
+
+    def tool_started(self, line: Line, tool: str, expected_s: float | None, now: float) -> list[Told]:
+        """Note that a session waits for a tool; return what its nodes have to hear."""
+        return [one for context in line.contexts[-1:] for one in self._hint(context, TOOL + tool, now, expected_s)]
+
+    def tool_finished(self, line: Line, now: float) -> list[Told]:
+        """Note that a session's tool has ended; return what its nodes have to hear."""
+        return [one for context in line.contexts[-1:] for one in self._hint(context, FINISHED, now)]
+
+    def ended(self, line: Line) -> list[Told]:
+        """Return what nodes have to hear of a session that comes back no more; nothing may be noted of it after."""
+        told = [(node, Outlook(context.id)) for context in line.contexts for node in context.nodes]
+        for context in line.contexts:
+            context.paused_s, context.nodes = None, ()
+        return told
+
+    def _hint(self, context: Context, kind: str, now: float, expected_s: float | None = None) -> list[Told]:
+        """Let a pause be of another class from now on, or let it be so once it begins."""
+        context.expected_s = expected_s
+        if context.running:
+            context.kind = kind
+            return []
+        self._pause(context, kind, now)
+        outlook = self._outlook(context) if expected_s is None else punctual(context.id, expected_s)
+        return [(node, outlook) for node in context.nodes]
+
+    # --- learning ---------------------------------------------------------------------------------------------------------
+
+    def _pause(self, context: Context, kind: str, now: float) -> None:
+        """Let a pause begin, or begin anew as one of another class: what was counted of it so far counts no more."""
+        if context.paused_s is not None:
+            self._uncount(context, now - context.paused_s)
+        context.paused_s, context.kind = now, kind
+        self._ages.pause(now, context)
+
+    def _reach(self, context: Context, since_s: float, place: int) -> bool:
+        if context.paused_s != since_s:
+            return False
+        for hazards in self._tables(context):
+            hazards.reach(place - 1)
+        return True
+
+    def _come_back(self, context: Context, age_s: float) -> None:
+        place = range_of(age_s)
+        if place is not None:
+            for hazards in self._tables(context):
+                hazards.reach(place)
+                hazards.come_back(place)
+
+    def _uncount(self, context: Context, age_s: float) -> None:
+        place = range_of(age_s)
+        for hazards in self._tables(context):
+            hazards.forget(len(EDGES_S) - 1 if place is None else place - 1)
+
+    def _tables(self, context: Context) -> tuple[Hazards, ...]:
+        """Return where a pause is counted."""
+        return self._all.hazards, self._class(context.kind).hazards
+
+    def _class(self, kind: str) -> "_Class":
+        known = self._classes.get(kind)
+        if known is None:
+            if len(self._classes) >= CLASSES_MAX:
+                return self._others
+            known = self._classes[kind] = _Class()
+        return known
+
+    def _outlook(self, context: Context) -> Outlook:
+        kind = context.kind
+        known = self._class(kind)
+        if kind == LEFT:
+            hazards = known.predict(_SELDOM, WEIGHT)
+        else:
+            hazards = known.predict(self._all.predict(_BASE, WEIGHT_UNHINTED), WEIGHT if _hinted(kind) else WEIGHT_UNHINTED)
+        return rising(context.id, EDGES_S, hazards)
+
+
+def _hinted(kind: str) -> bool:
+    return kind == FINISHED or kind.startswith(TOOL)
+
+
+def punctual(context: ContextId, expected_s: float) -> Outlook:
+    """Return the outlook of a context whose tool is said to take so long."""
+    early = max(EARLY * expected_s, UNCERTAIN_S / 2)
+    late = max(LATE * expected_s, early + UNCERTAIN_S)
+    return Outlook(context, (early, late, VERY_LATE * late), (0.0, IN_TIME, EVER))
+
+
+_BASE = [HAZARD] * len(EDGES_S)
+_SELDOM = [HAZARD_LEFT] * len(EDGES_S)

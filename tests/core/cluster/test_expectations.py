@@ -1,0 +1,98 @@
+"""What gateways expect of sessions: which context a prompt goes on with, what is learned of pauses, and who has to hear what."""
+
+from orchestrator.core.cluster.contexts import CONTEXTS_MAX, Context, course_of
+from orchestrator.core.cluster.expectations import CLASSES_MAX, Expectations, Line
+from orchestrator.core.outlook import ContextId, Outlook
+from orchestrator.core.types import NodeId, RequestId
+from tests.builders import prompt_hashes
+
+A, B = NodeId("a"), NodeId("b")
+
+
+def turn(expectations: Expectations, line: Line, request: int, prompt: str, now: float, *nodes: NodeId) -> list[NodeId]:
+    """Let a turn run for a second; return which nodes had to hear something as it began."""
+    context, told = expectations.started(line, RequestId(request), prompt_hashes(prompt), nodes or (A,), False, now)
+    expectations.paused(context, now + 1.0)
+    return [node for node, _ in told]
+
+
+def test_a_prompt_goes_on_with_the_context_that_it_extends_and_may_come_back_to_one_that_was_left() -> None:
+    contexts: list[Context] = []
+
+    def course(number: int, prompt: str) -> tuple[int, int | None]:
+        found = course_of(contexts, ContextId(number), prompt_hashes(prompt))
+        found.context.marks = found.context.marks.of(prompt_hashes(prompt))
+        return found.context.id, found.left.id if found.left is not None else None
+
+    assert course(1, "abcdef") == (1, None)
+    assert course(2, "abcdefgh") == (1, None)
+    assert course(3, "abcxyz") == (3, 1)  # another way from c on
+    assert course(4, "abcdefghi") == (1, None)  # back
+    assert course(5, "abcxyzz") == (3, None)
+    assert course(6, "qrs") == (6, None)  # shares nothing: it leaves nothing
+    assert course(7, "abcxyzw") == (3, None)  # only the end is another
+
+
+def test_few_contexts_of_a_session_are_followed() -> None:
+    contexts: list[Context] = []
+    for number in range(3 * CONTEXTS_MAX):
+        course = course_of(contexts, ContextId(number), prompt_hashes(chr(97 + number) * 4))
+        course.context.marks = course.context.marks.of(prompt_hashes(chr(97 + number) * 4))
+    assert [context.id for context in contexts] == list(range(2 * CONTEXTS_MAX, 3 * CONTEXTS_MAX))
+
+
+def test_nodes_that_have_a_session_no_longer_and_holders_of_what_it_left_hear_so() -> None:
+    expectations, line = Expectations(), Line()
+    assert turn(expectations, line, 1, "abcd", 0.0, A) == []
+    assert turn(expectations, line, 2, "abcdef", 5.0, B) == [A]
+    _, told = expectations.started(line, RequestId(3), prompt_hashes("abxyz"), (A,), False, 9.0)
+    (node, outlook) = told[0]
+    assert (node, outlook.context) == (B, 1)
+    assert 0.0 < outlook.chances[-1] < expectations.outlook(Context(ContextId(9)), RequestId(9)).chances[-1]  # few come back
+
+
+def test_a_tool_s_time_is_told_when_its_turn_is_over_or_at_once() -> None:
+    expectations, line = Expectations(), Line()
+    context, _ = expectations.started(line, RequestId(1), prompt_hashes("ab"), (A,), False, 0.0)
+    assert expectations.tool_started(line, "bash", 40.0, 1.0) == []  # the turn still runs
+    [(node, outlook)] = expectations.paused(context, 2.0)
+    assert (node, outlook.context) == (A, 1)
+    assert outlook.chance(30.0) == 0.0
+    assert outlook.chance(44.0) > 0.8
+    [(_, sooner)] = expectations.tool_started(line, "bash", 1.0, 3.0)
+    assert sooner.per_second(0.0) > outlook.per_second(0.0)
+
+
+def test_tools_are_learned_by_class() -> None:
+    expectations = Expectations()
+    for number in range(200):
+        for tool, pause_s in (("fast", 0.4), ("slow", 100.0)):
+            line = Line()
+            at = number * 300.0
+            turn(expectations, line, 2 * number, "ab", at)
+            expectations.tool_started(line, tool, None, at + 1.0)
+            turn(expectations, line, 2 * number + 1, "abc", at + 1.0 + pause_s)
+    told = {}
+    for tool in ("fast", "slow"):
+        line = Line()
+        turn(expectations, line, 1000, "ab", 1e6)
+        [(_, told[tool])] = expectations.tool_started(line, tool, None, 1e6 + 1.0)
+    assert told["fast"].chance(0.5) > 0.8
+    assert told["slow"].chance(0.5) < 0.2
+    assert told["slow"].chance(128.0) > 0.8
+
+
+def test_a_finished_tool_and_an_ended_session_are_told_of() -> None:
+    expectations, line = Expectations(), Line()
+    turn(expectations, line, 1, "ab", 0.0, A, B)
+    assert [node for node, _ in expectations.tool_finished(line, 2.0)] == [A, B]
+    assert expectations.ended(line) == [(A, Outlook(ContextId(1))), (B, Outlook(ContextId(1)))]
+
+
+def test_classes_beyond_the_bound_share_one() -> None:
+    expectations = Expectations()
+    for number in range(2 * CLASSES_MAX):
+        line = Line()
+        turn(expectations, line, number, "ab", float(number))
+        assert len(expectations.tool_started(line, f"tool {number}", None, number + 1.0)) == 1
+    assert expectations.classes == CLASSES_MAX
