@@ -61,6 +61,7 @@ from orchestrator.core.events import (
     Cancelled,
     ClusterEvent,
     Ended,
+    EvictAsked,
     Expected,
     FirstToken,
     GatewayHeard,
@@ -72,11 +73,13 @@ from orchestrator.core.events import (
     NodeJoined,
     NodeLost,
     NodeReported,
+    PrefetchAsked,
     RequestAbandoned,
     RequestArrived,
     ResyncRequested,
     SessionEnded,
     SourceLost,
+    StoreEvent,
     StoreJoined,
     StoreLost,
     StoreReported,
@@ -489,17 +492,21 @@ class World:
                 served = self.visits[request].served
                 served.restarts += 1
                 served.prefill = None
-            case PlaceLease(lease, _, nodes, _):
+            case PlaceLease(lease, _, nodes, stores):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, LeasePlaced(lease))
-            case EndLease(lease, _, nodes, _):
+                self._tell_stores(gateway, stores, LeasePlaced(lease))
+            case EndLease(lease, _, nodes, stores):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, LeaseEnded(lease.id, lease.revision))
+                self._tell_stores(gateway, stores, LeaseEnded(lease.id, lease.revision))
             case EvictBlocks(_, hashes, first_block, at_once, nodes):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, BlocksRetired(hashes, first_block, at_once))
-            case PrefetchStored() | EvictStored():
-                raise AssertionError(f"no store has joined, and {command} is asked for")
+            case PrefetchStored(model, hashes, blocks, stores):
+                self._tell_stores(gateway, stores, PrefetchAsked(model, hashes, blocks))
+            case EvictStored(model, hashes, first, end, tier, demote, stores):
+                self._tell_stores(gateway, stores, EvictAsked(model, hashes, first, end, tier, demote))
             case AnswerHint():
                 pass  # simulated harnesses go on whatever they are answered
             case _:
@@ -622,6 +629,11 @@ class World:
         """Take a store's frame in, unless it is from before a crash, or nobody reads it."""
         if self.stores[spec.host].spec.incarnation == spec.incarnation and gateway not in self._hung:
             self._tell_cluster(gateway, report)
+
+    def _tell_stores(self, gateway: GatewayId, stores: Sequence[StoreId], event: StoreEvent) -> None:
+        for simulated in self.stores.values():
+            if simulated.spec.id in stores:
+                self._network.send(gateway, simulated.spec.id, simulated.tell, event)
 
     def _resync_store(self, store: StoreId, gateway: GatewayId, model: ModelName, after: int | None) -> None:
         for simulated in self.stores.values():
