@@ -1,13 +1,15 @@
 """Measures rules of eviction: agents' sessions whose contexts do not fit, under each rule and with the future known.
 
-    python -m bench.cache_policy [--trace FILE ...] [--share S] [--load N] [--limit N] [--nodes N] [--json FILE]
+    python -m bench.cache_policy [--trace FILE ...] [--share S] [--load N] [--limit N] [--nodes N] [--starts N]
+                                 [--json FILE]
 
 Each trace goes through the simulator, closed loop, over the nodes and the cluster that serve live, once for each rule,
 and for ours with what agents may tell between their turns (`orchestrator/sim/hints.py`). All nodes
 together hold a share of the trace's working set (`orchestrator/sim/bounds.py`), a quarter unless told otherwise; one node, so
 that rules of eviction are compared and not rules of routing. Saved seconds are those that computing every prompt from its first
 token would have taken, less those of what was not cached: deep tokens weigh more than shallow ones. All times are virtual, and so
-every figure is the same on every machine.
+every figure is the same on every machine. Copied sessions start at random: of those the mean over several such starts is shown,
+since the order of a few turns moves a figure by as much as rules differ.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from bench.simulate import AGENT_MIX, STEP_TOKENS_MAX
 from orchestrator.cli.workload import read_workload
@@ -88,9 +91,22 @@ def measure(turns: Sequence[TracedTurn], resolved: Resolved, rule: CacheRule, hi
     )
 
 
-def compare(path: Path, load: int, limit: int | None, share: float, nodes: int) -> dict[str, object]:
+def mean(results: Sequence[Result]) -> Result:
+    """Return what several runs of one rule came to on average; failures are added up."""
+    return Result(
+        rule=results[0].rule,
+        hit_rate=fmean(one.hit_rate for one in results),
+        saved_s=fmean(one.saved_s for one in results),
+        session_s=fmean(one.session_s for one in results),
+        prefill_tokens=round(fmean(one.prefill_tokens for one in results)),
+        failed=sum(one.failed for one in results),
+    )
+
+
+def compare(path: Path, load: int, limit: int | None, share: float, nodes: int, starts: int) -> dict[str, object]:
     """Run a trace under every rule, print the comparison and return it."""
-    turns = read_workload(str(path), limit, SEED, load).turns
+    workloads = [read_workload(str(path), limit, SEED + start, load).turns for start in range(starts if load > 1 else 1)]
+    turns = workloads[0]
     whole = working_set_tokens(turns)
     capacity = int(share * whole)
     longest = max(turn.input_tokens + turn.output_tokens for turn in turns)
@@ -102,9 +118,13 @@ def compare(path: Path, load: int, limit: int | None, share: float, nodes: int) 
         f"{path.name} x{load}: {len(turns):,} requests, working set {whole:,} tokens, {nodes} nodes hold {capacity:,}; "
         f"hits of an endless cache {endless.hit_rate:.2%}, in recorded order at most {best.hit_rate:.2%}"
     )
-    resolved = cluster(nodes, capacity)
-    results = [measure(turns, resolved, rule) for rule in CacheRule]
-    results[-1:-1] = [measure(turns, resolved, CacheRule.VALUE, hints) for hints in list(HintProgram)[1:]]
+    clusters = [cluster(nodes, int(share * working_set_tokens(one))) for one in workloads]
+
+    def measured(rule: CacheRule, hints: HintProgram = HintProgram.NONE) -> Result:
+        return mean([measure(one, resolved, rule, hints) for one, resolved in zip(workloads, clusters, strict=True)])
+
+    results = [measured(rule) for rule in CacheRule]
+    results[-1:-1] = [measured(CacheRule.VALUE, hints) for hints in list(HintProgram)[1:]]
     by_rule = {result.rule: result for result in results}
     lru, optimum = by_rule[CacheRule.LRU], by_rule[CacheRule.OPTIMAL]
     for one in results:
@@ -118,6 +138,7 @@ def compare(path: Path, load: int, limit: int | None, share: float, nodes: int) 
     return {
         "trace": path.name,
         "load": load,
+        "starts": len(workloads),
         "requests": len(turns),
         "working_set_tokens": whole,
         "capacity_tokens": capacity,
@@ -135,10 +156,11 @@ def main() -> None:
     parser.add_argument("--load", type=int, default=1, help="copies of the named traces' sessions, from random moments on")
     parser.add_argument("--limit", type=int, help="only the first so many requests")
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--starts", type=int, default=4, help="random starts of copied sessions, over which to average")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     traces = [(path, arguments.load) for path in arguments.trace] if arguments.trace else DEFAULT_TRACES
-    figures = [compare(path, load, arguments.limit, arguments.share, arguments.nodes) for path, load in traces]
+    figures = [compare(path, load, arguments.limit, arguments.share, arguments.nodes, arguments.starts) for path, load in traces]
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1))
 

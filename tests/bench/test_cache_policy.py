@@ -25,7 +25,7 @@ def test_deep_tokens_that_were_not_computed_save_more_and_what_failed_saves_noth
 
 def test_a_node_that_is_too_small_for_a_context_is_refused_by_name() -> None:
     with pytest.raises(SystemExit, match=r"agent_mix.*longest context"):
-        compare(AGENT_MIX, 1, None, share=0.01, nodes=1)
+        compare(AGENT_MIX, 1, None, share=0.01, nodes=1, starts=1)
 
 
 @pytest.mark.slow
