@@ -1,6 +1,7 @@
 """Memory that nodes of one host share, and bounds on what is in flight in it."""
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -26,9 +27,9 @@ _PLACE = re.compile(r"/proc/([1-9][0-9]{0,9})/fd/(0|[1-9][0-9]{0,9})")
 _SHOWN = f"/memfd:{NAME} (deleted)"
 #: It can neither shrink nor grow, nor be made to again.
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
 #: Linux 5.14 and later; Python does not name it.
 _MADV_POPULATE_WRITE = 23
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 Result = TypeVar("Result")
 
@@ -98,13 +99,7 @@ class SharedArena:
 
     def populate(self, start: int, size: int) -> bool:
         """Take the memory of a part now, not when it is first written to. Returns False if this kernel cannot."""
-        try:
-            self._map.madvise(_MADV_POPULATE_WRITE, start, size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS):
-                raise
-            return False
-        return True
+        return populate(self.view[start : start + size])
 
     def close(self) -> None:
         """Give the memory up; it goes when the last map of it does."""
@@ -161,6 +156,23 @@ def map_memory(memory: node_pb2.SharedMemory, writable: bool = False) -> memoryv
     if bytes(view[memory.size :]) != memory.cookie:
         raise PeerUnmappable(f"{memory.path} is not the memory it was said to be")
     return view[: memory.size]
+
+
+def populate(view: memoryview) -> bool:
+    """Map writable memory into this process now, not page by page when it is first touched, and take it if nobody has.
+
+    Returns False if this kernel cannot. Raises `OSError` if there is no such memory.
+    """
+    pages = np.frombuffer(view, dtype=np.uint8)
+    first = pages.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    size = pages.ctypes.data + len(pages) - first
+    # Not by `mmap.madvise`, which holds the interpreter's lock meanwhile.
+    if _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_POPULATE_WRITE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(error, os.strerror(error))
+    return False
 
 
 class ByteBudget:

@@ -31,11 +31,13 @@ from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, Req
 from orchestrator.wire import store_pb2, store_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 from workers.engines.base import Engine, NotEncodable
-from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory
+from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory, populate
 from workers.transports import range_of, runs
 
 #: Seconds between two tries to reach a store: doubled from the first to the second.
 RETRY_S_MIN, RETRY_S_MAX = 0.05, 2.0
+#: Bytes of a store's memory that are mapped at a time while there is nothing to copy.
+TOUCHED_BYTES = 64 * 1024 * 1024
 #: Seconds in which a store must answer a hello.
 HELLO_S_MAX = 5.0
 #: Seconds that the end of a call waits for its last word.
@@ -113,6 +115,18 @@ class _Arena:
         self.slots = placed.slots
         self._block_bytes = block_bytes
         self._view = map_memory(placed.memory, writable=True)[first : first + size]
+        self._touched = 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the first copies from or to some of it would wait for the kernel to map its pages: half of their time."""
+        return self._touched < len(self._view)
+
+    def touch(self) -> None:
+        """Have the next part of it mapped. From any thread."""
+        part = self._view[self._touched : self._touched + TOUCHED_BYTES]
+        populate(part)
+        self._touched += len(part)
 
     def slabs(self, slot: int, count: int) -> memoryview:
         """Return the bytes of neighbouring slots."""
@@ -353,7 +367,11 @@ class Tiers:
         """Copy piece by piece: what a prompt waits for first."""
         while True:
             self._work.clear()
-            if not (await self._copy_for_load() or await self._copy_for_offer()):
+            if await self._copy_for_load() or await self._copy_for_offer():
+                continue
+            if self._arena is not None and self._arena.fresh:
+                await self._copier.run_blocking(self._arena.touch)
+            else:
                 await self._work.wait()
 
     async def _copy_for_load(self) -> bool:
