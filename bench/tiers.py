@@ -278,7 +278,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
             target.engine.pool[start:end] = bytes(end - start)  # memory that was never touched is slower to write
         server = await _begin(1, plain, model, trust, source, target)
         seconds["memcpy"] = min(_timed(lambda: copy_bytes(target.engine.pool, source.engine.pool)) for _ in range(3))
-        # Much at once goes past the caches and is faster for it; moves go piece by piece, so that they can be followed and stopped.
+        # Much at once goes past the caches and is faster for it; moves go in pieces, so that they can be followed and stopped.
         seconds[PIECEWISE] = min(_timed(lambda: _copy_pieces(target.engine.pool, source.engine.pool)) for _ in range(3))
         seconds["hbm to cpu, slots never used before"] = await source.offer([BlockHash(name[::-1]) for name in names])
         seconds["hbm to cpu"] = await source.offer(names)
