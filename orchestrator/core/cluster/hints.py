@@ -23,13 +23,14 @@ from orchestrator.core.commands import (
     EndLease,
     EvictBlocks,
     EvictStored,
+    Expect,
     PlaceLease,
     PrefetchStored,
     SetTimer,
 )
 from orchestrator.core.config import LeasesConfig, StoreConfig, TenantConfig
 from orchestrator.core.cost.costs import prompt_seconds
-from orchestrator.core.events import LeasesTold
+from orchestrator.core.events import LeasesTold, SessionEnded, ToolFinished, ToolStarted
 from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
 from orchestrator.core.timers import LeaseTimer, RefitTimer
 from orchestrator.core.types import (
@@ -54,8 +55,6 @@ _NO_STORE = {
 _NO_HOLDER = {
     Verb.RETAIN: "no tier here takes a bias for what it forgets first",
     Verb.SHARE: "no node here takes blocks that no request has asked it for",
-    Verb.TOOL_STARTED: "nothing here places blocks by the pauses of sessions",
-    Verb.TOOL_FINISHED: "nothing here places blocks by the pauses of sessions",
 }
 #: The reason that stands for a grant that is less in several ways: the one that costs most.
 _GRAVEST = (Reason.QUOTA_BYTES, Reason.LOWER_TIER, Reason.QUOTA_BYTE_SECONDS, Reason.TTL_MAX)
@@ -190,7 +189,9 @@ class Hints:
                 return self._fork(hint), []
             case Verb.END_SESSION:
                 return self._end_session(hint, now)
-            case Verb.RETAIN | Verb.SHARE | Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
+            case Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
+                return self._pause(hint, now)
+            case Verb.RETAIN | Verb.SHARE:
                 raise AssertionError(f"{hint.verb.value} is said to be possible")
             case _:
                 assert_never(hint.verb)
@@ -396,6 +397,22 @@ class Hints:
             return Receipt(Outcome.MISSING, Reason.NO_SESSION, "this tenant has no such session here")
         return Receipt(Outcome.APPLIED, blocks=len(hint.hashes))
 
+    def _pause(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        """Let nodes know when a session is expected back."""
+        assert hint.model is not None, "a session is resolved to one of a model"
+        assert hint.session is not None, "a pause is that of a session"
+        if not self._sessions.knows(hint.model, hint.tenant, hint.session):
+            return Receipt(Outcome.MISSING, Reason.NO_SESSION, "this tenant has no such session here"), []
+        if hint.verb is Verb.TOOL_STARTED:
+            event = ToolStarted(hint.model, hint.tenant, hint.session, hint.tool_class, hint.expected_s)
+        else:
+            event = ToolFinished(hint.model, hint.tenant, hint.session)
+        return Receipt(Outcome.APPLIED, blocks=len(hint.hashes)), self._expect(event, now)
+
+    def _expect(self, event: ToolStarted | ToolFinished | SessionEnded, now: float) -> list[ClusterCommand]:
+        """Return what nodes are to expect of a session's context from now on."""
+        return [Expect(node, outlook) for node, outlook in self._sessions.hinted(event, now) if node in self._nodes]
+
     def _end_session(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
         """End the leases placed with a session, forget it, and let go what only it needs."""
         assert hint.model is not None, "a session is resolved to one of a model"
@@ -403,7 +420,8 @@ class Hints:
         commands: list[ClusterCommand] = []
         for held in [held for held in self._leases_on(hint) if held.lease.session == hint.session]:
             commands += self._ending(held, LeaseChange.SESSION_ENDED, now)
-        known = self._sessions.end(hint.model, hint.tenant, hint.session)
+        known = self._sessions.knows(hint.model, hint.tenant, hint.session)
+        commands += self._expect(SessionEnded(hint.model, hint.tenant, hint.session), now)
         evicting, blocks = self._evicting(hint, leased_blocks(self._leases_on(hint), hint.hashes)) if hint.hashes else ([], 0)
         if not (known or commands or evicting):
             return Receipt(Outcome.MISSING, Reason.NO_SESSION, "this tenant has no such session here"), []

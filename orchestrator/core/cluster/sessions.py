@@ -138,9 +138,9 @@ class Sessions:
             del self._sessions[next(iter(self._sessions))]
         return True
 
-    def end(self, model: ModelName, tenant: TenantId, session: SessionId) -> bool:
-        """Forget a session that has ended; False if it is not known."""
-        return self._sessions.pop((model, tenant, session), None) is not None
+    def knows(self, model: ModelName, tenant: TenantId, session: SessionId) -> bool:
+        """Return whether anything is known of a session."""
+        return (model, tenant, session) in self._sessions
 
     def ended(self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int) -> None:
         """Note that a turn went well, and why it computed what it did.

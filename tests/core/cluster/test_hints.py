@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.leases import REFIT_S
-from orchestrator.core.commands import AnswerHint, ClearTimer, EndLease, EvictBlocks, PlaceLease, SetTimer
+from orchestrator.core.commands import AnswerHint, ClearTimer, EndLease, EvictBlocks, Expect, PlaceLease, SetTimer
 from orchestrator.core.config import LeasesConfig
 from orchestrator.core.events import HintAsked, LeaseEnded, LeasesTold, NodeJoined, NodeLost, TimerFired
 from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Reason, Receipt, Verb
@@ -228,6 +228,19 @@ def test_a_forked_session_goes_where_its_parent_is(make_cluster: MakeCluster) ->
     assert ask(cluster, foreign)[0].outcome is Outcome.MISSING
 
 
+def test_pauses_of_a_session_are_told_to_where_it_is(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("a0")
+    cluster.handle(arrived(1, "abcd", session="s"), 0.0)
+    cluster.handle(reported("a0", ended=[end_of(1, FinishReason.STOP)]), 0.1)
+    started = hint(Verb.TOOL_STARTED, "abcd", session=SessionId("s"), tool_class="bash", expected_s=30.0)
+    receipt, told = ask(cluster, started)
+    assert receipt.outcome is Outcome.APPLIED
+    assert [type(command) for command in told] == [Expect]
+    assert ask(cluster, hint(Verb.TOOL_FINISHED, "abcd", action="1", session=SessionId("s")))[0].outcome is Outcome.APPLIED
+    unknown = hint(Verb.TOOL_STARTED, "abcd", action="2", session=SessionId("nobody"))
+    assert ask(cluster, unknown)[0].reason is Reason.NO_SESSION
+
+
 def test_the_end_of_a_session_ends_its_leases_and_lets_its_blocks_go(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0")
     cluster.handle(reported("a0", stored("abcd")), 0.5)
@@ -239,7 +252,7 @@ def test_the_end_of_a_session_ends_its_leases_and_lets_its_blocks_go(make_cluste
     assert ask(cluster, gone)[0].reason is Reason.NO_SESSION
 
 
-@pytest.mark.parametrize("verb", [Verb.RETAIN, Verb.PREFETCH, Verb.DEMOTE, Verb.SHARE, Verb.TOOL_STARTED, Verb.TOOL_FINISHED])
+@pytest.mark.parametrize("verb", [Verb.RETAIN, Verb.PREFETCH, Verb.DEMOTE, Verb.SHARE])
 def test_what_nobody_could_do_is_said_to_be_so(make_cluster: MakeCluster, verb: Verb) -> None:
     receipt, others = ask(make_cluster("a0"), hint(verb))
     assert (receipt.outcome, receipt.reason, others) == (Outcome.UNSUPPORTED, Reason.NO_HOLDER, [])
