@@ -12,7 +12,8 @@ shallow ones, and are worth no more here: weighed by that, long contexts keep ro
 where returns are guesses that loses as much as it wins (`bench/README.md`).
 
 Rule 1: the order is made anew once it is older than `RERANK_S`, as what is worth something changes with time alone.
-Rule 2: of what is worth the same, the longest unused goes first; a pool that knows no outlook at all is an LRU cache.
+Rule 2: nothing is worth a look until something must go: what comes into the order waits unranked for that.
+Rule 3: of what is worth the same, the longest unused goes first; a pool that knows no outlook at all is an LRU cache.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,7 +51,7 @@ class _Expected:
 class ValuePool(BlockPool):
     """A `BlockPool` that evicts by expected value."""
 
-    __slots__ = ("_entries", "_expected", "_order", "_places", "_ranked_at")
+    __slots__ = ("_entries", "_expected", "_order", "_places", "_ranked_at", "_unranked")
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
         super().__init__(blocks, caching)
@@ -60,6 +61,8 @@ class ValuePool(BlockPool):
         #: The order: (value, when it idled, a tie-break, the run), least first. Valid is what `_entries` has the tie-break of.
         self._order: list[tuple[float, int, int, Run]] = []
         self._entries: dict[Run, int] = {}
+        #: What is to come into the order (rule 2).
+        self._unranked: dict[Run, None] = {}
         self._ranked_at = 0.0
 
     # --- what is expected -------------------------------------------------------------------------------------------------
@@ -135,9 +138,7 @@ class ValuePool(BlockPool):
     def _rank(self, run: Run) -> None:
         self._serial += 1
         self._entries[run] = self._serial
-        heappush(self._order, (self._value(run), run.idled, self._serial, run))
-        if len(self._order) > 2 * len(self._entries) + STALE_MAX:
-            self._rank_all()
+        self._unranked[run] = None
 
     def _rank_all(self) -> None:
         """Make the order anew (rule 1)."""
@@ -146,11 +147,20 @@ class ValuePool(BlockPool):
         self._entries = {run: number for number, run in enumerate(idle, self._serial + 1)}
         self._serial += len(idle)
         self._order = [(self._value(run), run.idled, number, run) for run, number in self._entries.items()]
+        self._unranked.clear()
         heapify(self._order)
 
+    def _rank_new(self) -> None:
+        """Let what waits for it come into the order."""
+        for run in self._unranked:
+            heappush(self._order, (self._value(run), run.idled, self._entries[run], run))
+        self._unranked.clear()
+
     def _victim(self) -> Run:
-        if self.now - self._ranked_at > RERANK_S:
+        if self.now - self._ranked_at > RERANK_S or len(self._order) > 2 * len(self._entries) + STALE_MAX:
             self._rank_all()
+        else:
+            self._rank_new()
         while True:
             _, _, serial, run = heappop(self._order)
             if self._entries.get(run) == serial and run.names and not run.claims and not run.children:
@@ -158,6 +168,7 @@ class ValuePool(BlockPool):
 
     def _remove(self, run: Run, first: BlockHash) -> None:
         self._entries.pop(run, None)
+        self._unranked.pop(run, None)
         expected = self._expected.pop(run, None)
         if expected is not None:
             assert run.parent is not None, "the root cannot be evicted"
@@ -171,7 +182,7 @@ class ValuePool(BlockPool):
     # --- invariants -------------------------------------------------------------------------------------------------------
 
     def _is_ranked(self, run: Run) -> bool:
-        return any(entry[3] is run and self._entries.get(run) == entry[2] for entry in self._order)
+        return run in self._unranked or any(entry[3] is run and self._entries.get(run) == entry[2] for entry in self._order)
 
     def validate(self, claims: Iterable[Claim], private: Iterable[BlockId]) -> None:
         super().validate(claims, private)

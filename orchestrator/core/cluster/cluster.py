@@ -31,7 +31,7 @@ Rule 3: reports about requests or nodes that are not known are late, not wrong: 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
@@ -475,12 +475,12 @@ class Cluster:
         share = self._admission.share(request.tenant)
         parts: list[Assign] = []
         if prefill is not None:
-            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, outlook, share, pending=False)
-            parts.append(Assign(prefill.spec.id, replace(part, stored_tokens=stored_tokens), placement.scores))
+            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, stored_tokens, outlook, share)
+            parts.append(Assign(prefill.spec.id, part, placement.scores))
             source, source_tokens, stored_tokens = prefill.spec, request.prompt_tokens, 0
         apart = prefill is not None
-        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, outlook, share, pending=apart)
-        parts.append(Assign(generate.spec.id, replace(part, stored_tokens=stored_tokens), placement.scores))
+        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, stored_tokens, outlook, share, apart)
+        parts.append(Assign(generate.spec.id, part, placement.scores))
         self._commands += parts
         return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
 
@@ -820,10 +820,10 @@ def _part(
     output_tokens_max: int,
     source: NodeSpec | None,
     source_tokens: int,
+    stored_tokens: int,
     outlook: Outlook,
     share: float,
-    *,
-    pending: bool,
+    pending: bool = False,
 ) -> Assignment:
     return Assignment(
         request=request.id,
@@ -835,6 +835,7 @@ def _part(
         source_tokens=source_tokens,
         source_pending=pending,
         source_incarnation=source.incarnation if source is not None else None,
+        stored_tokens=stored_tokens,
         priority=request.priority,
         outlook=outlook,
         name=request.name,
