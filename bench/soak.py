@@ -28,6 +28,7 @@ CLUSTER = """
 [gateway]
 prompts_cached_max = 512
 prompt_chars_cached_max = 4194304
+chain_blocks_max = 20000
 [limits]
 sessions_max = 500
 [models.tiny]
@@ -72,8 +73,16 @@ class Agents:
     def __init__(self, sessions: int, words: Sequence[str]) -> None:
         self._chance = random.Random(5)
         self._words = words
-        self._messages: list[list[dict[str, str]]] = [[] for _ in range(sessions)]
+        self._messages = [self._past(self._chance.randrange(TURNS)) for _ in range(sessions)]
         self._busy: set[int] = set()
+
+    def _past(self, turns: int) -> list[dict[str, str]]:
+        """Return a conversation of so many turns: contexts are as long in the beginning as later on."""
+        return [
+            {"role": role, "content": " ".join(self._chance.choices(self._words, k=words))}
+            for turn in range(turns)
+            for role, words in (("user", TURN_WORDS if turn else START_WORDS), ("assistant", 8))
+        ]
 
     def next_turn(self) -> tuple[int, list[dict[str, str]]]:
         """Return a session that has no turn under way, and its conversation with one more message."""
