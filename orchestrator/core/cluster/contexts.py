@@ -54,7 +54,7 @@ class Marks:
 class Context:
     """One line of turns."""
 
-    __slots__ = ("expected_s", "id", "kind", "marks", "nodes", "paused_s", "running", "turns")
+    __slots__ = ("expected_s", "forgotten", "id", "kind", "marks", "nodes", "paused_s", "running", "turns")
 
     def __init__(self, identity: ContextId) -> None:
         self.id = identity
@@ -70,6 +70,12 @@ class Context:
         self.expected_s: float | None = None
         #: Where its last turn ran.
         self.nodes: tuple[NodeId, ...] = ()
+        #: True once its pauses count no more.
+        self.forgotten = False
+
+    def forget(self) -> None:
+        """Note that it is followed no longer, though a turn of it may still be under way."""
+        self.paused_s, self.forgotten = None, True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,5 +104,5 @@ def course_of(contexts: list[Context], new: ContextId, hashes: Sequence[BlockHas
     context = Context(new)
     contexts.append(context)
     if len(contexts) > CONTEXTS_MAX:
-        del contexts[0]
+        contexts.pop(0).forget()
     return Course(context, best if best is not None and repeated and not best.running else None)

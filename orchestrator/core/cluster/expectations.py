@@ -47,6 +47,11 @@ class Line:
         #: The one that was used last at the end.
         self.contexts: list[Context] = []
 
+    def forget(self) -> None:
+        """Follow none of them any longer: pauses must not keep what is remembered of sessions that are not."""
+        for context in self.contexts:
+            context.forget()
+
 
 class _Class:
     """Pauses of one class, and what is predicted of them."""
@@ -133,8 +138,9 @@ class Expectations:
     def ended(self, line: Line) -> list[Told]:
         """Return what nodes have to hear of a session that comes back no more; nothing may be noted of it after."""
         told = [(node, Outlook(context.id)) for context in line.contexts for node in context.nodes]
+        line.forget()
         for context in line.contexts:
-            context.paused_s, context.nodes = None, ()
+            context.nodes = ()
         return told
 
     def _hint(self, context: Context, kind: str, now: float, expected_s: float | None = None) -> list[Told]:
@@ -153,8 +159,10 @@ class Expectations:
         """Let a pause begin, or begin anew as one of another class: what was counted of it so far counts no more."""
         if context.paused_s is not None:
             self._uncount(context, now - context.paused_s)
-        context.paused_s, context.kind = now, kind
-        self._ages.pause(now, context)
+        context.kind = kind
+        if not context.forgotten:
+            context.paused_s = now
+            self._ages.pause(now, context)
 
     def _reach(self, context: Context, since_s: float, place: int) -> bool:
         if context.paused_s != since_s:

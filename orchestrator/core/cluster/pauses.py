@@ -69,7 +69,10 @@ def range_of(age_s: float) -> int | None:
 
 
 class Ages(Generic[T]):
-    """Tells of everything that pauses when it gets from one range of ages into the next."""
+    """Tells of everything that pauses when it gets from one range of ages into the next.
+
+    What pauses no more is kept until then: at most twice as long as it paused.
+    """
 
     __slots__ = ("_count", "_ranges")
 

@@ -99,8 +99,7 @@ class Sessions:
         session = self._sessions.pop(key, None) or Session()
         self._sessions[key] = session
         session.generated_on, session.prefilled_on = generate, prefill
-        if len(self._sessions) > self._sessions_max:
-            del self._sessions[next(iter(self._sessions))]
+        self._forget_oldest()
         context, told = self._expectations.started(session.line, request.id, request.hashes, session.nodes, again, now)
         return Started(context, self._expectations.outlook(context, request.id), told)
 
@@ -134,9 +133,12 @@ class Sessions:
                 session = self._sessions[key] = Session()
                 session.generated_on, session.prefilled_on = origin.generated_on, origin.prefilled_on
                 session.marks = origin.marks
-        while len(self._sessions) > self._sessions_max:
-            del self._sessions[next(iter(self._sessions))]
+        self._forget_oldest()
         return True
+
+    def _forget_oldest(self) -> None:
+        while len(self._sessions) > self._sessions_max:
+            self._sessions.pop(next(iter(self._sessions))).line.forget()
 
     def knows(self, model: ModelName, tenant: TenantId, session: SessionId) -> bool:
         """Return whether anything is known of a session."""

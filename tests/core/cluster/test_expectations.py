@@ -1,5 +1,9 @@
 """What gateways expect of sessions: which context a prompt goes on with, what is learned of pauses, and who has to hear what."""
 
+import sys
+
+import pytest
+
 from orchestrator.core.cluster.contexts import CONTEXTS_MAX, Context, course_of
 from orchestrator.core.cluster.expectations import CLASSES_MAX, Expectations, Line
 from orchestrator.core.outlook import ContextId, Outlook
@@ -87,6 +91,25 @@ def test_a_finished_tool_and_an_ended_session_are_told_of() -> None:
     turn(expectations, line, 1, "ab", 0.0, A, B)
     assert [node for node, _ in expectations.tool_finished(line, 2.0)] == [A, B]
     assert expectations.ended(line) == [(A, Outlook(ContextId(1))), (B, Outlook(ContextId(1)))]
+
+
+@pytest.mark.parametrize("way", ["forgotten", "ended", "ended in a turn", "crowded out"])
+def test_nothing_is_kept_of_what_is_followed_no_longer(way: str) -> None:
+    expectations, line = Expectations(), Line()
+    context, _ = expectations.started(line, RequestId(1), prompt_hashes("ab"), (A,), False, 0.0)
+    if way == "ended in a turn":
+        expectations.ended(line)
+    expectations.paused(context, 1.0)
+    if way == "forgotten":
+        line.forget()
+    elif way == "ended":
+        expectations.ended(line)
+    elif way == "crowded out":
+        for number in range(CONTEXTS_MAX):
+            expectations.started(line, RequestId(2 + number), prompt_hashes(chr(107 + number) * 4), (A,), False, 2.0)
+    line.contexts.clear()
+    expectations.started(Line(), RequestId(9), prompt_hashes("z"), (A,), False, 5.0)  # ages go on
+    assert sys.getrefcount(context) == 2  # this name, and the question
 
 
 def test_classes_beyond_the_bound_share_one() -> None:
