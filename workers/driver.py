@@ -63,6 +63,7 @@ from orchestrator.core.types import (
     NodeId,
     NodeSpec,
     RequestId,
+    Tier,
     gateway_of,
 )
 from orchestrator.wire import codec, node_pb2
@@ -75,7 +76,7 @@ from workers.engines.base import Engine, EngineDescription, SliceOutput, broken_
 from workers.memory import Copier, PeerMemory, TransferFailed, TransferLimits
 from workers.outbox import Outbox
 from workers.runner import open_runner
-from workers.tiers import HBM, Moved, StorePlace, Tiers
+from workers.tiers import Moved, StorePlace, Tiers
 from workers.transfer import Channels, Exports, Fetches, Stream, WholeWrites
 from workers.transports import Transport
 
@@ -515,14 +516,14 @@ class NodeDriver:
         return self._tiers
 
     def _tell_leases(self, command: TellLeases) -> None:
-        told = [codec.lease_message(lease) for lease in command.placed]
-        told_ended = [codec.ended_lease_message(ended) for ended in command.ended]
+        told = (*map(codec.lease_message, command.placed), *map(codec.ended_lease_message, command.ended))
         for outbox in self._outboxes.values():
             if command.gateway in (None, outbox.gateway):
-                outbox.add_leases(told, told_ended)
+                for message in told:
+                    outbox.add_lease(message)
 
     def _moved(self, request: RequestId, size: int, seconds: float, began_s_ago: float) -> None:
-        self._copied(Moved(HBM, HBM, size, seconds, request, began_s_ago))
+        self._copied(Moved(Tier.HBM, Tier.HBM, size, seconds, request, began_s_ago))
 
     def _copied(self, moved: Moved) -> None:
         move = node_pb2.Move(

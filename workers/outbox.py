@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from orchestrator.core.blocks import HASH_BYTES
 from orchestrator.core.types import GatewayId, KvBatch, Load, RequestId
 from orchestrator.wire import codec, node_pb2
+from orchestrator.wire.leases import LeaseMessage, LeaseNews
 from workers.engines.base import TokenLogprobs
 
 #: Seconds between two heartbeats at least, whatever a gateway asks for.
@@ -62,8 +63,7 @@ class Outbox:
         self._pages: deque[KvBatch] = deque()
         self._kv: list[node_pb2.KvBatch] = []
         self._moves: list[node_pb2.Move] = []
-        #: What was heard last of each lease; bounded by the leases that a node keeps.
-        self._leases: dict[str, node_pb2.Lease | node_pb2.EndedLease] = {}
+        self._leases = LeaseNews()
         #: Hashes pending, those of a snapshot apart.
         self._weight = 0
         #: Bytes of log probabilities and ends that are pending, about.
@@ -134,10 +134,9 @@ class Outbox:
     def add_move(self, message: node_pb2.Move) -> None:
         self._moves.append(message)
 
-    def add_leases(self, placed: Sequence[node_pb2.Lease], ended: Sequence[node_pb2.EndedLease]) -> None:
-        """Add what has become of leases, in place of what waits to be told of the same ones."""
-        for message in (*placed, *ended):
-            self._leases[message.id] = message
+    def add_lease(self, message: LeaseMessage) -> None:
+        """Add what has become of a lease."""
+        self._leases.add(message)
 
     def wake(self) -> None:
         """Have a frame sent as soon as the stream is free."""
@@ -217,23 +216,10 @@ class Outbox:
         if self._moves:
             frame.moves.extend(self._moves)
             self._moves.clear()
+        self._leases.add_to(frame, 0)
         if self._leases:
-            self._take_leases(frame)
+            self._wake.set()
         return frame
-
-    def _take_leases(self, frame: node_pb2.NodeFrame) -> None:
-        """Put leases into a frame, one at least; a next frame brings what is left."""
-        size = 0
-        for name, message in list(self._leases.items()):
-            size += message.ByteSize()
-            if size > codec.FRAME_BYTES_MAX and (frame.leases or frame.ended_leases):
-                self._wake.set()
-                return
-            del self._leases[name]
-            if isinstance(message, node_pb2.Lease):
-                frame.leases.append(message)
-            else:
-                frame.ended_leases.append(message)
 
     def _take_kv(self, frame: node_pb2.NodeFrame) -> None:
         """Put the oldest changes of holdings into a frame, one at least; a next frame brings what is left."""

@@ -27,7 +27,7 @@ from orchestrator.core.commands import LoadBlocks, Offer
 from orchestrator.core.config import KvFormat
 from orchestrator.core.cost.costs import fetch_seconds
 from orchestrator.core.events import FetchEnded, FetchProgressed, NodeEvent, OfferEnded
-from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, RequestId, StoreId
+from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, RequestId, StoreId, Tier
 from orchestrator.wire import store_pb2, store_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 from workers.engines.base import Engine, NotEncodable
@@ -42,7 +42,6 @@ TOUCHED_BYTES = 64 * 1024 * 1024
 HELLO_S_MAX = 5.0
 #: Seconds that the end of a call waits for its last word.
 GOODBYE_S_MAX = 1.0
-HBM, CPU = "hbm", "cpu"
 log = logging.getLogger("weft.node")
 
 
@@ -480,7 +479,7 @@ class Tiers:
             self._said.set()
         if load.blocks:
             ago = time.perf_counter() - load.began_s
-            self._moved(Moved(CPU, HBM, load.blocks * self._block_bytes, load.seconds, request, ago))
+            self._moved(Moved(Tier.CPU, Tier.HBM, load.blocks * self._block_bytes, load.seconds, request, ago))
         cmx_tokens = load.cmx_blocks * self._spec.block_tokens
         self._handle(FetchEnded(request, self._tokens(load), failure=failure, cmx_tokens=cmx_tokens))
 
@@ -493,7 +492,7 @@ class Tiers:
             elif offer.stopped:
                 self._unanswered.add(number)
         if offer.copied:
-            self._moved(Moved(HBM, CPU, offer.copied * self._block_bytes, offer.seconds))
+            self._moved(Moved(Tier.HBM, Tier.CPU, offer.copied * self._block_bytes, offer.seconds))
         self._handle(OfferEnded(number, failure))
 
     def _say_written(self, offer: OfferId, blocks: int) -> None:

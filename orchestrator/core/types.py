@@ -98,9 +98,14 @@ class Tier(StrEnum):
     CMX = "cmx"  # content-addressed storage that all hosts share
 
     @property
+    def level(self) -> int:
+        """0 for the best; lower tiers have higher ones."""
+        return tuple(Tier).index(self)
+
+    @property
     def below(self) -> "Tier | None":
         """The next lower one."""
-        return {Tier.HBM: Tier.CPU, Tier.CPU: Tier.CMX}.get(self)
+        return next((tier for tier in Tier if tier.level == self.level + 1), None)
 
 
 class FinishReason(StrEnum):
@@ -267,6 +272,10 @@ class Lease:
     revision: int = 0
     #: The session that was named to place it, if one was.
     session: SessionId | None = None
+
+    def until(self, expires_at: float, now: float) -> "Lease":
+        """Return it as it is told `now`, with the seconds that it has left."""
+        return replace(self, ttl_s=expires_at - now)
 
 
 @dataclass(frozen=True, slots=True)

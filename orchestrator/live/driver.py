@@ -80,6 +80,7 @@ from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2, store_codec, store_pb2
 from orchestrator.wire.clock import Timers
 from orchestrator.wire.journal import ClusterJournalWriter, recorded
+from orchestrator.wire.leases import LeaseMessage
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Trust
 
@@ -418,7 +419,7 @@ class ClusterDriver:
         for move in frame.moves:
             self._observer.moved(NodeId(store), move.source, move.target, move.bytes, move.seconds)
         if frame.leases:
-            self._handle(LeasesTold(None, tuple(store_codec.lease_from(lease) for lease in frame.leases), store=store))
+            self._handle(LeasesTold(None, tuple(codec.lease_from(lease) for lease in frame.leases), store=store))
         for model, batches in told.items():
             self._handle(StoreReported(store, model, self._store_loads.get((store, model), StoreLoad()), tuple(batches)))
 
@@ -555,15 +556,9 @@ class ClusterDriver:
             case AnswerHint():
                 self._receipt = command.receipt
             case PlaceLease(lease, _, nodes, stores):
-                for link in self._links_to(nodes):
-                    link.place_lease(codec.lease_message(lease))
-                for store_link in self._stores_at(stores):
-                    store_link.place_lease(lease)
+                self._tell_lease(codec.lease_message(lease), nodes, stores)
             case EndLease(lease, _, nodes, stores):
-                for link in self._links_to(nodes):
-                    link.end_lease(codec.ended_lease_message(LeaseEnded(lease.id, lease.revision)))
-                for store_link in self._stores_at(stores):
-                    store_link.end_lease(lease)
+                self._tell_lease(codec.ended_lease_message(LeaseEnded(lease.id, lease.revision)), nodes, stores)
             case PrefetchStored():
                 for store_link in self._stores_at(command.stores):
                     store_link.advise(PrefetchAsked(command.model, command.hashes, command.blocks))
@@ -579,6 +574,10 @@ class ClusterDriver:
                 self._timers.clear(key)
             case _:
                 assert_never(command)
+
+    def _tell_lease(self, message: LeaseMessage, nodes: Sequence[NodeId], stores: Sequence[StoreId]) -> None:
+        for link in (*self._links_to(nodes), *self._stores_at(stores)):
+            link.tell_lease(message)
 
     def _stores_at(self, stores: Sequence[StoreId]) -> list[StoreLink]:
         return [self._stores[store] for store in stores if store in self._stores]

@@ -20,8 +20,9 @@ from google.protobuf.message import DecodeError
 
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.silence import HEARTBEATS, Silence
-from orchestrator.core.types import GatewayId, LeaseId, NodeId, NodeSpec, RequestId
+from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
+from orchestrator.wire.leases import LeaseMessage, LeaseNews
 from orchestrator.wire.trust import Caller, Trust
 
 log = logging.getLogger("weft.links")
@@ -115,7 +116,7 @@ class NodeLink:
         self._outlooks: dict[ContextId, node_pb2.Outlook] = {}
         self._resync: node_pb2.Resync | None = None
         #: What was decided last of each lease, and blocks that are dead, oldest first.
-        self._leases: dict[LeaseId, node_pb2.Lease | node_pb2.EndedLease] = {}
+        self._leases = LeaseNews()
         self._retired: list[node_pb2.Retired] = []
         #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
@@ -164,14 +165,9 @@ class NodeLink:
         self._resync = node_pb2.Resync(after=after)
         self._wake.set()
 
-    def place_lease(self, message: node_pb2.Lease) -> None:
-        """Tell of a lease, in place of what waits to be told of it."""
-        self._leases[LeaseId(message.id)] = message
-        self._wake.set()
-
-    def end_lease(self, message: node_pb2.EndedLease) -> None:
-        """Tell of the end of a lease, in place of what waits to be told of it."""
-        self._leases[LeaseId(message.id)] = message
+    def tell_lease(self, message: LeaseMessage) -> None:
+        """Tell of a lease or of its end."""
+        self._leases.add(message)
         self._wake.set()
 
     def retire(self, message: node_pb2.Retired) -> None:
@@ -341,17 +337,8 @@ class NodeLink:
 
     def _add_hints(self, frame: node_pb2.GatewayFrame) -> None:
         """Put leases and dead blocks into a frame, oldest first, one at least, as far as it goes."""
-        size = frame.ByteSize()
-        for lease, message in list(self._leases.items()):
-            size += message.ByteSize()
-            if size > codec.FRAME_BYTES_MAX and (frame.leases or frame.ended_leases):
-                return
-            del self._leases[lease]
-            if isinstance(message, node_pb2.Lease):
-                frame.leases.append(message)
-            else:
-                frame.ended_leases.append(message)
-        while self._retired and size <= codec.FRAME_BYTES_MAX:
+        size = self._leases.add_to(frame, frame.ByteSize())
+        while self._retired and not self._leases and size <= codec.FRAME_BYTES_MAX:
             size += self._retired[0].ByteSize()
             frame.retired.append(self._retired.pop(0))
 

@@ -65,8 +65,6 @@ STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 
 MOVE_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TOKEN_BOUNDS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
-#: The tier of engines' pools.
-HBM = "hbm"
 #: The pool label of what ended before a node had it.
 NO_POOL = "none"
 
@@ -473,10 +471,10 @@ class Metrics(Collector):
 
     def _token_families(self) -> Iterable[Metric]:
         names = ("model", "pool")
-        cached = {(*labels, HBM): count for labels, count in self._cached_tokens.items()}
+        cached: dict[Labels, float] = {(*labels, Tier.HBM): count for labels, count in self._cached_tokens.items()}
         for (model, pool, tier), count in self._loaded_tokens.items():
             cached[model, pool, tier] = count
-            cached[model, pool, HBM] -= count
+            cached[model, pool, Tier.HBM] -= count
         yield _counter("weft_input_tokens", "Prompt tokens of completed generations.", names, self._input_tokens)
         yield _counter("weft_cached_tokens", "Those of them that were not computed again.", (*names, "tier"), cached)
         yield _counter("weft_output_tokens", "Tokens delivered.", names, self.output_tokens)
@@ -499,7 +497,7 @@ class Metrics(Collector):
             load = state.load
             leased[node, "kept"], leased[node, "over"] = load.blocks_leased, load.blocks_unleased
             for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
-                blocks[node, HBM, word] = count
+                blocks[node, Tier.HBM, word] = count
         for (store, _), load in self._stores.items() if self._first else ():
             for tier, word, count in (
                 (Tier.CPU, "used", load.slots_used),

@@ -15,9 +15,10 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from orchestrator.core.events import EvictAsked, PrefetchAsked
-from orchestrator.core.types import GatewayId, Lease, LeaseId, ModelName, StoreId, StoreSpec
+from orchestrator.core.types import GatewayId, ModelName, StoreId, StoreSpec
 from orchestrator.live.links import RETRY_S_MAX, RETRY_S_MIN, WELCOME_S_MAX, Watch
 from orchestrator.wire import codec, store_codec, store_pb2, store_pb2_grpc
+from orchestrator.wire.leases import LeaseMessage, LeaseNews
 from orchestrator.wire.trust import Caller, Trust
 
 log = logging.getLogger("weft.links")
@@ -65,8 +66,8 @@ class StoreLink:
         self._trust = trust
         #: What goes out with the next frame; by model, so that it is bounded by them.
         self._resyncs: dict[ModelName, store_pb2.Resync] = {}
-        #: What was decided last of each lease, and advice, oldest first.
-        self._leases: dict[LeaseId, store_pb2.Lease | store_pb2.LeaseEnd] = {}
+        self._leases = LeaseNews()
+        #: Oldest first.
         self._advice: deque[PrefetchAsked | EvictAsked] = deque(maxlen=ADVICE_MAX)
         self._frames_received = 0
         self._frames_told = 0
@@ -83,14 +84,9 @@ class StoreLink:
         self._resyncs[model] = store_pb2.Resync(model=model, after=after)
         self._wake.set()
 
-    def place_lease(self, lease: Lease) -> None:
-        """Tell of a lease, in place of what waits to be told of it."""
-        self._leases[lease.id] = store_codec.lease_message(lease)
-        self._wake.set()
-
-    def end_lease(self, lease: Lease) -> None:
-        """Tell of the end of a lease, in place of what waits to be told of it."""
-        self._leases[lease.id] = store_pb2.LeaseEnd(id=lease.id, revision=lease.revision)
+    def tell_lease(self, message: LeaseMessage) -> None:
+        """Tell of a lease or of its end."""
+        self._leases.add(message)
         self._wake.set()
 
     def advise(self, advice: PrefetchAsked | EvictAsked) -> None:
@@ -191,18 +187,8 @@ class StoreLink:
 
     def _add_hints(self, frame: store_pb2.ToStore) -> None:
         """Put leases and advice into a frame, oldest first, one at least; a next frame brings what is left."""
-        size = 0
-        for lease, message in list(self._leases.items()):
-            size += message.ByteSize()
-            if size > codec.FRAME_BYTES_MAX and (frame.leases or frame.ended_leases):
-                self._wake.set()
-                return
-            del self._leases[lease]
-            if isinstance(message, store_pb2.Lease):
-                frame.leases.append(message)
-            else:
-                frame.ended_leases.append(message)
-        while self._advice and size <= codec.FRAME_BYTES_MAX:
+        size = self._leases.add_to(frame, 0)
+        while self._advice and not self._leases and size <= codec.FRAME_BYTES_MAX:
             advice = self._advice.popleft()
             if isinstance(advice, PrefetchAsked):
                 frame.prefetches.append(store_codec.prefetch_message(advice))
@@ -210,7 +196,7 @@ class StoreLink:
             else:
                 frame.evictions.append(store_codec.evict_message(advice))
                 size += frame.evictions[-1].ByteSize()
-        if self._advice:
+        if self._leases or self._advice:
             self._wake.set()
 
 

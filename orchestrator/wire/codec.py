@@ -4,8 +4,6 @@ Lists of hashes travel as one run of bytes, 16 a hash. Every function is the inv
 what it claims raises `MalformedMessage`, the only error here.
 """
 
-from math import isfinite
-
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
@@ -48,6 +46,9 @@ FRAME_BYTES_MAX = MESSAGE_BYTES_MAX // 16
 MESSAGE_CHARS_MAX = 4096
 #: Characters of a request's name.
 NAME_CHARS_MAX = 128
+#: Seconds that a lease may last: more is a mistake, and timers are kept for it.
+LEASE_S_MAX = 400 * 24 * 3600.0
+_TIERS = {str(tier): tier for tier in Tier}
 #: Frames that a node sends to a gateway beyond those it is known to have read; what comes up meanwhile goes out together. The
 #: gateway tells with what it sends anyway, and by itself when half of them are not told.
 FRAMES_UNREAD_MAX = 4
@@ -376,23 +377,32 @@ def lease_message(lease: Lease) -> node_pb2.Lease:
 
 def lease_from(message: node_pb2.Lease) -> Lease:
     """Return the lease in a message."""
-    if message.tier not in tuple(Tier):
-        raise MalformedMessage(f"lease {message.id[:NAME_CHARS_MAX]} is on the unknown tier {message.tier[:NAME_CHARS_MAX]!r}")
-    if not (isfinite(message.ttl_s) and message.hashes and message.id):
-        raise MalformedMessage(
-            f"lease {message.id[:NAME_CHARS_MAX]!r} for {message.ttl_s} s of {len(message.hashes)} bytes of hashes"
-        )
+    if not 0 < message.ttl_s <= LEASE_S_MAX:
+        raise MalformedMessage(f"a lease for {message.ttl_s} s, must be over 0 and at most {LEASE_S_MAX:g}")
+    if not message.id or len(message.id) > NAME_CHARS_MAX:
+        raise MalformedMessage(f"a lease's id has {len(message.id)} characters, must have 1 to {NAME_CHARS_MAX}")
+    hashes = hashes_from(message.hashes)
+    if not hashes:
+        raise MalformedMessage(f"lease {message.id} is for nothing")
     return Lease(
         id=LeaseId(message.id),
         tenant=TenantId(message.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
         model=ModelName(message.model),
-        hashes=hashes_from(message.hashes),
-        tier=Tier(message.tier),
+        hashes=hashes,
+        tier=tier_from(message.tier),
         ttl_s=message.ttl_s,
         size_bytes=message.size_bytes,
         revision=message.revision,
         session=SessionId(message.session) if message.session else None,
     )
+
+
+def tier_from(text: str) -> Tier:
+    """Return the tier of that name."""
+    tier = _TIERS.get(text)
+    if tier is None:
+        raise MalformedMessage(f"there is no tier {text[:NAME_CHARS_MAX]!r}")
+    return tier
 
 
 def ended_lease_message(ended: LeaseEnded) -> node_pb2.EndedLease:

@@ -13,12 +13,9 @@ from orchestrator.core.types import (
     BlockHash,
     ExportId,
     KvBatch,
-    Lease,
     LeasedBytes,
-    LeaseId,
     ModelName,
     NodeId,
-    SessionId,
     StoreCounts,
     StoredModel,
     StoreId,
@@ -28,23 +25,12 @@ from orchestrator.core.types import (
     Tier,
 )
 from orchestrator.wire import store_pb2
-from orchestrator.wire.codec import NAME_CHARS_MAX, MalformedMessage, hash_from, hashes_from, kv_from, kv_message
+from orchestrator.wire.codec import NAME_CHARS_MAX, MalformedMessage, hash_from, hashes_from, kv_from, kv_message, tier_from
 
-#: Seconds that a lease may last: more is a mistake, and timers are kept for it.
-LEASE_S_MAX = 400 * 24 * 3600.0
 _COUNTS = (
     "taken", "given", "declined", "recalled", "written", "cpu_hits", "cmx_hits", "misses", "cpu_evicted", "cmx_evicted",
     "prefetched",
 )  # fmt: skip
-_TIERS = {str(tier): tier for tier in Tier}
-
-
-def tier_from(text: str) -> Tier:
-    """Return the tier of that name."""
-    tier = _TIERS.get(text)
-    if tier is None:
-        raise MalformedMessage(f"there is no tier {text[:NAME_CHARS_MAX]!r}")
-    return tier
 
 
 def welcome_message(spec: StoreSpec) -> store_pb2.Welcome:
@@ -92,43 +78,6 @@ def spec_from(welcome: store_pb2.Welcome) -> StoreSpec:
         cpu_bytes_per_s=welcome.cpu_bytes_per_s,
         cmx_bytes_per_s=welcome.cmx_bytes_per_s,
         cmx_latency_s=welcome.cmx_latency_s,
-    )
-
-
-def lease_message(lease: Lease) -> store_pb2.Lease:
-    """Return the message for a lease, as it is now."""
-    return store_pb2.Lease(
-        id=lease.id,
-        tenant=lease.tenant,
-        model=lease.model,
-        hashes=pack_hashes(lease.hashes),
-        tier=lease.tier,
-        ttl_s=lease.ttl_s,
-        size_bytes=lease.size_bytes,
-        revision=lease.revision,
-        session=lease.session or "",
-    )
-
-
-def lease_from(message: store_pb2.Lease) -> Lease:
-    """Return the lease in a message."""
-    if not 0 < message.ttl_s <= LEASE_S_MAX:
-        raise MalformedMessage(f"a lease for {message.ttl_s} s, must be over 0 and at most {LEASE_S_MAX:g}")
-    if not message.id or len(message.id) > NAME_CHARS_MAX:
-        raise MalformedMessage(f"a lease's id has {len(message.id)} characters, must have 1 to {NAME_CHARS_MAX}")
-    hashes = hashes_from(message.hashes)
-    if not hashes:
-        raise MalformedMessage(f"lease {message.id} is for nothing")
-    return Lease(
-        id=LeaseId(message.id),
-        tenant=TenantId(message.tenant[:TENANT_CHARS_MAX]),
-        model=ModelName(message.model),
-        hashes=hashes,
-        tier=tier_from(message.tier),
-        ttl_s=message.ttl_s,
-        size_bytes=message.size_bytes,
-        revision=message.revision,
-        session=SessionId(message.session) if message.session else None,
     )
 
 

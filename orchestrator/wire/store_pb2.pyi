@@ -140,12 +140,12 @@ class ToStore(_message.Message):
     FRAMES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     hello: GatewayHello
     resyncs: _containers.RepeatedCompositeFieldContainer[Resync]
-    leases: _containers.RepeatedCompositeFieldContainer[Lease]
-    ended_leases: _containers.RepeatedCompositeFieldContainer[LeaseEnd]
+    leases: _containers.RepeatedCompositeFieldContainer[_node_pb2.Lease]
+    ended_leases: _containers.RepeatedCompositeFieldContainer[_node_pb2.EndedLease]
     prefetches: _containers.RepeatedCompositeFieldContainer[Prefetch]
     evictions: _containers.RepeatedCompositeFieldContainer[Evict]
     frames_received: int
-    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., resyncs: _Optional[_Iterable[_Union[Resync, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[LeaseEnd, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[Prefetch, _Mapping]]] = ..., evictions: _Optional[_Iterable[_Union[Evict, _Mapping]]] = ..., frames_received: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., resyncs: _Optional[_Iterable[_Union[Resync, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[_node_pb2.Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[_node_pb2.EndedLease, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[Prefetch, _Mapping]]] = ..., evictions: _Optional[_Iterable[_Union[Evict, _Mapping]]] = ..., frames_received: _Optional[int] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
     __slots__ = ("gateway",)
@@ -160,36 +160,6 @@ class Resync(_message.Message):
     model: str
     after: int
     def __init__(self, model: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
-
-class Lease(_message.Message):
-    __slots__ = ("id", "tenant", "model", "hashes", "tier", "ttl_s", "size_bytes", "revision", "session")
-    ID_FIELD_NUMBER: _ClassVar[int]
-    TENANT_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    HASHES_FIELD_NUMBER: _ClassVar[int]
-    TIER_FIELD_NUMBER: _ClassVar[int]
-    TTL_S_FIELD_NUMBER: _ClassVar[int]
-    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
-    SESSION_FIELD_NUMBER: _ClassVar[int]
-    id: str
-    tenant: str
-    model: str
-    hashes: bytes
-    tier: str
-    ttl_s: float
-    size_bytes: int
-    revision: int
-    session: str
-    def __init__(self, id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., hashes: _Optional[bytes] = ..., tier: _Optional[str] = ..., ttl_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
-
-class LeaseEnd(_message.Message):
-    __slots__ = ("id", "revision")
-    ID_FIELD_NUMBER: _ClassVar[int]
-    REVISION_FIELD_NUMBER: _ClassVar[int]
-    id: str
-    revision: int
-    def __init__(self, id: _Optional[str] = ..., revision: _Optional[int] = ...) -> None: ...
 
 class Prefetch(_message.Message):
     __slots__ = ("model", "hashes", "blocks")
@@ -228,10 +198,10 @@ class FromStore(_message.Message):
     welcome: Welcome
     holdings: _containers.RepeatedCompositeFieldContainer[Holdings]
     loads: _containers.RepeatedCompositeFieldContainer[ModelLoad]
-    leases: _containers.RepeatedCompositeFieldContainer[Lease]
+    leases: _containers.RepeatedCompositeFieldContainer[_node_pb2.Lease]
     refused_calls: int
     moves: _containers.RepeatedCompositeFieldContainer[_node_pb2.Move]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., holdings: _Optional[_Iterable[_Union[Holdings, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[ModelLoad, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[_node_pb2.Move, _Mapping]]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., holdings: _Optional[_Iterable[_Union[Holdings, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[ModelLoad, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[_node_pb2.Lease, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[_node_pb2.Move, _Mapping]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("store", "incarnation", "host", "address", "models", "cpu_bytes_per_s", "cmx_bytes_per_s", "cmx_latency_s")

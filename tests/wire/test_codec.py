@@ -131,11 +131,14 @@ def test_dead_blocks_survive(at_once: bool) -> None:
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        ({"tier": "ram"}, "unknown tier 'ram'"),
-        ({"ttl_s": float("nan")}, "for nan s"),
-        ({"hashes": b""}, "of 0 bytes of hashes"),
-        ({"hashes": b"x"}, "1 bytes are no whole number"),
-        ({"id": ""}, "lease ''"),
+        ({"tier": "ram"}, "there is no tier 'ram'"),
+        ({"ttl_s": float("nan")}, "a lease for nan s"),
+        ({"ttl_s": 0.0}, "a lease for 0.0 s"),
+        ({"ttl_s": 1e300}, "a lease for 1e\\+300 s"),
+        ({"hashes": b""}, "lease l is for nothing"),
+        ({"hashes": b"x"}, "1 bytes are no whole number of 16-byte hashes"),
+        ({"id": ""}, "id has 0 characters"),
+        ({"id": "x" * 999}, "id has 999 characters"),
     ],
 )
 def test_a_lease_that_means_nothing_is_refused(wrong: dict[str, Any], problem: str) -> None:

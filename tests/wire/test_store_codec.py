@@ -11,12 +11,9 @@ from orchestrator.core.types import (
     BlockHash,
     ExportId,
     KvBatch,
-    Lease,
     LeasedBytes,
-    LeaseId,
     ModelName,
     NodeId,
-    SessionId,
     StoreCounts,
     StoredModel,
     StoredRun,
@@ -41,12 +38,6 @@ def wired(message: Message) -> Any:
 def test_a_store_comes_back_as_it_went() -> None:
     spec = StoreSpec(StoreId("s"), 7, "host", "1.2.3.4:5", (MODEL, StoredModel(ModelName("n"), 1, 2, 0)), 1e9, 2e9, 0.5)
     assert store_codec.spec_from(wired(store_codec.welcome_message(spec))) == spec
-
-
-@pytest.mark.parametrize("session", [None, SessionId("one")])
-def test_a_lease_comes_back_as_it_went(session: SessionId | None) -> None:
-    lease = Lease(LeaseId("l"), TenantId("t"), ModelName("m"), HASHES, Tier.CMX, 2.5, 1 << 40, 3, session)
-    assert store_codec.lease_from(wired(store_codec.lease_message(lease))) == lease
 
 
 def test_a_change_of_holdings_comes_back_as_it_went() -> None:
@@ -74,10 +65,6 @@ def test_what_nodes_and_gateways_ask_for_is_read() -> None:
     assert evicted == EvictAsked(ModelName("m"), HASHES, 1, 3, Tier.CPU, True)
 
 
-def lease(**changes: Any) -> store_pb2.Lease:
-    return store_pb2.Lease(**{"id": "l", "tenant": "t", "model": "m", "hashes": PACKED, "tier": "cpu", "ttl_s": 1.0, **changes})
-
-
 def welcome(**changes: Any) -> store_pb2.Welcome:
     fields: dict[str, Any] = {"store": "s", "cpu_bytes_per_s": 1.0, "cmx_bytes_per_s": 1.0, **changes}
     return store_pb2.Welcome(**fields)
@@ -86,13 +73,6 @@ def welcome(**changes: Any) -> store_pb2.Welcome:
 @pytest.mark.parametrize(
     ("call", "message", "problem"),
     [
-        (store_codec.lease_from, lease(hashes=PACKED[1:]), "no whole number of 16-byte hashes"),
-        (store_codec.lease_from, lease(hashes=b""), "lease l is for nothing"),
-        (store_codec.lease_from, lease(tier="ram"), "there is no tier 'ram'"),
-        (store_codec.lease_from, lease(ttl_s=float("nan")), "a lease for nan s"),
-        (store_codec.lease_from, lease(ttl_s=1e300), "a lease for 1e\\+300 s"),
-        (store_codec.lease_from, lease(id=""), "id has 0 characters"),
-        (store_codec.lease_from, lease(id="x" * 999), "id has 999 characters"),
         (store_codec.spec_from, welcome(cpu_bytes_per_s=float("nan")), "has rates"),
         (store_codec.spec_from, welcome(cmx_bytes_per_s=-1), "has rates"),
         (store_codec.spec_from, welcome(cmx_latency_s=float("inf")), "a latency of inf"),

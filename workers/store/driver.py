@@ -14,7 +14,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
 from orchestrator.core.commands import (
@@ -31,7 +31,6 @@ from orchestrator.core.commands import (
 )
 from orchestrator.core.config import GATEWAYS_MAX, StoreConfig
 from orchestrator.core.events import (
-    LeaseEnded,
     LeasePlaced,
     NodeAttached,
     NodeDetached,
@@ -47,8 +46,6 @@ from orchestrator.core.timers import StoreTimer
 from orchestrator.core.types import (
     ExportId,
     GatewayId,
-    Lease,
-    LeaseId,
     ModelName,
     NodeId,
     OfferId,
@@ -71,8 +68,6 @@ from workers.store.moves import Carried, Moves
 REFUSAL_LOG_S = 1.0
 #: Nodes that may be attached at once, and offers and reads of one of them under way.
 NODES_MAX, CALLS_MAX = 1024, 1 << 16
-#: Leases that gateways are told of when they join.
-LEASES_MAX = 1 << 16
 log = logging.getLogger("weft.store")
 
 
@@ -184,8 +179,6 @@ class StoreDriver:
         self._listeners: dict[GatewayId, Listener] = {}
         self._closed = False
         self._load_timer: asyncio.TimerHandle | None = None
-        #: What gateways that join are told of, and when each ends.
-        self._leases: dict[LeaseId, tuple[Lease, float]] = {}
         self.refused_calls = 0
         self._refusal_told_s = 0.0
         self._moves.find()
@@ -436,7 +429,7 @@ class StoreDriver:
         listener = self._listeners[gateway] = Listener(gateway)
         writer: asyncio.Task[None] | None = None
         try:
-            leases = [store_codec.lease_message(lease) for lease in self._leases_now()]
+            leases = map(codec.lease_message, self._core.leases(self.now))
             await stream.write(
                 store_pb2.FromStore(welcome=store_codec.welcome_message(self.spec), loads=self._loads(), leases=leases)
             )
@@ -460,34 +453,14 @@ class StoreDriver:
             after = resync.after if resync.HasField("after") else None
             self.handle(ResyncRequested(gateway, after, self._model(resync.model)))
         for message in frame.leases:
-            lease = store_codec.lease_from(message)
+            lease = codec.lease_from(message)
             self._model(lease.model)
-            self._keep_lease(lease)
             self.handle(LeasePlaced(lease))
         for end in frame.ended_leases:
-            kept = self._leases.get(LeaseId(end.id))
-            if kept is not None and kept[0].revision <= end.revision:
-                del self._leases[LeaseId(end.id)]
-            self.handle(LeaseEnded(LeaseId(end.id), end.revision))
+            self.handle(codec.ended_lease_from(end))
         for asked in (*map(store_codec.prefetch_from, frame.prefetches), *map(store_codec.evict_from, frame.evictions)):
             self._model(asked.model)
             self.handle(asked)
-
-    def _keep_lease(self, lease: Lease) -> None:
-        known = self._leases.get(lease.id)
-        if known is None or known[0].revision <= lease.revision:
-            self._leases.pop(lease.id, None)
-            self._leases[lease.id] = (lease, self.now + lease.ttl_s)
-        if len(self._leases) > LEASES_MAX:
-            self._leases_now()
-            if len(self._leases) > LEASES_MAX:
-                del self._leases[next(iter(self._leases))]
-
-    def _leases_now(self) -> list[Lease]:
-        """Return the leases that have not ended, with the time that they have left; forget the others."""
-        now = self.now
-        self._leases = {number: kept for number, kept in self._leases.items() if kept[1] > now}
-        return [replace(lease, ttl_s=until - now) for lease, until in self._leases.values()]
 
     def _model(self, name: str) -> ModelName:
         if name not in self._kept:

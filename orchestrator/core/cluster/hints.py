@@ -112,10 +112,7 @@ class Hints:
         held += [Holding(Tier.CPU, store, matches.blocks(pools.index.column(holder(store)))) for store in stores]
         segment_blocks = next((part.segment_blocks for part in self._parts_of(model) if part.cmx), 0)
         held.append(Holding(Tier.CMX, "", pools.segments.blocks(hashes, segment_blocks) if segment_blocks else 0))
-        tiers = list(Tier)
-        return tuple(
-            sorted((one for one in held if one.blocks), key=lambda one: (tiers.index(one.tier), -one.blocks, one.holder))
-        )
+        return tuple(sorted((one for one in held if one.blocks), key=lambda one: (one.tier.level, -one.blocks, one.holder)))
 
     def _stores_of(self, model: ModelName) -> tuple[StoreId, ...]:
         return tuple(store for store, spec in self._stores.items() if any(part.model == model for part in spec.models))
@@ -177,9 +174,7 @@ class Hints:
                 return self._pin(hint, now)
             case Verb.UNPIN:
                 return self._unpin(hint, now)
-            case Verb.EVICT:
-                return self._evict(hint)
-            case Verb.SUPERSEDE:
+            case Verb.EVICT | Verb.SUPERSEDE:
                 return self._evict(hint)
             case Verb.PREFETCH:
                 return self._prefetch(hint)
@@ -355,7 +350,7 @@ class Hints:
             held = self.leases.get(hint.lease, hint.tenant)
             if held is None:
                 return Receipt(Outcome.MISSING, Reason.NO_LEASE, "this tenant has no such lease"), []
-            if list(Tier).index(tier) <= list(Tier).index(held.lease.tier):
+            if tier.level <= held.lease.tier.level:
                 return Receipt(Outcome.REJECTED, Reason.INVALID, f"{tier.value} is not below {held.lease.tier.value}"), []
             if self.leases.bytes_left(hint.tenant, tier) < held.lease.size_bytes:
                 return Receipt(Outcome.REJECTED, Reason.QUOTA_BYTES, f"{tier.value} has no room left for this lease"), []
@@ -457,8 +452,8 @@ class Hints:
             held = self.leases.learn(lease, now)
             if held is not None:
                 commands += _placed(held, LeaseChange.PLACED if known is None else LeaseChange.RENEWED, (), (), now)
-            elif known is not None and known.lease.revision > lease.revision:
-                commands.append(PlaceLease(_as_of(known, now), None, nodes, stores))
+            elif known is not None and known.lease.revision > lease.revision and known.expires_at > now:
+                commands.append(PlaceLease(known.lease.until(known.expires_at, now), None, nodes, stores))
             elif (revision := self.leases.ended_revision(lease.id)) >= lease.revision:
                 ended = replace(lease, revision=revision)
                 commands.append(EndLease(ended, None, nodes, stores))
@@ -522,15 +517,13 @@ class Hints:
         assert self._fits or self.leases.exceeded, "leases fit, and are waited for"
 
 
-def _as_of(held: Held, now: float) -> Lease:
-    """Return a lease with the time that it has left."""
-    return replace(held.lease, ttl_s=max(0.0, held.expires_at - now))
-
-
 def _placed(
     held: Held, change: LeaseChange, nodes: tuple[NodeId, ...], stores: tuple[StoreId, ...], now: float
 ) -> list[ClusterCommand]:
-    return [PlaceLease(_as_of(held, now), change, nodes, stores), SetTimer(LeaseTimer(held.lease.id), held.expires_at)]
+    commands: list[ClusterCommand] = [SetTimer(LeaseTimer(held.lease.id), held.expires_at)]
+    if held.expires_at > now:  # else it ends before anybody hears of it
+        commands.insert(0, PlaceLease(held.lease.until(held.expires_at, now), change, nodes, stores))
+    return commands
 
 
 def _over(lease: Lease, change: LeaseChange, nodes: tuple[NodeId, ...], stores: tuple[StoreId, ...]) -> list[ClusterCommand]:

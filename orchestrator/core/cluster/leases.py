@@ -139,7 +139,7 @@ class Leases:
     def told(self, model: ModelName, now: float) -> list[Lease]:
         """Return a model's leases with the time they have left, for a holder that has just joined."""
         return [
-            replace(held.lease, ttl_s=held.expires_at - now)
+            held.lease.until(held.expires_at, now)
             for held in self._held.values()
             if held.lease.model == model and held.expires_at > now
         ]
@@ -254,7 +254,7 @@ class Leases:
     def lower(self, held: Held, tier: Tier, now: float) -> Held:
         """Let a lease's blocks sink to a lower tier; return it as it is then."""
         lease = held.lease
-        assert list(Tier).index(tier) > list(Tier).index(lease.tier), f"{tier.value} is not below {lease.tier.value}"
+        assert tier.level > lease.tier.level, f"{tier.value} is not below {lease.tier.value}"
         return self._keep(replace(lease, tier=tier, ttl_s=held.expires_at - now, revision=lease.revision + 1), now)
 
     def end(self, held: Held, now: float) -> None:

@@ -8,7 +8,6 @@ in mind here, so that gateways can be told of it.
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 from orchestrator.core.events import LeaseEnded
 from orchestrator.core.kvpool import BlockPool, Claim
@@ -68,7 +67,7 @@ class Leases:
 
     def told(self, now: float) -> tuple[Lease, ...]:
         """Return all leases as gateways are told of them: with the seconds that each has left."""
-        return tuple(replace(held.lease, ttl_s=held.expires_at - now) for held in self._leases.values() if held.expires_at > now)
+        return tuple(held.lease.until(held.expires_at, now) for held in self._leases.values() if held.expires_at > now)
 
     def ended(self) -> tuple[LeaseEnded, ...]:
         """Return the leases that are known to have ended."""

@@ -25,10 +25,11 @@ ENDS_MAX = 8192
 class Held:
     """One lease, and what is held for it."""
 
-    __slots__ = ("claim", "lease", "missing", "shelf")
+    __slots__ = ("claim", "expires_at", "lease", "missing", "shelf")
 
-    def __init__(self, lease: Lease, shelf: Shelf, claim: Claim, missing: dict[BlockHash, None]) -> None:
+    def __init__(self, lease: Lease, expires_at: float, shelf: Shelf, claim: Claim, missing: dict[BlockHash, None]) -> None:
         self.lease = lease
+        self.expires_at = expires_at
         self.shelf = shelf
         #: On what of its chain is kept in the arena.
         self.claim = claim
@@ -77,11 +78,11 @@ class Leases:
         assert claim is not None
         segments = self._segments(shelf, lease)
         missing: dict[BlockHash, None] = {name: None for name in segments if not shelf.segments.holds(model, name)}
-        held = self._held[lease.id] = Held(lease, shelf, claim, missing)
+        held = self._held[lease.id] = Held(lease, now + lease.ttl_s, shelf, claim, missing)
         for name in segments:
             shelf.segments.pin(model, name)
             self._of_segment.setdefault(name, {})[lease.id] = held
-        self._orders.append(SetTimer(LeaseTimer(lease.id), now + lease.ttl_s))
+        self._orders.append(SetTimer(LeaseTimer(lease.id), held.expires_at))
         self._extend(held)
         return True
 
@@ -126,6 +127,10 @@ class Leases:
                     self._release(held)
                 else:
                     self._extend(held)
+
+    def told(self, now: float) -> tuple[Lease, ...]:
+        """Return all leases as gateways are told of them."""
+        return tuple(held.lease.until(held.expires_at, now) for held in self._held.values() if held.expires_at > now)
 
     def leased(self, shelf: Shelf) -> tuple[LeasedBytes, ...]:
         """Return what is held of a model, by tenant and tier."""

@@ -43,7 +43,7 @@ from orchestrator.core.store.segments import Segments
 from orchestrator.core.store.shelves import Shelf
 from orchestrator.core.store.writes import Writes
 from orchestrator.core.timers import CmxTimer, DetachTimer, LeaseTimer, MoveTimer, StoreTimer
-from orchestrator.core.types import GatewayId, ModelName, MoveId, NodeId, StoreLoad, StoreSpec, Tier
+from orchestrator.core.types import GatewayId, Lease, ModelName, MoveId, NodeId, StoreLoad, StoreSpec, Tier
 
 
 class Store:
@@ -123,6 +123,10 @@ class Store:
             counts=shelf.counted(),
             leased=self._leases.leased(shelf),
         )
+
+    def leases(self, now: float) -> tuple[Lease, ...]:
+        """Return what is leased here, for a gateway that has just joined."""
+        return self._leases.told(now)
 
     def _proceed(self) -> None:
         """Do what is possible now, what prompts wait for first, and tell what changed in the holdings."""

@@ -15,7 +15,7 @@ import pytest
 from orchestrator.core.blocks import pack_hashes
 from orchestrator.core.events import FetchEnded, OfferEnded
 from orchestrator.core.types import BlockHash, CostProfile, KvBatch, Lease, LeaseId, NodeId, TenantId, Tier
-from orchestrator.wire import codec, store_codec, store_pb2, store_pb2_grpc
+from orchestrator.wire import codec, node_pb2, store_codec, store_pb2, store_pb2_grpc
 from orchestrator.wire.journal import read_journal
 from orchestrator.wire.replay import replay
 from orchestrator.wire.trust import Caller
@@ -398,7 +398,7 @@ def test_gateways_hear_what_is_held_and_which_leases_there_are(tmp_path: Path) -
             _, batch = store_codec.holdings_from((await next_holdings(call))[0])
             assert batch.segments_stored == NAMES[3:4]
             lease = Lease(LeaseId("l"), TenantId("t"), MODEL, NAMES[:5], Tier.CPU, 100.0, 5 * BLOCK_BYTES)
-            await call.write(store_pb2.ToStore(leases=[store_codec.lease_message(lease)]))
+            await call.write(store_pb2.ToStore(leases=[codec.lease_message(lease)]))
             await until(lambda: there.server.driver.load(MODEL).leased != ())
             later, first = await connect(stub, 1)
             assert [told.id for told in first.leases] == ["l"]
@@ -410,7 +410,7 @@ def test_gateways_hear_what_is_held_and_which_leases_there_are(tmp_path: Path) -
             assert pages[0].cleared
             assert [name for page in pages for name in held(page)] == list(NAMES[:5])
             assert [name for page in pages for name in page.segments_stored] == [NAMES[3]]
-            await call.write(store_pb2.ToStore(ended_leases=[store_pb2.LeaseEnd(id="l", revision=lease.revision)]))
+            await call.write(store_pb2.ToStore(ended_leases=[node_pb2.EndedLease(id="l", revision=lease.revision)]))
             await until(lambda: there.server.driver.load(MODEL).leased == ())
             await channel.close()
         (journal,) = (tmp_path / "journal").iterdir()
@@ -423,7 +423,7 @@ def test_gateways_hear_what_is_held_and_which_leases_there_are(tmp_path: Path) -
     "frame",
     [
         store_pb2.ToStore(resyncs=[store_pb2.Resync(model="other")]),
-        store_pb2.ToStore(leases=[store_pb2.Lease(id="l", model=MODEL, tier="cpu", ttl_s=1.0)]),
+        store_pb2.ToStore(leases=[node_pb2.Lease(id="l", model=MODEL, tier="cpu", ttl_s=1.0)]),
         store_pb2.ToStore(prefetches=[store_pb2.Prefetch(model="other", hashes=bytes(16), blocks=1)]),
         store_pb2.ToStore(evictions=[store_pb2.Evict(model=MODEL, hashes=bytes(16), end_block=2, tier="cpu")]),
     ],
