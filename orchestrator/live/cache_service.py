@@ -1,7 +1,7 @@
 """The cache API as gRPC has it: callers by metadata, refusals as statuses; what is asked is `hints.py`'s business."""
 
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
-from typing import NoReturn, Protocol
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from typing import NoReturn, Protocol, TypeVar
 
 import grpc
 
@@ -9,6 +9,9 @@ from orchestrator.live.hints import Caller, HintDesk, MessageRefused, TooManyWat
 from orchestrator.live.http.exchange import key_of
 from orchestrator.live.refusals import KeyUnknown
 from orchestrator.wire import cache_pb2
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 class Context(Protocol):
@@ -27,11 +30,7 @@ class CacheService:
 
     async def Apply(self, request: cache_pb2.ApplyRequest, context: Context) -> cache_pb2.ApplyResponse:  # noqa: N802
         """Do a batch of actions."""
-        caller = await self._caller(context)
-        try:
-            return await self._desk.apply(request, caller)
-        except MessageRefused as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return await self._answer(self._desk.apply, request, context)
 
     async def Stream(  # noqa: N802
         self, requests: AsyncIterable[cache_pb2.ApplyRequest], context: Context
@@ -46,19 +45,11 @@ class CacheService:
 
     async def Lookup(self, request: cache_pb2.LookupRequest, context: Context) -> cache_pb2.LookupResponse:  # noqa: N802
         """Tell where things are."""
-        caller = await self._caller(context)
-        try:
-            return await self._desk.lookup(request, caller)
-        except MessageRefused as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return await self._answer(self._desk.lookup, request, context)
 
     async def Quote(self, request: cache_pb2.QuoteRequest, context: Context) -> cache_pb2.QuoteResponse:  # noqa: N802
         """Tell what actions would come to."""
-        caller = await self._caller(context)
-        try:
-            return await self._desk.quote(request, caller)
-        except MessageRefused as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return await self._answer(self._desk.quote, request, context)
 
     async def Watch(self, request: cache_pb2.WatchRequest, context: Context) -> AsyncIterator[cache_pb2.WatchEvent]:  # noqa: N802
         """Tell what happens."""
@@ -70,6 +61,13 @@ class CacheService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except TooManyWatches as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    async def _answer(self, answer: Callable[[Asked, Caller], Awaitable[Answer]], request: Asked, context: Context) -> Answer:
+        caller = await self._caller(context)
+        try:
+            return await answer(request, caller)
+        except MessageRefused as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def _caller(self, context: Context) -> Caller:
         try:

@@ -19,19 +19,15 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from orchestrator.core.outlook import ContextId, Outlook
-from orchestrator.core.silence import HEARTBEATS, Silence
+from orchestrator.core.silence import HEARTBEATS
 from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
+from orchestrator.live.listening import RETRY_S_MAX, RETRY_S_MIN, WELCOME_S_MAX, listen, report_breakdown
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.leases import LeaseMessage, LeaseNews
 from orchestrator.wire.trust import Caller, Trust
 
 log = logging.getLogger("weft.links")
 
-#: Seconds between two tries: doubled from the first to the last, a random tenth added.
-RETRY_S_MIN = 0.05
-RETRY_S_MAX = 1.0
-#: Seconds a node has to answer Hello.
-WELCOME_S_MAX = 5.0
 #: Hints about dead blocks that wait for a node that does not read.
 RETIRED_MAX = 256
 #: Contexts of which a node is to hear at once at most.
@@ -72,27 +68,6 @@ class NodeSink(Protocol):
         ...
 
 
-class Watch:
-    """Ends the reading of a stream on which nothing has come for `lost_s`, a third of it later at most."""
-
-    def __init__(self, reading: asyncio.Timeout, lost_s: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._reading = reading
-        self.silence = Silence(lost_s, self._loop.time())
-        self._timer = self._loop.call_at(self.silence.look_at, self._look)
-
-    def close(self) -> None:
-        """Look no more."""
-        self._timer.cancel()
-
-    def _look(self) -> None:
-        now = self._loop.time()
-        if self.silence.look(now):
-            self._reading.reschedule(now)
-        else:
-            self._timer = self._loop.call_at(self.silence.look_at, self._look)
-
-
 class NodeLink:
     """The stream to one node. Made on a running loop; `start` and `close` bracket its life."""
 
@@ -129,7 +104,7 @@ class NodeLink:
     def start(self) -> None:
         """Connect, and keep connected."""
         self._task = asyncio.ensure_future(self._run())
-        self._task.add_done_callback(_report)
+        self._task.add_done_callback(report_breakdown)
 
     def submit(self, message: node_pb2.Submit) -> None:
         """Send an assignment with the loop's next frame."""
@@ -250,23 +225,16 @@ class NodeLink:
 
     async def _read(self, call: Call) -> str:
         """Take frames until the stream ends or says nothing for too long; returns which."""
-        try:
-            async with asyncio.timeout(None) as reading:
-                watch = Watch(reading, self._lost_s)
-                try:
-                    while isinstance(frame := await call.read(), node_pb2.NodeFrame):
-                        watch.silence.heard()
-                        self._hello.frames_received += 1
-                        self._on_frame(frame)
-                        if self._must_tell:
-                            self._wake.set()
-                finally:
-                    watch.close()
-        except TimeoutError:
-            reason = f"nothing came from it for {self._lost_s:g} s"
-            self.give_up(reason)
-            return reason
-        return "the node ended the stream"
+        silent = await listen(call, node_pb2.NodeFrame, self._lost_s, self._take)
+        if silent is not None:
+            self.give_up(silent)
+        return silent or "the node ended the stream"
+
+    def _take(self, frame: node_pb2.NodeFrame) -> None:
+        self._hello.frames_received += 1
+        self._on_frame(frame)
+        if self._must_tell:
+            self._wake.set()
 
     def _welcomed(self, frame: node_pb2.NodeFrame) -> bool:
         """Take the node's Welcome. Returns False if the node is not to be used."""
@@ -352,9 +320,3 @@ class NodeLink:
                 break
             taken.append(self._submits.pop(request))
         return taken
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """Show an error that ended a link at once, not when the task is collected."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        task.get_loop().call_exception_handler({"message": "a link to a node broke down", "exception": error})

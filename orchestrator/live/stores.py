@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from orchestrator.core.events import EvictAsked, PrefetchAsked
 from orchestrator.core.types import GatewayId, ModelName, StoreId, StoreSpec
-from orchestrator.live.links import RETRY_S_MAX, RETRY_S_MIN, WELCOME_S_MAX, Watch
+from orchestrator.live.listening import RETRY_S_MAX, RETRY_S_MIN, WELCOME_S_MAX, listen, report_breakdown
 from orchestrator.wire import codec, store_codec, store_pb2, store_pb2_grpc
 from orchestrator.wire.leases import LeaseMessage, LeaseNews
 from orchestrator.wire.trust import Caller, Trust
@@ -77,7 +77,7 @@ class StoreLink:
     def start(self) -> None:
         """Connect, and keep connected."""
         self._task = asyncio.ensure_future(self._run())
-        self._task.add_done_callback(_report)
+        self._task.add_done_callback(report_breakdown)
 
     def resync(self, model: ModelName, after: int | None) -> None:
         """Ask for a model's batches after a number, or for all."""
@@ -154,21 +154,13 @@ class StoreLink:
 
     async def _read(self, call: Call) -> str:
         """Take frames until the stream ends or says nothing for too long; returns which."""
-        try:
-            async with asyncio.timeout(None) as reading:
-                watch = Watch(reading, self._lost_s)
-                try:
-                    while isinstance(frame := await call.read(), store_pb2.FromStore):
-                        watch.silence.heard()
-                        self._frames_received += 1
-                        self._sink.store_frame(self.store, frame)
-                        if self._must_tell:
-                            self._wake.set()
-                finally:
-                    watch.close()
-        except TimeoutError:
-            return f"nothing came from it for {self._lost_s:g} s"
-        return "the store ended the stream"
+        return await listen(call, store_pb2.FromStore, self._lost_s, self._take) or "the store ended the stream"
+
+    def _take(self, frame: store_pb2.FromStore) -> None:
+        self._frames_received += 1
+        self._sink.store_frame(self.store, frame)
+        if self._must_tell:
+            self._wake.set()
 
     @property
     def _must_tell(self) -> bool:
@@ -198,9 +190,3 @@ class StoreLink:
                 size += frame.evictions[-1].ByteSize()
         if self._leases or self._advice:
             self._wake.set()
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """Show an error that ended a link at once, not when the task is collected."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        task.get_loop().call_exception_handler({"message": "a link to a store broke down", "exception": error})
