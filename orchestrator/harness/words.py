@@ -9,33 +9,15 @@ See also: `proto/orchestrator/wire/cache.proto`, which says what each word means
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
+from orchestrator.core.hints import Outcome
+from orchestrator.core.types import Tier
 from orchestrator.wire import cache_pb2
+from orchestrator.wire.cache_codec import OUTCOMES, TIERS, TIERS_TOLD
 
 Target = cache_pb2.Target
 Action = cache_pb2.Action
-
-
-class Tier(StrEnum):
-    """A level of the memory that KV is kept in, best first."""
-
-    HBM = "hbm"
-    CPU = "cpu"
-    CMX = "cmx"
-
-
-class Outcome(StrEnum):
-    """What became of an action."""
-
-    APPLIED = "applied"
-    CLIPPED = "clipped"
-    DEFERRED = "deferred"
-    DUPLICATE = "duplicate"
-    REJECTED = "rejected"
-    MISSING = "missing"
-    UNSUPPORTED = "unsupported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +166,7 @@ def _range(tokens: tuple[int, int] | None) -> cache_pb2.TokenRange | None:
 
 def pin(target: Target, tier: Tier = Tier.HBM, ttl_s: float = 0.0, renew: str = "") -> Action:
     """Return: keep a target at or above a tier for so many seconds (0: the server's default), by a new lease or a renewed one."""
-    return Action(pin=cache_pb2.Pin(target=target, tier=_TIERS_TOLD[tier], ttl_s=ttl_s, lease=renew))
+    return Action(pin=cache_pb2.Pin(target=target, tier=TIERS_TOLD[tier], ttl_s=ttl_s, lease=renew))
 
 
 def unpin(target: Target) -> Action:
@@ -199,17 +181,17 @@ def retain(target: Target, priority: int, ttl_s: float = 0.0) -> Action:
 
 def evict(target: Target, tier: Tier | None = None) -> Action:
     """Return: let go of what only this target needs, on one tier or on all."""
-    return Action(evict=cache_pb2.Evict(target=target, tier=_TIERS_TOLD[tier] if tier is not None else None))
+    return Action(evict=cache_pb2.Evict(target=target, tier=TIERS_TOLD[tier] if tier is not None else None))
 
 
 def prefetch(target: Target, tier: Tier = Tier.HBM, deadline_s: float = 0.0) -> Action:
     """Return: bring a target up to a tier, if possible within so many seconds."""
-    return Action(prefetch=cache_pb2.Prefetch(target=target, tier=_TIERS_TOLD[tier]), deadline_s=deadline_s)
+    return Action(prefetch=cache_pb2.Prefetch(target=target, tier=TIERS_TOLD[tier]), deadline_s=deadline_s)
 
 
 def demote(target: Target, tier: Tier) -> Action:
     """Return: let a target sink to a tier."""
-    return Action(demote=cache_pb2.Demote(target=target, tier=_TIERS_TOLD[tier]))
+    return Action(demote=cache_pb2.Demote(target=target, tier=TIERS_TOLD[tier]))
 
 
 def share(target: Target, copies: int = 0) -> Action:
@@ -245,38 +227,35 @@ def end_session(name: str, model: str = "") -> Action:
 
 # --- answers --------------------------------------------------------------------------------------------------------------
 
-_TIERS = {cache_pb2.TIER_HBM: Tier.HBM, cache_pb2.TIER_CPU: Tier.CPU, cache_pb2.TIER_CMX: Tier.CMX}
-_TIERS_TOLD = {tier: number for number, tier in _TIERS.items()}
-
 
 def result_of(message: cache_pb2.Result) -> Result:
     """Return what became of an action."""
     return Result(
         action_id=message.action_id,
-        outcome=_outcome(message.outcome),
+        outcome=OUTCOMES[message.outcome],
         reason=message.reason,
         message=message.message,
         lease=message.lease,
         blocks=message.blocks,
         tokens=message.tokens,
         size_bytes=message.bytes,
-        tier=_TIERS.get(message.tier),
+        tier=TIERS.get(message.tier),
         ttl_s=message.ttl_s,
-        first=_outcome(message.first_outcome) if message.first_outcome else None,
+        first=OUTCOMES[message.first_outcome] if message.first_outcome else None,
     )
 
 
 def residency_of(message: cache_pb2.Residency) -> Residency:
     """Return where something is."""
     return Residency(
-        outcome=_outcome(message.outcome),
+        outcome=OUTCOMES[message.outcome],
         reason=message.reason,
         message=message.message,
         model=message.model,
         blocks=message.blocks,
         tokens=message.tokens,
         size_bytes=message.bytes,
-        holdings=tuple(Holding(_TIERS[one.tier], one.holder, one.blocks, one.tokens) for one in message.holdings),
+        holdings=tuple(Holding(TIERS[one.tier], one.holder, one.blocks, one.tokens) for one in message.holdings),
         leases=tuple(_lease(one) for one in message.leases),
         hashes=tuple(message.hashes),
     )
@@ -307,13 +286,9 @@ def _lease(message: cache_pb2.LeaseState) -> Lease:
     return Lease(
         id=message.lease,
         model=message.model,
-        tier=_TIERS[message.tier],
+        tier=TIERS[message.tier],
         blocks=message.blocks,
         size_bytes=message.bytes,
         ttl_s=message.ttl_s,
         session=message.session,
     )
-
-
-def _outcome(number: cache_pb2.Outcome) -> Outcome:
-    return Outcome(cache_pb2.Outcome.Name(number).removeprefix("OUTCOME_").lower())

@@ -28,6 +28,7 @@ from orchestrator.live.intake import Intake, ServedModel
 from orchestrator.live.refusals import Invalid, ModelUnknown
 from orchestrator.live.turns import Prompt
 from orchestrator.wire import cache_pb2
+from orchestrator.wire.cache_codec import OUTCOMES_TOLD, TIERS, TIERS_TOLD
 
 #: Actions of a message, targets of a question, children of a fork at most.
 ACTIONS_MAX = 64
@@ -46,17 +47,6 @@ KEPT_MAX = 65_536
 NEAR_S_MAX = 3600.0
 _LOWEST_FIRST = (Tier.CMX, Tier.CPU, Tier.HBM)
 
-_TIERS = {cache_pb2.TIER_HBM: Tier.HBM, cache_pb2.TIER_CPU: Tier.CPU, cache_pb2.TIER_CMX: Tier.CMX}
-_TIERS_TOLD = {tier: number for number, tier in _TIERS.items()}
-_OUTCOMES = {
-    Outcome.APPLIED: cache_pb2.OUTCOME_APPLIED,
-    Outcome.CLIPPED: cache_pb2.OUTCOME_CLIPPED,
-    Outcome.DEFERRED: cache_pb2.OUTCOME_DEFERRED,
-    Outcome.DUPLICATE: cache_pb2.OUTCOME_DUPLICATE,
-    Outcome.REJECTED: cache_pb2.OUTCOME_REJECTED,
-    Outcome.MISSING: cache_pb2.OUTCOME_MISSING,
-    Outcome.UNSUPPORTED: cache_pb2.OUTCOME_UNSUPPORTED,
-}
 _CHANGES = {
     LeaseChange.PLACED: cache_pb2.LeaseChange.CHANGE_PLACED,
     LeaseChange.RENEWED: cache_pb2.LeaseChange.CHANGE_CHANGED,
@@ -470,7 +460,7 @@ class HintDesk:
         except _Failed as failed:
             receipt = failed.receipt
             reason = receipt.reason or ""
-            return cache_pb2.Residency(outcome=_OUTCOMES[receipt.outcome], reason=reason, message=receipt.message)
+            return cache_pb2.Residency(outcome=OUTCOMES_TOLD[receipt.outcome], reason=reason, message=receipt.message)
         except _Elsewhere as elsewhere:
             question = cache_pb2.LookupRequest(targets=[target], hashes=hashes)
             answer = await self._peers.call(elsewhere.owner, "Lookup", question.SerializeToString(), caller.key)
@@ -611,7 +601,7 @@ def _aimed(hint: Hint, target: _Target, **fields: object) -> Hint:
 def _tier(number: int) -> Tier:
     if number == cache_pb2.TIER_UNSPECIFIED:
         return Tier.HBM
-    tier = _TIERS.get(number)  # type: ignore[call-overload]
+    tier = TIERS.get(number)  # type: ignore[call-overload]
     if tier is None:
         raise _Failed(Outcome.REJECTED, Reason.INVALID, f"there is no tier {number}")
     return tier
@@ -644,16 +634,16 @@ def _invalid(message: str) -> Receipt:
 
 def _result(receipt: Receipt, tokens: int | None) -> cache_pb2.Result:
     return cache_pb2.Result(
-        outcome=_OUTCOMES[receipt.outcome],
+        outcome=OUTCOMES_TOLD[receipt.outcome],
         reason=receipt.reason or "",
         message=receipt.message,
         lease=receipt.lease or "",
         blocks=receipt.blocks,
         tokens=tokens or 0,
         bytes=receipt.size_bytes,
-        tier=_TIERS_TOLD[receipt.tier] if receipt.tier is not None else cache_pb2.TIER_UNSPECIFIED,
+        tier=TIERS_TOLD[receipt.tier] if receipt.tier is not None else cache_pb2.TIER_UNSPECIFIED,
         ttl_s=receipt.ttl_s,
-        first_outcome=_OUTCOMES[receipt.first] if receipt.first is not None else cache_pb2.OUTCOME_UNSPECIFIED,
+        first_outcome=OUTCOMES_TOLD[receipt.first] if receipt.first is not None else cache_pb2.OUTCOME_UNSPECIFIED,
     )
 
 
@@ -669,7 +659,7 @@ def _price(price: Price, tokens: int | None) -> cache_pb2.Price:
 
 
 def _holding(holding: Holding, block_tokens: int) -> cache_pb2.Holding:
-    tier = _TIERS_TOLD[holding.tier]
+    tier = TIERS_TOLD[holding.tier]
     return cache_pb2.Holding(tier=tier, holder=holding.holder, blocks=holding.blocks, tokens=holding.blocks * block_tokens)
 
 
@@ -677,7 +667,7 @@ def _lease_state(lease: Lease, ttl_s: float) -> cache_pb2.LeaseState:
     return cache_pb2.LeaseState(
         lease=lease.id,
         model=lease.model,
-        tier=_TIERS_TOLD[lease.tier],
+        tier=TIERS_TOLD[lease.tier],
         blocks=len(lease.hashes),
         bytes=lease.size_bytes,
         ttl_s=max(0.0, ttl_s),
