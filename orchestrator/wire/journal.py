@@ -156,17 +156,21 @@ def as_written(fact: Event | Command) -> tuple[str, object]:
 
 
 def cluster_header(gateway: GatewayId, config: ClusterConfig) -> ClusterHeader:
-    """Return a gateway's header, without the secret and the API keys, which no decision depends on."""
+    """Return a gateway's header, without the secret, the API keys and the place of cmx, which no decision depends on."""
     tenants = tuple(replace(tenant, keys=()) for tenant in config.tenants)
     cluster = replace(config.cluster, secret="")
-    return ClusterHeader(
-        gateway, replace(config, cluster=cluster, gateway=GatewayConfig(count=config.gateway.count), tenants=tenants)
-    )
+    store = _placeless(config.store) if config.store is not None else None
+    gateways = GatewayConfig(count=config.gateway.count)
+    return ClusterHeader(gateway, replace(config, cluster=cluster, gateway=gateways, tenants=tenants, store=store))
 
 
 def store_header(spec: StoreSpec, config: StoreConfig) -> StoreHeader:
     """Return a store's header, without the place of its cmx, which no decision depends on."""
-    return StoreHeader(spec, replace(config, cmx=""))
+    return StoreHeader(spec, _placeless(config))
+
+
+def _placeless(config: StoreConfig) -> StoreConfig:
+    return replace(config, cmx="")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

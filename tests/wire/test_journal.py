@@ -163,6 +163,7 @@ def test_no_secret_and_no_key_is_in_a_header() -> None:
         gateway=GatewayConfig(metrics_key="hidden"),
         tenants=(TenantConfig("team", ("hidden",), share=3.0),),
         pools=(PoolConfig("both", PoolKind.AGGREGATED),),
+        store=StoreConfig(cmx="s3://hidden"),
     )
     header = cluster_header(GatewayId(3), config)
     assert isinstance(header, ClusterHeader)

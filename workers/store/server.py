@@ -16,7 +16,7 @@ from orchestrator.core.config import StoreConfig
 from orchestrator.core.types import ModelName, StoredModel, StoreId, StoreSpec
 from orchestrator.wire import codec, store_pb2, store_pb2_grpc
 from orchestrator.wire.buckets import open_bucket
-from orchestrator.wire.journal import StoreHeader, open_journal
+from orchestrator.wire.journal import open_journal, store_header
 from orchestrator.wire.trust import Caller, Refused, Trust
 from workers.memory import host_id
 from workers.store.arena import Arena, parts_of
@@ -156,7 +156,7 @@ class StoreServer:
             arena=self._arena,
             cmx=self._segments() if config.cmx else {},
             fatal=self._on_fatal,
-            journal=open_journal(self._journal, name, StoreHeader(spec, config)),
+            journal=open_journal(self._journal, name, store_header(spec, config)),
         )
 
     def _segments(self) -> dict[ModelName, Cmx]:

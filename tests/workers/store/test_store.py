@@ -414,6 +414,7 @@ def test_gateways_hear_what_is_held_and_which_leases_there_are(tmp_path: Path) -
             await until(lambda: there.server.driver.load(MODEL).leased == ())
             await channel.close()
         (journal,) = (tmp_path / "journal").iterdir()
+        assert str(tmp_path) not in repr(read_journal(journal).header)
         assert replay(read_journal(journal)) is None
 
     run(scenario)
