@@ -296,14 +296,15 @@ class PredictedTimeRouter:
         source, source_tokens = self._source(prompt, options, choice)
         hit_tokens = self._hit_tokens(prompt, choice, source_tokens)
         scores = self._scores(options, choice, hit_tokens, candidate.step_s)
-        return Placement(candidate, None, source, source_tokens, hit_tokens, scores, choice.stored_tokens)
+        stored_tokens = _stored_tokens(choice, options)
+        return Placement(candidate, None, source, source_tokens, hit_tokens, scores, stored_tokens)
 
     def _apart(self, prompt: _Prompt, options: Options, generate: _Choice, prefill: _Choice) -> Placement:
         source, source_tokens = self._source(prompt, options, prefill)
         hit_tokens = self._hit_tokens(prompt, prefill, source_tokens)
         after_s = generate.way.handoff_s + generate.candidate.slot_wait_s + generate.candidate.step_s
         scores = self._scores(options, prefill, hit_tokens, after_s)
-        stored_tokens = prefill.stored_tokens
+        stored_tokens = _stored_tokens(prefill, options)
         return Placement(generate.candidate, prefill.candidate, source, source_tokens, hit_tokens, scores, stored_tokens)
 
     @staticmethod
@@ -339,3 +340,19 @@ class PredictedTimeRouter:
         host = choice.candidate.spec.host
         peer = min(peers, key=lambda peer: (peer.spec.id not in options.sticky, peer.spec.host != host, peer.work_s))
         return peer.spec.id, min(blocks * peer.spec.block_tokens, prompt.tokens)
+
+
+def _stored_tokens(choice: _Choice, options: Options) -> int:
+    """Return the prompt tokens that the host's store is to bring as far as the node does not have them once their turn comes.
+
+    What the node holds now counts among them: it may have forgotten that by then, and its store has what it held.
+    """
+    candidate = choice.candidate
+    if candidate.store is None or computes_in_no_time(candidate.spec.profile):
+        return choice.stored_tokens
+    spec, profile, blocks = candidate.spec, candidate.profile, options.matches.blocks(candidate.column)
+    held_tokens = blocks * spec.block_tokens
+    load_s = profile.fetch_latency_s + blocks * candidate.store.model.block_bytes / candidate.store.rates[0]
+    if held_tokens <= choice.stored_tokens or load_s >= prompt_seconds(profile, held_tokens, 0, spec.step_tokens_max):
+        return choice.stored_tokens
+    return held_tokens

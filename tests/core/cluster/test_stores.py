@@ -74,8 +74,18 @@ def test_blocks_that_are_stored_in_fewer_bytes_are_loaded_sooner(cluster: Cluste
     assert part.why.load_s == pytest.approx(0.013)
 
 
-def test_only_what_a_node_does_not_hold_is_worth_loading(cluster: Cluster) -> None:
-    join_store(cluster, "s0", "abcdefgh")
+def test_what_a_node_holds_is_loaded_only_if_it_forgets_it_before_the_prompts_turn(cluster: Cluster) -> None:
+    # the store has none of it so far, but gets all that its node holds
+    join_store(cluster, "s0")
+    cluster.handle(reported("a0", stored("abcdefgh")), 0.0)
+    (part,) = assign(cluster)
+    assert loads([part]) == [("a0", 8 * BLOCK_TOKENS, None)]
+    assert part.why is not None
+    assert (part.why.hit_tokens, part.why.load_s) == (8 * BLOCK_TOKENS, 0.0)
+
+
+def test_what_a_node_holds_is_computed_again_where_its_store_is_slower(cluster: Cluster) -> None:
+    join_store(cluster, "s0", "abcdefgh", cpu_bytes_per_s=64.0)
     cluster.handle(reported("a0", stored("abcdefgh")), 0.0)
     assert loads(assign(cluster)) == [("a0", 0, None)]
 
