@@ -235,6 +235,12 @@ def _show_residency(residency: Residency) -> None:
         for one in residency.leases:
             table.add_row(one.id, one.tier.value, str(one.blocks), str(one.size_bytes), f"{one.ttl_s:.0f}", one.session)
         console.print(table)
+    if residency.effects:
+        table = Table("action", "bytes", "tokens found", "tokens earned", "seconds saved", "message")
+        for one in residency.effects:
+            counts = (str(one.size_bytes), str(one.found_tokens), str(one.earned_tokens), f"{one.saved_s:.3f}")
+            table.add_row(one.verb, *counts, f"{one.message_id} {one.action_id}")
+        console.print(table)
 
 
 def _event_line(event: WatchEvent) -> str:

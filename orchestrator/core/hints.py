@@ -3,7 +3,7 @@
 Targets are resolved before: a hint names blocks by their hashes, whatever the harness named. Nothing here knows gRPC or HTTP.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from orchestrator.core.types import BlockHash, LeaseId, ModelName, SessionId, TenantId, Tier
@@ -118,6 +118,36 @@ class Receipt:
     ttl_s: float = 0.0
     #: With DUPLICATE: the outcome of the first time.
     first: Outcome | None = None
+    #: Blocks [first, end) of the chain that are being brought up.
+    brought: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Earned:
+    """What an action has brought since it was done; `core/cluster/effects.py` says how that is known."""
+
+    verb: Verb
+    #: Name the action; empty in a sum of several.
+    message: str = ""
+    action: str = ""
+    lease: LeaseId | None = None
+    #: Bytes that it kept, had brought or let go.
+    size_bytes: int = 0
+    #: Tokens of later prompts that were found of what it is about, and those that would not have been without it.
+    found_tokens: int = 0
+    earned_tokens: int = 0
+    #: Seconds that those would have cost.
+    saved_s: float = 0.0
+
+    def plus(self, more: "Earned") -> "Earned":
+        """Return this with what was earned since."""
+        return replace(
+            self,
+            size_bytes=self.size_bytes + more.size_bytes,
+            found_tokens=self.found_tokens + more.found_tokens,
+            earned_tokens=self.earned_tokens + more.earned_tokens,
+            saved_s=self.saved_s + more.saved_s,
+        )
 
 
 class LeaseChange(StrEnum):

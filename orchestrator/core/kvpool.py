@@ -26,6 +26,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import cast
 
+from orchestrator.core.idling import Idling
 from orchestrator.core.outlook import Outlook
 from orchestrator.core.types import BlockHash, BlockId, KvBatch, RequestId, StoredRun
 
@@ -93,6 +94,7 @@ class BlockPool:
         "_untold",
         "blocks",
         "idle_blocks",
+        "idling",
         "now",
     )
 
@@ -102,6 +104,8 @@ class BlockPool:
         self.now = 0.0
         #: Cached blocks that nobody holds.
         self.idle_blocks = 0
+        #: What was forgotten for want of room.
+        self.idling = Idling()
         self._caching = caching
         #: Blocks without content; the last is handed out first.
         self._free: list[BlockId] = cast(list[BlockId], list(range(blocks - 1, -1, -1)))
@@ -405,6 +409,7 @@ class BlockPool:
 
     def _unpin(self, tip: Run) -> None:
         self._serial += 1
+        self.idling.note(self._serial, self.now)
         run: Run | None = tip
         while run is not None:
             assert run.claims > 0, f"a run of {len(run.names)} blocks from block {run.start} on is released but not held"
@@ -453,7 +458,9 @@ class BlockPool:
     def _evict(self, count: int) -> list[BlockId]:
         """Forget up to `count` blocks at the end of the run that idled longest, and return them, last block first."""
         run = self._victim()
-        return self._cut(run, min(count, self._evictable(run)))
+        count = min(count, self._evictable(run))
+        self.idling.forgotten(count, run.idled, self.now)
+        return self._cut(run, count)
 
     def _cut(self, run: Run, count: int) -> list[BlockId]:
         """Forget the last `count` blocks of a run that nobody holds and nothing continues, and return them, last block first."""

@@ -343,6 +343,9 @@ class Load:
     #: Blocks kept for leases, and those that leases wanted kept and did not get, counted for each lease.
     blocks_leased: int = 0
     blocks_unleased: int = 0
+    #: Blocks forgotten for want of room since its start, and the seconds that the newest of them had not been used; 0: none was.
+    blocks_evicted: int = 0
+    evicted_idle_s: float = 0.0
 
 
 class MoveFailure(StrEnum):
@@ -444,6 +447,8 @@ class StoreLoad:
     cmx_bytes_per_s: float = 0.0
     counts: StoreCounts = StoreCounts()
     leased: tuple[LeasedBytes, ...] = ()
+    #: Seconds that what was forgotten in the arena lately, for want of room, had not been used; 0: nothing was.
+    evicted_idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,24 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Effect:
+    """What an action has brought since it was done."""
+
+    message_id: str
+    action_id: str
+    #: "pin", "prefetch", ...
+    verb: str
+    lease: str
+    #: Bytes that it kept, had brought or let go.
+    size_bytes: int
+    #: Tokens of later prompts that were found of what it is about, and those that would not have been without it.
+    found_tokens: int
+    earned_tokens: int
+    #: Seconds that those would have cost.
+    saved_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Residency:
     """Where a target's KV is; nothing but outcome, reason and message unless the outcome is APPLIED."""
 
@@ -86,6 +104,8 @@ class Residency:
     holdings: tuple[Holding, ...] = ()
     leases: tuple[Lease, ...] = ()
     hashes: tuple[bytes, ...] = ()
+    #: What the tenant's actions on it have brought, oldest action first.
+    effects: tuple[Effect, ...] = ()
 
     def held_tokens(self, tier: Tier | None = None) -> int:
         """Return how many first tokens somebody holds, on a tier or on any."""
@@ -258,6 +278,7 @@ def residency_of(message: cache_pb2.Residency) -> Residency:
         holdings=tuple(Holding(TIERS[one.tier], one.holder, one.blocks, one.tokens) for one in message.holdings),
         leases=tuple(_lease(one) for one in message.leases),
         hashes=tuple(message.hashes),
+        effects=tuple(_effect(one) for one in message.effects),
     )
 
 
@@ -291,4 +312,17 @@ def _lease(message: cache_pb2.LeaseState) -> Lease:
         size_bytes=message.bytes,
         ttl_s=message.ttl_s,
         session=message.session,
+    )
+
+
+def _effect(message: cache_pb2.Effect) -> Effect:
+    return Effect(
+        message_id=message.message_id,
+        action_id=message.action_id,
+        verb=message.verb,
+        lease=message.lease,
+        size_bytes=message.bytes,
+        found_tokens=message.found_tokens,
+        earned_tokens=message.earned_tokens,
+        saved_s=message.saved_s,
     )

@@ -20,7 +20,7 @@ from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.leases import Held
 from orchestrator.core.commands import ClusterCommand, EndLease, PlaceLease
 from orchestrator.core.events import ClusterEvent, NodeJoined, NodeLost, NodeReported
-from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
+from orchestrator.core.hints import Earned, Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
 from orchestrator.core.types import BlockHash, Lease, LeaseId, ModelName, SessionId, TenantId, Tier
 from orchestrator.live.asked import Asked
 from orchestrator.live.chains import Chain
@@ -484,6 +484,8 @@ class HintDesk:
         for held in self._driver.hints.leases.of(tenant):
             if held.lease.model == target.model and common_blocks(held.lease.hashes, target.hashes):
                 residency.leases.append(self._lease_state(held))
+        for earned in self._driver.hints.effects.of(tenant, target.session, target.hashes):
+            residency.effects.append(_effect(earned))
         return residency
 
     def _lease_state(self, held: Held) -> cache_pb2.LeaseState:
@@ -561,7 +563,7 @@ class _Watch:
             if isinstance(command, PlaceLease | EndLease) and command.change is not None and command.lease.tenant == self._tenant:
                 self._changes.append((command.lease, command.change))
                 self.news.set()
-        if isinstance(event, NodeJoined | NodeLost) or (isinstance(event, NodeReported) and event.kv):
+        if isinstance(event, NodeJoined | NodeLost) or (isinstance(event, NodeReported) and (event.kv or event.ended)):
             self.news.set()
 
     def take(self) -> Sequence[tuple[Lease, LeaseChange]]:
@@ -661,6 +663,19 @@ def _price(price: Price, tokens: int | None) -> cache_pb2.Price:
 def _holding(holding: Holding, block_tokens: int) -> cache_pb2.Holding:
     tier = TIERS_TOLD[holding.tier]
     return cache_pb2.Holding(tier=tier, holder=holding.holder, blocks=holding.blocks, tokens=holding.blocks * block_tokens)
+
+
+def _effect(earned: Earned) -> cache_pb2.Effect:
+    return cache_pb2.Effect(
+        message_id=earned.message,
+        action_id=earned.action,
+        verb=earned.verb,
+        lease=earned.lease or "",
+        bytes=earned.size_bytes,
+        found_tokens=earned.found_tokens,
+        earned_tokens=earned.earned_tokens,
+        saved_s=earned.saved_s,
+    )
 
 
 def _lease_state(lease: Lease, ttl_s: float) -> cache_pb2.LeaseState:

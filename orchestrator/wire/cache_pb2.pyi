@@ -282,7 +282,7 @@ class LookupResponse(_message.Message):
     def __init__(self, residencies: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ...) -> None: ...
 
 class Residency(_message.Message):
-    __slots__ = ("outcome", "reason", "message", "model", "blocks", "tokens", "bytes", "holdings", "leases", "hashes")
+    __slots__ = ("outcome", "reason", "message", "model", "blocks", "tokens", "bytes", "holdings", "leases", "hashes", "effects")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,7 @@ class Residency(_message.Message):
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
+    EFFECTS_FIELD_NUMBER: _ClassVar[int]
     outcome: Outcome
     reason: str
     message: str
@@ -303,7 +304,28 @@ class Residency(_message.Message):
     holdings: _containers.RepeatedCompositeFieldContainer[Holding]
     leases: _containers.RepeatedCompositeFieldContainer[LeaseState]
     hashes: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., model: _Optional[str] = ..., blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[LeaseState, _Mapping]]] = ..., hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    effects: _containers.RepeatedCompositeFieldContainer[Effect]
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., model: _Optional[str] = ..., blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[LeaseState, _Mapping]]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., effects: _Optional[_Iterable[_Union[Effect, _Mapping]]] = ...) -> None: ...
+
+class Effect(_message.Message):
+    __slots__ = ("message_id", "action_id", "verb", "lease", "bytes", "found_tokens", "earned_tokens", "saved_s")
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_ID_FIELD_NUMBER: _ClassVar[int]
+    VERB_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    FOUND_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EARNED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    action_id: str
+    verb: str
+    lease: str
+    bytes: int
+    found_tokens: int
+    earned_tokens: int
+    saved_s: float
+    def __init__(self, message_id: _Optional[str] = ..., action_id: _Optional[str] = ..., verb: _Optional[str] = ..., lease: _Optional[str] = ..., bytes: _Optional[int] = ..., found_tokens: _Optional[int] = ..., earned_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ...) -> None: ...
 
 class Holding(_message.Message):
     __slots__ = ("tier", "holder", "blocks", "tokens")

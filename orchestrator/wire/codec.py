@@ -449,6 +449,8 @@ def load_message(load: Load) -> node_pb2.Load:
         ],
         blocks_leased=load.blocks_leased,
         blocks_unleased=load.blocks_unleased,
+        blocks_evicted=load.blocks_evicted,
+        evicted_idle_s=load.evicted_idle_s,
     )
 
 
@@ -468,6 +470,8 @@ def load_from(message: node_pb2.Load) -> Load:
         tenants=tuple([TenantLoad(TenantId(item.tenant), item.waiting, item.queued_tokens) for item in message.tenants]),
         blocks_leased=message.blocks_leased,
         blocks_unleased=message.blocks_unleased,
+        blocks_evicted=message.blocks_evicted,
+        evicted_idle_s=message.evicted_idle_s,
     )
 
 

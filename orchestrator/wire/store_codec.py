@@ -168,6 +168,7 @@ def load_message(model: ModelName, load: StoreLoad) -> store_pb2.ModelLoad:
         cmx_bytes_per_s=load.cmx_bytes_per_s,
         counts=counts,
         leased=[store_pb2.LeasedBytes(tenant=one.tenant, tier=one.tier, bytes=one.bytes) for one in load.leased],
+        evicted_idle_s=load.evicted_idle_s,
     )
 
 
@@ -176,6 +177,8 @@ def load_from(message: store_pb2.ModelLoad) -> tuple[ModelName, StoreLoad]:
     for rate in (message.cpu_bytes_per_s, message.cmx_bytes_per_s):
         if not (isfinite(rate) and rate >= 0):
             raise MalformedMessage(f"a store measured {rate} bytes a second")
+    if not (isfinite(message.evicted_idle_s) and message.evicted_idle_s >= 0):
+        raise MalformedMessage(f"what a store forgot had idled for {message.evicted_idle_s} seconds")
     counts = StoreCounts(
         **{name: getattr(message.counts, name) for name in _COUNTS},
         failures=tuple(sorted((name[:NAME_CHARS_MAX], count) for name, count in message.counts.failures.items())),
@@ -193,4 +196,5 @@ def load_from(message: store_pb2.ModelLoad) -> tuple[ModelName, StoreLoad]:
         leased=tuple(
             LeasedBytes(TenantId(one.tenant[:TENANT_CHARS_MAX]), tier_from(one.tier), one.bytes) for one in message.leased
         ),
+        evicted_idle_s=message.evicted_idle_s,
     )

@@ -252,7 +252,7 @@ class Holdings(_message.Message):
     def __init__(self, model: _Optional[str] = ..., batch: _Optional[_Union[_node_pb2.KvBatch, _Mapping]] = ..., segments_stored: _Optional[bytes] = ..., segments_removed: _Optional[bytes] = ...) -> None: ...
 
 class ModelLoad(_message.Message):
-    __slots__ = ("model", "slots_free", "slots_cached", "slots_used", "segments", "reads_waiting", "waiting_bytes", "cpu_bytes_per_s", "cmx_bytes_per_s", "counts", "leased")
+    __slots__ = ("model", "slots_free", "slots_cached", "slots_used", "segments", "reads_waiting", "waiting_bytes", "cpu_bytes_per_s", "cmx_bytes_per_s", "counts", "leased", "evicted_idle_s")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FREE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_CACHED_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +264,7 @@ class ModelLoad(_message.Message):
     CMX_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     LEASED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_IDLE_S_FIELD_NUMBER: _ClassVar[int]
     model: str
     slots_free: int
     slots_cached: int
@@ -275,7 +276,8 @@ class ModelLoad(_message.Message):
     cmx_bytes_per_s: float
     counts: Counts
     leased: _containers.RepeatedCompositeFieldContainer[LeasedBytes]
-    def __init__(self, model: _Optional[str] = ..., slots_free: _Optional[int] = ..., slots_cached: _Optional[int] = ..., slots_used: _Optional[int] = ..., segments: _Optional[int] = ..., reads_waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., cpu_bytes_per_s: _Optional[float] = ..., cmx_bytes_per_s: _Optional[float] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., leased: _Optional[_Iterable[_Union[LeasedBytes, _Mapping]]] = ...) -> None: ...
+    evicted_idle_s: float
+    def __init__(self, model: _Optional[str] = ..., slots_free: _Optional[int] = ..., slots_cached: _Optional[int] = ..., slots_used: _Optional[int] = ..., segments: _Optional[int] = ..., reads_waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., cpu_bytes_per_s: _Optional[float] = ..., cmx_bytes_per_s: _Optional[float] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., leased: _Optional[_Iterable[_Union[LeasedBytes, _Mapping]]] = ..., evicted_idle_s: _Optional[float] = ...) -> None: ...
 
 class Counts(_message.Message):
     __slots__ = ("taken", "given", "declined", "recalled", "written", "cpu_hits", "cmx_hits", "misses", "cpu_evicted", "cmx_evicted", "prefetched", "failures")

@@ -65,7 +65,10 @@ def test_a_session_rides_along_an_openai_client() -> None:
                     assert first.headers == {"x-session-id": first.name, "x-parent-session-id": "main"}
                     assert first.lookup().tokens == second.lookup().tokens == pinned.tokens
                     assert chat(first.riding(client), LONG) >= pinned.tokens - 16
-                    assert main_agent.lookup().held_tokens(Tier.HBM) == pinned.tokens
+                    found = main_agent.lookup()
+                    assert found.held_tokens(Tier.HBM) == pinned.tokens
+                    assert [one.verb for one in found.effects] == ["pin", "tool_started", "tool_finished", "fork"]
+                    assert found.effects[0].found_tokens == found.effects[3].found_tokens >= pinned.tokens - 16
                     assert main_agent.compacted(16).reason == "leased"
                     assert main_agent.unpin().outcome is Outcome.APPLIED
                     assert main_agent.compacted(16).outcome is Outcome.APPLIED

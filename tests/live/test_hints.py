@@ -127,6 +127,10 @@ def test_a_pinned_context_survives_a_flood_until_it_is_unpinned() -> None:
             again = await gateway.turn("s", LONG)
             assert again["prompt_tokens_details"]["cached_tokens"] >= pinned.tokens - 16
             assert first["prompt_tokens_details"]["cached_tokens"] == 0
+            (earned,) = (await gateway.lookup(session("s"))).effects
+            assert (earned.verb, earned.lease, earned.bytes) == ("pin", pinned.lease, pinned.bytes)
+            assert pinned.tokens - 16 <= earned.earned_tokens == earned.found_tokens <= pinned.tokens
+            assert not (await gateway.lookup(session("other"))).effects
 
             unpin = cache_pb2.Action(unpin=cache_pb2.Unpin(target=cache_pb2.Target(lease=pinned.lease)))
             assert (await gateway.apply(unpin))[0].outcome == cache_pb2.OUTCOME_APPLIED

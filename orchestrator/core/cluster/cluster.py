@@ -37,6 +37,7 @@ from typing import assert_never
 
 from orchestrator.core.cluster.admission import Admission
 from orchestrator.core.cluster.candidates import Booking, Candidate, Options, Placement
+from orchestrator.core.cluster.effects import Serving
 from orchestrator.core.cluster.expectations import Told
 from orchestrator.core.cluster.following import Trust
 from orchestrator.core.cluster.hints import Hints
@@ -117,6 +118,7 @@ class Flight:
 
     __slots__ = (
         "cmx_tokens",
+        "computes",
         "cpu_tokens",
         "deadline_at",
         "failed_on",
@@ -142,6 +144,8 @@ class Flight:
         #: The nodes that have a part in it; none while it waits.
         self.generate: NodeId | None = None
         self.prefill: NodeId | None = None
+        #: The one of them that computes its prompt, as routing knows it; None until it first ran.
+        self.computes: Candidate | None = None
         #: The node that has computed its prompt and may still hold the blocks for the one that generates.
         self.holder: NodeId | None = None
         #: Who reads blocks of its prompt from whom, as (reader, source).
@@ -449,6 +453,7 @@ class Cluster:
         prefill = placement.prefill
         flight.generate = placement.generate.spec.id
         flight.prefill = prefill.spec.id if prefill is not None else None
+        flight.computes = placement.computes
         flight.phase = Phase.PROMPT
         flight.predicted_cached_tokens = placement.cached_tokens
         flight.stayed = session is None or placement.computes.spec.id in session.nodes
@@ -602,6 +607,10 @@ class Cluster:
         self._finish(flight)
         cmx_tokens = min(flight.cmx_tokens + ended.cmx_tokens, cached_tokens)
         cpu_tokens = min(flight.cpu_tokens + ended.cpu_tokens, cached_tokens - cmx_tokens)
+        if flight.computes is not None and self._hints.effects.watches(request.tenant):
+            came_at = flight.deadline_at - min(request.timeout_s, self._limits.request_s_max)
+            serving = Serving(request, came_at, flight.computes, cached_tokens, cpu_tokens, cmx_tokens)
+            self._hints.effects.served(serving, self._pools[request.model], self._now)
         counts = (cached_tokens, flight.predicted_cached_tokens, cpu_tokens, cmx_tokens)
         self._commands.append(Complete(request.id, ended, *counts))
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import assert_never
 
+from orchestrator.core.cluster.effects import Effects
 from orchestrator.core.cluster.leases import REFIT_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.sessions import Sessions
@@ -70,7 +71,19 @@ _CLIPPED = {
 class Hints:
     """One gateway's part of all hints: leases, what was done already, and whom to tell."""
 
-    __slots__ = ("_block_bytes", "_config", "_done", "_fits", "_nodes", "_pools", "_sessions", "_stored", "_stores", "leases")
+    __slots__ = (
+        "_block_bytes",
+        "_config",
+        "_done",
+        "_fits",
+        "_nodes",
+        "_pools",
+        "_sessions",
+        "_stored",
+        "_stores",
+        "effects",
+        "leases",
+    )
 
     def __init__(
         self,
@@ -86,6 +99,7 @@ class Hints:
         self._pools = pools
         self._sessions = sessions
         self.leases = Leases(config, tenants, gateways)
+        self.effects = Effects(self.leases)
         #: Nodes that have joined, in that order.
         self._nodes: dict[NodeId, NodeSpec] = {}
         #: Stores that have joined.
@@ -161,6 +175,7 @@ class Hints:
         receipt, commands = self._do(hint, now)
         if receipt.outcome.effective:
             done[name] = receipt
+            self.effects.began(hint, receipt, now)
             if len(done) > self._config.actions_remembered_max:
                 done.popitem(last=False)
         return [AnswerHint(hint.tenant, hint.verb, *name, receipt), *commands]
@@ -335,7 +350,8 @@ class Hints:
             best = max(candidates, key=lambda store: (stores.get(store, 0), store))
             commands.append(PrefetchStored(hint.model, hint.hashes, there, (best,)))
         blocks = max(here, there)
-        receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=Tier.CPU)
+        size_bytes, brought = self._size(hint, blocks), (here, there) if commands else (0, 0)
+        receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=size_bytes, tier=Tier.CPU, brought=brought)
         if hint.tier in (None, Tier.HBM):
             message = "brought up to cpu: a node takes blocks only for a request that it is given"
             return replace(receipt, outcome=Outcome.CLIPPED, reason=Reason.LOWER_TIER, message=message), commands
@@ -512,6 +528,7 @@ class Hints:
     def validate(self) -> None:
         """Raise `AssertionError` unless the books agree."""
         self.leases.validate()
+        self.effects.validate()
         for tenant, done in self._done.items():
             assert len(done) <= self._config.actions_remembered_max, f"{len(done)} actions of {tenant} are remembered"
         assert self._fits or self.leases.exceeded, "leases fit, and are waited for"

@@ -236,6 +236,8 @@ class Node:
             tenants=scheduler.tenants,
             blocks_leased=self._leases.blocks,
             blocks_unleased=self._leases.unclaimed_blocks,
+            blocks_evicted=pool.idling.blocks,
+            evicted_idle_s=pool.idling.idle_s,
         )
 
     def _proceed(self) -> None:

@@ -66,6 +66,8 @@ class Store:
     def handle(self, event: StoreEvent, now: float) -> list[StoreCommand]:
         """Take a fact at time `now`, in seconds, and return what to do about it, in order."""
         self._now = now
+        for shelf in self._shelves.values():
+            shelf.pool.now = now
         match event:
             case Offered():
                 self._on_offered(event)
@@ -122,6 +124,7 @@ class Store:
             cmx_bytes_per_s=shelf.cmx.bytes_per_s,
             counts=shelf.counted(),
             leased=self._leases.leased(shelf),
+            evicted_idle_s=pool.idling.idle_s,
         )
 
     def leases(self, now: float) -> tuple[Lease, ...]:
