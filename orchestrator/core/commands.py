@@ -371,7 +371,7 @@ class Complete:
     """The request is over and went well; its counts are final.
 
     `cached_tokens` of the prompt were not computed; of those `cpu_tokens` and `cmx_tokens` were loaded from a store that had them
-    in that tier, by whichever node computed the rest.
+    in that tier, and `peer_tokens` fetched from another node, by whichever node computed the rest.
     """
 
     request: RequestId
@@ -380,6 +380,7 @@ class Complete:
     predicted_cached_tokens: int
     cpu_tokens: int = 0
     cmx_tokens: int = 0
+    peer_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -468,6 +468,10 @@ class Ended:
     message: str = ""
     cpu_tokens: int = 0
     cmx_tokens: int = 0
+    #: Prompt tokens that a peer had and this node fetched from it.
+    peer_tokens: int = 0
+    #: Prompt tokens that this node computed although it had held them: it forgot them, not long ago.
+    regretted_tokens: int = 0
 
 
 @quickly_made

@@ -313,6 +313,8 @@ def ended_message(report: Ended, began_s_ago: float = 0.0) -> node_pb2.Ended:
         began_s_ago=began_s_ago,
         cpu_tokens=report.cpu_tokens,
         cmx_tokens=report.cmx_tokens,
+        peer_tokens=report.peer_tokens,
+        regretted_tokens=report.regretted_tokens,
     )
 
 
@@ -329,6 +331,8 @@ def ended_from(message: node_pb2.Ended) -> Ended:
         message=message.message[:MESSAGE_CHARS_MAX],
         cpu_tokens=message.cpu_tokens,
         cmx_tokens=message.cmx_tokens,
+        peer_tokens=message.peer_tokens,
+        regretted_tokens=message.regretted_tokens,
     )
 
 

@@ -336,7 +336,7 @@ class FirstToken(_message.Message):
     def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ...) -> None: ...
 
 class Ended(_message.Message):
-    __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message", "began_s_ago", "cpu_tokens", "cmx_tokens")
+    __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message", "began_s_ago", "cpu_tokens", "cmx_tokens", "peer_tokens", "regretted_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -345,6 +345,8 @@ class Ended(_message.Message):
     BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
     CPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CMX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REGRETTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     reason: str
     output_tokens: int
@@ -353,7 +355,9 @@ class Ended(_message.Message):
     began_s_ago: float
     cpu_tokens: int
     cmx_tokens: int
-    def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ...) -> None: ...
+    peer_tokens: int
+    regretted_tokens: int
+    def __init__(self, request: _Optional[int] = ..., reason: _Optional[str] = ..., output_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., message: _Optional[str] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ..., peer_tokens: _Optional[int] = ..., regretted_tokens: _Optional[int] = ...) -> None: ...
 
 class KvBatch(_message.Message):
     __slots__ = ("sequence", "stored", "removed", "cleared", "snapshot", "page", "more")

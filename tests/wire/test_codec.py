@@ -100,7 +100,7 @@ def test_report_survives() -> None:
         KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),
         KvBatch(sequence=1, stored=(StoredRun(None, hashes(3)), StoredRun(hashes(1)[0], hashes(1))), removed=hashes(2)),
     )
-    ends = tuple(Ended(REQUEST, reason, 3, 2, "why", 7, 9) for reason in FinishReason)
+    ends = tuple(Ended(REQUEST, reason, 3, 2, "why", 7, 9, 4, 5) for reason in FinishReason)
     first = (FirstToken(REQUEST, 12, 3, 4),)
     frame = node_pb2.NodeFrame(load=codec.load_message(load))
     frame.kv.extend(codec.kv_message(batch) for batch in batches)

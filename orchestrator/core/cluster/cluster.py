@@ -124,10 +124,12 @@ class Flight:
         "failed_on",
         "generate",
         "holder",
+        "peer_tokens",
         "phase",
         "predicted_cached_tokens",
         "prefill",
         "reads",
+        "regretted_tokens",
         "request",
         "restarted",
         "started",
@@ -155,9 +157,12 @@ class Flight:
         #: Times it was started over.
         self.restarted = 0
         self.predicted_cached_tokens = 0
-        #: What its prefill node loaded from that one's store, by the tier it was in.
+        #: What its prefill node loaded from that one's store, by the tier it was in, fetched from a peer, and computed although it
+        #: had held it.
         self.cpu_tokens = 0
         self.cmx_tokens = 0
+        self.peer_tokens = 0
+        self.regretted_tokens = 0
         #: What its session was told of it; None until it first ran.
         self.started: Started | None = None
         #: Whether it was sent where its session's last turn ran.
@@ -582,6 +587,7 @@ class Cluster:
                 self._end_part(flight, event.node)
                 flight.holder = event.node if ended.reason is FinishReason.PREFILLED else None
                 flight.cpu_tokens, flight.cmx_tokens = ended.cpu_tokens, ended.cmx_tokens
+                flight.peer_tokens, flight.regretted_tokens = ended.peer_tokens, ended.regretted_tokens
         self._start_waiting(known.spec.model)
 
     def _on_generate_ended(self, flight: Flight, ended: Ended) -> None:
@@ -599,7 +605,8 @@ class Cluster:
         request = flight.request
         block_tokens = self._known[node].spec.block_tokens
         cached_tokens = max(0, request.prompt_tokens - ended.computed_tokens)
-        self._sessions.ended(request, request.prompt_tokens - cached_tokens, flight.stayed, block_tokens)
+        computed_tokens, regretted_tokens = request.prompt_tokens - cached_tokens, flight.regretted_tokens + ended.regretted_tokens
+        self._sessions.ended(request, computed_tokens, flight.stayed, block_tokens, regretted_tokens)
         self._admission.completed(request.model, self._now)
         self._admission.delivered(request.tenant, ended.output_tokens, self._now)
         self._end_part(flight, node)
@@ -611,7 +618,8 @@ class Cluster:
             came_at = flight.deadline_at - min(request.timeout_s, self._limits.request_s_max)
             serving = Serving(request, came_at, flight.computes, cached_tokens, cpu_tokens, cmx_tokens)
             self._hints.effects.served(serving, self._pools[request.model], self._now)
-        counts = (cached_tokens, flight.predicted_cached_tokens, cpu_tokens, cmx_tokens)
+        peer_tokens = min(flight.peer_tokens + ended.peer_tokens, cached_tokens - cmx_tokens - cpu_tokens)
+        counts = (cached_tokens, flight.predicted_cached_tokens, cpu_tokens, cmx_tokens, peer_tokens)
         self._commands.append(Complete(request.id, ended, *counts))
 
     def _retry_or_abort(self, flight: Flight, node: NodeId, code: str, message: str) -> None:
@@ -621,7 +629,7 @@ class Cluster:
             self._abort(flight, 502 if flight.phase is Phase.STREAMING else 503, code, message)
             return
         flight.restarted += 1
-        flight.cpu_tokens = flight.cmx_tokens = 0
+        flight.cpu_tokens = flight.cmx_tokens = flight.peer_tokens = flight.regretted_tokens = 0
         flight.failed_on = (*flight.failed_on, node)
         self._commands.append(Restart(flight.request.id, message))
         if not self._try_start(flight, self._pools[flight.request.model]):

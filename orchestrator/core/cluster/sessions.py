@@ -31,7 +31,8 @@ class ReprefillReason(StrEnum):
 
     NEW = "new"  # never seen in this session
     REWRITTEN = "rewritten"  # the harness changed the context before them
-    EVICTED = "evicted"  # computed before on the same nodes, and gone
+    EVICTED = "evicted"  # computed before on the same nodes, which forgot them not long ago
+    NOT_STORED = "not_stored"  # computed before on the same nodes, which did not keep them, or lost them long ago or with a restart
     MOVED = "moved"  # computed before, on other nodes
 
 
@@ -144,7 +145,9 @@ class Sessions:
         """Return whether anything is known of a session."""
         return (model, tenant, session) in self._sessions
 
-    def ended(self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int) -> None:
+    def ended(
+        self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int, regretted_tokens: int = 0
+    ) -> None:
         """Note that a turn went well, and why it computed what it did.
 
         Args:
@@ -152,10 +155,11 @@ class Sessions:
             computed_tokens: prompt tokens that were computed for it: its last ones.
             stayed: whether it was computed where the session's turn before ran.
             block_tokens: tokens in a block.
+            regretted_tokens: those of them that the nodes which computed them had held and forgot.
 
         What was computed falls into three parts:
 
-            [0, repeated)            was computed for the last turn     evicted or moved
+            [0, repeated)            was computed for the last turn     moved, or else evicted or not stored
             [repeated, last)         differs from the last turn         rewritten
             [last, end)              has no block in the last turn      new
         """
@@ -164,9 +168,11 @@ class Sessions:
         end, start = request.prompt_tokens, request.prompt_tokens - computed_tokens
         last = min(before.blocks * block_tokens, end)
         repeated = min(before.repeated_blocks(request.hashes) * block_tokens, last)
-        lost = ReprefillReason.EVICTED if stayed else ReprefillReason.MOVED
+        lost_tokens = max(0, repeated - start)
+        evicted_tokens = min(lost_tokens, regretted_tokens) if stayed else 0
         self._reprefilled[ReprefillReason.NEW] += end - max(start, last)
         self._reprefilled[ReprefillReason.REWRITTEN] += max(0, last - max(start, repeated))
-        self._reprefilled[lost] += max(0, repeated - start)
+        self._reprefilled[ReprefillReason.EVICTED] += evicted_tokens
+        self._reprefilled[ReprefillReason.NOT_STORED if stayed else ReprefillReason.MOVED] += lost_tokens - evicted_tokens
         if session is not None:
             session.marks = Marks.of(request.hashes)

@@ -86,6 +86,7 @@ from orchestrator.core.eviction import ValuePool
 from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
 from orchestrator.core.node.leases import Leases
 from orchestrator.core.node.offers import Offers
+from orchestrator.core.node.regret import Regret
 from orchestrator.core.node.scheduler import Scheduler, StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence
@@ -147,6 +148,7 @@ class Node:
         self._scheduler = Scheduler(spec, config, self._pool)
         self._offers = Offers(self._pool, int(spec.blocks * config.offered_share_max) if spec.stores else 0)
         self._leases = Leases(self._pool, int(spec.blocks * config.leased_share_max))
+        self._regret = Regret(spec.blocks)
         #: Everything assigned here that still has or wants blocks.
         self._sequences: dict[RequestId, Sequence] = {}
         self._exports: dict[ExportId, Export] = {}
@@ -264,6 +266,7 @@ class Node:
         if batches:
             self._commands.append(PublishKv(batches))
         for batch in batches:
+            self._regret.forgot(batch.removed)
             for run in batch.stored:
                 self._leases.note(run.hashes)
 
@@ -416,12 +419,13 @@ class Node:
     def _report(self, request: RequestId, reason: FinishReason, message: str = "", of: Sequence | None = None) -> None:
         ended = Ended(request, reason, 0, 0, message)
         if of is not None:
-            ended = Ended(request, reason, of.output_tokens, of.computed_tokens, message, *of.tier_tokens)
+            ended = Ended(request, reason, of.output_tokens, of.computed_tokens, message, *of.tier_tokens, of.regretted_tokens)
         self._commands.append(ReportEnded(ended))
 
     def _hold(self, sequence: Sequence) -> None:
         """Report a completed PREFILL and keep its blocks for the decode node, for a while."""
         self._scheduler.hold(sequence)
+        self._regret_of(sequence)
         self._offer(sequence)
         self._commands.append(Forget(sequence.request))
         self._report(sequence.request, FinishReason.PREFILLED, of=sequence)
@@ -462,13 +466,22 @@ class Node:
     def _apply(self, outcome: StepOutcome) -> None:
         """Report first tokens, serve readers of prompts that got further, end what ended."""
         for sequence in outcome.started:
-            report = FirstToken(sequence.request, sequence.computed_tokens, *sequence.tier_tokens)
+            cpu_tokens, cmx_tokens, _ = sequence.tier_tokens
+            report = FirstToken(sequence.request, sequence.computed_tokens, cpu_tokens, cmx_tokens)
             self._commands.append(ReportFirstToken(report))
+            self._regret_of(sequence)
             self._offer(sequence)
         for sequence in outcome.advanced:
             self._advance(sequence)
         for sequence, reason, message in outcome.ended:
             self._end(sequence, reason, message)
+
+    def _regret_of(self, sequence: Sequence) -> None:
+        """Note what of a prompt that is complete was computed here only because it had been forgotten."""
+        if sequence.computed_tokens and not sequence.assignment.source_pending:  # of those the source has computed some
+            size, prompt_tokens = self.spec.block_tokens, sequence.assignment.prompt_tokens
+            names = sequence.assignment.hashes[(prompt_tokens - sequence.computed_tokens) // size :]
+            sequence.regretted_tokens = min(self._regret.computed(names) * size, sequence.computed_tokens)
 
     def _advance(self, sequence: Sequence) -> None:
         """Note that more of a prompt is present: complete a PREFILL, serve its readers."""

@@ -45,6 +45,7 @@ class Sequence:
         "copies",
         "ending",
         "fetched",
+        "fetched_tokens",
         "followers",
         "fresh",
         "frontier",
@@ -64,6 +65,7 @@ class Sequence:
         "queued",
         "rank",
         "registered",
+        "regretted_tokens",
         "request",
         "stored_tokens",
         "table",
@@ -122,6 +124,10 @@ class Sequence:
         #: Prompt tokens that were present first because the store brought them, and how many of those came from `cmx`.
         self.loaded_tokens = 0
         self.loaded_cmx_tokens = 0
+        #: Those that were present first because a peer that had them brought them.
+        self.fetched_tokens = 0
+        #: Prompt tokens computed here that this node had held and forgot; known once the prompt is complete.
+        self.regretted_tokens = 0
         #: When its source, or the store, was last heard of, while it fetches.
         self.heard_at = 0.0
         #: When the running load first brought something, and the tokens that were present then; None before that.
@@ -170,11 +176,12 @@ class Sequence:
         return wanted if wanted > hit_blocks * self.block_tokens else 0
 
     @property
-    def tier_tokens(self) -> tuple[int, int]:
-        """Prompt tokens that are reported as loaded from `cpu` and from `cmx`: none that a source computed nevertheless."""
+    def tier_tokens(self) -> tuple[int, int, int]:
+        """Prompt tokens that are reported as brought from `cpu`, from `cmx` and by a peer: none that a source computed after all."""
         cached = self.assignment.prompt_tokens - self.computed_tokens
         cmx_tokens = min(self.loaded_cmx_tokens, cached)
-        return min(self.loaded_tokens - self.loaded_cmx_tokens, cached - cmx_tokens), cmx_tokens
+        cpu_tokens = min(self.loaded_tokens - self.loaded_cmx_tokens, cached - cmx_tokens)
+        return cpu_tokens, cmx_tokens, min(self.fetched_tokens, cached - cmx_tokens - cpu_tokens)
 
     def fetch_tokens(self, hit_blocks: int) -> int:
         """Return up to which token of the prompt to fetch when `hit_blocks` are here already; 0 when nothing is."""
@@ -212,4 +219,6 @@ class Sequence:
                 self.billed_tokens += reached - self.present_tokens
             elif loaded:
                 self.loaded_tokens += reached - self.present_tokens
+            elif self.phase is Phase.FETCHING and self.loaded and not self.assignment.source_pending:
+                self.fetched_tokens += reached - self.present_tokens
             self.present_tokens = reached

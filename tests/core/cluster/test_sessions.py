@@ -11,10 +11,12 @@ from tests.core.cluster.cluster_builders import make_request
 A, B = NodeId("a"), NodeId("b")
 
 
-def turn(sessions: Sessions, prompt: str, computed_tokens: int, stayed: bool = True, session: str = "s") -> None:
+def turn(
+    sessions: Sessions, prompt: str, computed_tokens: int, stayed: bool = True, regretted: int = 0, session: str = "s"
+) -> None:
     request = make_request(prompt=prompt, session=SessionId(session))
     sessions.started(request, A, None, again=False, now=0.0)
-    sessions.ended(request, computed_tokens, stayed, BLOCK_TOKENS)
+    sessions.ended(request, computed_tokens, stayed, BLOCK_TOKENS, regretted)
 
 
 def test_a_session_knows_where_its_last_turn_ran() -> None:
@@ -50,25 +52,31 @@ def test_the_same_name_of_another_tenant_or_model_is_another_session() -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "computed", "stayed", "expected"),
+    ("second", "computed", "stayed", "regretted", "expected"),
     [
         # 2 blocks and 1 token first, then 2 blocks more: what follows the 2 full blocks is new
-        ("uvwx", 9, True, {"new": 9 + 9}),
-        # the first block was gone from the node that served it
-        ("uvwx", 17, True, {"new": 9 + 9, "evicted": 8}),
+        ("uvwx", 9, True, 0, {"new": 9 + 9}),
+        # the first blocks were gone from the node that served them: forgotten, or it did not have them
+        ("uvwx", 17, True, 8, {"new": 9 + 9, "evicted": 8}),
+        ("uvwx", 17, True, 4, {"new": 9 + 9, "evicted": 4, "not_stored": 4}),
+        ("uvwx", 17, True, 0, {"new": 9 + 9, "not_stored": 8}),
+        # another session's blocks had been forgotten as well
+        ("uvwx", 13, True, 12, {"new": 9 + 9, "evicted": 4}),
         # the session had to move
-        ("uvwx", 17, False, {"new": 9 + 9, "moved": 8}),
+        ("uvwx", 17, False, 8, {"new": 9 + 9, "moved": 8}),
         # the second block was changed: the first is repeated, the rest was rewritten
-        ("u1wx", 13, True, {"new": 9 + 9, "rewritten": 4}),
-        ("u1wx", 17, True, {"new": 9 + 9, "rewritten": 4, "evicted": 4}),
+        ("u1wx", 13, True, 0, {"new": 9 + 9, "rewritten": 4}),
+        ("u1wx", 17, True, 4, {"new": 9 + 9, "rewritten": 4, "evicted": 4}),
         # a shorter prompt than before
-        ("u", 1, True, {"new": 9, "rewritten": 1}),
+        ("u", 1, True, 0, {"new": 9, "rewritten": 1}),
     ],
 )
-def test_every_computed_token_has_one_reason(second: str, computed: int, stayed: bool, expected: dict[str, int]) -> None:
+def test_every_computed_token_has_one_reason(
+    second: str, computed: int, stayed: bool, regretted: int, expected: dict[str, int]
+) -> None:
     sessions = Sessions(sessions_max=4)
     turn(sessions, "uv", computed_tokens=9)
-    turn(sessions, second, computed, stayed)
+    turn(sessions, second, computed, stayed, regretted)
     assert {reason: tokens for reason, tokens in sessions.reprefilled_tokens.items() if tokens} == {
         ReprefillReason(name): tokens for name, tokens in expected.items()
     }

@@ -101,8 +101,10 @@ def nothing(request: int) -> SliceResult:
     return SliceResult(RequestId(request))
 
 
-def ended(request: int, reason: FinishReason, output: int = 0, computed: int = 0, message: str = "") -> ReportEnded:
-    return ReportEnded(Ended(RequestId(request), reason, output, computed, message))
+def ended(
+    request: int, reason: FinishReason, output: int = 0, computed: int = 0, message: str = "", peer: int = 0
+) -> ReportEnded:
+    return ReportEnded(Ended(RequestId(request), reason, output, computed, message, peer_tokens=peer))
 
 
 def first_token(request: int, computed: int) -> ReportFirstToken:
@@ -414,7 +416,7 @@ def test_a_prefill_may_fetch_too_and_passes_on_what_its_source_computed(make_nod
     feed(node, ExportOpened(E1, R1, (A, AB), 0, 8, pending=True))
     assert feed(node, FetchProgressed(R1, 4))[0] == SendBlocks(E1, blocks(0), 4, final=False)
     assert feed(node, FetchEnded(R1, 8, computed_tokens=3))[2:5:2] == [
-        ended(1, FinishReason.PREFILLED, computed=3),
+        ended(1, FinishReason.PREFILLED, computed=3, peer=6),
         SendBlocks(E1, blocks(1), 8, final=True, computed_tokens=3),
     ]
 
