@@ -414,8 +414,10 @@ class StoreCounts:
     #: Forgotten in the arena; and in cmx, for want of room.
     cpu_evicted: int = 0
     cmx_evicted: int = 0
-    #: Brought from cmx because somebody advised it.
+    #: Brought from cmx because somebody advised it; of those, read by a node before they went, and forgotten unread.
     prefetched: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
     #: What went wrong, by its name, and how often.
     failures: tuple[tuple[str, int], ...] = ()
 

@@ -106,7 +106,8 @@ class Front:
         self._fingerprints = dict(fingerprints)
         self._grpc_address = ""
         self._members = Membership()
-        self._metrics = Metrics(number, config.gateway.count, pools)
+        cmx_bytes = config.store.cmx_bytes if config.store is not None else 0
+        self._metrics = Metrics(number, config.gateway.count, pools, cmx_bytes=cmx_bytes)
         name = f"gateway-{number}-{int(time.time())}"
         journal = open_journal(config.cluster.journal, name, cluster_header(number, config))
         trust = read_trust(config.cluster.secret, config.cluster.tls)
@@ -115,7 +116,10 @@ class Front:
         told = self._traces or self._metrics
         self._driver = ClusterDriver(number, config, trust, told, fatal, journal)
         self._metrics.attach(self._driver.reprefilled_tokens)
-        self._metrics.attach_leases(self._driver.hints.leases.used_bytes)
+        hints = self._driver.hints
+        self._metrics.attach_leases(
+            hints.leases.used_bytes, lambda: hints.leases.byte_seconds(self._driver.now), hints.effects.sums
+        )
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
@@ -163,6 +167,7 @@ class Front:
                 self._driver.mark_dead(place.node)
         self._driver.set_nodes([(place.node, place.address) for place in members.nodes if place.address])
         self._driver.set_stores([(place.store, place.address) for place in members.stores])
+        self._metrics.set_stores([place.store for place in members.stores])
         self._metrics.set_members({place.node: place.pool for place in members.nodes}, sorted(members.gateways))
         self._driver.set_gateways(tuple(members.gateways))
         self._gateway.join(members.gateways)

@@ -79,8 +79,8 @@ class HintDriver(Protocol):
 class HintMetrics(Protocol):
     """Who counts."""
 
-    def hinted(self, verb: Verb, outcome: Outcome) -> None:
-        """An action had an outcome."""
+    def hinted(self, verb: Verb, outcome: Outcome, reason: Reason | None) -> None:
+        """An action had an outcome, for a reason."""
         ...
 
 
@@ -232,7 +232,7 @@ class HintDesk:
             if answer is not None:
                 return cache_pb2.ApplyResponse.FromString(answer).results[0]
             return await self._act(action, message, name, came, replace(caller, forwarded=True))
-        self._metrics.hinted(verb, receipt.outcome)
+        self._metrics.hinted(verb, receipt.outcome, receipt.reason)
         return _result(receipt, self._tokens_in(hint, receipt))
 
     async def _hint(self, action: cache_pb2.Action, verb: Verb, message: str, name: str, caller: Caller) -> Hint:
@@ -314,7 +314,8 @@ class HintDesk:
         if parent == session or chains.of(tenant, session, [model]) or not (found := chains.of(tenant, parent, [model])):
             return
         hint = Hint(Verb.FORK, tenant, uuid.uuid4().hex, "0", model, parent, found[0].hashes, children=(session,))
-        self._metrics.hinted(hint.verb, self._driver.ask(hint).outcome)
+        receipt = self._driver.ask(hint)
+        self._metrics.hinted(hint.verb, receipt.outcome, receipt.reason)
 
     def kept(
         self, model: ModelName, tenant: TenantId, session: SessionId | None, prompts: Sequence[Prompt], seconds: float
@@ -330,7 +331,7 @@ class HintDesk:
             known = former is not None and self._driver.hints.leases.get(former, tenant) is not None
             hint = Hint(Verb.PIN, tenant, uuid.uuid4().hex, "0", model, session, prompt.hashes, tier=tier, ttl_s=seconds)
             receipt = self._driver.ask(replace(hint, lease=former if known else None))
-            self._metrics.hinted(hint.verb, receipt.outcome)
+            self._metrics.hinted(hint.verb, receipt.outcome, receipt.reason)
             if receipt.lease is not None:
                 self._kept[key] = receipt.lease
         while len(self._kept) > KEPT_MAX:
@@ -342,7 +343,7 @@ class HintDesk:
             hint = Hint(Verb.END_SESSION, tenant, uuid.uuid4().hex, "0", model, session, chain.hashes)
             receipt = self._driver.ask(hint)
             self._follow(hint, receipt, tenant)
-            self._metrics.hinted(hint.verb, receipt.outcome)
+            self._metrics.hinted(hint.verb, receipt.outcome, receipt.reason)
 
     # --- targets ------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import time
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -35,10 +35,11 @@ from orchestrator.core.events import (
     NodeReported,
     RequestAbandoned,
     RequestArrived,
+    StoreJoined,
     StoreLost,
     StoreReported,
 )
-from orchestrator.core.hints import Outcome, Verb
+from orchestrator.core.hints import Earned, Outcome, Reason, Verb
 from orchestrator.core.types import (
     FinishReason,
     GatewayId,
@@ -50,8 +51,11 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     ServiceClass,
+    StoreCounts,
+    StoredModel,
     StoreId,
     StoreLoad,
+    StoreSpec,
     TenantId,
     Tier,
 )
@@ -67,6 +71,13 @@ TOKEN_BOUNDS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 #: The pool label of what ended before a node had it.
 NO_POOL = "none"
+
+#: Where cached tokens are told to be from beside the tiers: another node.
+PEER = "peer"
+#: What stores count in blocks, and is told as such; what was forgotten is told with what nodes forgot.
+STORE_EVENTS = tuple(item.name for item in fields(StoreCounts) if item.name not in ("failures", "cpu_evicted", "cmx_evicted"))
+#: Reasons of a store's failures that are told apart.
+REASONS_MAX = 32
 
 #: vLLM's words for how a generation ended.
 FINISHED = {
@@ -217,6 +228,7 @@ class Metrics(Collector):
         gateways: gateways in the cluster.
         nodes: every node the cluster file asks for and its pool, in the file's order.
         clock: seconds, monotonic.
+        cmx_bytes: what a store may have in `cmx`.
     """
 
     def __init__(
@@ -225,8 +237,10 @@ class Metrics(Collector):
         gateways: int,
         nodes: Mapping[NodeId, PoolName],
         clock: Callable[[], float] = time.perf_counter,
+        cmx_bytes: int = 0,
     ) -> None:
         self.clock = clock
+        self._cmx_bytes = cmx_bytes
         self.ttft = Distributions(TTFT_BOUNDS)
         self.itl = Distributions(ITL_BOUNDS)
         self.request = Distributions(REQUEST_BOUNDS)
@@ -245,17 +259,21 @@ class Metrics(Collector):
         self._requests: Tally[Labels] = Tally()
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
-        #: Those of them that a store brought, by the tier it had them in.
+        #: Those of them that another node had, or a store, by the tier it had them in.
         self._loaded_tokens: Tally[Labels] = Tally()
         #: Prompt tokens of requests that were started over, and what the core counts by reason.
         self._restarted_tokens = 0
         self._by_reason: Mapping[ReprefillReason, int] = {}
-        #: By verb and outcome; bytes of leases by tenant and tier.
+        #: By verb, outcome and reason; by verb what actions have brought; by tenant and tier bytes of leases, and those times seconds.
         self._hints: Tally[Labels] = Tally()
+        self._earned: Mapping[Verb, Earned] = {}
         self._leased: Mapping[tuple[TenantId, Tier], int] = {}
+        self._lease_byte_seconds: Callable[[], Mapping[tuple[TenantId, Tier], float]] = dict
         #: By node and pool: parts of this gateway's requests that ended there, and the tokens they computed.
         self._parts: Tally[Labels] = Tally()
         self._computed_tokens: Tally[Labels] = Tally()
+        #: Those of them that the node had held and forgot.
+        self._regretted_tokens: Tally[Labels] = Tally()
         self._flights: dict[RequestId, _Flight] = {}
         self._models: dict[ModelName, None] = {}
         #: All nodes, also those that other gateways export.
@@ -263,6 +281,8 @@ class Metrics(Collector):
         self._foreign: frozenset[NodeId] = frozenset()
         #: What stores told last of themselves, by model. The first gateway exports it, and leases, of which all gateways know.
         self._stores: dict[tuple[StoreId, ModelName], StoreLoad] = {}
+        #: Stores that are members or were heard of; what each is, while it is heard.
+        self._store_specs: dict[StoreId, StoreSpec | None] = {}
         self._first = True
         self.set_members(nodes, range(gateways))
         self.registry = CollectorRegistry(auto_describe=False)
@@ -301,13 +321,22 @@ class Metrics(Collector):
         """Export what the core's sessions say of computed prompt tokens; the mapping is read at each scrape."""
         self._by_reason = reprefilled
 
-    def attach_leases(self, leased: Mapping[tuple[TenantId, Tier], int]) -> None:
-        """Export the bytes of leases; the mapping is read at each scrape."""
-        self._leased = leased
+    def attach_leases(
+        self,
+        leased: Mapping[tuple[TenantId, Tier], int],
+        byte_seconds: Callable[[], Mapping[tuple[TenantId, Tier], float]],
+        earned: Mapping[Verb, Earned],
+    ) -> None:
+        """Export bytes of leases, their bytes times seconds, and what actions have brought; all are read at each scrape."""
+        self._leased, self._lease_byte_seconds, self._earned = leased, byte_seconds, earned
 
-    def hinted(self, verb: Verb, outcome: Outcome) -> None:
-        """Count what became of one action of a harness."""
-        self._hints[verb, outcome] += 1
+    def hinted(self, verb: Verb, outcome: Outcome, reason: Reason | None) -> None:
+        """Count what became of one action of a harness, and why."""
+        self._hints[verb, outcome, reason or ""] += 1
+
+    def set_stores(self, stores: Iterable[StoreId]) -> None:
+        """Learn which stores the cluster has from now on."""
+        self._store_specs = {store: self._store_specs.get(store) for store in stores}
 
     def set_members(self, nodes: Mapping[NodeId, PoolName], gateways: Sequence[int]) -> None:
         """Learn which nodes and gateways the cluster has from now on; what was counted of a node that left is forgotten."""
@@ -315,7 +344,7 @@ class Metrics(Collector):
         exporters = [gateways[place % len(gateways)] if gateways else None for place in range(len(nodes))]
         self._first = not gateways or self._gateway == min(gateways)
         self._foreign = frozenset(node for node, by in zip(nodes, exporters, strict=True) if by != self._gateway)
-        for tally in (self._parts, self._computed_tokens):
+        for tally in (self._parts, self._computed_tokens, self._regretted_tokens):
             for labels in [labels for labels in tally if labels[0] not in nodes]:
                 del tally[labels]
 
@@ -373,7 +402,11 @@ class Metrics(Collector):
                     state.up, state.load = False, Load(preemptions=state.load.preemptions)
             case StoreReported(store, model, load):
                 self._stores[store, model] = load
+            case StoreJoined(store):
+                self._store_specs[store.id] = store
             case StoreLost(store, _):
+                if store in self._store_specs:
+                    self._store_specs[store] = None
                 self._stores = {key: load for key, load in self._stores.items() if key[0] != store}
             case RequestAbandoned(request):
                 self._flights.pop(request, None)
@@ -407,9 +440,9 @@ class Metrics(Collector):
         labels = (flight.model, flight.pool or NO_POOL)
         self._input_tokens[labels] += flight.prompt_tokens
         self._cached_tokens[labels] += command.cached_tokens
-        for tier, tokens in ((Tier.CPU, command.cpu_tokens), (Tier.CMX, command.cmx_tokens)):
+        for place, tokens in ((Tier.CPU, command.cpu_tokens), (Tier.CMX, command.cmx_tokens), (PEER, command.peer_tokens)):
             if tokens:
-                self._loaded_tokens[*labels, tier.value] += tokens
+                self._loaded_tokens[*labels, str(place)] += tokens
         self._hit_error.child(flight.model).observe(abs(command.predicted_cached_tokens - command.cached_tokens))
 
     def _on_joined(self, spec: NodeSpec) -> None:
@@ -439,6 +472,7 @@ class Metrics(Collector):
             flight.prefilled_tokens, elsewhere = ended.computed_tokens, 0
         self._parts[node, pool] += 1
         self._computed_tokens[node, pool] += max(ended.computed_tokens - elsewhere, 0) + ended.output_tokens
+        self._regretted_tokens[node, pool] += ended.regretted_tokens
 
     def computed_tokens(self, node: NodeId) -> int:
         """Return the tokens, of prompts and outputs, that a node has computed for this gateway's ended requests."""
@@ -450,7 +484,10 @@ class Metrics(Collector):
         """Yield every family, for the registry."""
         yield from self._request_families()
         yield from self._token_families()
+        yield from self._hint_families()
         yield from self._node_families()
+        yield from self._tier_families()
+        yield from self._store_families()
         yield from self._vllm_request_families()
         yield from self._vllm_node_families()
 
@@ -483,11 +520,37 @@ class Metrics(Collector):
             (str(reason),): count for reason, count in self._by_reason.items() if reason is not ReprefillReason.NEW
         }
         yield _counter("weft_reprefilled_tokens", text, ("reason",), again | {("restarted",): self._restarted_tokens})
-        yield _counter("weft_hint_actions", "What became of harnesses' actions on the cache.", ("action", "outcome"), self._hints)
+
+    def _hint_families(self) -> Iterable[Metric]:
+        text = "What became of harnesses' actions on the cache, and why."
+        yield _counter("weft_hint_actions", text, ("action", "outcome", "reason"), self._hints)
+        earned = [((str(verb),), sums) for verb, sums in self._earned.items()]
+        names = ("action",)
+        found: dict[Labels, float] = {labels: sums.found_tokens for labels, sums in earned}
+        thanks: dict[Labels, float] = {labels: sums.earned_tokens for labels, sums in earned}
+        yield _counter(
+            "weft_hint_bytes",
+            "Bytes that actions kept, had brought or let go.",
+            names,
+            {labels: sums.size_bytes for labels, sums in earned},
+        )
+        yield _counter("weft_hint_found_tokens", "Tokens of later prompts found of what actions were about.", names, found)
+        text = "Those of them that would not have been found without the action, as far as is known."
+        yield _counter("weft_hint_earned_tokens", text, names, thanks)
+        yield _counter(
+            "weft_hint_saved_seconds",
+            "Seconds that computing or loading those would have taken.",
+            names,
+            {labels: sums.saved_s for labels, sums in earned},
+        )
+        names = ("tenant", "tier")
+        leased: dict[Labels, float] = {}
+        spent: dict[Labels, float] = {}
         if self._first:
-            text = "Bytes that leases promise to keep, by the lowest tier they may sink to."
-            leased: dict[Labels, float] = {(tenant, tier): size for (tenant, tier), size in self._leased.items()}
-            yield _gauge("weft_lease_bytes", text, ("tenant", "tier"), leased)
+            leased = {(tenant, tier): size for (tenant, tier), size in self._leased.items()}
+            spent = {(tenant, tier): byte_s for (tenant, tier), byte_s in self._lease_byte_seconds().items()}
+        yield _gauge("weft_lease_bytes", "Bytes that leases promise to keep, by the lowest tier they may sink to.", names, leased)
+        yield _counter("weft_lease_byte_seconds", "Bytes of leases times the seconds they lasted.", names, spent)
 
     def _node_families(self) -> Iterable[Metric]:
         up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._exported()}
@@ -498,11 +561,12 @@ class Metrics(Collector):
             leased[node, "kept"], leased[node, "over"] = load.blocks_leased, load.blocks_unleased
             for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
                 blocks[node, Tier.HBM, word] = count
-        for (store, _), load in self._stores.items() if self._first else ():
+        for (store, model), load in self._exported_stores():
             for tier, word, count in (
                 (Tier.CPU, "used", load.slots_used),
                 (Tier.CPU, "cached", load.slots_cached),
                 (Tier.CPU, "free", load.slots_free),
+                (Tier.CMX, "cached", load.segments * model.segment_blocks),
             ):
                 blocks[store, tier, word] = blocks.get((store, tier, word), 0) + count
         yield _gauge("weft_node_up", "1 while the gateway hears the node.", ("node", "pool"), up)
@@ -524,17 +588,83 @@ class Metrics(Collector):
             "weft_malformed_frames", "Frames of a node that meant nothing; its link started anew.", ("node",), self._malformed
         )
 
+    def _tier_families(self) -> Iterable[Metric]:
+        """Yield how full each tier of each holder is, and what it forgets."""
+        held: Tally[Labels] = Tally()
+        room: Tally[Labels] = Tally()
+        evicted: Tally[Labels] = Tally()
+        idle: dict[Labels, float] = {}
+        for node, state in self._exported():
+            if state.spec is not None and state.up:
+                load, labels = state.load, (node, Tier.HBM.value)
+                held[labels] = (load.blocks_used + load.blocks_cached) * state.spec.block_bytes
+                room[labels] = state.spec.blocks * state.spec.block_bytes
+                evicted[labels], idle[labels] = load.blocks_evicted, load.evicted_idle_s
+        for (store, model), load in self._exported_stores():
+            cpu, cmx = (store, Tier.CPU.value), (store, Tier.CMX.value)
+            held[cpu] += (load.slots_used + load.slots_cached) * model.block_bytes
+            room[cpu] += model.slots * model.block_bytes
+            evicted[cpu] += load.counts.cpu_evicted
+            idle[cpu] = max(idle.get(cpu, 0.0), load.evicted_idle_s)
+            if model.cmx:
+                held[cmx] += load.segments * model.segment_bytes
+                room[cmx] = self._cmx_bytes
+                evicted[cmx] += load.counts.cmx_evicted
+        names = ("node", "tier")
+        yield _gauge("weft_kv_bytes", "Bytes of KV that a node or a store holds.", names, held)
+        yield _gauge("weft_kv_capacity_bytes", "Bytes of KV that it may hold.", names, room)
+        yield _counter("weft_kv_evicted_blocks", "Blocks that it forgot; on nodes for want of room.", names, evicted)
+        text = "Seconds that what it forgot lately, for want of room, had not been used."
+        yield _gauge("weft_kv_evicted_idle_seconds", text, names, idle)
+        text = "Prompt tokens that a node computed although it had held them and forgot them not long before."
+        yield _counter("weft_regretted_tokens", text, ("node", "pool"), self._regretted_tokens)
+
+    def _store_families(self) -> Iterable[Metric]:
+        up: dict[Labels, float] = {}
+        if self._first:
+            up = {(store,): float(spec is not None) for store, spec in self._store_specs.items()}
+        done: Tally[Labels] = Tally()
+        failures: Tally[Labels] = Tally()
+        waiting: Tally[Labels] = Tally()
+        wasted: Tally[Labels] = Tally()
+        leased: Tally[Labels] = Tally()
+        for (store, model), load in self._exported_stores():
+            for event in STORE_EVENTS:
+                done[store, event] += getattr(load.counts, event)
+            for reason, count in load.counts.failures[:REASONS_MAX]:
+                failures[store, reason] += count
+            waiting[store,] += load.reads_waiting
+            wasted[store,] += load.counts.prefetch_wasted * model.block_bytes
+            for one in load.leased:
+                leased[store, one.tenant, one.tier.value] += one.bytes
+        yield _gauge("weft_store_up", "1 while the gateway hears the store.", ("store",), up)
+        yield _counter("weft_store_blocks", "What a store did, in blocks.", ("store", "event"), done)
+        yield _counter("weft_store_failures", "What went wrong in a store.", ("store", "reason"), failures)
+        yield _gauge("weft_store_reads_waiting", "Reads that wait for blocks from cmx.", ("store",), waiting)
+        text = "Bytes brought on advice and forgotten before anybody read them."
+        yield _counter("weft_wasted_prefetch_bytes", text, ("store",), wasted)
+        text = "Bytes that a store holds of leases; blocks of several leases count for each."
+        yield _gauge("weft_lease_held_bytes", text, ("store", "tenant", "tier"), leased)
+
     def _vllm_request_families(self) -> Iterable[Metric]:
         names = ("model_name", "engine")
         sources: dict[Labels, float] = {}
+        local: dict[Labels, float] = {}
+        missed: dict[Labels, float] = {}
+        external: dict[Labels, float] = {}
         for (model, pool), count in self._input_tokens.items():
             cached = self._cached_tokens[model, pool]
-            sources[model, pool, "local_cache_hit"] = cached
+            brought = sum(self._loaded_tokens[model, pool, place] for place in (*map(str, Tier), PEER))
+            sources[model, pool, "local_cache_hit"] = local[model, pool] = cached - brought
+            sources[model, pool, "external_kv_transfer"] = external[model, pool] = brought
             sources[model, pool, "local_compute"] = count - cached
+            missed[model, pool] = count - cached + brought
         yield _counter("vllm:prompt_tokens", "weft_input_tokens.", names, self._input_tokens)
         yield _counter("vllm:prompt_tokens_by_source", "Prompt tokens, cached or not.", (*names, "source"), sources)
         yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", names, self._input_tokens)
-        yield _counter("vllm:prefix_cache_hits", "Prompt tokens found.", names, self._cached_tokens)
+        yield _counter("vllm:prefix_cache_hits", "Prompt tokens found on the node.", names, local)
+        yield _counter("vllm:external_prefix_cache_queries", "Prompt tokens not found on the node.", names, missed)
+        yield _counter("vllm:external_prefix_cache_hits", "Prompt tokens a store or another node had.", names, external)
         yield _counter("vllm:generation_tokens", "weft_output_tokens.", names, self.output_tokens)
         yield _counter("vllm:request_success", "Ended generations.", (*names, "finished_reason"), self.finished)
         yield self.ttft.family("vllm:time_to_first_token_seconds", "weft_ttft_seconds.", names, merge=2)
@@ -566,6 +696,13 @@ class Metrics(Collector):
 
     def _exported(self) -> list[tuple[NodeId, NodeState]]:
         return [(node, state) for node, state in self._nodes.items() if node not in self._foreign]
+
+    def _exported_stores(self) -> list[tuple[tuple[StoreId, StoredModel], StoreLoad]]:
+        """Return each store's parts that it told of, and in what state they are; the first gateway tells of them."""
+        if not self._first:
+            return []
+        parts = {(spec.id, part.model): part for spec in self._store_specs.values() if spec is not None for part in spec.models}
+        return [((key[0], parts[key]), load) for key, load in self._stores.items() if key in parts]
 
     def _flights_by_model(self) -> tuple[dict[Labels, float], dict[Labels, float]]:
         """Return requests under way that a node has, and those that none has yet."""

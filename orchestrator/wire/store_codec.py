@@ -4,6 +4,7 @@ Every function is the inverse of its neighbour; a message that cannot be what it
 here. See also: `codec.py`, for what gateways and nodes say to each other.
 """
 
+from dataclasses import fields
 from math import isfinite
 
 from orchestrator.core.blocks import pack_hashes
@@ -27,10 +28,7 @@ from orchestrator.core.types import (
 from orchestrator.wire import store_pb2
 from orchestrator.wire.codec import NAME_CHARS_MAX, MalformedMessage, hash_from, hashes_from, kv_from, kv_message, tier_from
 
-_COUNTS = (
-    "taken", "given", "declined", "recalled", "written", "cpu_hits", "cmx_hits", "misses", "cpu_evicted", "cmx_evicted",
-    "prefetched",
-)  # fmt: skip
+_COUNTS = tuple(item.name for item in fields(StoreCounts) if item.name != "failures")
 
 
 def welcome_message(spec: StoreSpec) -> store_pb2.Welcome:

@@ -280,7 +280,7 @@ class ModelLoad(_message.Message):
     def __init__(self, model: _Optional[str] = ..., slots_free: _Optional[int] = ..., slots_cached: _Optional[int] = ..., slots_used: _Optional[int] = ..., segments: _Optional[int] = ..., reads_waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., cpu_bytes_per_s: _Optional[float] = ..., cmx_bytes_per_s: _Optional[float] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., leased: _Optional[_Iterable[_Union[LeasedBytes, _Mapping]]] = ..., evicted_idle_s: _Optional[float] = ...) -> None: ...
 
 class Counts(_message.Message):
-    __slots__ = ("taken", "given", "declined", "recalled", "written", "cpu_hits", "cmx_hits", "misses", "cpu_evicted", "cmx_evicted", "prefetched", "failures")
+    __slots__ = ("taken", "given", "declined", "recalled", "written", "cpu_hits", "cmx_hits", "misses", "cpu_evicted", "cmx_evicted", "prefetched", "failures", "prefetch_used", "prefetch_wasted")
     class FailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +300,8 @@ class Counts(_message.Message):
     CMX_EVICTED_FIELD_NUMBER: _ClassVar[int]
     PREFETCHED_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_USED_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_WASTED_FIELD_NUMBER: _ClassVar[int]
     taken: int
     given: int
     declined: int
@@ -312,7 +314,9 @@ class Counts(_message.Message):
     cmx_evicted: int
     prefetched: int
     failures: _containers.ScalarMap[str, int]
-    def __init__(self, taken: _Optional[int] = ..., given: _Optional[int] = ..., declined: _Optional[int] = ..., recalled: _Optional[int] = ..., written: _Optional[int] = ..., cpu_hits: _Optional[int] = ..., cmx_hits: _Optional[int] = ..., misses: _Optional[int] = ..., cpu_evicted: _Optional[int] = ..., cmx_evicted: _Optional[int] = ..., prefetched: _Optional[int] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    prefetch_used: int
+    prefetch_wasted: int
+    def __init__(self, taken: _Optional[int] = ..., given: _Optional[int] = ..., declined: _Optional[int] = ..., recalled: _Optional[int] = ..., written: _Optional[int] = ..., cpu_hits: _Optional[int] = ..., cmx_hits: _Optional[int] = ..., misses: _Optional[int] = ..., cpu_evicted: _Optional[int] = ..., cmx_evicted: _Optional[int] = ..., prefetched: _Optional[int] = ..., failures: _Optional[_Mapping[str, int]] = ..., prefetch_used: _Optional[int] = ..., prefetch_wasted: _Optional[int] = ...) -> None: ...
 
 class LeasedBytes(_message.Message):
     __slots__ = ("tenant", "tier", "bytes")

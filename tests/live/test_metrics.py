@@ -4,13 +4,24 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.core.cluster.sessions import ReprefillReason
 from orchestrator.core.commands import Assign, Complete, Restart
-from orchestrator.core.events import Ended, NodeJoined, NodeLost, NodeReported, RequestArrived
+from orchestrator.core.events import (
+    Ended,
+    NodeJoined,
+    NodeLost,
+    NodeReported,
+    RequestArrived,
+    StoreJoined,
+    StoreLost,
+    StoreReported,
+)
+from orchestrator.core.hints import Earned, Outcome, Reason, Verb
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
     CostProfile,
     FinishReason,
     GatewayId,
+    LeasedBytes,
     Load,
     ModelName,
     NodeId,
@@ -21,7 +32,13 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     ServiceClass,
+    StoreCounts,
+    StoredModel,
+    StoreId,
+    StoreLoad,
+    StoreSpec,
     TenantId,
+    Tier,
 )
 from orchestrator.live.metrics import Metrics
 
@@ -54,9 +71,19 @@ def assign(request: int = 1, node: str = "decode-0") -> Assign:
     return Assign(NodeId(node), Assignment(RequestId(request), Role.GENERATE, 40, (), 8))
 
 
-def complete(cached: int = 32, predicted: int = 32, cpu: int = 0, cmx: int = 0) -> Complete:
+def complete(cached: int = 32, predicted: int = 32, cpu: int = 0, cmx: int = 0, peer: int = 0) -> Complete:
     ended = Ended(RequestId(1), FinishReason.STOP, 3, 40 - cached)
-    return Complete(RequestId(1), ended, cached, predicted, cpu, cmx)
+    return Complete(RequestId(1), ended, cached, predicted, cpu, cmx, peer)
+
+
+def store_of(name: str = "s0", models: tuple[str, ...] = ("default",)) -> StoreSpec:
+    """Return a store with ten slots a model, of ten bytes each, and segments of four blocks in cmx."""
+    parts = tuple(StoredModel(ModelName(model), 16, 10, 10, segment_blocks=4, cmx=True) for model in models)
+    return StoreSpec(StoreId(name), 1, "h0", "", parts)
+
+
+def store_told(name: str = "s0", model: str = "default", **load: object) -> StoreReported:
+    return StoreReported(StoreId(name), ModelName(model), StoreLoad(**load))  # type: ignore[arg-type]
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -69,7 +96,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def cluster(clock: Clock | None = None, gateway: int = 0, gateways: int = 1) -> Metrics:
-    metrics = Metrics(GatewayId(gateway), gateways, NODES, clock or Clock())
+    metrics = Metrics(GatewayId(gateway), gateways, NODES, clock or Clock(), cmx_bytes=1000)
     for node in NODES:
         metrics.observe(0.0, NodeJoined(spec(node)), [])
     return metrics
@@ -95,10 +122,83 @@ def test_a_request_waits_runs_and_is_counted_with_its_cached_tokens() -> None:
 def test_cached_tokens_are_counted_by_the_tier_they_were_in() -> None:
     metrics = cluster()
     metrics.observe(0.0, arrived(), [assign()])
-    metrics.observe(0.2, NodeReported(NodeId("decode-0"), Load()), [complete(32, cpu=12, cmx=16)])
+    metrics.observe(0.2, NodeReported(NodeId("decode-0"), Load()), [complete(32, cpu=10, cmx=16, peer=2)])
     where = {"model": "default", "pool": "decode"}
-    counts = [value(metrics, "weft_cached_tokens_total", **where, tier=tier) for tier in ("hbm", "cpu", "cmx")]
-    assert counts == [4, 12, 16]
+    counts = [value(metrics, "weft_cached_tokens_total", **where, tier=tier) for tier in ("hbm", "peer", "cpu", "cmx")]
+    assert counts == [4, 2, 10, 16]
+    engine = {"model_name": "default", "engine": "decode"}
+    names = ("prefix_cache_queries", "prefix_cache_hits", "external_prefix_cache_queries", "external_prefix_cache_hits")
+    assert [value(metrics, f"vllm:{name}_total", **engine) for name in names] == [40, 4, 36, 28]
+    sources = ("local_cache_hit", "external_kv_transfer", "local_compute")
+    assert [value(metrics, "vllm:prompt_tokens_by_source_total", **engine, source=one) for one in sources] == [4, 28, 8]
+
+
+def test_tiers_show_how_full_they_are_and_what_they_forget() -> None:
+    metrics = cluster()
+    load = Load(blocks_used=6, blocks_cached=3, blocks_free=1, blocks_evicted=7, evicted_idle_s=2.5)
+    metrics.observe(0.0, NodeReported(NodeId("decode-0"), load), [])
+    metrics.observe(0.0, StoreJoined(store_of(models=("default", "other"))), [])
+    counts = StoreCounts(cpu_evicted=5, cmx_evicted=8)
+    for model in ("default", "other"):
+        told = store_told(model=model, slots_used=1, slots_cached=2, segments=3, counts=counts, evicted_idle_s=4.0)
+        metrics.observe(0.1, told, [])
+    places = (("decode-0", "hbm"), ("s0", "cpu"), ("s0", "cmx"))
+    told = {
+        name: [value(metrics, f"weft_kv_{name}", node=node, tier=tier) for node, tier in places]
+        for name in ("bytes", "capacity_bytes", "evicted_blocks_total", "evicted_idle_seconds")
+    }
+    assert told == {
+        "bytes": [9, 60, 240],
+        "capacity_bytes": [10, 200, 1000],
+        "evicted_blocks_total": [7, 10, 16],
+        "evicted_idle_seconds": [2.5, 4.0, None],
+    }
+    assert value(metrics, "weft_kv_blocks", node="s0", tier="cmx", state="cached") == 24
+
+
+def test_a_store_tells_what_it_did_and_is_seen_to_go_and_leave() -> None:
+    metrics = cluster()
+    metrics.set_stores([StoreId("s0")])
+    assert value(metrics, "weft_store_up", store="s0") == 0
+    metrics.observe(0.0, StoreJoined(store_of()), [])
+    counts = StoreCounts(prefetched=9, prefetch_wasted=4, misses=2, failures=(("unavailable", 3),))
+    leased = (LeasedBytes(TenantId("t"), Tier.CPU, 30),)
+    metrics.observe(0.1, store_told(counts=counts, reads_waiting=5, leased=leased), [])
+    assert value(metrics, "weft_store_up", store="s0") == 1
+    did = [value(metrics, "weft_store_blocks_total", store="s0", event=event) for event in ("prefetched", "misses", "taken")]
+    assert did == [9, 2, 0]
+    assert value(metrics, "weft_store_failures_total", store="s0", reason="unavailable") == 3
+    assert value(metrics, "weft_wasted_prefetch_bytes_total", store="s0") == 40
+    assert value(metrics, "weft_store_reads_waiting", store="s0") == 5
+    assert value(metrics, "weft_lease_held_bytes", store="s0", tenant="t", tier="cpu") == 30
+    metrics.observe(0.2, StoreLost(StoreId("s0"), "killed"), [])
+    assert value(metrics, "weft_store_up", store="s0") == 0
+    assert value(metrics, "weft_store_reads_waiting", store="s0") is None
+    metrics.set_stores([])
+    assert value(metrics, "weft_store_up", store="s0") is None
+
+
+def test_leases_and_what_hints_earned_are_told_by_the_gateways_that_know() -> None:
+    first, second = cluster(gateways=2), cluster(gateway=1, gateways=2)
+    key = TenantId("t"), Tier.HBM
+    for metrics in (first, second):
+        metrics.attach_leases({key: 64}, lambda: {key: 640.0}, {Verb.PIN: Earned(Verb.PIN, "", "", None, 64, 12, 8, 0.25)})
+        metrics.hinted(Verb.PIN, Outcome.CLIPPED, Reason.QUOTA_BYTES)
+        metrics.hinted(Verb.PIN, Outcome.APPLIED, None)
+        names = ("bytes", "found_tokens", "earned_tokens", "saved_seconds")
+        assert [value(metrics, f"weft_hint_{name}_total", action="pin") for name in names] == [64, 12, 8, 0.25]
+        assert value(metrics, "weft_hint_actions_total", action="pin", outcome="clipped", reason="quota_bytes") == 1
+        assert value(metrics, "weft_hint_actions_total", action="pin", outcome="applied", reason="") == 1
+    # All gateways know of all leases: one of them tells.
+    assert value(first, "weft_lease_byte_seconds_total", tenant="t", tier="hbm") == 640
+    assert value(second, "weft_lease_byte_seconds_total", tenant="t", tier="hbm") is None
+
+
+def test_regret_is_counted_where_it_was_computed() -> None:
+    metrics = cluster()
+    ended = Ended(RequestId(1), FinishReason.STOP, 3, 40, regretted_tokens=32)
+    metrics.observe(0.0, NodeReported(NodeId("decode-0"), Load(), ended=(ended,)), [])
+    assert value(metrics, "weft_regretted_tokens_total", node="decode-0", pool="decode") == 32
 
 
 def test_tokens_are_timed_one_by_one_and_an_exchange_of_several_shares_its_time() -> None:

@@ -46,7 +46,7 @@ def test_a_change_of_holdings_comes_back_as_it_went() -> None:
 
 
 def test_a_load_comes_back_as_it_went() -> None:
-    counts = StoreCounts(*range(1, 12), failures=(("damaged", 2), ("missing", 1)))
+    counts = StoreCounts(*range(1, 14), failures=(("damaged", 2), ("missing", 1)))
     load = StoreLoad(1, 2, 3, 4, 5, 6, 7.0, 8.0, counts, (LeasedBytes(TenantId("t"), Tier.CPU, 9),), 10.5)
     assert store_codec.load_from(wired(store_codec.load_message(ModelName("m"), load))) == (ModelName("m"), load)
 

@@ -157,8 +157,7 @@ class Flight:
         #: Times it was started over.
         self.restarted = 0
         self.predicted_cached_tokens = 0
-        #: What its prefill node loaded from that one's store, by the tier it was in, fetched from a peer, and computed although it
-        #: had held it.
+        #: What its prefill node loaded from that one's store, by the tier it was in; fetched from a peer; had held and computed.
         self.cpu_tokens = 0
         self.cmx_tokens = 0
         self.peer_tokens = 0
@@ -605,7 +604,10 @@ class Cluster:
         request = flight.request
         block_tokens = self._known[node].spec.block_tokens
         cached_tokens = max(0, request.prompt_tokens - ended.computed_tokens)
-        computed_tokens, regretted_tokens = request.prompt_tokens - cached_tokens, flight.regretted_tokens + ended.regretted_tokens
+        computed_tokens, regretted_tokens = (
+            request.prompt_tokens - cached_tokens,
+            flight.regretted_tokens + ended.regretted_tokens,
+        )
         self._sessions.ended(request, computed_tokens, flight.stayed, block_tokens, regretted_tokens)
         self._admission.completed(request.model, self._now)
         self._admission.delivered(request.tenant, ended.output_tokens, self._now)

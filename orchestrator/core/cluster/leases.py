@@ -96,6 +96,7 @@ class Leases:
         "_held",
         "_of_tenant",
         "_shares",
+        "_spent",
         "_tenants",
         "_used",
         "_used_by",
@@ -119,6 +120,8 @@ class Leases:
         #: Bytes of leases, always the sums over `_held`.
         self._used: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._used_by: dict[tuple[TenantId, Tier], int] = {}
+        #: Bytes times seconds that leases took, up to when that last changed.
+        self._spent: dict[tuple[TenantId, Tier], tuple[float, float]] = {}
         #: Last revision of leases that ended before their time, and when they would have ended.
         self._ended: OrderedDict[LeaseId, tuple[int, float]] = OrderedDict()
 
@@ -148,6 +151,10 @@ class Leases:
     def used_bytes(self) -> Mapping[tuple[TenantId, Tier], int]:
         """Bytes of leases by tenant and tier; those that were, and are none now, are 0."""
         return self._used_by
+
+    def byte_seconds(self, now: float) -> dict[tuple[TenantId, Tier], float]:
+        """Return the bytes times seconds that leases have taken so far, by tenant and tier."""
+        return {key: spent + self._used_by[key] * max(0.0, now - at) for key, (spent, at) in self._spent.items()}
 
     def has_tier(self, tier: Tier) -> bool:
         """Whether anybody has memory for leases on that tier."""
@@ -263,14 +270,14 @@ class Leases:
         if bucket is not None:
             bucket.take(-_unused(held, now), now)
         self._remember_end(held.lease.id, held.lease.revision, held.expires_at, now)
-        self._drop(held.lease.id)
+        self._drop(held.lease.id, now)
 
     def expire(self, lease: LeaseId, now: float) -> Held | None:
         """End a lease whose time is up; None if there is none, or its time has not come."""
         held = self._held.get(lease)
         if held is None or held.expires_at > now:
             return None
-        self._drop(lease)
+        self._drop(lease, now)
         return held
 
     def learn(self, lease: Lease, now: float) -> Held | None:
@@ -291,7 +298,7 @@ class Leases:
         expires_at = held.expires_at if held is not None else now + self._config.ttl_s_max
         self._remember_end(lease, revision, expires_at, now)
         if held is not None:
-            self._drop(lease)
+            self._drop(lease, now)
         return held
 
     def ended_revision(self, lease: LeaseId) -> int:
@@ -347,25 +354,28 @@ class Leases:
 
     def _keep(self, lease: Lease, now: float) -> Held:
         """Put a lease into the books, in place of its former self."""
-        self._drop(lease.id)
+        self._drop(lease.id, now)
         held = self._held[lease.id] = Held(lease, now + lease.ttl_s)
         self._of_tenant.setdefault(lease.tenant, {})[lease.id] = None
-        self._count(lease, lease.size_bytes)
+        self._count(lease, lease.size_bytes, now)
         return held
 
-    def _drop(self, lease: LeaseId) -> None:
+    def _drop(self, lease: LeaseId, now: float) -> None:
         held = self._held.pop(lease, None)
         if held is not None:
-            self._count(held.lease, -held.lease.size_bytes)
+            self._count(held.lease, -held.lease.size_bytes, now)
             mine = self._of_tenant[held.lease.tenant]
             del mine[lease]
             if not mine:
                 del self._of_tenant[held.lease.tenant]
 
-    def _count(self, lease: Lease, size_bytes: int) -> None:
+    def _count(self, lease: Lease, size_bytes: int, now: float) -> None:
         self._used[lease.tier] += size_bytes
         key = lease.tenant, lease.tier
-        self._used_by[key] = self._used_by.get(key, 0) + size_bytes
+        used = self._used_by.get(key, 0)
+        spent, at = self._spent.get(key, (0.0, now))
+        self._spent[key] = spent + used * max(0.0, now - at), now
+        self._used_by[key] = used + size_bytes
 
     def _remember_end(self, lease: LeaseId, revision: int, until: float, now: float) -> None:
         former, _ = self._ended.pop(lease, (-1, 0.0))

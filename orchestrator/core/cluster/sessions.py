@@ -32,7 +32,9 @@ class ReprefillReason(StrEnum):
     NEW = "new"  # never seen in this session
     REWRITTEN = "rewritten"  # the harness changed the context before them
     EVICTED = "evicted"  # computed before on the same nodes, which forgot them not long ago
-    NOT_STORED = "not_stored"  # computed before on the same nodes, which did not keep them, or lost them long ago or with a restart
+    NOT_STORED = (
+        "not_stored"  # computed before on the same nodes, which did not keep them, or lost them long ago or with a restart
+    )
     MOVED = "moved"  # computed before, on other nodes
 
 
@@ -145,9 +147,7 @@ class Sessions:
         """Return whether anything is known of a session."""
         return (model, tenant, session) in self._sessions
 
-    def ended(
-        self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int, regretted_tokens: int = 0
-    ) -> None:
+    def ended(self, request: Request, computed_tokens: int, stayed: bool, block_tokens: int, regretted_tokens: int = 0) -> None:
         """Note that a turn went well, and why it computed what it did.
 
         Args:

@@ -177,7 +177,7 @@ class Sequence:
 
     @property
     def tier_tokens(self) -> tuple[int, int, int]:
-        """Prompt tokens that are reported as brought from `cpu`, from `cmx` and by a peer: none that a source computed after all."""
+        """Prompt tokens that are reported as brought from `cpu`, `cmx` and a peer: none that a source computed after all."""
         cached = self.assignment.prompt_tokens - self.computed_tokens
         cmx_tokens = min(self.loaded_cmx_tokens, cached)
         cpu_tokens = min(self.loaded_tokens - self.loaded_cmx_tokens, cached - cmx_tokens)

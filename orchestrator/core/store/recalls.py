@@ -123,6 +123,7 @@ class Recalls:
         slots: list[BlockId] = []
         if end > recall.served:
             slots = shelf.pool.tail(recall.claim, depth - recall.served)[1][: end - recall.served]
+            shelf.note_read(recall.hashes[recall.served : end])
         elif not final:
             return
         if not recall.in_flight:
@@ -191,7 +192,11 @@ class Recalls:
         shelf.store(recall.claim, move.slots[offset:], recall.hashes[depth : depth - offset + size])
         move.slots = []
         del shelf.arriving[move.segment]
-        shelf.count("cmx_hits" if recall.read is not None else "prefetched", size - offset)
+        if recall.read is not None:
+            shelf.count("cmx_hits", size - offset)
+        else:
+            shelf.count("prefetched", size - offset)
+            shelf.note_prefetched(recall.hashes[depth : depth - offset + size])
 
     def _go_on(self, recall: Recall, now: float) -> None:
         """Serve what has come; end the recall if that is all."""

@@ -4,7 +4,7 @@ A *recall* brings a chain into the arena, block by block from its front, for a r
 *moves*, one a segment; several recalls may wait for one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from orchestrator.core.config import StoreConfig
 from orchestrator.core.events import ReadOpened
@@ -133,6 +133,7 @@ class Shelf:
         "leaving",
         "model",
         "pool",
+        "prefetched",
         "segments",
         "unwritten",
         "users",
@@ -154,6 +155,8 @@ class Shelf:
         self.unwritten: dict[BlockHash, int] = {}
         #: Blocks that came since leases were last extended.
         self.grown: list[BlockHash] = []
+        #: Blocks that were brought on advice and that nobody has read yet, oldest first.
+        self.prefetched: dict[BlockHash, None] = {}
         #: Grants and reads that nodes carry out or are to end, and lost nodes' that may go on: each sets slots free one day.
         self.users = 0
         self.counts: dict[str, int] = {}
@@ -199,7 +202,28 @@ class Shelf:
             return ()
         batches = self.journal.record(stored, removed)
         self.count("cpu_evicted", sum(len(batch.removed) for batch in batches))
+        for batch in batches:
+            self._count_prefetched("prefetch_wasted", batch.removed)
         return batches
+
+    def note_prefetched(self, names: Iterable[BlockHash]) -> None:
+        """Note that blocks were brought on advice."""
+        self.prefetched.update(dict.fromkeys(names))
+        while len(self.prefetched) > self.model.slots:
+            del self.prefetched[next(iter(self.prefetched))]
+
+    def note_read(self, names: Iterable[BlockHash]) -> None:
+        """Note that blocks are read."""
+        self._count_prefetched("prefetch_used", names)
+
+    def _count_prefetched(self, what: str, names: Iterable[BlockHash]) -> None:
+        """Count what of these was brought on advice; that is decided with this."""
+        if not self.prefetched:
+            return
+        for name in names:
+            if name in self.prefetched:
+                del self.prefetched[name]
+                self.count(what, 1)
 
     def since(self, after: int | None) -> tuple[KvBatch, ...]:
         """Return what a gateway missed after a batch, or all that is held now."""

@@ -50,6 +50,19 @@ def test_two_tenants_share_what_may_be_leased_and_a_longer_one_is_clipped() -> N
     assert leases.grant(wanted("xy", "l3", "u"), 0.0) == Grant(2, Tier.HBM, 10.0, 2 * BLOCK_BYTES)
 
 
+def test_bytes_times_seconds_are_counted_as_leases_come_change_and_go() -> None:
+    leases = leases_of()
+    held = place(leases, now=10.0, prompt="abc", ttl_s=100.0)
+    place(leases, now=20.0, name="other", tenant="u", ttl_s=100.0)
+    leases.set_capacity(Tier.CPU, 10 * BLOCK_BYTES)
+    lowered = leases.lower(held, Tier.CPU, 30.0)
+    hbm, cpu, others = (TenantId("t"), Tier.HBM), (TenantId("t"), Tier.CPU), (TenantId("u"), Tier.HBM)
+    size_bytes = 3 * BLOCK_BYTES
+    assert leases.byte_seconds(40.0) == {hbm: 20 * size_bytes, cpu: 10 * size_bytes, others: 20 * size_bytes}
+    leases.end(lowered, 50.0)
+    assert leases.byte_seconds(60.0) == {hbm: 20 * size_bytes, cpu: 20 * size_bytes, others: 40 * size_bytes}
+
+
 def test_a_tenant_may_be_given_a_quota_of_its_own_but_never_more_than_there_is_for_all() -> None:
     tenants = (TenantConfig("t", pinned_bytes_max={"hbm": 100 * BLOCK_BYTES}), TenantConfig("u"))
     leases = leases_of(tenants=tenants)

@@ -306,6 +306,23 @@ def test_a_prompt_that_waits_goes_before_advice_and_bytes_under_way_are_bounded(
     assert store.load(MODEL).counts.prefetched == 2
 
 
+def test_what_was_brought_on_advice_is_read_or_wasted(make_store: MakeStore) -> None:
+    store = make_store(slots=6, cmx=True)
+    in_cmx(store, "abcd")
+    store.handle(PrefetchAsked(MODEL, prompt_hashes("abcd"), 4), 0.0)
+    for move in (1, 2):
+        store.handle(CmxRead(MoveId(move)), 0.1)
+    store.handle(opened("ab"), 0.2)
+    store.handle(SlotsRead(ExportId(1), slots(0, 1)), 0.3)
+    store.handle(ReadClosed(ExportId(1)), 0.3)
+    counts = store.load(MODEL).counts
+    assert (counts.prefetched, counts.prefetch_used, counts.prefetch_wasted) == (4, 2, 0)
+    # Five others push out c, d and a block that was read.
+    store.handle(offered(1, "uvwxy"), 0.4)
+    counts = store.load(MODEL).counts
+    assert (counts.prefetched, counts.prefetch_used, counts.prefetch_wasted) == (4, 2, 2)
+
+
 def test_a_chain_that_the_arena_has_no_room_for_ends_where_the_room_does(make_store: MakeStore) -> None:
     store = make_store(slots=4, cmx=True)
     keep(store, "xyz")
