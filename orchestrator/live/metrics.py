@@ -264,7 +264,7 @@ class Metrics(Collector):
         #: Prompt tokens of requests that were started over, and what the core counts by reason.
         self._restarted_tokens = 0
         self._by_reason: Mapping[ReprefillReason, int] = {}
-        #: By verb, outcome and reason; by verb what actions have brought; by tenant and tier bytes of leases, and those times seconds.
+        #: By verb, outcome and reason; by verb what actions have brought; leases by tenant and tier.
         self._hints: Tally[Labels] = Tally()
         self._earned: Mapping[Verb, Earned] = {}
         self._leased: Mapping[tuple[TenantId, Tier], int] = {}
