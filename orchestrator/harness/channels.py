@@ -9,6 +9,7 @@ CacheError
 from dataclasses import dataclass
 
 import grpc
+import grpc.aio
 
 #: Seconds that a call may take.
 CALL_S_MAX = 10.0
@@ -55,7 +56,8 @@ class Gateway:
 
 def failure(error: grpc.RpcError, address: str) -> CacheError:
     """Return an error of gRPC as what it means here."""
-    assert isinstance(error, grpc.Call), "a call that failed tells its status"
+    # Clients that block are told by a call, those of asyncio by an error that has the same to say and is none.
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a call that failed tells its status"
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return KeyRefused(f"{address}: {details}")

@@ -144,6 +144,21 @@ def test_what_goes_wrong_is_told_by_its_kind_and_a_tool_call_goes_on() -> None:
     run(scenario)
 
 
+def test_a_client_on_asyncio_is_told_the_same_of_what_goes_wrong() -> None:
+    async def scenario() -> None:
+        async with AsyncCacheClient("127.0.0.1:1") as cache:
+            with pytest.raises(Unreachable):
+                await cache.lookup(words.session("s"))
+            with pytest.raises(Unreachable):
+                await anext(cache.watch(words.session("s")))
+            done = False
+            async with AsyncSession(cache, "s").tool_call("bash"):
+                done = True
+            assert done
+
+    run(scenario)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_generic_client_finds_every_verb_by_reflection() -> None:

@@ -12,17 +12,22 @@ from orchestrator.core.blocks import extend_hashes, hash_root
 from orchestrator.core.commands import ClusterCommand
 from orchestrator.core.config import ClusterConfig, ClusterSettings, EngineConfig, PoolConfig, RouterConfig, SchedulerConfig
 from orchestrator.core.events import ClusterEvent, NodeReported
-from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, RequestId, Sampling, TenantId
+from orchestrator.core.types import GatewayId, Load, ModelName, NodeId, PoolKind, RequestId, Sampling, StoreId, TenantId
 from orchestrator.live.driver import ClusterDriver, TurnStream
 from orchestrator.live.turns import Delta, Prompt, Turn
 from orchestrator.wire.journal import cluster_header, open_journal
 from orchestrator.wire.trust import Trust
 from tests.builders import TRUST
 from workers.server import NodeServer
+from workers.store.models import model_blocks
+from workers.store.server import StoreServer
+from workers.tiers import StorePlace
 from workers.transports import ObjectStore
 
 BLOCK_TOKENS = 16
 ROOT = hash_root(b"secret", "weights", "")
+#: Seconds a node may take to find its host's store.
+ATTACH_S = 10.0
 
 
 def pool(name: str, kind: PoolKind, nodes: int = 1, engine: str = "profiled", **more: Any) -> PoolConfig:
@@ -122,6 +127,9 @@ class Cluster:
     model_dir: Path
     failures: list[BaseException]
     trust: Trust = TRUST
+    #: The host's store and where it serves, if the cluster has them.
+    store: StoreServer | None = None
+    place: StorePlace | None = None
 
     async def ready(self) -> None:
         await self.observed.until(lambda: set(self.observed.loads) >= set(self.servers) and self.driver.ready)
@@ -138,11 +146,25 @@ class Cluster:
         name = str(node).rsplit("-", 1)[0]
         settings = next(entry for entry in self.config.pools if entry.name == name)
         journal = self.config.cluster.journal
+        stores = self.place is not None
         server = self.servers[node] = NodeServer(
-            settings, [node], incarnation, self.model_dir, self.trust, objects=objects, journal=journal
+            settings, [node], incarnation, self.model_dir, self.trust, objects=objects, journal=journal, stores=stores
         )
         self.addresses[node] = await server.start()
+        if stores:
+            await server.set_store(self.place, ATTACH_S)
         self.driver.set_nodes(list(self.addresses.items()))
+
+    async def start_store(self) -> None:
+        """Start the host's store, which nodes that start later attach to."""
+        assert self.config.store is not None, "the cluster has no store"
+        models = [
+            model_blocks(ModelName(name), self.config.pools_of(name)[0].engine, self.model_dir) for name in self.config.models
+        ]
+        store = StoreId("store-0")
+        self.store = StoreServer(store, 1, self.config.store, models, self.trust, journal=self.config.cluster.journal)
+        self.place = StorePlace(store, await self.store.start())
+        self.driver.set_stores([(store, self.place.address)])
 
     async def kill_node(self, node: NodeId) -> None:
         """End a node's process, as far as the others can tell."""
@@ -163,6 +185,8 @@ async def cluster(
     driver = ClusterDriver(gateway, config, trust, observed, failures.append, journal)
     started = Cluster(driver, {}, {}, observed, config, model_dir, failures, trust)
     try:
+        if config.store is not None:
+            await started.start_store()
         for settings in config.pools:
             for index in range(settings.nodes):
                 await started.start_node(settings.node_id(index), 1, objects)
@@ -172,6 +196,8 @@ async def cluster(
         await driver.close()
         for server in started.servers.values():
             await server.stop()
+        if started.store is not None:
+            await started.store.stop()
     assert not failures, failures
 
 

@@ -16,7 +16,7 @@ import pytest
 from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.config import CachePolicy, ClusterConfig, ClusterSettings, TenantConfig
 from orchestrator.core.types import GatewayId, NodeId, PoolName, SessionId
-from orchestrator.live.front import Front, Membership, NodePlace
+from orchestrator.live.front import Front, HostStore, Membership, NodePlace
 from orchestrator.wire import cache_pb2, cache_pb2_grpc
 from tests.builders import SECRET
 from tests.live.serving import Cluster, cluster, run, together
@@ -75,12 +75,13 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateways(count: int = 1) -> AsyncIterator[tuple[Cluster, list[Gateway]]]:
+async def gateways(count: int = 1, config: ClusterConfig | None = None) -> AsyncIterator[tuple[Cluster, list[Gateway]]]:
     """Start gateways that know a node and each other."""
     folder: Path = default_model_path()
-    config = config_of(count)
+    config = config or config_of(count)
     async with cluster(config, folder) as served, AsyncExitStack() as stack:
-        names, pools = {"default": fingerprint(folder)}, {NodeId(node): POOL for node in served.addresses}
+        names = {"default": fingerprint(folder)}
+        pools = {node: PoolName(pool.name) for pool in config.pools for node in map(pool.node_id, range(pool.nodes))}
         started: list[Gateway] = []
         urls: dict[GatewayId, str] = {}
         for number in range(count):
@@ -92,9 +93,10 @@ async def gateways(count: int = 1) -> AsyncIterator[tuple[Cluster, list[Gateway]
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(front.status()["grpc_address"]))
             http = httpx.AsyncClient(base_url=urls[gateway], trust_env=False, timeout=60)
             started.append(Gateway(front, await stack.enter_async_context(http), cache_pb2_grpc.CacheControlStub(channel)))
-        places = tuple(NodePlace(node, POOL, address) for node, address in served.addresses.items())
+        places = tuple(NodePlace(node, pools[node], address) for node, address in served.addresses.items())
+        stores = (HostStore(served.place.id, served.place.address),) if served.place is not None else ()
         for one in started:
-            await one.front.set_members(Membership(1, places, urls))
+            await one.front.set_members(Membership(1, places, urls, stores))
         for one in started:
             while (await one.http.get("/ready")).status_code != httpx.codes.OK:
                 pass
