@@ -111,7 +111,7 @@ from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
-from orchestrator.sim.hints import AGENTS, TOOL, Continuations, HintProgram
+from orchestrator.sim.hints import Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
@@ -207,8 +207,7 @@ class World:
         self._futures: dict[ModelName, Future] = {}
         for model in map(ModelName, config.models):
             self._add_model(model)
-        self._hints = options.hints
-        self._continuations = Continuations(turns)
+        self._agents = Agents(turns, options.hints)
         self._timers = Timers(self.agenda)
         #: By host, in a cluster that has them; and what is in the storage that they share.
         self.stores: dict[str, SimulatedStore] = {}
@@ -217,10 +216,8 @@ class World:
         self._store_use = StoreUse() if config.store is not None else None
         #: Whether a gateway cannot know that it missed a node's last batch, since no later one has shown the gap.
         self.unaware: dict[tuple[GatewayId, NodeId], bool] = {}
-        #: Requests under way, and how many turns each unfinished predecessor's followers still wait for.
+        #: Requests under way.
         self.visits: dict[RequestId, _Visit] = {}
-        self._followers: dict[int, list[TracedTurn]] = {}
-        self._awaited: dict[int, int] = {}
         self._requests = 0
         self._ended = 0
         self._cluster_events = 0
@@ -346,11 +343,7 @@ class World:
 
     def _plan_arrivals(self) -> None:
         for turn in self._turns:
-            if turn.after:
-                self._awaited[turn.id] = len(turn.after)
-                for other in turn.after:
-                    self._followers.setdefault(other, []).append(turn)
-            else:
+            if not turn.after:
                 self.agenda.at(turn.arrival_s, self._arrive, turn)
 
     def _arrive(self, turn: TracedTurn) -> None:
@@ -416,34 +409,16 @@ class World:
             self.agenda.stop()
         if self._progress is not None and (self._ended % PROGRESS_EVERY == 0 or self._ended == len(self._turns)):
             self._progress(self._ended / len(self._turns))
-        for turn in self._followers.pop(visit.turn.id, ()):
-            self._awaited[turn.id] -= 1
-            if not self._awaited[turn.id]:
-                del self._awaited[turn.id]
-                arrives_s = visit.served.ended_s + turn.gap_s
-                self.agenda.at(arrives_s, self._arrive, turn)
-                if self._hints is not HintProgram.NONE and self._continuations.continues(turn):
-                    self._tell_of_tool(turn, TOOL, arrives_s)
-        if self._hints is not HintProgram.NONE:
-            self._tell_of_pause(visit.turn)
-
-    def _tell_of_pause(self, turn: TracedTurn) -> None:
-        """Let an agent say what comes after its turn; if that is a turn which waits for this one alone, it has been said."""
-        following = self._continuations.after(turn)
-        if following is None:
-            gateway, session, model = self._place_of(turn)
-            self._tell_cluster(gateway, SessionEnded(model, self._tenant_of(turn), session))
-        elif following.id in self._awaited:
-            self._tell_of_tool(following, AGENTS, None)
-        elif not following.after:
-            self._tell_of_tool(following, TOOL, following.arrival_s)
-
-    def _tell_of_tool(self, turn: TracedTurn, tool: str, ends_s: float | None) -> None:
-        """Let an agent say that a tool runs, after which this turn comes."""
-        gateway, session, model = self._place_of(turn)
-        exact = self._hints is HintProgram.ORACLE and ends_s is not None
-        expected_s = max(0.0, ends_s - self.agenda.now) if exact and ends_s is not None else None
-        self._tell_cluster(gateway, ToolStarted(model, self._tenant_of(turn), session, tool, expected_s))
+        coming = self._agents.end(visit.turn)
+        for turn in coming:
+            self.agenda.at(visit.served.ended_s + turn.gap_s, self._arrive, turn)
+        for told in self._agents.told(visit.turn, coming, self.agenda.now):
+            gateway, session, model = self._place_of(told.turn)
+            tenant = self._tenant_of(told.turn)
+            if isinstance(told, Pause):
+                self._tell_cluster(gateway, ToolStarted(model, tenant, session, told.tool, told.expected_s))
+            else:
+                self._tell_cluster(gateway, SessionEnded(model, tenant, session))
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 
