@@ -22,15 +22,19 @@ from statistics import fmean, median
 from rich.console import Console
 from rich.table import Table
 
+from bench.agent_mix import NODE_SHARE, SCALE, TRACE, distinct_blocks, kept, traced
 from bench.fit import Step, steps_of
 from bench.profile import Measured, cluster_text, make_model, measure, node_journals, profile_text, reenacted
-from bench.trace import NODE_SHARE, SCALE, TRACE, distinct_blocks
+from orchestrator.cli.block_bytes import block_bytes_of
+from orchestrator.cli.cluster_file import with_model
 from orchestrator.cli.reenact import ScaledTurn, TurnResult, scaled_turns
 from orchestrator.core.config import ClusterConfig
-from orchestrator.profiles.resolve import Resolved
+from orchestrator.profiles.catalog import Catalog
+from orchestrator.profiles.resolve import resolve
+from orchestrator.sim.hints import HintProgram
 from orchestrator.sim.outcome import Served
 from orchestrator.sim.world import World, WorldOptions
-from orchestrator.traces import TracedTurn, read_trace
+from orchestrator.traces import TracedTurn
 from orchestrator.wire.journal import SUFFIX, read_journal
 from orchestrator.wire.replay import replay
 
@@ -68,39 +72,15 @@ class Fidelity:
     differences: tuple[str, ...]
 
 
-def kept(turns: Sequence[ScaledTurn], sessions: int) -> list[ScaledTurn]:
-    """Return the turns of the first sessions."""
-    names = list(dict.fromkeys(turn.session.partition("/")[0] for turn in turns))[:sessions]
-    return [turn for turn in turns if turn.session.partition("/")[0] in names]
-
-
-def traced(turns: Sequence[ScaledTurn], recorded: Sequence[TracedTurn]) -> list[TracedTurn]:
-    """Return the scaled turns as the simulator reads them: the same blocks, of fewer tokens; no arrival but by dependency."""
-    blocks = {turn.id: turn.block_runs for turn in recorded}
-    return [
-        TracedTurn(
-            id=turn.id,
-            session=turn.session.partition("/")[0],
-            agent=turn.agent,
-            arrival_s=0.0 if turn.after else turn.gap_s,
-            after=turn.after,
-            gap_s=turn.gap_s,
-            input_tokens=len(turn.prompt),
-            output_tokens=turn.output_tokens,
-            block_tokens=SCALE.block_tokens,
-            block_runs=blocks[turn.id],
-        )
-        for turn in turns
-    ]
-
-
-def predict(cluster: str, turns: Sequence[TracedTurn], measured: Measured) -> list[Served]:
-    """Reenact the turns in virtual time."""
-    resolved = Resolved(ClusterConfig.from_mapping(tomllib.loads(cluster)), {})
+def predict(
+    cluster: str, model: Path, turns: Sequence[TracedTurn], measured: Measured, program: HintProgram = HintProgram.NONE
+) -> list[Served]:
+    """Reenact the turns in virtual time, with what their agents tell."""
+    config = with_model(ClusterConfig.from_mapping(tomllib.loads(cluster)), model, "the measurement's cluster")
     request_s = measured.overhead.of(fmean(turn.input_tokens for turn in turns))
     # The measured time outside the node holds all messages: none of them takes any besides.
-    options = WorldOptions(hop_s=0.0, request_s=request_s, answers_return=False)
-    return World(resolved, turns, options).run().served
+    options = WorldOptions(hop_s=0.0, request_s=request_s, answers_return=False, hints=program)
+    return World(resolve(config, Catalog.load(), block_bytes_of(config)), turns, options).run().served
 
 
 def of_live(results: Sequence[TurnResult]) -> Figures:
@@ -139,7 +119,7 @@ def compare(turns: Sequence[ScaledTurn], model: Path, measured: Measured, blocks
     with tempfile.TemporaryDirectory() as folder:
         cluster = cluster_text(Path(folder), blocks, 1, measured.fitted.profile)
         live = of_live(reenacted(cluster, model, turns, "live"))
-        predicted = of_simulated(predict(cluster, traced(turns, list(read_trace(TRACE))), measured))
+        predicted = of_simulated(predict(cluster, model, traced(turns, SCALE), measured))
         steps = steps_of(read_journal(node_journals(Path(folder))[0]).entries)
         journals = sorted(Path(folder).glob(f"*{SUFFIX}"))
         differences = tuple(f"{path.name}: {found}" for path in journals if (found := replay(read_journal(path))) is not None)

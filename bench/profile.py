@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from rich.table import Table
 from bench.fetches import measure_fetches
 from bench.fit import Fitted, Step, fit, rounded, steps_of
 from bench.servers import weft_server
-from orchestrator.cli.reenact import Reenactment, ScaledTurn, TurnResult
+from orchestrator.cli.reenact import Harness, Reenactment, ScaledTurn, TurnResult
 from orchestrator.core.commands import ReportFirstToken
 from orchestrator.core.events import Assigned
 from orchestrator.core.types import CostProfile, RequestId
+from orchestrator.sim.hints import HintProgram
 from orchestrator.wire.journal import SUFFIX, Entry, read_journal
 from workers.engines.checkpoint import create_checkpoint
 
@@ -79,13 +80,14 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def cluster_text(journal: Path, blocks: int, threads: int, profile: CostProfile | None = None, nodes: int = 1) -> str:
-    """Return a cluster file with nodes that prefill and decode, and that write journals."""
+def cluster_text(journal: Path | None, blocks: int, threads: int, profile: CostProfile | None = None, nodes: int = 1) -> str:
+    """Return a cluster file with nodes that prefill and decode, and that write journals if there is a folder for them."""
     engine = f"engine = {{ threads = {threads}, block_tokens = {BLOCK_TOKENS}, blocks = {blocks} }}"
     scheduler = f"scheduler = {{ step_tokens_max = {STEP_TOKENS_MAX}, sequences_max = {SEQUENCES_MAX} }}"
     pool = f'[[pools]]\nname = "node"\nkind = "aggregated"\nnodes = {nodes}\n{engine}\n{scheduler}\n'
     shown = profile_text(profile) if profile is not None else ""
-    return f'[cluster]\njournal = "{journal}"\n\n[models.default]\n\n{pool}\n{shown}'
+    journals = f'[cluster]\njournal = "{journal}"\n\n' if journal is not None else ""
+    return f"{journals}[models.default]\n\n{pool}\n{shown}"
 
 
 def profile_text(profile: CostProfile) -> str:
@@ -150,8 +152,13 @@ def measure(model: Path, threads: int) -> Measured:
     return Measured(fit(steps[len(steps) // 20 :]), _overhead(results, entries, set(alone(turns))))
 
 
-def reenacted(cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str) -> list[TurnResult]:
-    """Serve a model on a live cluster and reenact the turns there. Raises `RuntimeError` if one of them fails."""
+def reenacted(
+    cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str, program: HintProgram | None = None
+) -> list[TurnResult]:
+    """Serve a model on a live cluster and reenact the turns there, with what their agents tell if there is a program for it.
+
+    Raises `RuntimeError` if one of them fails.
+    """
     done = 0
 
     def on_end(result: TurnResult) -> None:
@@ -163,7 +170,14 @@ def reenacted(cluster: str, model: Path, turns: Sequence[ScaledTurn], doing: str
             print(f"\r{doing}: {done} of {len(turns)} turns", end="", file=sys.stderr, flush=True)
 
     with weft_server(cluster, model) as server:
-        return asyncio.run(Reenactment(server.url, "default", turns, on_end).run())
+        harness = Harness(server.grpc_address, program) if program is not None else None
+        return asyncio.run(_run(server.url, turns, on_end, harness))
+
+
+async def _run(
+    url: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None], harness: Harness | None
+) -> list[TurnResult]:
+    return await Reenactment(url, "default", turns, on_end, harness).run()
 
 
 def node_journals(folder: Path) -> list[Path]:

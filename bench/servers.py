@@ -28,6 +28,8 @@ class Server:
     name: str
     url: str
     pids: tuple[int, ...]
+    #: Of ours: where the cache API is.
+    grpc_address: str = ""
 
 
 def resident(pid: int) -> int:
@@ -58,17 +60,17 @@ def free_port() -> int:
 @contextlib.contextmanager
 def weft_server(cluster: str, model: Path | None = None) -> Iterator[Server]:
     """Run `weft serve` with a cluster file's text until the block ends."""
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cluster.toml"
         file.write_text(cluster)
-        arguments = ["serve", "--cluster", str(file), "--http-port", str(port), "--grpc-port", "0"]
+        arguments = ["serve", "--cluster", str(file), "--http-port", str(port), "--grpc-port", str(grpc_port)]
         arguments += ["--model", str(model)] if model else []
         command = [sys.executable, "-m", "orchestrator.cli.main", *arguments]
         with _running([(command, dict(os.environ))], Path(folder)) as pids:
             url = f"http://127.0.0.1:{port}"
             _wait_for(f"{url}/ready", pids, Path(folder))
-            yield Server("weft", url, pids)
+            yield Server("weft", url, pids, f"127.0.0.1:{grpc_port}")
 
 
 def dynamo_python() -> str | None:

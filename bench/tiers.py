@@ -19,9 +19,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,6 +90,8 @@ TOKEN_BYTES = 4096
 WAIT_S = 120.0
 #: A context's blocks are offered and loaded this many at a time, as nodes do.
 OFFER_BLOCKS = 1024
+#: Times that each load is measured whose rates are put into a cluster file.
+RATE_ROUNDS = 5
 #: A plain copy in pieces of the size that moves have.
 PIECEWISE = "memcpy in pieces"
 
@@ -204,17 +207,17 @@ def first_tokens(tokens: int) -> tuple[list[Row], list[str]]:
 class Pool:
     """An engine that is a pool of bytes and nothing else."""
 
-    def __init__(self, blocks: int, block_bytes: int) -> None:
+    def __init__(self, blocks: int, block_bytes: int, block_tokens: int = BLOCK_TOKENS) -> None:
         self.arena = SharedArena(blocks * block_bytes)
         self.pool = self.arena.view
         self.description = EngineDescription(
             blocks=blocks,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=block_tokens,
             block_bytes=block_bytes,
             stored_bytes=block_bytes,
             stored_layout="plain bytes",
             vocabulary=1,
-            context_tokens_max=blocks * BLOCK_TOKENS,
+            context_tokens_max=blocks * block_tokens,
             fingerprint="bytes",
             device="cpu",
             computes=True,
@@ -224,11 +227,19 @@ class Pool:
 class Mover:
     """A node without an engine, which offers and loads."""
 
-    def __init__(self, name: str, blocks: int, block_bytes: int, trust: Trust, executor: ThreadPoolExecutor) -> None:
-        self.engine = Pool(blocks, block_bytes)
+    def __init__(
+        self,
+        name: str,
+        blocks: int,
+        block_bytes: int,
+        trust: Trust,
+        executor: ThreadPoolExecutor,
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
+        self.engine = Pool(blocks, block_bytes, block_tokens)
         spec = NodeSpec(
-            NodeId(name), ModelName("m"), PoolName("p"), PoolKind.AGGREGATED, 1, blocks, BLOCK_TOKENS, block_bytes, 1, 1,
-            blocks * BLOCK_TOKENS, CostProfile(), "", host_id(),
+            NodeId(name), ModelName("m"), PoolName("p"), PoolKind.AGGREGATED, 1, blocks, block_tokens, block_bytes, 1, 1,
+            blocks * block_tokens, CostProfile(), "", host_id(),
         )  # fmt: skip
         self._events: asyncio.Queue[NodeEvent] = asyncio.Queue()
         self._offers = 0
@@ -253,10 +264,10 @@ class Mover:
         """Load a context, and return the seconds until it is in the pool."""
         started, count = time.perf_counter(), len(names)
         blocks = tuple(BlockId(block) for block in range(count))
-        self.tiers.load(LoadBlocks(RequestId(1), tuple(names), 0, blocks, count * BLOCK_TOKENS))
+        self.tiers.load(LoadBlocks(RequestId(1), tuple(names), 0, blocks, count * self.engine.description.block_tokens))
         while not isinstance(event := await self._events.get(), FetchEnded):
             pass
-        assert event.tokens == count * BLOCK_TOKENS, event
+        assert event.tokens == count * self.engine.description.block_tokens, event
         return time.perf_counter() - started
 
 
@@ -306,6 +317,50 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
         )
         for name, took in seconds.items()
     ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast blocks come into a node's pool, and the seconds before the first of them."""
+
+    cpu_bytes_per_s: float
+    cpu_latency_s: float
+    cmx_bytes_per_s: float
+    cmx_latency_s: float
+
+
+async def measure_rates(block_tokens: int, block_bytes: int, blocks: int, folder: Path) -> Rates:
+    """Measure loads of contexts of up to so many blocks: the least of several, by the line through two sizes."""
+    blocks = blocks // SEGMENT_BLOCKS * SEGMENT_BLOCKS
+    names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
+    model = ModelBlocks(ModelName("m"), "bytes", "plain bytes", block_tokens, block_bytes)
+    sizes = (2 * SEGMENT_BLOCKS, blocks)
+    trust, cpu, cmx = Trust(b"the measurement's"), dict[int, float](), dict[int, float]()
+    store = StoreConfig(cpu_bytes=2 * blocks * block_bytes, segment_blocks=SEGMENT_BLOCKS, cmx=f"file://{folder}")
+    with ThreadPoolExecutor(2) as executor:
+        mover = Mover("mover", blocks, block_bytes, trust, executor, block_tokens)
+        server = await _begin(1, store, model, trust, mover)
+        await mover.offer(names)
+        for size in sizes:
+            cpu[size] = min([await mover.load(names[:size]) for _ in range(RATE_ROUNDS)])
+        await _all_stored(server, blocks)
+        await _leave(server, mover)
+        for start in range(2 * RATE_ROUNDS):
+            size = sizes[start % 2]
+            server = await _begin(2 + start, store, model, trust, mover)
+            await _all_stored(server, blocks)
+            cmx[size] = min(await mover.load(names[:size]), cmx.get(size, inf))
+            await _leave(server, mover)
+    cpu_bytes_per_s, cpu_latency_s = _line(cpu, block_bytes)
+    cmx_bytes_per_s, cmx_latency_s = _line(cmx, block_bytes)
+    return Rates(cpu_bytes_per_s, cpu_latency_s, cmx_bytes_per_s, max(cmx_latency_s - cpu_latency_s, 0.0))
+
+
+def _line(seconds: Mapping[int, float], block_bytes: int) -> tuple[float, float]:
+    """Return bytes a second and the seconds before the first by what two sizes, in blocks, took."""
+    (small, small_s), (large, large_s) = sorted(seconds.items())
+    rate = (large - small) * block_bytes / (large_s - small_s)
+    return rate, max(small_s - small * block_bytes / rate, 0.0)
 
 
 async def _begin(start: int, config: StoreConfig, model: ModelBlocks, trust: Trust, *movers: Mover) -> StoreServer:

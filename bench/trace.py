@@ -1,10 +1,12 @@
 """Hit rate and balance of `weft serve` under real agent sessions, against one node that forgets nothing, and round robin.
 
     python -m bench.trace [--sessions 16] [--json FILE]
+    python -m bench.trace --tiers [--sessions 16] [--json FILE]
 
 Reenacts a recorded mix of coding-agent sessions (`data/agent_mix.jsonl.gz`), lengths scaled to 1/16, closed loop over HTTP: on
 two prefill and two decode nodes routed by predicted time, on the same nodes routed round robin, and on one node with room
-for all. Each of the four nodes holds less than all sessions together need, so that placement matters.
+for all. Each of the four nodes holds less than all sessions together need, so that placement matters. With `--tiers` it is one
+node that holds a quarter of the working set, with tiers below it and hints against without (`trace_tiers.py`).
 """
 
 import argparse
@@ -20,15 +22,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.agent_mix import BLOCK_TOKENS, NODE_SHARE, SCALE, TRACE, distinct_blocks, kept
 from bench.servers import Server, weft_server
-from orchestrator.cli.reenact import Reenactment, Scale, ScaledTurn, TurnResult, scaled_turns
+from bench.trace_tiers import run_tiers
+from orchestrator.cli.reenact import Reenactment, ScaledTurn, TurnResult, scaled_turns
 
-TRACE = Path(__file__).parent / "data" / "agent_mix.jsonl.gz"
-#: 64 recorded tokens become 4. Token ids from 64 on are ordinary tokens of the built-in model.
-SCALE = Scale(block_tokens=4, output=1 / 16, gap=0.02, token_first=64, token_count=384, gap_s_max=1.0)
-BLOCK_TOKENS = 16
-#: Share of all distinct blocks of the trace that one node's pool holds.
-NODE_SHARE = 0.7
 ENGINE = "engine = {{ threads = 1, block_tokens = {block_tokens}, blocks = {blocks} }}"
 SCHEDULER = "scheduler = { step_tokens_max = 512, sequences_max = 64 }"
 PROFILE = "profile = { step_s = 0.004, prefill_token_s = 5e-5, prefill_token_context_s = 1e-8, sequence_s = 5e-4 }"
@@ -65,17 +63,6 @@ def split_cluster(policy: str, blocks: int) -> str:
     """Return a cluster file with two prefill and two decode nodes."""
     pools = pool("prefill", "prefill", 2, blocks) + pool("decode", "decode", 2, blocks)
     return f'[router]\npolicy = "{policy}"\n\n[models.default]\n\n{pools}'
-
-
-def distinct_blocks(turns: Sequence[ScaledTurn]) -> int:
-    """Return how many KV blocks all prompts and outputs fill when equal prefixes are kept once."""
-    prefixes: set[int] = set()
-    for turn in turns:
-        state = 0
-        for start in range(0, len(turn.prompt) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            state = hash((state, turn.prompt[start : start + BLOCK_TOKENS]))
-            prefixes.add(state)
-    return len(prefixes) + sum(turn.output_tokens // BLOCK_TOKENS + 1 for turn in turns)
 
 
 def run(name: str, cluster: str, turns: Sequence[ScaledTurn]) -> Outcome:
@@ -146,10 +133,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.trace", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sessions", type=int, default=16, help="sessions of the trace to reenact (default 16, all)")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--tiers", action="store_true", help="with tiers and hints against without instead, live and simulated")
     options = parser.parse_args(arguments)
-    turns = scaled_turns(TRACE, SCALE)
-    kept = list(dict.fromkeys(turn.session.partition("/")[0] for turn in turns))[: options.sessions]
-    turns = [turn for turn in turns if turn.session.partition("/")[0] in kept]
+    if options.tiers:
+        return run_tiers(options.sessions, options.json)
+    turns = kept(scaled_turns(TRACE, SCALE), options.sessions)
     blocks = distinct_blocks(turns)
     share = int(blocks * NODE_SHARE)
     clusters = {

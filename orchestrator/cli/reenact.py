@@ -1,19 +1,26 @@
 """Reenacts agent sessions against a gateway over HTTP, closed loop: a turn starts when those before it have ended.
 
 Used by the demo and by measurements. Prompts are token ids, so that lengths and shared prefixes are exactly those of the trace.
+Agents may tell the gateway's cache API what simulated ones tell: that a tool runs and for how long, and when they are through.
 """
 
 import asyncio
+import contextlib
 import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from orchestrator.harness import words
+from orchestrator.harness.channels import CacheError
+from orchestrator.harness.client import AsyncCacheClient
+from orchestrator.harness.sessions import SESSION_HEADER
+from orchestrator.sim.hints import Agents, HintProgram, Pause
 from orchestrator.traces import TracedTurn, read_trace
 
 TURN_S_MAX = 120.0
@@ -30,6 +37,11 @@ class ScaledTurn:
     gap_s: float
     prompt: tuple[int, ...] = field(repr=False)
     output_tokens: int
+
+    @property
+    def arrival_s(self) -> float:
+        """Seconds after the start at which it comes if it waits for none."""
+        return self.gap_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,35 +108,78 @@ def block_tokens(block: int, scale: Scale) -> list[int]:
     return [scale.token_first + chance.randrange(scale.token_count) for _ in range(scale.block_tokens)]
 
 
-class Reenactment:
-    """One closed-loop reenactment; `run` may be called once."""
+@dataclass(frozen=True, slots=True)
+class Harness:
+    """What agents tell of themselves, and the gateway's gRPC address that they tell it to."""
 
-    def __init__(self, url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> None:
+    address: str
+    program: HintProgram
+
+
+class Reenactment:
+    """One closed-loop reenactment; `run` may be called once. Without a harness agents tell nothing."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        turns: Sequence[ScaledTurn],
+        on_end: Callable[[TurnResult], None],
+        harness: Harness | None = None,
+    ) -> None:
         self._url = url
         self._model = model
         self._turns = turns
         self._on_end = on_end
-        self._ended = {turn.id: asyncio.Event() for turn in turns}
+        self._harness = harness
+        self._cache: AsyncCacheClient | None = None
+        self._agents = Agents(turns, harness.program if harness is not None else HintProgram.NONE)
+        self._begins = {turn.id: asyncio.Event() for turn in turns}
         self._started_at = 0.0
 
     async def run(self) -> list[TurnResult]:
         """Reenact all turns and return their results in the trace's order."""
-        self._started_at = time.perf_counter()
         limits = httpx.Limits(max_connections=256)
-        async with httpx.AsyncClient(base_url=self._url, timeout=TURN_S_MAX, limits=limits, trust_env=False) as client:
+        async with contextlib.AsyncExitStack() as stack:
+            client = httpx.AsyncClient(base_url=self._url, timeout=TURN_S_MAX, limits=limits, trust_env=False)
+            await stack.enter_async_context(client)
+            if self._harness is not None:
+                self._cache = await stack.enter_async_context(AsyncCacheClient(self._harness.address))
+            self._started_at = time.perf_counter()
             return await asyncio.gather(*(self._turn(client, turn) for turn in self._turns))
 
     async def _turn(self, client: httpx.AsyncClient, turn: ScaledTurn) -> TurnResult:
-        for other in turn.after:
-            await self._ended[other].wait()
+        if turn.after:
+            await self._begins[turn.id].wait()
         await asyncio.sleep(turn.gap_s)
         try:
             result = await self._request(client, turn)
         except httpx.HTTPError as error:
             result = self._failed(turn, repr(error))
-        self._ended[turn.id].set()
+        coming = self._agents.end(turn)
+        problem = await self._tell(turn, coming)
+        for other in coming:
+            self._begins[other.id].set()
+        result = replace(result, failure=result.failure or problem)
         self._on_end(result)
         return result
+
+    async def _tell(self, turn: ScaledTurn, coming: Sequence[ScaledTurn]) -> str:
+        """Tell what comes after a turn, as agents do before their tools run; return what was wrong with it, empty for nothing."""
+        actions = [
+            words.tool_started(told.turn.session, told.tool, told.expected_s or 0.0, model=self._model)
+            if isinstance(told, Pause)
+            else words.end_session(told.turn.session, self._model)
+            for told in self._agents.told(turn, coming, time.perf_counter() - self._started_at)
+        ]
+        if self._cache is None or not actions:
+            return ""
+        try:
+            results = await self._cache.apply(*actions)
+        except CacheError as error:
+            return f"what its agent told: {error}"
+        refused = next((one for one in results if not one.done), None)
+        return f"what its agent told: {refused.outcome}, {refused.message}" if refused is not None else ""
 
     async def _request(self, client: httpx.AsyncClient, turn: ScaledTurn) -> TurnResult:
         body = {"model": self._model, "prompt": list(turn.prompt), "max_tokens": turn.output_tokens, "ignore_eos": True}
@@ -132,7 +187,7 @@ class Reenactment:
         started = time.perf_counter()
         first: float | None = None
         usage: dict[str, Any] = {}
-        async with client.stream("POST", "/v1/completions", json=body, headers={"x-session-id": turn.session}) as answer:
+        async with client.stream("POST", "/v1/completions", json=body, headers={SESSION_HEADER: turn.session}) as answer:
             if answer.status_code != httpx.codes.OK:
                 return self._failed(turn, f"{answer.status_code}: {(await answer.aread())[:200]!r}")
             async for line in answer.aiter_lines():

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from orchestrator.cli.block_bytes import block_bytes_of
 from orchestrator.cli.cases import Case, run_cases
 from orchestrator.cli.cluster_file import UnusableInput, check_file, check_folder, located, read_cluster, read_mapping, write_file
 from orchestrator.cli.options import count, number, pairs, whole
@@ -151,7 +152,7 @@ def _unusable(path: Path, error: ConfigError, overrides: Overrides) -> UnusableI
 
 def _resolved(path: Path, config: ClusterConfig, catalog: Catalog, overrides: Overrides) -> Resolved:
     try:
-        resolved = resolve(config, catalog)
+        resolved = resolve(config, catalog, block_bytes_of(config))
         _check_memory(resolved.config)
     except ConfigError as error:
         raise _unusable(path, error, overrides) from None

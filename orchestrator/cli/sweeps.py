@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.cli.block_bytes import block_bytes_of
 from orchestrator.cli.cases import Case
 from orchestrator.cli.report.charts import Swing
 from orchestrator.cli.report.comparison import figure_of
@@ -78,10 +79,12 @@ def swung_cases(pick: Case, config: ClusterConfig, catalog: Catalog) -> list[Swu
     used = {name for pool in pick.resolved.hardware.values() for name in pool.assumptions}
     ranged = [one for one in catalog.assumptions if one.name in used and one.low < one.high]
     swung: list[SwungCases] = []
+    blocks = block_bytes_of(config)
     for one in ranged[:SWEPT_ASSUMPTIONS_MAX]:
         try:
             low, high = (
-                replace(pick, resolved=resolve(config, catalog.overridden({one.name: end}))) for end in (one.low, one.high)
+                replace(pick, resolved=resolve(config, catalog.overridden({one.name: end}), blocks))
+                for end in (one.low, one.high)
             )
         except ConfigError:
             continue

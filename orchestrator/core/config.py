@@ -8,7 +8,7 @@ A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -596,6 +596,11 @@ class StoreConfig:
             require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
         require(self.cmx_bytes >= 0, "cmx_bytes", f"must be 0 or more, is {self.cmx_bytes}")
         require(0 <= self.leased_share_max <= 1, "leased_share_max", f"must be a share, 0 to 1, is {self.leased_share_max}")
+
+    def part_bytes(self, model: str, models: Iterable[str]) -> int:
+        """Return the bytes of the memory that a model has, on a host where these have nodes."""
+        total = sum(self.shares.get(one, 1.0) for one in models)
+        return int(self.cpu_bytes * self.shares.get(model, 1.0) / total)
 
 
 def _check_profile(profile: CostProfile) -> None:

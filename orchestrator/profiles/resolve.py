@@ -1,13 +1,22 @@
 """Fills a cluster file's pools that name their hardware: profile, KV blocks, context limit; and says what a node costs.
 
-A pool without hardware stays as it is, and has no price.
+A pool without hardware stays as it is, and has no price. Where there are stores, whoever asks says how large its blocks are.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, HardwareConfig, PoolConfig, Precision, require
+from orchestrator.core.config import (
+    ClusterConfig,
+    ConfigError,
+    DecodeMode,
+    HardwareConfig,
+    PoolConfig,
+    Precision,
+    StoreConfig,
+    require,
+)
 from orchestrator.core.cost.machines import Chip, Coupling, Link, Machine
 from orchestrator.core.cost.roofline import cost_profile
 from orchestrator.core.types import PoolName
@@ -35,14 +44,15 @@ class Below:
     The links are one node's to its host's memory, and one host's to the storage, in one direction.
     """
 
-    #: Nodes of one host.
-    host_nodes: int
+    #: Nodes of one host; None: all nodes of such pools are on one, as where `weft serve` starts them.
+    host_nodes: int | None
     cpu_bytes_per_s: float
     cpu_latency_s: float
     cmx_bytes_per_s: float
     cmx_latency_s: float
-    #: Of a block there, which may be fewer than in the nodes' memory.
+    #: Of a block there, which may be fewer than in the nodes' memory; and of one in their memory.
     block_bytes: int
+    pool_block_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +68,14 @@ class PoolHardware:
     block_bytes: int
     #: Names of the assumptions that profile, price or power rest on.
     assumptions: tuple[str, ...]
-    #: None in a cluster without stores.
-    below: Below | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """Bytes of a block of a pool's: in its nodes' memory, and in a store."""
+
+    pool: int
+    stored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +84,28 @@ class Resolved:
 
     config: ClusterConfig
     hardware: Mapping[PoolName, PoolHardware]
+    #: Of every pool, in a cluster that has stores; empty in another.
+    below: Mapping[PoolName, Below] = field(default_factory=lambda: {})
 
 
-def resolve(config: ClusterConfig, catalog: Catalog) -> Resolved:
-    """Return the cluster with every pool that names its hardware filled in. Raises `ConfigError` naming the field."""
+def resolve(config: ClusterConfig, catalog: Catalog, blocks: Mapping[PoolName, BlockBytes] | None = None) -> Resolved:
+    """Return the cluster with every pool that names its hardware filled in; `blocks` are those of pools that do not.
+
+    Raises `ConfigError` naming the field.
+    """
     pools: list[PoolConfig] = []
     hardware: dict[PoolName, PoolHardware] = {}
+    below: dict[PoolName, Below] = {}
     for index, pool in enumerate(config.pools):
+        name = PoolName(pool.name)
         if not pool.hardware.chip:
-            problem = f"cannot be simulated beside pools[{index}], which has no hardware: nobody knows the bytes of its blocks"
-            require(config.store is None, "store", problem)
             pools.append(pool)
+            if config.store is not None:
+                known = (blocks or {}).get(name)
+                problem = f"cannot be planned beside pools[{index}], which has no hardware: nobody knows the bytes of its blocks"
+                require(known is not None, "store", problem)
+                assert known is not None
+                below[name] = _below_profile(config.store, pool, known)
             continue
         try:
             machine = machine_of(config, pool, catalog)
@@ -86,8 +113,10 @@ def resolve(config: ClusterConfig, catalog: Catalog) -> Resolved:
         except ConfigError as error:
             where = error.where if error.where.startswith(("models.", "store.")) else f"pools[{index}].{error.where}"
             raise ConfigError(where, error.problem) from None
-        hardware[PoolName(pool.name)] = _node_hardware(config, pool, machine, catalog)
-    return Resolved(replace(config, pools=tuple(pools)), hardware)
+        hardware[name] = _node_hardware(config, pool, machine, catalog)
+        if config.store is not None:
+            below[name] = _below(config.store, pool, machine)
+    return Resolved(replace(config, pools=tuple(pools)), hardware, below)
 
 
 def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Machine:
@@ -176,16 +205,26 @@ def _node_hardware(config: ClusterConfig, pool: PoolConfig, machine: Machine, ca
         usd_per_hour=sum(chip.usd_per_hour * count for chip, count in counts),
         kw=sum(chip.kw * count for chip, count in counts),
         block_bytes=block_bytes(machine, pool.engine.block_tokens),
-        below=_below(config, pool, machine),
         assumptions=_assumptions(config, pool, machine, catalog),
     )
 
 
-def _below(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> Below | None:
+def _below_profile(store: StoreConfig, pool: PoolConfig, known: BlockBytes) -> Below:
+    """Return what is below nodes of which the profile alone is known: the cluster file says how fast that is."""
+    return Below(
+        host_nodes=None,
+        cpu_bytes_per_s=store.cpu_bytes_per_s,
+        cpu_latency_s=pool.profile.fetch_latency_s,
+        cmx_bytes_per_s=store.cmx_bytes_per_s,
+        cmx_latency_s=store.cmx_latency_s,
+        block_bytes=known.stored,
+        pool_block_bytes=known.pool,
+    )
+
+
+def _below(store: StoreConfig, pool: PoolConfig, machine: Machine) -> Below:
     """Return what is below a pool's nodes: the chip's own host and storage, or what the cluster file says of stores' rates."""
-    store, chip, hardware = config.store, machine.chip, pool.hardware
-    if store is None:
-        return None
+    chip, hardware = machine.chip, pool.hardware
     host_nodes = max(1, hardware.host_chips // hardware.chips)
     chips = host_nodes * hardware.chips
     if chip.host is not None and chip.host.capacity_bytes:
@@ -198,6 +237,7 @@ def _below(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> Below |
         cmx_bytes_per_s=chip.storage.rate * chips if chip.storage is not None else store.cmx_bytes_per_s,
         cmx_latency_s=chip.storage.latency_s if chip.storage is not None else store.cmx_latency_s,
         block_bytes=stored_block_bytes(machine, pool.engine.block_tokens, pool.engine.kv_format_stored),
+        pool_block_bytes=block_bytes(machine, pool.engine.block_tokens),
     )
 
 

@@ -48,7 +48,7 @@ class Pause(Generic[Turn]):
 
     turn: Turn
     tool: str
-    #: Seconds that it will take; None: not told.
+    #: Seconds that it will take, over 0; None: not told.
     expected_s: float | None
 
 
@@ -110,5 +110,5 @@ class Agents(Generic[Turn]):
             yield self._pause(following, TOOL, following.arrival_s - now)
 
     def _pause(self, turn: Turn, tool: str, expected_s: float | None) -> Pause[Turn]:
-        known = self._program is HintProgram.ORACLE and expected_s is not None
-        return Pause(turn, tool, max(0.0, expected_s) if known and expected_s is not None else None)
+        known = self._program is HintProgram.ORACLE and expected_s is not None and expected_s > 0.0
+        return Pause(turn, tool, expected_s if known else None)

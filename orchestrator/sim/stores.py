@@ -7,7 +7,7 @@ Three links carry blocks, each in both directions at once and one copy after the
 What a store decides is the core's; here it only takes its time, or fails. See also: `workers/store/`, which does it in real time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import assert_never
@@ -99,9 +99,9 @@ class _Read:
     arrives_s: float = 0.0
 
 
-def host_of(pool: PoolConfig, number: int, below: Below | None) -> str:
-    """Return the host that a pool's node is on; empty where there are no stores, and so no need to tell hosts apart."""
-    return f"{pool.name}/{number // below.host_nodes}" if below is not None else ""
+def host_of(pool: PoolConfig, number: int, below: Below) -> str:
+    """Return the host that a pool's node is on."""
+    return f"{pool.name}/{number // below.host_nodes}" if below.host_nodes is not None else "host"
 
 
 def store_specs(config: StoreConfig, resolved: Resolved) -> list[StoreSpec]:
@@ -109,22 +109,30 @@ def store_specs(config: StoreConfig, resolved: Resolved) -> list[StoreSpec]:
 
     Raises `ConfigError` if a model's part has no room for a segment.
     """
-    specs: dict[str, StoreSpec] = {}
+    hosts: dict[str, dict[ModelName, PoolConfig]] = {}
     for pool in resolved.config.pools:
-        hardware = resolved.hardware[PoolName(pool.name)]
-        below = hardware.below
-        assert below is not None, f"pool {pool.name} has nothing below its nodes' memory"
-        block_bytes, model = below.block_bytes, ModelName(pool.model)
-        slots = config.cpu_bytes // block_bytes  # nodes of one pool alone are on a host
-        needed = config.segment_blocks * block_bytes
-        problem = f"leaves a host of {pool.name} no room for a segment of {config.segment_blocks} blocks ({needed} bytes)"
-        require(slots >= config.segment_blocks, "store.cpu_bytes", problem)
-        stored = StoredModel(model, pool.engine.block_tokens, block_bytes, slots, config.segment_blocks, bool(config.cmx))
-        rates = (below.cpu_bytes_per_s, below.cmx_bytes_per_s, below.cmx_latency_s)
         for number in range(pool.nodes):
-            host = host_of(pool, number, below)
-            specs.setdefault(host, StoreSpec(StoreId(f"store {host}"), 1, host, "", (stored,), *rates))
-    return list(specs.values())
+            host = host_of(pool, number, resolved.below[PoolName(pool.name)])
+            hosts.setdefault(host, {}).setdefault(ModelName(pool.model), pool)
+    specs: list[StoreSpec] = []
+    for host, models in hosts.items():
+        stored = tuple(_stored(config, resolved, pool, models) for pool in models.values())
+        below = resolved.below[PoolName(next(iter(models.values())).name)]
+        rates = (below.cpu_bytes_per_s, below.cmx_bytes_per_s, below.cmx_latency_s)
+        specs.append(StoreSpec(StoreId(f"store {host}"), 1, host, "", stored, *rates))
+    return specs
+
+
+def _stored(config: StoreConfig, resolved: Resolved, pool: PoolConfig, models: Iterable[ModelName]) -> StoredModel:
+    """Return the part of a host's store that a pool's model has beside others."""
+    block_bytes = resolved.below[PoolName(pool.name)].block_bytes
+    slots = config.part_bytes(pool.model, models) // block_bytes
+    needed = config.segment_blocks * block_bytes
+    problem = f"leaves a host of {pool.name} no room for a segment of {config.segment_blocks} blocks ({needed} bytes)"
+    require(slots >= config.segment_blocks, "store.cpu_bytes", problem)
+    return StoredModel(
+        ModelName(pool.model), pool.engine.block_tokens, block_bytes, slots, config.segment_blocks, bool(config.cmx)
+    )
 
 
 class SimulatedStore:

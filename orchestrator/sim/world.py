@@ -54,7 +54,7 @@ from orchestrator.core.commands import (
     StopOffer,
     TellLeases,
 )
-from orchestrator.core.config import ConfigError, PoolConfig, StoreConfig
+from orchestrator.core.config import PoolConfig, StoreConfig
 from orchestrator.core.events import (
     Assigned,
     BlocksRetired,
@@ -500,7 +500,9 @@ class World:
     # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _add_pool(self, pool: PoolConfig, resolved: Resolved) -> None:
-        name, hardware = PoolName(pool.name), resolved.hardware.get(PoolName(pool.name))
+        name, below = PoolName(pool.name), resolved.below.get(PoolName(pool.name))
+        hardware = resolved.hardware.get(name)
+        known = below.pool_block_bytes if below is not None else hardware.block_bytes if hardware is not None else 0
         blocks = pool.engine.blocks or BLOCKS_DEFAULT
         self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes)
         for number in range(pool.nodes):
@@ -509,10 +511,10 @@ class World:
                 incarnation=1,
                 blocks=blocks,
                 block_tokens=pool.engine.block_tokens,
-                block_bytes=hardware.block_bytes if hardware is not None else 0,
+                block_bytes=known,
                 context_tokens_max=pool.engine.context_tokens_max or CONTEXT_TOKENS_DEFAULT,
-                host=host_of(pool, number, hardware.below) if hardware is not None else "",
-                stores=hardware is not None and hardware.below is not None,
+                host=host_of(pool, number, below) if below is not None else "",
+                stores=below is not None,
             )
             self._start_node(spec)
 
@@ -550,13 +552,9 @@ class World:
     def _add_stores(self, config: StoreConfig, resolved: Resolved) -> None:
         """Start a store on every host."""
         for pool in self._config.pools:
-            hardware = resolved.hardware.get(PoolName(pool.name))
-            below = hardware.below if hardware is not None else None
-            if hardware is None or below is None:
-                raise ConfigError("store", f"pool {pool.name} has no hardware that says what is below its nodes' memory")
+            below = resolved.below[PoolName(pool.name)]
             for number in range(pool.nodes):
-                host = host_of(pool, number, below)
-                self._below[host] = below
+                self._below[host_of(pool, number, below)] = below
             self._shared.setdefault(ModelName(pool.model), {})
         for spec in store_specs(config, resolved):
             self._start_store(spec)

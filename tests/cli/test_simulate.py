@@ -68,6 +68,18 @@ def test_the_table_has_a_column_a_policy_and_two_for_the_bounds(capsys: pytest.C
     assert "TTFT p99" in out
 
 
+def test_stores_beside_pools_of_which_the_profile_alone_is_known(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    # blocks of the profiled engine are 64 bytes
+    path.write_text('[store]\ncpu_bytes = 64000\ncmx = "file:///any"\n' + CLUSTER.replace("blocks = 512", "blocks = 64"))
+    flags = ("--policy", "predicted-time", "--json", "-", "--no-bounds")
+    code, out, err = weft(capsys, "--cluster", path, "--trace", AGENT_SESSION, *flags)
+    assert (code, err) == (0, "")
+    (run,) = json.loads(out)["runs"]
+    assert (run["stores"]["hosts"], run["stores"]["cpu"]["blocks"]) == (1, 1000)
+    assert run["hit_rate_by_tier"]["cpu"] > 0
+
+
 def test_json_has_every_run_under_every_cache_and_the_bounds(capsys: pytest.CaptureFixture[str], cluster: Path) -> None:
     flags = ("--limit", 5, "--policy", "dynamo", "sglang", "--cache", "lru", "value", "--json", "-", "--seed", 7)
     code, out, _ = weft(capsys, "--cluster", cluster, "--trace", AGENT_SESSION, *flags)

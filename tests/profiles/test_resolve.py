@@ -20,9 +20,9 @@ from orchestrator.core.config import (
     StoreConfig,
 )
 from orchestrator.core.cost.costs import step_seconds
-from orchestrator.core.types import PoolKind, PoolName
+from orchestrator.core.types import CostProfile, PoolKind, PoolName
 from orchestrator.profiles.catalog import Catalog
-from orchestrator.profiles.resolve import Below, machine_of, resolve
+from orchestrator.profiles.resolve import Below, BlockBytes, machine_of, resolve
 from tests.builders import some
 
 CATALOG = Catalog.load()
@@ -66,30 +66,31 @@ def test_a_pool_without_hardware_stays_as_it_is() -> None:
 )
 def test_blocks_below_a_pool_are_stored_in_no_more_bytes_than_in_it(kv: str, stored: str, share: float) -> None:
     config = cluster(replace(RUBIN, kv=Precision(kv)), kv_format_stored=KvFormat(stored))
-    hardware = resolve(replace(config, store=StoreConfig(cpu_bytes=1 << 30)), CATALOG).hardware[POOL]
-    assert hardware.below is not None
-    assert hardware.below.block_bytes == hardware.block_bytes * share
+    resolved = resolve(replace(config, store=StoreConfig(cpu_bytes=1 << 30)), CATALOG)
+    assert resolved.below[POOL].pool_block_bytes == resolved.hardware[POOL].block_bytes
+    assert resolved.below[POOL].block_bytes == resolved.hardware[POOL].block_bytes * share
 
 
 def test_below_a_pool_are_its_chips_host_and_storage() -> None:
     config = replace(cluster(replace(RUBIN, chips=2)), store=StoreConfig(cpu_bytes=10**12, cmx="file:///any"))
-    hardware = resolve(config, CATALOG).hardware[POOL]
+    resolved = resolve(config, CATALOG)
+    hardware, size = resolved.hardware[POOL], resolved.hardware[POOL].block_bytes
     host, storage = CATALOG.chip("vr200", 1).host, CATALOG.chip("vr200", 1).storage
     assert host is not None
     assert storage is not None
     # two nodes of two chips share a host of four
-    assert hardware.below == Below(2, 2 * host.rate, host.latency_s, 4 * storage.rate, storage.latency_s, hardware.block_bytes)
+    below = Below(2, 2 * host.rate, host.latency_s, 4 * storage.rate, storage.latency_s, size, size)
+    assert resolved.below == {POOL: below}
     assert {"vera.efficiency", "cmx.bytes_per_s"} <= set(hardware.assumptions)
-    without = resolve(cluster(replace(RUBIN, chips=2)), CATALOG).hardware[POOL]
-    assert without.below is None
-    assert not {name for name in without.assumptions if name.startswith(("vera.", "cmx."))}
+    without = resolve(cluster(replace(RUBIN, chips=2)), CATALOG)
+    assert without.below == {}
+    assert not {name for name in without.hardware[POOL].assumptions if name.startswith(("vera.", "cmx."))}
 
 
 def test_where_a_chip_has_no_storage_the_cluster_file_says_how_fast_it_is() -> None:
     store = StoreConfig(cpu_bytes=10**10, cmx="s3://bucket/any", cmx_bytes_per_s=5e9, cmx_latency_s=0.25)
     h200 = HardwareConfig(chip="h200", chips=8, host_chips=8)
-    below = resolve(replace(cluster(h200, "qwen3-235b-a22b"), store=store), CATALOG).hardware[POOL].below
-    assert below is not None
+    below = resolve(replace(cluster(h200, "qwen3-235b-a22b"), store=store), CATALOG).below[POOL]
     assert (below.host_nodes, below.cmx_bytes_per_s, below.cmx_latency_s) == (1, 5e9, 0.25)
 
 
@@ -99,8 +100,16 @@ def test_a_host_has_no_more_memory_than_its_chips_bring() -> None:
         resolve(config, CATALOG)
 
 
-def test_a_store_beside_a_pool_without_hardware_cannot_be_simulated() -> None:
-    with pytest.raises(ConfigError, match=r"store: cannot be simulated beside pools\[0\], which has no hardware"):
+def test_below_a_pool_without_hardware_is_what_the_cluster_file_says_beside_blocks_of_a_known_size() -> None:
+    store = StoreConfig(cpu_bytes_per_s=3e9, cmx_bytes_per_s=2e9, cmx_latency_s=0.25)
+    config = replace(cluster(HardwareConfig()), store=store)
+    pool = replace(config.pools[0], profile=CostProfile(fetch_latency_s=0.125))
+    resolved = resolve(replace(config, pools=(pool,)), CATALOG, {POOL: BlockBytes(64, 32)})
+    assert resolved.below == {POOL: Below(None, 3e9, 0.125, 2e9, 0.25, 32, 64)}
+
+
+def test_a_store_beside_a_pool_of_which_nothing_is_known_cannot_be_planned() -> None:
+    with pytest.raises(ConfigError, match=r"store: cannot be planned beside pools\[0\], which has no hardware"):
         resolve(replace(cluster(HardwareConfig()), store=StoreConfig()), CATALOG)
 
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.core.config import ConfigError, RouterPolicy
+from orchestrator.core.config import ConfigError, ModelConfig, RouterPolicy
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.outcome import Outcome, StoreUse
 from orchestrator.sim.runs import CacheRule, simulate
+from orchestrator.sim.stores import store_specs
 from orchestrator.sim.world import World, WorldOptions
 from tests.builders import some
 from tests.sim.worlds import BELOW, agents, below, cluster
@@ -54,9 +55,8 @@ def test_what_the_hosts_memory_forgot_comes_from_the_shared_storage() -> None:
 
 def test_stores_hold_more_blocks_of_fewer_bytes() -> None:
     whole = cluster(TOGETHER, blocks=SHORT, store=below(150))
-    hardware = whole.hardware[PoolName("aggregated")]
-    fewer = replace(hardware, below=replace(BELOW, block_bytes=hardware.block_bytes // 4))
-    plain, packed = serve(whole), serve(replace(whole, hardware={PoolName("aggregated"): fewer}))
+    fewer = replace(BELOW, block_bytes=BELOW.block_bytes // 4)
+    plain, packed = serve(whole), serve(replace(whole, below={PoolName("aggregated"): fewer}))
     tokens = [sum(served.cpu_tokens for served in one.served) for one in (plain, packed)]
     assert tokens[1] > tokens[0]
     assert used(packed).loaded_bytes < used(plain).loaded_bytes * tokens[1] / tokens[0]
@@ -126,8 +126,11 @@ def test_a_host_with_too_little_memory_for_a_segment_is_refused() -> None:
         World(cluster(TOGETHER, store=below(3)), [], WorldOptions())
 
 
-def test_a_pool_that_says_nothing_of_what_is_below_it_is_refused() -> None:
-    resolved = cluster(TOGETHER, store=below(100))
-    hardware = {PoolName("aggregated"): replace(resolved.hardware[PoolName("aggregated")], below=None)}
-    with pytest.raises(ConfigError, match="store: pool aggregated has no hardware"):
-        World(replace(resolved, hardware=hardware), [], WorldOptions())
+def test_nodes_of_which_the_profile_alone_is_known_share_one_host_and_models_its_memory() -> None:
+    store = replace(below(1000), shares={"small": 0.25})
+    config = cluster(APART, blocks=SHORT).config
+    pools = (*config.pools, replace(config.pools[0], name="small", kind=PoolKind.AGGREGATED, model="small"))
+    config = replace(config, models={"default": ModelConfig(), "small": ModelConfig()}, pools=pools, store=store)
+    known = dict.fromkeys((PoolName(pool.name) for pool in pools), replace(BELOW, host_nodes=None))
+    (spec,) = store_specs(store, Resolved(config, {}, known))
+    assert [(part.model, part.slots) for part in spec.models] == [("default", 800), ("small", 200)]

@@ -16,13 +16,16 @@ from orchestrator.core.config import (
     StoreConfig,
 )
 from orchestrator.core.types import CostProfile, PoolKind, PoolName
-from orchestrator.profiles.resolve import Below, PoolHardware, Resolved
+from orchestrator.profiles.resolve import Below, Resolved
 from orchestrator.traces import TracedTurn
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 1024
 #: Two nodes a host; a block comes from its memory in 10 us, from `cmx` in 100 us.
-BELOW = Below(2, cpu_bytes_per_s=1e8, cpu_latency_s=1e-5, cmx_bytes_per_s=1e7, cmx_latency_s=1e-3, block_bytes=BLOCK_BYTES)
+BELOW = Below(
+    2, cpu_bytes_per_s=1e8, cpu_latency_s=1e-5, cmx_bytes_per_s=1e7, cmx_latency_s=1e-3,
+    block_bytes=BLOCK_BYTES, pool_block_bytes=BLOCK_BYTES,
+)  # fmt: skip
 AFFINE = CostProfile(0.005, 2e-5, 2e-10, 2e-5, 2e-8, fetch_bytes_per_s=1e9)
 CURVED = replace(AFFINE, prefill_token_s=0.0, batch_tokens=(1, 16, 512), batch_s=(0.004, 0.006, 0.02))
 #: Attention becomes the longer half at a context of some thousand tokens: stretches of steps have a bend in them.
@@ -49,8 +52,7 @@ def cluster(
     router = RouterConfig(policy=policy)
     limits = LimitsConfig(waiting_s_max=500.0, request_s_max=500.0)
     config = ClusterConfig(gateway=GatewayConfig(count=gateways), limits=limits, router=router, pools=pools, store=store)
-    hardware = PoolHardware({}, 0.0, 0.0, 0.0, block_bytes=BLOCK_BYTES, assumptions=(), below=BELOW)
-    return Resolved(config, {PoolName(pool.name): hardware for pool in pools} if store is not None else {})
+    return Resolved(config, {}, {PoolName(pool.name): BELOW for pool in pools} if store is not None else {})
 
 
 def below(blocks: int, cmx: bool = False) -> StoreConfig:

@@ -36,11 +36,10 @@ def parts_of(config: StoreConfig, block_bytes: Mapping[ModelName, int]) -> dict[
 
     Raises `ConfigError` if a model's part has no room for a segment.
     """
-    total = sum(config.shares.get(model, 1.0) for model in block_bytes)
     parts: dict[ModelName, Part] = {}
     place = 0
     for model, size in block_bytes.items():
-        part_bytes = int(config.cpu_bytes * config.shares.get(model, 1.0) / total) // PAGE_BYTES * PAGE_BYTES
+        part_bytes = config.part_bytes(model, block_bytes) // PAGE_BYTES * PAGE_BYTES
         slots = min(part_bytes // size, SLOTS_MAX)
         if slots < config.segment_blocks:
             needed = config.segment_blocks * size

@@ -25,10 +25,14 @@ class ModelBlocks:
 
 def model_blocks(model: ModelName, engine: EngineConfig, folder: Path) -> ModelBlocks:
     """Return what an engine of a model will say of its blocks. Raises `CheckpointError` for a folder that it could not open."""
-    profiled = engine.name == "profiled"
-    form = profiled_form(engine) if profiled else _eager_form(engine, folder)
-    name = profiled_fingerprint(folder) if profiled else fingerprint(folder)
+    form = stored_form(engine, folder)
+    name = profiled_fingerprint(folder) if engine.name == "profiled" else fingerprint(folder)
     return ModelBlocks(model, name, form.layout, engine.block_tokens, form.block_bytes)
+
+
+def stored_form(engine: EngineConfig, folder: Path) -> StoredForm:
+    """Return what an engine's blocks are in a store. Raises `CheckpointError` for a folder that it could not open."""
+    return profiled_form(engine) if engine.name == "profiled" else _eager_form(engine, folder)
 
 
 def _eager_form(engine: EngineConfig, folder: Path) -> StoredForm:
