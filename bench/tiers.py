@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import httpx
@@ -91,7 +91,7 @@ WAIT_S = 120.0
 #: A context's blocks are offered and loaded this many at a time, as nodes do.
 OFFER_BLOCKS = 1024
 #: Times that each load is measured whose rates are put into a cluster file.
-RATE_ROUNDS = 5
+RATE_ROUNDS = 9
 #: A plain copy in pieces of the size that moves have.
 PIECEWISE = "memcpy in pieces"
 
@@ -330,35 +330,36 @@ class Rates:
 
 
 async def measure_rates(block_tokens: int, block_bytes: int, blocks: int, folder: Path) -> Rates:
-    """Measure loads of contexts of up to so many blocks: the least of several, by the line through two sizes."""
+    """Measure loads of contexts of up to so many blocks: the median of several, by the line through two sizes."""
     blocks = blocks // SEGMENT_BLOCKS * SEGMENT_BLOCKS
     names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
     model = ModelBlocks(ModelName("m"), "bytes", "plain bytes", block_tokens, block_bytes)
-    sizes = (2 * SEGMENT_BLOCKS, blocks)
-    trust, cpu, cmx = Trust(b"the measurement's"), dict[int, float](), dict[int, float]()
+    trust, sizes = Trust(b"the measurement's"), (2 * SEGMENT_BLOCKS, blocks)
+    cpu: dict[int, list[float]] = {size: [] for size in sizes}
+    cmx: dict[int, list[float]] = {size: [] for size in sizes}
     store = StoreConfig(cpu_bytes=2 * blocks * block_bytes, segment_blocks=SEGMENT_BLOCKS, cmx=f"file://{folder}")
     with ThreadPoolExecutor(2) as executor:
         mover = Mover("mover", blocks, block_bytes, trust, executor, block_tokens)
         server = await _begin(1, store, model, trust, mover)
         await mover.offer(names)
-        for size in sizes:
-            cpu[size] = min([await mover.load(names[:size]) for _ in range(RATE_ROUNDS)])
+        for turn in range(2 * RATE_ROUNDS):
+            cpu[sizes[turn % 2]].append(await mover.load(names[: sizes[turn % 2]]))
         await _all_stored(server, blocks)
         await _leave(server, mover)
         for start in range(2 * RATE_ROUNDS):
             size = sizes[start % 2]
             server = await _begin(2 + start, store, model, trust, mover)
             await _all_stored(server, blocks)
-            cmx[size] = min(await mover.load(names[:size]), cmx.get(size, inf))
+            cmx[size].append(await mover.load(names[:size]))
             await _leave(server, mover)
     cpu_bytes_per_s, cpu_latency_s = _line(cpu, block_bytes)
     cmx_bytes_per_s, cmx_latency_s = _line(cmx, block_bytes)
     return Rates(cpu_bytes_per_s, cpu_latency_s, cmx_bytes_per_s, max(cmx_latency_s - cpu_latency_s, 0.0))
 
 
-def _line(seconds: Mapping[int, float], block_bytes: int) -> tuple[float, float]:
+def _line(seconds: Mapping[int, Sequence[float]], block_bytes: int) -> tuple[float, float]:
     """Return bytes a second and the seconds before the first by what two sizes, in blocks, took."""
-    (small, small_s), (large, large_s) = sorted(seconds.items())
+    (small, small_s), (large, large_s) = sorted((size, median(taken)) for size, taken in seconds.items())
     rate = (large - small) * block_bytes / (large_s - small_s)
     return rate, max(small_s - small * block_bytes / rate, 0.0)
 

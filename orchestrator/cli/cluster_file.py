@@ -13,6 +13,8 @@ _PACKAGE = Path(__file__).parents[1]
 #: The cluster files that come along: beside the packages in a checkout, within them once installed.
 FOLDER = _PACKAGE / "deploy" if (_PACKAGE / "deploy").is_dir() else _PACKAGE.parent / "deploy"
 LOCAL_CLUSTER = FOLDER / "local.toml"
+#: The one with tiers below its nodes' memory.
+TIERS_CLUSTER = FOLDER / "tiers.toml"
 AGENT_SESSION = Path(__file__).parent / "data" / "agent_session.jsonl"
 
 _TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")

@@ -1,17 +1,20 @@
-"""`weft demo`: a small cluster on this machine, an agent's session through it over HTTP, and a table of what came of it.
+"""`weft demo`: a small cluster on this machine, agents' sessions through it over HTTP, and a table of what came of it.
 
-The session (`data/agent_session.jsonl`) is reenacted twice, each time on a cluster that starts empty: routed by predicted time,
-and routed round robin. Both are run, not computed, so both columns are measurements of this machine.
+Copies of a session (`data/agent_session.jsonl`) are reenacted, more of them than fit the nodes' memory, each time on a cluster
+that starts empty: with tiers below that memory and agents that tell of their pauses, without either, and without either routed
+round robin. All are run, not computed, so every column is a measurement of this machine.
 """
 
 import asyncio
 import contextlib
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import quantiles
 
 import httpx
@@ -20,16 +23,37 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from orchestrator.cli.cluster_file import AGENT_SESSION, LOCAL_CLUSTER, read_cluster
-from orchestrator.cli.reenact import Reenactment, Scale, ScaledTurn, TurnResult, scaled_turns
+from orchestrator.cli.cluster_file import AGENT_SESSION, TIERS_CLUSTER, read_cluster
+from orchestrator.cli.reenact import Harness, Reenactment, Scale, ScaledTurn, TurnResult, scaled
 from orchestrator.cli.serve import quiet_output, start_fleet
+from orchestrator.cli.sweeps import copies
 from orchestrator.core.config import ClusterConfig, RouterPolicy
 from orchestrator.fleet.fleet import Fleet
+from orchestrator.sim.hints import HintProgram
+from orchestrator.traces import read_trace
 
 #: The sample is scaled already; only its pauses are too long for a demo. Token ids from 64 on are ordinary tokens of the built-in
 #: model's vocabulary of 512.
 SCALE = Scale(block_tokens=16, output=1.0, gap=0.05, token_first=64, token_count=384, gap_s_max=0.5)
-POLICIES = {RouterPolicy.PREDICTED_TIME: "by predicted time", RouterPolicy.ROUND_ROBIN: "round robin"}
+#: Copies of the session that run side by side, no prefix in common.
+SESSIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to serve the sessions."""
+
+    name: str
+    policy: RouterPolicy
+    #: With a store below the nodes' memory, and agents that tell of their pauses and ends.
+    tiers: bool
+
+
+WAYS = (
+    Way("tiers and hints", RouterPolicy.PREDICTED_TIME, True),
+    Way("without", RouterPolicy.PREDICTED_TIME, False),
+    Way("round robin, without", RouterPolicy.ROUND_ROBIN, False),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +64,10 @@ class Outcome:
     failures: int
     input_tokens: int
     cached_tokens: int
+    #: Those of them that came from below the nodes' memory.
+    cpu_tokens: int
+    cmx_tokens: int
     output_tokens: int
-    #: KV bytes that went from one node to another.
-    moved_bytes: int
     seconds: float
     ttft_p50_s: float
     ttft_p90_s: float
@@ -57,34 +82,41 @@ class Outcome:
 def run_demo(as_json: bool) -> bool:
     """Run the demo and print its table; True if every request was answered. Raises `FleetFailed`."""
     out, err = Console(file=sys.stdout), Console(stderr=True, highlight=False)
-    config = read_cluster(LOCAL_CLUSTER)
+    config = read_cluster(TIERS_CLUSTER)
     config = replace(config, gateway=replace(config.gateway, http_port=0, grpc_port=0))
-    turns = scaled_turns(AGENT_SESSION, SCALE)
-    outcomes: dict[RouterPolicy, Outcome] = {}
+    turns = [scaled(turn, SCALE) for turn in copies(list(read_trace(AGENT_SESSION)), SESSIONS, 0)]
     with quiet_output():
-        for policy, words in POLICIES.items():
-            routed = replace(config, router=replace(config.router, policy=policy))
-            outcomes[policy] = _run(routed, turns, words, err)
+        outcomes = {way.name: _run(config, way, turns, err) for way in WAYS}
     if as_json:
-        print(json.dumps({str(policy): asdict(one) | {"hit_rate": one.hit_rate} for policy, one in outcomes.items()}, indent=2))
+        print(json.dumps({name: asdict(one) | {"hit_rate": one.hit_rate} for name, one in outcomes.items()}, indent=2))
     else:
         show_outcomes(config, outcomes, out)
     return not any(outcome.failures for outcome in outcomes.values())
 
 
-def _run(config: ClusterConfig, turns: Sequence[ScaledTurn], words: str, err: Console) -> Outcome:
-    """Start a cluster, reenact the session on it and stop it."""
-    with Fleet.local(config) as fleet:
-        url, *_ = start_fleet(fleet, config, err, threading.Event())
-        with _progress(len(turns), words, err) as on_end:
-            started = time.perf_counter()
-            results = asyncio.run(_reenact(url, next(iter(config.models)), turns, on_end))
-            seconds = time.perf_counter() - started
-        return _outcome(results, _moved_bytes(url), seconds)
+def _run(config: ClusterConfig, way: Way, turns: Sequence[ScaledTurn], err: Console) -> Outcome:
+    """Start a cluster that knows nothing yet, reenact the sessions on it and stop it."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = replace(config.store, cmx=f"file://{Path(folder) / 'cmx'}") if config.store is not None and way.tiers else None
+        config = replace(config, router=replace(config.router, policy=way.policy), store=store)
+        with Fleet.local(config) as fleet:
+            url, *_ = start_fleet(fleet, config, err, threading.Event())
+            harness = Harness(_status(url)["grpc_address"], HintProgram.ORACLE) if way.tiers else None
+            with _progress(len(turns), way.name, err) as on_end:
+                started = time.perf_counter()
+                results = asyncio.run(_reenact(url, next(iter(config.models)), turns, on_end, harness))
+                seconds = time.perf_counter() - started
+            return _outcome(results, _cached_by_tier(url), seconds)
 
 
-async def _reenact(url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None]) -> list[TurnResult]:
-    return await Reenactment(url, model, turns, on_end).run()
+def _status(url: str) -> Mapping[str, str]:
+    return httpx.get(f"{url}/status", trust_env=False).raise_for_status().json()
+
+
+async def _reenact(
+    url: str, model: str, turns: Sequence[ScaledTurn], on_end: Callable[[TurnResult], None], harness: Harness | None
+) -> list[TurnResult]:
+    return await Reenactment(url, model, turns, on_end, harness).run()
 
 
 @contextlib.contextmanager
@@ -105,14 +137,19 @@ def _progress(total: int, words: str, err: Console) -> Iterator[Callable[[TurnRe
         yield on_end
 
 
-def _moved_bytes(url: str) -> int:
-    """Return the KV bytes moved so far, as the gateway counts them."""
+def _cached_by_tier(url: str) -> Mapping[str, int]:
+    """Return the prompt tokens found so far in each tier, as the gateway counts them."""
     page = httpx.get(f"{url}/metrics", trust_env=False).raise_for_status().text
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
-    return int(sum(sample.value for sample in samples if sample.name == "weft_kv_moved_bytes_total"))
+    found: dict[str, int] = {}
+    for sample in samples:
+        if sample.name == "weft_cached_tokens_total":
+            tier = sample.labels["tier"]
+            found[tier] = found.get(tier, 0) + int(sample.value)
+    return found
 
 
-def _outcome(results: Sequence[TurnResult], moved_bytes: int, seconds: float) -> Outcome:
+def _outcome(results: Sequence[TurnResult], cached: Mapping[str, int], seconds: float) -> Outcome:
     good = [result for result in results if not result.failure]
     ttft = [result.ttft_s for result in good]
     itl = [result.itl_s for result in good if result.itl_s is not None]
@@ -121,8 +158,9 @@ def _outcome(results: Sequence[TurnResult], moved_bytes: int, seconds: float) ->
         failures=len(results) - len(good),
         input_tokens=sum(len(result.turn.prompt) for result in good),
         cached_tokens=sum(result.cached_tokens for result in good),
+        cpu_tokens=cached.get("cpu", 0),
+        cmx_tokens=cached.get("cmx", 0),
         output_tokens=sum(result.output_tokens for result in good),
-        moved_bytes=moved_bytes,
         seconds=seconds,
         ttft_p50_s=_quantile(ttft, 50),
         ttft_p90_s=_quantile(ttft, 90),
@@ -134,31 +172,35 @@ def _quantile(values: Sequence[float], percent: int) -> float:
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else sum(values)
 
 
-def show_outcomes(config: ClusterConfig, outcomes: Mapping[RouterPolicy, Outcome], out: Console) -> None:
-    """Print the demo's table."""
+def show_outcomes(config: ClusterConfig, outcomes: Mapping[str, Outcome], out: Console) -> None:
+    """Print the demo's table; `outcomes` are by the ways' names, in their order."""
     nodes = ", ".join(f"{pool.nodes} {pool.kind}" for pool in config.pools)
+    held = sum(pool.nodes * pool.engine.blocks * pool.engine.block_tokens for pool in config.pools)
     out.print(
-        f"One agent session, a main agent and six sub-agents, on {nodes} nodes. Both columns were run here.", highlight=False
+        f"{SESSIONS} agent sessions side by side, each a main agent and six sub-agents, on {nodes} nodes.\n"
+        f"Their memory holds {held:,} tokens of context, less than is asked for again. All columns were run here.",
+        highlight=False,
     )
-    table = Table("", *POLICIES.values())
+    table = Table("", *outcomes)
     rows: dict[str, Callable[[Outcome], str]] = {
         "requests (failed)": lambda one: f"{one.requests} ({one.failures})",
         "input tokens": lambda one: f"{one.input_tokens:,}",
-        "  cached": lambda one: f"{one.cached_tokens:,}",
+        "  found in hbm": lambda one: f"{one.cached_tokens - one.cpu_tokens - one.cmx_tokens:,}",
+        "  found in cpu, cmx": lambda one: f"{one.cpu_tokens:,}, {one.cmx_tokens:,}",
         "  computed": lambda one: f"{one.input_tokens - one.cached_tokens:,}",
         "hit rate": lambda one: f"{one.hit_rate:.1%}",
-        "KV moved between nodes": lambda one: f"{one.moved_bytes / 1e6:.1f} MB",
         "output tokens": lambda one: f"{one.output_tokens:,}",
         "TTFT p50": lambda one: f"{1000 * one.ttft_p50_s:.0f} ms",
         "TTFT p90": lambda one: f"{1000 * one.ttft_p90_s:.0f} ms",
         "inter-token time p50": lambda one: f"{1000 * one.itl_p50_s:.1f} ms",
-        "session took": lambda one: f"{one.seconds:.1f} s",
+        "sessions took": lambda one: f"{one.seconds:.1f} s",
     }
     for name, text in rows.items():
-        table.add_row(name, *(text(outcomes[policy]) for policy in POLICIES))
+        table.add_row(name, *(text(one) for one in outcomes.values()))
     out.print(table)
-    ours, theirs = (outcomes[policy] for policy in POLICIES)
-    moved, waited = theirs.moved_bytes / max(ours.moved_bytes, 1), theirs.ttft_p50_s / max(ours.ttft_p50_s, 1e-9)
-    computed = (theirs.input_tokens - theirs.cached_tokens) / max(ours.input_tokens - ours.cached_tokens, 1)
-    cost = f"{computed:.1f} times the prompt tokens computed, {moved:.1f} times the KV moved, {waited:.1f} times the median TTFT"
-    out.print(f"What round robin cost: {cost}.", highlight=False)
+    ours, *others = outcomes.values()
+    for name, theirs in zip(list(outcomes)[1:], others, strict=True):
+        computed = (theirs.input_tokens - theirs.cached_tokens) / max(ours.input_tokens - ours.cached_tokens, 1)
+        waited = theirs.ttft_p90_s / max(ours.ttft_p90_s, 1e-9)
+        cost = f"{computed:.1f} times the prompt tokens computed, {waited:.1f} times the TTFT p90"
+        out.print(f"What it costs {name}: {cost}, {theirs.seconds / ours.seconds:.1f} times as long.", highlight=False)

@@ -84,10 +84,11 @@ class Scale:
 
 def scaled_turns(path: Path, scale: Scale) -> list[ScaledTurn]:
     """Read a trace and scale it. A block's tokens depend on its id alone, so that equal ids give equal prefixes."""
-    return [_scaled(turn, scale) for turn in read_trace(path)]
+    return [scaled(turn, scale) for turn in read_trace(path)]
 
 
-def _scaled(turn: TracedTurn, scale: Scale) -> ScaledTurn:
+def scaled(turn: TracedTurn, scale: Scale) -> ScaledTurn:
+    """Scale one turn."""
     prompt = [token for block in turn.blocks for token in block_tokens(block, scale)]
     tail_tokens = (turn.input_tokens % turn.block_tokens) * scale.block_tokens // turn.block_tokens
     prompt += block_tokens(-turn.id - 1, scale)[: max(tail_tokens, 1)]

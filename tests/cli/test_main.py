@@ -14,8 +14,8 @@ import pytest
 import trustme
 from rich.console import Console
 
-from orchestrator.cli.cluster_file import LOCAL_CLUSTER, read_cluster
-from orchestrator.cli.demo import POLICIES, Outcome, show_outcomes
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER, TIERS_CLUSTER, read_cluster
+from orchestrator.cli.demo import WAYS, Outcome, show_outcomes
 from orchestrator.cli.main import main
 from orchestrator.cli.status import show_status
 
@@ -198,12 +198,16 @@ def test_status_as_a_table_names_every_node() -> None:
     assert [word in text for word in ("decode-0", "decode-1", "25 %", "50 %", "down")] == [True] * 5
 
 
-def test_the_demos_table_has_both_columns_and_says_what_round_robin_cost() -> None:
-    ours = Outcome(10, 0, 1000, 900, 50, 1_000_000, 2.0, 0.02, 0.04, 0.003)
-    theirs = Outcome(10, 1, 1000, 800, 50, 3_000_000, 3.0, 0.05, 0.09, 0.003)
+def test_the_demos_table_has_a_column_a_way_and_says_what_the_others_cost() -> None:
+    ours = Outcome(10, 0, 1000, 900, 300, 100, 50, 2.0, 0.02, 0.04, 0.003)
+    theirs = Outcome(10, 1, 1000, 800, 0, 0, 50, 3.0, 0.05, 0.09, 0.003)
     with open(os.devnull, "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
-        show_outcomes(read_cluster(LOCAL_CLUSTER), dict(zip(POLICIES, (ours, theirs), strict=True)), console)
+        outcomes = dict(zip((way.name for way in WAYS), (ours, theirs, ours), strict=True))
+        show_outcomes(read_cluster(TIERS_CLUSTER), outcomes, console)
     text = console.export_text()
-    assert "1 prefill, 2 decode nodes" in text
-    assert "2.0 times the prompt tokens computed, 3.0 times the KV moved, 2.5 times the median TTFT" in text
+    assert [way.name in text for way in WAYS] == [True] * 3
+    # 320 blocks of 16 tokens on each of two nodes
+    assert "2 aggregated nodes.\nTheir memory holds 10,240 tokens" in text
+    assert "300, 100" in text
+    assert "without: 2.0 times the prompt tokens computed, 2.2 times the TTFT p90, 1.5 times as long" in text
