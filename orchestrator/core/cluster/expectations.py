@@ -4,6 +4,7 @@
     paused     it is over
     hinted     a tool runs, with or without the time it will take, or has finished: its nodes hear what is expected now
     left       the session went another way: its nodes hear how likely it comes back, which is learned like any other pause
+    joined     the last session that forked from it has ended: as if a tool had finished
     moved      its next turn runs elsewhere: nodes that had it before hear that nobody is expected
 
 What is learned is how long contexts pause, by class (`pauses.py`): the first turns of a context, later ones, what was left, each
@@ -134,6 +135,11 @@ class Expectations:
     def tool_finished(self, line: Line, now: float) -> list[Told]:
         """Note that a session's tool has ended; return what its nodes have to hear."""
         return [one for context in line.contexts[-1:] for one in self._hint(context, FINISHED, now)]
+
+    def joined(self, line: Line, now: float) -> list[Told]:
+        """Note that the last of the sessions that a session waited for has ended; return what its nodes have to hear."""
+        contexts = [context for context in line.contexts[-1:] if not context.running]
+        return [one for context in contexts for one in self._hint(context, FINISHED, now)]
 
     def ended(self, line: Line) -> list[Told]:
         """Return what nodes have to hear of a session that comes back no more; nothing may be noted of it after."""

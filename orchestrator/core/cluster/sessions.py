@@ -41,7 +41,7 @@ class ReprefillReason(StrEnum):
 class Session:
     """One agent's reasoning chain on one model."""
 
-    __slots__ = ("generated_on", "line", "marks", "prefilled_on")
+    __slots__ = ("children", "generated_on", "line", "marks", "parent", "prefilled_on")
 
     def __init__(self) -> None:
         #: Node that generated the last turn's tokens, and the one that computed its prompt if that was another.
@@ -51,6 +51,9 @@ class Session:
         self.marks = Marks()
         #: Its contexts.
         self.line = Line()
+        #: The session that it forked from, and those that forked from it and have not ended.
+        self.parent: SessionId | None = None
+        self.children: set[SessionId] = set()
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -123,7 +126,21 @@ class Sessions:
                 return self._expectations.tool_finished(session.line, now)
             case SessionEnded():
                 del self._sessions[key]
-                return self._expectations.ended(session.line)
+                return self._expectations.ended(session.line) + self._joined(key, session, now)
+
+    def _joined(self, key: tuple[ModelName, TenantId, SessionId], child: Session, now: float) -> list[Told]:
+        """Note that a session has ended; the one that it forked from goes on once no other one is left that did."""
+        parent = self._leave(key, child)
+        return self._expectations.joined(parent.line, now) if parent is not None and not parent.children else []
+
+    def _leave(self, key: tuple[ModelName, TenantId, SessionId], child: Session) -> Session | None:
+        """Let a session be none of its parent's any more; return that one, None if there is none that waits for it."""
+        model, tenant, name = key
+        parent = self._sessions.get((model, tenant, child.parent)) if child.parent is not None else None
+        if parent is None or name not in parent.children:
+            return None
+        parent.children.discard(name)
+        return parent
 
     def fork(self, model: ModelName, tenant: TenantId, parent: SessionId, children: Iterable[SessionId]) -> bool:
         """Let new sessions begin where another one is, with its context; False if that one is not known."""
@@ -136,12 +153,17 @@ class Sessions:
                 session = self._sessions[key] = Session()
                 session.generated_on, session.prefilled_on = origin.generated_on, origin.prefilled_on
                 session.marks = origin.marks
+                session.parent = parent
+                origin.children.add(child)
         self._forget_oldest()
         return True
 
     def _forget_oldest(self) -> None:
         while len(self._sessions) > self._sessions_max:
-            self._sessions.pop(next(iter(self._sessions))).line.forget()
+            key = next(iter(self._sessions))
+            session = self._sessions.pop(key)
+            session.line.forget()
+            self._leave(key, session)
 
     def knows(self, model: ModelName, tenant: TenantId, session: SessionId) -> bool:
         """Return whether anything is known of a session."""

@@ -4,7 +4,8 @@ import pytest
 
 from orchestrator.core.cluster.contexts import MARKS_MAX, Marks
 from orchestrator.core.cluster.sessions import ReprefillReason, Sessions
-from orchestrator.core.types import BlockHash, NodeId, SessionId
+from orchestrator.core.events import SessionEnded, ToolStarted
+from orchestrator.core.types import BlockHash, ModelName, NodeId, SessionId, TenantId
 from tests.builders import BLOCK_TOKENS, prompt_hashes
 from tests.core.cluster.cluster_builders import make_request
 
@@ -42,6 +43,42 @@ def test_the_longest_quiet_session_goes_first() -> None:
     for name in ("x", "y", "x", "z"):
         sessions.started(make_request(session=SessionId(name)), A, None, again=False, now=0.0)
     assert [sessions.of(make_request(session=SessionId(name))) is not None for name in "xyz"] == [True, False, True]
+
+
+def forked(sessions: Sessions, *children: str) -> tuple[ModelName, TenantId]:
+    """Let a session wait for others that fork from it, as its harness says for an hour; return its model and tenant."""
+    request = make_request(prompt="abcd", session=SessionId("s"))
+    sessions.paused(sessions.started(request, A, None, again=False, now=0.0), 1.0)
+    place = request.model, request.tenant
+    sessions.hinted(ToolStarted(*place, SessionId("s"), "helpers", 3600.0), 1.0)
+    assert sessions.fork(*place, SessionId("s"), [SessionId(child) for child in children])
+    return place
+
+
+def test_a_session_is_expected_back_once_the_last_that_forked_from_it_has_ended() -> None:
+    sessions = Sessions(sessions_max=4)
+    place = forked(sessions, "x", "y")
+    assert sessions.hinted(SessionEnded(*place, SessionId("x")), 2.0) == []
+    ((node, outlook),) = sessions.hinted(SessionEnded(*place, SessionId("y")), 3.0)
+    assert node == A
+    assert outlook.chance(10.0) > 0.0
+    assert sessions.hinted(SessionEnded(*place, SessionId("y")), 4.0) == []
+
+
+def test_nobody_is_told_of_a_join_while_the_session_runs_already() -> None:
+    sessions = Sessions(sessions_max=4)
+    place = forked(sessions, "x")
+    sessions.started(make_request(prompt="abcde", session=SessionId("s")), A, None, again=False, now=2.0)
+    assert sessions.hinted(SessionEnded(*place, SessionId("x")), 3.0) == []
+
+
+def test_a_session_waits_for_none_that_is_forgotten() -> None:
+    sessions = Sessions(sessions_max=3)
+    place = forked(sessions, "x", "y")
+    sessions.started(make_request(prompt="abcd", session=SessionId("s")), A, None, again=True, now=2.0)
+    sessions.hinted(ToolStarted(*place, SessionId("s"), "helpers", 3600.0), 2.0)
+    sessions.started(make_request(session=SessionId("z")), A, None, again=False, now=3.0)  # x goes, the longest quiet one
+    assert [node for node, _ in sessions.hinted(SessionEnded(*place, SessionId("y")), 4.0)] == [A]
 
 
 def test_the_same_name_of_another_tenant_or_model_is_another_session() -> None:
