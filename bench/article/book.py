@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.article.claim import MEANINGS, TONES, Claim, Finding, Verdict
-from bench.article.claims import caching, cost, gpu_afd, lpx, measured, restoring, session, speed
+from bench.article.claims import caching, cost, gpu_afd, lpx, measured, restoring, session, speed, tiers
 from bench.article.figures import axis, details, figures
 from bench.article.fronts import WORKLOADS, by_power, by_price, by_throughput, front
 from bench.article.sources import ARTICLE
@@ -18,7 +18,7 @@ from orchestrator.profiles.catalog import Assumption
 PAGE, NUMBERS = "index.html", "figures.json"
 TITLE = "The article's figures, simulated"
 #: The files of `claims/`, in the order of the page.
-CLAIMS = (session, caching, speed, cost, lpx, measured, gpu_afd, restoring)
+CLAIMS = (session, caching, speed, cost, lpx, measured, gpu_afd, restoring, tiers)
 #: Profiles that only the times to fetch a context rest on.
 RESTORING = ("cmx.", "vera.")
 

@@ -24,6 +24,7 @@ from bench.article.claims.measured import Compared, measured_claim
 from bench.article.claims.restoring import restoring, spared
 from bench.article.claims.session import session_claims
 from bench.article.claims.speed import fastest, speed_claim
+from bench.article.claims.tiers import tiered
 from bench.article.fronts import (
     AFD,
     AGENTIC,
@@ -175,6 +176,16 @@ def test_a_longer_context_takes_longer_to_bring_back_and_longer_still_to_compute
     assert long.cmx_gain > short.cmx_gain
     assert long.cmx_bytes_per_s_least < short.cmx_bytes_per_s_least
     assert 0 < long.cpu_contexts < short.cpu_contexts < short.cmx_contexts
+
+
+@pytest.mark.slow
+def test_sessions_that_do_not_fit_find_in_lower_tiers_what_they_compute_again_without() -> None:
+    fits, alone, memory, storage = tiered(Catalog.load(), read_session(), sessions=8)
+    assert alone.hbm < fits.hbm == fits.hit_rate
+    assert fits.blocks > alone.blocks == memory.blocks == storage.blocks
+    assert (alone.cpu, alone.cmx, memory.cmx) == (0, 0, 0)
+    assert memory.cpu > 0 < storage.cmx
+    assert alone.hit_rate < min(memory.hit_rate, storage.hit_rate)
 
 
 def test_waiting_for_storage_spares_less_than_loading_for_nothing_and_both_more_than_computing() -> None:

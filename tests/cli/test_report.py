@@ -55,7 +55,30 @@ def turn(number: int, **changes: Any) -> TracedTurn:
 
 def served(number: int, cached: int = 0, **changes: Any) -> Served:
     made = turn(number, **changes)
-    return Served(made, made.arrival_s, made.arrival_s + 1, made.arrival_s + 2, cached, 3)
+    return Served(made, made.arrival_s, made.arrival_s + 1, made.arrival_s + 2, cached, output_tokens=3)
+
+
+def test_a_chart_tells_cached_tokens_by_tier_where_stores_brought_some() -> None:
+    without, plain = served(1, 64), served(2, 0)
+    assert [trace["name"] for trace in cache_chart([without, plain]).data] == ["from cache", "computed"]
+    loaded = served(2, 64)
+    loaded.cpu_tokens, loaded.cmx_tokens = 16, 32
+    data = {trace["name"]: trace["y"] for trace in cache_chart([without, loaded]).data}
+    assert data == {"from hbm": [64, 16], "from cpu": [0, 16], "from cmx": [0, 32], "computed": [36, 36]}
+
+
+@pytest.mark.slow
+def test_the_report_shows_tiers_where_there_are_stores(tmp_path: Path) -> None:
+    path, report = tmp_path / "cluster.toml", tmp_path / "report"
+    path.write_text(CLUSTER)
+    sets = ["pools[0].engine.blocks=2000", "store.cpu_bytes=100000000000", "store.cmx=file:///any"]
+    arguments = ["--cluster", path, "--trace", AGENT_SESSION, "--limit", "8", "--no-bounds", "--report", report]
+    assert main(["simulate", *map(str, arguments), *(part for one in sets for part in ("--set", one))]) == 0
+    text = (report / "index.html").read_text()
+    assert "Tier occupancy: stores" in re.findall(r"<h2>(.*?)</h2>", text)
+    assert {"hit rate, cpu", "from hosts' memory (cpu)", "from shared storage (cmx)"} <= {
+        cell.replace("&#x27;", "'") for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text)
+    }
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from orchestrator.sim.outcome import Served
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#b8a800", "#d55e00", "#888888")
 MAIN_COLOUR, SUB_COLOUR = "#888888", "#e69f00"
 CACHED_COLOUR, UNCACHED_COLOUR = "#009e73", "#d55e00"
+CPU_COLOUR, CMX_COLOUR = "#56b4e9", "#0072b2"
 DASHES = ("solid", "dash", "dot", "dashdot")
 #: More points than this make a page slow; whole sessions, or groups of requests, are left out or joined beyond it.
 POINTS_MAX = 2_000
@@ -207,16 +208,28 @@ def _agents(served: Sequence[Served]) -> list[tuple[str, str, list[Served]]]:
 
 
 def cache_chart(served: Sequence[Served]) -> Figure:
-    """Return cached and computed prompt tokens in the order of arrival; more than `BARS_MAX` requests are joined in groups."""
+    """Return cached prompt tokens, by tier where stores brought some, and computed ones, in the order of arrival.
+
+    More than `BARS_MAX` requests are joined in groups.
+    """
     size = -(-len(served) // BARS_MAX) or 1
     ordered = sorted(served, key=lambda request: (request.arrived_s, request.turn.id))
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    cached = [sum(request.cached_tokens for request in group) for group in groups]
+    cpu = [sum(request.cpu_tokens for request in group) for group in groups]
+    cmx = [sum(request.cmx_tokens for request in group) for group in groups]
+    hbm = [
+        sum(request.cached_tokens for request in group) - loaded - recalled
+        for group, loaded, recalled in zip(groups, cpu, cmx, strict=True)
+    ]
     computed = [sum(request.turn.input_tokens - request.cached_tokens for request in group) for group in groups]
     x = [start * size + 1 for start in range(len(groups))]
     what = "request, in order of arrival" if size == 1 else f"request, in order of arrival ({size} a bar)"
     figure = _figure(Axes(what, "prompt tokens"))
     figure.layout |= {"barmode": "stack", "bargap": 0.1}
-    figure.add("bar", x=x, y=cached, name="from cache", marker={"color": CACHED_COLOUR})
+    tiers = any(cpu) or any(cmx)
+    figure.add("bar", x=x, y=hbm, name="from hbm" if tiers else "from cache", marker={"color": CACHED_COLOUR})
+    if tiers:
+        figure.add("bar", x=x, y=cpu, name="from cpu", marker={"color": CPU_COLOUR})
+        figure.add("bar", x=x, y=cmx, name="from cmx", marker={"color": CMX_COLOUR})
     figure.add("bar", x=x, y=computed, name="computed", marker={"color": UNCACHED_COLOUR})
     return figure

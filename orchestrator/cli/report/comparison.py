@@ -36,6 +36,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def size(size_bytes: float) -> str:
+    """Return bytes with three digits, in GB."""
+    return f"{size_bytes / 1e9:,.3g} GB"
+
+
 def percent(value: float | None) -> str:
     """Return a share of 0 to 1 in hundredths."""
     return NOTHING if value is None else f"{100 * value:.2f} %"

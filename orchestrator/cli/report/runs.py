@@ -14,9 +14,9 @@ from orchestrator.cli.report.charts import (
     longest_sessions,
     stacked_chart,
 )
-from orchestrator.cli.report.comparison import Column, figure_of, number, percent, seconds
+from orchestrator.cli.report.comparison import Column, figure_of, number, percent, seconds, size
 from orchestrator.cli.report.page import Section, Table
-from orchestrator.sim.outcome import Distribution, Outcome, PoolUse, Served
+from orchestrator.sim.outcome import Distribution, Outcome, PoolUse, Served, StoreUse
 from orchestrator.sim.runs import Run, percentiles
 
 #: Points of a cumulative curve, in hundredths.
@@ -45,8 +45,16 @@ def _lengths(name: str, served: Sequence[Served]) -> list[str]:
 def cache_section(run: Run) -> Section:
     """Return cached and computed prompt tokens."""
     cached, inputs = run.figures["cached_tokens"], run.figures["input_tokens"]
+    served = [one for one in run.outcome.served if one.completed]
+    cpu, cmx = sum(one.cpu_tokens for one in served), sum(one.cmx_tokens for one in served)
+    parts = [
+        ("from nodes' memory (hbm)", cached - cpu - cmx),
+        ("from hosts' memory (cpu)", cpu),
+        ("from shared storage (cmx)", cmx),
+    ]
     rows = [
         ["from cache", f"{cached:,}", percent(cached / inputs if inputs else None)],
+        *([name, f"{tokens:,}", percent(tokens / inputs if inputs else None)] for name, tokens in parts if run.outcome.stores),
         ["computed", f"{inputs - cached:,}", percent(1 - cached / inputs if inputs else None)],
     ]
     text = ["Prompt tokens that were found in a cache, on whichever node, and those that had to be computed."]
@@ -65,6 +73,8 @@ def pool_sections(columns: Sequence[Column], best: Outcome) -> list[Section]:
     made = [Section("Pool utilisation", text, bars_chart(busy, "share of node time"), Table(["", *best.pools], rows))]
     made.append(_requests_section(best))
     made += [_memory_section(name, use) for name, use in best.pools.items() if use.samples]
+    if best.stores is not None and best.stores.slots_held:
+        made.append(_stores_section(best, best.stores))
     return made
 
 
@@ -91,6 +101,22 @@ def _memory_section(name: str, use: PoolUse) -> Section:
     ]
     text = [f"KV blocks in the accelerators' memory (the hbm tier) of all {use.nodes} nodes together, {max(totals):,} in all."]
     return Section(f"Tier occupancy: {name}", text, stacked_chart(series, Axes("minutes since the start", "share of blocks")))
+
+
+def _stores_section(best: Outcome, use: StoreUse) -> Section:
+    """Return how full the tiers below nodes' memory were, and what went through them."""
+    minutes = [sample.at_s / 60 for sample in next(iter(best.pools.values())).samples]
+    most = max(use.segments, default=0)
+    series = [Series("cpu: share of its room", minutes, [held / use.slots if use.slots else 0.0 for held in use.slots_held])]
+    if most:
+        series.append(Series("cmx: share of its fullest", minutes, [segments / most for segments in use.segments]))
+    rows = [
+        ["cpu", f"{max(use.slots_held):,} of {use.slots:,} blocks", size(use.offered_bytes), size(use.loaded_bytes)],
+        ["cmx", f"{most:,} segments", size(use.cmx_written_bytes), size(use.cmx_read_bytes)],
+    ]
+    text = [f"KV in the memory of {use.hosts} hosts (cpu) and in the storage that they share (cmx)."]
+    table = Table(["", "at most", "came in", "went out"], rows)
+    return Section("Tier occupancy: stores", text, lines_chart(series, Axes("minutes since the start", "share")), table)
 
 
 def distribution_sections(columns: Sequence[Column]) -> list[Section]:
