@@ -79,7 +79,7 @@ async def example(config: ClusterConfig) -> Ran:
     ("config", "tiers"),
     [
         (cluster_of(PoolKind.AGGREGATED), {"hbm"}),
-        (cluster_of(PoolKind.PREFILL, PoolKind.DECODE), {"hbm"}),
+        (cluster_of(PoolKind.PREFILL, PoolKind.DECODE), {"hbm", "peer"}),
         (cluster_of(PoolKind.AGGREGATED, tiers=True), {"hbm", "cpu"}),
     ],
     ids=["one node", "prefill and decode", "host memory below"],

@@ -190,8 +190,8 @@ def test_the_same_message_twice_is_one_lease_and_each_verb_has_an_answer() -> No
             assert (await gateway.lookup(session("c1"))).blocks == first.blocks
             assert (await gateway.lookup(session("s"))).outcome == cache_pb2.OUTCOME_MISSING
             page = (await gateway.http.get("/metrics", headers={"x-api-key": "sk-a"})).text
-            assert 'weft_hint_actions_total{action="pin",outcome="duplicate"} 1.0' in page
-            assert 'weft_hint_actions_total{action="share",outcome="unsupported"} 1.0' in page
+            assert 'weft_hint_actions_total{action="pin",outcome="duplicate",reason=""} 1.0' in page
+            assert 'weft_hint_actions_total{action="share",outcome="unsupported",reason="no_holder"} 1.0' in page
             assert 'weft_lease_bytes{tenant="acme",tier="hbm"} 0.0' in page
 
     run(scenario)
@@ -387,6 +387,6 @@ def test_requests_over_http_keep_fork_and_end_sessions_by_what_they_carry() -> N
             assert (await gateway.lookup(cache_pb2.Target(lease=lease.lease))).outcome == cache_pb2.OUTCOME_MISSING
             page = (await gateway.http.get("/metrics", headers={"x-api-key": "sk-a"})).text
             for action in ("fork", "end_session"):
-                assert f'weft_hint_actions_total{{action="{action}",outcome="applied"}} 1.0' in page
+                assert f'weft_hint_actions_total{{action="{action}",outcome="applied",reason=""}} 1.0' in page
 
     run(scenario)
