@@ -261,7 +261,7 @@ class HintDesk:
             case Verb.DEMOTE:
                 return _aimed(hint, await self._target(action.demote.target, caller), tier=_tier(action.demote.tier))
             case Verb.SHARE:
-                return _aimed(hint, await self._own(action.share.target, caller))
+                return _aimed(hint, await self._own(action.share.target, caller), copies=action.share.copies)
             case Verb.FORK | Verb.SUPERSEDE | Verb.TOOL_STARTED | Verb.TOOL_FINISHED | Verb.END_SESSION:
                 return await self._session_hint(action, hint, caller)
 
