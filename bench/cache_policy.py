@@ -10,6 +10,9 @@ that rules of eviction are compared and not rules of routing. Saved seconds are 
 token would have taken, less those of what was not cached: deep tokens weigh more than shallow ones. All times are virtual, and so
 every figure is the same on every machine. Copied sessions start at random: of those the mean over several such starts is shown,
 since the order of a few turns moves a figure by as much as rules differ.
+
+Then all of it again with a store below the nodes, whose `cpu` holds twice as much as they do and whose `cmx` holds everything:
+what a rule forgets comes back by a copy there, and the seconds of those copies count against what was saved.
 """
 
 import argparse
@@ -21,10 +24,18 @@ from statistics import fmean
 
 from bench.simulate import AGENT_MIX, STEP_TOKENS_MAX
 from orchestrator.cli.workload import read_workload
-from orchestrator.core.config import ClusterConfig, EngineConfig, LimitsConfig, PoolConfig, RouterPolicy, SchedulerConfig
+from orchestrator.core.config import (
+    ClusterConfig,
+    EngineConfig,
+    LimitsConfig,
+    PoolConfig,
+    RouterPolicy,
+    SchedulerConfig,
+    StoreConfig,
+)
 from orchestrator.core.cost.costs import prompt_seconds
-from orchestrator.core.types import CostProfile, PoolKind
-from orchestrator.profiles.resolve import Resolved
+from orchestrator.core.types import CostProfile, PoolKind, PoolName
+from orchestrator.profiles.resolve import Below, Resolved
 from orchestrator.sim.bounds import infinite_cache, offline_optimum, working_set_tokens
 from orchestrator.sim.hints import HintProgram
 from orchestrator.sim.outcome import Served
@@ -38,6 +49,11 @@ BLOCK_TOKENS = 64
 #: Of the order of eight H200 that share a model of eight billion parameters: fast enough that requests rarely wait for each
 #: other, so that it is rules of eviction that are measured and not queues.
 PROFILE = CostProfile(0.002, 2.5e-6, 2.5e-11, 5e-6, 5e-9)
+#: Bytes of that model's KV a token (32 layers, 8 heads of 128 numbers, bfloat16), and what brings them: 50 GB/s for each card
+#: from its host's memory, one port of 400 Gbit/s for the host from storage. `cpu` holds so many times what the nodes do.
+TOKEN_BYTES = 2 * 32 * 8 * 128 * 2
+CPU_BYTES_PER_S, CMX_BYTES_PER_S, CMX_LATENCY_S = 400e9, 50e9, 1e-3
+CPU_OF_HBM = 2
 SEED = 0
 
 
@@ -47,14 +63,16 @@ class Result:
 
     rule: str
     hit_rate: float
+    #: What was found in the node's own memory, in `cpu` and in `cmx`.
+    by_tier: dict[str, float]
     saved_s: float
     session_s: float
     prefill_tokens: int
     failed: int
 
 
-def cluster(nodes: int, capacity_tokens: int) -> Resolved:
-    """Return equal nodes that do everything and hold so many tokens together."""
+def cluster(nodes: int, capacity_tokens: int, tiers: bool = False) -> Resolved:
+    """Return equal nodes that do everything and hold so many tokens together, perhaps with a store below."""
     pool = PoolConfig(
         name="nodes",
         kind=PoolKind.AGGREGATED,
@@ -64,17 +82,33 @@ def cluster(nodes: int, capacity_tokens: int) -> Resolved:
         profile=PROFILE,
     )
     limits = LimitsConfig(waiting_s_max=1e6, request_s_max=1e6, tenant_requests_max=1_000_000, waiting_max=1_000_000)
-    return Resolved(ClusterConfig(pools=(pool,), limits=limits), {})
+    if not tiers:
+        return Resolved(ClusterConfig(pools=(pool,), limits=limits), {})
+    block_bytes = BLOCK_TOKENS * TOKEN_BYTES
+    store = StoreConfig(
+        cpu_bytes=CPU_OF_HBM * capacity_tokens * TOKEN_BYTES,
+        cmx="file:///cmx",
+        cmx_bytes=1 << 62,
+        offers_bytes_max=1 << 36,
+        moves_bytes_max=1 << 34,
+        cpu_bytes_per_s=CPU_BYTES_PER_S,
+        cmx_bytes_per_s=CMX_BYTES_PER_S,
+        cmx_latency_s=CMX_LATENCY_S,
+    )
+    below = Below(None, CPU_BYTES_PER_S, PROFILE.fetch_latency_s, CMX_BYTES_PER_S, CMX_LATENCY_S, block_bytes, block_bytes)
+    return Resolved(ClusterConfig(pools=(pool,), limits=limits, store=store), {}, {PoolName(pool.name): below})
 
 
 def saved_seconds(served: Sequence[Served]) -> float:
-    """Return the seconds of prefill that cached tokens have saved."""
-    return sum(
+    """Return the seconds of prefill that cached tokens have saved, less those in which they came from a store."""
+    completed = [one for one in served if one.completed]
+    copied_s = sum(one.cpu_tokens / CPU_BYTES_PER_S + one.cmx_tokens / CMX_BYTES_PER_S for one in completed) * TOKEN_BYTES
+    computed_s = sum(
         prompt_seconds(PROFILE, one.turn.input_tokens, 0, STEP_TOKENS_MAX)
         - prompt_seconds(PROFILE, one.turn.input_tokens - one.cached_tokens, one.cached_tokens, STEP_TOKENS_MAX)
-        for one in served
-        if one.completed
+        for one in completed
     )
+    return computed_s - copied_s
 
 
 def measure(turns: Sequence[TracedTurn], resolved: Resolved, rule: CacheRule, hints: HintProgram = HintProgram.NONE) -> Result:
@@ -84,6 +118,7 @@ def measure(turns: Sequence[TracedTurn], resolved: Resolved, rule: CacheRule, hi
     return Result(
         rule=str(rule) if hints is HintProgram.NONE else f"{rule}, {hints} hints",
         hit_rate=figures["hit_rate"],
+        by_tier=figures["hit_rate_by_tier"],
         saved_s=saved_seconds(run.outcome.served),
         session_s=figures["session_s"]["mean"],
         prefill_tokens=sum(pool["prefill_tokens"] for pool in figures["pools"].values()),
@@ -96,6 +131,7 @@ def mean(results: Sequence[Result]) -> Result:
     return Result(
         rule=results[0].rule,
         hit_rate=fmean(one.hit_rate for one in results),
+        by_tier={tier: fmean(one.by_tier[tier] for one in results) for tier in results[0].by_tier},
         saved_s=fmean(one.saved_s for one in results),
         session_s=fmean(one.session_s for one in results),
         prefill_tokens=round(fmean(one.prefill_tokens for one in results)),
@@ -118,23 +154,7 @@ def compare(path: Path, load: int, limit: int | None, share: float, nodes: int, 
         f"{path.name} x{load}: {len(turns):,} requests, working set {whole:,} tokens, {nodes} nodes hold {capacity:,}; "
         f"hits of an endless cache {endless.hit_rate:.2%}, in recorded order at most {best.hit_rate:.2%}"
     )
-    clusters = [cluster(nodes, int(share * working_set_tokens(one))) for one in workloads]
-
-    def measured(rule: CacheRule, hints: HintProgram = HintProgram.NONE) -> Result:
-        return mean([measure(one, resolved, rule, hints) for one, resolved in zip(workloads, clusters, strict=True)])
-
-    results = [measured(rule) for rule in CacheRule]
-    results[-1:-1] = [measured(CacheRule.VALUE, hints) for hints in list(HintProgram)[1:]]
-    by_rule = {result.rule: result for result in results}
-    lru, optimum = by_rule[CacheRule.LRU], by_rule[CacheRule.OPTIMAL]
-    for one in results:
-        saved, session = one.saved_s / lru.saved_s, one.session_s / lru.session_s
-        print(
-            f"  {one.rule:<20} hits {one.hit_rate:7.2%}  saved {one.saved_s:9.1f} s = {saved:.3f} of lru, "
-            f"{one.saved_s / optimum.saved_s:.3f} of optimal  mean session {one.session_s:8.1f} s = {session:.3f} of lru"
-            f"  computed {one.prefill_tokens:,}" + (f"  FAILED {one.failed}" if one.failed else ""),
-            flush=True,
-        )
+    rules = {tiers: _rules(workloads, share, nodes, tiers) for tiers in (False, True)}
     return {
         "trace": path.name,
         "load": load,
@@ -145,8 +165,33 @@ def compare(path: Path, load: int, limit: int | None, share: float, nodes: int, 
         "nodes": nodes,
         "endless_hit_rate": endless.hit_rate,
         "offline_hit_rate": best.hit_rate,
-        "rules": [asdict(result) for result in results],
+        "rules": [asdict(result) for result in rules[False]],
+        "rules_with_tiers": [asdict(result) for result in rules[True]],
     }
+
+
+def _rules(workloads: Sequence[Sequence[TracedTurn]], share: float, nodes: int, tiers: bool) -> list[Result]:
+    """Run the workloads under every rule and print what came of it."""
+    clusters = [cluster(nodes, int(share * working_set_tokens(one)), tiers) for one in workloads]
+
+    def measured(rule: CacheRule, hints: HintProgram = HintProgram.NONE) -> Result:
+        return mean([measure(one, resolved, rule, hints) for one, resolved in zip(workloads, clusters, strict=True)])
+
+    results = [measured(rule) for rule in CacheRule]
+    results[-1:-1] = [measured(CacheRule.VALUE, hints) for hints in list(HintProgram)[1:]]
+    by_rule = {result.rule: result for result in results}
+    lru, optimum = by_rule[CacheRule.LRU], by_rule[CacheRule.OPTIMAL]
+    print(f"  with {CPU_OF_HBM}x of that in cpu, the rest in cmx" if tiers else "  without tiers below")
+    for one in results:
+        saved, session = one.saved_s / lru.saved_s, one.session_s / lru.session_s
+        found = " + ".join(f"{one.by_tier[tier]:.2%}" for tier in one.by_tier) if tiers else f"{one.hit_rate:.2%}"
+        print(
+            f"    {one.rule:<20} hits {found:>24}  saved {one.saved_s:9.1f} s = {saved:.4f} of lru, "
+            f"{one.saved_s / optimum.saved_s:.3f} of optimal  mean session {one.session_s:8.1f} s = {session:.4f} of lru"
+            f"  computed {one.prefill_tokens:,}" + (f"  FAILED {one.failed}" if one.failed else ""),
+            flush=True,
+        )
+    return results
 
 
 def main() -> None:

@@ -540,6 +540,18 @@ class LeasesTold:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A session's turn is over and was understood: what its model waits for now. Ignored of turns that are not known any more."""
+
+    request: RequestId
+    model: ModelName
+    tenant: TenantId
+    session: SessionId
+    #: A tool; empty: none, it has said all it has to say.
+    tool: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolStarted:
     """A session waits for a tool of some class, `expected_s` seconds from now if that is known. Ignored of sessions not known."""
 
@@ -571,6 +583,7 @@ class SessionEnded:
 ClusterEvent = (
     RequestArrived
     | RequestAbandoned
+    | Answered
     | ToolStarted
     | ToolFinished
     | SessionEnded

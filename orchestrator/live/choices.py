@@ -27,8 +27,8 @@ class TurnWatch(Protocol):
         """So many more tokens came."""
         ...
 
-    def ended(self, reason: FinishReason) -> None:
-        """It is over."""
+    def ended(self, reason: FinishReason, wanted: str | None = None) -> None:
+        """It is over; what the model waits for (`Generation.wanted`)."""
         ...
 
 
@@ -78,7 +78,10 @@ class Choice:
         if generation.stopped and delta.finish is None:
             self.stream.cancel()
         if generation.finish_reason is not None:
-            self.watch.ended(delta.finish or FinishReason.STOP)
+            wanted = generation.wanted
+            self.watch.ended(delta.finish or FinishReason.STOP, wanted)
+            if wanted is not None:
+                self.stream.answered(wanted)
         return pieces
 
     def cancel(self) -> None:

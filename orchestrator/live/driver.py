@@ -39,6 +39,7 @@ from orchestrator.core.commands import (
 )
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import (
+    Answered,
     BlocksRetired,
     ClusterEvent,
     DrainRequested,
@@ -172,6 +173,10 @@ class TurnStream:
         self.tokens, self.logprobs = [], []
         return delta
 
+    def answered(self, tool: str) -> None:
+        """Let the core know what the session waits for now."""
+        self._driver.answered(self, tool)
+
     def cancel(self) -> None:
         """Nobody wants more: free what the turn holds. Harmless after the end."""
         self._driver.abandon(self)
@@ -287,6 +292,12 @@ class ClusterDriver:
             timeout_s=self._config.limits.request_s_max,
             name=turn.name,
         )
+
+    def answered(self, stream: TurnStream, tool: str) -> None:
+        """Note what a turn's model waits for at its end, empty if for no tool; says nothing of turns without session."""
+        turn = stream.turn
+        if turn.session is not None:
+            self._handle(Answered(stream.request, turn.model, turn.tenant, turn.session, tool))
 
     def abandon(self, stream: TurnStream) -> None:
         """Cancel a turn that has not ended."""

@@ -208,7 +208,7 @@ class Watch:
             self._last = now
         self._tokens += tokens
 
-    def ended(self, reason: FinishReason) -> None:
+    def ended(self, reason: FinishReason, wanted: str | None = None) -> None:
         """Observe the end; nothing is called afterwards."""
         self._metrics.request.child(*self._labels()).observe(self._clock() - self._started)
         model, pool, _ = self._labels()

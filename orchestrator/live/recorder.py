@@ -26,6 +26,7 @@ from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, BlockHash, FinishReason, GatewayId, ModelName, RequestId, SessionId, TenantId
 from orchestrator.live.choices import TurnWatch
 from orchestrator.live.turns import Turn
+from orchestrator.traces.schema import END_TURN, TOOL_USE
 from orchestrator.traces.turns import Runs, cut, merged
 
 log = logging.getLogger("weft.recorder")
@@ -78,7 +79,8 @@ class _Ended:
     first_token_s: float
     ended_s: float
     output_tokens: int
-    reason: FinishReason
+    #: Why it ended, or what the model waits for now.
+    stop: str
     #: Number and end of the turn before in the session.
     before: tuple[int, float] | None
 
@@ -106,13 +108,14 @@ class _Watch:
             self._first_token_s = self._recorder.now
         self._tokens += tokens
 
-    def ended(self, reason: FinishReason) -> None:
-        self._inner.ended(reason)
+    def ended(self, reason: FinishReason, wanted: str | None = None) -> None:
+        self._inner.ended(reason, wanted)
         if not self._tokens:
             self._recorder.skip(self._number)
             return
+        stop = reason if wanted is None else TOOL_USE if wanted else END_TURN
         times = self._arrived_s, self._first_token_s, self._recorder.now
-        self._recorder.take(_Ended(self._number, self._turn, *times, self._tokens, reason, self._before))
+        self._recorder.take(_Ended(self._number, self._turn, *times, self._tokens, stop, self._before))
 
 
 class Recorder:
@@ -248,7 +251,7 @@ class _Lines:
             "api_ms": round((ended.ended_s - ended.arrived_s) * 1e3, 3),
             "model": turn.model,
             "tenant": turn.tenant,
-            "stop": ended.reason,
+            "stop": ended.stop,
         }
         return self._encoder.encode(fields) + b"\n"
 

@@ -81,6 +81,10 @@ class TokenStream(Protocol):
         """Wait for more and return all there is. Raises `TurnFailed`. Not to be called after a delta with `finish`."""
         ...
 
+    def answered(self, tool: str) -> None:
+        """It was read to its end, and the model waits for a tool now; empty: for none, it has said all it has to say."""
+        ...
+
     def cancel(self) -> None:
         """Nobody wants more: free what the turn holds. Harmless after the end."""
         ...

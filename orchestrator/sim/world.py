@@ -56,6 +56,7 @@ from orchestrator.core.commands import (
 )
 from orchestrator.core.config import PoolConfig, StoreConfig
 from orchestrator.core.events import (
+    Answered,
     Assigned,
     BlocksRetired,
     Cancelled,
@@ -111,7 +112,7 @@ from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
-from orchestrator.sim.hints import Agents, HintProgram, Pause
+from orchestrator.sim.hints import TOOL, Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
@@ -409,6 +410,8 @@ class World:
             self.agenda.stop()
         if self._progress is not None and (self._ended % PROGRESS_EVERY == 0 or self._ended == len(self._turns)):
             self._progress(self._ended / len(self._turns))
+        if failure is None and visit.turn.calls is not None:
+            self._tell_of_answer(request, visit.turn)
         coming = self._agents.end(visit.turn)
         for turn in coming:
             self.agenda.at(visit.served.ended_s + turn.gap_s, self._arrive, turn)
@@ -419,6 +422,11 @@ class World:
                 self._tell_cluster(gateway, ToolStarted(model, tenant, session, told.tool, told.expected_s))
             else:
                 self._tell_cluster(gateway, SessionEnded(model, tenant, session))
+
+    def _tell_of_answer(self, request: RequestId, turn: TracedTurn) -> None:
+        """Let a gateway have understood what a turn's model waits for."""
+        gateway, session, model = self._place_of(turn)
+        self._tell_cluster(gateway, Answered(request, model, self._tenant_of(turn), session, TOOL if turn.calls else ""))
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 

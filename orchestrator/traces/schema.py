@@ -7,6 +7,7 @@
     block_size      tokens of a block, 0 where there are lengths only
     hash_ranges     [[first, count], ...] of block names; or hash_ids: [name, ...]
     session, agent  whose reasoning this is (agent "main" or a sub-agent's name); model, tenant; seam: true where it was rewritten
+    stop            "tool_use": the model waits for a tool at the end; "end_turn": it has said all it has to say; else unknown
 
 A block's name stands for the whole prefix up to and including that block. Other fields are for other readers.
 """
@@ -51,6 +52,15 @@ class SchemaLine(msgspec.Struct):
     model: str | None = None
     tenant: str | None = None
     seam: bool | None = None
+    stop: str | None = None
+
+
+#: `stop` of a turn whose model waits for a tool, and of one whose model has said all it has to say.
+TOOL_USE, END_TURN = "tool_use", "end_turn"
+
+
+def _calls(stop: str | None) -> bool | None:
+    return None if stop not in (TOOL_USE, END_TURN) else stop == TOOL_USE
 
 
 class _Waits(msgspec.Struct):
@@ -101,6 +111,7 @@ class SchemaReader:
             model=line.model or "",
             tenant=line.tenant or "",
             seam=bool(line.seam),
+            calls=_calls(line.stop),
         )
 
     def _identity(self, line: SchemaLine, number: int, where: str) -> int:

@@ -38,6 +38,8 @@ class TracedTurn:
     tenant: str = ""
     #: True where the agent's context was rewritten: compacted, edited or reset.
     seam: bool = False
+    #: What the model wanted at its end: True a tool, False nothing further, None not recorded.
+    calls: bool | None = None
 
     @property
     def blocks(self) -> list[int]:

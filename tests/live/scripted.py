@@ -37,6 +37,8 @@ class ScriptedStream:
         self.turn = turn
         self.cancelled = asyncio.Event()
         self.waiting = asyncio.Event()
+        #: What the model was understood to wait for at its end.
+        self.wanted: str | None = None
         self._driver = driver
         self._script = script
         self._steps = [driver.tokens(step) for step in script.steps]
@@ -54,6 +56,10 @@ class ScriptedStream:
         if self._script.failure is not None:
             raise self._script.failure
         return Delta([], [], self._script.finish, self._script.cached_tokens)
+
+    def answered(self, tool: str) -> None:
+        """Note what the model waits for."""
+        self.wanted = tool
 
     def cancel(self) -> None:
         """Say that nobody wants more."""

@@ -1,14 +1,15 @@
 """The gateway's driver: ends and failures of turns, readers that are slow or gone, who belongs to the cluster."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import orchestrator.live.driver as live_driver
-from orchestrator.core.commands import Cancel
+from orchestrator.core.commands import Cancel, Expect
 from orchestrator.core.events import NodeDraining, NodeLost, RequestAbandoned
-from orchestrator.core.types import CostProfile, FinishReason, NodeId, RequestId
+from orchestrator.core.types import CostProfile, FinishReason, NodeId, RequestId, SessionId
 from orchestrator.live.turns import TurnFailed
 from orchestrator.wire import node_pb2
 from tests.live.serving import BLOCK_TOKENS, cluster, finish, run, split, together, turn
@@ -42,6 +43,22 @@ def test_a_refusal_comes_out_of_the_first_read(model_dir: Path) -> None:
             with pytest.raises(TurnFailed) as failed:
                 await stream.read()
             assert 400 <= failed.value.status < 500
+
+    run(scenario)
+
+
+def test_what_a_session_s_model_waits_for_is_told_to_its_node(model_dir: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(together(), model_dir) as served:
+            told: list[object] = []
+            served.driver.listen(lambda event, commands: told.extend(one for one in commands if isinstance(one, Expect)))
+            for session in (None, SessionId("one")):
+                stream = served.driver.start(replace(turn(range(50), 7), session=session))
+                await finish(stream)
+                stream.answered("read")
+            [expect] = told
+            assert isinstance(expect, Expect)
+            assert (expect.node, expect.outlook.context) == (NODE, stream.request)
 
     run(scenario)
 

@@ -32,7 +32,7 @@ class Ignored:
 
     def assigned(self, request: RequestId) -> None: ...
     def delivered(self, tokens: int) -> None: ...
-    def ended(self, reason: FinishReason) -> None: ...
+    def ended(self, reason: FinishReason, wanted: str | None = None) -> None: ...
 
 
 @dataclass
@@ -145,6 +145,16 @@ def test_lines_are_in_order_of_arrival_and_wait_for_what_had_ended(tmp_path: Pat
     assert turns[2].block_runs == turns[3].block_runs
     line = json.loads((tmp_path / "trace").read_text().splitlines()[1])
     assert (line["ttft_ms"], line["api_ms"], line["model"], line["tenant"], line["stop"]) == (500, 750, "default", "t", "length")
+
+
+def test_what_models_wait_for_is_recorded(tmp_path: Path) -> None:
+    recorded = Recorded(tmp_path / "trace")
+    for wanted in ("bash", "", None):
+        watch = recorded.begin([1] * 40, "a")
+        watch.delivered(4)
+        watch.ended(FinishReason.STOP, wanted)
+    assert [one.calls for one in recorded.turns()] == [True, False, None]
+    assert "bash" not in (tmp_path / "trace").read_text()
 
 
 def test_what_brought_no_token_or_never_ended_is_left_out(tmp_path: Path) -> None:

@@ -118,6 +118,25 @@ def test_knowing_the_future_keeps_more_than_the_past_tells() -> None:
     assert value >= lru
 
 
+def test_what_models_wait_for_tells_contexts_that_come_back_from_those_that_do_not() -> None:
+    turns: list[TracedTurn] = []
+    for number in range(60):
+        calls = 3 * number, f"calls {number}", 2.0 * number
+        for id, session, at, after, calling in (
+            (calls[0], calls[1], calls[2], (), True),
+            (calls[0] + 1, f"is done {number}", calls[2] + 1.0, (), False),
+            (calls[0] + 2, calls[1], 0.0, (calls[0],), False),
+        ):
+            turns.append(TracedTurn(id, session, "main", at, after, 10.0 if after else 0.0, 640, 1, 64, (), calls=calling))
+    named = [replace(turn, block_runs=((1000 * (turn.id - (2 if turn.after else 0)) + 1, 10),)) for turn in turns]
+    resolved = cluster({PoolKind.AGGREGATED: 1}, blocks=8 * 640 // 16)
+
+    def cached(trace: list[TracedTurn]) -> int:
+        return sum(served.cached_tokens for served in World(resolved, trace, WorldOptions(checks=True)).run().served)
+
+    assert cached(named) > 2 * cached([replace(turn, calls=None) for turn in named])
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 

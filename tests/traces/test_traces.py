@@ -43,7 +43,8 @@ def test_a_line_of_ours_keeps_all_that_agents_do(tmp_path: Path) -> None:
     more = {"id": 5, "timestamp": 2500, "agent": "sub", "deps": [0], "gap_ms": 40, "model": "m", "tenant": "t", "seam": True}
     first, second = read(tmp_path, LINE, "\n", {**LINE, **more, "stop": "tool_use", "of_tomorrow": [1]})
     assert first == TracedTurn(0, "a", "main", 0.0, (), 0.0, 130, 9, 64, ((7, 2),))
-    assert second == TracedTurn(5, "a", "sub", 2.5, (0,), 0.04, 130, 9, 64, ((7, 2),), "m", "t", True)
+    assert second == TracedTurn(5, "a", "sub", 2.5, (0,), 0.04, 130, 9, 64, ((7, 2),), "m", "t", True, True)
+    assert [read(tmp_path, {**LINE, "stop": stop})[0].calls for stop in ("end_turn", "length", "")] == [False, None, None]
     assert second.blocks == [7, 8]
 
 

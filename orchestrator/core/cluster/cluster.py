@@ -64,6 +64,7 @@ from orchestrator.core.commands import (
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.cost.costs import prompt_seconds
 from orchestrator.core.events import (
+    Answered,
     ClusterEvent,
     DrainRequested,
     Ended,
@@ -369,7 +370,7 @@ class Cluster:
                 self._on_store_joined(event.store)
             case StoreLost():
                 self._on_store_lost(event.store)
-            case ToolStarted() | ToolFinished() | SessionEnded():
+            case Answered() | ToolStarted() | ToolFinished() | SessionEnded():
                 self._tell(self._sessions.hinted(event, now))
             case GatewaysChanged():
                 self._admission.divide(event.place, event.count, now)

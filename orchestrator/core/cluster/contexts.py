@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.core.outlook import ContextId
-from orchestrator.core.types import BlockHash, NodeId
+from orchestrator.core.types import BlockHash, NodeId, RequestId
 
 #: Hashes kept of a prompt, evenly spaced: they tell how much of it a new prompt repeats to one part in so many.
 MARKS_MAX = 16
@@ -54,12 +54,14 @@ class Marks:
 class Context:
     """One line of turns."""
 
-    __slots__ = ("expected_s", "forgotten", "id", "kind", "marks", "nodes", "paused_s", "running", "turns")
+    __slots__ = ("expected_s", "forgotten", "id", "kind", "marks", "nodes", "paused_s", "request", "running", "turns")
 
     def __init__(self, identity: ContextId) -> None:
         self.id = identity
         #: Of the last prompt.
         self.marks = Marks()
+        #: Its last turn.
+        self.request = RequestId(identity)
         self.turns = 0
         #: Turns under way.
         self.running = 0

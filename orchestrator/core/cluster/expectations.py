@@ -2,13 +2,14 @@
 
     started    a turn runs: what is expected after it goes to its nodes with the assignment
     paused     it is over
+    answered   its answer was understood: the model waits for a tool, or has said all: its nodes hear what is expected now
     hinted     a tool runs, with or without the time it will take, or has finished: its nodes hear what is expected now
     left       the session went another way: its nodes hear how likely it comes back, which is learned like any other pause
     joined     the last session that forked from it has ended: as if a tool had finished
     moved      its next turn runs elsewhere: nodes that had it before hear that nobody is expected
 
-What is learned is how long contexts pause, by class (`pauses.py`): the first turns of a context, later ones, what was left, each
-tool, what a tool's end is followed by.
+What is learned is how long contexts pause, by class (`pauses.py`): the first turns of a context, later ones, those whose model
+called a tool (each for itself) or had said all, what was left, each tool that a harness told of, what its end is followed by.
 """
 
 from collections.abc import Sequence
@@ -22,17 +23,19 @@ from orchestrator.core.types import BlockHash, NodeId, RequestId
 CLASSES_MAX = 64
 #: What is predicted of a class is computed anew after so many predictions.
 REFRESH = 32
-#: How many pauses weigh as much as what is known of a wider class: of a tool's, which says much; of any that nothing is known of,
-#: which says little beyond its age.
-WEIGHT, WEIGHT_UNHINTED = 8.0, 256.0
+#: How many pauses weigh as much as what is known of a wider class: of a tool's, which says much; of what a model waits for, which
+#: says less; of any that nothing is known of, which says little beyond its age.
+WEIGHT, WEIGHT_ANSWERED, WEIGHT_UNHINTED = 8.0, 32.0, 256.0
 #: A tool that is said to take some time nearly always ends between these parts of it; one that is late within so many times it.
 EARLY, LATE, VERY_LATE = 0.95, 1.05, 4.0
 #: How likely it ends in time, and how likely ever.
 IN_TIME, EVER = 0.9, 0.99
 #: Seconds by which its end is uncertain at least.
 UNCERTAIN_S = 0.05
-#: Classes of pauses that nobody has hinted at.
-LEFT, FINISHED, TOOL = "left", "tool finished", "tool "
+#: Characters of a tool's name by which models' calls are told apart.
+TOOL_CHARS_MAX = 64
+#: Classes of pauses, or what their names begin with.
+LEFT, FINISHED, TOOL, CALLED, ANSWERED = "left", "tool finished", "tool ", "called ", "answered"
 #: Turns of a context by which pauses are told apart; what comes later is alike.
 TURNS_MAX = 4
 
@@ -105,6 +108,7 @@ class Expectations:
             context.turns += 1
             context.running += 1
         context.paused_s, context.expected_s, context.nodes, context.marks = None, None, nodes, Marks.of(hashes)
+        context.request = request
         context.kind = f"after {min(context.turns, TURNS_MAX)}"
         return context, told
 
@@ -125,6 +129,13 @@ class Expectations:
         if context is None:
             return rising(ContextId(request), EDGES_S, self._all.predict(_BASE, WEIGHT_UNHINTED))
         return self._outlook(context)
+
+    def answered(self, line: Line, request: RequestId, tool: str, now: float) -> list[Told]:
+        """Note what the model waits for after a turn; return what its nodes have to hear. Nothing if more is known by now."""
+        for context in line.contexts:
+            if context.request == request and not context.running and not _hinted(context.kind):
+                return self._hint(context, CALLED + tool[:TOOL_CHARS_MAX] if tool else ANSWERED, now)
+        return []
 
     # --- hints ------------------------------------------------------------------------------------------------------------
 
@@ -207,12 +218,18 @@ class Expectations:
         if kind == LEFT:
             hazards = known.predict(_SELDOM, WEIGHT)
         else:
-            hazards = known.predict(self._all.predict(_BASE, WEIGHT_UNHINTED), WEIGHT if _hinted(kind) else WEIGHT_UNHINTED)
+            hazards = known.predict(self._all.predict(_BASE, WEIGHT_UNHINTED), _weight(kind))
         return rising(context.id, EDGES_S, hazards)
 
 
 def _hinted(kind: str) -> bool:
     return kind == FINISHED or kind.startswith(TOOL)
+
+
+def _weight(kind: str) -> float:
+    if _hinted(kind):
+        return WEIGHT
+    return WEIGHT_ANSWERED if kind == ANSWERED or kind.startswith(CALLED) else WEIGHT_UNHINTED
 
 
 def punctual(context: ContextId, expected_s: float) -> Outlook:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from orchestrator.core.cluster.contexts import Context, Marks
 from orchestrator.core.cluster.expectations import Expectations, Line, Told
-from orchestrator.core.events import SessionEnded, ToolFinished, ToolStarted
+from orchestrator.core.events import Answered, SessionEnded, ToolFinished, ToolStarted
 from orchestrator.core.outlook import Outlook
 from orchestrator.core.types import GatewayId, ModelName, NodeId, Request, SessionId, TenantId
 
@@ -113,13 +113,15 @@ class Sessions:
         """Note that a turn is over, well or not; return what nodes have to hear."""
         return self._expectations.paused(started.context, now) if started.context is not None else []
 
-    def hinted(self, event: ToolStarted | ToolFinished | SessionEnded, now: float) -> list[Told]:
+    def hinted(self, event: Answered | ToolStarted | ToolFinished | SessionEnded, now: float) -> list[Told]:
         """Take in what a session's harness says of it; return what nodes have to hear. Nothing if the session is not known."""
         key = event.model, event.tenant, event.session
         session = self._sessions.get(key)
         if session is None:
             return []
         match event:
+            case Answered():
+                return self._expectations.answered(session.line, event.request, event.tool, now)
             case ToolStarted():
                 return self._expectations.tool_started(session.line, event.tool, event.expected_s, now)
             case ToolFinished():

@@ -68,7 +68,7 @@ class Generation:
 
     __slots__ = (
         "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_text_chars",
-        "cached_tokens", "called", "finish_reason", "reasoning_tokens", "stopped", "tokens",
+        "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
     )  # fmt: skip
 
     def __init__(
@@ -93,11 +93,20 @@ class Generation:
         #: Those of them that are thoughts.
         self.reasoning_tokens = 0
         self.cached_tokens = 0
-        #: True once there was a tool call.
-        self.called = False
+        #: The first tool that it calls; empty: none so far.
+        self.tool = ""
         #: True once a stop string came: nobody wants more of the turn.
         self.stopped = False
         self.finish_reason: AnswerEnd | None = None
+
+    @property
+    def wanted(self) -> str | None:
+        """The tool that the model waits for at the end, empty if for none; None if it did not get to say.
+
+        Where a stop string ends it, that may stand for a tool's turn or for anything.
+        """
+        ended_itself = self.finish_reason in (AnswerEnd.STOP, AnswerEnd.TOOL_CALLS) and not self.stopped
+        return self.tool if ended_itself else None
 
     def take(self, delta: Delta) -> list[Piece]:
         """Return what is ready after some more tokens; `finish_reason` is set once there will be no more."""
@@ -113,7 +122,7 @@ class Generation:
             self.finish_reason = _ENDS.get(delta.finish, AnswerEnd.STOP)
         if self.stopped:
             self.finish_reason = AnswerEnd.STOP
-        if self.called and self.finish_reason is AnswerEnd.STOP:
+        if self.tool and self.finish_reason is AnswerEnd.STOP:
             self.finish_reason = AnswerEnd.TOOL_CALLS
         return pieces
 
@@ -169,7 +178,8 @@ class Generation:
         return self._dressed([*self._parser.finish()], ()) if self._parser is not None else []
 
     def _dressed(self, parts: list[str | ToolCall | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
-        self.called = self.called or any(isinstance(part, ToolCall) for part in parts)
+        if not self.tool:
+            self.tool = next((part.name for part in parts if isinstance(part, ToolCall)), "")
         if not scores:
             return list(parts)
         match parts:

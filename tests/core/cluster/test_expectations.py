@@ -86,6 +86,36 @@ def test_tools_are_learned_by_class() -> None:
     assert told["slow"].chance(128.0) > 0.8
 
 
+def test_what_models_wait_for_is_learned_by_class() -> None:
+    expectations = Expectations()
+    for number in range(200):
+        line, at = Line(), number * 300.0
+        turn(expectations, line, 2 * number, "ab", at)
+        expectations.answered(line, RequestId(2 * number), "read", at + 1.0)
+        turn(expectations, line, 2 * number + 1, "abc", at + 1.4)
+        expectations.answered(line, RequestId(2 * number + 1), "", at + 2.4)  # and is not heard of again
+    line = Line()
+    turn(expectations, line, 1000, "ab", 1e6)
+    [(node, called)] = expectations.answered(line, RequestId(1000), "read", 1e6 + 1.0)
+    [(_, done)] = expectations.answered(line, RequestId(1000), "", 1e6 + 1.0)
+    assert node == A
+    assert called.chance(0.5) > 0.8
+    assert done.chance(128.0) < 0.4 < called.chance(128.0)
+
+
+def test_what_a_model_waits_for_says_nothing_where_more_is_known() -> None:
+    expectations, line = Expectations(), Line()
+    turn(expectations, line, 1, "ab", 0.0)
+    assert expectations.answered(line, RequestId(7), "read", 1.0) == []  # nobody's turn
+    expectations.tool_started(line, "bash", 40.0, 1.5)
+    assert expectations.answered(line, RequestId(1), "bash", 2.0) == []  # its harness was sooner, and says how long
+    context, _ = expectations.started(line, RequestId(2), prompt_hashes("abc"), (A,), False, 3.0)
+    assert expectations.answered(line, RequestId(1), "read", 4.0) == []  # its next turn runs
+    assert expectations.answered(line, RequestId(2), "read", 4.0) == []  # another choice of it does
+    expectations.paused(context, 5.0)
+    assert len(expectations.answered(line, RequestId(2), "read", 5.0)) == 1
+
+
 def test_a_finished_tool_and_an_ended_session_are_told_of() -> None:
     expectations, line = Expectations(), Line()
     turn(expectations, line, 1, "ab", 0.0, A, B)

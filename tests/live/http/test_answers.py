@@ -89,8 +89,22 @@ def test_thoughts_and_calls(
         finish = "tool_calls" if calls else "stop"
         expected = {"content": content, "reasoning_content": thoughts, "reasoning": thoughts, "finish": finish, "calls": calls}
         assert await answers(client, tools=[WEATHER]) == [expected] * 2
+        assert [stream.wanted for stream in served.driver.streams] == [calls[0][0] if calls else ""] * 2
 
     play(chatting(tmp_path, template), talk)
+
+
+@pytest.mark.parametrize(("finish", "asked"), [(FinishReason.LENGTH, {}), (FinishReason.STOP, {"stop": ["END"]})])
+def test_what_did_not_end_by_itself_tells_nothing_of_what_the_model_waits_for(
+    tmp_path: Path, finish: FinishReason, asked: dict[str, Any]
+) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        served.driver.script = lambda turn: Script(["I look", " at itEND"], finish)
+        [plain, _] = await answers(client, **asked)
+        assert plain["content"].startswith("I look at it")
+        assert [stream.wanted for stream in served.driver.streams] == [None, None]
+
+    play(chatting(tmp_path, THINKING), talk)
 
 
 def test_thoughts_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
