@@ -51,6 +51,7 @@ class Reason(StrEnum):
     QUOTA_BYTE_SECONDS = "quota_byte_s"  # for a shorter time; rejected if it would have been under a second
     LOWER_TIER = "lower_tier"  # on a lower tier than asked for
     TTL_MAX = "ttl_max"  # for the longest time that the cluster allows
+    FEWER_COPIES = "fewer_copies"  # on fewer nodes than asked for: no more can have it
     LEASED = "leased"  # what a lease covers stays; rejected if that is all
     # deferred
     NOT_RESIDENT = (
@@ -94,6 +95,8 @@ class Hint:
     tier: Tier | None = None
     #: Seconds; 0: `TTL_S` of `core/cluster/leases.py`.
     ttl_s: float = 0.0
+    #: Nodes that are to have what is shared; 0: `COPIES` of `core/cluster/hints.py`.
+    copies: int = 0
     #: Sessions that begin with the target's context.
     children: tuple[SessionId, ...] = ()
     #: Kind of the tool that is waited for, which call of it, and the seconds it is expected to take; None: unknown.

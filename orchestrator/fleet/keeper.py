@@ -606,7 +606,7 @@ class ControllerProcess:
             if found is None or vital is None or found.address is None:
                 ray.kill(handle)
                 continue
-            lives.append(_Life(found.part, found.incarnation, handle, vital, found.version))
+            lives.append(_Life(found.part, found.incarnation, vital.host, handle=handle, vital=vital, version=found.version))
             described.append(found)
         return lives, described
 

@@ -229,8 +229,11 @@ class HintDesk:
             forwarded.actions.add().CopyFrom(action)
             forwarded.actions[0].action_id = name
             answer = await self._peers.call(elsewhere.owner, "Apply", forwarded.SerializeToString(), caller.key)
-            if answer is not None:
-                return cache_pb2.ApplyResponse.FromString(answer).results[0]
+            if (
+                answer is not None
+                and (result := cache_pb2.ApplyResponse.FromString(answer).results[0]).reason != Reason.NO_SESSION
+            ):
+                return result
             return await self._act(action, message, name, came, replace(caller, forwarded=True))
         self._metrics.hinted(verb, receipt.outcome, receipt.reason)
         return _result(receipt, self._tokens_in(hint, receipt))
@@ -261,7 +264,7 @@ class HintDesk:
             case Verb.DEMOTE:
                 return _aimed(hint, await self._target(action.demote.target, caller), tier=_tier(action.demote.tier))
             case Verb.SHARE:
-                return _aimed(hint, await self._own(action.share.target, caller))
+                return _aimed(hint, await self._own(action.share.target, caller), copies=action.share.copies)
             case Verb.FORK | Verb.SUPERSEDE | Verb.TOOL_STARTED | Verb.TOOL_FINISHED | Verb.END_SESSION:
                 return await self._session_hint(action, hint, caller)
 
@@ -465,8 +468,11 @@ class HintDesk:
         except _Elsewhere as elsewhere:
             question = cache_pb2.LookupRequest(targets=[target], hashes=hashes)
             answer = await self._peers.call(elsewhere.owner, "Lookup", question.SerializeToString(), caller.key)
-            if answer is not None:
-                return cache_pb2.LookupResponse.FromString(answer).residencies[0]
+            if (
+                answer is not None
+                and (found := cache_pb2.LookupResponse.FromString(answer).residencies[0]).reason != Reason.NO_SESSION
+            ):
+                return found
             return await self._residency(target, hashes, replace(caller, forwarded=True))
 
     def _residency_of(self, target: _Target, hashes: bool, tenant: TenantId) -> cache_pb2.Residency:
@@ -514,8 +520,11 @@ class HintDesk:
         except _Elsewhere as elsewhere:
             question = cache_pb2.QuoteRequest(actions=[action])
             answer = await self._peers.call(elsewhere.owner, "Quote", question.SerializeToString(), caller.key)
-            if answer is not None:
-                return cache_pb2.QuoteResponse.FromString(answer).prices[0]
+            if (
+                answer is not None
+                and (price := cache_pb2.QuoteResponse.FromString(answer).prices[0]).result.reason != Reason.NO_SESSION
+            ):
+                return price
             return await self._price(action, replace(caller, forwarded=True))
         price = self._driver.hints.price(hint, self._driver.now)
         return _price(price, self._tokens_in(hint, price.receipt))

@@ -64,18 +64,19 @@ class Served:
     def url(self) -> str:
         return self.urls[0]
 
-    def status(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/status", trust_env=False).raise_for_status().json()
+    def status(self, url: str = "") -> dict[str, Any]:
+        """Return what a gateway shows, the first unless another is named."""
+        return httpx.get(f"{url or self.url}/status", trust_env=False).raise_for_status().json()
 
     def node(self, name: str) -> dict[str, Any]:
         return next(node for node in self.status()["nodes"] if node["node"] == name)
 
-    def until(self, holds: Callable[[dict[str, Any]], bool], within_s: float) -> float:
-        """Ask for the status until there is one and something holds. Returns how long that took."""
+    def until(self, holds: Callable[[dict[str, Any]], bool], within_s: float, url: str = "") -> float:
+        """Ask a gateway for the status until there is one and something holds. Returns how long that took."""
         started = time.monotonic()
         while True:
             try:
-                status = self.status()
+                status = self.status(url)
             except httpx.TransportError as error:
                 status = {"error": str(error)}
             if "error" not in status and holds(status):

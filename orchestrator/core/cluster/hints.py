@@ -52,11 +52,13 @@ from orchestrator.core.types import (
 _NO_STORE = {
     Verb.PREFETCH: "there is no tier below hbm to bring blocks up from",
     Verb.DEMOTE: "there is no tier below hbm for blocks to sink to",
+    Verb.SHARE: "there is no tier below hbm that several nodes have blocks from",
 }
 _NO_HOLDER = {
     Verb.RETAIN: "no tier here takes a bias for what it forgets first",
-    Verb.SHARE: "no node here takes blocks that no request has asked it for",
 }
+#: Nodes that are to have what is shared, unless it is said.
+COPIES = 2
 #: The reason that stands for a grant that is less in several ways: the one that costs most.
 _GRAVEST = (Reason.QUOTA_BYTES, Reason.LOWER_TIER, Reason.QUOTA_BYTE_SECONDS, Reason.TTL_MAX)
 _CLIPPED = {
@@ -201,7 +203,9 @@ class Hints:
                 return self._end_session(hint, now)
             case Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
                 return self._pause(hint, now)
-            case Verb.RETAIN | Verb.SHARE:
+            case Verb.SHARE:
+                return self._share(hint)
+            case Verb.RETAIN:
                 raise AssertionError(f"{hint.verb.value} is said to be possible")
             case _:
                 assert_never(hint.verb)
@@ -358,6 +362,37 @@ class Hints:
         if commands:
             return replace(receipt, outcome=Outcome.DEFERRED, reason=Reason.NOT_RESIDENT, message="on their way"), commands
         return receipt, []
+
+    def _share(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
+        """Have stores bring what cmx has to hosts that lack it, until enough nodes hold it or may load it from their store."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        held = self.holdings(hint.model, hint.hashes)
+        near = {one.holder: one.blocks for one in held if one.tier is not Tier.CMX}
+        there = max((one.blocks for one in held if one.tier is Tier.CMX), default=0)
+        blocks = max((one.blocks for one in held if one.tier is not Tier.HBM), default=0)
+        if not blocks:
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "no tier below hbm has any of it"), []
+        nodes = [spec for spec in self._nodes.values() if spec.model == hint.model]
+        stores = {self._stores[store].host: store for store in self._stores_of(hint.model)}
+        full = {host for host, store in stores.items() if near.get(store, 0) >= blocks}
+        count = sum(spec.host in full or near.get(spec.id, 0) >= blocks for spec in nodes)
+        wanted = hint.copies or COPIES
+        bringing: list[StoreId] = []
+        lacking = [(host, store) for host, store in stores.items() if host not in full and there >= blocks]
+        for host, store in sorted(lacking, key=lambda one: (-near.get(one[1], 0), one[1])):
+            gained = sum(spec.host == host and near.get(spec.id, 0) < blocks for spec in nodes)
+            if count < wanted and gained:
+                bringing.append(store)
+                count += gained
+        receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=Tier.CPU)
+        commands: list[ClusterCommand] = []
+        if bringing:
+            commands.append(PrefetchStored(hint.model, hint.hashes, blocks, tuple(bringing)))
+            receipt = replace(receipt, outcome=Outcome.DEFERRED, reason=Reason.NOT_RESIDENT, message="on their way")
+        if count < wanted:
+            message = f"{count} of {wanted} nodes hold it, or are on hosts that can"
+            receipt = replace(receipt, outcome=Outcome.CLIPPED, reason=Reason.FEWER_COPIES, message=message)
+        return receipt, commands
 
     def _demote(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
         """Let blocks sink that a lower tier has; of a lease, lower it."""

@@ -89,7 +89,9 @@ class Peers:
         """Return what another gateway answers to a question about hints (`routes.py`); None if it does not answer."""
         if self._client is None:
             self._client = httpx.AsyncClient(verify=self._tls or True, timeout=_CALL_S_MAX, trust_env=False)
-        headers = {"authorization": f"Bearer {key.decode('latin-1')}", FORWARDED.decode(): "1"}
+        headers = {FORWARDED.decode(): "1"}
+        if key:  # where no key is asked for there is none; a header that ends in a blank is never sent
+            headers["authorization"] = f"Bearer {key.decode('latin-1')}"
         try:
             answer = await self._client.post(f"{owner}{CALLS}/{method}", content=request, headers=headers)
         except httpx.HTTPError:

@@ -88,6 +88,30 @@ def test_what_cmx_has_beyond_is_brought_up_to_the_store_that_has_most(cluster: C
     assert ask(cluster, hint(Verb.PREFETCH, "xyz", action="4"))[0].reason is Reason.NOT_RESIDENT
 
 
+def test_what_is_shared_comes_from_cmx_to_hosts_that_lack_it_until_enough_nodes_may_have_it(cluster: Cluster) -> None:
+    join_store(cluster, "s0", LONG[:8], segments=(LONG[:8],), cmx=True)
+    # One node, whose host's store has all of it.
+    receipt, others = ask(cluster, hint(Verb.SHARE, LONG, copies=1))
+    assert (receipt.outcome, receipt.blocks, others) == (Outcome.APPLIED, 8, [])
+    receipt, others = ask(cluster, hint(Verb.SHARE, LONG, action="1"))
+    assert (receipt.outcome, receipt.reason, others) == (Outcome.CLIPPED, Reason.FEWER_COPIES, [])
+    # Two hosts more: the one whose store has most gets the rest of it.
+    for number in (1, 2):
+        join(cluster, f"a{number}", stores=True, host=f"h{number}")
+    join_store(cluster, "s1", "ab", cmx=True, host="h1")
+    join_store(cluster, "s2", "abcd", cmx=True, host="h2")
+    receipt, others = ask(cluster, hint(Verb.SHARE, LONG, action="2"))
+    assert (receipt.outcome, receipt.reason) == (Outcome.DEFERRED, Reason.NOT_RESIDENT)
+    assert others == [PrefetchStored(M, prompt_hashes(LONG), 8, (StoreId("s2"),))]
+    receipt, others = ask(cluster, hint(Verb.SHARE, LONG, action="3", copies=9))
+    assert (receipt.outcome, receipt.reason) == (Outcome.CLIPPED, Reason.FEWER_COPIES)
+    assert others == [PrefetchStored(M, prompt_hashes(LONG), 8, (StoreId("s2"), StoreId("s1")))]
+    # A node that holds it needs no store.
+    cluster.handle(reported("a1", stored(LONG)), 0.5)
+    assert ask(cluster, hint(Verb.SHARE, LONG, action="4"))[0].outcome is Outcome.APPLIED
+    assert ask(cluster, hint(Verb.SHARE, "xyz", action="5"))[0].reason is Reason.NOT_RESIDENT
+
+
 def test_blocks_sink_as_far_as_a_lower_tier_has_them(cluster: Cluster) -> None:
     join_store(cluster, "s0", "abcde", segments=(), cmx=True)
     cluster.handle(reported("a0", stored(LONG)), 0.5)

@@ -47,7 +47,7 @@ class Peer:
     @property
     def headers(self) -> dict[bytes, bytes]:
         lines = self.head.split(b"\r\n")[1:-2]
-        return {name: value for name, _, value in (line.partition(b": ") for line in lines)}
+        return {name.lower(): value for name, _, value in (line.partition(b": ") for line in lines)}
 
 
 @asynccontextmanager
@@ -238,5 +238,16 @@ def test_a_session_whose_owner_cannot_be_reached_is_served_here() -> None:
         client = Client()
         assert not await peers.pass_on(client.exchange(), BODY, session_of(1))
         assert client.sent == []
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("key", [b"", b"sk-a"])
+def test_what_hints_ask_another_gateway_is_answered_with_a_key_and_where_there_is_none(key: bytes) -> None:
+    async def scenario() -> None:
+        async with peer(WHOLE) as other:
+            peers = Peers(GatewayId(0), "")
+            assert await peers.call(other.url, "Lookup", b"", key) == b"{}"
+            await peers.close()
 
     play(scenario)

@@ -25,6 +25,8 @@ BLOCKS, BLOCK_TOKENS, BLOCK_BYTES, SEGMENT = 64, 4, 512, 4
 LAYOUT = "plain float32 of tests"
 MODELS = (ModelBlocks(MODEL, "weights", LAYOUT, BLOCK_TOKENS, BLOCK_BYTES),)
 PAGES = 64
+#: A block that no store has.
+NOBODYS = BlockHash(bytes(16))
 NAMES = tuple(BlockHash(Random(number).randbytes(16)) for number in range(BLOCKS))
 
 
@@ -110,10 +112,17 @@ class Node:
         return offer
 
     async def offer(self, first: int, last: int) -> OfferEnded:
+        """Offer blocks; once this returns other nodes find there what was taken of them."""
         self.begin_offer(first, last)
         event = await self.next()
         assert isinstance(event, OfferEnded)
+        await self._heard()
         return event
+
+    async def _heard(self) -> None:
+        """Wait until the store has heard of the copies that have ended here: what is read after that is answered after that."""
+        self.tiers.load(LoadBlocks(RequestId(0), (NOBODYS,), 0, (BlockId(0),), BLOCK_TOKENS))
+        assert isinstance(await self.next(), FetchEnded)
 
     def begin_load(self, first: int, last: int) -> RequestId:
         self.serial += 1
