@@ -1,4 +1,4 @@
-"""What is pinned stays: under a flood of twenty times the cache, and when nodes and gateways are killed."""
+"""What is pinned stays: under a flood of twenty times the cache, and whichever process of the cluster is killed."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from orchestrator.core.types import Tier
 from orchestrator.harness import words
 from orchestrator.harness.client import CacheClient
 from orchestrator.harness.words import Residency, Result
-from tests.e2e.served import Served, owner_of_port
+from tests.e2e.served import Served, command_of, descendants, owner_of_port
 from workers.engines.checkpoint import create_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -150,6 +150,11 @@ class Used:
         os.kill(owner_of_port(int(self.served.node("all-0")["address"].rpartition(":")[2])), signal.SIGKILL)
         self.until(lambda status: any(node["up"] and node["incarnation"] > before for node in status["nodes"]))
 
+    def kill(self, actor: str) -> None:
+        """Kill the process of an actor class; there must be one."""
+        (process,) = [pid for pid in descendants(self.served.process.pid) if f"ray::{actor}" in command_of(pid)]
+        os.kill(process, signal.SIGKILL)
+
 
 @pytest.fixture
 def started(serve: Callable[..., Served], tmp_path: Path) -> Callable[..., Used]:
@@ -187,7 +192,7 @@ def test_a_pinned_prefix_of_10k_tokens_survives_a_flood_of_20_times_the_cache(st
     assert used.served.stop() == 0
 
 
-def test_pins_and_what_is_in_cpu_survive_the_end_of_nodes_and_gateways(started: Callable[..., Used]) -> None:
+def test_pins_and_what_is_in_cpu_survive_whichever_process_is_killed(started: Callable[..., Used]) -> None:
     used = started(2)
     text, _ = used.ask(PINNED, "s")
     pinned = used.pin("s")
@@ -212,4 +217,19 @@ def test_pins_and_what_is_in_cpu_survive_the_end_of_nodes_and_gateways(started: 
         used.until_up()
         used.until_leased(pinned.lease)
         assert used.ask(PINNED, "s") == (text, PINNED_TOKENS)
+
+    # The store, after the node: nobody has the prompt in memory any more, and cmx has it.
+    used.kill_node()
+    used.kill("StoreProcess")
+    used.served.until(lambda status: not status["stores"], HEALED_S)
+    used.until(lambda status: sum(store["segments"] for store in status["stores"]) >= whole // SEGMENT)
+    used.until_leased(pinned.lease)
+    assert used.ask(PINNED, "s") == (text, PINNED_TOKENS)
+
+    # The controller: its successor tells a new node of leases like any other.
+    used.kill("Controller")
+    used.kill_node()
+    used.until_leased(pinned.lease)
+    used.flood(2)
+    assert used.ask(PINNED, "s") == (text, PINNED_TOKENS)
     assert used.served.stop() == 0
