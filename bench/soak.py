@@ -2,9 +2,10 @@
 
     python -m bench.soak [--requests 50000] [--sessions 2000] [--json FILE]
 
-Agent sessions whose contexts grow turn by turn, chat over HTTP, on nodes that compute nothing. What is kept of sessions, prompts
-and blocks is bounded far below what all of them need, so that everything is full before half of the requests are answered; from
-then on no process may grow over 1.1 times its memory. Exit code 1 says that one did, or that a request failed.
+Agent sessions whose contexts grow turn by turn, chat over HTTP, on nodes that compute nothing, with a store below them. What is
+kept of sessions, prompts and blocks, in every tier, is bounded far below what all of them need, so that everything is full before
+half of the requests are answered; from then on no process may grow over 1.1 times its memory. Exit code 1 says that one did, or
+that a request failed.
 """
 
 import argparse
@@ -31,19 +32,23 @@ prompt_chars_cached_max = 4194304
 chain_blocks_max = 20000
 [limits]
 sessions_max = 500
+[store]
+cpu_bytes = 2097152
+cmx = "file://{folder}/cmx"
+cmx_bytes = 4194304
 [models.tiny]
 [[pools]]
 name = "prefill"
 model = "tiny"
 kind = "prefill"
 nodes = 1
-engine = { name = "profiled", block_tokens = 16, blocks = 8192 }
+engine = {{ name = "profiled", block_tokens = 16, blocks = 8192 }}
 [[pools]]
 name = "decode"
 model = "tiny"
 kind = "decode"
 nodes = 2
-engine = { name = "profiled", block_tokens = 16, blocks = 8192 }
+engine = {{ name = "profiled", block_tokens = 16, blocks = 8192 }}
 """
 TOGETHER, ANSWER_S_MAX = 32, 60.0
 #: Words of a turn's message, and of what a session starts with; a session starts anew after so many turns.
@@ -152,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model, words = make_tiny_model(Path(folder) / "tiny")
         agents = Agents(options.sessions, words)
-        with weft_server(CLUSTER, model) as server:
+        with weft_server(CLUSTER.format(folder=folder), model) as server:
             memories, failures = asyncio.run(soak(server.url, server.pids, options.requests, agents))
     shown = Table(
         "process", "MiB after 10%", "50%", "100%", "growth", title=f"{options.requests} requests, {options.sessions} sessions"
