@@ -69,7 +69,10 @@ class ValuePool(BlockPool):
 
     def leave(self, claim: Claim, outlook: Outlook) -> None:
         """Expect the next turn of a context at the end of a claim, which is about to be given up."""
-        self._put((False, outlook.context), self._ending_at(claim.run, claim.depth), outlook)
+        if claim.depth:
+            self._put((False, outlook.context), self._ending_at(claim.run, claim.depth), outlook)
+        else:
+            self._drop((False, outlook.context))
 
     def expect(self, outlook: Outlook) -> None:
         """Expect the next turn of a context, if it is here, otherwise than before."""
@@ -80,8 +83,10 @@ class ValuePool(BlockPool):
 
     def await_chain(self, request: RequestId, hashes: Sequence[BlockHash], matched: int) -> None:
         """Keep a chain's first `matched` blocks, which are cached, for a prompt that waits for its admission."""
-        run = self._place[hashes[matched - 1]] if matched else self._root
-        self._put((True, request), self._ending_at(run, matched), None)
+        if matched:
+            self._put((True, request), self._ending_at(self._place[hashes[matched - 1]], matched), None)
+        else:
+            self.stop_awaiting(request)
 
     def stop_awaiting(self, request: RequestId) -> None:
         """Note that a prompt waits no longer."""

@@ -73,11 +73,11 @@ class Outlook:
         return best
 
 
-def rising(context: ContextId, ages_s: Sequence[float], hazards: Sequence[float]) -> Outlook:
-    """Return the outlook of a context whose next turn comes between two ages with that hazard if it has not come before."""
+def risen(hazards: Sequence[float]) -> tuple[float, ...]:
+    """Return how likely the next turn has come by the end of each range: by its hazard unless it came before."""
     chances: list[float] = []
     chance = 0.0
     for hazard in hazards:
         chance += (1.0 - chance) * hazard
         chances.append(chance)
-    return Outlook(context, tuple(ages_s), tuple(chances))
+    return tuple(chances)

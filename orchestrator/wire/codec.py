@@ -4,6 +4,8 @@ Lists of hashes travel as one run of bytes, 16 a hash. Every function is the inv
 what it claims raises `MalformedMessage`, the only error here.
 """
 
+from functools import lru_cache
+
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
@@ -49,6 +51,8 @@ NAME_CHARS_MAX = 128
 #: Seconds that a lease may last: more is a mistake, and timers are kept for it.
 LEASE_S_MAX = 400 * 24 * 3600.0
 _TIERS = {str(tier): tier for tier in Tier}
+#: Curves of outlooks that are known to be right: gateways send the same ones over and over.
+CURVES_MAX = 256
 #: Frames that a node sends to a gateway beyond those it is known to have read; what comes up meanwhile goes out together. The
 #: gateway tells with what it sends anyway, and by itself when half of them are not told.
 FRAMES_UNREAD_MAX = 4
@@ -204,10 +208,15 @@ def outlook_message(outlook: Outlook) -> node_pb2.Outlook:
 def outlook_from(message: node_pb2.Outlook) -> Outlook:
     """Return what a message expects of a context."""
     ages_s, chances = tuple(message.ages_s), tuple(message.chances)
-    problem = Outlook.problem(ages_s, chances)
+    problem = _outlook_problem(ages_s, chances)
     if problem is not None:
         raise MalformedMessage(f"context {message.context}: {problem}")
     return Outlook(ContextId(message.context), ages_s, chances)
+
+
+@lru_cache(CURVES_MAX)
+def _outlook_problem(ages_s: tuple[float, ...], chances: tuple[float, ...]) -> str | None:
+    return Outlook.problem(ages_s, chances)
 
 
 def welcome_message(spec: NodeSpec, fingerprint: str, resumed: bool) -> node_pb2.Welcome:

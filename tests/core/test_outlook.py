@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.core.outlook import KNOTS_MAX, ContextId, Outlook, rising
+from orchestrator.core.outlook import KNOTS_MAX, ContextId, Outlook, risen
 
 ONE = ContextId(1)
 
@@ -32,7 +32,7 @@ def test_keeping_ends_where_it_pays_best() -> None:
 
 
 def test_where_every_doubling_brings_as_many_back_what_idles_longest_is_worth_least() -> None:
-    outlook = rising(ONE, [2.0**power for power in range(12)], [0.3] * 12)
+    outlook = Outlook(ONE, tuple(2.0**power for power in range(12)), risen([0.3] * 12))
     worth = [outlook.per_second(1.2**step) for step in range(1, 30)]
     assert worth == sorted(worth, reverse=True)
     assert len(set(worth)) == len(worth)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from orchestrator.core.cluster.contexts import Context, Marks, course_of
 from orchestrator.core.cluster.pauses import EDGES_S, HAZARD, HAZARD_LEFT, Ages, Hazards, range_of
-from orchestrator.core.outlook import ContextId, Outlook, rising
+from orchestrator.core.outlook import ContextId, Outlook, risen
 from orchestrator.core.types import BlockHash, NodeId, RequestId
 
 #: Classes of pauses that are told apart; what further ones do counts for all together.
@@ -60,19 +60,28 @@ class Line:
 class _Class:
     """Pauses of one class, and what is predicted of them."""
 
-    __slots__ = ("_predicted", "_uses", "hazards")
+    __slots__ = ("_chances", "_predicted", "_uses", "hazards")
 
     def __init__(self) -> None:
         self.hazards = Hazards()
         self._predicted: list[float] = []
+        #: What follows from them, once somebody asked.
+        self._chances: tuple[float, ...] = ()
         self._uses = 0
 
     def predict(self, wider: Sequence[float], weight: float) -> Sequence[float]:
         """Return the hazard of each range; where little is known, that of a wider class."""
         if self._uses % REFRESH == 0:
-            self._predicted = self.hazards.over(wider, weight)
+            self._predicted, self._chances = self.hazards.over(wider, weight), ()
         self._uses += 1
         return self._predicted
+
+    def outlook(self, context: ContextId, wider: Sequence[float], weight: float) -> Outlook:
+        """Return what is expected of a context that pauses so."""
+        hazards = self.predict(wider, weight)
+        if not self._chances:
+            self._chances = risen(hazards)
+        return Outlook(context, EDGES_S, self._chances)
 
 
 class Expectations:
@@ -127,7 +136,7 @@ class Expectations:
     def outlook(self, context: Context | None, request: RequestId) -> Outlook:
         """Return what to expect after a turn of a context; of a request without session, what all have in common."""
         if context is None:
-            return rising(ContextId(request), EDGES_S, self._all.predict(_BASE, WEIGHT_UNHINTED))
+            return self._all.outlook(ContextId(request), _BASE, WEIGHT_UNHINTED)
         return self._outlook(context)
 
     def answered(self, line: Line, request: RequestId, tool: str, now: float) -> list[Told]:
@@ -216,10 +225,8 @@ class Expectations:
         kind = context.kind
         known = self._class(kind)
         if kind == LEFT:
-            hazards = known.predict(_SELDOM, WEIGHT)
-        else:
-            hazards = known.predict(self._all.predict(_BASE, WEIGHT_UNHINTED), _weight(kind))
-        return rising(context.id, EDGES_S, hazards)
+            return known.outlook(context.id, _SELDOM, WEIGHT)
+        return known.outlook(context.id, self._all.predict(_BASE, WEIGHT_UNHINTED), _weight(kind))
 
 
 def _hinted(kind: str) -> bool:

@@ -27,9 +27,9 @@ def retention_s(markers: Iterable[Any], retention: Any = None) -> float:
 
 
 def _marked_s(marker: Any) -> float:
-    if not isinstance(marker, Mapping):
+    if not isinstance(marker, dict):
         return 0.0
-    fields = cast("Mapping[str, Any]", marker)
+    fields = cast("dict[str, Any]", marker)
     if fields.get("type") != "ephemeral":
         return 0.0
     ttl = fields.get("ttl")

@@ -147,8 +147,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def cache_markers(self) -> list[Any]:
         """What is said of caching the prompt, in whatever form; of messages and tools too."""
         own = [self.cache_control, self.nvext.cache_control if self.nvext is not None else None]
-        of_messages = [marker for message in self.messages for marker in message.cache_markers]
-        return [*own, *of_messages, *(tool.get("cache_control") for tool in self.tools or ())]
+        for message in self.messages:
+            if message.cache_control is not None or isinstance(message.content, list):
+                own += message.cache_markers
+        return [*own, *(tool.get("cache_control") for tool in self.tools)] if self.tools else own
 
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:
