@@ -474,7 +474,7 @@ class Cluster:
         """Tell nodes what is expected of contexts that they may hold; those that are gone hold nothing."""
         self._commands += [Expect(node, outlook) for node, outlook in told if node in self._known]
 
-    def _assign(self, request: Request, placement: Placement, outlook: Outlook) -> tuple[tuple[NodeId, NodeId], ...]:
+    def _assign(self, request: Request, placement: Placement, outlook: Outlook | None) -> tuple[tuple[NodeId, NodeId], ...]:
         """Give nodes their parts; return who of them reads from whom."""
         generate, prefill = placement.generate, placement.prefill
         room = generate.context_tokens_max - request.prompt_tokens
@@ -841,7 +841,7 @@ def _part(
     source: NodeSpec | None,
     source_tokens: int,
     stored_tokens: int,
-    outlook: Outlook,
+    outlook: Outlook | None,
     share: float,
     pending: bool = False,
 ) -> Assignment:

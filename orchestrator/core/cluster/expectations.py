@@ -87,7 +87,7 @@ class _Class:
 class Expectations:
     """What is expected of all sessions of one gateway."""
 
-    __slots__ = ("_ages", "_all", "_classes", "_others")
+    __slots__ = ("_ages", "_all", "_classes", "_others", "_paused")
 
     def __init__(self) -> None:
         self._all = _Class()
@@ -95,6 +95,8 @@ class Expectations:
         #: Of classes beyond `CLASSES_MAX`.
         self._others = _Class()
         self._ages: Ages[Context] = Ages()
+        #: Whether any session has paused: until then nothing is known of anything.
+        self._paused = False
 
     @property
     def classes(self) -> int:
@@ -133,9 +135,14 @@ class Expectations:
             return []
         return self._hint(context, kind, now, expected_s)
 
-    def outlook(self, context: Context | None, request: RequestId) -> Outlook:
-        """Return what to expect after a turn of a context; of a request without session, what all have in common."""
+    def outlook(self, context: Context | None, request: RequestId) -> Outlook | None:
+        """Return what to expect after a turn of a context; of a request without session, what all have in common.
+
+        None where there are no sessions: what is used last is kept longest then, and that needs no telling.
+        """
         if context is None:
+            if not self._paused:
+                return None
             return self._all.outlook(ContextId(request), _BASE, WEIGHT_UNHINTED)
         return self._outlook(context)
 
@@ -186,6 +193,7 @@ class Expectations:
         if context.paused_s is not None:
             self._uncount(context, now - context.paused_s)
         context.kind = kind
+        self._paused = True
         if not context.forgotten:
             context.paused_s = now
             self._ages.pause(now, context)

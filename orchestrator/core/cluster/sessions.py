@@ -66,7 +66,7 @@ class Started:
     """A turn that runs: its context, and what is expected after it."""
 
     context: Context | None
-    outlook: Outlook
+    outlook: Outlook | None
     #: What other nodes have to hear.
     told: list[Told]
 

@@ -96,6 +96,8 @@ class Scheduler:
         self._accounts = Accounts()
         #: Waiting sequences that nobody computes for.
         self._queue: FairQueue[Sequence] = FairQueue(self._accounts)
+        #: Those that came since somebody was last to be admitted: most of them wait no longer than that.
+        self._came: dict[RequestId, Sequence] = {}
         #: Sequences by phase, in order of their coming into it.
         self._fetching: dict[RequestId, Sequence] = {}
         self._prefilling: dict[RequestId, Sequence] = {}
@@ -244,7 +246,14 @@ class Scheduler:
                 break
             self._place(sequence, hit, fetches)
             admitted.append(sequence)
+        self._await_chains()
         return admitted
+
+    def _await_chains(self) -> None:
+        """Let the pool keep what those find who came and were not admitted at once."""
+        for sequence in self._came.values():
+            self._pool.await_chain(sequence.request, sequence.hashes, self._pool.match(sequence.hashes, sequence.hit_blocks_max))
+        self._came.clear()
 
     def _tokens_before(self, sequence: Sequence) -> int:
         """Return the prompt tokens that are computed before those of a sequence that comes to be admitted now."""
@@ -546,7 +555,7 @@ class Scheduler:
         self._queue.push(sequence.tenant, sequence.rank, sequence)
         hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
-        self._pool.await_chain(sequence.request, sequence.hashes, hit)
+        self._came[sequence.request] = sequence
 
     def _prefill(self, sequence: Sequence) -> None:
         sequence.phase = Phase.PREFILLING
@@ -580,7 +589,8 @@ class Scheduler:
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self.waiting -= 1
-        self._pool.stop_awaiting(sequence.request)
+        if self._came.pop(sequence.request, None) is None:
+            self._pool.stop_awaiting(sequence.request)
         leader = sequence.leader
         if leader is not None:
             leader.followers = [entry for entry in leader.followers if entry[1] is not sequence]

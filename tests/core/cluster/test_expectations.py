@@ -52,7 +52,9 @@ def test_nodes_that_have_a_session_no_longer_and_holders_of_what_it_left_hear_so
     _, told = expectations.started(line, RequestId(3), prompt_hashes("abxyz"), (A,), False, 9.0)
     (node, outlook) = told[0]
     assert (node, outlook.context) == (B, 1)
-    assert 0.0 < outlook.chances[-1] < expectations.outlook(Context(ContextId(9)), RequestId(9)).chances[-1]  # few come back
+    other = expectations.outlook(Context(ContextId(9)), RequestId(9))
+    assert other is not None
+    assert 0.0 < outlook.chances[-1] < other.chances[-1]  # few come back
 
 
 def test_a_tool_s_time_is_told_when_its_turn_is_over_or_at_once() -> None:
@@ -101,6 +103,15 @@ def test_what_models_wait_for_is_learned_by_class() -> None:
     assert node == A
     assert called.chance(0.5) > 0.8
     assert done.chance(128.0) < 0.4 < called.chance(128.0)
+
+
+def test_nothing_is_said_of_requests_without_session_where_there_are_no_sessions() -> None:
+    expectations, line = Expectations(), Line()
+    assert expectations.outlook(None, RequestId(1)) is None
+    turn(expectations, line, 2, "ab", 0.0)
+    outlook = expectations.outlook(None, RequestId(3))
+    assert outlook is not None
+    assert outlook.context == 3
 
 
 def test_what_a_model_waits_for_says_nothing_where_more_is_known() -> None:
