@@ -22,6 +22,23 @@ from tests.live.serving import run
 from tests.live.test_hints import LONG, Gateway, gateways
 
 SERVICE = "weft.cache.v1.CacheControl"
+SESSION = {"id": "s"}
+TARGET = {"session": SESSION}
+#: Every verb about one session as generic clients write it; none takes from a later one what that needs.
+VERBS: dict[str, dict[str, Any]] = {
+    "pin": {"target": TARGET, "tier": "TIER_HBM", "ttl_s": 60},
+    "retain": {"target": TARGET, "priority": 90},
+    "prefetch": {"target": TARGET},
+    "demote": {"target": TARGET, "tier": "TIER_CPU"},
+    "share": {"target": TARGET},
+    "fork": {"parent": SESSION, "children": ["c"]},
+    "tool_started": {"session": SESSION, "tool_class": "bash"},
+    "tool_finished": {"session": SESSION},
+    "unpin": {"target": TARGET},
+    "evict": {"target": TARGET},
+    "supersede": {"session": SESSION, "keep_tokens": 16},
+    "end_session": {"session": SESSION},
+}
 
 
 @asynccontextmanager
@@ -170,22 +187,7 @@ def test_a_generic_client_finds_every_verb_by_reflection() -> None:
                 client = ReflectingClient.get_by_endpoint(address)
                 assert SERVICE in client.service_names
                 key = [("authorization", "Bearer sk-a")]
-                session, target = {"id": "s"}, {"session": {"id": "s"}}
-                verbs = {
-                    "pin": {"target": target, "tier": "TIER_HBM", "ttl_s": 60},
-                    "retain": {"target": target, "priority": 90},
-                    "prefetch": {"target": target},
-                    "demote": {"target": target, "tier": "TIER_CPU"},
-                    "share": {"target": target},
-                    "fork": {"parent": session, "children": ["c"]},
-                    "tool_started": {"session": session, "tool_class": "bash"},
-                    "tool_finished": {"session": session},
-                    "unpin": {"target": target},
-                    "evict": {"target": target},
-                    "supersede": {"session": session, "keep_tokens": 16},
-                    "end_session": {"session": session},
-                }
-                actions = [{"action_id": verb, verb: fields} for verb, fields in verbs.items()]
+                actions = [{"action_id": verb, verb: fields} for verb, fields in VERBS.items()]
                 message = {"message_id": "m", "actions": actions}
                 answer = client.request(SERVICE, "Apply", message, metadata=key)
                 again = client.request(SERVICE, "Apply", message, metadata=key)

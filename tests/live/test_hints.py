@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -74,9 +75,18 @@ class Gateway:
                 return
 
 
+def channel_to(address: str, certificates: bytes | None) -> grpc.aio.Channel:
+    """Return a channel, with TLS if certificates are to be believed."""
+    if certificates is None:
+        return grpc.aio.insecure_channel(address)
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(certificates))
+
+
 @asynccontextmanager
-async def gateways(count: int = 1, config: ClusterConfig | None = None) -> AsyncIterator[tuple[Cluster, list[Gateway]]]:
-    """Start gateways that know a node and each other."""
+async def gateways(
+    count: int = 1, config: ClusterConfig | None = None, certificates: bytes | None = None
+) -> AsyncIterator[tuple[Cluster, list[Gateway]]]:
+    """Start gateways that know a node and each other; with a certificate, clients believe those given."""
     folder: Path = default_model_path()
     config = config or config_of(count)
     async with cluster(config, folder) as served, AsyncExitStack() as stack:
@@ -90,8 +100,9 @@ async def gateways(count: int = 1, config: ClusterConfig | None = None) -> Async
             front = Front(config, gateway, "127.0.0.1", 0, {"default": folder}, names, pools, served.failures.append)
             urls[gateway] = (await front.start()).url
             stack.push_async_callback(front.stop)
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(front.status()["grpc_address"]))
-            http = httpx.AsyncClient(base_url=urls[gateway], trust_env=False, timeout=60)
+            channel = await stack.enter_async_context(channel_to(front.status()["grpc_address"], certificates))
+            believed = certificates is None or ssl.create_default_context(cadata=certificates.decode())
+            http = httpx.AsyncClient(base_url=urls[gateway], trust_env=False, timeout=60, verify=believed)
             started.append(Gateway(front, await stack.enter_async_context(http), cache_pb2_grpc.CacheControlStub(channel)))
         places = tuple(NodePlace(node, pools[node], address) for node, address in served.addresses.items())
         stores = (HostStore(served.place.id, served.place.address),) if served.place is not None else ()

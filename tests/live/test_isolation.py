@@ -74,7 +74,9 @@ class Shared:
         assert self.served.place is not None
         places = (NodePlace(NODE, POOL, self.served.addresses[NODE]),)
         stores = (HostStore(self.served.place.id, self.served.place.address),)
-        await self.gateway.front.set_members(Membership(self.lives, places, {GatewayId(1): str(self.gateway.http.base_url)}, stores))
+        await self.gateway.front.set_members(
+            Membership(self.lives, places, {GatewayId(1): str(self.gateway.http.base_url)}, stores)
+        )
 
 
 @asynccontextmanager
