@@ -141,12 +141,12 @@ def test_the_same_prompt_of_another_tenant_hits_nothing_in_any_tier(tmp_path: Pa
             for tier in TIERS:
                 while not any(one.tier == cache_pb2.TIER_CMX for one in (await used.gateway.lookup(session(tier))).holdings):
                     pass
-            for tier in TIERS:
+            for tier, lowest in TIERS.items():
                 if tier != "hbm":
                     await used.renew(store=tier == "cmx")
                 await used.until_only_in(tier, tier)
                 before = await used.cached()
-                (leased,) = await used.gateway.apply(pin(session(tier), tier=TIERS[tier]))
+                (leased,) = await used.gateway.apply(pin(session(tier), tier=lowest))
                 assert leased.lease, leased
                 await untouched(used.gateway, tier, leased.lease)
                 assert await used.ask(tier, "sk-b") == 0
