@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
@@ -166,7 +166,9 @@ def main() -> int:
         for wrong in one.wrong[:10]:
             print(f"{one.what}: {wrong}")
     if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
+        options.json.write_text(
+            json.dumps([{each.name: getattr(one, each.name) for each in fields(one)} for one in outcomes], indent=1)
+        )
     return 0 if all(one.holds for one in outcomes) else 1
 
 

@@ -150,6 +150,11 @@ class BlockPool:
         """Tell whether a block is cached."""
         return name in self._place
 
+    def ends(self, last: BlockHash, depth: int) -> bool:
+        """Tell whether a chain of `depth` blocks ends with a cached block."""
+        run = self._place[last]
+        return run.start < depth <= run.end and run.names[depth - run.start - 1] == last
+
     def idle_of(self, hashes: Sequence[BlockHash], matched: int) -> int:
         """Return how many of a chain's first `matched` blocks nobody holds."""
         idle, end = 0, matched
@@ -243,7 +248,7 @@ class BlockPool:
         run = self._place.get(last)
         if run is None:
             return None
-        assert run.names[depth - run.start - 1] == last, f"{last!r} does not end a chain of {depth} blocks"
+        assert self.ends(last, depth), f"{last!r} does not end a chain of {depth} blocks"
         self._pin(run)
         return Claim(run, depth)
 

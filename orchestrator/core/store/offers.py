@@ -3,10 +3,13 @@
     Offered   its parent is held .. what follows is held in part .. Grant of slots for the rest, or for as much as there is room
               .. OfferWritten: the blocks are kept, and told of .. what was not written is set free
               what another offer brings just now .. it waits for that one
-              no parent, nothing new, no room: Grant without slots, and the offer is over
+              no parent, nothing new, no room, no chain: Grant without slots, and the offer is over
 
 Rule 1: slots that a node may write to, or read from, are nobody else's until it says so, or is long gone.
+Rule 2: a block is brought by one offer at a time, and none is that is held, whatever a node says follows on what.
 """
+
+from collections.abc import Sequence
 
 from orchestrator.core.commands import Grant, SetTimer, StoreCommand
 from orchestrator.core.config import StoreConfig
@@ -88,6 +91,11 @@ class Offers:
             self._wait_or_end(offer, event.parent, orphan=True)
             return
         held = pool.match(event.hashes, len(event.hashes))
+        if held and not pool.ends(event.hashes[held - 1], claim.depth + held):  # elsewhere than its node says: no chain
+            pool.release(claim)
+            self._end(offer)
+            shelf.count("declined", len(event.hashes))
+            return
         if held:
             pool.extend(claim, event.hashes[held - 1], claim.depth + held)
         if held == len(event.hashes) or (shelf, event.hashes[held]) in self._coming:
@@ -95,7 +103,7 @@ class Offers:
             self._wait_or_end(offer, None if held == len(event.hashes) else event.hashes[held], orphan=False)
             return
         wanted = len(event.hashes) - held
-        room = min(wanted, self._room(shelf), pool.available_blocks)
+        room = min(self._unknown(shelf, event.hashes[held:]), self._room(shelf), pool.available_blocks)
         shelf.count("declined", wanted - room)
         if not room:
             pool.release(claim)
@@ -107,6 +115,15 @@ class Offers:
         for name in offer.granted:
             self._coming[shelf, name] = offer
         self._orders.append(Grant(event.offer, held, tuple(map(SlotId, offer.slots))))
+
+    def _unknown(self, shelf: Shelf, names: Sequence[BlockHash]) -> int:
+        """Return how many blocks, the first ones, are neither held nor coming nor named twice: all, if they are a chain."""
+        seen: set[BlockHash] = set()
+        for name in names:
+            if name in seen or (shelf, name) in self._coming or shelf.pool.holds(name):
+                break
+            seen.add(name)
+        return len(seen)
 
     def _room(self, shelf: Shelf) -> int:
         """Return how many blocks more may be under way; one always may when none is."""

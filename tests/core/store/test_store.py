@@ -150,6 +150,29 @@ def test_what_another_node_is_writing_is_waited_for_not_written_twice(make_store
     assert only(told, Grant) == [Grant(OfferId(2), 2, slots(2)), Grant(OfferId(3), 0, slots(3))]
 
 
+def test_blocks_that_a_node_says_are_no_chain_are_not_taken_twice_or_in_two_places(make_store: MakeStore) -> None:
+    store = make_store()
+    a, b, c, d, e = prompt_hashes("abcde")
+
+    def forged(number: int, *names: BlockHash) -> list[StoreCommand]:
+        return store.handle(Offered(OfferId(number), NODE, MODEL, None, names), 0.0)
+
+    assert forged(1, c, d) == [Grant(OfferId(1), 0, slots(0, 1))]
+    # What is on its way, and what the offer itself named before, ends what is granted.
+    assert forged(2, a, b, c, d) == [Grant(OfferId(2), 0, slots(2, 3))]
+    assert forged(3, e, e) == [Grant(OfferId(3), 0, slots(4))]
+    for number in (1, 2, 3):
+        store.handle(OfferWritten(OfferId(number), 1), 0.0)
+        store.validate()
+    # So does what is held; and nothing is taken that follows on a block which is held elsewhere than it is said to be.
+    assert forged(4, b, c) == [Grant(OfferId(4), 0, slots(3))]
+    assert forged(5, a, c, d) == [Grant(OfferId(5), 0, ())]
+    assert store.load(MODEL).counts.declined == 2 + 1 + 1 + 3
+    # Nothing of it stands in the way of the node's end.
+    forged(6, d, b)
+    store.handle(NodeDetached(NODE), 0.0)
+
+
 def test_bytes_under_way_bound_what_is_granted(make_store: MakeStore) -> None:
     store = make_store(StoreConfig(offers_bytes_max=3 * 64))
     assert store.handle(offered(1, "ab"), 0.0) == [Grant(OfferId(1), 0, slots(0, 1))]
