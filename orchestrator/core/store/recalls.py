@@ -54,7 +54,7 @@ class Recalls:
         """Serve what is in the arena of a prompt, and fetch the rest as far as it may be in cmx."""
         assert read.read not in self._reads, f"read {read.read} is open already"
         end = min(read.tokens // shelf.model.block_tokens, len(read.hashes))
-        if end <= read.first_block or len(self._reads) >= READS_MAX:
+        if end <= read.first_block or len(self._reads) >= READS_MAX or not shelf.agrees(read.hashes, end):
             self.refuse(read, shelf.model.block_tokens)
             return
         recall = self._reads[read.read] = self._recall(shelf, read.hashes, end, read)
@@ -145,7 +145,10 @@ class Recalls:
         if len(self._prefetches) >= PREFETCHES_MAX:
             shelf.fail("too many prefetches")
             return
-        recall = self._recall(shelf, hashes, min(blocks, len(hashes)), None)
+        end = min(blocks, len(hashes))
+        if not shelf.agrees(hashes, end):
+            return
+        recall = self._recall(shelf, hashes, end, None)
         self._climb(recall)
         number = recall.depth // shelf.model.segment_blocks
         while self._known(shelf, shelf.segment(hashes, number)) and self._reachable(shelf):

@@ -186,6 +186,11 @@ class Shelf:
             if not self.segments.holds(self.model.model, name):
                 self.unwritten[name] = end
 
+    def agrees(self, hashes: Sequence[BlockHash], end: int) -> bool:
+        """Tell whether what is held of a chain's first `end` blocks lies where it should; of a true chain it does."""
+        held = self.pool.match(hashes, end)
+        return not held or self.pool.ends(hashes[held - 1], held)
+
     def segment(self, hashes: Sequence[BlockHash], number: int) -> BlockHash | None:
         """Return the name of a chain's segment, counted from 0; None if the chain does not have all of it."""
         last = (number + 1) * self.model.segment_blocks - 1

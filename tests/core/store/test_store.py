@@ -168,6 +168,9 @@ def test_blocks_that_a_node_says_are_no_chain_are_not_taken_twice_or_in_two_plac
     assert forged(4, b, c) == [Grant(OfferId(4), 0, slots(3))]
     assert forged(5, a, c, d) == [Grant(OfferId(5), 0, ())]
     assert store.load(MODEL).counts.declined == 2 + 1 + 1 + 3
+    # Nor is it read as if it were there.
+    read = ReadOpened(ExportId(1), NODE, MODEL, (a, c, d), 0, 3 * BLOCK_TOKENS)
+    assert store.handle(read, 0.0) == [ServeSlots(ExportId(1), (), 0, final=True)]
     # Nothing of it stands in the way of the node's end.
     forged(6, d, b)
     store.handle(NodeDetached(NODE), 0.0)
