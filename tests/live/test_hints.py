@@ -232,6 +232,10 @@ def test_a_tenant_can_neither_see_nor_touch_what_is_anothers() -> None:
                     cache_pb2.Action(evict=cache_pb2.Evict(target=target)),
                 )
                 assert [(one.outcome, one.reason) for one in await gateway.apply(*actions, key=B)] == [(outcome, reason)] * 3
+            body = json.dumps({"model": "default", "messages": [{"role": "user", "content": LONG}]})
+            prompt = cache_pb2.Target(prompt=cache_pb2.Prompt(chat_json=body))
+            assert (await gateway.lookup(prompt)).holdings[0].blocks
+            assert not [*(await gateway.lookup(prompt, B)).holdings, *(await gateway.lookup(prompt, B)).leases]
             move = pin(cache_pb2.Target(prompt=cache_pb2.Prompt(text=LONG * 3, model="default")), lease=pinned.lease)
             assert (await gateway.apply(move, key=B))[0].reason == "no_lease"
             forged = cache_pb2.Target(blocks=cache_pb2.Blocks(hashes=[bytes(16)]))
