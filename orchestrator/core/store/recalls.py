@@ -176,15 +176,28 @@ class Recalls:
         while not recall.over:
             if shelf.pool.holds(hashes[claim.depth]):
                 held = shelf.pool.match(hashes, recall.end)
+                if not shelf.pool.ends(hashes[held - 1], held):
+                    recall.end = claim.depth  # elsewhere than its reader says: no chain
+                    break
                 shelf.pool.extend(claim, hashes[held - 1], held)
             segment = shelf.segment(hashes, claim.depth // shelf.model.segment_blocks)
             move = shelf.arriving.get(segment) if segment is not None and not recall.over else None
             if move is None or not move.arrived:
                 break
+            if not self._follows(recall):
+                recall.end = claim.depth
+                break
             self._shelve(recall, move)
         recall.asked = max(recall.asked, claim.depth // shelf.model.segment_blocks)
         for number in [number for number in recall.moves if (number + 1) * shelf.model.segment_blocks <= claim.depth]:
             self._forsake_move(recall, number)
+
+    @staticmethod
+    def _follows(recall: Recall) -> bool:
+        """Tell whether the rest of a segment can follow on what is claimed: in a true chain nothing of it is held yet."""
+        shelf, depth, size = recall.shelf, recall.depth, recall.shelf.model.segment_blocks
+        names = recall.hashes[depth : depth - depth % size + size]
+        return len(set(names)) == len(names) and not any(map(shelf.pool.holds, names))
 
     def _shelve(self, recall: Recall, move: Move) -> None:
         """Cache a segment that has arrived behind what is claimed."""

@@ -176,6 +176,27 @@ def test_blocks_that_a_node_says_are_no_chain_are_not_taken_twice_or_in_two_plac
     store.handle(NodeDetached(NODE), 0.0)
 
 
+def test_a_segment_that_a_reader_says_holds_what_lies_elsewhere_is_not_taken(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(), segment_blocks=2, cmx=True)
+    a, _, c, d, e, f = prompt_hashes("abcdef")
+    store.handle(Offered(OfferId(1), NODE, MODEL, None, (a,)), 0.0)
+    store.handle(OfferWritten(OfferId(1), 1), 0.0)
+    # The first two name what the arena has in another place, or one block twice; the third is true.
+    for number, names in enumerate([(c, d, a, f), (c, d, e, e), (c, d, e, f)]):
+        read = ReadOpened(ExportId(number), NODE, MODEL, names, 0, 4 * BLOCK_TOKENS)
+        orders = store.handle(read, 0.0)
+        for asked in only(orders, ReadCmx):
+            assert isinstance(asked, ReadCmx)
+            orders += store.handle(CmxRead(asked.move), 0.1)
+            store.validate()
+        [*_, last] = only(orders, ServeSlots)
+        assert isinstance(last, ServeSlots)
+        assert (last.final, last.tokens) == (True, (4 if names[2:] == (e, f) else 2) * BLOCK_TOKENS)
+        store.handle(ReadClosed(ExportId(number)), 0.2)
+        store.validate()
+    assert (store.load(MODEL).slots_used, store.load(MODEL).slots_cached) == (0, 5)
+
+
 def test_bytes_under_way_bound_what_is_granted(make_store: MakeStore) -> None:
     store = make_store(StoreConfig(offers_bytes_max=3 * 64))
     assert store.handle(offered(1, "ab"), 0.0) == [Grant(OfferId(1), 0, slots(0, 1))]
