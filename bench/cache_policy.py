@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from bench.simulate import AGENT_MIX, STEP_TOKENS_MAX
+from bench.agent_mix import TRACE
+from bench.simulate import STEP_TOKENS_MAX
 from orchestrator.cli.workload import read_workload
 from orchestrator.core.config import (
     ClusterConfig,
@@ -44,7 +45,7 @@ from orchestrator.traces import TracedTurn
 
 ARTICLE_SESSION = Path(__file__).parent / "article" / "data" / "seed_session.jsonl.gz"
 #: What is run unless traces are named: (file, copies of its sessions).
-DEFAULT_TRACES = ((AGENT_MIX, 1), (ARTICLE_SESSION, 12))
+DEFAULT_TRACES = ((TRACE, 1), (ARTICLE_SESSION, 12))
 BLOCK_TOKENS = 64
 #: Of the order of eight H200 that share a model of eight billion parameters: fast enough that requests rarely wait for each
 #: other, so that it is rules of eviction that are measured and not queues.

@@ -99,6 +99,20 @@ def _fetch(source: random.Random) -> bytes:
     return node_pb2.FetchFrame(request=request).SerializeToString()
 
 
+async def comes(call: Any, awaited: Callable[[bytes], bool]) -> bool:
+    """Tell whether a message that is waited for comes over a call, which is over then."""
+    try:
+        async with asyncio.timeout(ANSWER_S_MAX):
+            while isinstance(data := await call.read(), bytes):
+                if awaited(data):
+                    return True
+    except (TimeoutError, grpc.aio.AioRpcError):
+        return False
+    finally:
+        call.cancel()
+    return False
+
+
 class Victim:
     """One end of a wire at work in this process. An async context.
 
@@ -213,18 +227,12 @@ class NodeVictim(Victim):
             request=request, role=node_pb2.ROLE_GENERATE, tokens=tokens, hashes=hashes, hash_root=ROOT, output_tokens_max=3
         )
         await call.write(node_pb2.GatewayFrame(submits=[submit]).SerializeToString())
-        try:
-            async with asyncio.timeout(ANSWER_S_MAX):
-                while isinstance(data := await call.read(), bytes):
-                    if any(
-                        one.request == request and one.reason == "length" for one in node_pb2.NodeFrame.FromString(data).ended
-                    ):
-                        return True
-        except (TimeoutError, grpc.aio.AioRpcError):
-            return False
-        finally:
-            call.cancel()
-        return False
+
+        def ends(data: bytes) -> bool:
+            ended = node_pb2.NodeFrame.FromString(data).ended
+            return any(one.request == request and one.reason == "length" for one in ended)
+
+        return await comes(call, ends)
 
 
 class SourceVictim(NodeVictim):

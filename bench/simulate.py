@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.agent_mix import TRACE
 from orchestrator.cli.sweeps import copies
 from orchestrator.core.config import (
     ClusterConfig,
@@ -38,7 +39,6 @@ from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn, read_trace
 
-AGENT_MIX = Path(__file__).parent / "data" / "agent_mix.jsonl.gz"
 #: About one H200 with a model of eight billion parameters: step times of the order that Dynamo's mocker takes.
 PROFILE = CostProfile(0.005, 2e-5, 2e-10, 2e-5, 2e-8, fetch_bytes_per_s=5e10)
 CAPACITY_TOKENS = 2 << 20
@@ -159,13 +159,13 @@ def scaling(path: Path, nodes: int, repetitions: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--trace", type=Path, action="append", metavar="FILE", help=f"default: {AGENT_MIX.name}")
+    parser.add_argument("--trace", type=Path, action="append", metavar="FILE", help=f"default: {TRACE.name}")
     parser.add_argument("--nodes", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="once instead of three times")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     repetitions = 1 if arguments.quick else 3
-    paths: list[Path] = arguments.trace or [AGENT_MIX]
+    paths: list[Path] = arguments.trace or [TRACE]
     figures = {
         "python": sys.version,
         "speed": [row for path in paths for row in compare(path, arguments.nodes, repetitions)],

@@ -1,14 +1,11 @@
 """The ends of a store's wires that hostile frames are thrown at: by a node of its host, and by a gateway. See `frames.py`."""
 
-import asyncio
 import os
 import random
 import tempfile
 from typing import Any
 
-import grpc.aio
-
-from bench.frames import ANSWER_S_MAX, TRUST, GatewayVictim, NodeVictim, SourceVictim, Victim
+from bench.frames import TRUST, GatewayVictim, NodeVictim, SourceVictim, Victim, comes
 from orchestrator.core.config import StoreConfig
 from orchestrator.core.types import ModelName, StoreId
 from orchestrator.wire import store_pb2
@@ -113,16 +110,7 @@ class StoreVictim(NodeVictim):
         await call.write(_hello("n1").SerializeToString())
         offer = store_pb2.Offer(offer=1, hashes=random.Random(2).randbytes(16))
         await call.write(store_pb2.AttachFrame(offers=[offer]).SerializeToString())
-        try:
-            async with asyncio.timeout(ANSWER_S_MAX):
-                while isinstance(data := await call.read(), bytes):
-                    if any(grant.slots for grant in store_pb2.ArenaFrame.FromString(data).grants):
-                        return True
-        except (TimeoutError, grpc.aio.AioRpcError):
-            return False
-        finally:
-            call.cancel()
-        return False
+        return await comes(call, lambda data: any(grant.slots for grant in store_pb2.ArenaFrame.FromString(data).grants))
 
 
 class AdvisedVictim(StoreVictim):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.agent_mix import TRACE
 from bench.cache_policy import PROFILE, STEP_TOKENS_MAX, cluster, compare, measure, saved_seconds
-from bench.simulate import AGENT_MIX
 from orchestrator.core.cost.costs import prompt_seconds
 from orchestrator.sim.outcome import Served
 from orchestrator.sim.runs import CacheRule
@@ -25,12 +25,12 @@ def test_deep_tokens_that_were_not_computed_save_more_and_what_failed_saves_noth
 
 def test_a_node_that_is_too_small_for_a_context_is_refused_by_name() -> None:
     with pytest.raises(SystemExit, match=r"agent_mix.*longest context"):
-        compare(AGENT_MIX, 1, None, share=0.01, nodes=1, starts=1)
+        compare(TRACE, 1, None, share=0.01, nodes=1, starts=1)
 
 
 @pytest.mark.slow
 def test_every_rule_serves_all_of_a_trace_and_the_one_that_knows_the_future_saves_most() -> None:
-    turns = list(read_trace(Path(AGENT_MIX)))
+    turns = list(read_trace(Path(TRACE)))
     results = {rule: measure(turns, cluster(1, 220_000), rule) for rule in CacheRule}
     assert [result.failed for result in results.values()] == [0] * len(CacheRule)
     assert max(results, key=lambda rule: results[rule].saved_s) is CacheRule.OPTIMAL

@@ -114,7 +114,7 @@ class Sessions:
         return self._expectations.paused(started.context, now) if started.context is not None else []
 
     def hinted(self, event: Answered | ToolStarted | ToolFinished | SessionEnded, now: float) -> list[Told]:
-        """Take in what a session's harness says of it; return what nodes have to hear. Nothing if the session is not known."""
+        """Take in what a session's harness or its answer says of it; return what nodes have to hear. Nothing of one not known."""
         key = event.model, event.tenant, event.session
         session = self._sessions.get(key)
         if session is None:

@@ -118,12 +118,8 @@ class Offers:
 
     def _unknown(self, shelf: Shelf, names: Sequence[BlockHash]) -> int:
         """Return how many blocks, the first ones, are neither held nor coming nor named twice: all, if they are a chain."""
-        seen: set[BlockHash] = set()
-        for name in names:
-            if name in seen or (shelf, name) in self._coming or shelf.pool.holds(name):
-                break
-            seen.add(name)
-        return len(seen)
+        new = shelf.new_blocks(names)
+        return next((place for place, name in enumerate(names[:new]) if (shelf, name) in self._coming), new)
 
     def _room(self, shelf: Shelf) -> int:
         """Return how many blocks more may be under way; one always may when none is."""

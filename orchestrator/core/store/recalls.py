@@ -197,7 +197,7 @@ class Recalls:
         """Tell whether the rest of a segment can follow on what is claimed: in a true chain nothing of it is held yet."""
         shelf, depth, size = recall.shelf, recall.depth, recall.shelf.model.segment_blocks
         names = recall.hashes[depth : depth - depth % size + size]
-        return len(set(names)) == len(names) and not any(map(shelf.pool.holds, names))
+        return shelf.new_blocks(names) == len(names)
 
     def _shelve(self, recall: Recall, move: Move) -> None:
         """Cache a segment that has arrived behind what is claimed."""

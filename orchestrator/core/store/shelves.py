@@ -191,6 +191,15 @@ class Shelf:
         held = self.pool.match(hashes, end)
         return not held or self.pool.ends(hashes[held - 1], held)
 
+    def new_blocks(self, names: Sequence[BlockHash]) -> int:
+        """Return how many blocks, the first ones, are neither held nor named twice: all, where a true chain goes on."""
+        seen: set[BlockHash] = set()
+        for name in names:
+            if name in seen or self.pool.holds(name):
+                break
+            seen.add(name)
+        return len(seen)
+
     def segment(self, hashes: Sequence[BlockHash], number: int) -> BlockHash | None:
         """Return the name of a chain's segment, counted from 0; None if the chain does not have all of it."""
         last = (number + 1) * self.model.segment_blocks - 1
