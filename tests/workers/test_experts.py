@@ -8,7 +8,8 @@ from torch import Tensor
 
 from orchestrator.profiles.model_config import Experts
 from workers.engines import experts as experts_file
-from workers.engines.experts import ExpertMlp
+from workers.engines.experts import ExpertBank, ExpertMlp, Router
+from workers.engines.linear import make_linear
 
 HIDDEN, WIDTH = 8, 6
 CPU = torch.device("cpu")
@@ -29,7 +30,8 @@ class Weights:
         self.downs = [matrix(HIDDEN, WIDTH) for _ in range(experts.count)]
 
     def mlp(self, experts: Experts, dtype: torch.dtype = torch.float32) -> ExpertMlp:
-        return ExpertMlp(experts, self.router, self.gate_ups, self.downs, dtype, CPU)
+        router = Router(make_linear(self.router, None, dtype, CPU), experts.per_token, experts.normalised)
+        return ExpertMlp(router, ExpertBank(self.gate_ups, self.downs, dtype, CPU))
 
     def one_by_one(self, experts: Experts, state: Tensor, rows: Tensor) -> Tensor:
         """Return state + experts(rows) in float64, the way it is written in papers."""
@@ -107,6 +109,20 @@ def test_a_broken_row_stays_alone(form: str) -> None:
     torch.testing.assert_close(found[sound], expected[sound])
 
 
+def test_banks_share_the_experts_of_a_layer(form: str) -> None:
+    weights, (state, tokens) = Weights(EIGHT, seed=6), inputs(33)
+    expected = weights.one_by_one(EIGHT, state, tokens)
+    router = Router(make_linear(weights.router, None, torch.float32, CPU), EIGHT.per_token, EIGHT.normalised)
+    shares, picked = router.route(tokens)
+    owned = ([7, 0, 3], [1, 2, 4, 5, 6])
+    for numbers in owned:
+        slots = torch.full((EIGHT.count,), len(numbers) + 2)
+        slots[numbers] = torch.arange(len(numbers))
+        bank = ExpertBank([weights.gate_ups[one] for one in numbers], [weights.downs[one] for one in numbers], torch.float32, CPU)
+        state = bank.add_to(state, tokens, shares, slots[picked])
+    torch.testing.assert_close(state.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_in_bfloat16_sums_stay_in_float32(form: str) -> None:
     weights, (state, tokens) = Weights(EIGHT, seed=4), inputs(6)
     # Rounded first, so that both pick the same experts.
@@ -134,7 +150,7 @@ def test_small_experts_and_few_rows_are_computed_at_once(
     monkeypatch.setattr(experts_file, "WIDE_OPERATIONS_MAX", operations_max)
     used: list[str] = []
     for name in ("_add_wide", "_add_sorted"):
-        monkeypatch.setattr(ExpertMlp, name, lambda mlp, state, *rest, name=name: used.append(name) or state)
+        monkeypatch.setattr(ExpertBank, name, lambda bank, state, *rest, name=name: used.append(name) or state)
     state, tokens = inputs(rows)
     Weights(EIGHT, seed=1).mlp(EIGHT).add_to(state, tokens)
     assert used == ["_add_wide" if wide else "_add_sorted"]

@@ -5,12 +5,15 @@ multiplied by zero: more arithmetic, three products altogether. Otherwise tokens
 picked computes its own.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchestrator.profiles.model_config import Experts
-from workers.engines.linear import make_linear
+from workers.engines.linear import Linear, make_linear
+from workers.engines.mlp import Finish
 
 #: Multiply-adds of the wide form up to which it beats the calls of the sorted one, about 20 microseconds an expert.
 WIDE_OPERATIONS_MAX = 8_000_000
@@ -18,20 +21,33 @@ WIDE_OPERATIONS_MAX = 8_000_000
 WIDE_BYTES_MAX = 4 * 1024 * 1024
 
 
-class ExpertMlp:
-    """The experts of one layer and their router."""
+class Router:
+    """Picks each row's experts by softmax over a product's scores."""
 
-    def __init__(
-        self,
-        experts: Experts,
-        router: Tensor,
-        gate_ups: list[Tensor],
-        downs: list[Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._experts = experts
-        self._router = make_linear(router, None, dtype, device)
+    __slots__ = ("_normalised", "_per_token", "_scores")
+
+    def __init__(self, scores: Linear, per_token: int, normalised: bool) -> None:
+        self._scores = scores
+        self._per_token = per_token
+        self._normalised = normalised
+
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights (float32) and numbers of each row's experts, [rows, per token] each."""
+        scores = self._scores(rows).float()
+        if self._normalised:
+            best, picked = scores.topk(self._per_token, dim=-1)
+            return best.softmax(-1), picked
+        weights, picked = scores.softmax(-1).topk(self._per_token, dim=-1)
+        return weights, picked
+
+
+class ExpertBank:
+    """Some experts of one layer, in slots: what rows they are given they compute, whoever picked."""
+
+    def __init__(self, gate_ups: Sequence[Tensor], downs: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        """Take the float32 weights of each slot: gate over up [2 x width, hidden], and down [hidden, width]."""
+        self._slots = len(downs)
+        self._width = downs[0].shape[1]
         self._gate_ups = [make_linear(weight, None, dtype, device) for weight in gate_ups]
         self._downs = [make_linear(weight, None, dtype, device) for weight in downs]
         self._row_operations = sum(weight.numel() for weight in (*gate_ups, *downs))
@@ -39,44 +55,63 @@ class ExpertMlp:
         if self._wide:
             gates, ups = zip(*(weight.chunk(2) for weight in gate_ups), strict=True)
             self._wide_gate_up = make_linear(torch.cat([*gates, *ups]), None, dtype, device)
-            self._wide_down = make_linear(torch.cat(downs, dim=1), None, dtype, device)
+            self._wide_down = make_linear(torch.cat(list(downs), dim=1), None, dtype, device)
 
-    def add_to(self, state: Tensor, rows: Tensor) -> Tensor:
-        """Return state + experts(rows)."""
-        weights, picked = self._route(rows)
+    def add_to(self, state: Tensor, rows: Tensor, weights: Tensor, picked: Tensor) -> Tensor:
+        """Return state + the weighted sum of each row's experts.
+
+        Args:
+            state: float32 [rows, hidden]; may be changed.
+            rows: normalised, [rows, hidden].
+            weights: float32 [rows, picks].
+            picked: slots, [rows, picks]; picks of other banks have the number of slots there are here, or a higher one.
+        """
         if self._wide and self._row_operations * len(rows) <= WIDE_OPERATIONS_MAX:
             return self._add_wide(state, rows, weights, picked)
         return self._add_sorted(state, rows, weights, picked)
 
-    def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights and numbers of each row's experts, [rows, per token] each."""
-        scores = self._router(rows).float()
-        if self._experts.normalised:
-            best, picked = scores.topk(self._experts.per_token, dim=-1)
-            return best.softmax(-1), picked
-        weights, picked = scores.softmax(-1).topk(self._experts.per_token, dim=-1)
-        return weights, picked
-
     def _add_wide(self, state: Tensor, rows: Tensor, weights: Tensor, picked: Tensor) -> Tensor:
-        count, width = self._experts.count, self._experts.count * self._experts.intermediate
+        width = self._slots * self._width
         both = self._wide_gate_up(rows)
         inner = functional.silu(both[:, :width]).mul_(both[:, width:])
-        shares = weights.new_zeros(len(rows), count).scatter_(1, picked, weights).to(inner.dtype)
-        inner.view(len(rows), count, self._experts.intermediate).mul_(shares.unsqueeze(-1))
+        shares = weights.new_zeros(len(rows), self._slots + 1)
+        shares = shares.scatter_add_(1, picked.clamp(max=self._slots), weights)[:, :-1].to(inner.dtype)
+        inner.view(len(rows), self._slots, self._width).mul_(shares.unsqueeze(-1))
         return self._wide_down.add_to(state, inner)
 
     def _add_sorted(self, state: Tensor, rows: Tensor, weights: Tensor, picked: Tensor) -> Tensor:
-        order = picked.view(-1).argsort()
-        counts = torch.bincount(picked.view(-1), minlength=self._experts.count).tolist()
-        owners = order // self._experts.per_token
+        flat = picked.reshape(-1).clamp(max=self._slots)
+        order = flat.argsort()
+        counts = torch.bincount(flat, minlength=self._slots).tolist()[: self._slots]
+        order = order[: sum(counts)]
+        owners = order // picked.shape[1]
         inputs = rows.index_select(0, owners)
         outputs = torch.empty(len(inputs), state.shape[1], dtype=torch.float32, device=rows.device)
-        width, first = self._experts.intermediate, 0
-        for expert, count in enumerate(counts):
+        first = 0
+        for slot, count in enumerate(counts):
             if count:
-                both = self._gate_ups[expert](inputs[first : first + count])
-                inner = functional.silu(both[:, :width]).mul_(both[:, width:])
-                outputs[first : first + count] = self._downs[expert](inner)
+                both = self._gate_ups[slot](inputs[first : first + count])
+                inner = functional.silu(both[:, : self._width]).mul_(both[:, self._width :])
+                outputs[first : first + count] = self._downs[slot](inner)
                 first += count
-        outputs.mul_(weights.view(-1).index_select(0, order).unsqueeze(-1))
+        outputs.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(-1))
         return state.index_add_(0, owners, outputs)
+
+
+class ExpertMlp:
+    """A layer's router and all its experts, in one process."""
+
+    __slots__ = ("_bank", "_router")
+
+    def __init__(self, router: Router, bank: ExpertBank) -> None:
+        self._router = router
+        self._bank = bank
+
+    def begin(self, rows: Tensor) -> Finish:
+        """See `Ffn.begin`: computes when finished."""
+        return partial(self.add_to, rows=rows)
+
+    def add_to(self, state: Tensor, rows: Tensor) -> Tensor:
+        """Return state + experts(rows)."""
+        weights, picked = self._router.route(rows)
+        return self._bank.add_to(state, rows, weights, picked)

@@ -1,0 +1,103 @@
+"""Reads a checkpoint's tensors and lays them out for the device, part by part."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orchestrator.profiles.model_config import Architecture, Experts
+from workers.engines.experts import ExpertBank, Router
+from workers.engines.linear import Linear, make_linear
+from workers.engines.mlp import GatedMlp
+from workers.engines.norms import HeadNorm, Norm
+from workers.engines.weights import Weights
+
+#: The two products that are computed as one.
+GATE_UP = ("gate_proj", "up_proj")
+
+
+class Loader:
+    """Reads tensors and lays them out for the device."""
+
+    def __init__(self, weights: Weights, shape: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+
+    def norm(self, name: str) -> tuple[Norm, Tensor | None]:
+        """Return a normalisation, and what the weights after it have to be multiplied by."""
+        width = self.shape.hidden
+        gain = self._weights.take(name, (width,)).double() * math.sqrt(width)
+        folded = self._dtype == torch.float32
+        kept = None if folded else gain.float().to(self._device)
+        return Norm(width, self.shape.norm_epsilon, kept, self._dtype, self._device), gain if folded else None
+
+    def head_norm(self, prefix: str) -> HeadNorm:
+        shape = self.shape
+        gains: list[Tensor] = []
+        for name, heads in (("q_norm", shape.heads), ("k_norm", shape.kv_heads)):
+            gain = self._weights.take(f"{prefix}{name}.weight", (shape.head_dim,))
+            gains.append(_paired(gain, shape.head_dim).expand(heads, -1))
+        stacked = (torch.cat(gains).double() * math.sqrt(shape.head_dim)).float()
+        return HeadNorm(stacked.to(self._device), math.sqrt(shape.head_dim * shape.norm_epsilon))
+
+    def linear(self, name: str, outputs: int, inputs: int, biased: bool) -> Linear:
+        weight = self._weights.take(f"{name}.weight", (outputs, inputs))
+        return make_linear(weight, self._bias(name, outputs, biased), self._dtype, self._device)
+
+    def queries_keys_values(self, prefix: str, gain: Tensor | None) -> Linear:
+        shape = self.shape
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for name, width in (("q_proj", shape.queries_width), ("k_proj", shape.keys_width), ("v_proj", shape.keys_width)):
+            weight = self._weights.take(f"{prefix}{name}.weight", (width, shape.hidden))
+            bias = self._bias(prefix + name, width, shape.attention_bias)
+            bias = torch.zeros(width) if bias is None else bias
+            turned = name != "v_proj"
+            weights.append(_paired(weight, shape.head_dim) if turned else weight)
+            biases.append(_paired(bias, shape.head_dim) if turned else bias)
+        bias = torch.cat(biases)
+        return make_linear(scaled(torch.cat(weights), gain), bias if bias.any() else None, self._dtype, self._device)
+
+    def mlp(self, prefix: str, gain: Tensor | None) -> GatedMlp:
+        width, biased = self.shape.intermediate, self.shape.mlp_bias
+        biases = [self._bias(prefix + name, width, biased) for name in GATE_UP]
+        bias = torch.cat([one for one in biases if one is not None]) if biased else None
+        gate_up = make_linear(scaled(self._gate_up(prefix, width), gain), bias, self._dtype, self._device)
+        return GatedMlp(gate_up, self.linear(prefix + "down_proj", self.shape.hidden, width, biased), width)
+
+    def router(self, prefix: str, gain: Tensor | None) -> Router:
+        experts = self._experts()
+        weight = scaled(self._weights.take(f"{prefix}gate.weight", (experts.count, self.shape.hidden)), gain)
+        return Router(make_linear(weight, None, self._dtype, self._device), experts.per_token, experts.normalised)
+
+    def bank(self, prefix: str, gain: Tensor | None, numbers: Sequence[int]) -> ExpertBank:
+        """Return the experts of these numbers, each in the slot of its place."""
+        width = self._experts().intermediate
+        names = [f"{prefix}experts.{number}." for number in numbers]
+        gate_ups = [scaled(self._gate_up(name, width), gain) for name in names]
+        downs = [self._weights.take(f"{name}down_proj.weight", (self.shape.hidden, width)) for name in names]
+        return ExpertBank(gate_ups, downs, self._dtype, self._device)
+
+    def _experts(self) -> Experts:
+        assert self.shape.experts is not None
+        return self.shape.experts
+
+    def _gate_up(self, prefix: str, width: int) -> Tensor:
+        return torch.cat([self._weights.take(f"{prefix}{name}.weight", (width, self.shape.hidden)) for name in GATE_UP])
+
+    def _bias(self, name: str, outputs: int, biased: bool) -> Tensor | None:
+        return self._weights.take(f"{name}.bias", (outputs,)) if biased else None
+
+
+def scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
+    """Return a weight whose inputs are multiplied by `gain`, rounded once."""
+    return weight if gain is None else (weight.double() * gain).float()
+
+
+def _paired(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder each head's outputs from (all firsts, all seconds) of the rotated pairs to pair after pair."""
+    heads = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
+    return heads.transpose(1, 2).reshape(weight.shape)
