@@ -12,6 +12,7 @@ from workers.engines import batch as batch_file
 from workers.engines.batch import BatchBuilder, StepBatch
 from workers.engines.kvpool import KvPool
 from workers.engines.sequences import TokenSequence
+from workers.engines.stored import Slab
 
 CPU = torch.device("cpu")
 SIZE, KV_HEADS, HEAD_DIM, LAYERS, BLOCKS = 4, 2, 2, 3, 32
@@ -23,9 +24,9 @@ class Bench:
     """A pool, and sequences of 60 tokens: token i of sequence s is 100 s + i."""
 
     def __init__(self, rows_min: int = 1, block_tokens: int = SIZE, dtype: torch.dtype = torch.float32) -> None:
-        self.pool = KvPool(BLOCKS, LAYERS, KV_HEADS, block_tokens, HEAD_DIM, dtype, CPU, None)
+        self.pool = KvPool(BLOCKS, Slab(LAYERS, KV_HEADS, block_tokens, HEAD_DIM, str(dtype).removeprefix("torch.")), CPU, None)
         self.pool.slabs.fill_(1)
-        self._builder = BatchBuilder(self.pool, KV_HEADS, rows_min, dtype, CPU)
+        self._builder = BatchBuilder(self.pool, rows_min, dtype, CPU)
 
     def build(self, *wanted: tuple[int, int, list[int]], sample: str = "", left_out: tuple[int, ...] = ()) -> StepBatch:
         """Build a step of (start, count, blocks) a sequence; `sample` has an x for those that sample, all do by default."""

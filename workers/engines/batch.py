@@ -73,14 +73,13 @@ class StepBatch:
 class BatchBuilder:
     """Builds batches for one engine."""
 
-    def __init__(self, pool: KvPool, kv_heads: int, rows_min: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pool: KvPool, rows_min: int, dtype: torch.dtype, device: torch.device) -> None:
         self._pool = pool
-        self._kv_heads = kv_heads
         self._rows_min = rows_min
         self._dtype = dtype
         self._device = device
         #: Bytes of one block in one layer.
-        self._layer_block_bytes = 2 * kv_heads * pool.block_tokens * pool.head_dim * dtype.itemsize
+        self._layer_block_bytes = pool.block_bytes // pool.slab.layers
 
     def build(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> StepBatch:
         """Return the batch of `slices[i]` for the i in `numbers`; `sequences` stands beside `slices`."""
@@ -175,7 +174,7 @@ class BatchBuilder:
         mask = None
         if lengths[-1] < context:
             void = np.where(np.arange(context) < lengths[:, None], np.float32(0), np.float32(-np.inf))
-            mask = self._to_device(np.repeat(void, self._kv_heads, axis=0)[:, None, :]).to(self._dtype)
+            mask = self._to_device(np.repeat(void, self._pool.slab.kv_heads, axis=0)[:, None, :]).to(self._dtype)
         return DecodeGroup(first, len(members), context, self._to_device(self._pool.read_index(tables)), mask)
 
     def _prompt_chunks(

@@ -18,13 +18,13 @@ from orchestrator.profiles.positions import limited
 from workers.engines.base import EngineDescription, SliceOutput
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
-from workers.engines.kvpool import KvPool, block_bytes
+from workers.engines.kvpool import KvPool
 from workers.engines.linear import rows_min
 from workers.engines.models import Model
 from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
-from workers.engines.stored import POOL_DTYPES
+from workers.engines.stored import POOL_DTYPES, Slab, slab_of
 from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
@@ -33,8 +33,6 @@ CPU_POOL_BYTES_MAX = 2 * 1024**3
 #: Multiply-adds of a step up to which one CPU thread does it. Two gain a quarter on an idle machine; on a busy one each of a
 #: step's many small products waits for a thread that the system has put off, which was measured to cost twofold to tenfold.
 SINGLE_THREAD_OPERATIONS_MAX = 40_000_000
-
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kept) for name, kept in POOL_DTYPES.items()}
 
 
 class EagerEngine:
@@ -63,17 +61,17 @@ class EagerEngine:
         """
         shape = read_architecture(model_dir)
         device = self._device = _device(config.device)
-        dtype = _DTYPES[shape.dtype if config.dtype == "auto" else config.dtype]
+        slab = slab_of(shape, config.block_tokens, POOL_DTYPES[shape.dtype if config.dtype == "auto" else config.dtype])
+        dtype: torch.dtype = getattr(torch, slab.dtype)
         context = limited(shape.context_tokens_max, config.context_tokens_max)
         self._threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             self._model = Model(Weights(model_dir), shape, dtype, device)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
-            blocks = config.blocks or _blocks(config, shape, dtype, device, sequences_max * context, reserve)
-            sizes = (shape.layers, shape.kv_heads, config.block_tokens, shape.head_dim)
-            self._pool = KvPool(blocks, *sizes, dtype, device, allocate, config.kv_format_stored)
-        self._batches = BatchBuilder(self._pool, shape.kv_heads, rows_min(dtype, device), dtype, device)
+            blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
+            self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
+        self._batches = BatchBuilder(self._pool, rows_min(dtype, device), dtype, device)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,
@@ -174,18 +172,15 @@ def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
 
 
-def _blocks(
-    config: EngineConfig, shape: Architecture, dtype: torch.dtype, device: torch.device, tokens_max: int, reserve: int
-) -> int:
+def _blocks(config: EngineConfig, slab: Slab, device: torch.device, tokens_max: int, reserve: int) -> int:
     """Return how many blocks fit into the share of free memory that the engine may take, at most what it can use."""
-    size = block_bytes(shape.layers, shape.kv_heads, config.block_tokens, shape.head_dim, dtype)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - reserve
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     share = int(free * config.memory_fraction)
     share = share if device.type == "cuda" else min(share, CPU_POOL_BYTES_MAX)
-    blocks = min(share // size, -(-tokens_max // config.block_tokens))
+    blocks = min(share // slab.bytes, -(-tokens_max // config.block_tokens))
     if blocks < 1:
-        raise ConfigError("engine.memory_fraction", f"leaves {share} bytes for KV, and one block takes {size}")
+        raise ConfigError("engine.memory_fraction", f"leaves {share} bytes for KV, and one block takes {slab.bytes}")
     return blocks

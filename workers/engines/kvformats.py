@@ -1,8 +1,8 @@
 """Stored forms of a KV block that take fewer bytes than its slab: FP8 and NVFP4, with a float32 scale for each head.
 
-A *row* is what one head's keys, or values, of one layer are in a block: its tokens times the head dimension. A row's largest
-magnitude sets its scale: a head with outliers costs no other head its digits, and a block can be read by itself. A block's bytes,
-rows in the slab's order ([layer] [keys, values] [KV head]):
+A *row* is what one head's keys, or values, of one layer are in a block: its tokens times the head dimension; of latent attention,
+what the layer keeps of those tokens. A row's largest magnitude sets its scale: a head with outliers costs no other head its
+digits, and a block can be read by itself. A block's bytes, rows in the slab's order ([layer] [keys, values] [KV head]):
 
     fp8     scale (float32) of each row | E4M3 of each value
     nvfp4   tensor scale (float32) of each row | scale (E4M3) of every 16 values | E2M1 of each value, two a byte
@@ -19,7 +19,7 @@ from torch import Tensor
 from orchestrator.core.config import ConfigError, KvFormat
 from orchestrator.core.types import BlockId
 from workers.engines import fp8, nvfp4
-from workers.engines.stored import row_parts
+from workers.engines.stored import Slab, row_parts
 
 #: Values that are converted at a time: on a CPU, what stays in its caches between the steps of a conversion and is still much
 #: work for each; on a device, what bounds the memory for it.
@@ -42,14 +42,13 @@ class KvCodec:
 
     Args:
         stored: fp8 or nvfp4.
-        rows: of a block.
-        row_values: block tokens times head dimension.
+        slab: what blocks are in the pool.
     """
 
-    def __init__(self, stored: KvFormat, rows: int, row_values: int) -> None:
-        self._rows = rows
+    def __init__(self, stored: KvFormat, slab: Slab) -> None:
+        self._rows = slab.rows
         #: Bytes of a row in each part of a block, and how they are made and read.
-        self._parts = row_parts(stored, row_values)
+        self._parts = row_parts(stored, slab.row_values)
         self._encode: Callable[[Tensor], tuple[Tensor, ...]]
         self._decode: Callable[..., Tensor]
         match stored:
@@ -102,10 +101,11 @@ class KvCodec:
             first += self._rows * size
 
 
-def check_format(stored: KvFormat, head_dim: int) -> None:
+def check_format(stored: KvFormat, slab: Slab) -> None:
     """Raise `ConfigError` if a model's blocks have no such form."""
-    if stored is KvFormat.NVFP4 and head_dim % nvfp4.GROUP:
-        problem = f"nvfp4 needs a head dimension that is a multiple of {nvfp4.GROUP}, the model's is {head_dim}"
+    if stored is KvFormat.NVFP4 and slab.head_dim % nvfp4.GROUP:
+        width = "width of latents" if slab.latent else "head dimension"
+        problem = f"nvfp4 needs a {width} that is a multiple of {nvfp4.GROUP}, the model's is {slab.head_dim}"
         raise ConfigError("engine.kv_format_stored", problem)
 
 

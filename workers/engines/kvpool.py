@@ -3,6 +3,7 @@
 A block's slab, smallest stride last:
 
     [layer] [keys, values] [KV head] [token in block] [head dimension]
+    [layer] [token in block] [latent, rotated key]                       latent attention
 
 so that a slab is one contiguous copy, and all of a head's keys in a block are one contiguous matrix: gathering a sequence's
 blocks gives [KV head, token, dimension] matrices that batched products read without another copy.
@@ -30,20 +31,15 @@ class KvPool:
     def __init__(
         self,
         blocks: int,
-        layers: int,
-        kv_heads: int,
-        block_tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
+        slab: Slab,
         device: torch.device,
         allocate: Callable[[int], memoryview] | None,
         stored: KvFormat = KvFormat.PLAIN,
     ) -> None:
-        check_format(stored, head_dim)
-        self.block_tokens = block_tokens
-        self.block_bytes = block_bytes(layers, kv_heads, block_tokens, head_dim, dtype)
-        self._kv_heads = kv_heads
-        self._slab_heads = layers * 2 * kv_heads
+        check_format(stored, slab)
+        self.slab = slab
+        self.block_tokens = slab.block_tokens
+        self.block_bytes = slab.bytes
         #: The pool's bytes where they are in host memory.
         self.memory: memoryview | None = None
         size = blocks * self.block_bytes
@@ -52,38 +48,38 @@ class KvPool:
             self.slabs = torch.frombuffer(self.memory, dtype=torch.uint8)[:size].view(blocks, self.block_bytes)
         else:
             self.slabs = torch.zeros(blocks, self.block_bytes, dtype=torch.uint8, device=device)
-        typed = self.slabs.view(dtype)
-        token_rows, head_rows = typed.view(-1, head_dim), typed.view(-1, block_tokens * head_dim)
+        typed = self.slabs.view(getattr(torch, slab.dtype))
+        token_rows, head_rows = typed.view(-1, slab.head_dim), typed.view(-1, slab.row_values)
         # One view a layer, shifted by the layer's place in a slab, so that one step's indexes serve all layers.
-        self._token_rows = [token_rows[layer * 2 * kv_heads * block_tokens :] for layer in range(layers)]
-        self._head_rows = [head_rows[layer * 2 * kv_heads :] for layer in range(layers)]
-        heads = np.arange(2 * kv_heads, dtype=np.int64)
-        self._token_offsets = heads * block_tokens
-        self._head_offsets = heads.reshape(2, 1, kv_heads, 1)
-        self.head_dim = head_dim
+        self._token_rows = [token_rows[layer * slab.layer_rows * slab.block_tokens :] for layer in range(slab.layers)]
+        self._head_rows = [head_rows[layer * slab.layer_rows :] for layer in range(slab.layers)]
+        self._kinds = slab.layer_rows // slab.kv_heads
+        heads = np.arange(slab.layer_rows, dtype=np.int64)
+        self._token_offsets = heads * slab.block_tokens
+        self._head_offsets = heads.reshape(self._kinds, 1, slab.kv_heads, 1)
         #: A slab's rows: what one head's keys or values of one layer are in it.
-        self._rows = typed.view(blocks, self._slab_heads, block_tokens * head_dim)
-        self._codec = None if stored is KvFormat.PLAIN else KvCodec(stored, self._slab_heads, block_tokens * head_dim)
-        form = form_of(stored, Slab(layers, kv_heads, block_tokens, head_dim, str(dtype).removeprefix("torch.")))
+        self._rows = typed.view(blocks, slab.rows, slab.row_values)
+        self._codec = None if stored is KvFormat.PLAIN else KvCodec(stored, slab)
+        form = form_of(stored, slab)
         self.stored_bytes, self.stored_layout = form.block_bytes, form.layout
 
     def write_index(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the index for `write`: token i goes to place `offsets[i]` of block `blocks[i]`. Shape [tokens, 2 x KV heads]."""
-        first = blocks * (self._slab_heads * self.block_tokens) + offsets
+        """Return the index for `write`: token i goes to place `offsets[i]` of block `blocks[i]`. Shape [tokens, rows of a layer]."""
+        first = blocks * (self.slab.rows * self.block_tokens) + offsets
         return first[:, None] + self._token_offsets
 
     def read_index(self, tables: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the index for `read` of sequences' block tables [sequences, blocks each]. Flat."""
-        return (tables[None, :, None, :] * self._slab_heads + self._head_offsets).reshape(-1)
+        return (tables[None, :, None, :] * self.slab.rows + self._head_offsets).reshape(-1)
 
-    def write(self, layer: int, index: Tensor, keys_values: Tensor) -> None:
-        """Store tokens' keys and values [tokens, 2 x KV heads, head dimension]."""
-        self._token_rows[layer].index_put_((index,), keys_values)
+    def write(self, layer: int, index: Tensor, kept: Tensor) -> None:
+        """Store tokens' keys and values, or latents: [tokens, rows of a layer, head dimension]."""
+        self._token_rows[layer].index_put_((index,), kept)
 
     def read(self, layer: int, index: Tensor, sequences: int) -> Tensor:
-        """Return keys and values [2, sequences x KV heads, tokens of whole blocks, head dimension]."""
+        """Return keys and values [2, sequences x KV heads, tokens of whole blocks, head dimension]; latents [1, sequences, ..]."""
         found = torch.index_select(self._head_rows[layer], 0, index)
-        return found.view(2, sequences * self._kv_heads, -1, self.head_dim)
+        return found.view(self._kinds, sequences * self.slab.kv_heads, -1, self.slab.head_dim)
 
     def clear(self, block: int) -> None:
         """Zero a block that is about to be filled in part, so that what lies behind its last token is finite."""
@@ -160,7 +156,3 @@ def _to_host(data: Tensor, target: Tensor) -> None:
     staging = torch.empty(target.shape, dtype=torch.uint8, pin_memory=True)
     target.copy_(staging.copy_(data))
 
-
-def block_bytes(layers: int, kv_heads: int, block_tokens: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one slab."""
-    return layers * 2 * kv_heads * block_tokens * head_dim * dtype.itemsize

@@ -7,6 +7,7 @@ is not attached.
 from dataclasses import dataclass
 
 from orchestrator.core.config import KvFormat
+from orchestrator.profiles.model_config import Architecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: What is computed with, and kept in the pool, for a dtype that is asked for or that a checkpoint has.
@@ -18,7 +19,10 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """What a block is in a pool: rows of values, one for each layer, head, and keys or values."""
+    """What a block is in a pool: rows of values, one for each layer, head, and keys or values.
+
+    Latent attention keeps one vector of a token in a layer, for the keys and values of all heads: one row a layer.
+    """
 
     layers: int
     kv_heads: int
@@ -26,11 +30,18 @@ class Slab:
     head_dim: int
     #: float32, bfloat16 or float16.
     dtype: str
+    #: One vector is both keys and values; it is `head_dim` wide, and there is one head.
+    latent: bool = False
+
+    @property
+    def layer_rows(self) -> int:
+        """Rows of a layer: vectors that it keeps of a token."""
+        return self.kv_heads if self.latent else 2 * self.kv_heads
 
     @property
     def rows(self) -> int:
         """Rows of a block."""
-        return self.layers * 2 * self.kv_heads
+        return self.layers * self.layer_rows
 
     @property
     def row_values(self) -> int:
@@ -41,6 +52,21 @@ class Slab:
     def bytes(self) -> int:
         """Bytes of a block."""
         return self.rows * self.row_values * ITEM_BYTES[self.dtype]
+
+    @property
+    def sizes(self) -> str:
+        """What tells this block's rows from those of another, its dtype aside."""
+        if self.latent:
+            return f"{self.layers} layers, {self.block_tokens} tokens, latents of {self.head_dim} dimensions"
+        return f"{self.layers} layers, {self.kv_heads} KV heads, {self.block_tokens} tokens, {self.head_dim} dimensions"
+
+
+def slab_of(shape: Architecture, block_tokens: int, dtype: str) -> Slab:
+    """Return what a model's blocks are in a pool of a dtype (float32, bfloat16, float16)."""
+    latent = shape.latent
+    if latent is None:
+        return Slab(shape.layers, shape.kv_heads, block_tokens, shape.head_dim, dtype)
+    return Slab(shape.layers, 1, block_tokens, latent.kv_rank + latent.rope_dim, dtype, latent=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +87,6 @@ def row_parts(stored: KvFormat, row_values: int) -> tuple[int, ...]:
 
 def form_of(stored: KvFormat, slab: Slab) -> StoredForm:
     """Return the stored form of a pool's blocks."""
-    sizes = f"{slab.layers} layers, {slab.kv_heads} KV heads, {slab.block_tokens} tokens, {slab.head_dim} dimensions"
     if stored is KvFormat.PLAIN:
-        return StoredForm(slab.bytes, f"{stored} {slab.dtype} of {sizes}")
-    return StoredForm(slab.rows * sum(row_parts(stored, slab.row_values)), f"{stored} of {sizes}")
+        return StoredForm(slab.bytes, f"{stored} {slab.dtype} of {slab.sizes}")
+    return StoredForm(slab.rows * sum(row_parts(stored, slab.row_values)), f"{stored} of {slab.sizes}")

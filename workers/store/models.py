@@ -9,7 +9,7 @@ from workers.engines.checkpoint import fingerprint
 from workers.engines.profiled import profiled_fingerprint
 from workers.engines.profiled import stored_form as profiled_form
 from workers.engines.shape import read_architecture
-from workers.engines.stored import POOL_DTYPES, Slab, StoredForm, form_of
+from workers.engines.stored import POOL_DTYPES, StoredForm, form_of, slab_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +38,4 @@ def stored_form(engine: EngineConfig, folder: Path) -> StoredForm:
 def _eager_form(engine: EngineConfig, folder: Path) -> StoredForm:
     shape = read_architecture(folder)
     dtype = POOL_DTYPES[shape.dtype if engine.dtype == "auto" else engine.dtype]
-    return form_of(engine.kv_format_stored, Slab(shape.layers, shape.kv_heads, engine.block_tokens, shape.head_dim, dtype))
+    return form_of(engine.kv_format_stored, slab_of(shape, engine.block_tokens, dtype))
