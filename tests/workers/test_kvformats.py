@@ -1,7 +1,8 @@
 """A KV pool's blocks in their stored forms: which bytes they are, and what comes back of them."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from orchestrator.core.types import BlockId
 from workers.engines import fp8, nvfp4
 from workers.engines.base import NotEncodable
 from workers.engines.kvpool import KvPool
+from workers.engines.stored import Slab
 
 LAYERS, KV_HEADS, BLOCK_TOKENS = 3, 2, 8
 ROWS = LAYERS * 2 * KV_HEADS
@@ -18,14 +20,28 @@ COMPRESSED = [KvFormat.FP8, KvFormat.NVFP4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def heads(dtype: torch.dtype, head_dim: int, tokens: int) -> Slab:
+    return Slab(LAYERS, KV_HEADS, tokens, head_dim, str(dtype).removeprefix("torch."))
+
+
+def latents(dtype: torch.dtype, width: int, tokens: int) -> Slab:
+    return replace(heads(dtype, width, tokens), kv_heads=1, latent=True)
+
+
 def make_pool(
-    stored: KvFormat, dtype: torch.dtype = torch.bfloat16, head_dim: int = 32, blocks: int = 12, tokens: int = 8
+    stored: KvFormat,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 32,
+    blocks: int = 12,
+    tokens: int = 8,
+    slab_of: Callable[[torch.dtype, int, int], Slab] = heads,
 ) -> KvPool:
     """Return a pool filled with numbers of which each row has its own size."""
-    pool = KvPool(blocks, LAYERS, KV_HEADS, tokens, head_dim, dtype, torch.device("cpu"), None, stored)
+    slab = slab_of(dtype, head_dim, tokens)
+    pool = KvPool(blocks, slab, torch.device("cpu"), None, stored)
     source = torch.Generator().manual_seed(head_dim)
-    sizes = torch.exp(2 * torch.randn(blocks, ROWS, 1, generator=source))
-    rows_of(pool).copy_(torch.randn(blocks, ROWS, tokens * head_dim, generator=source) * sizes)
+    sizes = torch.exp(2 * torch.randn(blocks, slab.rows, 1, generator=source))
+    rows_of(pool).copy_(torch.randn(blocks, slab.rows, tokens * head_dim, generator=source) * sizes)
     return pool
 
 
@@ -57,6 +73,9 @@ def test_bytes_of_a_block() -> None:
     values = ROWS * BLOCK_TOKENS * 32
     assert make_pool(KvFormat.FP8).stored_bytes == values + 4 * ROWS
     assert make_pool(KvFormat.NVFP4).stored_bytes == values // 2 + values // 16 + 4 * ROWS
+    one_row_a_layer = [make_pool(stored, slab_of=latents).stored_bytes for stored in KvFormat]
+    values = LAYERS * BLOCK_TOKENS * 32
+    assert one_row_a_layer == [2 * values, values + 4 * LAYERS, values // 2 + values // 16 + 4 * LAYERS]
 
 
 def test_the_bytes_are_where_the_layout_says() -> None:
@@ -71,10 +90,13 @@ def test_the_bytes_are_where_the_layout_says() -> None:
     assert data[first_code : first_code + row_values // 2] == bytes(codes[row].tolist())
 
 
+@pytest.mark.parametrize("slab_of", [heads, latents])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", COMPRESSED)
-def test_each_row_comes_back_as_its_format_makes_it(stored: KvFormat, dtype: torch.dtype) -> None:
-    source, target = make_pool(stored, dtype), make_pool(stored, dtype, blocks=5)
+def test_each_row_comes_back_as_its_format_makes_it(
+    stored: KvFormat, dtype: torch.dtype, slab_of: Callable[[torch.dtype, int, int], Slab]
+) -> None:
+    source, target = make_pool(stored, dtype, slab_of=slab_of), make_pool(stored, dtype, blocks=5, slab_of=slab_of)
     kept = rows_of(target)[[0, 2]].clone()
     rows = rows_of(source)[[11, 0, 6]]
     found = decoded(target, encoded(source, (11, 0, 6)), (4, 1, 3))
@@ -106,6 +128,8 @@ def test_layouts_differ_where_bytes_would_be_misread() -> None:
     pools = [make_pool(KvFormat.PLAIN, dtype) for dtype in DTYPES]
     pools += [make_pool(stored) for stored in COMPRESSED]
     pools += [make_pool(KvFormat.FP8, head_dim=64, tokens=4), make_pool(KvFormat.FP8, tokens=4)]
+    pools += [make_pool(stored, slab_of=latents) for stored in KvFormat]
+    pools += [make_pool(KvFormat.FP8, head_dim=64, tokens=4, slab_of=latents), make_pool(KvFormat.FP8, tokens=4, slab_of=latents)]
     assert len({pool.stored_layout for pool in pools}) == len(pools)
 
 
@@ -124,6 +148,8 @@ def test_a_head_that_is_no_multiple_of_a_group_is_refused() -> None:
     problem = "nvfp4 needs a head dimension that is a multiple of 16, the model's is 24"
     assert str(refused.value) == f"engine.kv_format_stored: {problem}"
     assert make_pool(KvFormat.FP8, head_dim=24).stored_bytes
+    with pytest.raises(ConfigError, match=r"nvfp4 needs a width of latents that is a multiple of 16, the model's is 40"):
+        make_pool(KvFormat.NVFP4, head_dim=40, slab_of=latents)
 
 
 @pytest.mark.parametrize("stored", list(KvFormat))
@@ -142,7 +168,7 @@ def test_blocks_are_moved_in_one_thread_and_the_others_are_given_back(stored: Kv
 @pytest.mark.parametrize("stored", list(KvFormat))
 def test_a_cuda_pool_writes_the_same_bytes_and_reads_them(stored: KvFormat) -> None:
     here = make_pool(stored)
-    there = KvPool(12, LAYERS, KV_HEADS, BLOCK_TOKENS, 32, torch.bfloat16, torch.device("cuda"), None, stored)
+    there = KvPool(12, heads(torch.bfloat16, 32, BLOCK_TOKENS), torch.device("cuda"), None, stored)
     rows_of(there).copy_(rows_of(here))
     data = encoded(here, (5, 0, 9))
     assert encoded(there, (5, 0, 9)) == data

@@ -155,4 +155,3 @@ def _to_device(data: Tensor, device: torch.device) -> Tensor:
 def _to_host(data: Tensor, target: Tensor) -> None:
     staging = torch.empty(target.shape, dtype=torch.uint8, pin_memory=True)
     target.copy_(staging.copy_(data))
-
