@@ -64,7 +64,7 @@ class KvPool:
         self.stored_bytes, self.stored_layout = form.block_bytes, form.layout
 
     def write_index(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the index for `write`: token i goes to place `offsets[i]` of block `blocks[i]`. Shape [tokens, rows of a layer]."""
+        """Return the index for `write` [tokens, rows of a layer]: token i goes to place `offsets[i]` of block `blocks[i]`."""
         first = blocks * (self.slab.rows * self.block_tokens) + offsets
         return first[:, None] + self._token_offsets
 
@@ -77,7 +77,7 @@ class KvPool:
         self._token_rows[layer].index_put_((index,), kept)
 
     def read(self, layer: int, index: Tensor, sequences: int) -> Tensor:
-        """Return keys and values [2, sequences x KV heads, tokens of whole blocks, head dimension]; latents [1, sequences, ..]."""
+        """Return keys and values [2, sequences x KV heads, tokens of whole blocks, head dimension], or latents [1, ...]."""
         found = torch.index_select(self._head_rows[layer], 0, index)
         return found.view(self._kinds, sequences * self.slab.kv_heads, -1, self.slab.head_dim)
 
