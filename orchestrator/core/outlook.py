@@ -62,14 +62,16 @@ class Outlook:
         if place == len(self.ages_s):
             return 0.0
         start = self.chance(age_s)
+        rise = self.chances[-1] - start
         best = kept_s = 0.0
         before_s, before = age_s, start
-        for number in range(place, len(self.ages_s)):
-            age_s, chance = self.ages_s[number], self.chances[number]
-            kept_s += (age_s - before_s) * (1.0 - (before + chance) / 2)
+        for end_s, chance in zip(self.ages_s[place:], self.chances[place:], strict=True):
+            kept_s += (end_s - before_s) * (1.0 - (before + chance) / 2)
             if kept_s > 0.0:
                 best = max(best, (chance - start) / kept_s)
-            before_s, before = age_s, chance
+                if rise / kept_s <= best:  # no later age can bring more
+                    break
+            before_s, before = end_s, chance
         return best
 
 

@@ -208,6 +208,7 @@ class Node:
                 self._on_blocks_retired(event)
             case Expected(outlook):
                 self._pool.expect(outlook)
+                return []  # nothing follows from it until something must be forgotten
             case DrainRequested():
                 self._draining = True
             case _:

@@ -6,31 +6,36 @@ from orchestrator.core.types import BlockHash
 
 
 class Regret:
-    """The names that were forgotten last, as many as the node has blocks."""
+    """The names that were forgotten last: about as many as the node has blocks, twice as many at most.
 
-    __slots__ = ("_forgotten", "_forgotten_max")
+    None is dropped by itself: with so many new ones all that were there before them go at once.
+    """
+
+    __slots__ = ("_forgotten_max", "_newer", "_older")
 
     def __init__(self, forgotten_max: int) -> None:
         self._forgotten_max = forgotten_max
-        #: Oldest first.
-        self._forgotten: dict[BlockHash, None] = {}
+        self._newer: set[BlockHash] = set()
+        self._older: set[BlockHash] = set()
 
-    def forgot(self, names: Iterable[BlockHash]) -> None:
+    def forgot(self, names: Sequence[BlockHash]) -> None:
         """Remember blocks that are not held any longer."""
-        forgotten = self._forgotten
-        for name in names:
-            forgotten[name] = None
-        excess = len(forgotten) - self._forgotten_max
-        if excess > 0:
-            for name in list(forgotten)[:excess] if excess > 1 else [next(iter(forgotten))]:
-                del forgotten[name]
+        if len(self._newer) + len(names) > self._forgotten_max:
+            self._newer, self._older = set(), self._newer
+        self._newer.update(names)
 
-    def computed(self, names: Sequence[BlockHash]) -> int:
-        """Return how many of these blocks, which were just computed, had been held and were forgotten; they are held again."""
-        forgotten = self._forgotten
-        if not forgotten:
-            return 0
-        again = [name for name in names if name in forgotten]
-        for name in again:
-            del forgotten[name]
-        return len(again)
+    def computed(self, names: Iterable[BlockHash]) -> int:
+        """Return how many of these blocks of a chain, which were just computed, had been held and were forgotten.
+
+        They are held again. A chain is forgotten from its end, so that behind one that was not forgotten lately none was.
+        """
+        newer, older = self._newer, self._older
+        count = 0
+        for name in names:
+            if name in newer:
+                newer.remove(name)
+            elif name not in older:
+                break
+            older.discard(name)
+            count += 1
+        return count

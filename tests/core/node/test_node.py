@@ -30,6 +30,7 @@ from orchestrator.core.events import (
     Cancelled,
     DrainRequested,
     Ended,
+    Expected,
     ExportClosed,
     ExportOpened,
     FetchEnded,
@@ -51,6 +52,7 @@ from orchestrator.core.events import (
 from orchestrator.core.node import leases as leases_module
 from orchestrator.core.node import node as node_module
 from orchestrator.core.node.node import Node
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, LeaseTimer
 from orchestrator.core.types import (
     BlockHash,
@@ -473,6 +475,14 @@ def test_a_gateway_that_hangs_is_noticed_by_its_silence_and_its_requests_end(mak
     assert ended(mine, FinishReason.CANCELLED) in feed(node, finished(1, token(mine)), now=14.1)
     assert node.load().running == 1
     assert feed(node, TimerFired(timer), now=15.0) == []
+
+
+def test_what_is_expected_of_a_context_calls_for_nothing_and_is_no_news(make_node: MakeNode) -> None:
+    node = make_node()
+    feed(node, Assigned(assignment(1, "abcd")))
+    news = node.news
+    assert feed(node, Expected(Outlook(ContextId(1), (1.0,), (0.5,)))) == []
+    assert node.news == news
 
 
 def test_a_node_that_stood_still_itself_takes_no_gateway_for_hung(make_node: MakeNode) -> None:

@@ -30,8 +30,10 @@ def test_what_is_computed_again_after_it_was_pushed_out_is_regretted_once(make_n
 
 def test_the_memory_is_bounded_and_the_oldest_is_forgotten_first() -> None:
     regret = Regret(3)
-    regret.forgot(prompt_hashes("abcd"))
-    regret.forgot(prompt_hashes("x"))
-    assert regret.computed(prompt_hashes("abcd")) == 2  # c and d: a and b were the oldest
+    regret.forgot(prompt_hashes("abcd")[:0:-1])  # d, c, b: a chain is forgotten from its end
+    regret.forgot(prompt_hashes("a"))
+    regret.forgot(prompt_hashes("xyz")[::-1])
+    assert regret.computed(prompt_hashes("abcd")) == 1  # a: the others are older than as many as the node has blocks
     assert regret.computed(prompt_hashes("abcd")) == 0
-    assert regret.computed(prompt_hashes("xyz")) == 1
+    assert regret.computed(prompt_hashes("xyzw")) == 3
+    assert regret.computed(prompt_hashes("xyz")) == 0
