@@ -11,9 +11,10 @@ who would come back to it are. A prompt that waits for its admission is expected
 shallow ones, and are worth no more here: weighed by that, long contexts keep room that short ones would have used sooner, and
 where returns are guesses that loses as much as it wins (`bench/README.md`).
 
-Rule 1: the order is made anew once it is older than `RERANK_S`, as what is worth something changes with time alone.
-Rule 2: nothing is worth a look until something must go: what comes into the order waits unranked for that.
-Rule 3: of what is worth the same, the longest unused goes first; a pool that knows no outlook at all is an LRU cache.
+Rule 1: where nothing is expected the longest unused goes first, and before everything else; a pool that knows no outlook at
+    all is an LRU cache.
+Rule 2: the order of what is expected is made anew once it is older than `RERANK_S`, as its values change with time alone.
+Rule 3: nothing expected is worth a look until something of it must go: what comes into its order waits unranked for that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,10 +59,11 @@ class ValuePool(BlockPool):
         #: What is expected where each run ends, and the run of each: by the context, or by the prompt that waits.
         self._expected: dict[Run, dict[_Key, _Expected]] = {}
         self._places: dict[_Key, Run] = {}
-        #: The order: (value, when it idled, a tie-break, the run), least first. Valid is what `_entries` has the tie-break of.
+        #: The order of what is expected: (value, when it idled, a tie-break, the run), least first. Valid is what `_entries` has
+        #: the tie-break of. The rest is in the order of a `BlockPool`.
         self._order: list[tuple[float, int, int, Run]] = []
         self._entries: dict[Run, int] = {}
-        #: What is to come into the order (rule 2).
+        #: What is to come into it (rule 3).
         self._unranked: dict[Run, None] = {}
         self._ranked_at = 0.0
 
@@ -128,27 +130,41 @@ class ValuePool(BlockPool):
     # --- the order --------------------------------------------------------------------------------------------------------
 
     def _value(self, run: Run) -> float:
-        """Return what a second of keeping the end of a run brings, in next turns; less for what is dead."""
-        if not run.idled:
-            return -1.0
+        """Return what a second of keeping the end of a run brings, in next turns."""
         per_second = 0.0
-        for one in self._expected.get(run, _NOTHING).values():
+        for one in self._expected[run].values():
             per_second += one.per_second(self.now)
         return per_second
 
     def _rank_idle(self, run: Run) -> None:
-        if not run.claims and not run.children and run.names:
+        if run.evictable:
             self._rank(run)
 
+    def _awaits(self, run: Run) -> bool:
+        """Return whether something is expected of a run; nothing is of what is dead."""
+        return run.idled > 0 and run in self._expected
+
     def _rank(self, run: Run) -> None:
-        self._serial += 1
-        self._entries[run] = self._serial
-        self._unranked[run] = None
+        if self._awaits(run):
+            self._serial += 1
+            self._entries[run] = self._serial
+            self._unranked[run] = None
+        else:
+            self._take_out(run)
+            super()._rank(run)
+
+    def _fresh(self, entry: tuple[int, int, Run]) -> bool:
+        return super()._fresh(entry) and not self._awaits(entry[2])
+
+    def _take_out(self, run: Run) -> None:
+        """Let a run be in the order of what is expected no longer."""
+        self._entries.pop(run, None)
+        self._unranked.pop(run, None)
 
     def _rank_all(self) -> None:
-        """Make the order anew (rule 1)."""
+        """Make the order anew (rule 2)."""
         self._ranked_at = self.now
-        idle = [run for run in self._entries if run.names and not run.claims and not run.children]
+        idle = [run for run in self._entries if run.evictable]
         self._entries = {run: number for number, run in enumerate(idle, self._serial + 1)}
         self._serial += len(idle)
         self._order = [(self._value(run), run.idled, number, run) for run, number in self._entries.items()]
@@ -157,23 +173,26 @@ class ValuePool(BlockPool):
 
     def _rank_new(self) -> None:
         """Let what waits for it come into the order."""
-        for run in self._unranked:
+        for run in [run for run in self._unranked if run.evictable]:
             heappush(self._order, (self._value(run), run.idled, self._entries[run], run))
         self._unranked.clear()
 
-    def _victim(self) -> Run:
+    def _next_idle(self) -> Run | None:
+        return super()._next_idle() or self._least_expected()
+
+    def _least_expected(self) -> Run | None:
         if self.now - self._ranked_at > RERANK_S or len(self._order) > 2 * len(self._entries) + STALE_MAX:
             self._rank_all()
         else:
             self._rank_new()
-        while True:
+        while self._order:
             _, _, serial, run = heappop(self._order)
-            if self._entries.get(run) == serial and run.names and not run.claims and not run.children:
+            if self._entries.get(run) == serial and run.evictable:
                 return run
+        return None
 
     def _remove(self, run: Run, first: BlockHash) -> None:
-        self._entries.pop(run, None)
-        self._unranked.pop(run, None)
+        self._take_out(run)
         expected = self._expected.pop(run, None)
         if expected is not None:
             assert run.parent is not None, "the root cannot be evicted"
@@ -187,6 +206,8 @@ class ValuePool(BlockPool):
     # --- invariants -------------------------------------------------------------------------------------------------------
 
     def _is_ranked(self, run: Run) -> bool:
+        if not self._awaits(run):
+            return super()._is_ranked(run)
         return run in self._unranked or any(entry[3] is run and self._entries.get(run) == entry[2] for entry in self._order)
 
     def validate(self, claims: Iterable[Claim], private: Iterable[BlockId]) -> None:
@@ -199,6 +220,3 @@ class ValuePool(BlockPool):
                 assert self._places[key] is run, f"{key} is expected in two places"
         total = sum(map(len, self._expected.values()))
         assert total == len(self._places), f"{len(self._places)} places for {total} outlooks"
-
-
-_NOTHING: dict[_Key, _Expected] = {}

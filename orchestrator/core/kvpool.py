@@ -67,6 +67,11 @@ class Run:
         """Blocks of the chain up to its end."""
         return self.start + len(self.names)
 
+    @property
+    def evictable(self) -> bool:
+        """Whether its end may be forgotten (rule 2)."""
+        return not self.claims and not self.children and bool(self.names)
+
 
 class Claim:
     """A claim on a chain of cached blocks: none of them is evicted while it lasts."""
@@ -462,7 +467,8 @@ class BlockPool:
 
     def _evict(self, count: int) -> list[BlockId]:
         """Forget up to `count` blocks at the end of the run that idled longest, and return them, last block first."""
-        run = self._victim()
+        run = self._next_idle()
+        assert run is not None, f"{self.idle_blocks} blocks idle and none is in the order"
         count = min(count, self._evictable(run))
         self.idling.forgotten(count, run.idled, self.now)
         return self._cut(run, count)
@@ -504,15 +510,17 @@ class BlockPool:
             self._idle_runs = [(self._urgency(run), number, run) for number, run in enumerate(idle)]
             heapify(self._idle_runs)
 
-    def _victim(self) -> Run:
-        """Take the run to evict from next out of the order."""
-        while not self._fresh(entry := heappop(self._idle_runs)):
-            pass
-        return entry[2]
+    def _next_idle(self) -> Run | None:
+        """Take the run to evict from next out of the order; None if it is empty."""
+        while self._idle_runs:
+            entry = heappop(self._idle_runs)
+            if self._fresh(entry):
+                return entry[2]
+        return None
 
     def _fresh(self, entry: tuple[int, int, Run]) -> bool:
         urgency, _, run = entry
-        return bool(run.names) and not run.claims and not run.children and urgency == self._urgency(run)
+        return run.evictable and urgency == self._urgency(run)
 
     def _urgency(self, run: Run) -> int:
         """Return what orders eviction: lower goes first."""

@@ -81,15 +81,15 @@ class OptimalPool(BlockPool):
         return count
 
     def _fresh(self, entry: tuple[int, int, Run]) -> bool:
-        run = entry[2]
-        return bool(run.names) and not run.claims and not run.children
+        return entry[2].evictable
 
-    def _victim(self) -> Run:
+    def _next_idle(self) -> Run | None:
         """The future moves on: what was looked up too long ago is ranked anew."""
-        while True:
+        while self._idle_runs:
             entry = heappop(self._idle_runs)
             urgency, _, run = entry
             if self._fresh(entry):
                 if urgency == self._urgency(run):
                     return run
                 self._rank(run)
+        return None
