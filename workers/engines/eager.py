@@ -18,13 +18,14 @@ from orchestrator.profiles.positions import limited
 from workers.engines.base import EngineDescription, SliceOutput
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
+from workers.engines.device import device_of, dtype_of
 from workers.engines.kvpool import KvPool
 from workers.engines.linear import rows_min
 from workers.engines.models import Model
 from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
-from workers.engines.stored import POOL_DTYPES, Slab, slab_of
+from workers.engines.stored import Slab, slab_of
 from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
@@ -60,9 +61,9 @@ class EagerEngine:
             ConfigError: for a device, a context or a memory size that cannot be had.
         """
         shape = read_architecture(model_dir)
-        device = self._device = _device(config.device)
-        slab = slab_of(shape, config.block_tokens, POOL_DTYPES[shape.dtype if config.dtype == "auto" else config.dtype])
-        dtype: torch.dtype = getattr(torch, slab.dtype)
+        device = self._device = device_of(config.device)
+        dtype = dtype_of(config.dtype, shape)
+        slab = slab_of(shape, config.block_tokens, str(dtype).removeprefix("torch."))
         context = limited(shape.context_tokens_max, config.context_tokens_max)
         self._threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
@@ -150,18 +151,6 @@ class EagerEngine:
         """Let go of weights, pool and sequences."""
         self._sequences.clear()
         del self._model, self._batches, self._pool
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError("engine.device", f"must be auto, cpu, cuda or cuda:N, is {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError("engine.device", f"is {name}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:

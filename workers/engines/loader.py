@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from workers.engines.weights import Weights
 
 #: The two products that are computed as one.
 GATE_UP = ("gate_proj", "up_proj")
+#: What an expert consists of.
+EXPERT = (*GATE_UP, "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which of how many ranks that share a dense FFN's inner width."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, width: int) -> slice:
+        """Return the rank's part of a width; parts differ by 1 where it does not divide."""
+        return slice(width * self.rank // self.ranks, width * (self.rank + 1) // self.ranks)
 
 
 class Loader:
@@ -61,12 +76,19 @@ class Loader:
         bias = torch.cat(biases)
         return make_linear(scaled(torch.cat(weights), gain), bias if bias.any() else None, self._dtype, self._device)
 
-    def mlp(self, prefix: str, gain: Tensor | None) -> GatedMlp:
-        width, biased = self.shape.intermediate, self.shape.mlp_bias
-        biases = [self._bias(prefix + name, width, biased) for name in GATE_UP]
-        bias = torch.cat([one for one in biases if one is not None]) if biased else None
-        gate_up = make_linear(scaled(self._gate_up(prefix, width), gain), bias, self._dtype, self._device)
-        return GatedMlp(gate_up, self.linear(prefix + "down_proj", self.shape.hidden, width, biased), width)
+    def mlp(self, prefix: str, gain: Tensor | None, share: Share = Share()) -> GatedMlp:
+        """Return a dense FFN, or a rank's share of its inner width; what the shares make adds up to the whole."""
+        whole, biased = self.shape.intermediate, self.shape.mlp_bias
+        part = share.of(whole)
+        width = part.stop - part.start
+        gates_ups = [self._weights.take(f"{prefix}{name}.weight", (whole, self.shape.hidden))[part] for name in GATE_UP]
+        biases = [self._bias(prefix + name, whole, biased) for name in GATE_UP]
+        bias = torch.cat([one[part] for one in biases if one is not None]) if biased else None
+        gate_up = make_linear(scaled(torch.cat(gates_ups), gain), bias, self._dtype, self._device)
+        down = self._weights.take(f"{prefix}down_proj.weight", (self.shape.hidden, whole))[:, part]
+        down_bias = self._bias(f"{prefix}down_proj", self.shape.hidden, biased)
+        first = share.rank == 0  # a sum has its bias once
+        return GatedMlp(gate_up, make_linear(down, down_bias if first else None, self._dtype, self._device), width)
 
     def router(self, prefix: str, gain: Tensor | None) -> Router:
         experts = self._experts()
@@ -80,6 +102,15 @@ class Loader:
         gate_ups = [scaled(self._gate_up(name, width), gain) for name in names]
         downs = [self._weights.take(f"{name}down_proj.weight", (self.shape.hidden, width)) for name in names]
         return ExpertBank(gate_ups, downs, self._dtype, self._device)
+
+    def leave_experts(self, prefix: str) -> None:
+        """Note that other processes take what this one does not of a layer's router and experts."""
+        names = [f"{prefix}experts.{number}.{name}.weight" for number in range(self._experts().count) for name in EXPERT]
+        self._weights.leave(f"{prefix}gate.weight", *names)
+
+    def leave_ffn(self, prefix: str) -> None:
+        """Note that other processes take a layer's whole FFN, but for what is taken here."""
+        self._weights.leave_all(prefix)
 
     def _experts(self) -> Experts:
         assert self.shape.experts is not None

@@ -11,6 +11,8 @@ A layer is two halves. The first (`_Layer.attend`) ends with the rows that the s
 finished, so that it may be computed elsewhere while the first half of other rows is computed here.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,20 +24,29 @@ from workers.engines.grouped import GroupedAttention
 from workers.engines.kvpool import KvPool
 from workers.engines.linear import make_linear
 from workers.engines.loader import Loader, scaled
-from workers.engines.mlp import Ffn
+from workers.engines.mlp import Ffn, Finish
 from workers.engines.rotary import Rotations
+from workers.engines.split.ffn import RemoteFfn, SplitGroup
 from workers.engines.weights import Weights
 
 
 class Model:
     """One loaded model: tokens in, logits out."""
 
-    def __init__(self, weights: Weights, shape: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        shape: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        split: SplitGroup | None = None,
+    ) -> None:
+        """Load a model; with `split` its FFNs are left to the ranks of a group."""
         self._dtype = dtype
         loader = Loader(weights, shape, dtype, device)
         embedding = weights.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
         self._embedding = embedding.to(device, dtype)
-        self._layers = [_Layer(loader, number) for number in range(shape.layers)]
+        self._layers = [_Layer(loader, number, split) for number in range(shape.layers)]
         self._norm, gain = loader.norm("model.norm.weight")
         tied = shape.tied and not weights.has("lm_head.weight")
         head = embedding if tied else weights.take("lm_head.weight", (shape.vocabulary, shape.hidden))
@@ -49,19 +60,27 @@ class Model:
         """Multiply-adds of one row, attention aside."""
         return self._row_operations
 
-    def logits(self, batch: StepBatch, pool: KvPool) -> Tensor | None:
+    def logits(self, batches: Sequence[StepBatch], pool: KvPool) -> Tensor | None:
         """Compute a step; return [sampled rows, vocabulary] in the model's dtype, None if none is sampled.
 
-        Writes the rows' keys and values into the pool.
+        Writes the rows' keys and values into the pool. Of several batches each is a part of the step's sequences: while other
+        processes compute one's FFN, this one goes on with the next.
         """
-        state = functional.embedding(batch.token_ids, self._embedding).float()
-        rotation = self._rotations.at(batch.positions, batch.positions_max)
+        states = [functional.embedding(batch.token_ids, self._embedding).float() for batch in batches]
+        rotations = [self._rotations.at(batch.positions, batch.positions_max) for batch in batches]
+        finishes: list[Finish] = [_unchanged] * len(batches)
         for layer in self._layers:
-            state, rows = layer.attend(state, rotation, batch, pool)
-            if not len(state):
-                return None
-            state = layer.ffn.begin(rows)(state)
-        return self._head(self._norm(state))
+            for place, batch in enumerate(batches):
+                state = finishes[place](states[place])
+                states[place], rows = layer.attend(state, rotations[place], batch, pool)
+                finishes[place] = layer.ffn.begin(rows) if len(rows) else _unchanged
+        states = [finish(state) for finish, state in zip(finishes, states, strict=True)]
+        last = states[0] if len(states) == 1 else torch.cat(states)
+        return self._head(self._norm(last)) if len(last) else None
+
+
+def _unchanged(state: Tensor) -> Tensor:
+    return state
 
 
 def _row_operations(shape: Architecture) -> int:
@@ -78,14 +97,14 @@ def _row_operations(shape: Architecture) -> int:
 class _Layer:
     """Attention and MLP, each behind a normalisation and added to the residual stream."""
 
-    def __init__(self, loader: Loader, number: int) -> None:
+    def __init__(self, loader: Loader, number: int, split: SplitGroup | None) -> None:
         prefix, shape = f"model.layers.{number}.", loader.shape
         self._number = number
         self._attention_norm, gain = loader.norm(prefix + "input_layernorm.weight")
         self._attention = GroupedAttention(loader, prefix + "self_attn.", gain)
         self._output = loader.linear(prefix + "self_attn.o_proj", shape.hidden, shape.queries_width, shape.attention_bias)
         self._mlp_norm, gain = loader.norm(prefix + "post_attention_layernorm.weight")
-        self.ffn = _ffn(loader, number, prefix + "mlp.", gain)
+        self.ffn = _ffn(loader, number, prefix + "mlp.", gain, split)
         self._last = number == shape.layers - 1
 
     def attend(self, state: Tensor, rotation: Tensor, batch: StepBatch, pool: KvPool) -> tuple[Tensor, Tensor]:
@@ -98,8 +117,13 @@ class _Layer:
         return state, self._mlp_norm(state)
 
 
-def _ffn(loader: Loader, number: int, prefix: str, gain: Tensor | None) -> Ffn:
+def _ffn(loader: Loader, number: int, prefix: str, gain: Tensor | None, split: SplitGroup | None) -> Ffn:
+    """Return a layer's FFN; the router of one with experts is here in either case."""
     experts = loader.shape.experts
-    if experts is None or number not in experts.layers:
+    router = loader.router(prefix, gain) if experts is not None and number in experts.layers else None
+    if split is not None:
+        loader.leave_ffn(prefix)
+        return RemoteFfn(split, number, router)
+    if experts is None or router is None:
         return loader.mlp(prefix, gain)
-    return ExpertMlp(loader.router(prefix, gain), loader.bank(prefix, gain, range(experts.count)))
+    return ExpertMlp(router, loader.bank(prefix, gain, range(experts.count)))

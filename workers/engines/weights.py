@@ -42,9 +42,20 @@ class Weights:
             raise CheckpointError(path, f"tensor {name} must have shape {shape}, has {tuple(tensor.shape)}")
         return tensor.to(torch.float32)
 
-    def check_all_taken(self) -> None:
-        """Raise `CheckpointError` for tensors that nothing asked for: the model that they belong to is another one."""
-        left = [name for name in self._files if name not in self._taken and not name.endswith(DERIVED)]
+    def leave(self, *names: str) -> None:
+        """Note tensors that another process takes."""
+        self._taken.update(names)
+
+    def leave_all(self, prefix: str) -> None:
+        """Note that another process takes, and checks, all tensors whose names begin so."""
+        self._taken.update(name for name in self._files if name.startswith(prefix))
+
+    def check_all_taken(self, within: str = "") -> None:
+        """Raise `CheckpointError` for tensors that nothing asked for: the model that they belong to is another one.
+
+        Only those are looked at that have `within` in their names.
+        """
+        left = [name for name in self._files if within in name and name not in self._taken and not name.endswith(DERIVED)]
         if left:
             named = ", ".join(left[:TENSORS_NAMED_MAX]) + (", ..." if len(left) > TENSORS_NAMED_MAX else "")
             raise CheckpointError(self._directory, f"{len(left)} tensors are no part of the model in config.json: {named}")

@@ -1,0 +1,93 @@
+"""Which rank holds copies of which expert, by measured load. Pure: live FFN ranks and simulated ones are placed by this.
+
+The idea is DeepSeek's expert-parallelism load balancer (github.com/deepseek-ai/EPLB): spare slots go to copies of what is hottest,
+a copy carries its part of the expert's load, and copies are packed so that ranks carry about the same.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+#: A layer's placement: by rank, the experts in its slots. No rank has an expert twice.
+Placement = tuple[tuple[int, ...], ...]
+
+
+def place_experts(loads: Sequence[float], ranks: int, slots: int) -> Placement:
+    """Place one layer's experts; the same for the same arguments.
+
+    Args:
+        loads: what each expert has to do, in any unit; all 0 places them evenly.
+        ranks: ranks that share the layer.
+        slots: slots of each rank; together at least one for each expert. What is over holds copies, as far as an expert can have
+            any more: one a rank.
+
+    Raises:
+        ValueError: if the slots do not suffice, or there is no rank.
+    """
+    if ranks < 1 or ranks * slots < len(loads):
+        raise ValueError(f"{len(loads)} experts do not fit into {ranks} ranks of {slots} slots")
+    copies = _copies(loads, ranks, slots)
+    parts = sorted(
+        ((loads[expert] / count, expert) for expert, count in enumerate(copies) for _ in range(count)),
+        key=lambda part: (-part[0], part[1]),
+    )
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    carried = [0.0] * ranks
+    for load, expert in parts:
+        rank = _room(held, carried, slots, expert)
+        held[rank].append(expert)
+        carried[rank] += load
+    return tuple(tuple(sorted(experts)) for experts in held)
+
+
+def imbalance(loads: Sequence[float], placement: Placement) -> float:
+    """Return how much more the busiest rank has to do than the mean, as a share of the mean: 0 is perfect; 0 without any load.
+
+    An expert's load is shared equally by its copies.
+    """
+    copies = copies_of(placement)
+    carried = [sum(loads[expert] / copies[expert] for expert in experts) for experts in placement]
+    mean = sum(carried) / len(carried)
+    return max(carried) / mean - 1 if mean > 0 else 0.0
+
+
+def copies_of(placement: Placement) -> Mapping[int, int]:
+    """Return how many copies each expert has."""
+    copies: dict[int, int] = {}
+    for experts in placement:
+        for expert in experts:
+            copies[expert] = copies.get(expert, 0) + 1
+    return copies
+
+
+def _copies(loads: Sequence[float], ranks: int, slots: int) -> list[int]:
+    """Give each spare slot to the expert whose copies carry most; none has more copies than there are ranks."""
+    copies = [1] * len(loads)
+    if ranks == 1:
+        return copies
+    hottest = [(-load, expert) for expert, load in enumerate(loads)]
+    heapq.heapify(hottest)
+    spare = ranks * slots - len(loads)
+    while spare and hottest:
+        load, expert = heapq.heappop(hottest)
+        if load == 0.0:
+            break  # nobody needs another copy of what is not asked for
+        copies[expert] += 1
+        spare -= 1
+        if copies[expert] < ranks:
+            heapq.heappush(hottest, (-loads[expert] / copies[expert], expert))
+    return copies
+
+
+def _room(held: list[list[int]], carried: list[float], slots: int, expert: int) -> int:
+    """Return the rank with room that carries least and lacks the expert; where all with room have it, one of them gives way."""
+    open_ranks = [rank for rank, experts in enumerate(held) if len(experts) < slots]
+    fitting = [rank for rank in open_ranks if expert not in held[rank]]
+    if fitting:
+        return min(fitting, key=lambda rank: (carried[rank], len(held[rank]), rank))
+    # Every rank with room has a copy already: a rank without one hands an expert over that the open rank lacks.
+    target = open_ranks[0]
+    source = next(rank for rank, experts in enumerate(held) if expert not in experts)
+    moved = next(one for one in held[source] if one not in held[target])
+    held[source].remove(moved)
+    held[target].append(moved)
+    return source

@@ -1,0 +1,47 @@
+"""Experts are placed so that each is somewhere, no rank has one twice, and ranks carry about the same."""
+
+import random
+
+import pytest
+
+from orchestrator.core.experts import copies_of, imbalance, place_experts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_expert_is_placed_once_a_rank_at_most(seed: int) -> None:
+    generator = random.Random(seed)
+    ranks, experts = generator.randint(1, 9), generator.randint(1, 70)
+    slots = -(-experts // ranks) + generator.randint(0, 4)
+    loads = [generator.paretovariate(0.8) * generator.choice((0, 1, 1)) for _ in range(experts)]
+    placement = place_experts(loads, ranks, slots)
+    assert len(placement) == ranks
+    assert all(len(set(held)) == len(held) <= slots for held in placement)
+    assert set(copies_of(placement)) == set(range(experts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_skewed_load_is_levelled_by_copies(seed: int) -> None:
+    generator = random.Random(seed)
+    loads = [1 / (place + 1) for place in range(64)]
+    generator.shuffle(loads)
+    even = place_experts([0.0] * 64, 8, 8)
+    placed = place_experts(loads, 8, 10)
+    assert imbalance(loads, placed) < 0.05 < imbalance(loads, even)
+
+
+def test_without_load_nothing_is_copied_and_ranks_hold_as_many() -> None:
+    placement = place_experts([0.0] * 12, 3, 6)
+    assert [len(held) for held in placement] == [4, 4, 4]
+    assert set(copies_of(placement).values()) == {1}
+    assert imbalance([0.0] * 12, placement) == 0.0
+
+
+def test_imbalance_is_the_busiest_ranks_excess_over_the_mean() -> None:
+    # Expert 0 is in both ranks and gives 2 to each: 2 + 1 against 2 + 3.
+    assert imbalance([4.0, 1.0, 3.0], ((0, 1), (0, 2))) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(0, 5), (2, 1), (1, 2)])
+def test_too_few_slots_are_refused(ranks: int, slots: int) -> None:
+    with pytest.raises(ValueError, match=f"3 experts do not fit into {ranks} ranks of {slots} slots"):
+        place_experts([1.0, 1.0, 1.0], ranks, slots)

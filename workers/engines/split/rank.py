@@ -1,0 +1,140 @@
+"""An FFN rank: its part of every layer's FFN, computed for whatever attention rank of the group sends rows.
+
+It owns no KV, knows no requests and keeps no step: ranks that have nothing to do send nothing, and nobody waits for them. Of a
+dense FFN it has a share of the inner width, of an expert layer some of the experts (`core/experts.py`).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from orchestrator.core.experts import Placement, place_experts
+from orchestrator.profiles.model_config import Architecture
+from workers.engines.device import device_of, dtype_of
+from workers.engines.experts import ExpertBank
+from workers.engines.loader import Loader, Share
+from workers.engines.mlp import GatedMlp
+from workers.engines.shape import read_architecture
+from workers.engines.split.lanes import Header, Lane, LaneLayout, RankLost
+from workers.engines.split.shared import SharedInlet
+from workers.engines.weights import Weights
+
+#: Placements of a layer that a rank has at most: the one in use and, while ranks change over, the one before.
+VERSIONS_MAX = 2
+
+
+def first_placements(shape: Architecture, ranks: int, spare_slots: int) -> Mapping[int, Placement]:
+    """Return where experts are before anything was measured: spread evenly over the ranks, by layer."""
+    if shape.experts is None:
+        return {}
+    slots = slots_of(shape.experts.count, ranks, spare_slots)
+    return {layer: place_experts([0.0] * shape.experts.count, ranks, slots) for layer in shape.experts.layers}
+
+
+def slots_of(experts: int, ranks: int, spare_slots: int) -> int:
+    """Return the slots of a rank: what it needs, and some for copies of hot experts."""
+    return -(-experts // ranks) + spare_slots
+
+
+@dataclass(slots=True)
+class _Part:
+    """What a rank has of one layer."""
+
+    prefix: str
+    gain: Tensor | None
+    dense: GatedMlp | None
+    #: By version of the placement.
+    banks: dict[int, ExpertBank | None]
+
+
+class FfnRank:
+    """One FFN rank of a group."""
+
+    def __init__(self, model_dir: Path, dtype: str, device: str, rank: int, ranks: int, spare_slots: int, threads: int = 0) -> None:
+        """Load the rank's part of a checkpoint.
+
+        Args:
+            model_dir: the checkpoint.
+            dtype: auto, float32 or bfloat16: the same as the attention ranks'.
+            device: auto, cpu, cuda or cuda:N.
+            rank: which of the `ranks` this is.
+            spare_slots: slots for copies of experts.
+            threads: CPU threads; 0: as torch has them.
+
+        Raises:
+            CheckpointError, ConfigError: as `EagerEngine` does.
+        """
+        self._shape = shape = read_architecture(model_dir)
+        self._device, self._dtype = device_of(device), dtype_of(dtype, shape)
+        self._share = Share(rank, ranks)
+        if threads:
+            torch.set_num_threads(threads)
+        weights = Weights(model_dir)
+        self._loader = Loader(weights, shape, self._dtype, self._device)
+        placements = first_placements(shape, ranks, spare_slots)
+        with torch.inference_mode():
+            self._parts = [self._load(layer, placements.get(layer)) for layer in range(shape.layers)]
+        weights.check_all_taken(within=".mlp.")
+        self._inlet = SharedInlet()
+
+    @property
+    def address(self) -> str:
+        """Where attention ranks of this host connect."""
+        return self._inlet.address
+
+    def serve(self) -> None:
+        """Compute what comes until `close`."""
+        with torch.inference_mode():
+            for peer, header, lane in self._inlet.messages(layout_for(self._shape, self._dtype, 1, 1)):
+                began = time.perf_counter_ns()
+                self._compute(header, lane)
+                busy = time.perf_counter_ns() - began
+                self._inlet.answer(peer, Header(header.lane, header.layer, header.version, header.rows, busy))
+
+    def prepare(self, layer: int, version: int, experts: Sequence[int]) -> None:
+        """Load a layer's experts of another placement beside those in use; may be called while `serve` computes."""
+        part = self._parts[layer]
+        with torch.inference_mode():
+            bank = self._bank(part.prefix, part.gain, experts)
+        part.banks = {**{known: one for known, one in part.banks.items() if known > version - VERSIONS_MAX}, version: bank}
+
+    def close(self) -> None:
+        """Have `serve` end; may be called by another thread."""
+        self._inlet.close()
+
+    def _compute(self, header: Header, lane: Lane) -> None:
+        """Fill a lane's sums."""
+        part, count = self._parts[header.layer], header.rows
+        rows, sums = lane.rows[:count].to(self._device), lane.sums[:count]
+        total = torch.zeros(count, self._shape.hidden, dtype=torch.float32, device=self._device)
+        if part.dense is not None:
+            total = part.dense.add_to(total, rows)
+        if part.banks:
+            if header.version not in part.banks:
+                raise RankLost(f"layer {header.layer} is asked for by placement {header.version}, which is not known here")
+            bank = part.banks[header.version]
+            if bank is not None:
+                total = bank.add_to(total, rows, lane.weights[:count].to(self._device), lane.picks[:count].to(self._device))
+        sums.copy_(total)
+
+    def _load(self, layer: int, placement: Placement | None) -> _Part:
+        prefix = f"model.layers.{layer}."
+        _, gain = self._loader.norm(prefix + "post_attention_layernorm.weight")
+        prefix += "mlp."
+        if placement is None:
+            return _Part(prefix, gain, self._loader.mlp(prefix, gain, self._share), {})
+        self._loader.leave_experts(prefix)
+        return _Part(prefix, gain, None, {0: self._bank(prefix, gain, placement[self._share.rank])})
+
+    def _bank(self, prefix: str, gain: Tensor | None, experts: Sequence[int]) -> ExpertBank | None:
+        return self._loader.bank(prefix, gain, experts) if experts else None
+
+
+def layout_for(shape: Architecture, dtype: torch.dtype, lanes: int, rows_max: int) -> LaneLayout:
+    """Return the lanes that a model's activations need."""
+    picks = shape.experts.per_token if shape.experts is not None else 0
+    return LaneLayout(lanes, rows_max, shape.hidden, picks, dtype)
