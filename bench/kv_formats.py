@@ -68,9 +68,9 @@ class Seen:
         self.row_operations = model.row_operations
         self.last = torch.empty(0)
 
-    def logits(self, batch: StepBatch, pool: KvPool) -> Tensor | None:
+    def logits(self, batches: Sequence[StepBatch], pool: KvPool) -> Tensor | None:
         """See `Model.logits`."""
-        found = self._model.logits(batch, pool)
+        found = self._model.logits(batches, pool)
         if found is not None:
             self.last = found[-1].float()
         return found

@@ -1,6 +1,6 @@
 """Which rank holds copies of which expert, by measured load. Pure: live FFN ranks and simulated ones are placed by this.
 
-The idea is DeepSeek's expert-parallelism load balancer (github.com/deepseek-ai/EPLB): spare slots go to copies of what is hottest,
+The idea is that of the load balancer of DeepSeek (github.com/deepseek-ai/EPLB): spare slots go to copies of what is hottest,
 a copy carries its part of the expert's load, and copies are packed so that ranks carry about the same.
 """
 

@@ -6,7 +6,6 @@ right: prompts that lead to such a tie (one in hundreds) are left out.
 
 import json
 import random
-from array import array
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig
-from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle, oracle
+from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
 from workers.engines.checkpoint import create_checkpoint
-from workers.engines.eager import EagerEngine
-
-BLOCK_TOKENS = 16
-#: Of the tests' checkpoints: ordinary tokens are below.
-VOCABULARY = 512
-GREEDY = Sampling()
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
@@ -89,102 +80,6 @@ def add_biases(path: Path, part: str) -> None:
         if f".{part}." in name and name.endswith("_proj.weight"):
             tensors[name.replace(".weight", ".bias")] = 0.5 * torch.randn(len(weight), generator=generator)
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def without_ties(generate: Oracle, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts and what follows them; at most one in ten is left out."""
-    pairs = [(prompt, generate(prompt, count)) for prompt in prompts]
-    kept = [(prompt, tokens) for prompt, tokens in pairs if tokens is not None]
-    assert len(kept) >= 0.9 * len(prompts)
-    return [prompt for prompt, _ in kept], [tokens for _, tokens in kept]
-
-
-def engine_of(path: Path, blocks: int = 1024) -> EagerEngine:
-    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks)
-    return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048)
-
-
-class Conductor:
-    """Runs several sequences in one engine: random chunk sizes, joins, preemptions and imported prefixes, all from a seed."""
-
-    def __init__(self, engine: EagerEngine, donor: EagerEngine, seed: int) -> None:
-        self._engine = engine
-        self._donor = donor
-        self._random = random.Random(seed)
-        self._free = [BlockId(block) for block in range(engine.description.blocks)]
-        self._random.shuffle(self._free)
-
-    def run(self, prompts: list[list[int]], count: int, together: int) -> list[list[int]]:
-        """Return `count` tokens of each prompt, `together` at a time."""
-        waiting = [_Running(RequestId(number), prompt) for number, prompt in enumerate(prompts)]
-        everything = list(waiting)
-        running: list[_Running] = []
-        while waiting or running:
-            while waiting and len(running) < together:
-                running.append(self._admit(waiting.pop(0)))
-            if self._random.random() < 0.05:
-                self._preempt(self._random.choice(running))
-            self._step(running)
-            for done in [each for each in running if len(each.output) >= count]:
-                self._free.extend(done.blocks)
-                self._engine.forget(done.request)
-                running.remove(done)
-        return [each.output[:count] for each in everything]
-
-    def _admit(self, new: "_Running") -> "_Running":
-        self._engine.add(new.request, array("I", new.tokens), GREEDY)
-        if len(new.tokens) > 2 * BLOCK_TOKENS and self._random.random() < 0.5:
-            self._import_prefix(new)
-        return new
-
-    def _import_prefix(self, new: "_Running") -> None:
-        """Let the donor compute a prefix, and copy its blocks over."""
-        size = BLOCK_TOKENS
-        computed = self._random.randrange(1, len(new.tokens) // size + 1)
-        told = tuple(BlockId(block) for block in range(computed))
-        self._donor.add(RequestId(0), array("I", new.tokens), GREEDY)
-        self._donor.step([Slice(RequestId(0), 0, computed * size, 0, told, False)])
-        self._donor.forget(RequestId(0))
-        slabs = memoryview(bytearray(computed * self._donor.description.block_bytes))
-        self._donor.read_blocks(told, slabs)
-        new.blocks = [self._free.pop() for _ in told]
-        self._engine.write_blocks(new.blocks, slabs)
-        new.computed = min(computed * size, len(new.tokens) - 1)
-
-    def _preempt(self, victim: "_Running") -> None:
-        self._free[:0] = victim.blocks
-        victim.blocks, victim.computed, victim.told = [], 0, 0
-
-    def _step(self, running: list["_Running"]) -> None:
-        slices: list[Slice] = []
-        for each in running:
-            left = len(each.tokens) - each.computed
-            size = min(left, self._random.choice((1, 5, 16, 33, 200, 2048)))
-            end = each.computed + size
-            each.blocks += [self._free.pop() for _ in range(-(-end // BLOCK_TOKENS) - len(each.blocks))]
-            slices.append(Slice(each.request, each.computed, size, each.told, tuple(each.blocks[each.told :]), size == left))
-            each.computed, each.told = end, len(each.blocks)
-        for each, output in zip(running, self._engine.step(slices), strict=True):
-            assert output.failure is None
-            each.tokens += output.tokens
-            each.output += output.tokens
-
-
-class _Running:
-    def __init__(self, request: RequestId, prompt: list[int]) -> None:
-        self.request = request
-        self.tokens = list(prompt)
-        self.output: list[int] = []
-        self.blocks: list[BlockId] = []
-        #: Blocks that the engine knows of.
-        self.told = 0
-        #: Tokens whose KV is in the blocks.
-        self.computed = 0
-
-
-def prompts_of(seed: int, lengths: list[int]) -> list[list[int]]:
-    source = random.Random(seed)
-    return [[source.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

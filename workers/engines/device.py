@@ -15,7 +15,7 @@ def dtype_of(name: str, shape: Architecture) -> torch.dtype:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of `engine.device`: auto is the first GPU, if there is one. Raises `ConfigError` for one that is not there."""
+    """Return the device of `engine.device`: auto is the first GPU, if any. Raises `ConfigError` for one that is not there."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

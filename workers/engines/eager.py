@@ -4,6 +4,7 @@ See also `models.py` (the networks), `batch.py` (how a step is laid out), `kvpoo
 """
 
 import os
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ from workers.engines.models import Model
 from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
+from workers.engines.split.ffn import SplitGroup
+from workers.engines.split.microbatches import MICROBATCHES_MAX, Microbatches
+from workers.engines.split.places import SplitPlaces, first_placements, layout_for
+from workers.engines.split.shared import SharedLink
 from workers.engines.stored import Slab, slab_of
 from workers.engines.weights import Weights
 
@@ -46,6 +51,7 @@ class EagerEngine:
         sequences_max: int,
         step_tokens_max: int,
         allocate: Callable[[int], memoryview] | None = None,
+        split: SplitPlaces | None = None,
     ) -> None:
         """Load a model and take memory for its KV.
 
@@ -55,10 +61,12 @@ class EagerEngine:
             sequences_max: sequences that run together at most; with the context limit it bounds how many blocks are of use.
             step_tokens_max: tokens of one step at most; on CUDA, memory for their activations is left free.
             allocate: returns that many zeroed bytes for a pool in host memory; None: the engine's own.
+            split: where the FFN ranks are that compute the layers' second halves; None: this process computes all.
 
         Raises:
             CheckpointError: for a checkpoint that is incomplete or not supported.
             ConfigError: for a device, a context or a memory size that cannot be had.
+            RankLost: if an FFN rank cannot be reached.
         """
         shape = read_architecture(model_dir)
         device = self._device = device_of(config.device)
@@ -68,7 +76,10 @@ class EagerEngine:
         self._threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            self._model = Model(Weights(model_dir), shape, dtype, device)
+            rows_max = max(step_tokens_max, rows_min(dtype, device))
+            self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
+            self._microbatches = Microbatches(split.microbatches) if split is not None else None
+            self._model = Model(Weights(model_dir), shape, dtype, device, self.split)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
@@ -114,18 +125,39 @@ class EagerEngine:
             numbers.append(number)
         if not numbers:
             return outputs
-        batch = self._batches.build(slices, sequences, numbers)
-        small = batch.rows * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
+        if self._microbatches is None:
+            self._compute(slices, sequences, [numbers], outputs)
+            return outputs
+        count = self._microbatches.choose(len(numbers))
+        began = time.perf_counter()
+        self._compute(slices, sequences, [numbers[part::count] for part in range(count)], outputs)
+        took = time.perf_counter() - began
+        self._microbatches.measured(len(numbers), count, took)
+        if self.split is not None:
+            self.split.times.steps += 1
+            self.split.times.step_s += took
+        return outputs
+
+    def _compute(
+        self,
+        slices: Sequence[Slice],
+        sequences: Sequence[TokenSequence],
+        parts: Sequence[list[int]],
+        outputs: list[SliceOutput],
+    ) -> None:
+        """Compute the slices of these numbers, in micro-batches, and fill in what they bring."""
+        batches = [self._batches.build(slices, sequences, part) for part in parts]
+        small = sum(batch.rows for batch in batches) * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
         torch.set_num_threads(1 if small else self._threads)
-        logits = self._model.logits(batch, self._pool)
+        logits = self._model.logits(batches, self._pool)
         if logits is not None:
-            chosen = sample(logits, [sequences[number] for number in batch.sampled_slices])
-            for number, output in zip(batch.sampled_slices, chosen, strict=True):
+            sampled = [number for batch in batches for number in batch.sampled_slices]
+            chosen = sample(logits, [sequences[number] for number in sampled])
+            for number, output in zip(sampled, chosen, strict=True):
                 outputs[number] = output
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         torch.set_num_threads(self._threads)
-        return outputs
 
     def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
         """Return 0: the time a step takes is the time it takes."""
@@ -150,7 +182,16 @@ class EagerEngine:
     def close(self) -> None:
         """Let go of weights, pool and sequences."""
         self._sequences.clear()
+        if self.split is not None:
+            self.split.close()
         del self._model, self._batches, self._pool
+
+
+def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device: torch.device, rows_max: int) -> SplitGroup:
+    """Connect to a group's FFN ranks."""
+    layout = layout_for(shape, dtype, MICROBATCHES_MAX, rows_max)
+    links = [SharedLink(address, layout, places.silent_s) for address in places.addresses]
+    return SplitGroup(links, shape, first_placements(shape, len(links), places.spare_slots), device)
 
 
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:

@@ -1,14 +1,16 @@
 """An attention rank's side of the FFN half: routes rows to the ranks that own their experts and adds up what comes back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from orchestrator.core.experts import Placement, copies_of
+from orchestrator.profiles.model_config import Architecture
 from workers.engines.experts import Router
 from workers.engines.mlp import Finish
 from workers.engines.split.lanes import Header
@@ -67,13 +69,16 @@ class Routes:
 class SplitGroup:
     """The FFN ranks that one attention rank sends rows to."""
 
-    def __init__(self, links: Sequence[SharedLink], layers: int, experts: int, device: torch.device) -> None:
+    def __init__(
+        self, links: Sequence[SharedLink], shape: Architecture, placements: Mapping[int, Placement], device: torch.device
+    ) -> None:
         self.links = tuple(links)
         self.times = HalvesTimes()
         self._device = device
-        self._routes: dict[int, Routes] = {}
+        self._routes = {layer: Routes(placement, 0, device) for layer, placement in placements.items()}
+        layers, experts = shape.layers, shape.experts.count if shape.experts is not None else 0
         #: Rows that picked each expert, by layer, since the last look.
-        self.picks = torch.zeros(layers, experts, dtype=torch.int64)
+        self.picks = np.zeros((layers, experts), dtype=np.int64)
 
     def use(self, layer: int, version: int, placement: Placement) -> None:
         """Route by another placement from now on; each FFN rank must have prepared it. May be called by another thread."""
@@ -85,7 +90,7 @@ class SplitGroup:
 
     def take_picks(self) -> list[list[int]]:
         """Return how many rows picked each expert of each layer since the last call."""
-        counts = self.picks.clone()
+        counts = self.picks.copy()
         self.picks -= counts
         return counts.tolist()
 
@@ -121,7 +126,7 @@ class RemoteFfn:
 
     def _send_picked(self, rows: Tensor, router: Router) -> list[tuple[SharedLink, Tensor | None]]:
         weights, picked = router.route(rows)
-        self._group.picks[self._layer] += torch.bincount(picked.view(-1), minlength=self._group.picks.shape[1]).cpu()
+        self._group.picks[self._layer] += torch.bincount(picked.view(-1), minlength=self._group.picks.shape[1]).numpy(force=True)
         routes = self._group.routes(self._layer)
         ranks, slots = routes.find(picked, self._turn)
         self._turn += len(rows)

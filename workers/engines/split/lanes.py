@@ -1,7 +1,7 @@
 """What crosses between an attention rank and an FFN rank: lanes of rows and picks one way, of sums the other.
 
-A lane is memory for one message and its answer. An attention rank has a few for each FFN rank, one for each micro-batch that may be
-under way. Layout of a lane, each part from a multiple of 64 bytes on:
+A lane is memory for one message and its answer. An attention rank has some for each FFN rank, one for each micro-batch that can
+be under way. Layout of a lane, each part from a multiple of 64 bytes on:
 
     rows      [rows, hidden]   the model's dtype: normalised inputs
     weights   [rows, picks]    float32
@@ -24,7 +24,7 @@ class RankLost(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is said of a lane: which, for which layer and version of its placement, how many rows; in answers, how long it took."""
+    """What is said of a lane: which, for which layer and version of its placement, how many rows; then, how long it took."""
 
     lane: int
     layer: int

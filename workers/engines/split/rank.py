@@ -5,39 +5,26 @@ dense FFN it has a share of the inner width, of an expert layer some of the expe
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from orchestrator.core.experts import Placement, place_experts
-from orchestrator.profiles.model_config import Architecture
+from orchestrator.core.experts import Placement
 from workers.engines.device import device_of, dtype_of
 from workers.engines.experts import ExpertBank
 from workers.engines.loader import Loader, Share
 from workers.engines.mlp import GatedMlp
 from workers.engines.shape import read_architecture
-from workers.engines.split.lanes import Header, Lane, LaneLayout, RankLost
+from workers.engines.split.lanes import Header, Lane, RankLost
+from workers.engines.split.places import first_placements, layout_for
 from workers.engines.split.shared import SharedInlet
 from workers.engines.weights import Weights
 
 #: Placements of a layer that a rank has at most: the one in use and, while ranks change over, the one before.
 VERSIONS_MAX = 2
-
-
-def first_placements(shape: Architecture, ranks: int, spare_slots: int) -> Mapping[int, Placement]:
-    """Return where experts are before anything was measured: spread evenly over the ranks, by layer."""
-    if shape.experts is None:
-        return {}
-    slots = slots_of(shape.experts.count, ranks, spare_slots)
-    return {layer: place_experts([0.0] * shape.experts.count, ranks, slots) for layer in shape.experts.layers}
-
-
-def slots_of(experts: int, ranks: int, spare_slots: int) -> int:
-    """Return the slots of a rank: what it needs, and some for copies of hot experts."""
-    return -(-experts // ranks) + spare_slots
 
 
 @dataclass(slots=True)
@@ -54,7 +41,9 @@ class _Part:
 class FfnRank:
     """One FFN rank of a group."""
 
-    def __init__(self, model_dir: Path, dtype: str, device: str, rank: int, ranks: int, spare_slots: int, threads: int = 0) -> None:
+    def __init__(
+        self, model_dir: Path, dtype: str, device: str, rank: int, ranks: int, spare_slots: int, threads: int = 0
+    ) -> None:
         """Load the rank's part of a checkpoint.
 
         Args:
@@ -132,9 +121,3 @@ class FfnRank:
 
     def _bank(self, prefix: str, gain: Tensor | None, experts: Sequence[int]) -> ExpertBank | None:
         return self._loader.bank(prefix, gain, experts) if experts else None
-
-
-def layout_for(shape: Architecture, dtype: torch.dtype, lanes: int, rows_max: int) -> LaneLayout:
-    """Return the lanes that a model's activations need."""
-    picks = shape.experts.per_token if shape.experts is not None else 0
-    return LaneLayout(lanes, rows_max, shape.hidden, picks, dtype)

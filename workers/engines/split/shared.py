@@ -11,7 +11,7 @@ import selectors
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.wire import node_pb2
@@ -50,14 +50,21 @@ class SharedLink:
             "dtype": str(layout.dtype).removeprefix("torch."),
         }
         try:
-            self._socket.connect("\0" + address)
-            self._socket.sendall(json.dumps(hello).encode())
-            answer = self._socket.recv(_HELLO_BYTES).decode()
+            problem = self._greet(hello)
         except OSError as error:
+            self.close()
             raise RankLost(f"FFN rank {address} does not take a connection: {error}") from error
-        if answer != "ok":
-            raise RankLost(f"FFN rank {address} refuses the connection: {answer or 'it ended'}")
+        if problem is not None:
+            self.close()
+            raise RankLost(f"FFN rank {address} refuses the connection: {problem}")
         self._socket.settimeout(silent_s)
+
+    def _greet(self, hello: Mapping[str, str | int]) -> str | None:
+        """Connect and say where the lanes are. Returns the problem that the rank has with them."""
+        self._socket.connect("\0" + self._name)
+        self._socket.sendall(json.dumps(hello).encode())
+        answer = self._socket.recv(_HELLO_BYTES).decode()
+        return None if answer == "ok" else answer or "it ended"
 
     def take(self) -> tuple[int, Lane]:
         """Return a lane that is free, to be filled: at most as many are under way as there are."""
@@ -125,6 +132,7 @@ class SharedInlet:
         while True:
             for key, _ in self._selector.select():
                 if key.fd == self._waker:
+                    self._end()
                     return
                 if key.fileobj is self._listener:
                     self._accept(expected)
@@ -145,6 +153,14 @@ class SharedInlet:
         """Have `messages` end; may be called by another thread."""
         os.write(self._woken, b"x")
 
+    def _end(self) -> None:
+        for peer in tuple(self._peers):
+            self._drop(peer)
+        self._selector.close()
+        self._listener.close()
+        os.close(self._waker)
+        os.close(self._woken)
+
     def _accept(self, expected: LaneLayout) -> None:
         peer, _ = self._listener.accept()
         peer.settimeout(CONNECT_S)
@@ -154,6 +170,7 @@ class SharedInlet:
         except (OSError, ValueError, KeyError, TypeError, PeerUnmappable) as error:
             problem = str(error)
         if problem is not None:
+            self._peers.pop(peer, None)
             peer.close()
             return
         self._selector.register(peer, selectors.EVENT_READ)
@@ -193,4 +210,3 @@ class SharedInlet:
         if self._peers.pop(peer, None) is not None:
             self._selector.unregister(peer)
             peer.close()
-
