@@ -470,12 +470,12 @@ class NodeDriver:
             log.debug("%s taken", assignment.role.value, extra=fields)
         if submit.timed:
             self._beginnings.watch(request)
-        self._runner.add(request, tokens, codec.sampling_from(submit.sampling))
+        self._runner.add(request, tokens, codec.sampling_from(submit.sampling), assignment.generated_tokens)
         self.handle(Assigned(assignment))
 
     def _check(self, outbox: Outbox, assignment: Assignment, submit: node_pb2.Submit) -> None:
         """Raise `MalformedMessage` for what the engine would choke on."""
-        request, blocks = assignment.request, assignment.prompt_tokens // self.spec.block_tokens
+        request, blocks = assignment.request, assignment.given_tokens // self.spec.block_tokens
         if gateway_of(request) != outbox.gateway:
             raise codec.MalformedMessage(f"request {request} is not gateway {outbox.gateway}'s")
         if request in self._sequences:
@@ -483,7 +483,7 @@ class NodeDriver:
         if len(submit.hash_root) != HASH_BYTES:
             raise codec.MalformedMessage(f"the hash root must have {HASH_BYTES} bytes, has {len(submit.hash_root)}")
         if len(assignment.hashes) != blocks:
-            raise codec.MalformedMessage(f"{assignment.prompt_tokens} tokens fill {blocks} blocks, not {len(assignment.hashes)}")
+            raise codec.MalformedMessage(f"{assignment.given_tokens} tokens fill {blocks} blocks, not {len(assignment.hashes)}")
         check_vocabulary(self._description, submit)
 
     def _report_ended(self, report: Ended) -> None:

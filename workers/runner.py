@@ -24,7 +24,7 @@ Failed = Callable[[RunStep, str], None]
 class Runner(Protocol):
     """One engine, driven from the loop."""
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Give the engine a request before its first step."""
         ...
 
@@ -109,8 +109,8 @@ class ThreadRunner:
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
-        self._changes.append(lambda: self._engine.add(request, tokens, sampling))
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
+        self._changes.append(lambda: self._engine.add(request, tokens, sampling, generated))
 
     def forget(self, request: RequestId) -> None:
         self._changes.append(lambda: self._engine.forget(request))

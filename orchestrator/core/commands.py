@@ -413,6 +413,17 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """The request is to go on elsewhere, after what was delivered: take no more of it from where it ran, and count that.
+
+    Ended by `Resumed`, which is followed by new `Assign`s.
+    """
+
+    request: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestStoreResync:
     """Ask a store for a model's KV batches after `after`, or for all it holds (None). Ended by those in a `StoreReported`."""
 
@@ -506,6 +517,7 @@ ClusterCommand = (
     | Refuse
     | Abort
     | Restart
+    | Resume
     | RequestResync
     | RequestStoreResync
     | AnswerHint

@@ -16,6 +16,7 @@ from math import isfinite
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from orchestrator.core.types import (
+    ATTEMPTS_MAX,
     SHARE_MAX,
     SHARE_MIN,
     CostProfile,
@@ -301,13 +302,17 @@ class LimitsConfig:
     node_waiting_max: int = 64
     #: Times a request is tried again on another node before its first token.
     retries_max: int = 2
+    #: Times a request goes on elsewhere after its node was lost, or failed, once tokens were delivered; then it ends with 502.
+    resumes_max: int = 8
 
     def __post_init__(self) -> None:
         for name in ("waiting_max", "tenant_requests_max", "sessions_max", "node_waiting_max"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("waiting_s_max", "request_s_max"):
             require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
-        require(self.retries_max >= 0, "retries_max", f"must be 0 or more, is {self.retries_max}")
+        for name in ("retries_max", "resumes_max"):
+            most = ATTEMPTS_MAX // 2
+            require(0 <= getattr(self, name) <= most, name, f"must be 0 to {most}, is {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -420,6 +420,20 @@ class RequestAbandoned:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """What a request has brought is counted: it goes on from there. Answers `Resume`.
+
+    `hashes` are those of the full blocks of its prompt and of the `output_tokens` that came, and `stopped` says that the last
+    of these ends the output.
+    """
+
+    request: RequestId
+    output_tokens: int
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class NodeJoined:
     """A node's stream is up. The same id with a higher incarnation replaces the older one."""
 
@@ -446,13 +460,18 @@ class FirstToken:
     """A request's first token came: its prompt is complete on that node.
 
     `computed_tokens` of the prompt were computed, on this node or for it on its source; the others were cached. Of those this
-    node loaded `cpu_tokens` and `cmx_tokens` from its host's store, which had them in that tier; the rest was in `hbm`.
+    node loaded `cpu_tokens` and `cmx_tokens` from its host's store, which had them in that tier, and `peer_tokens` were fetched
+    from a node that had them; the rest was in `hbm`. `regretted_tokens` were computed although this node had held them.
+
+    Where a request goes on that has generated before, it is the first one that this node adds.
     """
 
     request: RequestId
     computed_tokens: int
     cpu_tokens: int = 0
     cmx_tokens: int = 0
+    peer_tokens: int = 0
+    regretted_tokens: int = 0
 
 
 @quickly_made
@@ -583,6 +602,7 @@ class SessionEnded:
 ClusterEvent = (
     RequestArrived
     | RequestAbandoned
+    | Resumed
     | Answered
     | ToolStarted
     | ToolFinished

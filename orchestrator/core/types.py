@@ -12,7 +12,9 @@ from typing import NewType
 from orchestrator.core.making import quickly_made
 from orchestrator.core.outlook import Outlook
 
-#: Unique in the cluster: the gateway's number in the bits from `REQUEST_SERIAL_BITS` up, a running number below.
+#: Unique in the cluster: a running number in the lowest `REQUEST_SERIAL_BITS`, then the gateway's, then that of the attempt.
+#: Gateways and clients mean a request by its first attempt's id; nodes know it by that of the attempt they have a part in, so
+#: that what still comes of one that was given up is nobody's.
 RequestId = NewType("RequestId", int)
 GatewayId = NewType("GatewayId", int)
 NodeId = NewType("NodeId", str)
@@ -47,7 +49,11 @@ SEED_MASK = (1 << 64) - 1
 #: What a tenant's share may be; within these, the work of years stays a number.
 SHARE_MIN, SHARE_MAX = 1e-3, 1e6
 
-REQUEST_SERIAL_BITS = 40
+REQUEST_SERIAL_BITS, REQUEST_GATEWAY_BITS = 40, 12
+_ATTEMPT_SHIFT = REQUEST_SERIAL_BITS + REQUEST_GATEWAY_BITS
+_GATEWAY_MASK, _REQUEST_MASK = (1 << REQUEST_GATEWAY_BITS) - 1, (1 << _ATTEMPT_SHIFT) - 1
+#: Attempts at a request beyond the first; ids so fit 60 bits.
+ATTEMPTS_MAX = 255
 
 
 def request_id(gateway: GatewayId, serial: int) -> RequestId:
@@ -58,7 +64,18 @@ def request_id(gateway: GatewayId, serial: int) -> RequestId:
 
 def gateway_of(request: RequestId) -> GatewayId:
     """Return the gateway that issued a request id, and so the one that waits for its tokens."""
-    return GatewayId(request >> REQUEST_SERIAL_BITS)
+    return GatewayId(request >> REQUEST_SERIAL_BITS & _GATEWAY_MASK)
+
+
+def attempt_id(request: RequestId, attempt: int) -> RequestId:
+    """Return what nodes call a request in its `attempt`-th attempt, from 0."""
+    assert 0 <= attempt <= ATTEMPTS_MAX, f"attempt {attempt} at request {request}: there are {ATTEMPTS_MAX} at most"
+    return RequestId(request | attempt << _ATTEMPT_SHIFT)
+
+
+def request_of(attempt: RequestId) -> RequestId:
+    """Return the request that an attempt's id is about."""
+    return RequestId(attempt & _REQUEST_MASK)
 
 
 class ServiceClass(StrEnum):
@@ -185,9 +202,14 @@ class Assignment:
         [0, hit)                 blocks it holds already
         [hit, stored_tokens)     blocks it loads from its host's store
         [.., source_tokens)      blocks it fetches from `source`, if there is one
-        [.., prompt_tokens)      what is left: it computes them
+        [.., given_tokens)       what is left: it computes them
 
     A load or a fetch that brings less than promised only makes a later run longer.
+
+    A request that goes on after its node was lost comes with what it has generated, behind its prompt:
+
+        |-------- prompt_tokens --------|-- generated_tokens --|-- still to come --|
+                                        |-------------- output_tokens_max ---------|
     """
 
     request: RequestId
@@ -214,6 +236,14 @@ class Assignment:
     share: float = 1.0
     #: Prompt tokens that the store of the node's host is to bring, counted from the start of the prompt.
     stored_tokens: int = 0
+    #: Tokens of the output that were generated elsewhere. `hashes` name their full blocks as well, and "prompt" in what is to be
+    #: loaded, fetched or held means both.
+    generated_tokens: int = 0
+
+    @property
+    def given_tokens(self) -> int:
+        """Tokens that it comes with: the prompt and what was generated."""
+        return self.prompt_tokens + self.generated_tokens
 
 
 @dataclass(frozen=True, slots=True)

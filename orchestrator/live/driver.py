@@ -9,10 +9,13 @@ import asyncio
 import logging
 import random
 import time
+from array import array
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
 
+from orchestrator.core.blocks import TOKEN_BYTES, extend_hashes
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.sessions import ReprefillReason
@@ -35,6 +38,7 @@ from orchestrator.core.commands import (
     RequestResync,
     RequestStoreResync,
     Restart,
+    Resume,
     SetTimer,
 )
 from orchestrator.core.config import ClusterConfig
@@ -54,6 +58,7 @@ from orchestrator.core.events import (
     PrefetchAsked,
     RequestAbandoned,
     RequestArrived,
+    Resumed,
     StoreJoined,
     StoreLost,
     StoreReported,
@@ -70,10 +75,12 @@ from orchestrator.core.types import (
     Request,
     RequestId,
     Role,
+    Sampling,
     StoreId,
     StoreLoad,
     StoreSpec,
     request_id,
+    request_of,
 )
 from orchestrator.live.links import NodeLink
 from orchestrator.live.stores import StoreLink
@@ -134,11 +141,14 @@ class TurnStream:
         "_driver",
         "_failure",
         "_finish",
+        "_read",
+        "attempt",
         "cached_tokens",
         "logprobs",
         "node",
         "output_tokens",
         "request",
+        "sampling",
         "tokens",
         "turn",
         "waiter",
@@ -147,13 +157,18 @@ class TurnStream:
     def __init__(self, driver: "ClusterDriver", request: RequestId, turn: Turn) -> None:
         self.request = request
         self.turn = turn
+        #: As asked; with a seed whatever was asked, so that another node goes on with the same numbers.
+        self.sampling = _seeded(turn.sampling)
+        #: What nodes call it in the attempt whose tokens count; None while none does.
+        self.attempt: RequestId | None = None
         #: The node whose tokens count; others' are late ones of an assignment that was given up.
         self.node: NodeId | None = None
         #: Not yet read; the driver appends to both.
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
-        #: Tokens that came, read or not.
+        #: Tokens that came, read or not; those that were read.
         self.output_tokens = 0
+        self._read = array("I")
         self._driver = driver
         self._finish: FinishReason | None = None
         #: Prompt tokens that were not computed; known from the first token on.
@@ -170,6 +185,7 @@ class TurnStream:
         if not self.tokens and self._failure is not None:
             raise self._failure
         delta = Delta(self.tokens, self.logprobs, self._finish, self.cached_tokens)
+        self._read.extend(self.tokens)
         self.tokens, self.logprobs = [], []
         return delta
 
@@ -191,10 +207,14 @@ class TurnStream:
 
     def restart(self) -> None:
         """Forget what came of an attempt of which nothing was delivered."""
-        self.node = None
         self.output_tokens = 0
         self.tokens.clear()
         self.logprobs.clear()
+
+    @property
+    def generated(self) -> "array[int]":
+        """All tokens that came, in order."""
+        return self._read + array("I", self.tokens)
 
     def finish(self, reason: FinishReason, cached_tokens: int) -> None:
         """End well."""
@@ -247,6 +267,10 @@ class ClusterDriver:
         self._incarnation = random.getrandbits(63)
         self._serial = 0
         self._streams: dict[RequestId, TurnStream] = {}
+        #: Those that nodes generate for, by what nodes call them.
+        self._fed: dict[RequestId, TurnStream] = {}
+        #: What the core is to be told next of requests that it resumes.
+        self._counted: deque[Resumed] = deque()
         self._links: dict[NodeId, NodeLink] = {}
         self._known: dict[NodeId, _KnownNode] = {}
         self._stores: dict[StoreId, StoreLink] = {}
@@ -305,6 +329,7 @@ class ClusterDriver:
 
     def _give_up(self, stream: TurnStream, failure: TurnFailed) -> None:
         if self._streams.pop(stream.request, None) is not None:
+            self._stop_feeding(stream)
             output_tokens = stream.output_tokens
             stream.restart()
             stream.fail(failure)
@@ -451,7 +476,7 @@ class ClusterDriver:
             self._deliver(node, frame, slow)
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
-            self._observer.fetched(node, RequestId(move.request), move.began_s_ago)
+            self._observer.fetched(node, request_of(RequestId(move.request)), move.began_s_ago)
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
             if self._follows:
@@ -467,10 +492,10 @@ class ClusterDriver:
     def _tell_computed(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
         for part in (*frame.first_tokens, *frame.ended):
             if part.began_s_ago:
-                self._observer.computed(node, RequestId(part.request), part.began_s_ago)
+                self._observer.computed(node, request_of(RequestId(part.request)), part.began_s_ago)
 
     def _deliver(self, node: NodeId, frame: node_pb2.NodeFrame, slow: list[TurnStream]) -> None:
-        streams = self._streams
+        streams = self._fed
         for entry in frame.logprobs:
             stream = streams.get(RequestId(entry.request))
             if stream is not None and stream.node == node:
@@ -478,7 +503,7 @@ class ClusterDriver:
                 stream.logprobs.append(TokenLogprob(entry.logprob, top))
         for first in frame.first_tokens:
             stream = streams.get(RequestId(first.request))
-            if stream is not None and stream.node == node:
+            if stream is not None and stream.node == node and not stream.output_tokens:
                 stream.cached_tokens = max(stream.turn.prompt.count - first.computed_tokens, 0)
         tokens = list(frame.tokens)
         end = 0
@@ -502,6 +527,12 @@ class ClusterDriver:
     # --- the core -----------------------------------------------------------------------------------------------------
 
     def _handle(self, event: ClusterEvent) -> None:
+        """Take an event to the core, and then what it asked for of requests that it resumes."""
+        self._take(event)
+        while self._counted:
+            self._take(self._counted.popleft())
+
+    def _take(self, event: ClusterEvent) -> None:
         now = self.now
         try:
             started = time.perf_counter()
@@ -547,7 +578,12 @@ class ClusterDriver:
             case Restart(request, _):
                 stream = self._streams.get(request)
                 if stream is not None:
+                    self._stop_feeding(stream)
                     stream.restart()
+            case Resume(request, reason):
+                stream = self._streams.get(request)
+                if stream is not None:
+                    self._resume(stream, reason)
             case Expect(node, outlook):
                 link = self._links.get(node)
                 if link is not None:
@@ -598,22 +634,48 @@ class ClusterDriver:
 
     def _assign(self, command: Assign) -> None:
         assignment = command.assignment
-        stream = self._streams[assignment.request]
-        prompt = stream.turn.prompt
-        message = codec.submit_message(assignment, prompt.tokens, prompt.hash_root, codec.sampling_message(stream.turn.sampling))
-        message.timed = self._observer.follows(assignment.request)
+        stream = self._streams[request_of(assignment.request)]
+        prompt, tokens = stream.turn.prompt, stream.turn.prompt.tokens
+        if assignment.generated_tokens:
+            tokens += stream.generated.tobytes()
+        message = codec.submit_message(assignment, tokens, prompt.hash_root, codec.sampling_message(stream.sampling))
+        message.timed = self._observer.follows(stream.request)
         self._follows = self._follows or message.timed
         source = self._known.get(assignment.source) if assignment.source is not None else None
         if source is not None:
             message.source_address = source.spec.address
             message.source_host = source.spec.host
         if assignment.role is Role.GENERATE:
-            stream.node = command.node
+            stream.node, stream.attempt = command.node, assignment.request
+            self._fed[assignment.request] = stream
         self._links[command.node].submit(message)
+
+    def _stop_feeding(self, stream: TurnStream) -> None:
+        """Let nothing that still comes of the attempt under way be the turn's."""
+        if stream.attempt is not None:
+            del self._fed[stream.attempt]
+            stream.attempt = stream.node = None
+
+    def _resume(self, stream: TurnStream, reason: str) -> None:
+        """Count what a turn has brought, for it to go on elsewhere; its reader only waits."""
+        self._stop_feeding(stream)
+        turn, generated = stream.turn, stream.generated
+        prompt = turn.prompt
+        block_tokens = self._config.pools_of(turn.model)[0].engine.block_tokens
+        hashed = len(prompt.hashes)
+        parent = prompt.hashes[-1] if hashed else prompt.hash_root
+        rest = prompt.tokens[hashed * block_tokens * TOKEN_BYTES :] + generated.tobytes()
+        hashes = prompt.hashes + tuple(extend_hashes(parent, rest, block_tokens))
+        stopped = bool(generated) and generated[-1] in stream.sampling.stop_token_ids
+        named = {REQUEST: turn.name, "number": stream.request}
+        log.warning("goes on elsewhere after %d tokens: %s", len(generated), reason, extra=named)
+        self._counted.append(Resumed(stream.request, len(generated), hashes, stopped))
 
     def _end(self, request: RequestId) -> TurnStream | None:
         """Take a turn's stream out; None if its reader has given it up before."""
         stream = self._streams.pop(request, None)
+        if stream is not None:
+            self._stop_feeding(stream)
         if not self._streams:
             self._idle.set()
         return stream
@@ -639,6 +701,7 @@ class ClusterDriver:
         for stream in tuple(self._streams.values()):
             stream.fail(TurnFailed(503, "shutting_down", "the gateway is shutting down"))
         self._streams.clear()
+        self._fed.clear()
         closing = [asyncio.ensure_future(link.close()) for link in (*self._links.values(), *self._stores.values())]
         self._links.clear()
         self._stores.clear()
@@ -646,3 +709,10 @@ class ClusterDriver:
             await asyncio.wait((*closing, *self._closing))
         if self._journal is not None:
             await self.loop.run_in_executor(None, self._journal.close)
+
+
+def _seeded(sampling: Sampling) -> Sampling:
+    """Return the same with a seed, if it draws and none was asked for."""
+    if sampling.seed is not None or sampling.temperature <= 0.0:
+        return sampling
+    return replace(sampling, seed=random.getrandbits(64))

@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from orchestrator.core.cluster.sessions import ReprefillReason
-from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart
+from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart, Resume
 from orchestrator.core.events import (
     ClusterEvent,
     Ended,
@@ -58,6 +58,7 @@ from orchestrator.core.types import (
     StoreSpec,
     TenantId,
     Tier,
+    request_of,
 )
 
 #: Seconds. TTFT reaches 2560 s because a waiting request on a busy cluster counts too (the field's dashboards use this range).
@@ -156,6 +157,8 @@ class _Flight:
     pool: PoolName | None = None
     #: Prompt tokens that its prefill node computed.
     prefilled_tokens: int = 0
+    #: Whether it went on elsewhere after its node was lost.
+    resumed: bool = False
 
 
 @dataclass(slots=True)
@@ -257,12 +260,16 @@ class Metrics(Collector):
         self._refused_told: dict[NodeId, int] = {}
         self._malformed: Tally[Labels] = Tally()
         self._requests: Tally[Labels] = Tally()
+        #: By model: times that requests went on elsewhere, and the generated tokens that nodes were given for it.
+        self._resumed: Tally[Labels] = Tally()
+        self._replayed_tokens: Tally[Labels] = Tally()
         self._input_tokens: Tally[Labels] = Tally()
         self._cached_tokens: Tally[Labels] = Tally()
         #: Those of them that another node had, or a store, by the tier it had them in.
         self._loaded_tokens: Tally[Labels] = Tally()
-        #: Prompt tokens of requests that were started over, and what the core counts by reason.
-        self._restarted_tokens = 0
+        #: Prompt tokens of requests that were started over, or computed again for some that went on, and what the core counts by
+        #: reason.
+        self._restarted_tokens = self._resumed_tokens = 0
         self._by_reason: Mapping[ReprefillReason, int] = {}
         #: By verb, outcome and reason; by verb what actions have brought; leases by tenant and tier.
         self._hints: Tally[Labels] = Tally()
@@ -418,16 +425,22 @@ class Metrics(Collector):
     def _on_command(self, command: ClusterCommand) -> None:
         match command:
             case Assign(node, assignment) if assignment.role is Role.GENERATE:
-                flight = self._flights.get(assignment.request)
+                flight = self._flights.get(request_of(assignment.request))
                 if flight is not None:
                     flight.pool = self._nodes[node].pool
+                    self._replayed_tokens[flight.model,] += assignment.generated_tokens
             case Complete():
                 self._on_complete(command)
             case Restart(request, _):
                 flight = self._flights.get(request)
                 if flight is not None:
                     self._restarted_tokens += flight.prompt_tokens
-                    flight.pool = None
+                    flight.pool, flight.prefilled_tokens = None, 0
+            case Resume(request, _):
+                flight = self._flights.get(request)
+                if flight is not None:
+                    self._resumed[flight.model,] += 1
+                    flight.pool, flight.prefilled_tokens, flight.resumed = None, 0, True
             case Refuse() | Abort():
                 self._flights.pop(command.request, None)
             case _:
@@ -459,6 +472,10 @@ class Metrics(Collector):
         if state is None:
             return
         state.load = event.load
+        for first in event.first_tokens:
+            flight = self._flights.get(request_of(first.request))
+            if flight is not None and flight.resumed:
+                self._resumed_tokens += first.computed_tokens
         for ended in event.ended:
             self._on_part_ended(event.node, state.pool, ended)
         if event.load.step_s > 0.0 and event.node not in self._foreign:
@@ -466,7 +483,7 @@ class Metrics(Collector):
 
     def _on_part_ended(self, node: NodeId, pool: PoolName, ended: Ended) -> None:
         """Count what a node did for one request; a generating node's report includes what was computed for it elsewhere."""
-        flight = self._flights.get(ended.request)
+        flight = self._flights.get(request_of(ended.request))
         elsewhere = 0 if flight is None else flight.prefilled_tokens
         if ended.reason is FinishReason.PREFILLED and flight is not None:
             flight.prefilled_tokens, elsewhere = ended.computed_tokens, 0
@@ -519,7 +536,12 @@ class Metrics(Collector):
         again: dict[Labels, float] = {
             (str(reason),): count for reason, count in self._by_reason.items() if reason is not ReprefillReason.NEW
         }
-        yield _counter("weft_reprefilled_tokens", text, ("reason",), again | {("restarted",): self._restarted_tokens})
+        again |= {("restarted",): self._restarted_tokens, ("resumed",): self._resumed_tokens}
+        yield _counter("weft_reprefilled_tokens", text, ("reason",), again)
+        text = "Times a generation went on elsewhere after its node was lost or failed."
+        yield _counter("weft_resumed_requests", text, ("model",), self._resumed)
+        text = "Generated tokens that nodes were given to go on from."
+        yield _counter("weft_replayed_tokens", text, ("model",), self._replayed_tokens)
 
     def _hint_families(self) -> Iterable[Metric]:
         text = "What became of harnesses' actions on the cache, and why."

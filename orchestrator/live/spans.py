@@ -38,7 +38,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart, Scores
+from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart, Resume, Scores
 from orchestrator.core.config import TraceConfig
 from orchestrator.core.events import (
     ClusterEvent,
@@ -49,7 +49,18 @@ from orchestrator.core.events import (
     RequestAbandoned,
     RequestArrived,
 )
-from orchestrator.core.types import FinishReason, GatewayId, ModelName, NodeId, Request, RequestId, Role, ServiceClass, TenantId
+from orchestrator.core.types import (
+    FinishReason,
+    GatewayId,
+    ModelName,
+    NodeId,
+    Request,
+    RequestId,
+    Role,
+    ServiceClass,
+    TenantId,
+    request_of,
+)
 from orchestrator.live.http.exchange import HeaderList, Receive, Scope, Send, request_id_of
 from orchestrator.live.http.gateway import UNKNOWN_ENDPOINT, UNKNOWN_MODEL
 from orchestrator.live.metrics import Metrics, Watch
@@ -137,7 +148,8 @@ class _Attempt:
     prefill_ended_s: float | None = None
     transfers: list[tuple[NodeId, float, float]] = field(default_factory=list[tuple[NodeId, float, float]])
     first_token_s: float | None = None
-    cached_tokens: int = 0
+    #: What was found of the prompt by the attempt that brought the first token; None before that.
+    cached_tokens: int | None = None
 
 
 #: The request that the running task answers; None where no trace of it is recorded.
@@ -320,10 +332,10 @@ class Spans:
     def _on_command(self, command: ClusterCommand, event: ClusterEvent, route_s: float) -> None:
         match command:
             case Assign(node, assignment, why):
-                attempt = self._attempts.get(assignment.request)
+                attempt = self._attempts.get(request_of(assignment.request))
                 if attempt is not None:
                     self._on_assigned(attempt, node, assignment.role, why, route_s)
-            case Restart(request, _):
+            case Restart(request, _) | Resume(request, _):
                 attempt = self._attempts.get(request)
                 if attempt is not None:
                     self._start_over(attempt, "node_lost" if isinstance(event, NodeLost) else "node_failed")
@@ -344,12 +356,13 @@ class Spans:
 
     def _on_reported(self, node: NodeId, first_tokens: Iterable[FirstToken], ended: Iterable[Ended]) -> None:
         for first in first_tokens:
-            attempt = self._attempts.get(first.request)
+            attempt = self._attempts.get(request_of(first.request))
             if attempt is not None and attempt.generates == node:
                 attempt.first_token_s = self._clock()
-                attempt.cached_tokens = max(attempt.request.prompt_tokens - first.computed_tokens, 0)
+                if attempt.cached_tokens is None:
+                    attempt.cached_tokens = max(attempt.request.prompt_tokens - first.computed_tokens, 0)
         for part in ended:
-            attempt = self._attempts.get(part.request)
+            attempt = self._attempts.get(request_of(part.request))
             if attempt is None:
                 continue
             if part.reason is FinishReason.PREFILLED and attempt.computes == node:
@@ -369,7 +382,8 @@ class Spans:
         now = self._clock()
         self._tell_all(attempt, now, {}, error)
         asked, request = attempt.asked, attempt.request
-        self._attempts[request.id] = _Attempt(asked, request, attempt.number + 1, now)
+        former = attempt.cached_tokens
+        self._attempts[request.id] = _Attempt(asked, request, attempt.number + 1, now, cached_tokens=former)
 
     def _over(
         self, request: RequestId, output_tokens: int, finish: str, error: str | None = None, cached_tokens: int | None = None
@@ -380,7 +394,7 @@ class Spans:
             return
         asked = attempt.asked
         asked.output_tokens += output_tokens
-        asked.cached_tokens += attempt.cached_tokens if cached_tokens is None else cached_tokens
+        asked.cached_tokens += (attempt.cached_tokens or 0) if cached_tokens is None else cached_tokens
         ends: Attributes = {"weft.finish": finish, "gen_ai.usage.output_tokens": output_tokens}
         self._tell_all(attempt, self._clock(), ends, error)
 

@@ -36,6 +36,9 @@ class Served:
     failure: str | None = None
     #: Times it was started over on other nodes.
     restarts: int = 0
+    #: Times it went on elsewhere after it had brought tokens, and how many of those nodes were given for that, in all.
+    resumes: int = 0
+    replayed_tokens: int = 0
 
     @property
     def completed(self) -> bool:

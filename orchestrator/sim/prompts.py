@@ -38,6 +38,11 @@ class Prompts:
         #: The same for a turn that is not in the trace.
         self._own_of_others = number
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in one of the cluster's blocks."""
+        return self._block_tokens
+
     def of(self, turn: TracedTurn) -> tuple[BlockHash, ...]:
         """Return the names of a prompt's full blocks."""
         count = turn.input_tokens // self._block_tokens

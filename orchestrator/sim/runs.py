@@ -23,6 +23,9 @@
     stores                                     of all hosts, see `_stores`; null where there are none
     duration_s, wall_s              s          virtual time from the first arrival to the last end; time that simulating took
     failures {reason: count}                   requests that did not complete
+    restarted, resumed              count      times that requests, failed ones too, were started over before a first token, or
+                                               went on elsewhere after it, because a node was lost
+    replayed_tokens                 tokens     of outputs, that nodes were given to go on from
     assumptions                                names of the unpublished numbers that went into it
 
 What cannot be said is null: percentiles of nothing, prices and energy unless every pool has hardware.
@@ -127,6 +130,9 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
         "duration_s": outcome.duration_s,
         "wall_s": outcome.wall_s,
         "failures": _failures(outcome.served),
+        "restarted": sum(request.restarts for request in outcome.served),
+        "resumed": sum(request.resumes for request in outcome.served),
+        "replayed_tokens": sum(request.replayed_tokens for request in outcome.served),
         "assumptions": sorted({name for pool in hardware.values() for name in pool.assumptions}),
     }
 

@@ -34,6 +34,16 @@ class Answer(Protocol):
     @property
     def output_tokens(self) -> int: ...
 
+    @property
+    def came_tokens(self) -> int:
+        """Those that came already, from a node that is gone."""
+        ...
+
+    @property
+    def came_at(self) -> float:
+        """When the newest of them did."""
+        ...
+
     def generated(self) -> tuple[BlockHash, ...]:
         """Return the names of the blocks that the whole answer fills."""
         ...
@@ -46,9 +56,9 @@ class _Progress:
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        #: Generated so far, and when the newest of them was.
-        self.tokens = 0
-        self.token_at = 0.0
+        #: Generated so far, here or before, and when the newest of them was.
+        self.tokens = answer.came_tokens
+        self.token_at = answer.came_at
 
 
 class SimulatedNode:
@@ -142,11 +152,20 @@ class SimulatedNode:
             self._cut_off()
         self._slowness = slowness
 
-    def forget(self, request: RequestId) -> None:
-        self._progress.pop(request, None)
+    def forget(self, request: RequestId) -> tuple[int, float]:
+        """Drop what is kept for a request; return the tokens that it has got, and when it got the newest."""
+        progress = self._progress.pop(request, None)
+        return (progress.tokens, progress.token_at) if progress is not None else (0, 0.0)
+
+    @property
+    def answered(self) -> tuple[RequestId, ...]:
+        """The requests that have got tokens."""
+        return tuple(self._progress)
 
     def crash(self) -> None:
-        """Stop at once; nothing of it happens any more."""
+        """Stop at once; nothing of it happens any more, but tokens that it has made by now were made."""
+        if self.steps > 1:
+            self._deliver()
         self.alive = False
         self.run, self.steps = None, 0
         self._run += 1
@@ -164,13 +183,30 @@ class SimulatedNode:
 
     def _catch_up(self) -> None:
         """Report the whole steps of a run that have ended by now, as of the end of the last of them."""
+        ended, seconds = self._ended()
+        if ended:
+            self._finish(ended, seconds, self.started_s + seconds)
+
+    def _ended(self) -> tuple[int, float]:
+        """Return how many whole steps of a run have ended by now, and the seconds they took."""
         assert self.run is not None, f"{self.spec.id} has {self.steps} steps to do and runs none"
         elapsed_s = (self._agenda.now - self.started_s) / self._pace
         profile, decoding = self.spec.profile, self.run.decoding
         ended = steps_within(profile, decoding, self.context_tokens, self.steps - 1, elapsed_s)
-        if ended:
-            seconds = decode_seconds(profile, decoding, self.context_tokens, ended) * self._pace
-            self._finish(ended, seconds, self.started_s + seconds)
+        return ended, decode_seconds(profile, decoding, self.context_tokens, ended) * self._pace if ended else 0.0
+
+    def _deliver(self) -> None:
+        """Count the tokens of those steps, of which the node will not hear."""
+        ended, seconds = self._ended()
+        if not ended or self.run is None:
+            return
+        for part in self.run.slices:
+            progress = self._of(part.request)
+            progress.tokens += ended
+            progress.token_at = self.started_s + seconds
+        self._gaps_s.add(seconds / ended, len(self.run.slices) * ended)
+        self.use.busy_s += seconds
+        self.use.output_tokens += len(self.run.slices) * ended
 
     def _cut_off(self) -> None:
         """Let the run end with the step that is under way: what happened may change the next one."""
@@ -217,7 +253,7 @@ class SimulatedNode:
     def _decoded(self, part: Slice, steps: int, at: float) -> SliceResult:
         """Return what a sequence got; its answer's blocks are named when it is complete."""
         progress = self._of(part.request)
-        if progress.tokens and part.count > 1:  # it was preempted and has computed all again: a long pause for its user
+        if progress.tokens and part.count > 1:  # it was preempted, or resumed, and all was computed again: a pause for its user
             self._gaps_s.add(at - progress.token_at)
         progress.tokens += steps
         progress.token_at = at

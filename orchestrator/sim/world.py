@@ -5,8 +5,8 @@ the other, a little later, and gives agents their answers. See also: `live/drive
 (nodes), `stores.py`, `network.py` (links), `faults.py`, `checks.py`.
 
 What is simplified against the live system: frames go out at once, where live nodes gather for some milliseconds; an answer's
-blocks get their names when it ends; with speculation tokens come evenly, not in the bursts of a pass; every request is of class
-`standard`.
+blocks get their names when it ends; every token that a node made before it died has reached its client; with speculation tokens
+come evenly, not in the bursts of a pass; every request is of class `standard`.
 """
 
 import gc
@@ -47,6 +47,7 @@ from orchestrator.core.commands import (
     RequestResync,
     RequestStoreResync,
     Restart,
+    Resume,
     RunStep,
     SendBlocks,
     SetTimer,
@@ -77,6 +78,7 @@ from orchestrator.core.events import (
     PrefetchAsked,
     RequestAbandoned,
     RequestArrived,
+    Resumed,
     ResyncRequested,
     SessionEnded,
     SourceLost,
@@ -106,6 +108,7 @@ from orchestrator.core.types import (
     TenantId,
     gateway_of,
     request_id,
+    request_of,
 )
 from orchestrator.profiles.resolve import Below, Resolved
 from orchestrator.sim.agenda import Agenda, Timers
@@ -164,7 +167,9 @@ class WorldOptions:
 class _Visit:
     """One turn of the trace in this world: what its client and the engines that answer it know."""
 
-    __slots__ = ("_prompts", "gateway", "output_tokens", "prompt_tokens", "served", "turn")
+    __slots__ = (
+        "_prompts", "attempt", "came_at", "came_tokens", "gateway", "output_tokens", "prompt_tokens", "served", "turn",
+    )  # fmt: skip
 
     def __init__(self, turn: TracedTurn, served: Served, gateway: GatewayId, prompts: Prompts) -> None:
         self.turn = turn
@@ -173,10 +178,21 @@ class _Visit:
         self.prompt_tokens = max(1, turn.input_tokens)
         self.output_tokens = max(1, turn.output_tokens)
         self._prompts = prompts
+        #: What the node that answers calls it.
+        self.attempt: RequestId | None = None
+        #: Tokens that came from nodes which do not answer it any more, and when the newest of them did.
+        self.came_tokens = 0
+        self.came_at = 0.0
 
     def generated(self) -> tuple[BlockHash, ...]:
         """Return the names of the blocks that the answer fills."""
         return self._prompts.generated(self.turn)
+
+    def given(self) -> tuple[BlockHash, ...]:
+        """Return the names of the blocks that the prompt and what came of the answer fill."""
+        before = self._prompts.of(self.turn)
+        end = (self.prompt_tokens + self.came_tokens) // self._prompts.block_tokens
+        return (*before, *self.generated())[:end]
 
 
 class World:
@@ -447,11 +463,13 @@ class World:
             case ClearTimer(key):
                 self._timers.clear(gateway, key)
             case Assign(node, assignment):
-                served = self.visits[assignment.request].served
+                visit = self.visits[request_of(assignment.request)]
+                served = visit.served
                 if assignment.role is Role.PREFILL:
                     served.prefill = node
                 else:
-                    served.node = node
+                    served.node, visit.attempt = node, assignment.request
+                    served.replayed_tokens += assignment.generated_tokens
                 self._network.send(gateway, node, self._tell_node, node, Assigned(assignment))
             case Cancel(node, request):
                 self._network.send(gateway, node, self._tell_node, node, Cancelled(request))
@@ -475,6 +493,13 @@ class World:
                 served = self.visits[request].served
                 served.restarts += 1
                 served.prefill = None
+                self.visits[request].came_tokens = 0
+            case Resume(request):
+                visit = self.visits[request]
+                visit.served.resumes += 1
+                visit.served.prefill = None
+                resumed = Resumed(request, visit.came_tokens, visit.given())
+                self.agenda.at(self.agenda.now, self._tell_cluster, gateway, resumed)
             case PlaceLease(lease, _, nodes, stores):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, LeasePlaced(lease))
@@ -500,8 +525,8 @@ class World:
         if self._incarnations[report.node] != incarnation or gateway in self._hung:
             return
         for first in report.first_tokens:
-            visit = self.visits.get(first.request)
-            if visit is not None and visit.served.node == report.node:
+            visit = self.visits.get(request_of(first.request))
+            if visit is not None and visit.attempt == first.request and visit.served.first_token_s is None:
                 visit.served.first_token_s = self.agenda.now + self._options.reply_s
         self._tell_cluster(gateway, report)
 
@@ -624,7 +649,7 @@ class World:
     def visit_of(self, request: RequestId) -> _Visit:
         """Return what an engine must know of a request; one that has ended meanwhile is as good as answered."""
         nobodys = next(iter(self._prompts.values()))
-        return self.visits.get(request) or _Visit(_NOBODY, Served(_NOBODY, 0.0), gateway_of(request), nobodys)
+        return self.visits.get(request_of(request)) or _Visit(_NOBODY, Served(_NOBODY, 0.0), gateway_of(request), nobodys)
 
     def _tell_node(self, node: NodeId, event: NodeEvent) -> None:
         simulated = self.nodes[node]
@@ -657,7 +682,7 @@ class World:
                 case ReportEnded(report):
                     ended.append(report)
                 case Forget(request):
-                    simulated.forget(request)
+                    self._keep(simulated, request)
                 case SetTimer(key, fires_at):
                     self._timers.set(simulated.spec.id, key, fires_at, self._tell_node, simulated.spec.id, TimerFired(key))
                 case ClearTimer(key):
@@ -684,10 +709,17 @@ class World:
             simulated.news = simulated.node.news
             self._report(simulated, tuple(self.clusters), first_tokens, ended, batches)
 
+    def _keep(self, simulated: SimulatedNode, request: RequestId) -> None:
+        """Let an engine forget a request; the tokens that it brought are its client's."""
+        tokens, token_at = simulated.forget(request)
+        visit = self.visits.get(request_of(request))
+        if visit is not None and visit.attempt == request and tokens:
+            visit.came_tokens, visit.came_at = tokens, token_at
+
     def _pass_by(self, model: ModelName, command: RunStep) -> None:
         """Let the future move on with turns whose prompts are computed: until then what they will find is wanted."""
         for part in command.slices[command.decoding :]:
-            visit = self.visits.get(part.request)
+            visit = self.visits.get(request_of(part.request))
             if visit is not None:
                 self._futures[model].passed(visit.turn)
 
@@ -766,6 +798,8 @@ class World:
         self._node_events += simulated.events
         simulated.events = 0
         simulated.crash()
+        for request in simulated.answered:
+            self._keep(simulated, request)
         self._incarnations[node] += 1
         self._timers.drop(node)
         lost_at = self.agenda.now + self._config.cluster.node_lost_s

@@ -168,23 +168,28 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         tenant=assignment.tenant,
         share=assignment.share,
         stored_tokens=assignment.stored_tokens,
+        generated_tokens=assignment.generated_tokens,
     )
 
 
 def assignment_from(submit: node_pb2.Submit) -> Assignment:
-    """Return the assignment in a message; the prompt's length is that of its tokens."""
+    """Return the assignment in a message; the prompt's length is that of its tokens, less those that were generated."""
     role = _ROLES_BACK.get(submit.role)
     if role is None:
         raise MalformedMessage(f"request {submit.request} has the unknown role {submit.role}")
     count, rest = divmod(len(submit.tokens), TOKEN_BYTES)
     if rest or not count:
         raise MalformedMessage(f"request {submit.request} has {len(submit.tokens)} bytes of tokens")
+    if submit.generated_tokens >= count:
+        raise MalformedMessage(
+            f"request {submit.request} has {count} tokens and none of a prompt: {submit.generated_tokens} are output"
+        )
     if not (submit.share == 0 or SHARE_MIN <= submit.share <= SHARE_MAX):
         raise MalformedMessage(f"request {submit.request} has a share of {submit.share}, must be {SHARE_MIN:g} to {SHARE_MAX:g}")
     return Assignment(
         request=RequestId(submit.request),
         role=role,
-        prompt_tokens=count,
+        prompt_tokens=count - submit.generated_tokens,
         hashes=hashes_from(submit.hashes),
         output_tokens_max=submit.output_tokens_max,
         source=NodeId(submit.source) if submit.source else None,
@@ -197,6 +202,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         tenant=TenantId(submit.tenant[:TENANT_CHARS_MAX] or DEFAULT_TENANT),
         share=submit.share or 1.0,
         stored_tokens=submit.stored_tokens,
+        generated_tokens=submit.generated_tokens,
     )
 
 
@@ -303,12 +309,21 @@ def first_token_message(report: FirstToken, began_s_ago: float = 0.0) -> node_pb
         began_s_ago=began_s_ago,
         cpu_tokens=report.cpu_tokens,
         cmx_tokens=report.cmx_tokens,
+        peer_tokens=report.peer_tokens,
+        regretted_tokens=report.regretted_tokens,
     )
 
 
 def first_token_from(message: node_pb2.FirstToken) -> FirstToken:
     """Return the first token that a message tells of."""
-    return FirstToken(RequestId(message.request), message.computed_tokens, message.cpu_tokens, message.cmx_tokens)
+    return FirstToken(
+        RequestId(message.request),
+        message.computed_tokens,
+        message.cpu_tokens,
+        message.cmx_tokens,
+        message.peer_tokens,
+        message.regretted_tokens,
+    )
 
 
 def ended_message(report: Ended, began_s_ago: float = 0.0) -> node_pb2.Ended:

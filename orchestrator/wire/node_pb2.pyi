@@ -113,7 +113,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "name", "tenant", "share", "timed", "source_incarnation", "stored_tokens", "outlook")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "name", "tenant", "share", "timed", "source_incarnation", "stored_tokens", "outlook", "generated_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,7 @@ class Submit(_message.Message):
     SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTLOOK_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -154,7 +155,8 @@ class Submit(_message.Message):
     source_incarnation: int
     stored_tokens: int
     outlook: Outlook
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ...) -> None: ...
+    generated_tokens: int
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias")
@@ -322,18 +324,22 @@ class TokenLogprobs(_message.Message):
     def __init__(self, request: _Optional[int] = ..., logprob: _Optional[float] = ..., top_tokens: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("request", "computed_tokens", "began_s_ago", "cpu_tokens", "cmx_tokens")
+    __slots__ = ("request", "computed_tokens", "began_s_ago", "cpu_tokens", "cmx_tokens", "peer_tokens", "regretted_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BEGAN_S_AGO_FIELD_NUMBER: _ClassVar[int]
     CPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CMX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REGRETTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     computed_tokens: int
     began_s_ago: float
     cpu_tokens: int
     cmx_tokens: int
-    def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ...) -> None: ...
+    peer_tokens: int
+    regretted_tokens: int
+    def __init__(self, request: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., began_s_ago: _Optional[float] = ..., cpu_tokens: _Optional[int] = ..., cmx_tokens: _Optional[int] = ..., peer_tokens: _Optional[int] = ..., regretted_tokens: _Optional[int] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("request", "reason", "output_tokens", "computed_tokens", "message", "began_s_ago", "cpu_tokens", "cmx_tokens", "peer_tokens", "regretted_tokens")

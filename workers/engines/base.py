@@ -88,8 +88,12 @@ class Engine(Protocol):
         """The whole pool's bytes if they are in host memory (block b at b * block_bytes), else None."""
         ...
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
-        """Take a request's prompt (array of type code "I"). Called once, before its first slice."""
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
+        """Take a request's prompt (array of type code "I"). Called once, before its first slice.
+
+        The last `generated` tokens are output that another engine sampled for this request and these settings: what comes after
+        them is what would have come there.
+        """
         ...
 
     def forget(self, request: RequestId) -> None:

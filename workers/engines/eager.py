@@ -102,10 +102,10 @@ class EagerEngine:
     def pool(self) -> memoryview | None:
         return self._pool.memory
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
         known = self.description
-        self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary)
+        self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary, generated)
 
     def forget(self, request: RequestId) -> None:
         self._sequences.pop(request, None)

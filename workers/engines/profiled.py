@@ -107,9 +107,9 @@ class ProfiledEngine:
     def pool(self) -> memoryview | None:
         return self._memory
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         ending = frozenset(sampling.stop_token_ids) - self._special
-        self._turns[request] = _Turn(tokens.tobytes(), ending, sampling.logprobs)
+        self._turns[request] = _Turn(tokens[: len(tokens) - generated].tobytes(), ending, sampling.logprobs)
 
     def forget(self, request: RequestId) -> None:
         self._turns.pop(request, None)

@@ -2,6 +2,7 @@
 
 import secrets
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ class TokenSequence:
 
     __slots__ = ("counts", "ending", "failure", "plain", "sampling", "seed", "table", "tokens")
 
-    def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int) -> None:
+    def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0) -> None:
         #: Prompt and output so far.
         self.tokens = array("I", tokens)
         self.sampling = sampling
@@ -26,7 +27,7 @@ class TokenSequence:
         #: True when the most likely token is taken and nothing else is asked for.
         self.plain = sampling.temperature == 0 and not (penalised or sampling.logit_bias or sampling.logprobs is not None)
         #: How often each token was generated; kept only when penalties need it.
-        self.counts: dict[int, int] | None = {} if penalised else None
+        self.counts: dict[int, int] | None = dict(Counter(tokens[len(tokens) - generated :])) if penalised else None
         #: Block of each run of `block_tokens` tokens; what lies behind the last block told is void.
         self.table: NDArray[np.int64] = np.zeros(8, dtype=np.int64)
         #: Why it cannot be computed at all.

@@ -14,10 +14,20 @@ A request's life:
                                                      the same too often                   over         Abort
                                                    TimerFired (deadline)                  over         Cancel, Abort
                                                    RequestAbandoned                       over         Cancel
-    STREAMING   FirstToken                         NodeReported with its Ended            over         Complete or Abort
-                                                   NodeLost                               over         Abort
+    STREAMING   FirstToken                         NodeReported with its Ended:
+                                                     STOP, LENGTH                         over         Complete
+                                                     FAILED; or NodeLost                  RESUMING     Resume
+                                                     the same too often                   over         Abort
                                                    TimerFired (deadline)                  over         Cancel, Abort
                                                    RequestAbandoned                       over         Cancel
+    RESUMING    a node failed it, or was lost,     Resumed: it had brought all it may     over         Complete
+                after the first token                       there is more to come         PROMPT       Assign
+                                                                                          WAITING
+                                                   TimerFired (deadline)                  over         Abort
+                                                   RequestAbandoned                       over
+
+A request that resumes has brought tokens, which are given to the next node with its prompt; in PROMPT that node computes both,
+and what fails there is resumed again. Every attempt has an id of its own on nodes: reports of one that was given up are nobody's.
 
 Prefill and decode apart, a request has two parts. The prefill part ends with PREFILLED, or by failing or with its node: either
 way the node that generates computes what it did not get, and the request goes on. What a prefill node still holds for a
@@ -31,7 +41,7 @@ Rule 3: reports about requests or nodes that are not known are late, not wrong: 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
 
@@ -59,6 +69,7 @@ from orchestrator.core.commands import (
     RequestResync,
     RequestStoreResync,
     Restart,
+    Resume,
     SetTimer,
 )
 from orchestrator.core.config import ClusterConfig
@@ -68,6 +79,7 @@ from orchestrator.core.events import (
     ClusterEvent,
     DrainRequested,
     Ended,
+    FirstToken,
     GatewaysChanged,
     HintAsked,
     LeasesTold,
@@ -77,6 +89,7 @@ from orchestrator.core.events import (
     NodeReported,
     RequestAbandoned,
     RequestArrived,
+    Resumed,
     SessionEnded,
     StoreJoined,
     StoreLost,
@@ -103,6 +116,8 @@ from orchestrator.core.types import (
     StoreLoad,
     StoreSpec,
     TenantId,
+    attempt_id,
+    request_of,
 )
 
 
@@ -112,19 +127,24 @@ class Phase(Enum):
     WAITING = "waiting"  # no node has room
     PROMPT = "prompt"  # given to nodes, nothing delivered yet
     STREAMING = "streaming"  # its first token came
+    RESUMING = "resuming"  # its node was lost; what it brought is being counted
 
 
 class Flight:
     """One request under way."""
 
     __slots__ = (
+        "attempt",
         "cmx_tokens",
         "computes",
         "cpu_tokens",
         "deadline_at",
         "failed_on",
+        "first",
         "generate",
+        "given",
         "holder",
+        "output_tokens_max",
         "peer_tokens",
         "phase",
         "predicted_cached_tokens",
@@ -133,6 +153,7 @@ class Flight:
         "regretted_tokens",
         "request",
         "restarted",
+        "resumed",
         "started",
         "stayed",
         "wake_at",
@@ -140,6 +161,8 @@ class Flight:
 
     def __init__(self, request: Request, deadline_at: float) -> None:
         self.request = request
+        #: What nodes are to begin with, as routing sees it: the request, or a prompt of its own and of what it has generated.
+        self.given = request
         self.phase = Phase.WAITING
         self.deadline_at = deadline_at
         #: When its timer fires.
@@ -155,8 +178,14 @@ class Flight:
         self.reads: tuple[tuple[NodeId, NodeId], ...] = ()
         #: Nodes on which it failed; they are tried again only if there is no other.
         self.failed_on: tuple[NodeId, ...] = ()
-        #: Times it was started over.
+        #: Times it was started over, and times it went on after what it had brought; both together number its attempts.
         self.restarted = 0
+        self.resumed = 0
+        self.attempt = request.id
+        #: The first of all its tokens: what is said of its prompt is what was found for that. None before it came.
+        self.first: FirstToken | None = None
+        #: The most tokens that it brings: as asked for, or as the node had room for that brought the first of them.
+        self.output_tokens_max = request.output_tokens_max
         self.predicted_cached_tokens = 0
         #: What its prefill node loaded from that one's store, by the tier it was in; fetched from a peer; had held and computed.
         self.cpu_tokens = 0
@@ -171,6 +200,21 @@ class Flight:
     @property
     def timer(self) -> RequestTimer:
         return RequestTimer(self.request.id)
+
+    @property
+    def begun(self) -> bool:
+        """Whether nodes had it before."""
+        return self.restarted + self.resumed > 0
+
+    @property
+    def delivered(self) -> bool:
+        """Whether anything of it reached the client."""
+        return self.first is not None
+
+    def try_again(self, failed_on: NodeId) -> None:
+        """Begin another attempt: it has an id of its own."""
+        self.failed_on = (*self.failed_on, failed_on)
+        self.attempt = attempt_id(self.request.id, self.restarted + self.resumed)
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -356,6 +400,8 @@ class Cluster:
                 self._on_request_arrived(event.request)
             case RequestAbandoned():
                 self._on_request_abandoned(event)
+            case Resumed():
+                self._on_resumed(event)
             case TimerFired():
                 self._on_timer_fired(event.key)
             case NodeJoined():
@@ -418,7 +464,7 @@ class Cluster:
     def _make_place(self, flight: Flight) -> None:
         """Refuse a request that waits, for one of a tenant that has less than its share of the places."""
         refusal = self._admission.overloaded(flight.request)
-        if flight.restarted:
+        if flight.begun:
             self._abort(flight, refusal.status, refusal.code, refusal.message)
         else:
             self._finish(flight)
@@ -449,10 +495,10 @@ class Cluster:
 
     def _try_start(self, flight: Flight, pools: ModelPools) -> bool:
         """Give a request to the nodes that the router chooses; False if none has room."""
-        request = flight.request
+        request, given = flight.request, flight.given
         session = self._sessions.of(request)
-        options = pools.options(request, flight.failed_on, session.nodes if session is not None else ())
-        placement = self._router.place(request, options) if options is not None else None
+        options = pools.options(given, flight.failed_on, session.nodes if session is not None else ())
+        placement = self._router.place(given, options) if options is not None else None
         if options is None or placement is None:
             return False
         prefill = placement.prefill
@@ -460,36 +506,40 @@ class Cluster:
         flight.prefill = prefill.spec.id if prefill is not None else None
         flight.computes = placement.computes
         flight.phase = Phase.PROMPT
-        flight.predicted_cached_tokens = placement.cached_tokens
-        flight.stayed = session is None or placement.computes.spec.id in session.nodes
+        if not flight.delivered:
+            flight.predicted_cached_tokens = placement.cached_tokens
+            flight.stayed = session is None or placement.computes.spec.id in session.nodes
         again = flight.started is not None
         flight.started = started = self._sessions.started(request, flight.generate, flight.prefill, again, self._now)
         self._wake(flight, flight.deadline_at)
-        flight.reads = self._assign(request, placement, started.outlook)
+        flight.reads = self._assign(flight, placement, started.outlook)
         self._tell(started.told)
-        self._book(request, placement, options, pools)
+        self._book(given, placement, options, pools)
         return True
 
     def _tell(self, told: Sequence[Told]) -> None:
         """Tell nodes what is expected of contexts that they may hold; those that are gone hold nothing."""
         self._commands += [Expect(node, outlook) for node, outlook in told if node in self._known]
 
-    def _assign(self, request: Request, placement: Placement, outlook: Outlook | None) -> tuple[tuple[NodeId, NodeId], ...]:
+    def _assign(self, flight: Flight, placement: Placement, outlook: Outlook | None) -> tuple[tuple[NodeId, NodeId], ...]:
         """Give nodes their parts; return who of them reads from whom."""
         generate, prefill = placement.generate, placement.prefill
+        request, given_tokens = flight.request, flight.given.prompt_tokens
         room = generate.context_tokens_max - request.prompt_tokens
-        output_tokens_max = min(request.output_tokens_max, room)
-        assert output_tokens_max > 0, f"request {request.id}: {request.prompt_tokens} tokens leave room for {room}"
+        most = flight.output_tokens_max if flight.delivered else request.output_tokens_max
+        flight.output_tokens_max = output_tokens_max = min(most, room)
+        left = output_tokens_max - (given_tokens - request.prompt_tokens)
+        assert left > 0, f"request {request.id}: {given_tokens} tokens and {output_tokens_max} of output leave room for {left}"
         source = self._known[placement.source].spec if placement.source is not None else None
         source_tokens, stored_tokens = placement.source_tokens, placement.stored_tokens
         share = self._admission.share(request.tenant)
         parts: list[Assign] = []
         if prefill is not None:
-            part = _part(request, Role.PREFILL, output_tokens_max, source, source_tokens, stored_tokens, outlook, share)
+            part = _part(flight, Role.PREFILL, source, source_tokens, stored_tokens, outlook, share)
             parts.append(Assign(prefill.spec.id, part, placement.scores))
-            source, source_tokens, stored_tokens = prefill.spec, request.prompt_tokens, 0
+            source, source_tokens, stored_tokens = prefill.spec, given_tokens, 0
         apart = prefill is not None
-        part = _part(request, Role.GENERATE, output_tokens_max, source, source_tokens, stored_tokens, outlook, share, apart)
+        part = _part(flight, Role.GENERATE, source, source_tokens, stored_tokens, outlook, share, apart)
         parts.append(Assign(generate.spec.id, part, placement.scores))
         self._commands += parts
         return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
@@ -545,14 +595,14 @@ class Cluster:
         self._cancel_prefill(flight)
         node = flight.generate
         if node is not None:
-            self._commands.append(Cancel(node, flight.request.id))
+            self._commands.append(Cancel(node, flight.attempt))
             self._end_part(flight, node)
 
     def _cancel_prefill(self, flight: Flight) -> None:
         """Let the prefill node drop what it still does or holds for a request: the node that generates needs it no longer."""
         node, flight.holder = flight.prefill or flight.holder, None
         if node is not None and node in self._known:
-            self._commands.append(Cancel(node, flight.request.id))
+            self._commands.append(Cancel(node, flight.attempt))
         if flight.prefill is not None:
             self._end_part(flight, flight.prefill)
 
@@ -573,37 +623,45 @@ class Cluster:
         candidate = known.candidate
         candidate.report(event.load, self._now)
         for first in event.first_tokens:
-            flight = self._flights.get(first.request)
+            flight = self._attempted(first.request)
             if flight is not None and flight.generate == event.node:
                 flight.phase = Phase.STREAMING
-                candidate.computed(first.request)
-                known.pools.predicted.remove(event.node, first.request)
+                flight.first = flight.first or first
+                candidate.computed(flight.request.id)
+                known.pools.predicted.remove(event.node, flight.request.id)
                 self._cancel_prefill(flight)
         for ended in event.ended:
-            flight = self._flights.get(ended.request)
+            flight = self._attempted(ended.request)
             if flight is not None and event.node == flight.generate:
                 self._on_generate_ended(flight, ended)
             elif flight is not None and event.node == flight.prefill:
                 self._end_part(flight, event.node)
                 flight.holder = event.node if ended.reason is FinishReason.PREFILLED else None
-                flight.cpu_tokens, flight.cmx_tokens = ended.cpu_tokens, ended.cmx_tokens
-                flight.peer_tokens, flight.regretted_tokens = ended.peer_tokens, ended.regretted_tokens
+                if not flight.delivered:
+                    flight.cpu_tokens, flight.cmx_tokens = ended.cpu_tokens, ended.cmx_tokens
+                    flight.peer_tokens, flight.regretted_tokens = ended.peer_tokens, ended.regretted_tokens
         self._start_waiting(known.spec.model)
 
+    def _attempted(self, attempt: RequestId) -> Flight | None:
+        """Return the request that nodes are at under this id; None if they should not be any more."""
+        flight = self._flights.get(request_of(attempt))
+        return flight if flight is not None and flight.attempt == attempt else None
+
     def _on_generate_ended(self, flight: Flight, ended: Ended) -> None:
-        """Complete a request, or try it elsewhere if nothing of it was delivered."""
+        """Complete a request, or let it be tried elsewhere."""
         node = flight.generate
         assert node is not None, f"request {ended.request} ended on no node"
-        if ended.reason is FinishReason.STOP or ended.reason is FinishReason.LENGTH:
-            self._complete(flight, ended, node)
-            return
         self._end_part(flight, node)
+        if ended.reason is FinishReason.STOP or ended.reason is FinishReason.LENGTH:
+            self._complete(flight, _as_first(ended, flight))
+            return
         message = ended.message or f"the node ended it: {ended.reason.value}"
-        self._retry_or_abort(flight, node, "node_failed", f"{node}: {message}")
+        self._try_again_or_abort(flight, node, "node_failed", f"{node}: {message}")
 
-    def _complete(self, flight: Flight, ended: Ended, node: NodeId) -> None:
+    def _complete(self, flight: Flight, ended: Ended) -> None:
         request = flight.request
-        block_tokens = self._known[node].spec.block_tokens
+        assert flight.computes is not None, f"request {request.id} is complete and no node computed it"
+        block_tokens = flight.computes.spec.block_tokens
         cached_tokens = max(0, request.prompt_tokens - ended.computed_tokens)
         computed_tokens, regretted_tokens = (
             request.prompt_tokens - cached_tokens,
@@ -612,12 +670,11 @@ class Cluster:
         self._sessions.ended(request, computed_tokens, flight.stayed, block_tokens, regretted_tokens)
         self._admission.completed(request.model, self._now)
         self._admission.delivered(request.tenant, ended.output_tokens, self._now)
-        self._end_part(flight, node)
         self._cancel_parts(flight)
         self._finish(flight)
         cmx_tokens = min(flight.cmx_tokens + ended.cmx_tokens, cached_tokens)
         cpu_tokens = min(flight.cpu_tokens + ended.cpu_tokens, cached_tokens - cmx_tokens)
-        if flight.computes is not None and self._hints.effects.watches(request.tenant):
+        if self._hints.effects.watches(request.tenant):
             came_at = flight.deadline_at - min(request.timeout_s, self._limits.request_s_max)
             serving = Serving(request, came_at, flight.computes, cached_tokens, cpu_tokens, cmx_tokens)
             self._hints.effects.served(serving, self._pools[request.model], self._now)
@@ -625,18 +682,43 @@ class Cluster:
         counts = (cached_tokens, flight.predicted_cached_tokens, cpu_tokens, cmx_tokens, peer_tokens)
         self._commands.append(Complete(request.id, ended, *counts))
 
-    def _retry_or_abort(self, flight: Flight, node: NodeId, code: str, message: str) -> None:
-        """Start a request over on other nodes, or end it with an error if that cannot or should not be."""
+    def _try_again_or_abort(self, flight: Flight, node: NodeId, code: str, message: str) -> None:
+        """Let a request go on, or start over, on other nodes; or end it with an error if that was done too often."""
         self._cancel_parts(flight)
-        if flight.phase is Phase.STREAMING or flight.restarted >= self._limits.retries_max:
-            self._abort(flight, 502 if flight.phase is Phase.STREAMING else 503, code, message)
+        if flight.delivered:
+            if flight.resumed >= self._limits.resumes_max:
+                self._abort(flight, 502, code, message)
+                return
+            flight.resumed += 1
+            flight.phase = Phase.RESUMING
+            flight.try_again(node)
+            self._commands.append(Resume(flight.request.id, message))
+            return
+        if flight.restarted >= self._limits.retries_max:
+            self._abort(flight, 503, code, message)
             return
         flight.restarted += 1
         flight.cpu_tokens = flight.cmx_tokens = flight.peer_tokens = flight.regretted_tokens = 0
-        flight.failed_on = (*flight.failed_on, node)
+        flight.try_again(node)
         self._commands.append(Restart(flight.request.id, message))
+        self._start_or_wait(flight)
+
+    def _start_or_wait(self, flight: Flight) -> None:
         if not self._try_start(flight, self._pools[flight.request.model]):
             self._let_wait(flight)
+
+    def _on_resumed(self, event: Resumed) -> None:
+        """Let a request go on from what it has brought; it is complete if only the word of that was lost."""
+        flight = self._flights.get(event.request)
+        if flight is None or flight.phase is not Phase.RESUMING:
+            return
+        request, tokens = flight.request, event.output_tokens
+        if event.stopped or tokens >= flight.output_tokens_max:
+            reason = FinishReason.STOP if event.stopped else FinishReason.LENGTH
+            self._complete(flight, _as_first(Ended(request.id, reason, tokens, 0), flight))
+            return
+        flight.given = replace(request, prompt_tokens=request.prompt_tokens + tokens, hashes=event.hashes)
+        self._start_or_wait(flight)
 
     def _abort(self, flight: Flight, status: int, code: str, message: str) -> None:
         self._cancel_parts(flight)
@@ -704,7 +786,7 @@ class Cluster:
         waits = flight.phase is Phase.WAITING
         if flight.wake_at >= flight.deadline_at:
             message = f"not finished within {min(request.timeout_s, self._limits.request_s_max):g} seconds"
-            if waits and not flight.restarted:
+            if waits and not flight.begun:
                 self._finish(flight)
                 self._commands.append(Refuse(request.id, 504, "deadline_exceeded", message))
             else:
@@ -712,7 +794,7 @@ class Cluster:
             return
         assert waits, f"request {request.id} is {flight.phase.value} and woke before {flight.deadline_at}"
         refusal = self._admission.waited_too_long(request, self._limits.waiting_s_max)
-        if flight.restarted:
+        if flight.begun:
             self._abort(flight, 503, refusal.code, refusal.message)
         else:
             self._finish(flight)
@@ -734,7 +816,7 @@ class Cluster:
         self._start_waiting(spec.model)
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
-        """Forget a node, start over what it had of requests that had delivered nothing, and tell those who read from it."""
+        """Forget a node, let what it had go on or start over elsewhere, and tell those who read from it."""
         known = self._known.get(node)
         if known is None:
             return
@@ -750,7 +832,7 @@ class Cluster:
         known.pools.leave(node)
         self._commands += self._hints.node_lost(node, self._now)
         for flight in generating:
-            self._retry_or_abort(flight, node, "node_lost", f"{node} was lost: {reason}")
+            self._try_again_or_abort(flight, node, "node_lost", f"{node} was lost: {reason}")
         for flight in self._flights.values():
             if flight.phase is Phase.PROMPT:
                 self._tell_readers(flight, node)
@@ -759,7 +841,7 @@ class Cluster:
         """Let the nodes that have a part in a request and read it from a lost one compute what is missing."""
         for reader, source in flight.reads:
             if source == lost and reader in flight.nodes:
-                self._commands.append(ReportSourceLost(reader, flight.request.id, lost))
+                self._commands.append(ReportSourceLost(reader, flight.attempt, lost))
 
     def _on_node_draining(self, node: NodeId) -> None:
         known = self._known.get(node)
@@ -827,7 +909,10 @@ class Cluster:
     def _validate_flight(self, request: RequestId, flight: Flight) -> None:
         waits = request in self._admission.queue(flight.request.model)
         assert waits == (flight.phase is Phase.WAITING), f"request {request} is {flight.phase.value}, waits: {waits}"
-        assert waits == (flight.generate is None), f"request {request} is {flight.phase.value} on {flight.generate}"
+        idle = waits or flight.phase is Phase.RESUMING
+        assert idle == (flight.generate is None), f"request {request} is {flight.phase.value} on {flight.generate}"
+        assert request_of(flight.attempt) == request, f"request {request} is attempted as {flight.attempt}"
+        assert flight.delivered or flight.given is flight.request, f"request {request} has brought nothing and goes on"
         assert flight.wake_at >= self._now, f"request {request} should have woken at {flight.wake_at}, it is {self._now}"
         assert flight.wake_at <= flight.deadline_at, f"request {request} wakes at {flight.wake_at}, after {flight.deadline_at}"
         for node in flight.nodes:
@@ -835,9 +920,8 @@ class Cluster:
 
 
 def _part(
-    request: Request,
+    flight: Flight,
     role: Role,
-    output_tokens_max: int,
     source: NodeSpec | None,
     source_tokens: int,
     stored_tokens: int,
@@ -845,12 +929,13 @@ def _part(
     share: float,
     pending: bool = False,
 ) -> Assignment:
+    request, given = flight.request, flight.given
     return Assignment(
-        request=request.id,
+        request=flight.attempt,
         role=role,
         prompt_tokens=request.prompt_tokens,
-        hashes=request.hashes,
-        output_tokens_max=output_tokens_max,
+        hashes=given.hashes,
+        output_tokens_max=flight.output_tokens_max,
         source=source.id if source is not None else None,
         source_tokens=source_tokens,
         source_pending=pending,
@@ -861,6 +946,26 @@ def _part(
         name=request.name,
         tenant=request.tenant,
         share=share,
+        generated_tokens=given.prompt_tokens - request.prompt_tokens,
+    )
+
+
+def _as_first(ended: Ended, flight: Flight) -> Ended:
+    """Return the end of a request whose prompt counts as its first attempt found it, by the id that clients know."""
+    if not flight.begun:
+        return ended
+    if not flight.resumed:
+        return replace(ended, request=flight.request.id)
+    first = flight.first
+    assert first is not None, f"request {flight.request.id} was resumed and has brought nothing"
+    return replace(
+        ended,
+        request=flight.request.id,
+        computed_tokens=first.computed_tokens,
+        cpu_tokens=first.cpu_tokens,
+        cmx_tokens=first.cmx_tokens,
+        peer_tokens=first.peer_tokens,
+        regretted_tokens=first.regretted_tokens,
     )
 
 

@@ -467,10 +467,9 @@ class Node:
     def _apply(self, outcome: StepOutcome) -> None:
         """Report first tokens, serve readers of prompts that got further, end what ended."""
         for sequence in outcome.started:
-            cpu_tokens, cmx_tokens, _ = sequence.tier_tokens
-            report = FirstToken(sequence.request, sequence.computed_tokens, cpu_tokens, cmx_tokens)
-            self._commands.append(ReportFirstToken(report))
             self._regret_of(sequence)
+            counts = (sequence.computed_tokens, *sequence.tier_tokens, sequence.regretted_tokens)
+            self._commands.append(ReportFirstToken(FirstToken(sequence.request, *counts)))
             self._offer(sequence)
         for sequence in outcome.advanced:
             self._advance(sequence)
@@ -481,7 +480,7 @@ class Node:
         """Note what of a prompt that is complete was computed here only because it had been forgotten."""
         if sequence.computed_tokens and not sequence.assignment.source_pending:  # of those the source has computed some
             size, prompt_tokens = self.spec.block_tokens, sequence.assignment.prompt_tokens
-            names = sequence.assignment.hashes[(prompt_tokens - sequence.computed_tokens) // size :]
+            names = sequence.assignment.hashes[(prompt_tokens - sequence.computed_tokens) // size : prompt_tokens // size]
             sequence.regretted_tokens = min(self._regret.computed(names) * size, sequence.computed_tokens)
 
     def _advance(self, sequence: Sequence) -> None:

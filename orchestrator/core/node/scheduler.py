@@ -66,7 +66,7 @@ class StepOutcome:
     def __init__(self) -> None:
         #: Sequences to end, with reason and message.
         self.ended: list[tuple[Sequence, FinishReason, str]] = []
-        #: Sequences that sampled their first token.
+        #: Sequences that sampled their first token here.
         self.started: list[Sequence] = []
         #: Sequences whose prompt got further; some of them may be complete.
         self.advanced: list[Sequence] = []
@@ -138,17 +138,19 @@ class Scheduler:
 
     def refusal(self, assignment: Assignment) -> str | None:
         """Return why this node can never serve an assignment, or None if it can."""
-        prompt, output = assignment.prompt_tokens, assignment.output_tokens_max
+        prompt, output, given = assignment.prompt_tokens, assignment.output_tokens_max, assignment.given_tokens
         generates = assignment.role is Role.GENERATE
         if prompt < 1 or (generates and output < 1):
             return f"a prompt of {prompt} tokens with at most {output} tokens of output: both must be 1 or more"
-        if len(assignment.hashes) != prompt // self._block_tokens:
-            return f"{len(assignment.hashes)} block hashes for {prompt} tokens in blocks of {self._block_tokens}"
+        if generates and assignment.generated_tokens >= output:
+            return f"{assignment.generated_tokens} tokens of output were generated already, of {output} at most"
+        if len(assignment.hashes) != given // self._block_tokens:
+            return f"{len(assignment.hashes)} block hashes for {given} tokens in blocks of {self._block_tokens}"
         if prompt + output * generates > self._context_tokens_max:
             return f"{prompt} prompt tokens and {output} of output are over the context limit of {self._context_tokens_max}"
-        needed = self._blocks_for(prompt + 1 if generates else prompt - 1)
+        needed = self._blocks_for(given + 1 if generates else given - 1)
         if needed > self._pool.blocks:
-            return f"a prompt of {prompt} tokens needs {needed} blocks, the pool has {self._pool.blocks}"
+            return f"a prompt of {given} tokens needs {needed} blocks, the pool has {self._pool.blocks}"
         return None
 
     def enqueue(self, assignment: Assignment) -> Sequence:
@@ -296,7 +298,8 @@ class Scheduler:
         sequence.count_present(sequence.computed)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
         sequence.began_at = self._accounts.level(sequence.tenant)
-        output = output_work(sequence.output_tokens_max) if sequence.assignment.role is Role.GENERATE else 0
+        generated = sequence.assignment.generated_tokens
+        output = output_work(sequence.output_tokens_max - generated) if sequence.assignment.role is Role.GENERATE else 0
         self._accounts.charge(sequence.tenant, sequence.queued + output, sequence.assignment.share)
         sequence.loaded = not sequence.load_tokens(hit)
         if fetches:
@@ -476,7 +479,7 @@ class Scheduler:
             return
         self._name_blocks(sequence, result)
         outcome.advanced.append(sequence)
-        if sequence.output_tokens == 0:
+        if sequence.output_tokens == sequence.assignment.generated_tokens:
             outcome.started.append(sequence)
         sequence.output_tokens += result.output_tokens
         self._decode(sequence)

@@ -107,7 +107,8 @@ class Sequence:
         self.chunk = 0
         #: Full blocks that are offered for reuse or duplicate others that are.
         self.registered = 0
-        self.output_tokens = 0
+        #: Those that were generated elsewhere count: a sequence that comes with some is like one that was preempted.
+        self.output_tokens = assignment.generated_tokens
         #: An output that outgrows the pool ends early: its last token needs no KV.
         self.output_tokens_max = min(assignment.output_tokens_max, blocks_max * block_tokens - assignment.prompt_tokens + 1)
         #: Prompt tokens computed here or, for this very request, on its source; none is counted again after a preemption.
@@ -142,7 +143,7 @@ class Sequence:
     def target(self) -> int:
         """Tokens whose KV must be present before it decodes or is handed over; the decode node computes the last one itself."""
         if self.assignment.role is Role.PREFILL:
-            return self.assignment.prompt_tokens - 1
+            return self.assignment.given_tokens - 1
         return self.assignment.prompt_tokens + self.output_tokens
 
     @property
@@ -188,7 +189,7 @@ class Sequence:
         if self.fetched:
             return 0
         if self.assignment.source_pending:
-            wanted = self.assignment.prompt_tokens - 1
+            wanted = self.assignment.given_tokens - 1
         else:
             wanted = min(self.assignment.source_tokens // self.block_tokens, self.hit_blocks_max) * self.block_tokens
         return wanted if wanted > hit_blocks * self.block_tokens else 0

@@ -17,6 +17,7 @@ from orchestrator.core.commands import (
     ReportSourceLost,
     RequestResync,
     Restart,
+    Resume,
     SetTimer,
 )
 from orchestrator.core.config import GatewayConfig, LimitsConfig, RouterConfig, TenantConfig
@@ -45,6 +46,7 @@ from orchestrator.core.types import (
     ServiceClass,
     StoredRun,
     TenantId,
+    attempt_id,
 )
 from tests.builders import prompt_hashes
 from tests.core.cluster.cluster_builders import (
@@ -67,10 +69,12 @@ APART = RouterConfig(disaggregation_tokens_min=0)
 DEADLINE = RequestTimer(RequestId(1))
 
 
-def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, **changes: Any) -> Assignment:
+def generate(request: int = 1, prompt: str = "ab", tokens: int = 9, attempt: int = 0, **changes: Any) -> Assignment:
     """Return what a node is given to generate 8 tokens; sources are at their first start."""
     changes.setdefault("source_incarnation", 1 if "source" in changes else None)
-    part = Assignment(RequestId(request), Role.GENERATE, tokens, prompt_hashes(prompt), 8, tenant=TenantId("t"))
+    part = Assignment(
+        attempt_id(RequestId(request), attempt), Role.GENERATE, tokens, prompt_hashes(prompt), 8, tenant=TenantId("t")
+    )
     return replace(part, **changes)
 
 
@@ -243,8 +247,8 @@ def test_a_lost_decode_node_starts_both_parts_over(make_cluster: MakeCluster) ->
     assert without_timers(cluster.handle(NodeLost(lost, "killed"), 1.0)) == [
         Cancel(P0, R1),
         Restart(R1, f"{lost} was lost: killed"),
-        Assign(P0, generate(role=Role.PREFILL)),
-        Assign(other, generate(source=P0, source_tokens=9, source_pending=True)),
+        Assign(P0, generate(attempt=1, role=Role.PREFILL)),
+        Assign(other, generate(attempt=1, source=P0, source_tokens=9, source_pending=True)),
     ]
 
 
@@ -256,24 +260,24 @@ def test_a_failure_before_the_first_token_is_tried_elsewhere(make_cluster: MakeC
     first = nodes_of(cluster.handle(arrived(), 0.0))[0]
     other = A1 if first == "a0" else A0
     report = reported(first, ended=[end_of(1, FinishReason.FAILED, message="draining")])
-    assert without_timers(cluster.handle(report, 1.0)) == [Restart(R1, f"{first}: draining"), Assign(other, generate())]
+    assert without_timers(cluster.handle(report, 1.0)) == [Restart(R1, f"{first}: draining"), Assign(other, generate(attempt=1))]
     # a node that failed it comes again only because there is no third; then it is enough
-    second = cluster.handle(reported(other, ended=[end_of(1, FinishReason.FAILED)]), 2.0)
+    second = cluster.handle(reported(other, ended=[end_of(attempt_id(R1, 1), FinishReason.FAILED)]), 2.0)
     last = NodeId(nodes_of(second)[0])
-    assert without_timers(cluster.handle(reported(last, ended=[end_of(1, FinishReason.FAILED)]), 3.0)) == [
+    assert without_timers(cluster.handle(reported(last, ended=[end_of(attempt_id(R1, 2), FinishReason.FAILED)]), 3.0)) == [
         Abort(R1, 503, "node_failed", f"{last}: the node ended it: failed")
     ]
 
 
-def test_a_failure_after_the_first_token_ends_with_an_error(make_cluster: MakeCluster) -> None:
-    cluster = make_cluster("a0", "a1")
+def test_a_failure_after_the_first_token_ends_with_an_error_where_nothing_is_to_go_on(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("a0", "a1", limits=LimitsConfig(resumes_max=0))
     node = nodes_of(cluster.handle(arrived(), 0.0))[0]
     cluster.handle(reported(node, first=[1]), 1.0)
     report = reported(node, ended=[end_of(1, FinishReason.FAILED, message="not a number")])
     assert cluster.handle(report, 2.0) == [ClearTimer(DEADLINE), Abort(R1, 502, "node_failed", f"{node}: not a number")]
 
 
-def test_a_lost_node_s_requests_start_over_or_end(make_cluster: MakeCluster) -> None:
+def test_a_lost_node_s_requests_start_over_or_go_on(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0")
     cluster.handle(arrived(1), 0.0)
     cluster.handle(arrived(2), 0.0)
@@ -281,8 +285,8 @@ def test_a_lost_node_s_requests_start_over_or_end(make_cluster: MakeCluster) -> 
     join(cluster, "a1")
     assert without_timers(cluster.handle(NodeLost(A0, "killed"), 2.0)) == [
         Restart(R1, "a0 was lost: killed"),
-        Assign(A1, generate(1)),
-        Abort(R2, 502, "node_lost", "a0 was lost: killed"),
+        Assign(A1, generate(1, attempt=1)),
+        Resume(R2, "a0 was lost: killed"),
     ]
 
 
@@ -293,7 +297,7 @@ def test_with_no_node_left_a_started_over_request_waits_for_one(make_cluster: Ma
     assert lost == [Restart(R1, "a0 was lost: killed"), SetTimer(DEADLINE, 65.0)]
     assert cluster.waiting == 1
     joined = cluster.handle(NodeJoined(spec_of("a0", incarnation=2)), 6.0)
-    assert [SetTimer(DEADLINE, 600.0), Assign(A0, generate())] == joined[-2:]
+    assert [SetTimer(DEADLINE, 600.0), Assign(A0, generate(attempt=1))] == joined[-2:]
 
 
 def test_a_new_incarnation_ends_the_former(make_cluster: MakeCluster) -> None:
@@ -302,7 +306,7 @@ def test_a_new_incarnation_ends_the_former(make_cluster: MakeCluster) -> None:
     assert without_timers(cluster.handle(NodeJoined(spec_of("a0", incarnation=2)), 1.0)) == [
         Restart(R1, "a0 was lost: it was started anew"),
         RequestResync(A0, None),
-        Assign(A0, generate()),
+        Assign(A0, generate(attempt=1)),
     ]
     assert cluster.handle(NodeJoined(spec_of("a0", incarnation=1)), 2.0) == []  # late news of the former
 
