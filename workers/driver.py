@@ -65,6 +65,7 @@ from orchestrator.core.types import (
     RequestId,
     Tier,
     gateway_of,
+    request_of,
 )
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.clock import Timers
@@ -258,7 +259,7 @@ class NodeDriver:
     def _log_end(self, report: Ended) -> None:
         if log.isEnabledFor(logging.DEBUG):
             sequence = self._sequences.get(report.request)
-            fields = {REQUEST: sequence.name if sequence is not None else "", "number": report.request, "node": self.spec.id}
+            fields = {REQUEST: sequence.name if sequence is not None else "", "number": request_of(report.request), "node": self.spec.id}
             counts = {"output_tokens": report.output_tokens, "computed_tokens": report.computed_tokens}
             log.debug("ended: %s", report.reason.value, extra={**fields, **counts})
 
@@ -466,7 +467,7 @@ class NodeDriver:
             source_host=submit.source_host,
         )
         if log.isEnabledFor(logging.DEBUG):
-            fields = {REQUEST: assignment.name, "number": request, "node": self.spec.id, "tokens": assignment.prompt_tokens}
+            fields = {REQUEST: assignment.name, "number": request_of(request), "node": self.spec.id, "tokens": assignment.given_tokens}
             log.debug("%s taken", assignment.role.value, extra=fields)
         if submit.timed:
             self._beginnings.watch(request)

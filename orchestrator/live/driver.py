@@ -556,7 +556,10 @@ class ClusterDriver:
                 if log.isEnabledFor(logging.DEBUG):
                     part = command.assignment
                     log.debug(
-                        "%s assigned to %s", part.role.value, command.node, extra={REQUEST: part.name, "number": part.request}
+                        "%s assigned to %s",
+                        part.role.value,
+                        command.node,
+                        extra={REQUEST: part.name, "number": request_of(part.request)},
                     )
                 self._assign(command)
             case Cancel(node, request):

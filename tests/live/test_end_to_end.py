@@ -2,12 +2,13 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.core.commands import Assign, RequestResync, Restart
-from orchestrator.core.config import ClusterConfig
+from orchestrator.core.config import ClusterConfig, LimitsConfig
 from orchestrator.core.events import NodeJoined, NodeLost
 from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, Role, Sampling
 from orchestrator.live.turns import TurnFailed
@@ -174,11 +175,12 @@ def test_a_node_that_dies_before_the_first_token_is_replaced(model_dir: Path) ->
     run(scenario)
 
 
-def test_a_node_that_dies_after_the_first_token_ends_the_turn_with_an_error(model_dir: Path) -> None:
+def test_where_nothing_is_to_go_on_a_node_that_dies_after_the_first_token_ends_the_turn_with_an_error(model_dir: Path) -> None:
     slow = CostProfile(step_s=0.005)
 
     async def scenario() -> None:
-        async with cluster(together(profile=slow), model_dir) as served:
+        config = replace(together(profile=slow), limits=LimitsConfig(resumes_max=0))
+        async with cluster(config, model_dir) as served:
             stream = served.driver.start(turn(range(40), 500))
             first = await stream.read()
             assert first.tokens
@@ -187,7 +189,7 @@ def test_a_node_that_dies_after_the_first_token_ends_the_turn_with_an_error(mode
             served.driver.mark_dead(node)
             with pytest.raises(TurnFailed) as failed:
                 await finish(stream)
-            assert failed.value.status >= 500
+            assert (failed.value.status, failed.value.code) == (502, "node_lost")
             assert not served.driver.ready
             # Its next life is taken in, and serves.
             await served.start_node(node, 2)

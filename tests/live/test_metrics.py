@@ -1,15 +1,19 @@
 """Metrics: each fact once, under both families' names, at a price a token can pay."""
 
+from dataclasses import replace
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.core.cluster.sessions import ReprefillReason
-from orchestrator.core.commands import Assign, Complete, Restart
+from orchestrator.core.commands import Assign, Complete, Restart, Resume
 from orchestrator.core.events import (
     Ended,
+    FirstToken,
     NodeJoined,
     NodeLost,
     NodeReported,
     RequestArrived,
+    Resumed,
     StoreJoined,
     StoreLost,
     StoreReported,
@@ -39,6 +43,7 @@ from orchestrator.core.types import (
     StoreSpec,
     TenantId,
     Tier,
+    attempt_id,
 )
 from orchestrator.live.metrics import Metrics
 
@@ -231,6 +236,24 @@ def test_a_wrong_prediction_and_a_restart_are_told_as_tokens_computed_again() ->
     metrics.attach({ReprefillReason.NEW: 100, ReprefillReason.EVICTED: 16})
     assert value(metrics, "weft_reprefilled_tokens_total", reason="evicted") == 16
     assert value(metrics, "weft_route_hit_error_tokens_bucket", model="default", le="16.0") == 1
+
+
+def test_a_request_that_goes_on_elsewhere_is_told_and_what_was_computed_again_for_it() -> None:
+    metrics = cluster()
+    one, again = RequestId(1), attempt_id(RequestId(1), 1)
+    metrics.observe(0.0, arrived(), [assign()])
+    lost = NodeLost(NodeId("decode-0"), "killed")
+    metrics.observe(0.1, lost, [Resume(one, "killed")])
+    on = assign(node="decode-1")
+    on = replace(on, assignment=replace(on.assignment, request=again, generated_tokens=12))
+    metrics.observe(0.1, Resumed(one, 12, ()), [on])
+    first = FirstToken(again, 24)
+    metrics.observe(0.2, NodeReported(NodeId("decode-1"), Load(), first_tokens=(first,)), [])
+    metrics.observe(0.3, NodeReported(NodeId("decode-1"), Load()), [complete(cached=16, predicted=16)])
+    assert value(metrics, "weft_resumed_requests_total", model="default") == 1
+    assert value(metrics, "weft_replayed_tokens_total", model="default") == 12
+    assert value(metrics, "weft_reprefilled_tokens_total", reason="resumed") == 24
+    assert value(metrics, "weft_input_tokens_total", model="default", pool="decode") == 40
 
 
 def test_a_node_shows_its_blocks_and_goes_down_and_its_preemptions_survive_a_restart() -> None:

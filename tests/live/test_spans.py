@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 from orchestrator.cli.main import main
-from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart, Scores
+from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart, Resume, Scores
 from orchestrator.core.config import ClusterConfig, ConfigError, TraceConfig
 from orchestrator.core.events import (
     Assigned,
@@ -33,6 +33,7 @@ from orchestrator.core.events import (
     NodeReported,
     RequestAbandoned,
     RequestArrived,
+    Resumed,
 )
 from orchestrator.core.types import (
     Assignment,
@@ -46,6 +47,7 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     TenantId,
+    attempt_id,
 )
 from orchestrator.live import spans as spans_module
 from orchestrator.live.front import Front, Membership, NodePlace
@@ -67,6 +69,7 @@ PHASES = ("queue", "route", "prefill", "transfer", "decode")
 CHAT = "/v1/chat/completions"
 P, D, E = NodeId("prefill-0"), NodeId("decode-0"), NodeId("decode-1")
 ONE = RequestId(1)
+AGAIN = attempt_id(ONE, 1)
 
 
 @dataclass
@@ -228,6 +231,28 @@ def test_a_request_whose_node_dies_shows_both_attempts() -> None:
     assert "error.type" not in (second.attributes or {})
     assert (second.attributes or {})["weft.node"] == E
     assert "a text of the node's" not in texts(traced.exporter.get_finished_spans())
+
+
+def test_a_request_that_goes_on_elsewhere_shows_both_attempts_and_what_the_first_found() -> None:
+    traced = Traced()
+
+    def story(traced: Traced) -> None:
+        traced.arrives(1.0, assign(D))
+        traced.at(2.0, report(D, first=24))
+        traced.at(3.0, NodeLost(D, "killed"), Resume(ONE, "killed"))
+        traced.at(3.0, Resumed(ONE, 5, ()), replace(assign(E), assignment=replace(assign(E).assignment, request=AGAIN)))
+        traced.at(4.0, NodeReported(E, Load(), (FirstToken(AGAIN, 40),)))
+        traced.at(5.0, RequestAbandoned(ONE, 9))
+
+    traced.ask(story)
+    assert [phase for phase, _, _ in traced.phases] == ["queue", "route", "prefill", "decode"] * 2
+    lost, on = traced.named("decode")
+    assert ((lost.attributes or {})["weft.node"], (on.attributes or {})["weft.node"]) == (D, E)
+    assert ((lost.attributes or {})["weft.attempt"], (on.attributes or {})["weft.attempt"]) == (1, 2)
+    assert (lost.attributes or {})["error.type"] == "node_lost"
+    assert "error.type" not in (on.attributes or {})
+    [whole] = [span for span in traced.exporter.get_finished_spans() if span.parent is None]
+    assert (whole.attributes or {})["gen_ai.usage.cache_read.input_tokens"] == 16
 
 
 @pytest.mark.parametrize("dies", [True, False])

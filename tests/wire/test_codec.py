@@ -41,11 +41,12 @@ def hashes(count: int) -> tuple[BlockHash, ...]:
 
 @pytest.mark.parametrize("role", list(Role))
 @pytest.mark.parametrize("source", [None, NodeId("prefill-0")])
-def test_assignment_survives(role: Role, source: NodeId | None) -> None:
+@pytest.mark.parametrize("generated", [0, 129])
+def test_assignment_survives(role: Role, source: NodeId | None, generated: int) -> None:
     assignment = Assignment(
         request=REQUEST,
         role=role,
-        prompt_tokens=130,
+        prompt_tokens=130 - generated,
         hashes=hashes(2),
         output_tokens_max=17,
         source=source,
@@ -56,6 +57,7 @@ def test_assignment_survives(role: Role, source: NodeId | None) -> None:
         tenant=TenantId("team"),
         share=2.5,
         stored_tokens=64,
+        generated_tokens=generated,
     )
     root = hashes(1)[0]
     sampling = node_pb2.Sampling(temperature=0.5, seed=0, stop_token_ids=[1, 2], logit_bias={5: -1.0})
@@ -64,6 +66,12 @@ def test_assignment_survives(role: Role, source: NodeId | None) -> None:
     assert codec.assignment_from(parsed) == assignment
     assert parsed.hash_root == root
     assert parsed.sampling == sampling
+
+
+def test_an_assignment_without_a_prompt_is_malformed() -> None:
+    submit = node_pb2.Submit(request=REQUEST, role=node_pb2.ROLE_GENERATE, tokens=bytes(8), generated_tokens=2)
+    with pytest.raises(codec.MalformedMessage, match="2 tokens and none of a prompt"):
+        codec.assignment_from(submit)
 
 
 @pytest.mark.parametrize("kind", list(PoolKind))
@@ -101,7 +109,7 @@ def test_report_survives() -> None:
         KvBatch(sequence=1, stored=(StoredRun(None, hashes(3)), StoredRun(hashes(1)[0], hashes(1))), removed=hashes(2)),
     )
     ends = tuple(Ended(REQUEST, reason, 3, 2, "why", 7, 9, 4, 5) for reason in FinishReason)
-    first = (FirstToken(REQUEST, 12, 3, 4),)
+    first = (FirstToken(REQUEST, 12, 3, 4, 5, 6),)
     frame = node_pb2.NodeFrame(load=codec.load_message(load))
     frame.kv.extend(codec.kv_message(batch) for batch in batches)
     frame.ended.extend(codec.ended_message(end) for end in ends)

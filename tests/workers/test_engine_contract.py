@@ -315,6 +315,29 @@ def test_a_seed_fixes_the_output(engine: Engine, sampling: Sampling) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=0.9, seed=6, presence_penalty=1.5, frequency_penalty=0.5),
+        Sampling(presence_penalty=0.5, frequency_penalty=1.5),
+    ],
+)
+def test_another_engine_goes_on_with_what_would_have_come(make: Make, sampling: Sampling) -> None:
+    tokens = prompt(11, 20)
+    expected = generate(make(), 1, tokens, 24, sampling)
+    for count in (1, 12, 23):
+        engine = make()
+        given = tokens + array("I", expected[:count])
+        engine.add(RequestId(7), given, sampling, count)
+        found = list(prefill(engine, 7, len(given), blocks_for(44), 256).tokens)
+        while count + len(found) < 24:
+            [output] = engine.step([Slice(RequestId(7), len(given) + len(found) - 1, 1, 0, (), True)])
+            found.extend(output.tokens)
+        assert expected[:count] + found == expected
+
+
 def test_stop_tokens_end_a_sequence_and_are_included(engine: Engine) -> None:
     tokens = prompt(13, 20)
     free = generate(engine, 1, tokens, 8)

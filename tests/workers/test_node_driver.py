@@ -54,9 +54,9 @@ class ScriptedEngine:
         self.tokens_at: dict[int, int] = {}
         self.closed = False
 
-    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling) -> None:
+    def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         assert request not in self.counts
-        self.counts[request] = 0
+        self.counts[request] = generated
         self.sampling[request] = sampling
 
     def forget(self, request: RequestId) -> None:

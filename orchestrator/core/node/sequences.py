@@ -108,7 +108,7 @@ class Sequence:
         #: Full blocks that are offered for reuse or duplicate others that are.
         self.registered = 0
         #: Those that were generated elsewhere count: a sequence that comes with some is like one that was preempted.
-        self.output_tokens = assignment.generated_tokens
+        self.output_tokens = assignment.generated_tokens if assignment.role is Role.GENERATE else 0
         #: An output that outgrows the pool ends early: its last token needs no KV.
         self.output_tokens_max = min(assignment.output_tokens_max, blocks_max * block_tokens - assignment.prompt_tokens + 1)
         #: Prompt tokens computed here or, for this very request, on its source; none is counted again after a preemption.

@@ -1,6 +1,7 @@
 """A node's rules as literals: events in, commands out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -155,6 +156,44 @@ def test_a_request_is_prefilled_decoded_and_reported(make_node: MakeNode) -> Non
     # The second token is the last: blocks are given back before the end is reported.
     assert feed(node, finished(2, token(1))) == [Forget(R1), ended(1, FinishReason.LENGTH, output=2, computed=9)]
     assert node.load() == Load(blocks_free=14, blocks_cached=2)
+
+
+def test_a_request_that_comes_with_what_it_generated_goes_on_after_it(make_node: MakeNode) -> None:
+    node = make_node()
+    # Nine tokens of a prompt and four of five that may be generated: all of them are computed, and one more is sampled.
+    resumed = assignment(1, "abc", tail=1, prompt_tokens=9, generated_tokens=4, output_tokens_max=6)
+    assert feed(node, Assigned(resumed)) == [step(1, part(1, 0, 13, 0, (0, 1, 2, 3)))]
+    # The first token that it brings here is reported; what is billed is the prompt alone.
+    commands = feed(node, finished(1, token(1)))
+    assert commands[:2] == [first_token(1, computed=9), step(2, part(1, 13, 1, 4, ()), decoding=1)]
+    # The limit counts what was generated before.
+    assert feed(node, finished(2, token(1))) == [Forget(R1), ended(1, FinishReason.LENGTH, output=6, computed=9)]
+
+
+def test_a_prefill_computes_what_was_generated_too_for_the_node_that_goes_on(make_node: MakeNode) -> None:
+    node = make_node()
+    resumed = assignment(1, "abc", tail=1, prompt_tokens=9, generated_tokens=4, output_tokens_max=6, role=Role.PREFILL)
+    assert feed(node, Assigned(resumed)) == [step(1, part(1, 0, 12, 0, (0, 1, 2), sample=False))]
+    assert ended(1, FinishReason.PREFILLED, computed=9) in feed(node, finished(1, nothing(1)))
+    feed(node, Cancelled(R1))
+
+
+def test_a_fetch_of_what_goes_on_ends_before_its_last_token(make_node: MakeNode) -> None:
+    node = make_node()
+    resumed = assignment(
+        1, "abc", tail=1, prompt_tokens=9, generated_tokens=4, source=PEER, source_tokens=13, source_pending=True
+    )
+    [fetch] = [command for command in feed(node, Assigned(replace(resumed, output_tokens_max=6))) if isinstance(command, Fetch)]
+    assert (fetch.tokens, len(fetch.blocks)) == (12, 3)
+    feed(node, FetchProgressed(R1, 12))
+    assert feed(node, FetchEnded(R1, 12, 9))[-1] == step(1, part(1, 12, 1, 0, (0, 1, 2, 3)))
+    assert first_token(1, computed=9) in feed(node, finished(1, token(1)))
+
+
+def test_nothing_is_left_to_generate_of_what_has_brought_all(make_node: MakeNode) -> None:
+    refused = assignment(1, "abc", tail=1, prompt_tokens=9, generated_tokens=4, output_tokens_max=4)
+    message = "4 tokens of output were generated already, of 4 at most"
+    assert feed(make_node(), Assigned(refused)) == [Forget(R1), ended(1, FinishReason.FAILED, message=message)]
 
 
 def test_a_stop_token_ends_a_request(make_node: MakeNode) -> None:
