@@ -259,7 +259,11 @@ class NodeDriver:
     def _log_end(self, report: Ended) -> None:
         if log.isEnabledFor(logging.DEBUG):
             sequence = self._sequences.get(report.request)
-            fields = {REQUEST: sequence.name if sequence is not None else "", "number": request_of(report.request), "node": self.spec.id}
+            fields = {
+                REQUEST: sequence.name if sequence is not None else "",
+                "number": request_of(report.request),
+                "node": self.spec.id,
+            }
             counts = {"output_tokens": report.output_tokens, "computed_tokens": report.computed_tokens}
             log.debug("ended: %s", report.reason.value, extra={**fields, **counts})
 
@@ -467,7 +471,12 @@ class NodeDriver:
             source_host=submit.source_host,
         )
         if log.isEnabledFor(logging.DEBUG):
-            fields = {REQUEST: assignment.name, "number": request_of(request), "node": self.spec.id, "tokens": assignment.given_tokens}
+            fields = {
+                REQUEST: assignment.name,
+                "number": request_of(request),
+                "node": self.spec.id,
+                "tokens": assignment.given_tokens,
+            }
             log.debug("%s taken", assignment.role.value, extra=fields)
         if submit.timed:
             self._beginnings.watch(request)
