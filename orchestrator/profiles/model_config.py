@@ -30,6 +30,16 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gpt_oss": {"max_position_embeddings": 131072, "head_dim": 64, "sliding_window_pattern": 2},
     "gemma2": {"max_position_embeddings": 8192, "head_dim": 256, "sliding_window_pattern": 2, "tie_word_embeddings": True},
     "gemma3_text": {"max_position_embeddings": 131072, "head_dim": 256, "sliding_window_pattern": 6, "tie_word_embeddings": True},
+    "deepseek_v3": {
+        "max_position_embeddings": 4096,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "rope_interleave": True,
+    },
     "cohere2": {"max_position_embeddings": 8192, "sliding_window_pattern": 4, "tie_word_embeddings": True},
 }
 #: Fields of models whose layers differ in ways that are not known here, and what they stand for.
@@ -49,6 +59,25 @@ _LAYERS_MAX = 1 << 12
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
+#: Families that choose experts as `GroupedRouting` says.
+_GROUPED = ("deepseek_v3",)
+#: Experts whose scores together say how good a group of them is.
+GROUP_BEST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRouting:
+    """DeepSeek-V3's way of choosing a token's experts (arXiv 2412.19437, 2.1.2): by sigmoids of scores, in the best groups.
+
+    A learnt bias takes part in choosing and not in weights. The groups whose two best experts have the highest sum stay.
+    """
+
+    groups: int
+    groups_per_token: int
+    #: Multiplies the weights of a token's experts.
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The mixture-of-experts part of a model."""
@@ -62,6 +91,8 @@ class Experts:
     normalised: bool
     #: Layers that have experts; the others have a dense FFN.
     layers: frozenset[int]
+    #: None: a token's experts are those with the highest scores, their weights a softmax over all scores.
+    grouped: GroupedRouting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +120,10 @@ class Architecture:
     attention_bias: bool
     rope: Rope
     latent: Latent | None = None
+    #: Dimensions that turn together lie side by side in the checkpoint; otherwise half a head apart.
+    interleaved: bool = False
+    #: Layers behind the others that guess further tokens ahead: in the checkpoint, and no part of what it answers.
+    guessing_layers: int = 0
     experts: Experts | None = None
     #: Layers that attend to the last `window_tokens` tokens only.
     windowed_layers: int = 0
@@ -100,14 +135,30 @@ class Architecture:
         return self.layers - (len(self.experts.layers) if self.experts is not None else 0)
 
     @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that turn with its position."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
     def queries_width(self) -> int:
         """Width of all query heads together."""
-        return self.heads * self.head_dim
+        return self.heads * (self.head_dim if self.latent is None else self.latent.nope_dim + self.latent.rope_dim)
 
     @property
     def keys_width(self) -> int:
-        """Width of all key heads together, which is that of the values too."""
+        """Width of all key heads together, which is that of the values too, where attention is not latent."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def attended_width(self) -> int:
+        """Width of what all heads bring together."""
+        return self.queries_width if self.latent is None else self.heads * self.latent.value_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        sharpness = 1.0 if self.latent is None else self.rope.latent_sharpness
+        return sharpness * (self.queries_width // self.heads) ** -0.5
 
     def shape(self, name: str) -> ModelShape:
         """Return what time and memory depend on."""
@@ -178,6 +229,8 @@ def architecture_of(config: Fields) -> Architecture:
         attention_bias=config.flag("attention_bias", False),
         rope=rope_of(config),
         latent=_latent(config),
+        interleaved=config.flag("rope_interleave", False),
+        guessing_layers=config.count("num_nextn_predict_layers", 0, least=0),
         experts=experts,
         windowed_layers=windowed,
         window_tokens=window,
@@ -248,7 +301,20 @@ def _experts(config: Fields, layers: int) -> Experts | None:
         shared_intermediate=shared + config.count("shared_expert_intermediate_size", 0, least=0),
         normalised=config.flag("norm_topk_prob", False),
         layers=routed,
+        grouped=_grouped(config, counts[0], per_token) if config.text("model_type", "") in _GROUPED else None,
     )
+
+
+def _grouped(config: Fields, experts: int, per_token: int) -> GroupedRouting:
+    groups, chosen = config.count("n_group"), config.count("topk_group")
+    size = experts // groups
+    if experts % groups or size < GROUP_BEST:
+        problem = f"must cut the experts ({experts}) into equal groups of {GROUP_BEST} or more, is {groups}"
+        raise config.error("n_group", problem)
+    if chosen > groups or chosen * size < per_token:
+        least = -(-per_token // size)
+        raise config.error("topk_group", f"must be from {least}, for {per_token} experts a token, to {groups}, is {chosen}")
+    return GroupedRouting(groups, chosen, config.number("routed_scaling_factor"))
 
 
 def _expert_layers(config: Fields, layers: int) -> frozenset[int]:

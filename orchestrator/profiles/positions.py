@@ -49,6 +49,8 @@ class Rope:
     way: Llama3Rope | YarnRope | None = None
     #: Share of a head's dimensions that turn.
     share: float = 1.0
+    #: Multiplies the scores of latent attention, and of no other.
+    latent_sharpness: float = 1.0
     #: What config.json calls the way, and the field that does; one that is not in `KINDS` is described by `theta` alone.
     kind: str = "default"
     field: str = "rope_parameters.rope_type"
@@ -92,7 +94,9 @@ def rope_of(config: Fields) -> Rope:
         raise config.error("rope_theta", f"must be over 1, is {theta:g}")
     share = settings.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     kind = settings.text("rope_type", settings.text("type", "default"))
-    return replace(_stretched(config, settings, kind, theta), share=share, kind=kind, field=f"{name}.rope_type")
+    found = _stretched(config, settings, kind, theta)
+    sharpness = _latent_sharpness(settings, kind, found.factor)
+    return replace(found, share=share, latent_sharpness=sharpness, kind=kind, field=f"{name}.rope_type")
 
 
 def _stretched(config: Fields, settings: Fields, kind: str, theta: float) -> Rope:
@@ -139,13 +143,23 @@ def _yarn(settings: Fields, original: float, factor: float) -> YarnRope:
 
 def _amplitude(settings: Fields, factor: float) -> float:
     """Return what YaRN multiplies sines and cosines by: stated, or from the factor, since longer contexts need sharper scores."""
-
-    def scale(weight: float) -> float:
-        return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
-
     if settings.given("attention_factor"):
         return settings.number("attention_factor")
     # A scale of 0 is no scale, as `transformers` has it.
     if settings.values.get("mscale") and settings.values.get("mscale_all_dim"):
-        return scale(settings.number("mscale")) / scale(settings.number("mscale_all_dim"))
-    return scale(1.0)
+        return _sharpening(factor, settings.number("mscale")) / _sharpening(factor, settings.number("mscale_all_dim"))
+    return _sharpening(factor, 1.0)
+
+
+def _latent_sharpness(settings: Fields, kind: str, factor: float) -> float:
+    """Return what latent attention multiplies its scores by, beside what turning does: for all of a head's dimensions.
+
+    That it holds for every way of stretching is how `transformers` has it.
+    """
+    if kind == "default" or not settings.values.get("mscale_all_dim"):
+        return 1.0
+    return _sharpening(settings.number("factor", factor), settings.number("mscale_all_dim")) ** 2
+
+
+def _sharpening(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0

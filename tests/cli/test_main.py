@@ -18,6 +18,7 @@ from orchestrator.cli.cluster_file import LOCAL_CLUSTER, TIERS_CLUSTER, read_clu
 from orchestrator.cli.demo import WAYS, Outcome, show_outcomes
 from orchestrator.cli.main import main
 from orchestrator.cli.status import show_status
+from workers.engines.checkpoint import FAMILIES
 
 NODE: dict[str, Any] = {
     "node": "decode-0", "pool": "decode", "up": True, "restarts": 1, "running": 3, "waiting": 2, "queued_tokens": 40,
@@ -114,9 +115,10 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[:2] == (0, "weft 0.1.0\n")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, family: str) -> None:
-    sizes = ("--layers", "1", "--hidden", "32", "--heads", "2", "--kv-heads", "1", "--intermediate", "32")
+    heads = ("--kv-rank", "16", "--query-rank", "0") if family == "deepseek_v3" else ("--kv-heads", "1")
+    sizes = ("--layers", "1", "--hidden", "32", "--heads", "2", *heads, "--intermediate", "32")
     code, out, err = run(capsys, "model", "create", str(tmp_path / "m"), "--family", family, "--seed", "3", *sizes)
     assert (code, err) == (0, "")
     assert str(tmp_path / "m") in out

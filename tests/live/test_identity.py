@@ -11,7 +11,7 @@ import pytest
 from orchestrator.core.config import ClusterConfig, PoolConfig
 from tests.live.serving import cluster, finish, run, split, together, turn
 from tests.oracle import first_decided, oracle
-from workers.engines.checkpoint import create_checkpoint
+from workers.engines.checkpoint import FAMILIES, create_checkpoint
 
 #: Ordinary tokens of the checkpoints are below.
 VOCABULARY = 512
@@ -37,7 +37,7 @@ def prompts() -> Iterator[list[int]]:
         number += 1
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3_moe"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Expected]:
     """A checkpoint of each family, and what follows each prompt."""
     path = tmp_path_factory.mktemp("model") / request.param

@@ -12,7 +12,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from orchestrator.core.config import ConfigError
 from orchestrator.core.cost.shapes import Latent, ModelShape
 from orchestrator.profiles.fields import CheckpointError, Fields, read_fields
-from orchestrator.profiles.model_config import FAMILY_DEFAULTS, Architecture, Experts, architecture_of, model_fields, read_config
+from orchestrator.profiles.model_config import (
+    FAMILY_DEFAULTS,
+    Architecture,
+    Experts,
+    GroupedRouting,
+    architecture_of,
+    model_fields,
+    read_config,
+)
 from orchestrator.profiles.positions import Llama3Rope, Rope, YarnRope, context_tokens_of, limited, rope_of
 
 PATH = Path("config.json")
@@ -124,6 +132,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], Architecture, ModelShape]] = {
             "n_shared_experts": 2,
             "first_k_dense_replace": 1,
             "moe_layer_freq": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_nextn_predict_layers": 1,
             "norm_topk_prob": True,
             "rope_scaling": {
                 "type": "yarn",
@@ -140,9 +151,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], Architecture, ModelShape]] = {
             family="deepseek_v3",
             kv_heads=8,
             latent=Latent(48, 16, 12, 4, 10),
-            experts=Experts(16, 4, 24, 48, True, frozenset({1, 2, 3})),
+            interleaved=True,
+            guessing_layers=1,
+            experts=Experts(16, 4, 24, 48, True, frozenset({1, 2, 3}), GroupedRouting(4, 2, 2.5)),
             context_tokens_max=1024,
-            rope=Rope(10000.0, 8.0, YarnRope(128, 32, 1, True, 1.0), kind="yarn", field="rope_scaling.rope_type"),
+            rope=Rope(
+                10000.0,
+                8.0,
+                YarnRope(128, 32, 1, True, 1.0),
+                latent_sharpness=1.4591290795886054,  # (0.1 ln 8 + 1) squared
+                kind="yarn",
+                field="rope_scaling.rope_type",
+            ),
         ),
         replace(
             COUNTED,
@@ -302,6 +322,27 @@ def test_how_much_yarn_sharpens_scores(rope: dict[str, Any], amplitude: float) -
     way = rope_of(fields({"max_position_embeddings": 512, "rope_scaling": YARN | rope})).way
     assert isinstance(way, YarnRope)
     assert way.amplitude == pytest.approx(amplitude)
+
+
+@pytest.mark.parametrize(
+    ("rope", "sharpness"),
+    [
+        ({}, 1.0),
+        ({"mscale_all_dim": 0.0}, 1.0),
+        ({"mscale_all_dim": 1.0}, 1.2964769926846953),  # (0.1 ln 4 + 1) squared
+        ({"mscale_all_dim": 0.5}, 1.1434339564986577),
+        ({"mscale_all_dim": 1.0, "attention_factor": 2.0}, 1.2964769926846953),
+        ({"mscale_all_dim": 1.0, "factor": 0.5}, 1.0),
+        ({"mscale_all_dim": 1.0, "rope_type": "linear"}, 1.2964769926846953),
+        ({"mscale_all_dim": 1.0, "rope_type": "dynamic"}, 1.2964769926846953),
+        ({"mscale_all_dim": 1.0, "rope_type": "default"}, 1.0),
+    ],
+)
+def test_how_much_latent_attention_sharpens_scores(rope: dict[str, Any], sharpness: float) -> None:
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}
+    config = {**SMALL, "num_key_value_heads": 8, "rope_scaling": YARN | rope}
+    assert described({**config, **latent}).score_scale == pytest.approx(sharpness / 4)
+    assert described(config).score_scale == pytest.approx(8**-0.5)
 
 
 def test_a_model_without_experts_in_any_layer_has_none() -> None:

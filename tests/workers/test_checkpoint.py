@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.core.config import EngineConfig
 from orchestrator.profiles.fields import CheckpointError
 from tests.builders import some
-from workers.engines.checkpoint import create_checkpoint, default_model_path, fingerprint
+from workers.engines.checkpoint import FAMILIES, create_checkpoint, default_model_path, fingerprint
 from workers.engines.eager import EagerEngine
 from workers.engines.shape import read_architecture
 from workers.engines.vocabulary import build_tokenizer
@@ -53,10 +53,10 @@ def change_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_same_arguments_give_the_same_bytes(tmp_path: Path, family: str) -> None:
     for name, seed in (("first", 3), ("second", 3), ("other", 4)):
-        create_checkpoint(tmp_path / name, family, seed, layers=1, hidden=32, heads=2, kv_heads=1)
+        create_checkpoint(tmp_path / name, family, seed, layers=2, hidden=32, heads=2)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     assert fingerprint(tmp_path / "first") == fingerprint(tmp_path / "second")
     assert fingerprint(tmp_path / "first") != fingerprint(tmp_path / "other")
@@ -101,7 +101,7 @@ def test_the_default_model_is_made_once_however_many_ask(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model_type": "gpt2"}, "model_type: must be one of llama, qwen3, qwen3_moe, is 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type: must be one of llama, qwen3, qwen3_moe, deepseek_v3, is 'gpt2'"),
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers: must be a whole number of 1 or more, is 'two'"),
         ({"num_key_value_heads": 3}, "num_attention_heads: must be a multiple of num_key_value_heads"),
@@ -152,6 +152,49 @@ def test_unusable_configurations_are_refused(small: Path, changes: dict[str, obj
     change_config(small, **changes)
     with pytest.raises(CheckpointError, match=problem):
         EagerEngine(small, EngineConfig(device="cpu", blocks=4), 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"kv_lora_rank": None}, "kv_lora_rank: is missing"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim: must be even, is 15"),
+        ({"v_head_dim": None}, "v_head_dim: is missing"),
+        ({"num_key_value_heads": 1}, r"num_key_value_heads: must be num_attention_heads \(2\), whose latents are the same, is 1"),
+        ({"head_dim": 48}, r"head_dim: must be qk_rope_head_dim \(16\), is 48"),
+        ({"scoring_func": "softmax"}, "scoring_func: must be sigmoid, is 'softmax'"),
+        ({"topk_method": "greedy"}, "topk_method: must be noaux_tc, is 'greedy'"),
+        ({"n_routed_experts": None}, "n_routed_experts: is missing"),
+        ({"n_group": 3}, r"n_group: must cut the experts \(8\) into equal groups of 2 or more, is 3"),
+        ({"n_group": 8}, r"n_group: must cut the experts \(8\) into equal groups of 2 or more, is 8"),
+        ({"topk_group": 5}, "topk_group: must be from 1, for 2 experts a token, to 4, is 5"),
+        ({"num_experts_per_tok": 5}, "topk_group: must be from 3, for 5 experts a token, to 4, is 2"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor: must be a number over 0, is 0"),
+        ({"rope_interleave": 1}, "rope_interleave: must be true or false, is 1"),
+        ({"mlp_bias": True}, "mlp_bias: deepseek_v3 has none; must be false"),
+        ({"q_lora_rank": None}, "tensor model.layers.0.self_attn.q_proj.weight is missing"),
+        ({"attention_bias": True}, "tensor model.layers.0.self_attn.q_a_proj.bias is missing"),
+        ({"n_shared_experts": 2}, r"shared_experts.gate_proj.weight must have shape \(128, 32\), has \(64, 32\)"),
+        ({"n_shared_experts": 0}, "3 tensors are no part of the model in config.json"),
+        ({"first_k_dense_replace": 0}, "tensor model.layers.0.mlp.gate.weight is missing"),
+    ],
+)
+def test_unusable_latent_configurations_are_refused(tmp_path: Path, changes: dict[str, object], problem: str) -> None:
+    create_checkpoint(tmp_path, "deepseek_v3", 1, layers=2, hidden=32, heads=2, intermediate=32, vocabulary=300)
+    change_config(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=problem):
+        EagerEngine(tmp_path, EngineConfig(device="cpu", blocks=4), 1, 16)
+
+
+def test_layers_that_guess_further_tokens_are_left_out(tmp_path: Path) -> None:
+    create_checkpoint(tmp_path, "deepseek_v3", 1, layers=2, hidden=32, heads=2, intermediate=32, vocabulary=300)
+    guessing = {"model.layers.2.enorm.weight": torch.zeros(2), "model.layers.3.eh_proj.weight": torch.zeros(2)}
+    save_file(load_file(tmp_path / "model.safetensors") | guessing, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, num_nextn_predict_layers=2)
+    EagerEngine(tmp_path, EngineConfig(device="cpu", blocks=4), 1, 16).close()
+    change_config(tmp_path, num_nextn_predict_layers=1)
+    with pytest.raises(CheckpointError, match=r"1 tensors are no part of the model in config.json: model.layers.3.eh_proj"):
+        EagerEngine(tmp_path, EngineConfig(device="cpu", blocks=4), 1, 16)
 
 
 @pytest.mark.parametrize("extra", ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.mlp.up_proj.weight", "visual.patch"])
@@ -210,12 +253,25 @@ def test_broken_files_are_named(small: Path, name: str, content: bytes | None, p
 @pytest.mark.parametrize(
     ("family", "overrides", "problem"),
     [
-        ("gpt2", {}, "family must be one of llama, qwen3, qwen3_moe, is 'gpt2'"),
+        ("gpt2", {}, "family must be one of llama, qwen3, qwen3_moe, deepseek_v3, is 'gpt2'"),
         ("llama", {"experts": 4}, "'experts' is no setting of llama"),
         ("llama", {"layers": 0}, "layers must be 1 or more, is 0"),
         ("llama", {"heads": 4, "kv_heads": 3}, "multiple of kv_heads, are 4 and 3"),
         ("llama", {"dtype": "int8"}, "dtype must be float32 or bfloat16, is 'int8'"),
         ("qwen3_moe", {"experts": 2, "experts_per_token": 3}, "experts_per_token must be at most 2, is 3"),
+        ("qwen3_moe", {"kv_rank": 8}, "'kv_rank' is no setting of qwen3_moe"),
+        ("deepseek_v3", {"kv_heads": 2}, "'kv_heads' is no setting of deepseek_v3"),
+        ("deepseek_v3", {"kv_rank": 0}, "kv_rank must be 1 or more, is 0"),
+        ("deepseek_v3", {"query_rank": -1}, "query_rank must be 0 or more, is -1"),
+        ("deepseek_v3", {"rope_dim": 7}, "rope_dim must be even, is 7"),
+        ("deepseek_v3", {"groups": 3}, "groups must cut 8 experts into equal ones of 2 or more, is 3"),
+        ("deepseek_v3", {"groups": 8}, "groups must cut 8 experts into equal ones of 2 or more, is 8"),
+        ("deepseek_v3", {"groups_per_token": 5}, "groups_per_token must be at most 4 and have 2 experts together, is 5"),
+        (
+            "deepseek_v3",
+            {"experts_per_token": 5, "groups_per_token": 2},
+            "groups_per_token must be at most 4 and have 5 experts together, is 2",
+        ),
     ],
 )
 def test_impossible_orders_are_refused(tmp_path: Path, family: str, overrides: dict[str, Any], problem: str) -> None:

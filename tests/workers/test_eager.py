@@ -21,10 +21,11 @@ from workers.engines.sequences import TokenSequence
 CONFIG = EngineConfig(device="cpu", dtype="float32", block_tokens=16, blocks=64)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["llama", "deepseek_v3"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of either kind of attention."""
     directory = tmp_path_factory.mktemp("model")
-    create_checkpoint(directory, "llama", 7, layers=2, hidden=64, intermediate=96)
+    create_checkpoint(directory, request.param, 7, layers=2, hidden=64, intermediate=96)
     torch.set_num_threads(1)
     return directory
 

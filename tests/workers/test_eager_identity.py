@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.oracle import Oracle, oracle
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
+from workers.engines import latent
 from workers.engines.checkpoint import create_checkpoint
+
+#: Products of latent attention that may have a bias.
+LATENT_BIASED = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
@@ -27,6 +31,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+#: DeepSeek-V3's, with weights that make two things different.
+LATENT_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
 #: Family, overrides of the checkpoint, changes to config.json; None takes a field away.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
@@ -54,6 +60,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moe-local-experts": ("qwen3_moe", {"layers": 2}, {"num_local_experts": 8, "num_experts": None}),
     "qwen3-unsaid-head-dim": ("qwen3", {"layers": 2, "head_dim": 128}, {"head_dim": None}),
     "llama-unsaid-head-dim": ("llama", {"layers": 2}, {"head_dim": None}),
+    "deepseek_v3": ("deepseek_v3", {}, {}),
+    # Latents so wide that prompts after a context are expanded from some 40 tokens on.
+    "deepseek-wide-latents": ("deepseek_v3", {"layers": 2, "kv_rank": 128}, {}),
+    "deepseek-yarn": ("deepseek_v3", {"layers": 2}, {"rope_scaling": LATENT_YARN, "max_position_embeddings": 1024}),
+    "deepseek-linear-rope": ("deepseek_v3", {"layers": 2}, {"rope_scaling": LINEAR | {"mscale_all_dim": 1.0}}),
+    "deepseek-direct-queries": ("deepseek_v3", {"layers": 2, "query_rank": 0}, {}),
+    "deepseek-halves": ("deepseek_v3", {"layers": 2}, {"rope_interleave": False}),
+    "deepseek-halves-direct": ("deepseek_v3", {"layers": 2, "query_rank": 0}, {"rope_interleave": False}),
+    "deepseek-attention-bias": ("deepseek_v3", {"layers": 2}, {"attention_bias": True, "rope_interleave": False}),
+    "deepseek-direct-bias": ("deepseek_v3", {"layers": 2, "query_rank": 0}, {"attention_bias": True}),
+    "deepseek-wide-values": ("deepseek_v3", {"layers": 2, "nope_dim": 6, "rope_dim": 4, "value_dim": 40, "kv_rank": 120}, {}),
+    "deepseek-narrow-values": ("deepseek_v3", {"layers": 2, "nope_dim": 33, "rope_dim": 6, "value_dim": 9, "kv_rank": 96}, {}),
+    "deepseek-many-experts": (
+        "deepseek_v3",
+        {"layers": 2, "experts": 32, "experts_per_token": 6, "groups": 8, "groups_per_token": 3, "shared_experts": 2},
+        {"norm_topk_prob": False, "routed_scaling_factor": 0.7},
+    ),
+    "deepseek-one-group": ("deepseek_v3", {"layers": 2, "groups": 1, "groups_per_token": 1, "dense_layers": 0}, {}),
+    "deepseek-dense": ("deepseek_v3", {"layers": 2, "dense_layers": 2}, {}),
 }
 
 
@@ -64,20 +89,20 @@ def load(directory: Path, variant: str) -> tuple[Path, Oracle]:
     create_checkpoint(path, family, 11, **overrides)
     config = path / "config.json"
     changed = json.loads(config.read_text()) | changes
-    config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+    config.write_text(json.dumps({name: value for name, value in changed.items() if changes.get(name, 0) is not None}))
     for switch, part in (("attention_bias", "self_attn"), ("mlp_bias", "mlp")):
         if changes.get(switch):
-            add_biases(path / "model.safetensors", part)
+            add_biases(path / "model.safetensors", part, LATENT_BIASED if family == "deepseek_v3" else ("_proj",))
     torch.set_num_threads(1)
     return path, oracle(path)
 
 
-def add_biases(path: Path, part: str) -> None:
-    """Give every product in a part of each layer a bias."""
+def add_biases(path: Path, part: str, products: tuple[str, ...]) -> None:
+    """Give products in a part of each layer, by the ends of their names, a bias."""
     tensors = load_file(path)
     generator = torch.Generator().manual_seed(3)
     for name, weight in list(tensors.items()):
-        if f".{part}." in name and name.endswith("_proj.weight"):
+        if f".{part}." in name and name.removesuffix(".weight").endswith(products):
             tensors[name.replace(".weight", ".bias")] = 0.5 * torch.randn(len(weight), generator=generator)
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -88,6 +113,15 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     prompts, expected = without_ties(generate, prompts_of(1, [1, 15, 16, 17, 90, 201]), 12)
     for together in (1, 4):
         assert Conductor(engine_of(path), engine_of(path), seed=together).run(prompts, 12, together) == expected
+
+
+@pytest.mark.parametrize("limit", [1, 3000])
+def test_latents_are_attended_a_few_heads_and_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(latent, "MASK_ENTRIES_MAX", limit)
+    monkeypatch.setattr(latent, "EXPANDED_BYTES_MAX", 100 * limit)
+    path, generate = load(tmp_path, "deepseek-wide-latents")
+    prompts, expected = without_ties(generate, prompts_of(5, [16, 90, 201, 300]), 6)
+    assert Conductor(engine_of(path), engine_of(path), seed=2).run(prompts, 6, 2) == expected
 
 
 @pytest.mark.slow

@@ -26,24 +26,38 @@ GREEDY = Sampling()
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    create_checkpoint(directory, "qwen3", 7, layers=2, hidden=64, intermediate=96)
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of both kinds of attention."""
     torch.set_num_threads(1)
-    return directory
+    found: dict[str, Path] = {}
+    for family in ("qwen3", "deepseek_v3"):
+        found[family] = tmp_path_factory.mktemp(family)
+        create_checkpoint(found[family], family, 7, layers=2, hidden=64, intermediate=96)
+    return found
 
 
 Make = Callable[..., Engine]
 
 
-@pytest.fixture(params=["eager", "profiled"])
-def make(request: pytest.FixtureRequest, model_dir: Path) -> Make:
+@pytest.fixture(params=["eager", "eager-latent", "profiled"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model_dir(kind: str, model_dirs: dict[str, Path]) -> Path:
+    return model_dirs["deepseek_v3" if kind == "eager-latent" else "qwen3"]
+
+
+@pytest.fixture
+def make(kind: str, model_dir: Path) -> Make:
     """Makes engines of one kind over the same checkpoint."""
 
     def open_engine(stored: KvFormat = KvFormat.PLAIN) -> Engine:
         sizes = {"block_tokens": BLOCK_TOKENS, "blocks": BLOCKS}
-        config = EngineConfig(name=request.param, device="cpu", dtype="float32", kv_format_stored=stored, **sizes)
-        if request.param == "eager":
+        name = kind.partition("-")[0]
+        config = EngineConfig(name=name, device="cpu", dtype="float32", kv_format_stored=stored, **sizes)
+        if name == "eager":
             return EagerEngine(model_dir, config, sequences_max=8, step_tokens_max=256)
         return ProfiledEngine(model_dir, config, CostProfile())
 

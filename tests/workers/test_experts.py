@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.profiles.model_config import Experts
+from orchestrator.profiles.model_config import Experts, GroupedRouting
 from workers.engines import experts as experts_file
-from workers.engines.experts import ExpertBank, ExpertMlp, Router
+from workers.engines.experts import ExpertBank, ExpertMlp, GroupedRouter, Router, SoftmaxRouter
 from workers.engines.linear import make_linear
+from workers.engines.mlp import GatedMlp
 
 HIDDEN, WIDTH = 8, 6
 CPU = torch.device("cpu")
@@ -28,24 +29,54 @@ class Weights:
         self.router = matrix(experts.count, HIDDEN)
         self.gate_ups = [matrix(2 * WIDTH, HIDDEN) for _ in range(experts.count)]
         self.downs = [matrix(HIDDEN, WIDTH) for _ in range(experts.count)]
+        #: Added to scores where grouped experts are chosen; large enough to decide.
+        self.bias = matrix(experts.count)
+        self.shared_gate_up, self.shared_down = (
+            matrix(2 * experts.shared_intermediate, HIDDEN),
+            matrix(HIDDEN, experts.shared_intermediate),
+        )
 
     def mlp(self, experts: Experts, dtype: torch.dtype = torch.float32) -> ExpertMlp:
-        router = Router(make_linear(self.router, None, dtype, CPU), experts.per_token, experts.normalised)
-        return ExpertMlp(router, ExpertBank(self.gate_ups, self.downs, dtype, CPU))
+        shared = None
+        if experts.shared_intermediate:
+            gate_up, down = (make_linear(weight, None, dtype, CPU) for weight in (self.shared_gate_up, self.shared_down))
+            shared = GatedMlp(gate_up, down, experts.shared_intermediate)
+        return ExpertMlp(self.routing(experts, dtype), ExpertBank(self.gate_ups, self.downs, dtype, CPU), shared)
+
+    def routing(self, experts: Experts, dtype: torch.dtype = torch.float32) -> Router:
+        if experts.grouped is not None:
+            return GroupedRouter(make_linear(self.router, None, torch.float32, CPU), self.bias, experts)
+        return SoftmaxRouter(make_linear(self.router, None, dtype, CPU), experts.per_token, experts.normalised)
 
     def one_by_one(self, experts: Experts, state: Tensor, rows: Tensor) -> Tensor:
         """Return state + experts(rows) in float64, the way it is written in papers."""
         found = state.double().clone()
         for place, row in enumerate(rows.double()):
-            scores = self.router.double() @ row
-            shares = scores.softmax(0)
-            picked = sorted(range(experts.count), key=lambda expert: -float(scores[expert]))[: experts.per_token]
+            shares, choices, scale = self._scores(experts, self.router.double() @ row)
+            picked = sorted(choices, key=lambda expert: -choices[expert])[: experts.per_token]
             total = sum(float(shares[expert]) for expert in picked) if experts.normalised else 1.0
             for expert in picked:
-                gate, up = (self.gate_ups[expert].double() @ row).chunk(2)
-                inner = gate * torch.sigmoid(gate) * up
-                found[place] += float(shares[expert]) / total * (self.downs[expert].double() @ inner)
+                output = self._through(self.gate_ups[expert], self.downs[expert], row)
+                found[place] += scale * float(shares[expert]) / total * output
+            found[place] += self._through(self.shared_gate_up, self.shared_down, row)
         return found
+
+    def _scores(self, experts: Experts, scores: Tensor) -> tuple[Tensor, dict[int, float], float]:
+        """Return what weights are made of, what the experts that may be picked are picked by, and what scales weights."""
+        grouped = experts.grouped
+        if grouped is None:
+            return scores.softmax(0), dict(enumerate(scores.tolist())), 1.0
+        shares = scores.sigmoid()
+        biased = (shares + self.bias.double()).tolist()
+        size = experts.count // grouped.groups
+        groups = [list(range(first, first + size)) for first in range(0, experts.count, size)]
+        groups.sort(key=lambda group: -sum(sorted(biased[expert] for expert in group)[-2:]))
+        return shares, {expert: biased[expert] for group in groups[: grouped.groups_per_token] for expert in group}, grouped.scale
+
+    @staticmethod
+    def _through(gate_up: Tensor, down: Tensor, row: Tensor) -> Tensor:
+        gate, up = (gate_up.double() @ row).chunk(2)
+        return down.double() @ (gate * torch.sigmoid(gate) * up)
 
 
 def inputs(rows: int, seed: int = 5) -> tuple[Tensor, Tensor]:
@@ -71,6 +102,29 @@ def test_tokens_go_through_their_experts(form: str, rows: int, count: int, per_t
     found = weights.mlp(experts).add_to(state.clone(), tokens)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize(("count", "per_token", "groups", "chosen"), [(8, 2, 1, 1), (8, 2, 4, 1), (8, 3, 4, 2), (12, 4, 3, 2)])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_experts_are_picked_in_the_best_groups(
+    form: str, rows: int, count: int, per_token: int, groups: int, chosen: int, shared: int, normalised: bool
+) -> None:
+    routing = GroupedRouting(groups, chosen, 2.5)
+    experts = Experts(count, per_token, WIDTH, shared, normalised, frozenset({0}), routing)
+    weights, (state, tokens) = Weights(experts, seed=count), inputs(rows)
+    expected = weights.one_by_one(experts, state, tokens)
+    torch.testing.assert_close(weights.mlp(experts).add_to(state.clone(), tokens).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_picks_experts_and_does_not_weigh_them() -> None:
+    experts = replace(EIGHT, per_token=1, normalised=False, grouped=GroupedRouting(1, 1, 1.0))
+    weights, (_, tokens) = Weights(experts, seed=1), inputs(5)
+    weights.bias.fill_(0.0)[3] = 9.0
+    shares, picked = weights.routing(experts).route(tokens)
+    assert picked.tolist() == [[3]] * 5
+    torch.testing.assert_close(shares[:, 0], (tokens @ weights.router[3]).sigmoid())
 
 
 def test_experts_that_nobody_picked_do_not_matter(form: str) -> None:
@@ -112,8 +166,7 @@ def test_a_broken_row_stays_alone(form: str) -> None:
 def test_banks_share_the_experts_of_a_layer(form: str) -> None:
     weights, (state, tokens) = Weights(EIGHT, seed=6), inputs(33)
     expected = weights.one_by_one(EIGHT, state, tokens)
-    router = Router(make_linear(weights.router, None, torch.float32, CPU), EIGHT.per_token, EIGHT.normalised)
-    shares, picked = router.route(tokens)
+    shares, picked = weights.routing(EIGHT).route(tokens)
     owned = ([7, 0, 3], [1, 2, 4, 5, 6])
     for numbers in owned:
         slots = torch.full((EIGHT.count,), len(numbers) + 2)

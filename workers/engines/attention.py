@@ -56,14 +56,14 @@ def _attend_chunk(rows: Tensor, chunk: PromptChunk, pool: KvPool, layer: int, sh
     for first in range(0, chunk.count, piece):
         end = min(first + piece, chunk.count)
         seen = chunk.start + end
-        mask = _causal_mask(chunk.start + first, end - first, seen, rows)
+        mask = causal_mask(chunk.start + first, end - first, seen, rows)
         result = functional.scaled_dot_product_attention(
             queries[:, :, first:end], stored[0, :, :, :seen], stored[1, :, :, :seen], attn_mask=mask, enable_gqa=True
         )
         target[first:end] = result[0].transpose(0, 1)
 
 
-def _causal_mask(start: int, count: int, seen: int, like: Tensor) -> Tensor:
+def causal_mask(start: int, count: int, seen: int, like: Tensor) -> Tensor:
     """Return [count, seen]: 0 where the token at start + row may look, -inf after it."""
     mask = torch.full((count, seen), -torch.inf, dtype=like.dtype, device=like.device)
     return mask.triu_(start + 1)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from orchestrator.profiles.fields import CheckpointError, read_fields
 from workers.engines.vocabulary import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, write_json, write_tokenizer
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
 #: The checkpoint that is made when a cluster file names none.
 DEFAULT_FAMILY = "qwen3"
 DEFAULT_SEED = 20260
@@ -108,10 +108,12 @@ def create_checkpoint(directory: Path, family: str, seed: int, **overrides: int 
 
     Args:
         directory: made if missing; files of the same names are replaced.
-        family: llama, qwen3 or qwen3_moe.
+        family: llama, qwen3, qwen3_moe or deepseek_v3.
         seed: of the weights.
-        overrides: layers, hidden, heads, kv_heads, head_dim, intermediate, experts, experts_per_token, moe_intermediate,
-            vocabulary, context_tokens_max, tied (embeddings and output share weights), dtype (float32, bfloat16).
+        overrides: layers, hidden, heads, intermediate, vocabulary, context_tokens_max, tied (embeddings and output share
+            weights), dtype (float32, bfloat16); kv_heads, head_dim (not deepseek_v3); experts, experts_per_token,
+            moe_intermediate (the last two families); of deepseek_v3, query_rank (0: queries are not compressed), kv_rank,
+            nope_dim, rope_dim, value_dim, groups, groups_per_token, shared_experts and dense_layers.
 
     Raises:
         ValueError: for a family, an override or a value that is not supported.
@@ -133,52 +135,103 @@ def _is_text(text: str) -> bool:
     return bool(text) and text not in SPECIAL_TOKENS and text.isascii() and (text.isprintable() or text == "\n")
 
 
-#: What an override is called in config.json, and its default.
-_OVERRIDES: dict[str, tuple[str, int | bool | str | None]] = {
-    "layers": ("num_hidden_layers", 4),
-    "hidden": ("hidden_size", 128),
-    "heads": ("num_attention_heads", 4),
-    "kv_heads": ("num_key_value_heads", 2),
-    "head_dim": ("head_dim", None),
-    "intermediate": ("intermediate_size", 256),
-    "experts": ("num_experts", 8),
-    "experts_per_token": ("num_experts_per_tok", 2),
-    "moe_intermediate": ("moe_intermediate_size", 64),
-    "vocabulary": ("vocab_size", 512),
-    "context_tokens_max": ("max_position_embeddings", 262144),
-    "tied": ("tie_word_embeddings", False),
-    "dtype": ("torch_dtype", "float32"),
+_HEADED = ("llama", "qwen3", "qwen3_moe")
+_ROUTED = ("qwen3_moe", "deepseek_v3")
+_LATENT = ("deepseek_v3",)
+#: What an override is called in config.json, its default, and the families that have it.
+_OVERRIDES: dict[str, tuple[str, int | bool | str | None, tuple[str, ...]]] = {
+    "layers": ("num_hidden_layers", 4, FAMILIES),
+    "hidden": ("hidden_size", 128, FAMILIES),
+    "heads": ("num_attention_heads", 4, FAMILIES),
+    "kv_heads": ("num_key_value_heads", 2, _HEADED),
+    "head_dim": ("head_dim", None, _HEADED),
+    "intermediate": ("intermediate_size", 256, FAMILIES),
+    "experts": ("num_experts", 8, _ROUTED),
+    "experts_per_token": ("num_experts_per_tok", 2, _ROUTED),
+    "moe_intermediate": ("moe_intermediate_size", 64, _ROUTED),
+    "vocabulary": ("vocab_size", 512, FAMILIES),
+    "context_tokens_max": ("max_position_embeddings", 262144, FAMILIES),
+    "tied": ("tie_word_embeddings", False, FAMILIES),
+    "dtype": ("torch_dtype", "float32", FAMILIES),
+    "query_rank": ("q_lora_rank", 48, _LATENT),
+    "kv_rank": ("kv_lora_rank", 32, _LATENT),
+    "nope_dim": ("qk_nope_head_dim", 32, _LATENT),
+    "rope_dim": ("qk_rope_head_dim", 16, _LATENT),
+    "value_dim": ("v_head_dim", 32, _LATENT),
+    "groups": ("n_group", 4, _LATENT),
+    "groups_per_token": ("topk_group", 2, _LATENT),
+    "shared_experts": ("n_shared_experts", 1, _LATENT),
+    "dense_layers": ("first_k_dense_replace", 1, _LATENT),
 }
-_MOE_ONLY = ("experts", "experts_per_token", "moe_intermediate")
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+#: Overrides that may be 0.
+_NONE_ALLOWED = ("query_rank", "shared_experts", "dense_layers")
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
 
 
 def _config(family: str, overrides: dict[str, Any], seed: int) -> dict[str, Any]:
     """Return config.json for a family, without token ids."""
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, is {family!r}")
-    known = [name for name in _OVERRIDES if family == "qwen3_moe" or name not in _MOE_ONLY]
+    known = [name for name, (_, _, families) in _OVERRIDES.items() if family in families]
     for name, value in overrides.items():
         if name not in known:
             raise ValueError(f"{name!r} is no setting of {family}; there are: {', '.join(known)}")
-        if not isinstance(value, str) and value is not False and value < 1:
-            raise ValueError(f"{name} must be 1 or more, is {value}")
+        least = 0 if name in _NONE_ALLOWED else 1
+        if not isinstance(value, str) and value is not False and value < least:
+            raise ValueError(f"{name} must be {least} or more, is {value}")
     config: dict[str, Any] = {"architectures": [_CLASSES[family]], "model_type": family, "initializer_seed": seed}
-    config |= {_OVERRIDES[name][0]: overrides.get(name, _OVERRIDES[name][1]) for name in known}
-    hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    config["head_dim"] = config["head_dim"] or hidden // heads
-    if heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads, are {heads} and {kv_heads}")
-    if config["head_dim"] % 2:
-        raise ValueError(f"head_dim must be even, is {config['head_dim']}")
+    config |= {_field(name, family): overrides.get(name, _OVERRIDES[name][1]) for name in known}
     if config["torch_dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, is {config['torch_dtype']!r}")
-    if family == "qwen3_moe":
-        if config["num_experts_per_tok"] > config["num_experts"]:
-            raise ValueError(f"experts_per_token must be at most {config['num_experts']}, is {config['num_experts_per_tok']}")
-        config |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    config |= _latent_fields(config) if family in _LATENT else _head_fields(config)
+    if family in _ROUTED:
+        config |= _routed_fields(config, config[_field("experts", family)], config["num_experts_per_tok"])
     fixed = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "attention_bias": False, "use_cache": True}
     return config | fixed
+
+
+def _field(name: str, family: str) -> str:
+    """Return what an override is called in a family's config.json."""
+    return "n_routed_experts" if (name, family) == ("experts", "deepseek_v3") else _OVERRIDES[name][0]
+
+
+def _head_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what follows from the settings of a family whose heads have keys and values of their own."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config["head_dim"] or config["hidden_size"] // heads
+    if heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, are {heads} and {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, is {head_dim}")
+    return {"head_dim": head_dim}
+
+
+def _latent_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what follows from the settings of a family with latent attention."""
+    if config["qk_rope_head_dim"] % 2:
+        raise ValueError(f"rope_dim must be even, is {config['qk_rope_head_dim']}")
+    given = {"num_key_value_heads": config["num_attention_heads"], "q_lora_rank": config["q_lora_rank"] or None}
+    return given | {"rope_interleave": True}
+
+
+def _routed_fields(config: dict[str, Any], experts: int, per_token: int) -> dict[str, Any]:
+    """Return what follows from the settings of a family with experts."""
+    if per_token > experts:
+        raise ValueError(f"experts_per_token must be at most {experts}, is {per_token}")
+    if config["model_type"] == "qwen3_moe":
+        return {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    groups, chosen = config["n_group"], config["topk_group"]
+    if experts % groups or experts < 2 * groups:
+        raise ValueError(f"groups must cut {experts} experts into equal ones of 2 or more, is {groups}")
+    if chosen > groups or chosen * (experts // groups) < per_token:
+        problem = f"must be at most {groups} and have {per_token} experts together, is {chosen}"
+        raise ValueError(f"groups_per_token {problem}")
+    return {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5}
 
 
 #: One tensor: its name, its shape, and the function that draws it.
@@ -223,9 +276,12 @@ def _tensors(config: dict[str, Any], rare: list[int]) -> Iterator[_Tensor]:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", (hidden,), _norm(1.0)
-        yield from _attention_tensors(config, prefix + "self_attn.")
+        yield from (_latent_tensors if "kv_lora_rank" in config else _attention_tensors)(config, prefix + "self_attn.")
         yield prefix + "post_attention_layernorm.weight", (hidden,), _norm(1.0)
-        yield from _mlp_tensors(config, prefix + "mlp.")
+        if layer < config.get("first_k_dense_replace", 0 if config["model_type"] in _ROUTED else config["num_hidden_layers"]):
+            yield from _projections(hidden, config["intermediate_size"], prefix + "mlp.")
+        else:
+            yield from _expert_tensors(config, prefix + "mlp.")
     yield "model.norm.weight", (hidden,), _norm(1.0)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (vocabulary, hidden), _vocabulary_rows(4 / hidden**0.5, rare)
@@ -245,13 +301,33 @@ def _attention_tensors(config: dict[str, Any], prefix: str) -> Iterator[_Tensor]
         yield prefix + "k_norm.weight", (head_dim,), _norm(1.5)
 
 
-def _mlp_tensors(config: dict[str, Any], prefix: str) -> Iterator[_Tensor]:
-    if config["model_type"] != "qwen3_moe":
-        yield from _projections(config["hidden_size"], config["intermediate_size"], prefix)
-        return
-    yield prefix + "gate.weight", (config["num_experts"], config["hidden_size"]), _matrix(2.0)
-    for expert in range(config["num_experts"]):
-        yield from _projections(config["hidden_size"], config["moe_intermediate_size"], f"{prefix}experts.{expert}.")
+def _latent_tensors(config: dict[str, Any], prefix: str) -> Iterator[_Tensor]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    plain, turned, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    queries, rank = config["q_lora_rank"], config["kv_lora_rank"]
+    if queries is None:
+        yield prefix + "q_proj.weight", (heads * (plain + turned), hidden), _matrix(1.5)
+    else:
+        yield prefix + "q_a_proj.weight", (queries, hidden), _matrix(1.0)
+        yield prefix + "q_a_layernorm.weight", (queries,), _norm(1.0)
+        yield prefix + "q_b_proj.weight", (heads * (plain + turned), queries), _matrix(1.5)
+    yield prefix + "kv_a_proj_with_mqa.weight", (rank + turned, hidden), _matrix(1.5)
+    yield prefix + "kv_a_layernorm.weight", (rank,), _norm(1.0)
+    yield prefix + "kv_b_proj.weight", (heads * (plain + value), rank), _matrix(1.5)
+    yield prefix + "o_proj.weight", (hidden, heads * value), _matrix(1.5)
+
+
+def _expert_tensors(config: dict[str, Any], prefix: str) -> Iterator[_Tensor]:
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    grouped = "n_group" in config
+    count = config[_field("experts", config["model_type"])]
+    yield prefix + "gate.weight", (count, hidden), _matrix(2.0)
+    if grouped:
+        yield prefix + "gate.e_score_correction_bias", (count,), _matrix(0.5)
+    for expert in range(count):
+        yield from _projections(hidden, width, f"{prefix}experts.{expert}.")
+    if grouped and config["n_shared_experts"]:
+        yield from _projections(hidden, width * config["n_shared_experts"], prefix + "shared_experts.")
 
 
 def _projections(hidden: int, intermediate: int, prefix: str) -> Iterator[_Tensor]:

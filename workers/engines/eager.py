@@ -198,7 +198,11 @@ def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     """Return an upper estimate of the bytes of activations that one token of a step needs at a time."""
     experts = shape.experts
     routed = experts.per_token * (experts.intermediate + shape.hidden) if experts is not None else 0
-    widest = 2 * max(shape.intermediate, routed, shape.queries_width + 2 * shape.keys_width)
+    if shape.latent is None:
+        attention = shape.queries_width + 2 * shape.keys_width
+    else:
+        attention = shape.queries_width + shape.attended_width + shape.latent.query_rank + shape.latent.kv_rank
+    widest = 2 * max(shape.intermediate, routed, attention)
     return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
 
 

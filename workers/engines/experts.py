@@ -7,21 +7,33 @@ picked computes its own.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from orchestrator.profiles.model_config import GROUP_BEST, Experts
 from workers.engines.linear import Linear, make_linear
-from workers.engines.mlp import Finish
+from workers.engines.mlp import Finish, GatedMlp
 
 #: Multiply-adds of the wide form up to which it beats the calls of the sorted one, about 20 microseconds an expert.
 WIDE_OPERATIONS_MAX = 8_000_000
 #: Bytes of all experts of a layer up to which they are also kept as one wide MLP.
 WIDE_BYTES_MAX = 4 * 1024 * 1024
+#: Added to the sum that weights of experts are divided by, as DeepSeek-V3 has it.
+WEIGHTS_FLOOR = 1e-20
 
 
-class Router:
+class Router(Protocol):
+    """Picks each row's experts."""
+
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights (float32) and numbers of each row's experts, [rows, per token] each."""
+        ...
+
+
+class SoftmaxRouter:
     """Picks each row's experts by softmax over a product's scores."""
 
     __slots__ = ("_normalised", "_per_token", "_scores")
@@ -32,13 +44,43 @@ class Router:
         self._normalised = normalised
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights (float32) and numbers of each row's experts, [rows, per token] each."""
+        """See `Router.route`."""
         scores = self._scores(rows).float()
         if self._normalised:
             best, picked = scores.topk(self._per_token, dim=-1)
             return best.softmax(-1), picked
         weights, picked = scores.softmax(-1).topk(self._per_token, dim=-1)
         return weights, picked
+
+
+class GroupedRouter:
+    """Picks each row's experts in its best groups, by sigmoids of a product's scores; see `GroupedRouting`."""
+
+    __slots__ = ("_bias", "_grouped", "_normalised", "_per_token", "_scores")
+
+    def __init__(self, scores: Linear, bias: Tensor, experts: Experts) -> None:
+        """Take a product in float32, and what is added to each expert's score where experts are chosen."""
+        assert experts.grouped is not None
+        self._scores = scores
+        self._bias = bias
+        self._per_token = experts.per_token
+        self._normalised = experts.normalised
+        self._grouped = experts.grouped
+
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Router.route`."""
+        scores = self._scores(rows.float()).sigmoid_()
+        choices = scores + self._bias
+        if self._grouped.groups_per_token < self._grouped.groups:
+            groups = choices.unflatten(1, (self._grouped.groups, -1))
+            left = self._grouped.groups - self._grouped.groups_per_token
+            worst = groups.topk(GROUP_BEST, dim=-1).values.sum(-1).topk(left, dim=-1, largest=False).indices
+            groups.scatter_(1, worst.unsqueeze(-1).expand(-1, -1, groups.shape[2]), -torch.inf)
+        picked = choices.topk(self._per_token, dim=-1).indices
+        weights = scores.gather(1, picked)
+        if self._normalised:
+            weights /= weights.sum(-1, keepdim=True) + WEIGHTS_FLOOR
+        return weights.mul_(self._grouped.scale), picked
 
 
 class ExpertBank:
@@ -101,11 +143,13 @@ class ExpertBank:
 class ExpertMlp:
     """A layer's router and all its experts, in one process."""
 
-    __slots__ = ("_bank", "_router")
+    __slots__ = ("_bank", "_router", "_shared")
 
-    def __init__(self, router: Router, bank: ExpertBank) -> None:
+    def __init__(self, router: Router, bank: ExpertBank, shared: GatedMlp | None = None) -> None:
+        """Take the experts that rows are routed to, and those that all of them visit."""
         self._router = router
         self._bank = bank
+        self._shared = shared
 
     def begin(self, rows: Tensor) -> Finish:
         """See `Ffn.begin`: computes when finished."""
@@ -114,4 +158,5 @@ class ExpertMlp:
     def add_to(self, state: Tensor, rows: Tensor) -> Tensor:
         """Return state + experts(rows)."""
         weights, picked = self._router.route(rows)
-        return self._bank.add_to(state, rows, weights, picked)
+        state = self._bank.add_to(state, rows, weights, picked)
+        return state if self._shared is None else self._shared.add_to(state, rows)

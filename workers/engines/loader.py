@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestrator.core.cost.shapes import Latent
 from orchestrator.profiles.model_config import Architecture, Experts
-from workers.engines.experts import ExpertBank, Router
+from workers.engines.experts import ExpertBank, GroupedRouter, Router, SoftmaxRouter
 from workers.engines.linear import Linear, make_linear
 from workers.engines.mlp import GatedMlp
 from workers.engines.norms import HeadNorm, Norm
@@ -16,6 +17,8 @@ from workers.engines.weights import Weights
 
 #: The two products that are computed as one.
 GATE_UP = ("gate_proj", "up_proj")
+#: In latent attention's own normalisations, whatever `rms_norm_eps` is.
+LATENT_EPSILON = 1e-6
 #: What an expert consists of.
 EXPERT = (*GATE_UP, "down_proj")
 
@@ -40,14 +43,18 @@ class Loader:
         self._weights = weights
         self._dtype = dtype
         self._device = device
+        for number in range(shape.layers, shape.layers + shape.guessing_layers):
+            weights.leave_all(f"model.layers.{number}.")
 
     def norm(self, name: str) -> tuple[Norm, Tensor | None]:
-        """Return a normalisation, and what the weights after it have to be multiplied by."""
-        width = self.shape.hidden
+        """Return a normalisation of the residual stream, and what the weights after it have to be multiplied by."""
+        return self._norm(name, self.shape.hidden, self.shape.norm_epsilon)
+
+    def _norm(self, name: str, width: int, epsilon: float) -> tuple[Norm, Tensor | None]:
         gain = self._weights.take(name, (width,)).double() * math.sqrt(width)
         folded = self._dtype == torch.float32
         kept = None if folded else gain.float().to(self._device)
-        return Norm(width, self.shape.norm_epsilon, kept, self._dtype, self._device), gain if folded else None
+        return Norm(width, epsilon, kept, self._dtype, self._device), gain if folded else None
 
     def head_norm(self, prefix: str) -> HeadNorm:
         shape = self.shape
@@ -67,18 +74,53 @@ class Loader:
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for name, width in (("q_proj", shape.queries_width), ("k_proj", shape.keys_width), ("v_proj", shape.keys_width)):
-            weight = self._weights.take(f"{prefix}{name}.weight", (width, shape.hidden))
-            bias = self._bias(prefix + name, width, shape.attention_bias)
-            bias = torch.zeros(width) if bias is None else bias
+            weight, bias = self._taken(prefix + name, width, shape.attention_bias)
             turned = name != "v_proj"
             weights.append(_paired(weight, shape.head_dim) if turned else weight)
             biases.append(_paired(bias, shape.head_dim) if turned else bias)
         bias = torch.cat(biases)
         return make_linear(scaled(torch.cat(weights), gain), bias if bias.any() else None, self._dtype, self._device)
 
+    def latent_inputs(self, prefix: str, gain: Tensor | None) -> Linear:
+        """Return the product to (compressed) queries, latents and the shared key, side by side."""
+        shape, latent = self.shape, self._latent()
+        kept = latent.kv_rank + latent.rope_dim
+        compressed = bool(latent.query_rank)
+        name, width = ("q_a_proj", latent.query_rank) if compressed else ("q_proj", shape.queries_width)
+        queries, queries_bias = self._taken(prefix + name, width, shape.attention_bias and compressed)
+        latents, latents_bias = self._taken(f"{prefix}kv_a_proj_with_mqa", kept, shape.attention_bias)
+        if not compressed:
+            queries = self._paired_ends(queries, shape.heads)
+        weight = scaled(torch.cat([queries, self._paired_ends(latents, 1)]), gain)
+        bias = torch.cat([queries_bias, self._paired_ends(latents_bias, 1)])
+        return make_linear(weight, bias if bias.any() else None, self._dtype, self._device)
+
+    def compressed_queries(self, prefix: str) -> tuple[Norm, Linear]:
+        """Return the normalisation of compressed queries and the product from them."""
+        rank, width = self._latent().query_rank, self.shape.queries_width
+        norm, gain = self._norm(f"{prefix}q_a_layernorm.weight", rank, LATENT_EPSILON)
+        weight = self._paired_ends(self._weights.take(f"{prefix}q_b_proj.weight", (width, rank)), self.shape.heads)
+        return norm, make_linear(scaled(weight, gain), None, self._dtype, self._device)
+
+    def latents(self, prefix: str) -> tuple[Norm, Tensor, Tensor]:
+        """Return the normalisation of latents to length 1, and what keys and values are made of them with.
+
+        In every dtype the gain is in the latter: latents mean the same in all pools.
+        """
+        shape, latent = self.shape, self._latent()
+        rank, plain = latent.kv_rank, latent.nope_dim
+        gain = self._weights.take(f"{prefix}kv_a_layernorm.weight", (rank,)).double() * math.sqrt(rank)
+        width = shape.heads * (plain + latent.value_dim)
+        weight = scaled(self._weights.take(f"{prefix}kv_b_proj.weight", (width, rank)), gain)
+        heads = weight.to(self._device, self._dtype).view(shape.heads, -1, rank)
+        norm = Norm(rank, LATENT_EPSILON, None, self._dtype, self._device)
+        return norm, heads[:, :plain].contiguous(), heads[:, plain:].transpose(1, 2).contiguous()
+
     def mlp(self, prefix: str, gain: Tensor | None, share: Share = Share()) -> GatedMlp:
         """Return a dense FFN, or a rank's share of its inner width; what the shares make adds up to the whole."""
-        whole, biased = self.shape.intermediate, self.shape.mlp_bias
+        return self._gated(prefix, self.shape.intermediate, gain, self.shape.mlp_bias, share)
+
+    def _gated(self, prefix: str, whole: int, gain: Tensor | None, biased: bool, share: Share = Share()) -> GatedMlp:
         part = share.of(whole)
         width = part.stop - part.start
         gates_ups = [self._weights.take(f"{prefix}{name}.weight", (whole, self.shape.hidden))[part] for name in GATE_UP]
@@ -93,7 +135,15 @@ class Loader:
     def router(self, prefix: str, gain: Tensor | None) -> Router:
         experts = self._experts()
         weight = scaled(self._weights.take(f"{prefix}gate.weight", (experts.count, self.shape.hidden)), gain)
-        return Router(make_linear(weight, None, self._dtype, self._device), experts.per_token, experts.normalised)
+        if experts.grouped is None:
+            return SoftmaxRouter(make_linear(weight, None, self._dtype, self._device), experts.per_token, experts.normalised)
+        bias = self._weights.take(f"{prefix}gate.e_score_correction_bias", (experts.count,)).to(self._device)
+        return GroupedRouter(make_linear(weight, None, torch.float32, self._device), bias, experts)
+
+    def shared(self, prefix: str, gain: Tensor | None) -> GatedMlp | None:
+        """Return the experts that every row visits, as one; None if there are none."""
+        width = self._experts().shared_intermediate
+        return self._gated(f"{prefix}shared_experts.", width, gain, biased=False) if width else None
 
     def bank(self, prefix: str, gain: Tensor | None, numbers: Sequence[int]) -> ExpertBank:
         """Return the experts of these numbers, each in the slot of its place."""
@@ -106,11 +156,25 @@ class Loader:
     def leave_experts(self, prefix: str) -> None:
         """Note that other processes take what this one does not of a layer's router and experts."""
         names = [f"{prefix}experts.{number}.{name}.weight" for number in range(self._experts().count) for name in EXPERT]
-        self._weights.leave(f"{prefix}gate.weight", *names)
+        self._weights.leave(*names)
+        self._weights.leave_all(f"{prefix}gate.")
+        self._weights.leave_all(f"{prefix}shared_experts.")
 
     def leave_ffn(self, prefix: str) -> None:
         """Note that other processes take a layer's whole FFN, but for what is taken here."""
         self._weights.leave_all(prefix)
+
+    def _paired_ends(self, weight: Tensor, heads: int) -> Tensor:
+        """Return a product's outputs with the ends of heads, which turn, pair after pair."""
+        if self.shape.interleaved:
+            return weight
+        turned = self.shape.rotated_dim
+        kept, ends = weight.unflatten(0, (heads, -1)).split((len(weight) // heads - turned, turned), dim=1)
+        return torch.cat([kept, _paired(ends.flatten(0, 1), turned).view(ends.shape)], dim=1).flatten(0, 1)
+
+    def _latent(self) -> Latent:
+        assert self.shape.latent is not None
+        return self.shape.latent
 
     def _experts(self) -> Experts:
         assert self.shape.experts is not None
@@ -118,6 +182,11 @@ class Loader:
 
     def _gate_up(self, prefix: str, width: int) -> Tensor:
         return torch.cat([self._weights.take(f"{prefix}{name}.weight", (width, self.shape.hidden)) for name in GATE_UP])
+
+    def _taken(self, name: str, outputs: int, biased: bool) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of a product of normalised rows; a bias of zeros if there is none."""
+        weight, bias = self._weights.take(f"{name}.weight", (outputs, self.shape.hidden)), self._bias(name, outputs, biased)
+        return weight, torch.zeros(outputs) if bias is None else bias
 
     def _bias(self, name: str, outputs: int, biased: bool) -> Tensor | None:
         return self._weights.take(f"{name}.bias", (outputs,)) if biased else None

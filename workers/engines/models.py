@@ -1,4 +1,4 @@
-"""The decoder-only transformers of the Llama, Qwen3 and Qwen3-MoE families, for mixed steps over a paged KV pool.
+"""The decoder-only transformers of the Llama, Qwen3, Qwen3-MoE and DeepSeek-V3 families, for mixed steps over a paged KV pool.
 
 Three things differ from the way the models are usually written; none changes what is computed:
 
@@ -22,6 +22,7 @@ from workers.engines.batch import StepBatch
 from workers.engines.experts import ExpertMlp
 from workers.engines.grouped import GroupedAttention
 from workers.engines.kvpool import KvPool
+from workers.engines.latent import LatentAttention
 from workers.engines.linear import make_linear
 from workers.engines.loader import Loader, scaled
 from workers.engines.mlp import Ffn, Finish
@@ -52,7 +53,7 @@ class Model:
         head = embedding if tied else weights.take("lm_head.weight", (shape.vocabulary, shape.hidden))
         self._head = make_linear(scaled(head, gain), None, dtype, device)
         self._row_operations = _row_operations(shape)
-        self._rotations = Rotations(shape.rope, shape.head_dim, device)
+        self._rotations = Rotations(shape.rope, shape.rotated_dim, device)
         weights.check_all_taken()
 
     @property
@@ -85,13 +86,8 @@ def _unchanged(state: Tensor) -> Tensor:
 
 def _row_operations(shape: Architecture) -> int:
     """Return the weights that one token is multiplied with in all layers."""
-    attention = 2 * (shape.queries_width + shape.keys_width) * shape.hidden
-    mlp = 3 * shape.hidden * shape.intermediate
-    if shape.experts is None:
-        return shape.layers * (attention + mlp)
-    sparse = 3 * shape.hidden * shape.experts.intermediate * shape.experts.per_token
-    count = len(shape.experts.layers)
-    return shape.layers * attention + count * sparse + (shape.layers - count) * mlp
+    counted = shape.shape(shape.family)
+    return counted.active_parameters - counted.head_parameters
 
 
 class _Layer:
@@ -101,8 +97,9 @@ class _Layer:
         prefix, shape = f"model.layers.{number}.", loader.shape
         self._number = number
         self._attention_norm, gain = loader.norm(prefix + "input_layernorm.weight")
-        self._attention = GroupedAttention(loader, prefix + "self_attn.", gain)
-        self._output = loader.linear(prefix + "self_attn.o_proj", shape.hidden, shape.queries_width, shape.attention_bias)
+        attention = GroupedAttention if shape.latent is None else LatentAttention
+        self._attention = attention(loader, prefix + "self_attn.", gain)
+        self._output = loader.linear(prefix + "self_attn.o_proj", shape.hidden, shape.attended_width, shape.attention_bias)
         self._mlp_norm, gain = loader.norm(prefix + "post_attention_layernorm.weight")
         self.ffn = _ffn(loader, number, prefix + "mlp.", gain, split)
         self._last = number == shape.layers - 1
@@ -118,12 +115,13 @@ class _Layer:
 
 
 def _ffn(loader: Loader, number: int, prefix: str, gain: Tensor | None, split: SplitGroup | None) -> Ffn:
-    """Return a layer's FFN; the router of one with experts is here in either case."""
+    """Return a layer's FFN; of one with experts, the router and what all rows visit are here in either case."""
     experts = loader.shape.experts
-    router = loader.router(prefix, gain) if experts is not None and number in experts.layers else None
+    routed = experts is not None and number in experts.layers
+    router, shared = (loader.router(prefix, gain), loader.shared(prefix, gain)) if routed else (None, None)
     if split is not None:
         loader.leave_ffn(prefix)
-        return RemoteFfn(split, number, router)
+        return RemoteFfn(split, number, router, shared)
     if experts is None or router is None:
         return loader.mlp(prefix, gain)
-    return ExpertMlp(router, loader.bank(prefix, gain, range(experts.count)))
+    return ExpertMlp(router, loader.bank(prefix, gain, range(experts.count)), shared)

@@ -47,7 +47,7 @@ class Weights:
         self._taken.update(names)
 
     def leave_all(self, prefix: str) -> None:
-        """Note that another process takes, and checks, all tensors whose names begin so."""
+        """Note that all tensors whose names begin so are taken and checked by another process, or by none."""
         self._taken.update(name for name in self._files if name.startswith(prefix))
 
     def check_all_taken(self, within: str = "") -> None:

@@ -10,13 +10,11 @@ import torch
 
 from tests.oracle import oracle
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
-from workers.engines.checkpoint import create_checkpoint
+from workers.engines.checkpoint import FAMILIES, create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split.lanes import RankLost
 from workers.engines.split.places import SplitPlaces
 from workers.engines.split.rank import FfnRank
-
-FAMILIES = ("llama", "qwen3", "qwen3_moe")
 
 
 @contextmanager

@@ -26,10 +26,11 @@ OUTPUT = 12
 VOCABULARY = 512
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["qwen3", "deepseek_v3"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of either kind of attention."""
     directory = tmp_path_factory.mktemp("model")
-    create_checkpoint(directory, "qwen3", 7, layers=2, hidden=64, intermediate=96)
+    create_checkpoint(directory, request.param, 7, layers=2, hidden=64, intermediate=96)
     return directory
 
 

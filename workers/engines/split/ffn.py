@@ -12,7 +12,7 @@ from torch import Tensor
 from orchestrator.core.experts import Placement, copies_of
 from orchestrator.profiles.model_config import Architecture
 from workers.engines.experts import Router
-from workers.engines.mlp import Finish
+from workers.engines.mlp import Finish, GatedMlp
 from workers.engines.split.lanes import Header
 from workers.engines.split.shared import SharedLink
 
@@ -101,12 +101,16 @@ class SplitGroup:
 
 
 class RemoteFfn:
-    """One layer's FFN on other ranks: a share of a dense one on each, of experts those that rows picked."""
+    """One layer's FFN on other ranks: a share of a dense one on each, of experts those that rows picked.
 
-    def __init__(self, group: SplitGroup, layer: int, router: Router | None) -> None:
+    Experts that all rows visit are computed here, while the others compute.
+    """
+
+    def __init__(self, group: SplitGroup, layer: int, router: Router | None, shared: GatedMlp | None) -> None:
         self._group = group
         self._layer = layer
         self._router = router
+        self._shared = shared
         self._turn = 0
 
     def begin(self, rows: Tensor) -> Finish:
@@ -115,7 +119,7 @@ class RemoteFfn:
         times = self._group.times
         times.messages += len(sent)
         times.rows += len(rows)
-        return partial(self._finish, sent)
+        return partial(self._finish, rows, sent)
 
     def _send_all(self, rows: Tensor) -> list[tuple[SharedLink, Tensor | None]]:
         for link in self._group.links:
@@ -145,8 +149,10 @@ class RemoteFfn:
             sent.append((link, chosen))
         return sent
 
-    def _finish(self, sent: list[tuple[SharedLink, Tensor | None]], state: Tensor) -> Tensor:
+    def _finish(self, rows: Tensor, sent: list[tuple[SharedLink, Tensor | None]], state: Tensor) -> Tensor:
         times, busiest = self._group.times, 0
+        if self._shared is not None:
+            state = self._shared.add_to(state, rows)
         for link, chosen in sent:
             began = time.perf_counter()
             header, lane = link.wait()
