@@ -384,26 +384,39 @@ class Tiers:
         return False
 
     async def _load_piece(self, load: _Load) -> None:
-        answer, command = load.answers[0], load.command
-        slots = list(answer.slots[load.copied : load.copied + self._piece_blocks])
-        first = load.blocks
+        """Copy what was answered and is not copied yet, a piece of it at most."""
+        command, first, slots = load.command, load.blocks, self._next_slots(load)
         if first + len(slots) > len(command.blocks):
             raise TransferFailed(f"it serves more than the {len(command.blocks)} blocks asked for")
         load.began_s = load.began_s or time.perf_counter()
         load.seconds += await self._copied(_Piece(list(command.blocks[first : first + len(slots)]), slots), self._copy_in)
         load.blocks += len(slots)
         load.copied += len(slots)
-        if load.copied < len(answer.slots):
+        answers, final = 0, False
+        while load.answers and not final and load.copied >= len(load.answers[0].slots):
+            answer = load.answers.popleft()
+            load.copied -= len(answer.slots)
+            load.cmx_blocks += answer.cmx_blocks
+            answers, final = answers + 1, answer.final
+        if not answers:
             return
-        load.answers.popleft()
-        load.copied = 0
-        load.cmx_blocks += answer.cmx_blocks
-        self._frame.copied.add(read=load.read, answers=1)
+        self._frame.copied.add(read=load.read, answers=answers)
         self._said.set()
-        if answer.final:
+        if final:
             self._end_load(load, None)
         elif slots:
             self._handle(FetchProgressed(command.request, self._tokens(load)))
+
+    def _next_slots(self, load: _Load) -> list[int]:
+        """Return the slots of the next piece: several answers' if they are small, each of which would wake a thread by itself."""
+        slots: list[int] = []
+        skipped = load.copied
+        for answer in load.answers:
+            slots += answer.slots[skipped : skipped + self._piece_blocks - len(slots)]
+            if answer.final or len(slots) == self._piece_blocks:
+                break
+            skipped = 0
+        return slots
 
     async def _copy_for_offer(self) -> bool:
         """Copy the next piece of the offer that has waited longest. Returns False if there is none."""

@@ -48,6 +48,8 @@ HEADER_BYTES = _CLAIM.size + _CHECKSUM_BYTES
 #: Bytes asked for at once: more of them would be read into new memory that is slower to get than the bytes (measured: half the
 #: speed at 64 MiB), fewer cost round trips.
 PIECE_BYTES = 8 * 1024 * 1024
+#: Of a folder's file: what is still in the processor's cache when its checksum is taken (measured: a tenth less time than 2 MiB).
+FILE_PIECE_BYTES = 512 * 1024
 #: Names that a listing brings at a time, and folders listed at once.
 PAGE_NAMES, LISTINGS = 1000, 16
 #: Files that a writer which was killed left behind are removed after so many seconds.
@@ -118,6 +120,11 @@ class Cmx:
         self._folder = f"{_VERSION}/{model.hex()}"
         #: Of a folder: files are read straight into the memory that they are for, and there is less of it to be done.
         self._root = Path(bucket.prefix) if isinstance(bucket, LocalStore) and bucket.prefix is not None else None
+
+    @property
+    def folder(self) -> bool:
+        """Whether it is a folder of this host."""
+        return self._root is not None
 
     @property
     def segment_bytes(self) -> int:
@@ -198,8 +205,8 @@ class Cmx:
                     raise CmxFailed(Damage.TRUNCATED, f"{path} ends in its header")
                 self._check(path, head[: len(claim)], claim, os.fstat(file.fileno()).st_size)
                 for slab in slabs:
-                    for start in range(0, len(slab), PIECE_BYTES):
-                        piece = slab[start : start + PIECE_BYTES]
+                    for start in range(0, len(slab), FILE_PIECE_BYTES):
+                        piece = slab[start : start + FILE_PIECE_BYTES]
                         if file.readinto(piece) != len(piece):
                             raise CmxFailed(Damage.TRUNCATED, f"{path} ends while it is read")
                         seen(piece)

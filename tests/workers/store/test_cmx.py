@@ -73,6 +73,7 @@ def test_what_was_written_is_read_however_memory_is_cut(store: Cmx, cuts: tuple[
 @pytest.mark.parametrize("piece", [1000, BLOCK_BYTES, 3 * BLOCK_BYTES + 1, len(DATA), 2 * len(DATA)])
 def test_it_is_read_in_pieces_of_any_size(store: Cmx, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cmx, "PIECE_BYTES", piece)
+    monkeypatch.setattr(cmx, "FILE_PIECE_BYTES", piece)
     store.write(SEGMENT, slabs_of(DATA))
     assert read(store, cuts=(2, 5)) == DATA
 
@@ -116,6 +117,7 @@ def test_each_damage_has_its_reason(
     store: Cmx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], reason: Damage, piece: int
 ) -> None:
     monkeypatch.setattr(cmx, "PIECE_BYTES", piece)
+    monkeypatch.setattr(cmx, "FILE_PIECE_BYTES", piece)
     store.write(SEGMENT, slabs_of(DATA))
     damage(place(tmp_path))
     assert failure(lambda: read(store)) is reason
@@ -161,6 +163,7 @@ def test_a_full_disk_leaves_nothing_behind(store: Cmx, tmp_path: Path) -> None:
 
 def test_a_read_that_nobody_wants_any_more_ends_between_pieces(store: Cmx, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cmx, "PIECE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(cmx, "FILE_PIECE_BYTES", BLOCK_BYTES)
     store.write(SEGMENT, slabs_of(DATA))
     asked: list[bool] = []
 
@@ -174,6 +177,7 @@ def test_a_read_that_nobody_wants_any_more_ends_between_pieces(store: Cmx, monke
 
 def test_a_read_that_takes_too_long_is_given_up(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cmx, "PIECE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(cmx, "FILE_PIECE_BYTES", BLOCK_BYTES)
     store = Cmx(bucket, KEY, BLOCK_BYTES, BLOCKS, -1.0)
     store.write(SEGMENT, slabs_of(DATA))
     assert failure(lambda: store.read(SEGMENT, slabs_of(bytearray(len(DATA))), never)) is Damage.LATE
@@ -271,6 +275,7 @@ def test_a_bucket_does_all_that_a_folder_does_and_a_stopped_server_is_unreachabl
     s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cmx, "PIECE_BYTES", 3 * BLOCK_BYTES)
+    monkeypatch.setattr(cmx, "FILE_PIECE_BYTES", 3 * BLOCK_BYTES)
     bucket = open_bucket("s3://weft/deep/prefix", "store.cmx", QUICK)
     store = opened(bucket)
     assert list(store.found()) == []

@@ -13,7 +13,8 @@ import grpc.aio
 import pytest
 
 from orchestrator.core.blocks import pack_hashes
-from orchestrator.core.events import FetchEnded, OfferEnded
+from orchestrator.core.events import FetchEnded, FetchProgressed, OfferEnded
+from orchestrator.core.store import recalls
 from orchestrator.core.types import BlockHash, CostProfile, KvBatch, Lease, LeaseId, NodeId, TenantId, Tier
 from orchestrator.wire import codec, node_pb2, store_codec, store_pb2, store_pb2_grpc
 from orchestrator.wire.journal import read_journal
@@ -74,6 +75,32 @@ def test_what_one_node_offers_another_loads_in_pieces_of_any_size(visible: bool)
                 ("cpu", "hbm", 2 * BLOCK_BYTES),
                 ("cpu", "hbm", 10 * BLOCK_BYTES),
             ]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("portion", "limits", "copies"), [(1, TransferLimits(), 1), (3, SMALL, 5), (1, SMALL, 5), (5, SMALL, 5)])
+def test_small_answers_are_copied_together_and_large_ones_in_pieces(
+    portion: int, limits: TransferLimits, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recalls, "PORTION_BYTES", portion * BLOCK_BYTES)
+
+    async def scenario() -> None:
+        async with host() as there:
+            one = await there.node("one")
+            one.engine.fill(10)
+            await one.offer(0, 10)
+            calls: list[None] = []
+            engine = PoolEngine(visible=False)
+            engine.before = lambda: calls.append(None)
+            node = await there.node("two", engine=engine, limits=limits)
+            request, tokens = node.begin_load(0, 10), [0]
+            while isinstance(event := await node.next(), FetchProgressed):
+                tokens.append(event.tokens)
+            assert event == FetchEnded(request, 10 * BLOCK_TOKENS)
+            assert node.holds(0, 10)
+            assert len(calls) == copies
+            assert tokens == sorted(set(tokens))
 
     run(scenario)
 
