@@ -478,7 +478,8 @@ class HardwareConfig:
     #: The chip of the other half, and how many of them serve one group.
     ffn_chip: str = ""
     ffn_chips: int = 0
-    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong.
+    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong; 0: as many as make a full node's pass
+    #: shortest.
     microbatches: int = 2
     #: Of weights, of what is multiplied with them, of the KV cache.
     weights: Precision = Precision.FP8
@@ -493,9 +494,9 @@ class HardwareConfig:
     host_chips: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("chips", "host_chips", "group_nodes", "microbatches"):
+        for name in ("chips", "host_chips", "group_nodes"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
-        for name in ("ffn_chips", "draft_tokens"):
+        for name in ("ffn_chips", "draft_tokens", "microbatches"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
         chance = self.acceptance
         require(chance is None or 0 <= chance < 1, "acceptance", f"must be in [0, 1), is {chance}")

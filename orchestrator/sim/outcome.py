@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import exp, log
 
 from orchestrator.core.types import NodeId, PoolName
+from orchestrator.sim.halves import SplitUse
 from orchestrator.traces import TracedTurn
 
 #: Logarithmic buckets are this much wider than the one before: a percentile is off by half of it at most.
@@ -116,6 +117,8 @@ class PoolUse:
     #: Bytes of KV that came from other nodes.
     fetched_bytes: int = 0
     preemptions: int = 0
+    #: None where the nodes do not split their passes.
+    split: SplitUse | None = None
     #: Taken at equal intervals of virtual time, some hundreds in a run.
     samples: list[PoolSample] = field(default_factory=lambda: [])
 

@@ -229,6 +229,9 @@ class SimulatedNode:
                 results.append(self._decoded(part, 1, at) if part.sample else SliceResult(part.request))
         if decoding:
             self._gaps_s.add(seconds / steps, decoding * steps)
+            if use.split is not None and decoding == len(command.slices):
+                context = self.context_tokens + decoding * (steps - 1) / 2
+                use.split.add(steps / self.spec.profile.tokens_per_pass, decoding, context)
         use.busy_s += seconds
         use.output_tokens += decoding * steps
         self.run, self.steps = None, 0

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from orchestrator.core.commands import ReportEnded
-from orchestrator.core.config import CachePolicy, ModelConfig, RouterPolicy
+from orchestrator.core.config import CachePolicy, HardwareConfig, ModelConfig, RouterPolicy
 from orchestrator.core.types import GatewayId, NodeId, PoolKind
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.agenda import Timers
@@ -183,6 +183,18 @@ def assert_nothing_outlives_its_faults(seed: int, layout: dict[PoolKind, int]) -
         assert served.ended_s is not None
         late_s = served.ended_s - max(served.arrived_s, faults.until_s)
         assert late_s < own_s, f"turn {served.turn.id} ended {late_s:.1f} s after the faults: {served.failure}"
+
+
+def test_a_group_is_lost_as_a_whole() -> None:
+    made = cluster({PoolKind.AGGREGATED: 4})
+    grouped = replace(made.config.pools[0], hardware=HardwareConfig(chip="any", group_nodes=2))
+    faults = Faults(until_s=5.0, crashes=1, restart_s=1.0)
+    world = World(
+        Resolved(replace(made.config, pools=(grouped,)), {}), agents(4, 2, seed=1), WorldOptions(checks=True, faults=faults)
+    )
+    world.run()
+    starts = [world.nodes[grouped.node_id(number)].spec.incarnation for number in range(4)]
+    assert sorted((starts[:2], starts[2:])) == [[1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("seed", range(3))
