@@ -478,8 +478,8 @@ class HardwareConfig:
     #: The chip of the other half, and how many of them serve one group.
     ffn_chip: str = ""
     ffn_chips: int = 0
-    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong; 0: as many as make a full node's pass
-    #: shortest.
+    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong; 0: as many as make the pass of a
+    #: full node shortest.
     microbatches: int = 2
     #: Of weights, of what is multiplied with them, of the KV cache.
     weights: Precision = Precision.FP8

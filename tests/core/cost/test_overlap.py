@@ -37,12 +37,12 @@ def test_nothing_to_hide_is_not_hidden() -> None:
 def seconds(weights_s: float, rows_s: float, hop_s: float, rows: int, count: int) -> float:
     """Return a pass over 1000 layers in which each half reads its weights for every micro-batch."""
     half_s = 1000 * (count * weights_s + rows * rows_s)
-    return ping_pong_seconds(half_s, half_s, hop_s, count, 1000)
+    return ping_pong_seconds(half_s, half_s, hop_s / count, count, 1000)
 
 
 def test_a_pass_is_split_where_rows_count_and_not_where_weights_do() -> None:
     assert choose_microbatches(lambda count: seconds(0.0, 1.0, 0.0, 64, count), 4) == 2
-    assert choose_microbatches(lambda count: seconds(10.0, 0.001, 0.0, 64, count), 4) == 1
+    assert choose_microbatches(lambda count: seconds(10.0, 0.0, 0.0, 64, count), 4) == 1
 
 
 def test_long_hops_want_more_micro_batches_in_flight() -> None:
