@@ -245,6 +245,8 @@ def _pool(use: PoolUse, duration_s: float) -> dict[str, Any]:
         "output_tokens": use.output_tokens,
         "fetched_bytes": use.fetched_bytes,
         "preemptions": use.preemptions,
+        "drafted_tokens": use.drafted_tokens,
+        "accepted_tokens": use.accepted_tokens,
         "split": _split(use, duration_s) if use.split is not None else None,
     }
 

@@ -6,7 +6,7 @@ the other, a little later, and gives agents their answers. See also: `live/drive
 
 What is simplified against the live system: frames go out at once, where live nodes gather for some milliseconds; an answer's
 blocks get their names when it ends; every token that a node made before it died has reached its client; with speculation tokens
-come evenly, not in the bursts of a pass; every request is of class `standard`.
+count as coming evenly, not in the bursts of a pass; every request is of class `standard`.
 """
 
 import gc
@@ -286,7 +286,7 @@ class World:
         starts = [served.arrived_s for served in self.served]
         ends = [served.ended_s for served in self.served if served.ended_s is not None]
         for simulated in self.nodes.values():
-            simulated.use.preemptions += simulated.node.load().preemptions
+            simulated.use.count(simulated.node.load())
         return Outcome(
             served=self.served,
             pools=self.uses,
@@ -555,15 +555,16 @@ class World:
 
     def _start_node(self, spec: NodeSpec) -> None:
         """Start a node, in place of a crashed one if there was one."""
-        scheduler = self._pools[spec.pool].scheduler
+        pool = self._pools[spec.pool]
         self.nodes[spec.id] = SimulatedNode(
             spec,
-            Node(spec, scheduler, self._pool_of(spec)),
+            Node(spec, pool.scheduler, self._pool_of(spec)),
             self.agenda,
             self.uses[spec.pool],
             self.gaps_s,
             self._obey,
             self.visit_of,
+            pool.engine.speculation.acceptance,
             self._options.stepwise,
         )
         self.nodes[spec.id].set_slowness(self._slowness.get(spec.id, 1.0))
@@ -807,7 +808,7 @@ class World:
         simulated = self.nodes[node]
         if not simulated.alive:
             return False
-        simulated.use.preemptions += simulated.node.load().preemptions
+        simulated.use.count(simulated.node.load())
         self._node_events += simulated.events
         simulated.events = 0
         simulated.crash()
