@@ -280,12 +280,14 @@ class NodeDriver:
             request = part.request
             sequence = sequences.get(request)
             tokens = output.tokens
-            if len(tokens) != part.sample:
+            drafted = output.drafted
+            if len(tokens) != part.sample or drafted:
                 failure = output.failure or broken_promise(self._engine, part, output)
-                results.append(SliceResult(request, 0, (), False, failure))
-                continue
+                if failure is not None:
+                    results.append(SliceResult(request, 0, (), False, failure))
+                    continue
             if sequence is None:
-                results.append(SliceResult(request, len(tokens), (), output.stopped, output.failure))
+                results.append(SliceResult(request, len(tokens), (), output.stopped, output.failure, drafted))
                 continue
             if tokens:
                 outbox = sequence.outbox
@@ -296,10 +298,11 @@ class NodeDriver:
                     outbox.add_logprobs(request, output.logprobs)
                 tail = sequence.tail
                 tail.extend(tokens)
-                if len(tokens) == 1 and len(tail) <= block_tokens and not output.stopped:
+                if len(tokens) == 1 and len(tail) <= block_tokens and not output.stopped and not drafted:
                     results.append(sequence.one_token)
                     continue
-            results.append(SliceResult(request, len(tokens), self._completed(sequence), output.stopped, output.failure))
+            completed = self._completed(sequence)
+            results.append(SliceResult(request, len(tokens), completed, output.stopped, output.failure, drafted))
         self.handle(StepFinished(command.step, tuple(results), seconds))
 
     def _completed(self, sequence: _Sequence) -> tuple[BlockHash, ...]:

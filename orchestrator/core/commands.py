@@ -56,7 +56,8 @@ class Slice:
     """One sequence's share of a step: compute tokens [start, start + count) of prompt plus output.
 
     `blocks` go into the sequence's block table from index `first_block` on; entries before stay as they were told. A
-    preempted sequence starts over with `first_block` 0. `sample` asks for a token after the last one computed.
+    preempted sequence starts over with `first_block` 0. `sample` asks for a token after the last one computed. Up to `draft_max`
+    tokens may be drafted after that one and verified with it: the sequence's blocks have room for them.
 
     Not frozen, because every sequence needs one in every step and a frozen one takes four times as long to make.
     """
@@ -67,6 +68,7 @@ class Slice:
     first_block: int
     blocks: tuple[BlockId, ...]
     sample: bool
+    draft_max: int = 0
 
 
 @quickly_made

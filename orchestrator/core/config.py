@@ -4,7 +4,7 @@ A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
     [cluster]  [gateway]  [[tenants]]  [limits]  [leases]  [router]  [store]  [models.NAME]  [[pools]]  [pools.engine]
-    [pools.scheduler]  [pools.profile]  [pools.hardware]  [log]  [trace]
+    [pools.engine.speculation]  [pools.scheduler]  [pools.profile]  [pools.hardware]  [log]  [trace]
 """
 
 import types
@@ -42,6 +42,8 @@ WHOLE_MAX = 1 << 53
 SHOWN_MAX = 60
 #: Characters of a tenant's name: it goes with every assignment.
 TENANT_CHARS_MAX = 64
+#: Tokens that one step may verify for one sequence: a longer draft is not accepted as a whole often enough to be worth its rows.
+DRAFT_TOKENS_MAX = 64
 #: Longest that a lease may be let last: 30 days.
 LEASE_S_MAX = 30 * 86_400.0
 #: Highest priority that a request can have: what 32 bits hold.
@@ -400,6 +402,37 @@ class KvFormat(StrEnum):
     NVFP4 = "nvfp4"  # E2M1 with a scale for every 16 values and one above them
 
 
+class SpeculationMethod(StrEnum):
+    """Where drafted tokens come from."""
+
+    OFF = "off"
+    PROMPT_LOOKUP = "prompt_lookup"  # what followed the sequence's last tokens where they stood before, in prompt or output
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """[pools.engine.speculation]: tokens drafted ahead and verified together; what comes out is the same, sooner."""
+
+    #: off or prompt_lookup (agents repeat what they have read: files, tools' output, their own calls).
+    method: SpeculationMethod = SpeculationMethod.OFF
+    #: Tokens drafted for a sequence in one step at most; fewer where that pays more, none where it does not pay.
+    draft_tokens_max: int = 8
+    #: For the profiled engine and for simulating, which know no text: the chance that a drafted token is accepted after all
+    #: before it were.
+    acceptance: float = 0.5
+
+    def __post_init__(self) -> None:
+        most = DRAFT_TOKENS_MAX
+        within = 1 <= self.draft_tokens_max <= most
+        require(within, "draft_tokens_max", f"must be 1 to {most} tokens, is {self.draft_tokens_max}")
+        require(0 <= self.acceptance < 1, "acceptance", f"must be in [0, 1), is {self.acceptance}")
+
+    @property
+    def tokens_max(self) -> int:
+        """Tokens that are drafted for a sequence in one step at most; 0: none ever are."""
+        return 0 if self.method is SpeculationMethod.OFF else self.draft_tokens_max
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """[pools.engine]: what computes."""
@@ -423,6 +456,7 @@ class EngineConfig:
     #: How KV blocks are kept in the tiers below the pool and sent to other hosts; the same in all pools of a model. plain: as
     #: they are. fp8: in half the bytes of bfloat16. nvfp4: in 0.28 of them. What comes back of these two is no longer exact.
     kv_format_stored: KvFormat = KvFormat.PLAIN
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
         require(self.name in ("eager", "profiled"), "name", f"must be eager or profiled, is {self.name!r}")
@@ -478,7 +512,8 @@ class HardwareConfig:
     #: The chip of the other half, and how many of them serve one group.
     ffn_chip: str = ""
     ffn_chips: int = 0
-    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong.
+    #: Micro-batches in flight between the halves: 1 one after the other, 2 or more ping-pong; 0: as many as make the pass of a
+    #: full node shortest.
     microbatches: int = 2
     #: Of weights, of what is multiplied with them, of the KV cache.
     weights: Precision = Precision.FP8
@@ -493,9 +528,9 @@ class HardwareConfig:
     host_chips: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("chips", "host_chips", "group_nodes", "microbatches"):
+        for name in ("chips", "host_chips", "group_nodes"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
-        for name in ("ffn_chips", "draft_tokens"):
+        for name in ("ffn_chips", "draft_tokens", "microbatches"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
         chance = self.acceptance
         require(chance is None or 0 <= chance < 1, "acceptance", f"must be in [0, 1), is {chance}")
@@ -674,6 +709,9 @@ class PoolConfig:
         require(self.transport in known, "transport", f"must be one of {', '.join(known)}, is {self.transport!r}")
         for name in ("cpus", "gpus"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+        once = not self.engine.speculation.tokens_max or (self.profile.pass_tokens == 1 and not self.hardware.draft_tokens)
+        where = "engine.speculation.method"
+        require(once, where, "must be off where hardware.draft_tokens or profile.pass_tokens count drafted tokens already")
 
     def node_id(self, number: int) -> NodeId:
         """Return what the pool's node of that number is called."""
@@ -710,6 +748,7 @@ class PoolConfig:
             address=address,
             host=host,
             stores=stores,
+            draft_tokens_max=self.engine.speculation.tokens_max,
         )
 
 

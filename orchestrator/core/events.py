@@ -111,7 +111,8 @@ class SliceResult:
     """What one step did for one sequence. Not frozen, for the reason given at `Slice`."""
 
     request: RequestId
-    #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more where several steps were run as one.
+    #: Tokens generated: 0 for a slice that does not sample, 1 otherwise, more where several steps were run as one or drafted
+    #: tokens were accepted.
     output_tokens: int = 0
     #: Hashes of blocks of which this step computed the last token's KV, in order: only blocks with generated tokens in them.
     #: The newest token has no KV yet and completes nothing. Prompt blocks' hashes came with the assignment.
@@ -120,6 +121,8 @@ class SliceResult:
     stopped: bool = False
     #: Set when this sequence alone cannot go on (for example not a number in its logits).
     failure: str | None = None
+    #: Tokens that were drafted and verified, accepted or not.
+    drafted_tokens: int = 0
 
 
 @quickly_made

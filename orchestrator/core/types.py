@@ -337,6 +337,8 @@ class NodeSpec:
     stores: bool = False
     #: KV blocks that leases may hold together.
     leased_blocks_max: int = 0
+    #: Tokens that its engine drafts for a sequence in one step at most; 0: it does not speculate.
+    draft_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +378,9 @@ class Load:
     #: Blocks forgotten for want of room since its start, and the seconds that the newest of them had not been used; 0: none was.
     blocks_evicted: int = 0
     evicted_idle_s: float = 0.0
+    #: Tokens drafted since its start, and how many of them were accepted.
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class MoveFailure(StrEnum):

@@ -173,6 +173,30 @@ class NodeState:
     restarts: int = 0
     #: Counted by former lives of the node, whose own counters started at 0 again.
     preemptions_before: int = 0
+    drafted_before: int = 0
+    accepted_before: int = 0
+
+    @property
+    def preemptions(self) -> int:
+        return self.preemptions_before + self.load.preemptions
+
+    @property
+    def drafted_tokens(self) -> int:
+        return self.drafted_before + self.load.drafted_tokens
+
+    @property
+    def accepted_tokens(self) -> int:
+        return self.accepted_before + self.load.accepted_tokens
+
+    def start_over(self) -> None:
+        """Keep what was counted; the node itself begins at 0."""
+        self.preemptions_before, self.drafted_before = self.preemptions, self.drafted_tokens
+        self.accepted_before, self.load = self.accepted_tokens, Load()
+
+    def stop(self) -> None:
+        """Keep what was counted of a node that may come back with it; of nothing else there is any."""
+        load = self.load
+        self.load = Load(preemptions=load.preemptions, drafted_tokens=load.drafted_tokens, accepted_tokens=load.accepted_tokens)
 
 
 class Watch:
@@ -406,7 +430,8 @@ class Metrics(Collector):
             case NodeLost(node, _):
                 state = self._nodes.get(node)
                 if state is not None:
-                    state.up, state.load = False, Load(preemptions=state.load.preemptions)
+                    state.up = False
+                    state.stop()
             case StoreReported(store, model, load):
                 self._stores[store, model] = load
             case StoreJoined(store):
@@ -463,8 +488,7 @@ class Metrics(Collector):
         state = self._nodes.setdefault(spec.id, NodeState(spec.pool))
         if state.spec is not None and state.spec.incarnation != spec.incarnation:
             state.restarts += 1
-            state.preemptions_before += state.load.preemptions
-            state.load = Load()
+            state.start_over()
         state.pool, state.spec, state.up = spec.pool, spec, True
 
     def _on_report(self, event: NodeReported) -> None:
@@ -578,8 +602,11 @@ class Metrics(Collector):
         up: dict[Labels, float] = {(node, state.pool): float(state.up) for node, state in self._exported()}
         blocks: dict[Labels, float] = {}
         leased: dict[Labels, float] = {}
+        drafted: dict[Labels, float] = {}
         for node, state in self._exported():
             load = state.load
+            drafted[node, "accepted"] = state.accepted_tokens
+            drafted[node, "rejected"] = state.drafted_tokens - state.accepted_tokens
             leased[node, "kept"], leased[node, "over"] = load.blocks_leased, load.blocks_unleased
             for word, count in (("used", load.blocks_used), ("cached", load.blocks_cached), ("free", load.blocks_free)):
                 blocks[node, Tier.HBM, word] = count
@@ -596,6 +623,7 @@ class Metrics(Collector):
         text = "KV blocks that leases keep on a node, and those for which they had no room there."
         yield _gauge("weft_kv_leased_blocks", text, ("node", "state"), leased)
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
+        yield _counter("weft_speculation_tokens", "Tokens drafted and verified on a node.", ("node", "outcome"), drafted)
         where = ("node", "pool")
         yield _counter("weft_node_requests", "Parts of requests that ended on a node.", where, self._parts)
         text = "Tokens of prompts and outputs that a node computed for ended requests."
@@ -699,6 +727,8 @@ class Metrics(Collector):
         waiting: dict[Labels, float] = {}
         usage: dict[Labels, float] = {}
         preemptions: dict[Labels, float] = {}
+        drafted: dict[Labels, float] = {}
+        accepted: dict[Labels, float] = {}
         facts: dict[Labels, float] = {}
         for (model,), count in self._flights_by_model()[1].items():
             waiting[model, f"gateway-{self._gateway}"] = count
@@ -708,12 +738,15 @@ class Metrics(Collector):
             labels = (state.spec.model, node)
             running[labels], waiting[labels] = state.load.running, state.load.waiting
             usage[labels] = state.load.blocks_used / state.spec.blocks
-            preemptions[labels] = state.preemptions_before + state.load.preemptions
+            preemptions[labels] = state.preemptions
+            drafted[labels], accepted[labels] = state.drafted_tokens, state.accepted_tokens
             facts[(*labels, str(state.spec.block_tokens), str(state.spec.blocks))] = 1
         yield _gauge("vllm:num_requests_running", "Sequences in a node's batch.", names, running)
         yield _gauge("vllm:num_requests_waiting", "Sequences that wait, on a node or in the gateway.", names, waiting)
         yield _gauge("vllm:kv_cache_usage_perc", "Share of a node's blocks in use, 0 to 1.", names, usage)
         yield _counter("vllm:num_preemptions", "Sequences put back for want of blocks.", names, preemptions)
+        yield _counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted and verified.", names, drafted)
+        yield _counter("vllm:spec_decode_num_accepted_tokens", "Those of them that were right.", names, accepted)
         yield _gauge("vllm:cache_config_info", "A node's KV pool.", (*names, "block_size", "num_gpu_blocks"), facts)
 
     def _exported(self) -> list[tuple[NodeId, NodeState]]:

@@ -18,7 +18,7 @@ from orchestrator.core.config import (
     require,
 )
 from orchestrator.core.cost.machines import Chip, Coupling, Link, Machine
-from orchestrator.core.cost.roofline import cost_profile
+from orchestrator.core.cost.roofline import cost_profile, with_microbatches
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError, acceptance_name
 from orchestrator.profiles.memory import block_bytes, kv_blocks, stored_block_bytes
@@ -68,6 +68,8 @@ class PoolHardware:
     block_bytes: int
     #: Names of the assumptions that profile, price or power rest on.
     assumptions: tuple[str, ...]
+    #: What the formulas take, for whoever looks into a pass; None: nobody may.
+    machine: Machine | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,17 @@ def machine_of(config: ClusterConfig, pool: PoolConfig, catalog: Catalog) -> Mac
     if other is not None:
         _check_precision(other, "ffn_weights", hardware.ffn_weights)
     coupling = _coupling(chip, other, catalog) if halves else None
-    return Machine(shape, hardware, chip, catalog.practice, other, coupling, acceptance_of(hardware, catalog))
+    machine = Machine(shape, hardware, chip, catalog.practice, other, coupling, acceptance_of(hardware, catalog))
+    return _split(pool, machine)
+
+
+def _split(pool: PoolConfig, machine: Machine) -> Machine:
+    """Return the machine with as many micro-batches as suit a full node, unless the pool says how many."""
+    if machine.hardware.microbatches:
+        return machine
+    sequences, engine = pool.scheduler.sequences_max, pool.engine
+    fits = kv_blocks(machine, engine.block_tokens, sequences, engine.memory_fraction) * engine.block_tokens
+    return with_microbatches(machine, sequences, min(fits, sequences * machine.shape.context_tokens_max))
 
 
 def acceptance_of(hardware: HardwareConfig, catalog: Catalog) -> float:
@@ -176,7 +188,7 @@ def _filled(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> PoolCo
     context = limited(machine.shape.context_tokens_max, engine.context_tokens_max)
     profile = cost_profile(machine, scheduler.sequences_max, scheduler.step_tokens_max, _fetch_link(config, pool, machine))
     filled = replace(engine, blocks=engine.blocks or fits, context_tokens_max=context)
-    return replace(pool, profile=profile, engine=filled)
+    return replace(pool, profile=profile, engine=filled, hardware=machine.hardware)
 
 
 def _fetch_link(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> Link:
@@ -206,6 +218,7 @@ def _node_hardware(config: ClusterConfig, pool: PoolConfig, machine: Machine, ca
         kw=sum(chip.kw * count for chip, count in counts),
         block_bytes=block_bytes(machine, pool.engine.block_tokens),
         assumptions=_assumptions(config, pool, machine, catalog),
+        machine=machine,
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import exp, log
 
-from orchestrator.core.types import NodeId, PoolName
+from orchestrator.core.types import Load, NodeId, PoolName
+from orchestrator.sim.halves import SplitUse
 from orchestrator.traces import TracedTurn
 
 #: Logarithmic buckets are this much wider than the one before: a percentile is off by half of it at most.
@@ -116,8 +117,19 @@ class PoolUse:
     #: Bytes of KV that came from other nodes.
     fetched_bytes: int = 0
     preemptions: int = 0
+    #: Tokens drafted by `engine.speculation`, and how many of them were accepted.
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    #: None where the nodes do not split their passes.
+    split: SplitUse | None = None
     #: Taken at equal intervals of virtual time, some hundreds in a run.
     samples: list[PoolSample] = field(default_factory=lambda: [])
+
+    def count(self, load: Load) -> None:
+        """Take in what a node has counted that now ends."""
+        self.preemptions += load.preemptions
+        self.drafted_tokens += load.drafted_tokens
+        self.accepted_tokens += load.accepted_tokens
 
 
 @dataclass(slots=True)

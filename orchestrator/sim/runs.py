@@ -245,4 +245,24 @@ def _pool(use: PoolUse, duration_s: float) -> dict[str, Any]:
         "output_tokens": use.output_tokens,
         "fetched_bytes": use.fetched_bytes,
         "preemptions": use.preemptions,
+        "drafted_tokens": use.drafted_tokens,
+        "accepted_tokens": use.accepted_tokens,
+        "split": _split(use, duration_s) if use.split is not None else None,
+    }
+
+
+def _split(use: PoolUse, duration_s: float) -> dict[str, Any]:
+    """Return the figures of a pool whose passes have two halves.
+
+    `attention_busy` and `ffn_busy` are the shares of the run in which either half's chips worked, `balance` the first over the
+    second (1: neither waits for the other), `hidden` the share of the shorter half and of the hops that micro-batches hid.
+    """
+    split = use.split
+    assert split is not None, "a pool without halves has no figures of them"
+    return {
+        "microbatches": split.microbatches,
+        "attention_busy": _ratio(split.attention_s, use.nodes * duration_s),
+        "ffn_busy": _ratio(split.ffn_s, use.nodes * duration_s),
+        "balance": _ratio(split.attention_s, split.ffn_s),
+        "hidden": split.hidden_share,
     }

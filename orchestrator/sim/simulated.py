@@ -7,6 +7,9 @@ Steps that only decode and that nothing disturbs are taken as one:
                                   ^ an event: two whole steps are reported as of their end, the third is cut off from the rest
                                     and ends when it must, and the event is handled in the middle of it, as it would be live
 
+Steps in which tokens may be drafted are taken one by one: each sequence gets another number of tokens from each, drawn by the
+chance that the pool's settings name.
+
 Blocks that several steps fill are taken at their end, which is exact for pools that forget by order of use; one that forgets by
 what is expected may have chosen otherwise a little before.
 
@@ -20,6 +23,7 @@ from orchestrator.core.commands import NodeCommand, RunStep, Slice
 from orchestrator.core.cost.costs import decode_seconds, step_seconds, steps_within
 from orchestrator.core.events import Expected, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
+from orchestrator.core.node.speculation import accepted_drafts
 from orchestrator.core.types import BlockHash, NodeSpec, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.outcome import Distribution, PoolUse
@@ -70,11 +74,12 @@ class SimulatedNode:
         use, gaps_s: where its work and the times between its tokens are counted.
         obey: executes what the node orders, by `start` if it is a step; told this node, the commands and the time.
         answer: returns what is to come out of a request.
+        acceptance: the chance that a drafted token is accepted.
         stepwise: take every step by itself.
     """
 
     __slots__ = (
-        "_agenda", "_answer", "_gaps_s", "_obey", "_pace", "_progress", "_run", "_slowness", "_stepwise", "alive",
+        "_acceptance", "_agenda", "_answer", "_gaps_s", "_obey", "_pace", "_progress", "_run", "_slowness", "_stepwise", "alive",
         "context_tokens", "events", "news", "node", "run", "spec", "started_s", "steps", "use",
     )  # fmt: skip
 
@@ -87,6 +92,7 @@ class SimulatedNode:
         gaps_s: Distribution,
         obey: "Callable[[SimulatedNode, Sequence[NodeCommand], float], None]",
         answer: Callable[[RequestId], Answer],
+        acceptance: float = 0.0,
         stepwise: bool = False,
     ) -> None:
         self.spec = spec
@@ -112,6 +118,7 @@ class SimulatedNode:
         self._gaps_s = gaps_s
         self._obey = obey
         self._answer = answer
+        self._acceptance = acceptance
         self._stepwise = stepwise
         self._progress: dict[RequestId, _Progress] = {}
 
@@ -134,11 +141,11 @@ class SimulatedNode:
         for part in command.slices[:decoding]:
             context += part.start
         self.context_tokens = context
-        if chunks:
-            seconds, self.steps = (
-                step_seconds(self.spec.profile, [(part.count, part.start) for part in chunks], decoding, context),
-                1,
-            )
+        # Drafts are computed like parts of prompts.
+        computed = [(part.draft_max, part.start + 1) for part in command.slices[:decoding] if part.draft_max]
+        computed += [(part.count, part.start) for part in chunks]
+        if computed:
+            seconds, self.steps = step_seconds(self.spec.profile, computed, decoding, context), 1
         else:
             self.steps = 1 if self._stepwise else min(command.steps_max, self._steps_to_an_end(command.slices))
             seconds = decode_seconds(self.spec.profile, decoding, context, self.steps)
@@ -221,16 +228,22 @@ class SimulatedNode:
         decoding, use = command.decoding, self.use
         results: list[SliceResult] = []
         for index, part in enumerate(command.slices):
-            if index < decoding:
-                results.append(self._decoded(part, steps, at))
-            else:
+            if index >= decoding:
                 use.prefill_tokens += part.count
                 use.output_tokens += part.sample
                 results.append(self._decoded(part, 1, at) if part.sample else SliceResult(part.request))
-        if decoding:
-            self._gaps_s.add(seconds / steps, decoding * steps)
+            elif part.draft_max:
+                results.append(self._verified(part, seconds, at))
+            else:
+                results.append(self._decoded(part, steps, at))
+        undrafted = sum([not part.draft_max for part in command.slices[:decoding]])
+        if undrafted:
+            self._gaps_s.add(seconds / steps, undrafted * steps)
+        if use.split is not None and decoding and decoding == len(command.slices):
+            context = self.context_tokens + decoding * (steps - 1) / 2
+            use.split.add(steps / self.spec.profile.tokens_per_pass, decoding, context)
         use.busy_s += seconds
-        use.output_tokens += decoding * steps
+        use.output_tokens += undrafted * steps
         self.run, self.steps = None, 0
         self._handle(StepFinished(command.step, tuple(results), seconds, steps), at)
 
@@ -249,6 +262,20 @@ class SimulatedNode:
     def _steps_to_an_end(self, slices: Sequence[Slice]) -> int:
         """Return the steps after which the first of the sequences ends."""
         return min([(progress := self._of(part.request)).answer.output_tokens - progress.tokens for part in slices])
+
+    def _verified(self, part: Slice, seconds: float, at: float) -> SliceResult:
+        """Return what a sequence got of which tokens were drafted; they are told of together and counted as if evenly."""
+        progress = self._of(part.request)
+        wanted = min(part.draft_max, progress.answer.output_tokens - progress.tokens - 1)
+        # A draw that is a function of request and place: the same whatever else happens.
+        draw = (part.request * 0x9E3779B97F4A7C15 ^ progress.tokens * 0xD1342543DE82EF95) * 0xBF58476D1CE4E5B9 >> 17
+        accepted = accepted_drafts(self._acceptance, wanted, (draw & 0xFFFFFFFF) * 2.0**-32)
+        tokens = 1 + accepted
+        self._gaps_s.add(seconds / tokens, tokens)
+        self.use.output_tokens += tokens
+        result = self._decoded(part, tokens, at)
+        result.drafted_tokens = part.draft_max
+        return result
 
     def _decoded(self, part: Slice, steps: int, at: float) -> SliceResult:
         """Return what a sequence got; its answer's blocks are named when it is complete."""

@@ -6,7 +6,7 @@ the other, a little later, and gives agents their answers. See also: `live/drive
 
 What is simplified against the live system: frames go out at once, where live nodes gather for some milliseconds; an answer's
 blocks get their names when it ends; every token that a node made before it died has reached its client; with speculation tokens
-come evenly, not in the bursts of a pass; every request is of class `standard`.
+count as coming evenly, not in the bursts of a pass; every request is of class `standard`.
 """
 
 import gc
@@ -115,6 +115,7 @@ from orchestrator.sim.agenda import Agenda, Timers
 from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
+from orchestrator.sim.halves import split_use
 from orchestrator.sim.hints import TOOL, Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
@@ -285,7 +286,7 @@ class World:
         starts = [served.arrived_s for served in self.served]
         ends = [served.ended_s for served in self.served if served.ended_s is not None]
         for simulated in self.nodes.values():
-            simulated.use.preemptions += simulated.node.load().preemptions
+            simulated.use.count(simulated.node.load())
         return Outcome(
             served=self.served,
             pools=self.uses,
@@ -537,7 +538,8 @@ class World:
         hardware = resolved.hardware.get(name)
         known = below.pool_block_bytes if below is not None else hardware.block_bytes if hardware is not None else 0
         blocks = pool.engine.blocks or BLOCKS_DEFAULT
-        self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes)
+        split = split_use(hardware.machine) if hardware is not None else None
+        self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes, split=split)
         for number in range(pool.nodes):
             spec = pool.node_spec(
                 pool.node_id(number),
@@ -553,15 +555,16 @@ class World:
 
     def _start_node(self, spec: NodeSpec) -> None:
         """Start a node, in place of a crashed one if there was one."""
-        scheduler = self._pools[spec.pool].scheduler
+        pool = self._pools[spec.pool]
         self.nodes[spec.id] = SimulatedNode(
             spec,
-            Node(spec, scheduler, self._pool_of(spec)),
+            Node(spec, pool.scheduler, self._pool_of(spec)),
             self.agenda,
             self.uses[spec.pool],
             self.gaps_s,
             self._obey,
             self.visit_of,
+            pool.engine.speculation.acceptance,
             self._options.stepwise,
         )
         self.nodes[spec.id].set_slowness(self._slowness.get(spec.id, 1.0))
@@ -777,24 +780,35 @@ class World:
         self.nodes[node].set_slowness(1.0)
 
     def _crash(self, node: NodeId, faults: Faults) -> None:
-        """Stop a node dead; gateways notice after a while, and it comes back empty."""
-        if self._stop(node):
-            self.transfers.drop(node)
-            self.agenda.at(self.agenda.now + faults.restart_s, self._restart, self.nodes[node].spec)
+        """Stop a node dead, and those that step with it; gateways notice after a while, and they come back empty."""
+        for one in self._group_of(node):
+            if self._stop(one):
+                self.transfers.drop(one)
+                self.agenda.at(self.agenda.now + faults.restart_s, self._restart, self.nodes[one].spec)
 
     def _hang(self, node: NodeId, faults: Faults) -> None:
-        """Let a node stand still: its connections stay until it is killed, so that whoever waits for it must be told."""
-        if self._stop(node):
-            killed_at = self.agenda.now + self._config.cluster.hung_s
-            self.agenda.at(killed_at, self.transfers.drop, node)
-            self.agenda.at(killed_at + faults.restart_s, self._restart, self.nodes[node].spec)
+        """Let a node stand still, and those that step with it: their connections stay until they are killed, so that whoever
+        waits for them must be told.
+        """
+        for one in self._group_of(node):
+            if self._stop(one):
+                killed_at = self.agenda.now + self._config.cluster.hung_s
+                self.agenda.at(killed_at, self.transfers.drop, one)
+                self.agenda.at(killed_at + faults.restart_s, self._restart, self.nodes[one].spec)
+
+    def _group_of(self, node: NodeId) -> list[NodeId]:
+        """Return the nodes that cannot go on without a node: those that share experts or a whole FFN half with it."""
+        pool = self._pools[self.nodes[node].spec.pool]
+        numbers, size = range(pool.nodes), pool.hardware.group_nodes if pool.hardware.chip else 1
+        place = next(number for number in numbers if pool.node_id(number) == node)
+        return [pool.node_id(number) for number in numbers if number // size == place // size]
 
     def _stop(self, node: NodeId) -> bool:
         """Let nothing happen to a node any more, and gateways notice after a while; False if it has stopped already."""
         simulated = self.nodes[node]
         if not simulated.alive:
             return False
-        simulated.use.preemptions += simulated.node.load().preemptions
+        simulated.use.count(simulated.node.load())
         self._node_events += simulated.events
         simulated.events = 0
         simulated.crash()

@@ -479,6 +479,8 @@ def load_message(load: Load) -> node_pb2.Load:
         blocks_unleased=load.blocks_unleased,
         blocks_evicted=load.blocks_evicted,
         evicted_idle_s=load.evicted_idle_s,
+        drafted_tokens=load.drafted_tokens,
+        accepted_tokens=load.accepted_tokens,
     )
 
 
@@ -500,6 +502,8 @@ def load_from(message: node_pb2.Load) -> Load:
         blocks_unleased=message.blocks_unleased,
         blocks_evicted=message.blocks_evicted,
         evicted_idle_s=message.evicted_idle_s,
+        drafted_tokens=message.drafted_tokens,
+        accepted_tokens=message.accepted_tokens,
     )
 
 

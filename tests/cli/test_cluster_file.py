@@ -78,7 +78,7 @@ def test_the_default_file_names_every_field() -> None:
     text = LOCAL_CLUSTER.read_text()
     for table in TABLES:
         for name in (item.name for item in fields(table)):
-            assert re.search(rf"^(# )?({name} = |\[+(\w+\.)?{name}\])", text, re.MULTILINE), f"{table.__name__}.{name}"
+            assert re.search(rf"^(# )?({name} = |\[+(\w+\.)*{name}\])", text, re.MULTILINE), f"{table.__name__}.{name}"
 
 
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:

@@ -160,6 +160,30 @@ def test_a_profile_of_steps_that_cannot_be_is_answered_with_its_field(profile: d
     assert problem(pools=[{**POOL, "profile": profile}]) == f"pools[0].profile.{message}"
 
 
+def test_speculation_is_off_unless_asked_for_and_refused_where_it_means_nothing() -> None:
+    [pool] = ClusterConfig.from_mapping({"pools": [POOL]}).pools
+    assert pool.engine.speculation.tokens_max == 0
+    asked = {"method": "prompt_lookup", "draft_tokens_max": 5}
+    [pool] = ClusterConfig.from_mapping({"pools": [{**POOL, "engine": {"speculation": asked}}]}).pools
+    assert pool.engine.speculation.tokens_max == 5
+    for values, message in (
+        ({"method": "guess"}, "method: must be one of off, prompt_lookup, is 'guess'"),
+        ({"draft_tokens_max": 0}, "draft_tokens_max: must be 1 to 64 tokens, is 0"),
+        ({"draft_tokens_max": 65}, "draft_tokens_max: must be 1 to 64 tokens, is 65"),
+        ({"acceptance": 1.0}, "acceptance: must be in [0, 1), is 1.0"),
+    ):
+        assert problem(pools=[{**POOL, "engine": {"speculation": values}}]) == f"pools[0].engine.speculation.{message}"
+
+
+@pytest.mark.parametrize("counted", [{"profile": {"pass_tokens": 3}}, {"hardware": {"chip": "vr200", "draft_tokens": 2}}])
+def test_drafts_are_not_counted_twice(counted: dict[str, Any]) -> None:
+    pool = {**POOL, "engine": {"speculation": {"method": "prompt_lookup"}}, **counted}
+    where = "pools[0].engine.speculation.method"
+    assert problem(pools=[pool]) == (
+        f"{where}: must be off where hardware.draft_tokens or profile.pass_tokens count drafted tokens already"
+    )
+
+
 def test_profiles_may_be_all_zero_and_what_a_point_of_a_curve_lacks_may_be_in_every_step() -> None:
     for profile in ({}, {"step_s": 0.0, "fetch_latency_s": 0}, {**CURVE, "batch_s": [-0.1, 0.1], "step_s": 0.1}):
         assert ClusterConfig.from_mapping({"pools": [{**POOL, "profile": profile}]}).pools

@@ -256,9 +256,10 @@ def test_a_request_that_goes_on_elsewhere_is_told_and_what_was_computed_again_fo
     assert value(metrics, "weft_input_tokens_total", model="default", pool="decode") == 40
 
 
-def test_a_node_shows_its_blocks_and_goes_down_and_its_preemptions_survive_a_restart() -> None:
+def test_a_node_shows_its_blocks_and_goes_down_and_its_counts_survive_a_restart() -> None:
     metrics = cluster()
-    load = Load(running=2, waiting=1, blocks_used=6, blocks_cached=3, blocks_free=1, preemptions=5, step_s=0.01)
+    counts = {"preemptions": 5, "drafted_tokens": 40, "accepted_tokens": 30}
+    load = Load(running=2, waiting=1, blocks_used=6, blocks_cached=3, blocks_free=1, step_s=0.01, **counts)
     metrics.observe(0.0, NodeReported(NodeId("decode-0"), load), [])
     assert value(metrics, "weft_kv_blocks", node="decode-0", tier="hbm", state="cached") == 3
     assert value(metrics, "vllm:kv_cache_usage_perc", model_name="default", engine="decode-0") == 0.6
@@ -268,9 +269,12 @@ def test_a_node_shows_its_blocks_and_goes_down_and_its_preemptions_survive_a_res
     assert value(metrics, "weft_node_up", node="decode-0", pool="decode") == 0
     assert value(metrics, "vllm:num_preemptions_total", model_name="default", engine="decode-0") == 5
     metrics.observe(0.2, NodeJoined(spec("decode-0", incarnation=1)), [])
-    metrics.observe(0.3, NodeReported(NodeId("decode-0"), Load(preemptions=2)), [])
+    metrics.observe(0.3, NodeReported(NodeId("decode-0"), Load(preemptions=2, drafted_tokens=3, accepted_tokens=1)), [])
     assert value(metrics, "weft_node_up", node="decode-0", pool="decode") == 1
     assert value(metrics, "vllm:num_preemptions_total", model_name="default", engine="decode-0") == 7
+    assert value(metrics, "weft_speculation_tokens_total", node="decode-0", outcome="accepted") == 31
+    assert value(metrics, "weft_speculation_tokens_total", node="decode-0", outcome="rejected") == 12
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total", model_name="default", engine="decode-0") == 43
 
 
 def test_sums_over_two_gateways_count_every_node_once() -> None:

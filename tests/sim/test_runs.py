@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cli.cluster_file import FOLDER, read_cluster
 from orchestrator.core.config import CachePolicy, ClusterConfig, RouterPolicy
 from orchestrator.core.types import PoolName
-from orchestrator.profiles.resolve import PoolHardware, Resolved
+from orchestrator.profiles.catalog import Catalog
+from orchestrator.profiles.resolve import PoolHardware, Resolved, resolve
 from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served
 from orchestrator.sim.runs import CacheRule, figures, percentiles, simulate
 from orchestrator.traces import TracedTurn
@@ -109,3 +111,15 @@ def test_a_trace_is_simulated_under_the_policy_that_was_asked_for(cache: CacheRu
     assert (run.figures["policy"], run.figures["cache"], run.figures["completed"]) == ("least-loaded", str(cache), 2)
     assert run.figures["requests"] == len(run.outcome.served)
     assert told[-1] == 1.0
+
+
+def test_a_split_pool_tells_how_busy_its_halves_are_and_what_is_hidden() -> None:
+    resolved = resolve(read_cluster(FOLDER / "sim" / "vr-nvl72-lpx.toml"), Catalog.load())
+    run = simulate(resolved, [turn(1), turn(2)], RouterPolicy.PREDICTED_TIME, CachePolicy.LRU, 0)
+    pools = run.figures["pools"]
+    split = pools["decode"]["split"]
+    assert pools["prefill"]["split"] is None
+    # One after the other: nothing is hidden, and both halves and their hops are all of the time but for the output head's.
+    assert (split["microbatches"], split["hidden"]) == (1, 0.0)
+    assert 0 < split["ffn_busy"] < split["attention_busy"] < pools["decode"]["utilisation"]
+    assert split["balance"] == pytest.approx(split["attention_busy"] / split["ffn_busy"])

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from orchestrator.core.commands import ReportEnded
-from orchestrator.core.config import CachePolicy, ModelConfig, RouterPolicy
-from orchestrator.core.types import GatewayId, NodeId, PoolKind
+from orchestrator.core.config import CachePolicy, HardwareConfig, ModelConfig, RouterPolicy, SpeculationConfig, SpeculationMethod
+from orchestrator.core.types import GatewayId, NodeId, PoolKind, PoolName
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.agenda import Timers
 from orchestrator.sim.checks import Stuck
@@ -69,6 +69,30 @@ def test_many_steps_at_once_end_when_single_steps_do_where_hardly_anything_fits(
     closed, single = (World(resolved, trace, WorldOptions(stepwise=stepwise)).run() for stepwise in (False, True))
     assert sum(use.preemptions for use in single.pools.values()) > 0
     assert times(closed) == {turn: pytest.approx(pair, rel=1e-9) for turn, pair in times(single).items()}
+
+
+def drafting(acceptance: float, load: int = 1) -> Outcome:
+    """Run agents on a node that drafts up to four tokens of which so many are right, several of them at once or one at a time."""
+    speculation = SpeculationConfig(SpeculationMethod.PROMPT_LOOKUP, 4, acceptance)
+    resolved = cluster({PoolKind.AGGREGATED: 1}, AFFINE, blocks=2048, speculation=speculation)
+    return World(resolved, agents(load, 12, seed=4, context_tokens=300), WorldOptions(checks=True)).run()
+
+
+def test_drafts_that_are_right_make_answers_sooner_and_those_that_are_not_hardly_later() -> None:
+    resolved = cluster({PoolKind.AGGREGATED: 1}, AFFINE, blocks=2048)
+    plain = World(resolved, agents(1, 12, seed=4, context_tokens=300)).run()
+    good, bad = drafting(0.8), drafting(0.0)
+    use = good.pools[PoolName("aggregated")]
+    assert use.output_tokens == plain.pools[PoolName("aggregated")].output_tokens > 200
+    assert 0.4 < use.accepted_tokens / use.drafted_tokens < 0.9  # of four those after a wrong one are not right
+    assert good.pools[PoolName("aggregated")].busy_s < 0.6 * plain.pools[PoolName("aggregated")].busy_s
+    assert bad.pools[PoolName("aggregated")].busy_s < 1.03 * plain.pools[PoolName("aggregated")].busy_s
+
+
+def test_a_run_with_drafts_can_be_had_again() -> None:
+    first, second = drafting(0.6, load=6), drafting(0.6, load=6)
+    assert times(first) == times(second)
+    assert first.pools[PoolName("aggregated")].drafted_tokens == second.pools[PoolName("aggregated")].drafted_tokens > 0
 
 
 @pytest.mark.slow
@@ -183,6 +207,18 @@ def assert_nothing_outlives_its_faults(seed: int, layout: dict[PoolKind, int]) -
         assert served.ended_s is not None
         late_s = served.ended_s - max(served.arrived_s, faults.until_s)
         assert late_s < own_s, f"turn {served.turn.id} ended {late_s:.1f} s after the faults: {served.failure}"
+
+
+def test_a_group_is_lost_as_a_whole() -> None:
+    made = cluster({PoolKind.AGGREGATED: 4})
+    grouped = replace(made.config.pools[0], hardware=HardwareConfig(chip="any", group_nodes=2))
+    faults = Faults(until_s=5.0, crashes=1, restart_s=1.0)
+    world = World(
+        Resolved(replace(made.config, pools=(grouped,)), {}), agents(4, 2, seed=1), WorldOptions(checks=True, faults=faults)
+    )
+    world.run()
+    starts = [world.nodes[grouped.node_id(number)].spec.incarnation for number in range(4)]
+    assert sorted((starts[:2], starts[2:])) == [[1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("seed", range(3))

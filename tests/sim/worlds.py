@@ -13,6 +13,7 @@ from orchestrator.core.config import (
     RouterConfig,
     RouterPolicy,
     SchedulerConfig,
+    SpeculationConfig,
     StoreConfig,
 )
 from orchestrator.core.types import CostProfile, PoolKind, PoolName
@@ -41,9 +42,11 @@ def cluster(
     policy: RouterPolicy = RouterPolicy.PREDICTED_TIME,
     store: StoreConfig | None = None,
     cache: CachePolicy = CachePolicy.VALUE,
+    speculation: SpeculationConfig | None = None,
 ) -> Resolved:
     """Return a cluster with one pool of each kind; `store` is what each of its hosts has below its nodes' memory."""
-    engine = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=blocks)
+    drafts = speculation or SpeculationConfig()
+    engine = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=blocks, speculation=drafts)
     scheduler = SchedulerConfig(step_tokens_max=512, sequences_max=32, cache=cache)
     pools = tuple(
         PoolConfig(kind.value, kind, nodes=count, engine=engine, scheduler=scheduler, profile=profile)

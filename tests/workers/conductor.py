@@ -8,7 +8,9 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle
+from workers.engines.base import broken_promise
 from workers.engines.eager import EagerEngine
+from workers.engines.lookup import PromptLookup
 from workers.engines.split.places import SplitPlaces
 
 BLOCK_TOKENS = 16
@@ -37,11 +39,14 @@ class Conductor:
         self._engine = engine
         self._donor = donor
         self._random = random.Random(seed)
+        #: Drafts up to so many tokens a step, most of them right, when told what is to come out.
+        self._drafts: dict[RequestId, list[int]] = {}
         self._free = [BlockId(block) for block in range(engine.description.blocks)]
         self._random.shuffle(self._free)
 
-    def run(self, prompts: list[list[int]], count: int, together: int) -> list[list[int]]:
-        """Return `count` tokens of each prompt, `together` at a time."""
+    def run(self, prompts: list[list[int]], count: int, together: int, guesses: list[list[int]] | None = None) -> list[list[int]]:
+        """Return `count` tokens of each prompt, `together` at a time; with guesses of them, which are drafted."""
+        self._drafts = {RequestId(number): prompts[number] + guess for number, guess in enumerate(guesses or ())}
         waiting = [_Running(RequestId(number), prompt) for number, prompt in enumerate(prompts)]
         everything = list(waiting)
         running: list[_Running] = []
@@ -59,6 +64,8 @@ class Conductor:
 
     def _admit(self, new: "_Running") -> "_Running":
         self._engine.add(new.request, array("I", new.tokens), GREEDY)
+        if new.request in self._drafts:
+            self._engine._sequences[new.request].lookup = Guesses(self._drafts[new.request], self._random)
         if len(new.tokens) > 2 * BLOCK_TOKENS and self._random.random() < 0.5:
             self._import_prefix(new)
         return new
@@ -86,14 +93,30 @@ class Conductor:
         for each in running:
             left = len(each.tokens) - each.computed
             size = min(left, self._random.choice((1, 5, 16, 33, 200, 2048)))
-            end = each.computed + size
+            drafts = self._random.randrange(7) if left == 1 and self._drafts else 0
+            end = each.computed + size + drafts
             each.blocks += [self._free.pop() for _ in range(-(-end // BLOCK_TOKENS) - len(each.blocks))]
-            slices.append(Slice(each.request, each.computed, size, each.told, tuple(each.blocks[each.told :]), size == left))
-            each.computed, each.told = end, len(each.blocks)
-        for each, output in zip(running, self._engine.step(slices), strict=True):
+            told = tuple(each.blocks[each.told :])
+            slices.append(Slice(each.request, each.computed, size, each.told, told, size == left, drafts))
+            each.told = len(each.blocks)
+        for each, part, output in zip(running, slices, self._engine.step(slices), strict=True):
             assert output.failure is None
+            assert broken_promise(self._engine, part, output) is None
+            each.computed += part.count + max(0, len(output.tokens) - 1)
             each.tokens += output.tokens
             each.output += output.tokens
+
+
+class Guesses(PromptLookup):
+    """Drafts what will come out, but for some tokens."""
+
+    def __init__(self, text: list[int], wrong: random.Random) -> None:
+        super().__init__()
+        self._text, self._wrong = text, wrong
+
+    def find(self, tokens: "array[int]", most: int) -> "array[int]":
+        drafts = array("I", self._text[len(tokens) : len(tokens) + most])
+        return array("I", [self._wrong.randrange(VOCABULARY) if self._wrong.random() < 0.15 else draft for draft in drafts])
 
 
 class _Running:

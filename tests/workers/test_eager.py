@@ -1,8 +1,10 @@
 """The eager engine's own duties: sampling as asked, failures that stay with their sequence, devices and memory."""
 
+import itertools
 import math
 import random
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, EngineConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.builders import some
+from workers.engines.base import SliceOutput
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
+from workers.engines.lookup import PromptLookup
 from workers.engines.sampler import RANKED_TOKENS, sample, uniform
 from workers.engines.sequences import TokenSequence
 
@@ -111,6 +115,117 @@ def test_penalties_count_generated_tokens_only() -> None:
     tokens = [sample(torch.tensor([FOUR]), [row])[0].tokens[0] for _ in range(5)]
     # Logits -2.30, -0.69, -1.39, -1.90. Once mentioned, token 1 is at -1.393, twice at -1.79, three times at -2.19.
     assert tokens == [1, 2, 1, 1, 3]
+
+
+WISHES = {
+    "greedy": Sampling(),
+    "hot": Sampling(temperature=1.5, seed=3),
+    "top": Sampling(temperature=1.0, top_p=0.7, top_k=40, min_p=0.01, seed=4),
+    "penalties": Sampling(temperature=0.9, presence_penalty=1.2, frequency_penalty=0.9, seed=5),
+    "greedy penalties": Sampling(frequency_penalty=1.7),
+    "bias": Sampling(temperature=1.0, logit_bias={5: 4.0, 9: 4.0, 11: 4.0}, seed=6),
+    "logprobs": Sampling(temperature=1.0, logprobs=3, seed=7),
+}
+
+
+class Guesses(PromptLookup):
+    """Drafts what will be right, but for every so many tokens."""
+
+    def __init__(self, text: list[int], wrong: random.Random) -> None:
+        super().__init__()
+        self._text, self._wrong = text, wrong
+
+    def find(self, tokens: "array[int]", most: int) -> "array[int]":
+        drafts = array("I", self._text[len(tokens) : len(tokens) + self._wrong.randint(0, most)])
+        for place in range(len(drafts)):
+            if self._wrong.random() < 0.2:
+                drafts[place] = self._wrong.randrange(500)
+        return drafts
+
+
+def outputs_of(
+    engine: EagerEngine, prompts: list[list[int]], sampling: Sampling, guesses: list[list[int]] | None
+) -> list[list[SliceOutput]]:
+    """Return what the steps of several sequences bring until each has 40 tokens or stops; perhaps with guessed drafts."""
+    wrong = random.Random(len(prompts))
+    found: list[list[SliceOutput]] = []
+    for number, tokens in enumerate(prompts):
+        engine.add(RequestId(number), array("I", tokens), sampling)
+        if guesses is not None:
+            engine._sequences[RequestId(number)].lookup = Guesses(tokens + guesses[number], wrong)
+        table = tuple(BlockId(number * 5 + place) for place in range(5))
+        found.append(engine.step([Slice(RequestId(number), 0, len(tokens), 0, table, True)]))
+    while True:
+        slices: list[Slice] = []
+        for number, tokens in enumerate(prompts):
+            count = len(tokens_of(found[number]))
+            if count < 40 and not found[number][-1].stopped:
+                drafts = min(6, 39 - count) if guesses is not None else 0
+                slices.append(Slice(RequestId(number), len(tokens) + count - 1, 1, 0, (), True, drafts))
+        if not slices:
+            break
+        for part, output in zip(slices, engine.step(slices), strict=True):
+            found[part.request].append(output)
+    for number in range(len(prompts)):
+        engine.forget(RequestId(number))
+    return found
+
+
+def tokens_of(outputs: list[SliceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+@pytest.mark.parametrize("wish", list(WISHES))
+@pytest.mark.parametrize("stops", [False, True])
+def test_drafts_change_neither_tokens_nor_their_probabilities(model_dir: Path, wish: str, stops: bool) -> None:
+    source = random.Random(9)
+    prompts = [[source.randrange(500) for _ in range(count)] for count in (3, 17, 30)]
+    engine = EagerEngine(model_dir, CONFIG, 8, 256)
+    sampling = WISHES[wish]
+    if stops:  # at a token that comes in the midst of what is drafted
+        ends = {tokens_of(outputs)[21] for outputs in outputs_of(engine, prompts, sampling, None)}
+        sampling = replace(sampling, stop_token_ids=tuple(sorted(ends)))
+    plain = outputs_of(engine, prompts, sampling, None)
+    drafted = outputs_of(engine, prompts, sampling, [tokens_of(outputs) + [1] * 8 for outputs in plain])
+    assert [tokens_of(outputs) for outputs in drafted] == [tokens_of(outputs) for outputs in plain]
+    assert [outputs[-1].stopped for outputs in drafted] == [outputs[-1].stopped for outputs in plain] == [stops] * 3
+    for before, after in zip(plain, drafted, strict=True):
+        assert stops or len(after) < 0.7 * len(before)
+        pairs = zip(
+            [one for output in before for one in output.logprobs],
+            [one for output in after for one in output.logprobs],
+            strict=True,
+        )
+        for one, other in pairs:
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+@pytest.mark.slow
+def test_what_is_drawn_of_drafts_is_distributed_as_without() -> None:
+    # Each row of logits is the same: whatever is drafted, each token comes as often as its chance says, and independently.
+    shares, counts = (0.1, 0.5, 0.25, 0.15), [[0] * 4 for _ in range(4)]
+    for seed in range(4000):
+        row = sequence(Sampling(temperature=1.0, seed=seed))
+        row.lookup = Guesses([1, 2, 3, 1, 2, 1], random.Random(seed))
+        taken: list[int] = []
+        while len(taken) < 2:
+            drafted = row.draft(3)
+            [output] = sample(torch.tensor([FOUR] * (1 + drafted)), [row])
+            taken += output.tokens
+        counts[taken[0]][taken[1]] += 1
+    for first, second in itertools.product(range(4), repeat=2):
+        assert abs(counts[first][second] / 4000 - shares[first] * shares[second]) < 0.03
+
+
+def test_a_draft_after_which_there_is_no_number_leaves_the_tokens_before_it() -> None:
+    row = sequence(Sampling())
+    row.lookup = Guesses([1, 2, 3, 1, 1], random.Random(1))
+    while row.draft(2) < 2 or row.tokens[-2:].tolist() != [1, 1]:
+        row.take_drafts()
+    logits = torch.tensor([FOUR, [math.nan] * 4, FOUR])
+    assert sample(logits, [row]) == [SliceOutput((1,), drafted=2)]
+    assert row.tokens.tolist() == [1, 2, 3, 1]
 
 
 def test_not_a_number_fails_its_own_row_only() -> None:

@@ -125,6 +125,17 @@ def test_latents_are_attended_a_few_heads_and_rows_at_a_time(tmp_path: Path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "qwen3_moe", "deepseek_v3"])
+def test_tokens_are_those_of_transformers_where_some_were_drafted(tmp_path: Path, variant: str) -> None:
+    path, generate = load(tmp_path, variant)
+    source = random.Random(5)
+    prompts, expected = without_ties(generate, prompts_of(6, [source.randint(1, 400) for _ in range(20)]), 48)
+    for together in (1, 6):
+        conductor = Conductor(engine_of(path), engine_of(path), seed=together)
+        assert conductor.run(prompts, 48, together, guesses=expected) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_tokens_are_those_of_transformers_for_many_prompts(tmp_path: Path, variant: str) -> None:
     path, generate = load(tmp_path, variant)

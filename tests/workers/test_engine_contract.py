@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig, KvFormat
+from orchestrator.core.config import EngineConfig, KvFormat, SpeculationConfig, SpeculationMethod
 from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
 from workers.engines.base import Engine, SliceOutput, broken_promise
 from workers.engines.checkpoint import create_checkpoint
@@ -155,6 +155,47 @@ def test_slices_that_do_not_sample_bring_nothing(engine: Engine) -> None:
     assert engine.step([Slice(RequestId(1), 0, 10, 0, blocks_for(20), False)]) == [SliceOutput()]
 
 
+def generate_drafted(engine: Engine, request: int, tokens: "array[int]", count: int, draft_max: int) -> tuple[list[int], int]:
+    """Return `count` tokens of which up to `draft_max` may be drafted in each step, and the steps that they took."""
+    engine.add(RequestId(request), tokens, GREEDY)
+    found = list(prefill(engine, request, len(tokens), blocks_for(len(tokens) + count), 256).tokens)
+    steps = 0
+    while len(found) < count:
+        most = min(draft_max, count - len(found) - 1)
+        part = Slice(RequestId(request), len(tokens) + len(found) - 1, 1, 0, (), True, most)
+        [output] = engine.step([part])
+        assert broken_promise(engine, part, output) is None
+        found.extend(output.tokens)
+        steps += 1
+    engine.forget(RequestId(request))
+    return found, steps
+
+
+@pytest.mark.parametrize("draft_max", [1, 8])
+def test_drafts_change_no_token_and_save_steps(engine: Engine, draft_max: int) -> None:
+    saved = 0
+    for tokens in (array("I", [7] * 24), prompt(1, 40), array("I", [*prompt(2, 20), *prompt(2, 20)])):
+        expected = generate(engine, 1, tokens, 60)
+        found, steps = generate_drafted(engine, 2, tokens, 60, draft_max)
+        assert found == expected
+        saved += 59 - steps
+    assert saved > 0  # even a random model's text repeats itself here and there, which is what can be guessed
+
+
+def test_blocks_hold_the_same_whether_tokens_were_drafted_or_not(engine: Engine) -> None:
+    tokens, size = prompt(5, 20), engine.description.block_bytes
+    slabs: list[bytes] = []
+    for draft_max in (0, 5):
+        generate_drafted(engine, 1, tokens, 45, draft_max)
+        into = memoryview(bytearray(4 * size))
+        engine.read_blocks(blocks_for(64), into)
+        slabs.append(bytes(into))
+    plain, drafted = (
+        np.frombuffer(data, dtype=np.uint8 if engine.description.device == "none" else np.float32) for data in slabs
+    )
+    assert np.allclose(plain, drafted, rtol=0, atol=1e-5)
+
+
 def test_a_slice_that_samples_brings_one_token(engine: Engine) -> None:
     engine.add(RequestId(1), array("I", [7] * 24), GREEDY)  # what repeats itself is what could be guessed several tokens ahead
     places = [(0, 10, False), (10, 14, True), *((24 + step, 1, True) for step in range(8))]
@@ -171,6 +212,26 @@ def test_canary_another_number_of_tokens_is_named(engine: Engine, sample: bool, 
     must = int(sample)
     assert problem == f"{type(engine).__name__} brought {len(tokens)} tokens for a slice ({slice_}); it must bring {must}"
     assert broken_promise(engine, Slice(RequestId(1), 5, 10, 0, (), sample), SliceOutput(failure="no number")) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "drafted", "problem"),
+    [
+        ((1,), 0, None),
+        ((1,), 2, None),
+        ((1, 2, 3), 2, None),
+        ((), 2, "0 tokens and 2 drafted"),
+        ((1, 2), 0, "2 tokens"),
+        ((1, 2, 3, 4), 2, "4 tokens and 2 drafted"),
+        ((1, 2), 3, "2 tokens and 3 drafted"),
+    ],
+)
+def test_canary_more_than_what_was_drafted_right_is_named(
+    engine: Engine, tokens: tuple[int, ...], drafted: int, problem: str | None
+) -> None:
+    named = broken_promise(engine, Slice(RequestId(1), 5, 1, 0, (), True, 2), SliceOutput(tokens, drafted=drafted))
+    place = "for a slice (request 1, tokens 5 to 6); it must bring 1 to 3"
+    assert named == (problem and f"{type(engine).__name__} brought {problem} {place}")
 
 
 def test_a_preempted_sequence_continues_as_if_nothing_had_happened(engine: Engine) -> None:
@@ -406,3 +467,14 @@ def test_nothing_is_held_after_close(engine: Engine) -> None:
     assert reachable_bytes(engine) >= pool_bytes
     engine.close()
     assert reachable_bytes(engine) < engine.description.block_bytes
+
+
+def test_a_profiled_step_takes_longer_for_its_drafts_and_brings_as_many_as_the_settings_say(model_dir: Path) -> None:
+    profile = CostProfile(step_s=0.01, sequence_s=0.001, prefill_token_s=0.0001)
+    speculation = SpeculationConfig(SpeculationMethod.PROMPT_LOOKUP, acceptance=0.7)
+    config = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=BLOCKS, speculation=speculation)
+    engine = ProfiledEngine(model_dir, config, profile)
+    assert engine.pause_s([Slice(RequestId(1), 20, 1, 0, (), True, 3)], 1) == pytest.approx(0.0113)
+    _, steps = generate_drafted(engine, 1, prompt(1, 20), 1000, 4)
+    # Of four drafts 0.7 + 0.49 + 0.343 + 0.24 are right on average.
+    assert 999 / steps == pytest.approx(2.77, abs=0.2)

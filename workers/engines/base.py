@@ -56,7 +56,7 @@ class TokenLogprobs:
 class SliceOutput:
     """What one slice of a step brought."""
 
-    #: The sampled token: none unless the slice asked to sample, never more than one.
+    #: None unless the slice asked to sample; then the sampled token, and one more for each draft that was accepted.
     tokens: tuple[int, ...] = ()
     #: One entry a token, or empty if the request wants none.
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -64,17 +64,26 @@ class SliceOutput:
     stopped: bool = False
     #: Why this sequence cannot go on; the others are not affected.
     failure: str | None = None
+    #: Tokens that were drafted and verified, accepted or not: no more than the slice allowed.
+    drafted: int = 0
 
 
 def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | None:
-    """Return how an output breaks what engines promise, None if it does not: a slice that samples brings one token, others none.
+    """Return how an output breaks what engines promise, None if it does not.
 
-    The node's scheduler counts a token a step: of several it would lose track of the sequence's blocks.
+    A slice that samples brings one token, and one more for each accepted draft, of which it allows `draft_max`; others bring
+    none. The node's scheduler has given the sequence blocks for so many, and would lose track of them otherwise.
     """
-    if len(output.tokens) == part.sample or (output.failure is not None and not output.tokens):
+    brought = len(output.tokens)
+    if output.failure is not None and not brought:
+        return None
+    if part.sample <= brought <= part.sample + output.drafted and output.drafted <= part.draft_max:
         return None
     place = f"request {part.request}, tokens {part.start} to {part.start + part.count}"
-    return f"{type(engine).__name__} brought {len(output.tokens)} tokens for a slice ({place}); it must bring {part.sample:d}"
+    drafted = f" and {output.drafted} drafted" if output.drafted else ""
+    most = f" to {part.sample + part.draft_max}" if part.draft_max else ""
+    must = f"it must bring {part.sample:d}{most}"
+    return f"{type(engine).__name__} brought {brought} tokens{drafted} for a slice ({place}); {must}"
 
 
 class Engine(Protocol):
@@ -104,8 +113,9 @@ class Engine(Protocol):
         """Compute a step; one output a slice, in order.
 
         A slice covers tokens [start, start + count) of the request's prompt and output so far. KV of all earlier positions is
-        in its blocks already: computed here, or written by `write_blocks`. A sampled token is appended to the request's tokens;
-        an output with several fails its request (`broken_promise`).
+        in its blocks already: computed here, or written by `write_blocks`. Sampled tokens are appended to the request's tokens.
+        An engine that drafts may bring up to `draft_max` tokens more than one, which must be those that steps of one token each
+        would have brought; an output with others fails its request (`broken_promise`).
         """
         ...
 

@@ -66,7 +66,7 @@ class StepBatch:
     chunks: tuple[PromptChunk, ...]
     #: Rows whose next token is wanted, in the order of `sampled_slices`; None: all, in order.
     sampled_rows: Tensor | None
-    #: Indexes of the slices that sample, in the order of `sampled_rows`.
+    #: Indexes of the slices that sample, in the order of `sampled_rows`: one row each, and one more for each draft.
     sampled_slices: tuple[int, ...]
 
 
@@ -93,8 +93,7 @@ class BatchBuilder:
         write_index = self._pool.write_index(blocks, positions % self._pool.block_tokens)
         if rows > tokens:
             token_ids, positions = (np.pad(values, (0, rows - tokens)) for values in (token_ids, positions))
-        last_rows = self._last_rows(slices, decodes, chunks)
-        sampled = [(row, number) for row, number in last_rows if slices[number].sample]
+        sampled = self._sampled_rows(slices, sequences, decodes, chunks)
         everything = len(sampled) == rows
         return StepBatch(
             rows=rows,
@@ -106,7 +105,7 @@ class BatchBuilder:
             decodes=tuple(self._decode_groups(slices, sequences, decodes)),
             chunks=tuple(self._prompt_chunks(slices, sequences, chunks, len(decodes))),
             sampled_rows=None if everything else self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
-            sampled_slices=tuple(number for _, number in sampled),
+            sampled_slices=tuple(dict.fromkeys(number for _, number in sampled)),
         )
 
     def _rows(
@@ -134,13 +133,16 @@ class BatchBuilder:
         return ids, positions, blocks
 
     @staticmethod
-    def _last_rows(slices: Sequence[Slice], decodes: list[int], chunks: list[int]) -> list[tuple[int, int]]:
-        """Return (row of the last token, slice number) of each slice."""
-        rows = list(enumerate(decodes))
-        row = len(decodes)
+    def _sampled_rows(
+        slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int], chunks: list[int]
+    ) -> list[tuple[int, int]]:
+        """Return (row, slice number) for the last row of each slice that samples, and before it those its drafts are held to."""
+        rows = [(row, number) for row, number in enumerate(decodes) if slices[number].sample]
+        end = len(decodes)
         for number in chunks:
-            row += slices[number].count
-            rows.append((row - 1, number))
+            end += slices[number].count
+            if slices[number].sample:
+                rows += [(row, number) for row in range(end - 1 - sequences[number].drafted, end)]
         return rows
 
     def _decode_groups(

@@ -7,6 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -113,6 +114,7 @@ class EagerEngine:
     @torch.inference_mode()
     def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
         """Compute a step; see `base.Engine.step`."""
+        pieces = list(slices)
         sequences = [self._sequences[piece.request] for piece in slices]
         outputs = [SliceOutput()] * len(slices)
         numbers: list[int] = []
@@ -122,15 +124,17 @@ class EagerEngine:
                 continue
             if piece.blocks:
                 sequence.place(piece.first_block, piece.blocks)
+            if piece.draft_max and (drafted := sequence.draft(piece.draft_max)):
+                pieces[number] = replace(piece, count=piece.count + drafted)
             numbers.append(number)
         if not numbers:
             return outputs
         if self._microbatches is None:
-            self._compute(slices, sequences, [numbers], outputs)
+            self._compute(pieces, sequences, [numbers], outputs)
             return outputs
         count = self._microbatches.choose(len(numbers))
         began = time.perf_counter()
-        self._compute(slices, sequences, [numbers[part::count] for part in range(count)], outputs)
+        self._compute(pieces, sequences, [numbers[part::count] for part in range(count)], outputs)
         took = time.perf_counter() - began
         self._microbatches.measured(len(numbers), count, took)
         if self.split is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig, KvFormat
 from orchestrator.core.cost.costs import step_seconds
+from orchestrator.core.node.speculation import accepted_drafts
 from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
 from orchestrator.profiles.fields import COUNT_MAX, read_fields
 from orchestrator.profiles.model_config import model_fields, read_config
@@ -85,6 +86,7 @@ class ProfiledEngine:
         self._memory = (allocate(size) if allocate else memoryview(mmap.mmap(-1, size))).cast("B")
         self._profile = profile
         self._costs = step_seconds(profile, [(config.block_tokens, config.block_tokens)], 1, config.block_tokens) > 0.0
+        self._acceptance = config.speculation.acceptance
         self._turns: dict[RequestId, _Turn] = {}
         #: One output for each token without logprobs or an end: most outputs of all.
         self._outputs: dict[int, SliceOutput] = {}
@@ -130,8 +132,10 @@ class ProfiledEngine:
             if not piece.sample:
                 results.append(_NOTHING)
                 continue
-            # A multiplicative hash of (prompt, position): neighbouring positions give unrelated tokens.
-            token = allowed[((turn.digest ^ end * 0x9E3779B1) * 0x85EBCA6B >> 7 & 0xFFFFFFFF) % choices]
+            token = allowed[_hash(turn.digest, end) % choices]
+            if piece.draft_max:
+                results.append(self._verified(turn, piece, end))
+                continue
             if turn.ending or turn.logprobs is not None:
                 results.append(self._special_output(turn, token))
                 continue
@@ -146,6 +150,7 @@ class ProfiledEngine:
         if not self._costs:
             return 0.0
         prefills = [(piece.count, piece.start) for piece in slices[decoding:]]
+        prefills += [(piece.draft_max, piece.start + 1) for piece in slices[:decoding] if piece.draft_max]
         return step_seconds(self._profile, prefills, decoding, sum([piece.start for piece in slices[:decoding]]))
 
     def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
@@ -177,6 +182,21 @@ class ProfiledEngine:
         self._turns.clear()
         del self._memory
 
+    def _verified(self, turn: _Turn, piece: Slice, end: int) -> SliceOutput:
+        """Return the token after the first `end`, and those that the settings let be drafted right."""
+        random = _hash(turn.digest ^ 0xFFFFFFFF, end) * 2.0**-32
+        outputs: list[SliceOutput] = []
+        for place in range(end, end + 1 + accepted_drafts(self._acceptance, piece.draft_max, random)):
+            outputs.append(self._special_output(turn, self._allowed[_hash(turn.digest, place) % len(self._allowed)]))
+            if outputs[-1].stopped:
+                break
+        last = piece.start + len(outputs)
+        if last // self._block_tokens > piece.start // self._block_tokens:
+            self._fill(turn, piece.start, last)
+        tokens = tuple([output.tokens[0] for output in outputs])
+        logprobs = tuple([one for output in outputs for one in output.logprobs])
+        return SliceOutput(tokens, logprobs, outputs[-1].stopped, drafted=piece.draft_max)
+
     def _special_output(self, turn: _Turn, token: int) -> SliceOutput:
         logprobs: tuple[TokenLogprobs, ...] = ()
         if turn.logprobs is not None:
@@ -207,6 +227,11 @@ class ProfiledEngine:
         turn.prefix = zlib.crc32(memoryview(turn.prompt)[turn.covered * 4 : covered * 4], turn.prefix)
         turn.covered = covered
         return turn.prefix
+
+
+def _hash(digest: int, position: int) -> int:
+    """Return 32 bits that are a function of a prompt and a position: neighbouring positions give unrelated ones."""
+    return (digest ^ position * 0x9E3779B1) * 0x85EBCA6B >> 7 & 0xFFFFFFFF
 
 
 def profiled_fingerprint(model_dir: Path) -> str:

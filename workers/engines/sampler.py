@@ -6,11 +6,14 @@ draws the same numbers whatever is in its batch, and when it is computed again.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from orchestrator.core.types import Sampling
 from workers.engines.base import SliceOutput, TokenLogprobs
 from workers.engines.sequences import TokenSequence
 
@@ -19,69 +22,114 @@ RANKED_TOKENS = 1024
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: Tensor, sequences: Sequence[TokenSequence]) -> list[SliceOutput]:
-    """Choose one token for each row of logits [rows, vocabulary] and append it to the row's sequence.
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of logits: a sequence's next token, if as many of its drafts as are `ahead` of it are right."""
 
-    A row without any usable number fails alone.
+    sequence: TokenSequence
+    ahead: int
+
+    @property
+    def position(self) -> int:
+        """How many tokens there are before it."""
+        return len(self.sequence.tokens) - self.sequence.drafted + self.ahead
+
+    @property
+    def counts(self) -> Mapping[int, int]:
+        """How often each token was generated before it; empty if no penalty needs it."""
+        counts, position = self.sequence.counts, self.position
+        if counts is None or not self.ahead:
+            return counts or {}
+        return Counter(counts) + Counter(self.sequence.tokens[position - self.ahead : position])
+
+
+def sample(logits: Tensor, sequences: Sequence[TokenSequence]) -> list[SliceOutput]:
+    """Choose tokens from logits [rows, vocabulary] and append them to the sequences: one, and one more for each right draft.
+
+    Each sequence has one row, and one more for each of its drafts. What is chosen in a row depends on nothing but what is before
+    it, so that a draft is right if it is what would have been chosen, and tokens are those that steps of one token each bring.
+    A sequence whose first row has no usable number fails alone.
     """
     if all(sequence.plain for sequence in sequences):
-        best, tokens = logits.max(-1)
-        return [_finish(*row) for row in zip(sequences, tokens.tolist(), best.tolist(), strict=True)]
+        best, tokens = (found.tolist() for found in logits.max(-1))
+        return _finish_all(sequences, tokens, best)
     raw = logits.float()
-    adjusted = _adjusted(raw, sequences)
+    rows = [_Row(sequence, ahead) for sequence in sequences for ahead in range(1 + sequence.drafted)]
+    adjusted = _adjusted(raw, rows)
     best, greedy = adjusted.max(-1)
     tokens, best = greedy.tolist(), best.tolist()
-    drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0 and math.isfinite(best[row])]
+    drawn = [number for number, row in enumerate(rows) if row.sequence.sampling.temperature > 0 and math.isfinite(best[number])]
     if drawn:
-        for row, token in zip(drawn, _draw(adjusted[drawn], [sequences[row] for row in drawn]), strict=True):
-            tokens[row] = token
-    reports = _logprobs(raw, tokens, sequences)
-    return [_finish(*row) for row in zip(sequences, tokens, best, reports, strict=True)]
+        for number, token in zip(drawn, _draw(adjusted[drawn], [rows[number] for number in drawn]), strict=True):
+            tokens[number] = token
+    return _finish_all(sequences, tokens, best, _logprobs(raw, tokens, [row.sequence for row in rows]))
 
 
-def _finish(sequence: TokenSequence, token: int, best: float, logprobs: tuple[TokenLogprobs, ...] = ()) -> SliceOutput:
-    if not math.isfinite(best):
-        return SliceOutput(failure=f"no token can be chosen: the largest logit is {best}")
-    sequence.append(token)
-    return SliceOutput(tokens=(token,), logprobs=logprobs, stopped=token in sequence.ending)
+def _finish_all(
+    sequences: Sequence[TokenSequence], tokens: list[int], best: list[float], reports: Sequence[tuple[TokenLogprobs, ...]] = ()
+) -> list[SliceOutput]:
+    outputs: list[SliceOutput] = []
+    end = 0
+    for sequence in sequences:
+        first, end = end, end + 1 + sequence.drafted
+        outputs.append(_finish(sequence, tokens[first:end], best[first:end], reports[first:end]))
+    return outputs
 
 
-def _adjusted(raw: Tensor, sequences: Sequence[TokenSequence]) -> Tensor:
+def _finish(
+    sequence: TokenSequence, tokens: list[int], best: list[float], reports: Sequence[tuple[TokenLogprobs, ...]]
+) -> SliceOutput:
+    """Take a sequence's tokens as far as its drafts were right, none is an end, and there are numbers to choose by."""
+    drafts = sequence.take_drafts() if sequence.drafted else ()
+    if not math.isfinite(best[0]):
+        return SliceOutput(failure=f"no token can be chosen: the largest logit is {best[0]}")
+    count = 1
+    while count <= len(drafts) and tokens[count - 1] == drafts[count - 1] and math.isfinite(best[count]):
+        if tokens[count - 1] in sequence.ending:
+            break
+        count += 1
+    chosen = tuple(tokens[:count])
+    for token in chosen:
+        sequence.append(token)
+    logprobs = tuple([one for report in reports[:count] for one in report])
+    return SliceOutput(tokens=chosen, logprobs=logprobs, stopped=chosen[-1] in sequence.ending, drafted=len(drafts))
+
+
+def _adjusted(raw: Tensor, rows: Sequence[_Row]) -> Tensor:
     """Return logits with biases and penalties, a copy if there are any."""
-    rows: list[int] = []
+    numbers: list[int] = []
     tokens: list[int] = []
     changes: list[float] = []
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.sampling
+    for number, row in enumerate(rows):
+        sampling = row.sequence.sampling
         change = {token: bias for token, bias in sampling.logit_bias.items() if 0 <= token < raw.shape[1]}
-        for token, count in (sequence.counts or {}).items():
+        for token, count in row.counts.items():
             penalty = sampling.presence_penalty + sampling.frequency_penalty * count
             change[token] = change.get(token, 0.0) - penalty
-        rows.extend([row] * len(change))
+        numbers.extend([number] * len(change))
         tokens.extend(change)
         changes.extend(change.values())
-    if not rows:
+    if not numbers:
         return raw
-    where = (torch.tensor(rows, device=raw.device), torch.tensor(tokens, device=raw.device))
+    where = (torch.tensor(numbers, device=raw.device), torch.tensor(tokens, device=raw.device))
     return raw.index_put(where, torch.tensor(changes, dtype=raw.dtype, device=raw.device), accumulate=True)
 
 
-def _draw(logits: Tensor, sequences: Sequence[TokenSequence]) -> list[int]:
+def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
     """Draw a token for each row by inverting its cumulative distribution."""
-    settings = [sequence.sampling for sequence in sequences]
+    settings = [row.sequence.sampling for row in rows]
     temperatures = torch.tensor([sampling.temperature for sampling in settings], device=logits.device)
     scaled = logits / temperatures[:, None]
-    chances = [uniform(sequence.seed, len(sequence.tokens)) for sequence in sequences]
+    chances = [uniform(row.sequence.seed, row.position) for row in rows]
     uniforms = torch.tensor(chances, dtype=torch.float64, device=logits.device)
     if all(sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p <= 0 for sampling in settings):
         return _invert(scaled.softmax(-1), uniforms).tolist()
-    ranked, order = _truncated(scaled, sequences)
+    ranked, order = _truncated(scaled, settings)
     return order.gather(1, _invert(ranked, uniforms)[:, None])[:, 0].tolist()
 
 
-def _truncated(scaled: Tensor, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+def _truncated(scaled: Tensor, settings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
     """Return the weights of the tokens that truncation leaves (0 for the others), most likely first, and their ids."""
-    settings = [sequence.sampling for sequence in sequences]
     vocabulary = scaled.shape[1]
     top_k = torch.tensor([sampling.top_k or vocabulary for sampling in settings], device=scaled.device)[:, None]
     top_p = torch.tensor([sampling.top_p for sampling in settings], device=scaled.device)[:, None]

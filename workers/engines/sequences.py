@@ -9,16 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.core.types import BlockId, Sampling
+from workers.engines.lookup import PromptLookup
 
 
 class TokenSequence:
     """One request in an engine."""
 
-    __slots__ = ("counts", "ending", "failure", "plain", "sampling", "seed", "table", "tokens")
+    __slots__ = ("counts", "drafted", "ending", "failure", "lookup", "plain", "sampling", "seed", "table", "tokens")
 
     def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0) -> None:
-        #: Prompt and output so far.
+        #: Prompt and output so far; while a step verifies drafts, those as well.
         self.tokens = array("I", tokens)
+        #: How many of the tokens are drafts.
+        self.drafted = 0
+        #: Finds what followed the last tokens before; None until something is to be drafted.
+        self.lookup: PromptLookup | None = None
         self.sampling = sampling
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
@@ -41,6 +46,23 @@ class TokenSequence:
             grown[: len(self.table)] = self.table
             self.table = grown
         self.table[first:end] = blocks
+
+    def draft(self, most: int) -> int:
+        """Add up to so many tokens that are likely to come next, to be verified; return how many."""
+        if self.lookup is None:
+            self.lookup = PromptLookup()
+        drafts = self.lookup.find(self.tokens, most)
+        self.drafted = len(drafts)
+        self.tokens.extend(drafts)
+        return self.drafted
+
+    def take_drafts(self) -> "array[int]":
+        """Take the drafts out again, and return them."""
+        known = len(self.tokens) - self.drafted
+        drafts = self.tokens[known:]
+        del self.tokens[known:]
+        self.drafted = 0
+        return drafts
 
     def append(self, token: int) -> None:
         """Take a generated token."""

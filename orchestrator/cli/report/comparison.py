@@ -66,6 +66,15 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+#: Of a pool whose passes have two halves.
+SPLIT = (
+    ("attention half busy", "attention_busy", percent),
+    ("FFN half busy", "ffn_busy", percent),
+    ("attention over FFN", "balance", number),
+    ("hidden by micro-batches", "hidden", percent),
+)
+
+
 def figure_of(run: Run, path: Sequence[str]) -> float | None:
     """Return a figure by the way to it, such as ("session_s", "p50")."""
     value: object = run.figures
@@ -90,6 +99,8 @@ def _pool_rows(run: Run) -> list[Row]:
     for pool in run.figures["pools"]:
         rows.append((f"{pool}: utilisation", ("pools", pool, "utilisation"), percent))
         rows.append((f"{pool}: mean queue", ("pools", pool, "queue", "mean"), number))
+        if run.figures["pools"][pool]["split"] is not None:
+            rows += [(f"{pool}: {name}", ("pools", pool, "split", key), text) for name, key, text in SPLIT]
     return rows
 
 

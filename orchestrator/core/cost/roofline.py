@@ -14,11 +14,15 @@ expanded again for each chunk of a prompt, which matters for chunks of a few hun
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.core.config import DecodeMode, Precision
 from orchestrator.core.cost.machines import BYTES, Link, Machine
+from orchestrator.core.cost.overlap import Halves, choose_microbatches, ping_pong_seconds
 from orchestrator.core.types import CostProfile
+
+#: More micro-batches than ever paid in the literature (three in DeepSeek-V3's and MegaScale-Infer's pipelines).
+MICROBATCHES_MAX = 4
 
 
 def tier_load_seconds(link: Link, size_bytes: float, chips: int = 1) -> float:
@@ -122,21 +126,6 @@ def joined_layers_seconds(machine: Machine, tokens: float) -> float:
     return min(computing + exchanging, ping_pong_seconds(computing_parts, exchanging_parts, 0.0, count, shape.layers))
 
 
-def ping_pong_seconds(first_s: float, second_s: float, hop_s: float, microbatches: int, layers: int) -> float:
-    """Return the seconds of a pass in which micro-batches go to and fro between two halves in every layer.
-
-    With T_a, T_e and T_c for one micro-batch in one layer, m micro-batches and L layers, MegaScale-Infer (arXiv 2504.02263)
-    has T_a + T_e + 2 T_c + (m L - 1) max(T_a, T_e) if m is large enough to hide the hops. A micro-batch comes round after
-    T_a + T_e + 2 T_c at the earliest, so that a cycle takes at least that over m; 2 T_c / m on top of the longer half bounds it
-    for any m. One micro-batch is serial. Halves are given for all micro-batches and layers, the hop for one way of one.
-    """
-    rounds = microbatches * layers
-    if microbatches == 1:
-        return first_s + second_s + 2 * layers * hop_s
-    cycle = max(first_s, second_s) / rounds + 2 * hop_s / microbatches
-    return (first_s + second_s) / rounds + 2 * hop_s + (rounds - 1) * cycle
-
-
 def context_token_seconds(machine: Machine) -> float:
     """Return the seconds that one token of context adds to the pass of the sequence that decodes after it."""
     return machine.shape.full_layers * _layer_context_token_s(machine)
@@ -193,20 +182,49 @@ def joined_or_serial_seconds(machine: Machine, tokens: float) -> float:
     return halves + 2 * machine.shape.layers * hop_seconds(machine, tokens)
 
 
+def context_seconds(machine: Machine, sequences: int, context_tokens: float) -> float:
+    """Return the seconds in which a pass reads and multiplies its sequences' contexts; own drafted tokens read a layer each."""
+    seconds = sequences * window_seconds(machine) + context_tokens * context_token_seconds(machine)
+    return seconds * _drafting_scale(machine)
+
+
+def _drafting_scale(machine: Machine) -> float:
+    drafted_layers = 0 if machine.hardware.mode is DecodeMode.DRAFTER else machine.hardware.draft_tokens
+    return 1 + drafted_layers / machine.shape.layers
+
+
 def pass_seconds(machine: Machine, sequences: int, context_tokens: float) -> float:
     """Return the seconds of one pass that only decodes, by the formulas themselves: what the compiled profile is held against."""
-    shape, hardware = machine.shape, machine.hardware
+    hardware = machine.hardware
     tokens = sequences * machine.pass_tokens
-    drafted_layers = 0 if hardware.mode is DecodeMode.DRAFTER else hardware.draft_tokens
-    context = sequences * window_seconds(machine) + context_tokens * context_token_seconds(machine)
-    context *= 1 + drafted_layers / shape.layers
+    context = context_seconds(machine, sequences, context_tokens)
     fixed = head_seconds(machine) + draft_seconds(machine, sequences)
-    if hardware.mode is not DecodeMode.AFD or hardware.microbatches == 1:
-        return fixed + context + joined_or_serial_seconds(machine, tokens)
-    count = hardware.microbatches
-    first = context + count * attention_layers_seconds(machine, tokens / count)
-    second = count * ffn_layers_seconds(machine, tokens / count)
-    return fixed + ping_pong_seconds(first, second, hop_seconds(machine, tokens / count), count, shape.layers)
+    if hardware.mode is not DecodeMode.AFD:
+        return fixed + context + joined_layers_seconds(machine, tokens)
+    return fixed + halves_at(machine, tokens, context).seconds
+
+
+def halves_at(machine: Machine, tokens: float, context_s: float) -> Halves:
+    """Return the two halves of a pass over so many tokens a node, whose context takes attention so many seconds."""
+    count = machine.hardware.microbatches
+    return Halves(
+        attention_s=context_s + count * attention_layers_seconds(machine, tokens / count),
+        ffn_s=count * ffn_layers_seconds(machine, tokens / count),
+        hop_s=hop_seconds(machine, tokens / count),
+        microbatches=count,
+        layers=machine.shape.layers,
+    )
+
+
+def with_microbatches(machine: Machine, sequences: int, context_tokens: float) -> Machine:
+    """Return the machine with a number of micro-batches: its own, or the best for that many sequences if it leaves that open."""
+    if machine.hardware.microbatches:
+        return machine
+
+    def made(count: int) -> Machine:
+        return replace(machine, hardware=replace(machine.hardware, microbatches=count))
+
+    return made(choose_microbatches(lambda count: pass_seconds(made(count), sequences, context_tokens), MICROBATCHES_MAX))
 
 
 def cost_profile(machine: Machine, sequences_max: int, step_tokens_max: int, fetch: Link) -> CostProfile:
@@ -216,8 +234,7 @@ def cost_profile(machine: Machine, sequences_max: int, step_tokens_max: int, fet
     not depend on the context is taken as a constant and a slope over decoded tokens.
     """
     hardware, shape = machine.hardware, machine.shape
-    drafted_layers = 0 if hardware.mode is DecodeMode.DRAFTER else hardware.draft_tokens
-    scale = 1 + drafted_layers / shape.layers
+    scale = _drafting_scale(machine)
     windowed_pairs = shape.windowed_layers * shape.window_tokens
     halves = _halves(machine, sequences_max, batch_points(step_tokens_max))
     chance = machine.acceptance

@@ -241,6 +241,8 @@ class Node:
             blocks_unleased=self._leases.unclaimed_blocks,
             blocks_evicted=pool.idling.blocks,
             evicted_idle_s=pool.idling.idle_s,
+            drafted_tokens=scheduler.drafted_tokens,
+            accepted_tokens=scheduler.accepted_tokens,
         )
 
     def _proceed(self) -> None:
@@ -263,6 +265,10 @@ class Node:
         if self._quiet and self._scheduler.preemptions == preemptions:
             return
         self.news += 1
+        self._tell_holdings()
+
+    def _tell_holdings(self) -> None:
+        """Tell all gateways what changed in the holdings."""
         batches = self._journal.record()
         if batches:
             self._commands.append(PublishKv(batches))
@@ -601,6 +607,7 @@ class Node:
 
     def _on_resync_requested(self, event: ResyncRequested) -> None:
         """Tell a gateway of holdings, and one that knows of none also of all leases."""
+        self._tell_holdings()  # what a quiet step left untold must not follow a snapshot that has it already
         self._commands.append(PublishKv(self._journal.since(event.after), event.gateway))
         leases, ended = self._leases.told(self._now), self._leases.ended()
         if event.after is None and (leases or ended):

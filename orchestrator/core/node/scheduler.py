@@ -22,6 +22,7 @@ from orchestrator.core.events import SliceResult
 from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.sequences import Phase, Sequence
+from orchestrator.core.node.speculation import Speculation
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     Assignment,
@@ -38,6 +39,18 @@ from orchestrator.core.types import (
 #: Blocks that an admission leaves available, as a share of the pool: vLLM's block manager uses the same.
 WATERMARK = 0.01
 _UNNAMED = frozenset({DEFAULT_TENANT})
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """The decoding sequences of a step; made once a step, like `StepPlan`."""
+
+    sequences: list[Sequence]
+    slices: list[Slice]
+    #: Tokens that may be drafted, all sequences together.
+    draft_tokens: int = 0
+    #: Steps like this one after which another may be drafted in; None: there is no end to them.
+    steps_max: int | None = None
 
 
 @dataclass(slots=True)
@@ -117,11 +130,23 @@ class Scheduler:
         self.short_blocks = 0
         self.cost_scale = 1.0
         self.step_s = 0.0
+        #: None if the engine drafts nothing.
+        self._speculation = Speculation(spec) if spec.draft_tokens_max else None
 
     @property
     def running(self) -> int:
         """Sequences that are admitted and not yet complete."""
         return len(self._decoding) + len(self._prefilling) + len(self._fetching)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens drafted since the start."""
+        return self._speculation.drafted_tokens if self._speculation is not None else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of the drafted tokens that were accepted."""
+        return self._speculation.accepted_tokens if self._speculation is not None else 0
 
     @property
     def tenants(self) -> tuple[TenantLoad, ...]:
@@ -320,8 +345,9 @@ class Scheduler:
         """
         assert self.plan is None, f"step {self._steps} still runs"
         preemptions = self.preemptions
-        decoding, slices = self._plan_decoding()
-        budget = self._step_tokens_max - len(slices)
+        decodes = self._plan_decoding()
+        decoding, slices = decodes.sequences, decodes.slices
+        budget = self._step_tokens_max - len(slices) - decodes.draft_tokens
         chunks: list[Sequence] = []
         for sequence in self._prompts_in_order() if self._prefilling else ():
             if budget <= 0:
@@ -339,6 +365,8 @@ class Scheduler:
         # Every block that becomes full in so many steps can be followed by another one. Who gave way may be back after one.
         alone = bool(chunks) or self.preemptions > preemptions
         steps_max = 1 if alone else max(1, self._pool.available_blocks // count * self._block_tokens)
+        if decodes.steps_max is not None:
+            steps_max = min(steps_max, decodes.steps_max)
         self.plan = StepPlan(StepId(self._steps), decoding, chunks, tuple(slices), predicted_s, context, steps_max)
         return self.plan
 
@@ -354,17 +382,53 @@ class Scheduler:
         done = sequence.computed - sequence.present_before - self._step_tokens_max
         return sequence.began_at + max(0, done) / sequence.assignment.share
 
-    def _plan_decoding(self) -> tuple[list[Sequence], list[Slice]]:
+    def _plan_decoding(self) -> DecodePlan:
         """Return the decoding sequences and their slices, after those at the end of their blocks got another one."""
         for sequence in [sequence for sequence in self._decoding.values() if sequence.computed == sequence.capacity]:
             self._grow(sequence)
         decoding = list(self._decoding.values())
+        if self._speculation is not None and decoding:
+            return self._plan_drafts(self._speculation, decoding)
+        return DecodePlan(decoding, self._decode_slices(decoding))
+
+    def _plan_drafts(self, speculation: Speculation, decoding: list[Sequence]) -> DecodePlan:
+        """Decide who may draft how much, and give them the blocks for it that nobody else will need."""
+        count, budget = len(decoding), self._step_tokens_max - len(decoding)
+        budget = budget // 2 if self._prefilling else budget
+        drafts = speculation.begin_step(count, self.context_tokens, not self._prefilling)
+        wanted = [self._drafts_for(speculation, sequence) if drafts else 0 for sequence in decoding]
+        for place, sequence in enumerate(decoding):
+            tokens = min(wanted[place], budget)
+            short = self._blocks_for(max(0, sequence.computed + 1 + tokens - sequence.capacity))
+            if short and self._pool.available_blocks >= count + short:
+                self._extend(sequence, short)
+            wanted[place] = min(tokens, sequence.capacity - sequence.computed - 1)
+            budget -= wanted[place]
+        slices = self._decode_slices(decoding)
+        for part, tokens in zip(slices, wanted, strict=True):
+            part.draft_max = tokens
+        if not drafts or any(wanted):
+            return DecodePlan(decoding, slices, sum(wanted), 1)
+        waits = [drafting.again_at - sequence.output_tokens for sequence in decoding if (drafting := sequence.drafting)]
+        return DecodePlan(decoding, slices, 0, max(1, min(waits, default=1)))
+
+    @staticmethod
+    def _drafts_for(speculation: Speculation, sequence: Sequence) -> int:
+        """Return how many tokens a sequence may have drafted: none beyond the last one of its output."""
+        if sequence.drafting is None:
+            sequence.drafting = speculation.new_sequence()
+        most = sequence.output_tokens_max - sequence.output_tokens - 1
+        return min(speculation.tokens_for(sequence.drafting, sequence.output_tokens), most) if sequence.ending is None else 0
+
+    @staticmethod
+    def _decode_slices(decoding: list[Sequence]) -> list[Slice]:
+        """Return a slice for each sequence, which tells the blocks that it got since the last one."""
         slices = [Slice(sequence.request, sequence.computed, 1, sequence.told, sequence.fresh, True) for sequence in decoding]
         for sequence in decoding:
             if sequence.fresh:
                 sequence.told += len(sequence.fresh)
                 sequence.fresh = ()
-        return decoding, slices
+        return slices
 
     def _chunk_slice(self, sequence: Sequence) -> Slice:
         """Return the slice of a sequence's chunk; the first one tells all blocks."""
@@ -413,7 +477,8 @@ class Scheduler:
         plan = self._end_step()
         assert len(results) == len(plan.slices), f"{len(results)} results for {len(plan.slices)} slices of step {plan.step}"
         assert 1 <= steps <= plan.steps_max, f"step {plan.step} was run {steps} times, at most {plan.steps_max} were possible"
-        self._measure(plan, seconds, steps)
+        drafts = self._note_drafts(self._speculation, plan, results, seconds / steps) if self._speculation is not None else ()
+        self._measure(plan, seconds, steps, drafts)
         outcome = StepOutcome()
         generated = 0
         if steps > 1:
@@ -446,9 +511,27 @@ class Scheduler:
             outcome.ended.append((sequence, sequence.ending or FinishReason.FAILED, "" if sequence.ending else reason))
         return outcome
 
-    def _measure(self, plan: StepPlan, seconds: float, steps: int) -> None:
-        """Note how long a step took, beside what it was predicted to take."""
+    @staticmethod
+    def _note_drafts(
+        speculation: Speculation, plan: StepPlan, results: tuple[SliceResult, ...], seconds: float
+    ) -> list[tuple[int, int]]:
+        """Note what became of a step's drafts, and return (tokens drafted, context before them) of each sequence that had any."""
+        drafts: list[tuple[int, int]] = []
+        for sequence, result in zip(plan.decoding, results, strict=False):
+            drafted, tokens = result.drafted_tokens, result.output_tokens
+            if drafted and sequence.drafting is not None and tokens:
+                drafts.append((drafted, sequence.computed + 1))
+                speculation.note_drafts(sequence.drafting, sequence.output_tokens + tokens, drafted, tokens - 1)
+        if plan.decoding and not plan.prefilling:
+            speculation.note_step(len(plan.decoding), sum([drafted for drafted, _ in drafts]), seconds)
+        return drafts
+
+    def _measure(self, plan: StepPlan, seconds: float, steps: int, drafts: Collection[tuple[int, int]]) -> None:
+        """Note how long a step took, beside what it was predicted to take. Drafts are computed like parts of prompts."""
         predicted_s = plan.predicted_s
+        if drafts:
+            prefills = [(part.count, part.start) for part in plan.slices[len(plan.decoding) :]]
+            predicted_s = step_seconds(self._profile, [*drafts, *prefills], len(plan.decoding), plan.context_tokens)
         if steps > 1:
             predicted_s = decode_seconds(self._profile, len(plan.decoding), plan.context_tokens, steps)
         self.cost_scale = smoothed_scale(self.cost_scale, predicted_s, seconds, steps)
@@ -691,5 +774,10 @@ class Scheduler:
             return
         planned = len(self.plan.decoding)
         assert planned == decoding, f"step {self.plan.step} decodes {planned} of {decoding} sequences"
-        tokens = sum(part.count for part in self.plan.slices)
+        tokens = sum(part.count + part.draft_max for part in self.plan.slices)
+        for sequence, part in zip(self.plan.decoding, self.plan.slices, strict=False):
+            end = part.start + part.count + part.draft_max
+            assert end <= sequence.capacity, (
+                f"request {sequence.request}: {end} tokens with drafts > capacity {sequence.capacity}"
+            )
         assert tokens <= self._step_tokens_max, f"step {self.plan.step} has {tokens} tokens, max {self._step_tokens_max}"

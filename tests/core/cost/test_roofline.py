@@ -19,10 +19,10 @@ from orchestrator.core.cost.roofline import (
     ffn_layers_seconds,
     hop_seconds,
     pass_seconds,
-    ping_pong_seconds,
     prefill_pair_seconds,
     tier_load_seconds,
     window_seconds,
+    with_microbatches,
 )
 from orchestrator.core.cost.shapes import Latent, ModelShape
 
@@ -156,21 +156,6 @@ def test_a_tier_load_waits_and_then_streams() -> None:
     assert tier_load_seconds(LINK, 0) == 0.0
 
 
-def test_ping_pong_is_megascales_formula_where_micro_batches_suffice() -> None:
-    # One micro-batch in one layer: 3 s, 2 s and no hop; 4 of them in 5 layers.
-    assert isclose(ping_pong_seconds(60.0, 40.0, 0.0, 4, 5), (3 + 2) + 3 * (4 * 5 - 1))
-    # Serial: everything, and both hops in each layer.
-    assert isclose(ping_pong_seconds(60.0, 40.0, 1.0, 1, 5), 100 + 10)
-
-
-@pytest.mark.parametrize("hop", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("microbatches", [2, 3, 8])
-def test_splitting_the_same_work_into_ping_pong_never_takes_longer(hop: float, microbatches: int) -> None:
-    # A hop's bytes are split too.
-    serial = ping_pong_seconds(60.0, 40.0, hop, 1, 5)
-    assert ping_pong_seconds(60.0, 40.0, hop / microbatches, microbatches, 5) <= serial
-
-
 # Attention
 
 
@@ -251,3 +236,13 @@ def test_in_ping_pong_a_chunk_of_prompt_costs_at_least_what_both_halves_need() -
 def test_the_curve_is_sampled_more_densely_where_it_bends() -> None:
     assert batch_points(50) == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 50)
     assert batch_points(1) == (1,)
+
+
+def test_a_machine_that_leaves_its_micro_batches_open_gets_those_that_make_a_full_pass_shortest() -> None:
+    opened = two_halves(DecodeMode.AFD, microbatches=0)
+    for sequences, context in ((4, 400_000), (256, 1_000_000)):
+        chosen = with_microbatches(opened, sequences, context)
+        best_s = pass_seconds(chosen, sequences, context)
+        for count in (1, 2, 3, 4):
+            assert best_s <= 1.001 * pass_seconds(two_halves(DecodeMode.AFD, microbatches=count), sequences, context)
+    assert with_microbatches(MACHINES["serial"], 4, 400_000) is MACHINES["serial"]

@@ -104,13 +104,21 @@ class CountingEngine:
     def compute(self, part: Slice) -> SliceResult:
         request, size = part.request, self.spec.block_tokens
         hashes: tuple[BlockHash, ...] = ()
-        while (self.named[request] + 1) * size <= part.start + part.count:
+        brought = self.brought(part)
+        while (self.named[request] + 1) * size <= part.start + part.count + max(0, brought - 1):
             hashes += (self.name(request, self.named[request]),)
             self.named[request] += 1
         if not part.sample:
             return SliceResult(request)
-        self.outputs[request] += 1
-        return SliceResult(request, 1, hashes, stopped=self.outputs[request] == self.stops.get(request))
+        self.outputs[request] += brought
+        stopped = self.outputs[request] == self.stops.get(request)
+        return SliceResult(request, brought, hashes, stopped=stopped, drafted_tokens=part.draft_max)
+
+    def brought(self, part: Slice) -> int:
+        """Return how many tokens a slice brings: as many of its drafts as their number and place happen to say."""
+        done = self.outputs[part.request]
+        accepted = (part.request + 7 * done) % (part.draft_max + 1)
+        return part.sample * min(1 + accepted, self.stops.get(part.request, done + 1 + accepted) - done)
 
     def name(self, request: RequestId, index: int) -> BlockHash:
         return BlockHash(b"%08x%08x" % (request % (1 << 32), index))
@@ -154,18 +162,18 @@ class CheckingEngine(CountingEngine):
         assert part.first_block <= len(table), f"{part} leaves a hole after {len(table)} blocks"
         del table[part.first_block if part.blocks else len(table) :]
         table += part.blocks
-        assert part.start + part.count <= min(len(chains), len(table) * size), (
-            f"{part}: {len(chains)} tokens, {len(table)} blocks"
-        )
+        assert part.start + part.count <= len(chains), f"{part}: {len(chains)} tokens"
+        end = part.start + part.count + part.draft_max
+        assert end <= len(table) * size, f"{part}: {len(table)} blocks"
         for position in range(part.start):
             found = self.memory[table[position // size]][position % size]
             assert found == chains[position], f"{part}: block {table[position // size]} has other KV at {position}"
-        for position in range(part.start, part.start + part.count):
-            self.memory[table[position // size]][position % size] = chains[position]
-        result = super().compute(part)
-        if part.sample:
+        for _ in range(self.brought(part)):
             chains.append(extended(chains[-1], chains[-1] % 97))
-        return result
+        complete = part.start + part.count + max(0, self.brought(part) - 1)
+        for position in range(part.start, end):  # a rejected draft leaves something that nobody may build on
+            self.memory[table[position // size]][position % size] = chains[position] if position < complete else -1
+        return super().compute(part)
 
     def name(self, request: RequestId, index: int) -> BlockHash:
         return BlockHash(self.chains[request][(index + 1) * self.spec.block_tokens - 1].to_bytes(16, "big"))
@@ -191,10 +199,18 @@ class Belief:
     def __init__(self) -> None:
         self.sequence = 0
         self.parents: dict[BlockHash, BlockHash | None] = {}
+        #: True until a snapshot comes, after all was forgotten.
+        self.lost = False
+
+    def lose(self) -> None:
+        """Forget all."""
+        self.parents, self.lost = {}, True
 
     def apply(self, batch: KvBatch) -> None:
         if batch.cleared:
-            self.parents = {}
+            self.parents, self.lost = {}, False
+        elif self.lost:
+            return
         else:
             assert batch.sequence == self.sequence + 1, f"batch {batch.sequence} after {self.sequence}"
         self.sequence = batch.sequence
@@ -374,6 +390,7 @@ class NodeDriver:
             self._tell_later(node, StepFailed(command.step, str(error)))
             return
         prefills = [(part.count, part.start) for part in command.slices if part.count > 1]
+        prefills += [(part.draft_max, part.start + 1) for part in command.slices if part.draft_max]
         decodes = [part.start for part in command.slices if part.count == 1]
         seconds = step_seconds(self.nodes[node].spec.profile, prefills, len(decodes), sum(decodes))
         self.later(seconds, lambda: self.tell(node, StepFinished(command.step, results, seconds)))

@@ -80,6 +80,7 @@ class Scenario:
                 sequences_max=6,
                 profile=PROFILE,
                 stores=self.random.random() < 0.8,
+                draft_tokens_max=self.random.choice((0, 0, 2, 7)),
             )
             for node in (PREFILL, DECODE, OTHER)
         ]
@@ -196,7 +197,7 @@ class Scenario:
 
     def resync(self, node: NodeId) -> None:
         """Let a gateway lose all it believes of a node and ask again."""
-        self.driver.beliefs[node].parents = {}
+        self.driver.beliefs[node].lose()
         self.driver.tell(node, ResyncRequested(GatewayId(1), None))
         self.check_belief(node)
 
