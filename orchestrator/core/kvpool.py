@@ -479,9 +479,7 @@ class BlockPool:
         blocks = run.blocks[: -count - 1 : -1]
         del run.names[-count:], run.blocks[-count:]
         self.idle_blocks -= count
-        place = self._place
-        for name in names:
-            del place[name]
+        deque(map(self._place.pop, names), maxlen=0)
         untold = max(0, len(run.names) + count - run.told)
         self._removed += names[untold:]
         run.told, run.offered = min(run.told, len(run.names)), min(run.offered, len(run.names))
