@@ -479,9 +479,7 @@ class BlockPool:
         blocks = run.blocks[: -count - 1 : -1]
         del run.names[-count:], run.blocks[-count:]
         self.idle_blocks -= count
-        place = self._place
-        for name in names:
-            del place[name]
+        deque(map(self._place.pop, names), maxlen=0)
         untold = max(0, len(run.names) + count - run.told)
         self._removed += names[untold:]
         run.told, run.offered = min(run.told, len(run.names)), min(run.offered, len(run.names))
@@ -654,9 +652,9 @@ class KvJournal:
         self._sequence = 0
         #: Snapshots told so far.
         self._snapshot = 0
-        #: Numbered without gaps; the last one is `_sequence`.
-        self._batches: deque[KvBatch] = deque()
-        #: Blocks that they tell of.
+        #: Each with the blocks that it tells of; numbered without gaps, the last one is `_sequence`.
+        self._batches: deque[tuple[KvBatch, int]] = deque()
+        #: Blocks that all of them tell of.
         self._kept_blocks = 0
 
     def record(
@@ -700,10 +698,11 @@ class KvJournal:
     def _keep(self, new: Iterable[KvBatch]) -> None:
         batches = self._batches
         for batch in new:
-            batches.append(batch)
-            self._kept_blocks += batch.blocks
+            blocks = batch.blocks
+            batches.append((batch, blocks))
+            self._kept_blocks += blocks
         while len(batches) > self._batches_max or (self._kept_blocks > self._pool.blocks and len(batches) > 1):
-            self._kept_blocks -= batches.popleft().blocks
+            self._kept_blocks -= batches.popleft()[1]
 
     def since(self, after: int | None, segments: Iterable[BlockHash] = ()) -> tuple[KvBatch, ...]:
         """Return the batches after number `after`; without it, or when some of them are gone or none follows, all held now.
@@ -713,7 +712,7 @@ class KvJournal:
         Changes must have been recorded before, or a snapshot would hold what a later batch tells again.
         """
         if after is not None and self._sequence - len(self._batches) <= after < self._sequence:
-            return tuple(batch for batch in self._batches if batch.sequence > after)
+            return tuple(batch for batch, _ in self._batches if batch.sequence > after)
         self._snapshot += 1
         most, named = self._batch_hashes_max, tuple(segments)
         pages: list[tuple[tuple[StoredRun, ...], tuple[BlockHash, ...]]] = [

@@ -739,9 +739,9 @@ class World:
         several = len(self.clusters) > 1
         for gateway in gateways:
             kv = tuple(batches)
-            if kv:
-                lost = faults and self.agenda.now < faults.until_s and self._random.random() < faults.lost_kv_share
-                self.unaware[gateway, spec.id] = bool(lost)
+            if kv and faults is not None:
+                lost = self.agenda.now < faults.until_s and self._random.random() < faults.lost_kv_share
+                self.unaware[gateway, spec.id] = lost
                 kv = () if lost else kv
             report = NodeReported(
                 spec.id,

@@ -519,7 +519,8 @@ class Cluster:
 
     def _tell(self, told: Sequence[Told]) -> None:
         """Tell nodes what is expected of contexts that they may hold; those that are gone hold nothing."""
-        self._commands += [Expect(node, outlook) for node, outlook in told if node in self._known]
+        if told:
+            self._commands += [Expect(node, outlook) for node, outlook in told if node in self._known]
 
     def _assign(self, flight: Flight, placement: Placement, outlook: Outlook | None) -> tuple[tuple[NodeId, NodeId], ...]:
         """Give nodes their parts; return who of them reads from whom."""

@@ -35,7 +35,7 @@ class Marks:
         """Return the marks of a prompt."""
         count = min(len(hashes), MARKS_MAX)
         ends = [len(hashes) * (mark + 1) // count for mark in range(count)]
-        return Marks(tuple((end, hashes[end - 1]) for end in ends))
+        return Marks(tuple([(end, hashes[end - 1]) for end in ends]))
 
     def repeated_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """Return how many of this prompt's blocks another prompt repeats, as far as the marks tell."""

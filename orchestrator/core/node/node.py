@@ -260,12 +260,14 @@ class Node:
                 plan = self._scheduler.plan_step()
             if plan is not None:
                 self._commands.append(RunStep(plan.step, plan.slices, len(plan.decoding), plan.steps_max))
-        self._make_room()
-        self._make_offers()
+        if self.spec.stores:
+            self._make_room()
+            self._make_offers()
         if self._quiet and self._scheduler.preemptions == preemptions:
             return
         self.news += 1
-        self._tell_holdings()
+        if self._pool.untold:
+            self._tell_holdings()
 
     def _tell_holdings(self) -> None:
         """Tell all gateways what changed in the holdings."""
@@ -484,10 +486,11 @@ class Node:
 
     def _regret_of(self, sequence: Sequence) -> None:
         """Note what of a prompt that is complete was computed here only because it had been forgotten."""
-        if sequence.computed_tokens and not sequence.assignment.source_pending:  # of those the source has computed some
-            size, prompt_tokens = self.spec.block_tokens, sequence.assignment.prompt_tokens
-            names = sequence.assignment.hashes[(prompt_tokens - sequence.computed_tokens) // size : prompt_tokens // size]
-            sequence.regretted_tokens = min(self._regret.computed(names) * size, sequence.computed_tokens)
+        assignment, tokens = sequence.assignment, sequence.computed_tokens
+        if tokens and not assignment.source_pending:  # of those the source has computed some
+            size = self.spec.block_tokens
+            names = assignment.hashes[(assignment.prompt_tokens - tokens) // size : assignment.prompt_tokens // size]
+            sequence.regretted_tokens = min(self._regret.computed(names) * size, tokens)
 
     def _advance(self, sequence: Sequence) -> None:
         """Note that more of a prompt is present: complete a PREFILL, serve its readers."""

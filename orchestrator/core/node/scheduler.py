@@ -260,6 +260,8 @@ class Scheduler:
         admitted: list[Sequence] = []
         queue = self._queue
         self.short_blocks = 0
+        if not self.waiting:
+            return admitted
         while queue.count and self.running < self._running_max and (sequence := queue.first()) is not None:
             hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
             fetches = sequence.brought_tokens(hit) > 0

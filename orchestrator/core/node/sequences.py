@@ -171,6 +171,8 @@ class Sequence:
 
     def brought_tokens(self, hit_blocks: int) -> int:
         """Return up to which token the prompt is to be loaded or fetched when `hit_blocks` are here; 0 when nothing is."""
+        if self.loaded and self.fetched:
+            return 0
         return max(self.load_tokens(hit_blocks), self.fetch_tokens(hit_blocks))
 
     def load_tokens(self, hit_blocks: int) -> int:
@@ -183,6 +185,8 @@ class Sequence:
     @property
     def tier_tokens(self) -> tuple[int, int, int]:
         """Prompt tokens that are reported as brought from `cpu`, `cmx` and a peer: none that a source computed after all."""
+        if not self.loaded_tokens and not self.fetched_tokens:
+            return 0, 0, 0
         cached = self.assignment.prompt_tokens - self.computed_tokens
         cmx_tokens = min(self.loaded_cmx_tokens, cached)
         cpu_tokens = min(self.loaded_tokens - self.loaded_cmx_tokens, cached - cmx_tokens)

@@ -23,7 +23,10 @@ def retention_s(markers: Iterable[Any], retention: Any = None) -> float:
         retention: OpenAI's `prompt_cache_retention`.
     """
     longest = _RETENTIONS.get(retention, 0.0) if isinstance(retention, str) else 0.0
-    return max(longest, max(map(_marked_s, markers), default=0.0))
+    for marker in markers:
+        if marker is not None:
+            longest = max(longest, _marked_s(marker))
+    return longest
 
 
 def _marked_s(marker: Any) -> float:
