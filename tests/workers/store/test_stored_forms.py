@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig, KvFormat
@@ -97,6 +98,28 @@ def test_a_restored_prompt_goes_on_as_it_would_have(model_dir: Path, stored: KvF
         # Rounded, but by no more than a fraction of what tells one token from another.
         spread = thoughts[0].top[0][1] - thoughts[0].top[-1][1]
         assert 0.0 < first < spread / (8 if stored is KvFormat.FP8 else 2)
+
+
+def test_what_one_dtype_stored_another_goes_on_from(model_dir: Path, tmp_path: Path) -> None:
+    """What is kept means the same in both: gains of normalisations, here far from 1, are in it or are not."""
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    gains = [name for name in tensors if name.endswith(("k_norm.weight", "kv_a_layernorm.weight", "input_layernorm.weight"))]
+    assert len(gains) == 4  # of two layers
+    for name in gains:
+        tensors[name] *= 2.0
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source, target = opened(tmp_path, KvFormat.FP8), opened(tmp_path, KvFormat.FP8, "bfloat16")
+    written(source, 0)
+    kept = memoryview(bytearray(WHOLE * source.description.stored_bytes))
+    blocks = [BlockId(number) for number in range(WHOLE)]
+    source.encode_blocks(blocks, kept)
+    _, thoughts = written(target, 0)
+    target.decode_blocks(blocks, kept)
+    _, others = written(target, WHOLE)
+    spread = thoughts[0].top[0][1] - thoughts[0].top[-1][1]
+    assert distance(thoughts[0], others[0]) < spread / 8
 
 
 def test_what_was_stored_in_one_form_is_not_read_as_another(model_dir: Path, tmp_path: Path) -> None:
