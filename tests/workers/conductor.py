@@ -8,8 +8,8 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle
+from workers.engines.base import SplitPlaces
 from workers.engines.eager import EagerEngine
-from workers.engines.split.places import SplitPlaces
 
 BLOCK_TOKENS = 16
 #: Of the tests' checkpoints: ordinary tokens are below.
