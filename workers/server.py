@@ -17,13 +17,15 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from orchestrator.core.config import PoolConfig
+from orchestrator.core.experts import Placement
 from orchestrator.core.types import Load, NodeId, NodeSpec
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.journal import NodeHeader, open_journal
 from orchestrator.wire.trust import Caller, Refused, Trust
 from workers.driver import DriverLimits, NodeDriver
-from workers.engines.base import Engine
+from workers.engines.base import Engine, ExpertRouting, SplitPlaces
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
+from workers.ranks import added_up
 from workers.tiers import StorePlace
 from workers.transfer import Channels
 from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedTransport, SharedMemoryTransport, Transport
@@ -40,8 +42,8 @@ STOP_S = 0.5
 FRAME_S_MOST = 0.004
 
 
-def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate) -> Engine:
-    """Open the engine a pool asks for; only that one is imported."""
+def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate, places: SplitPlaces | None = None) -> Engine:
+    """Open the engine a pool asks for, in a group if it has FFN ranks; only that one is imported."""
     match pool.engine.name:
         case "profiled":
             from workers.engines.profiled import ProfiledEngine  # noqa: PLC0415
@@ -51,7 +53,7 @@ def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate) -> Engine
             from workers.engines.eager import EagerEngine  # noqa: PLC0415
 
             scheduler = pool.scheduler
-            return EagerEngine(model_dir, pool.engine, scheduler.sequences_max, scheduler.step_tokens_max, allocate)
+            return EagerEngine(model_dir, pool.engine, scheduler.sequences_max, scheduler.step_tokens_max, allocate, places)
 
 
 class NodeServer:
@@ -67,6 +69,7 @@ class NodeServer:
         objects: a store that nodes on other hosts reach, if there is one.
         journal: folder in which each node writes down what it is told and what it decides; empty for none.
         stores: whether this host has, or is to have, a store (`set_store`).
+        places: the FFN ranks of the nodes' group; None: they compute whole layers.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class NodeServer:
         limits: DriverLimits | None = None,
         journal: str = "",
         stores: bool = False,
+        places: SplitPlaces | None = None,
     ) -> None:
         assert nodes, "a process without nodes"
         self._pool = pool
@@ -92,6 +96,8 @@ class NodeServer:
         self._objects = objects
         self._journal = journal
         self._stores = stores
+        self._places = places
+        self._routings: list[ExpertRouting] = []
         given = limits or DriverLimits()
         # Nodes of one process share its time for frames.
         frame_s = min(given.frame_s_min * len(nodes), max(FRAME_S_MOST, given.frame_s_min))
@@ -131,6 +137,15 @@ class NodeServer:
         if place is not None and wait_s:
             await asyncio.gather(*(driver.wait_attached(wait_s) for driver in self.drivers.values()))
 
+    def take_picks(self) -> list[list[int]]:
+        """Return how many rows of these attention ranks picked each expert, by layer, since the last call."""
+        return added_up([routing.take_picks() for routing in self._routings])
+
+    def use_experts(self, layer: int, version: int, placement: Placement) -> None:
+        """Route a layer's rows by another placement, which all FFN ranks have prepared."""
+        for routing in self._routings:
+            routing.use(layer, version, placement)
+
     async def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs end. Returns False if some did not end in time."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -168,7 +183,11 @@ class NodeServer:
             arenas.append(SharedArena(size))
             return arenas[-1].view
 
-        engine = await asyncio.get_running_loop().run_in_executor(None, open_engine, self._pool, self._model_dir, allocate)
+        engine = await asyncio.get_running_loop().run_in_executor(
+            None, open_engine, self._pool, self._model_dir, allocate, self._places
+        )
+        if engine.routing is not None:
+            self._routings.append(engine.routing)
         self._arenas.extend(arenas)
         arena = arenas[0] if engine.pool is not None and arenas else None
         spec = self._spec(node, address, engine)

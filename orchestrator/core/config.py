@@ -31,6 +31,8 @@ from orchestrator.core.types import (
 
 #: More nodes than any pool has, and more KV blocks than any node: beyond them a number is a mistake, and takes all of a memory.
 NODES_MAX = 1 << 14
+#: Ranks of either half of a group.
+RANKS_MAX = 256
 BLOCKS_MAX = 1 << 27
 GATEWAYS_MAX = 1 << 10
 #: What operators call the gateways where they may name a pool as well.
@@ -671,6 +673,45 @@ def _check_curve(profile: CostProfile) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitConfig:
+    """[pools.split]: attention and FFN of the pool's nodes in different processes.
+
+    Each node is an attention rank; some of them and the FFN ranks that they share are a group: it is placed, started and lost as
+    one. FFN ranks hold what is behind attention in every layer, the experts above all.
+    """
+
+    #: Nodes of one group; the pool's last group may have fewer.
+    attention: int = 1
+    #: FFN ranks of one group.
+    ffn: int = 1
+    #: Into how many micro-batches a step is cut, so that one half computes while the other does. 0: as measured steps say.
+    microbatches: int = 0
+    #: Slots of each FFN rank, and layer, for copies of experts that are asked for most.
+    spare_slots: int = 0
+    #: Experts are placed anew, layer by layer, where the busiest rank has by so much more to do than the mean. 0: never.
+    imbalance_max: float = 0.1
+    #: Seconds between two looks at what experts had to do.
+    balance_s: float = 10.0
+    #: Seconds without an answer after which a rank, and with it the group, is lost.
+    silent_s: float = 10.0
+    #: Custom Ray resources, CPU cores and GPUs one FFN rank asks Ray for.
+    resources: Mapping[str, float] = field(default_factory=lambda: {})
+    cpus: float = 0.0
+    gpus: float = 0.0
+    #: CPU threads of one FFN rank. 0: as torch chooses.
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("attention", "ffn"):
+            require(1 <= getattr(self, name) <= RANKS_MAX, name, f"must be 1 to {RANKS_MAX}, is {getattr(self, name)}")
+        require(0 <= self.microbatches <= 4, "microbatches", f"must be 0 to 4, is {self.microbatches}")
+        for name in ("spare_slots", "imbalance_max", "cpus", "gpus", "threads"):
+            require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+        for name in ("balance_s", "silent_s"):
+            require(getattr(self, name) > 0, name, f"must be over 0, is {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
 class PoolConfig:
     """[[pools]]: nodes of one kind for one model."""
 
@@ -690,6 +731,8 @@ class PoolConfig:
     #: How blocks come in from other nodes: auto (shared memory on one host, else Ray), shm, ray.
     transport: str = "auto"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    #: None: each node computes whole layers by itself.
+    split: SplitConfig | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     #: What a step costs; the profiled engine takes this time, the router predicts with it and corrects it by measurement.
     profile: CostProfile = field(default_factory=CostProfile)
@@ -705,6 +748,9 @@ class PoolConfig:
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
         alone = self.nodes_per_process == 1 or self.engine.name == "profiled"
         require(alone, "nodes_per_process", 'more than 1 needs engine.name = "profiled"')
+        if self.split is not None:
+            require(self.engine.name == "eager", "split", 'needs engine.name = "eager": others have no halves')
+            require(self.kind.generates, "split", "is for pools that generate; prefill nodes compute whole layers")
         known = ("auto", "shm", "ray")
         require(self.transport in known, "transport", f"must be one of {', '.join(known)}, is {self.transport!r}")
         for name in ("cpus", "gpus"):

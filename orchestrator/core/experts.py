@@ -6,9 +6,14 @@ a copy carries its part of the expert's load, and copies are packed so that rank
 
 import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 #: A layer's placement: by rank, the experts in its slots. No rank has an expert twice.
 Placement = tuple[tuple[int, ...], ...]
+#: What is left of a load when the next one is added.
+DECAY = 0.5
+#: Picks of a layer for each of its experts without which its loads say nothing.
+PICKS_MIN = 32
 
 
 def place_experts(loads: Sequence[float], ranks: int, slots: int) -> Placement:
@@ -48,6 +53,70 @@ def imbalance(loads: Sequence[float], placement: Placement) -> float:
     carried = [sum(loads[expert] / copies[expert] for expert in experts) for experts in placement]
     mean = sum(carried) / len(carried)
     return max(carried) / mean - 1 if mean > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A layer's experts are to be placed anew."""
+
+    layer: int
+    #: Of the layer's placements: 0 is the first.
+    version: int
+    placement: Placement
+
+
+class ExpertBalancer:
+    """Decides which layer's experts move next, one layer at a time.
+
+    Args:
+        placements: where each layer's experts are at first.
+        slots: of each rank, in every layer.
+        imbalance_max: a layer is placed anew whose `imbalance` is above; 0: none ever is.
+    """
+
+    def __init__(self, placements: Mapping[int, Placement], slots: int, imbalance_max: float) -> None:
+        self._slots = slots
+        self._imbalance_max = imbalance_max
+        self._placements = dict(placements)
+        self._versions = dict.fromkeys(placements, 0)
+        self._loads: dict[int, list[float]] = {}
+
+    def observe(self, picks: Sequence[Sequence[int]]) -> None:
+        """Take how often each expert of each layer was picked since the last time."""
+        for layer in self._placements:
+            before = self._loads.get(layer, [0.0] * len(picks[layer]))
+            self._loads[layer] = [DECAY * load + count for load, count in zip(before, picks[layer], strict=True)]
+
+    def next_move(self) -> Move | None:
+        """Return the move of the most uneven layer that another placement evens out; None if there is none."""
+        if not self._imbalance_max:
+            return None
+        uneven = sorted(((self.imbalance_of(layer), layer) for layer in self._loads), reverse=True)
+        for found, layer in uneven:
+            if found <= self._imbalance_max:
+                return None
+            loads, placement = self._loads[layer], self._placements[layer]
+            better = place_experts(loads, len(placement), self._slots)
+            # Less is not worth reading weights for.
+            if imbalance(loads, better) < 0.8 * found:
+                return Move(layer, self._versions[layer] + 1, better)
+        return None
+
+    def moved(self, move: Move) -> None:
+        """Note that all ranks go by a move now."""
+        self._placements[move.layer], self._versions[move.layer] = move.placement, move.version
+
+    def imbalance_of(self, layer: int) -> float:
+        """Return a layer's imbalance as it is placed now; 0 while too little is known of its loads."""
+        loads = self._loads[layer]
+        known = sum(loads) >= PICKS_MIN * len(loads)
+        return imbalance(loads, self._placements[layer]) if known else 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """The mean over all layers."""
+        found = [self.imbalance_of(layer) for layer in self._loads]
+        return sum(found) / len(found) if found else 0.0
 
 
 def copies_of(placement: Placement) -> Mapping[int, int]:

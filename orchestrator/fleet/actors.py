@@ -9,8 +9,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import ray as typed_ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from orchestrator.core.config import ClusterConfig
+from orchestrator.core.experts import Placement
 from orchestrator.core.types import GatewayId, ModelName, NodeId, StoreId
 from orchestrator.fleet.loops import LoopThread, serve_long
 from orchestrator.fleet.processes import Part, ProcessName, pool_of, pools_by_node
@@ -27,6 +28,7 @@ from orchestrator.live.front import Front, HostStore, Membership
 from orchestrator.live.secret import with_secrets
 from orchestrator.wire.logs import open_log
 from orchestrator.wire.trust import read_trust
+from workers.engines.base import SplitPlaces
 from workers.engines.checkpoint import default_model_path, fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
@@ -57,6 +59,19 @@ class Description:
     fingerprints: dict[str, str]
     draining: bool
     version: str
+    #: Where those of its nodes are that have an address of their own.
+    node_addresses: dict[NodeId, str] = field(default_factory=dict[NodeId, str])
+
+
+def remote(kind: type, options: dict[str, Any]) -> Any:
+    """Return Ray's handle factory of a class."""
+    return ray.remote(kind).options(**options)
+
+
+def asking(bundle: Mapping[str, float]) -> dict[str, Any]:
+    """Return a bundle as the options of the actor that takes it."""
+    others = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "resources": others}
 
 
 def controller_name(cluster: str) -> str:
@@ -137,6 +152,7 @@ class _Process:
         self._config: ClusterConfig | None = None
         self._lookout: Lookout | None = None
         self._address: str | None = None
+        self._node_addresses: dict[NodeId, str] = {}
         self._fingerprints: dict[str, str] = {}
         self._draining = False
 
@@ -146,7 +162,8 @@ class _Process:
             return None
         names = dict(self._fingerprints)
         address, draining = self._address, self._draining
-        return Description(self._part, self._incarnation, self._config, address, names, draining, version("weft"))
+        where = dict(self._node_addresses)
+        return Description(self._part, self._incarnation, self._config, address, names, draining, version("weft"), where)
 
     def ping(self, controller: Vital) -> Vital:
         """Return which process this is; comes back only if the event loop turns."""
@@ -177,15 +194,41 @@ class NodeProcess(_Process):
         # Read when the engine's libraries are loaded: threads that wait for work by spinning take the cores of other nodes.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    def start(self, config: ClusterConfig, store: HostStore | None) -> Description | None:
-        """Open the engine, serve, with the host's store if that is there, and say where."""
+    def start(self, config: ClusterConfig, store: HostStore | None, places: SplitPlaces | None = None) -> Description | None:
+        """Open the engine, serve, with the host's store if that is there, and say where.
+
+        `places` are the FFN ranks of a group of which the nodes are attention ranks.
+        """
         config = self._configure(config)
         pool = pool_of(config, self._part)
         folder = model_folder(config, pool.model)
         self._fingerprints = {pool.model: fingerprint(folder)}
-        self._address = self._loop.run(self._serve(config, folder, store))
+        self._address = self._loop.run(self._serve(config, folder, store, places))
         serve_long()
         return self.describe()
+
+    def alive(self) -> bool:
+        """Return true; comes back only if the event loop turns."""
+        self._loop.run(_vital())
+        return True
+
+    def take_picks(self) -> list[list[int]]:
+        """Return how many rows picked each expert, by layer, since the last call."""
+        return self._serving.take_picks()
+
+    def use_experts(self, layer: int, version: int, placement: Placement) -> None:
+        """Route a layer's rows by another placement, which all FFN ranks have prepared."""
+        self._serving.use_experts(layer, version, placement)
+
+    @property
+    def _serving(self) -> NodeServer:
+        assert self._server is not None, "not started"
+        return self._server
+
+    @property
+    def _nodes(self) -> tuple[NodeId, ...]:
+        """The nodes that this process hosts itself."""
+        return self._part.nodes
 
     def set_store(self, store: HostStore | None) -> None:
         """Tell the nodes which store their host has now."""
@@ -206,13 +249,13 @@ class NodeProcess(_Process):
             self._loop.run(self._server.stop(), STOP_S)
         self._close()
 
-    async def _serve(self, config: ClusterConfig, folder: Path, store: HostStore | None) -> str:
+    async def _serve(self, config: ClusterConfig, folder: Path, store: HostStore | None, places: SplitPlaces | None) -> str:
         limits = DriverLimits(gateway_lost_s=config.cluster.node_lost_s)
         trust = read_trust(config.cluster.secret, config.cluster.tls)
         host, pool, journal = ray.util.get_node_ip_address(), pool_of(config, self._part), config.cluster.journal
         self._server = NodeServer(
             pool,
-            self._part.nodes,
+            self._nodes,
             self._incarnation,
             folder,
             trust,
@@ -221,6 +264,7 @@ class NodeProcess(_Process):
             limits,
             journal,
             stores=config.store is not None,
+            places=places,
         )
         address = await self._server.start()
         if store is not None:

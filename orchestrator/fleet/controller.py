@@ -194,6 +194,7 @@ class Controller:
             self._failed_to_start(process, problem, now)
             return
         process.address, process.fingerprints = event.address, event.fingerprints
+        process.node_addresses = event.node_addresses
         process.went_up(now)
         operation = self._operation
         if operation is not None and operation.boots:

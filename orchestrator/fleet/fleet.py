@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from orchestrator.core.config import ClusterConfig
 from orchestrator.fleet.actors import NAMESPACE, STOP_S, controller_name
 from orchestrator.fleet.keeper import ControllerProcess, News, Started, Wish, one_line, remote
-from orchestrator.fleet.processes import bundle_of, parts_of
+from orchestrator.fleet.processes import bundles_of, parts_of
 
 #: Ray's own annotations are too loose for the checker.
 ray = cast(Any, typed_ray)
@@ -207,7 +207,7 @@ class Fleet:
 
 def local_cpus(config: ClusterConfig) -> int:
     """Return the CPU cores that a Ray cluster on this machine should offer for a cluster."""
-    asked = sum(bundle_of(config, part).get("CPU", 0.0) for part in parts_of(config))
+    asked = sum(bundle.get("CPU", 0.0) for part in parts_of(config) for bundle in bundles_of(config, part))
     return min(max(1, math.ceil(asked)), os.cpu_count() or 1)
 
 

@@ -30,9 +30,10 @@ from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.core.events import TimerFired
 from orchestrator.core.types import GatewayId
 from orchestrator.fleet import memory
-from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess, StoreProcess
+from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess, StoreProcess, asking, remote
 from orchestrator.fleet.controller import Controller
-from orchestrator.fleet.processes import Part, ProcessName, State, bundle_of, cannot_be_placed, parts_of, unplaceable
+from orchestrator.fleet.groups import GroupProcess
+from orchestrator.fleet.processes import Part, ProcessName, State, bundles_of, cannot_be_placed, parts_of, pool_of, unplaceable
 from orchestrator.fleet.vital import Vital, end, own_vital
 from orchestrator.fleet.words import (
     Answer,
@@ -331,9 +332,8 @@ class ControllerProcess:
         if isinstance(problem, str):
             self._handle_of(life, StartFailed(name, life.incarnation, problem))
             return
-        assert problem.address is not None, f"{name} has started and does not serve"
         life.version = problem.version
-        self._handle_of(life, ProcessServes(name, life.incarnation, problem.address, problem.fingerprints))
+        self._handle_of(life, _serves(problem))
         if life.part.nodes:
             await self._tell_store(life)
         await self._watch(life)
@@ -377,14 +377,14 @@ class ControllerProcess:
         if part.is_store:
             return None
         machine = cast(Controller, self._machine)
-        bundle = bundle_of(machine.config, part)
+        bundles = bundles_of(machine.config, part)
         group = self._groups.get(part.name)
         if group is None:
             unique = f"{self._cluster}/{part.name}"
-            group = self._groups[part.name] = placement_group([bundle], strategy="PACK", name=unique, lifetime="detached")
+            group = self._groups[part.name] = placement_group(bundles, strategy="STRICT_PACK", name=unique, lifetime="detached")
         if await asyncio.to_thread(group.wait, PLACEMENT_S):
             return None
-        return cannot_be_placed(part.group, 1, bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        return cannot_be_placed(part.group, 1, bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def _host_of(self, part: Part) -> str:
         """Return the host on which a process has its place."""
@@ -393,19 +393,17 @@ class ControllerProcess:
 
     def _actor(self, life: _Life) -> Any:
         """Ask Ray for a process."""
-        bundle = bundle_of(cast(Controller, self._machine).config, life.part)
+        config = cast(Controller, self._machine).config
+        bundle = next(iter(bundles_of(config, life.part)), dict[str, float]())
         options = {
             "name": self._actor_name(life),
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "max_concurrency": 8,
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
-            "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
+            **asking(bundle),
             "scheduling_strategy": self._strategy(life.part),
         }
-        kind = StoreProcess if life.part.is_store else GatewayProcess if life.part.is_gateway else NodeProcess
-        return remote(kind, options).remote(life.part, life.incarnation)
+        return remote(_kind(config, life.part), options).remote(life.part, life.incarnation)
 
     def _strategy(self, part: Part) -> Any:
         if part.is_store:
@@ -572,7 +570,8 @@ class ControllerProcess:
                 if life.part.name in self._groups:
                     life.host = self._host_of(life.part)
             found = [
-                Found(one.part, one.incarnation, cast(str, one.address), one.fingerprints, one.draining) for one in described
+                Found(one.part, one.incarnation, cast(str, one.address), one.fingerprints, one.draining, one.node_addresses)
+                for one in described
             ]
             self._handle(Resumed(tuple(found)))
             for life in lives:
@@ -626,9 +625,13 @@ class ControllerProcess:
         return task
 
 
-def remote(kind: type, options: dict[str, Any]) -> Any:
-    """Return Ray's handle factory of a class."""
-    return ray.remote(kind).options(**options)
+def _kind(config: ClusterConfig, part: Part) -> type:
+    """Return the actor that a process is."""
+    if part.is_store:
+        return StoreProcess
+    if part.is_gateway:
+        return GatewayProcess
+    return NodeProcess if pool_of(config, part).split is None else GroupProcess
 
 
 def one_line(error: BaseException) -> str:
@@ -644,6 +647,11 @@ def _with_known_secrets(remembered: memory.Memory, described: list[Description])
     drawn = not remembered.config.cluster.secret
     config = described[-1].config
     return replace(config, cluster=replace(config.cluster, secret="")) if drawn else config
+
+
+def _serves(found: Description) -> ProcessServes:
+    assert found.address is not None, f"{found.part.name} has started and does not serve"
+    return ProcessServes(found.part.name, found.incarnation, found.address, found.fingerprints, found.node_addresses)
 
 
 def _exit_on_error(task: asyncio.Task[None]) -> None:

@@ -80,6 +80,7 @@ class Lives:
         elif found.draining and then is None:
             then = Then.AGAIN
         process.incarnation, process.address, process.fingerprints = found.incarnation, found.address, found.fingerprints
+        process.node_addresses = found.node_addresses
         self._last_incarnation = max(self._last_incarnation, found.incarnation)
         process.went_up(now)
         if then is not None:
@@ -255,7 +256,7 @@ class Lives:
     def tell_members(self) -> None:
         """Have the gateways told who is there, if that has changed; a node that is kept out is not."""
         nodes = tuple(
-            (node, PoolName(process.part.group), process.address if process.serves else "")
+            (node, PoolName(process.part.group), process.address_of(node))
             for process in self._processes.values()
             if process.state is not State.DRAINED
             for node in process.part.nodes

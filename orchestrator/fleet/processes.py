@@ -99,6 +99,8 @@ class Process:
     up_since: float = 0.0
     #: gRPC address of a node process or store, URL of a gateway; empty until it was up once.
     address: str = ""
+    #: Where those of its nodes are that have an address of their own.
+    node_addresses: Mapping[NodeId, str] = field(default_factory=lambda: {})
     #: Names the checkpoint of each model it serves.
     fingerprints: Mapping[str, str] = field(default_factory=lambda: {})
     #: Set while it drains or stops.
@@ -108,6 +110,10 @@ class Process:
     def serves(self) -> bool:
         """True while others may talk to it."""
         return self.state in (State.UP, State.DRAINING)
+
+    def address_of(self, node: NodeId) -> str:
+        """Return where a node of it is; empty while it does not serve."""
+        return self.node_addresses.get(node, self.address) if self.serves else ""
 
     def went_up(self, now: float) -> None:
         """Note that it serves."""
@@ -134,8 +140,9 @@ def parts_of(config: ClusterConfig) -> list[Part]:
 def node_parts(pool: PoolConfig, first: int, count: int) -> list[Part]:
     """Return processes for `count` nodes of a pool, numbered from `first`."""
     parts: list[Part] = []
-    for number in range(first, first + count, pool.nodes_per_process):
-        last = min(number + pool.nodes_per_process, first + count)
+    together = pool.split.attention if pool.split is not None else pool.nodes_per_process
+    for number in range(first, first + count, together):
+        last = min(number + together, first + count)
         nodes = tuple(pool.node_id(node) for node in range(number, last))
         parts.append(Part(PoolName(pool.name), number, nodes))
     return parts
@@ -151,14 +158,21 @@ def pool_of(config: ClusterConfig, part: Part) -> PoolConfig:
     return next(pool for pool in config.pools if pool.name == part.pool)
 
 
-def bundle_of(config: ClusterConfig, part: Part) -> dict[str, float]:
-    """Return what a process asks Ray for; a store nothing: it goes where nodes are."""
+def bundles_of(config: ClusterConfig, part: Part) -> list[dict[str, float]]:
+    """Return what a process asks Ray for; a store nothing: it goes where nodes are.
+
+    A group of split decode asks for its attention ranks, one a node, and then for its FFN ranks; all others for one.
+    """
     if part.is_store:
-        return {}
+        return []
     if part.pool is None:
-        return _bundle(config.gateway.resources)
+        return [_bundle(config.gateway.resources)]
     pool = pool_of(config, part)
-    return _bundle({"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources})
+    own = _bundle({"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources})
+    if pool.split is None:
+        return [own]
+    ffn = _bundle({"CPU": pool.split.cpus, "GPU": pool.split.gpus, **pool.split.resources})
+    return [dict(own) for _ in part.nodes] + [dict(ffn) for _ in range(pool.split.ffn)]
 
 
 def unplaceable(config: ClusterConfig, parts: Sequence[Part], offers: Sequence[Mapping[str, float]]) -> str | None:
@@ -170,20 +184,26 @@ def unplaceable(config: ClusterConfig, parts: Sequence[Part], offers: Sequence[M
         offers: the Ray nodes' resources.
     """
     for part in parts:
-        bundle = bundle_of(config, part)
-        if fits_nowhere(bundle, offers):
-            return cannot_be_placed(part.group, sum(other.group == part.group for other in parts), bundle, offers)
+        for bundle in bundles_of(config, part):
+            if fits_nowhere(bundle, offers):
+                return cannot_be_placed(part.group, sum(other.group == part.group for other in parts), [bundle], offers)
     return None
 
 
-def cannot_be_placed(group: str, count: int, bundle: Mapping[str, float], offers: Sequence[Mapping[str, float]]) -> str:
-    """Return the line that says what was asked for and what there is."""
+def cannot_be_placed(
+    group: str, count: int, bundles: Sequence[Mapping[str, float]], offers: Sequence[Mapping[str, float]]
+) -> str:
+    """Return the line that says what was asked for, one host having to have all of it, and what there is."""
     total: dict[str, float] = {}
     for offer in offers:
         for name, amount in offer.items():
             if not name.startswith(_RAYS_OWN):
                 total[name] = total.get(name, 0.0) + amount
-    asking = f"{count} process{'es' if count > 1 else ''} asking for {_listed(bundle)} each"
+    asked: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            asked[name] = asked.get(name, 0.0) + amount
+    asking = f"{count} process{'es' if count > 1 else ''} asking for {_listed(asked)} each"
     kind = group if group in (GATEWAYS, STORES) else f"pool {group}"
     return f"{kind}: {asking} cannot be placed; the cluster offers {_listed(total)}"
 

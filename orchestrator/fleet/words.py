@@ -26,6 +26,7 @@ class Found:
     address: str
     fingerprints: Mapping[str, str] = field(default_factory=lambda: {})
     draining: bool = False
+    node_addresses: Mapping[NodeId, str] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class ProcessServes:
     incarnation: int
     address: str
     fingerprints: Mapping[str, str] = field(default_factory=lambda: {})
+    node_addresses: Mapping[NodeId, str] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, slots=True)

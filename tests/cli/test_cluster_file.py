@@ -35,6 +35,7 @@ from orchestrator.core.config import (
     PoolConfig,
     RouterConfig,
     SchedulerConfig,
+    SplitConfig,
     StoreConfig,
     TenantConfig,
     TlsConfig,
@@ -83,14 +84,16 @@ def test_the_default_file_names_every_field() -> None:
 
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     text = re.sub(
-        r"^# (?!session_headers|disaggregation|acceptance)(\w+ = |\[\[tenants|\[store)",
+        r"^# (?!session_headers|disaggregation|acceptance)(\w+ = |\[\[tenants|\[store|\[pools\.split)",
         r"\1",
         LOCAL_CLUSTER.read_text(),
         flags=re.MULTILINE,
     )
     assert text.count("\n#") < LOCAL_CLUSTER.read_text().count("\n#") - 30
     tenant = TenantConfig("team-a", ("env:TEAM_A_KEY",))  # what of it is shown as the default is the default
-    whole = replace(read_cluster(LOCAL_CLUSTER), tenants=(tenant,), store=StoreConfig())
+    plain = read_cluster(LOCAL_CLUSTER)
+    pools = tuple(replace(pool, split=SplitConfig()) if pool.kind is PoolKind.DECODE else pool for pool in plain.pools)
+    whole = replace(plain, tenants=(tenant,), store=StoreConfig(), pools=pools)
     assert ClusterConfig.from_mapping(tomllib.loads(text)) == whole
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from orchestrator.core.types import NodeId, PoolName
+from orchestrator.core.config import ClusterConfig, PoolConfig, SplitConfig
+from orchestrator.core.types import NodeId, PoolKind, PoolName
 from orchestrator.fleet.processes import (
     BACKOFF_S_MAX,
     FAILURES_MAX,
@@ -11,7 +12,8 @@ from orchestrator.fleet.processes import (
     Part,
     Process,
     State,
-    bundle_of,
+    bundles_of,
+    cannot_be_placed,
     fits_nowhere,
     parts_of,
     pools_by_node,
@@ -37,10 +39,29 @@ def test_nodes_that_share_a_process_share_a_part_and_the_last_takes_the_rest() -
 
 def test_who_asks_for_nothing_asks_for_a_share_of_a_core() -> None:
     config = crowded()
-    assert [bundle_of(config, part) for part in parts_of(config)] == [
-        *[{"CPU": 4, "GPU": 1, "nvl72": 1}] * 2,
-        *[{"CPU": SHARE_CPU}] * 5,
+    assert [bundles_of(config, part) for part in parts_of(config)] == [
+        *[[{"CPU": 4, "GPU": 1, "nvl72": 1}]] * 2,
+        *[[{"CPU": SHARE_CPU}]] * 5,
     ]
+
+
+def test_a_group_asks_for_each_of_its_ranks_and_one_machine_must_have_all() -> None:
+    split = SplitConfig(attention=2, ffn=1, cpus=2)
+    pool = PoolConfig("halves", PoolKind.DECODE, nodes=3, cpus=1, split=split)
+    config = ClusterConfig(pools=(pool,))
+    groups = [part for part in parts_of(config) if part.pool is not None]
+    assert [part.nodes for part in groups] == [("halves-0", "halves-1"), ("halves-2",)]
+    assert [bundles_of(config, part) for part in groups] == [[{"CPU": 1}, {"CPU": 1}, {"CPU": 2}], [{"CPU": 1}, {"CPU": 2}]]
+    assert cannot_be_placed("halves", 1, bundles_of(config, groups[0]), [{"CPU": 3.0}]) == (
+        "pool halves: 1 process asking for {CPU: 4} each cannot be placed; the cluster offers {CPU: 3}"
+    )
+
+
+def test_nodes_of_a_group_have_addresses_of_their_own_while_it_serves() -> None:
+    process = Process(PART, address="leader:1", node_addresses={NodeId("b"): "follower:2"})
+    assert process.address_of(NodeId("b")) == ""
+    process.went_up(0.0)
+    assert [process.address_of(NodeId(name)) for name in "ab"] == ["leader:1", "follower:2"]
 
 
 def test_what_cannot_be_placed_is_told_with_what_was_asked_and_what_there_is() -> None:

@@ -9,7 +9,7 @@ from orchestrator.core.config import STORES, StoreConfig
 from orchestrator.core.types import StoreId
 from orchestrator.fleet import memory
 from orchestrator.fleet.controller import Controller
-from orchestrator.fleet.processes import Part, ProcessName, State, bundle_of, parts_of
+from orchestrator.fleet.processes import Part, ProcessName, State, bundles_of, parts_of
 from orchestrator.fleet.words import (
     Answer,
     BootAsked,
@@ -52,7 +52,7 @@ def test_a_host_that_is_used_gets_one_store_and_another_host_another(run: Run) -
     assert stores == [(StoreId("store-0"), "a"), (StoreId("store-1"), "b")]
     kept = [order for order in run.done if isinstance(order, Keep)][-1]
     assert kept.parts[-2:] == (Part(None, 0, host="a"), Part(None, 1, host="b"))
-    assert bundle_of(CONFIG, kept.parts[-1]) == {}
+    assert bundles_of(CONFIG, kept.parts[-1]) == []
 
 
 def test_where_no_stores_are_wanted_none_is_started() -> None:

@@ -8,10 +8,9 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle
-from workers.engines.base import broken_promise
+from workers.engines.base import SplitPlaces, broken_promise
 from workers.engines.eager import EagerEngine
 from workers.engines.lookup import PromptLookup
-from workers.engines.split.places import SplitPlaces
 
 BLOCK_TOKENS = 16
 #: Of the tests' checkpoints: ordinary tokens are below.

@@ -46,6 +46,7 @@ class ScriptedEngine:
     def __init__(self, computes: bool) -> None:
         self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, 64, "plain", VOCABULARY, 64, "weights", "cpu", computes)
         self.pool = None
+        self.routing = None
         self.counts: dict[RequestId, int] = {}
         self.sampling: dict[RequestId, Sampling] = {}
         self.failing: str | None = None

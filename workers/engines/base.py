@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.core.commands import Slice
+from orchestrator.core.experts import Placement
 from orchestrator.core.types import BlockId, RequestId, Sampling
 
 
@@ -86,6 +87,31 @@ def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | 
     return f"{type(engine).__name__} brought {brought} tokens{drafted} for a slice ({place}); {must}"
 
 
+@dataclass(frozen=True, slots=True)
+class SplitPlaces:
+    """What an attention rank is told of its group."""
+
+    #: Of the FFN ranks, in their order.
+    addresses: tuple[str, ...]
+    spare_slots: int = 0
+    #: 0: by measurement.
+    microbatches: int = 0
+    #: Seconds without an answer after which a rank is lost.
+    silent_s: float = 10.0
+
+
+class ExpertRouting(Protocol):
+    """How an attention rank's rows find their experts: looked at and changed while it computes, by any thread."""
+
+    def take_picks(self) -> list[list[int]]:
+        """Return how many rows picked each expert, by layer, since the last call."""
+        ...
+
+    def use(self, layer: int, version: int, placement: Placement) -> None:
+        """Route a layer's rows by another placement, which all FFN ranks have prepared."""
+        ...
+
+
 class Engine(Protocol):
     """One model on one device, computing steps over a paged KV pool."""
 
@@ -95,6 +121,11 @@ class Engine(Protocol):
     @property
     def pool(self) -> memoryview | None:
         """The whole pool's bytes if they are in host memory (block b at b * block_bytes), else None."""
+        ...
+
+    @property
+    def routing(self) -> ExpertRouting | None:
+        """None where an engine has no FFN ranks."""
         ...
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:

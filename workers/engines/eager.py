@@ -17,7 +17,7 @@ from orchestrator.core.config import ConfigError, EngineConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
-from workers.engines.base import EngineDescription, SliceOutput
+from workers.engines.base import EngineDescription, ExpertRouting, SliceOutput, SplitPlaces
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
@@ -28,8 +28,9 @@ from workers.engines.sampler import sample
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import SplitGroup
+from workers.engines.split.lanes import layout_for
 from workers.engines.split.microbatches import MICROBATCHES_MAX, Microbatches
-from workers.engines.split.places import SplitPlaces, first_placements, layout_for
+from workers.engines.split.places import first_placements
 from workers.engines.split.shared import SharedLink
 from workers.engines.stored import Slab, slab_of
 from workers.engines.weights import Weights
@@ -102,6 +103,10 @@ class EagerEngine:
     @property
     def pool(self) -> memoryview | None:
         return self._pool.memory
+
+    @property
+    def routing(self) -> ExpertRouting | None:
+        return self.split
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""

@@ -10,10 +10,10 @@ import torch
 
 from tests.oracle import oracle
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
+from workers.engines.base import SplitPlaces
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split.lanes import RankLost
-from workers.engines.split.places import SplitPlaces
 from workers.engines.split.rank import FfnRank
 
 
@@ -86,8 +86,8 @@ def test_experts_move_while_tokens_are_written(tmp_path: Path) -> None:
         assert engine.split is not None
         for version, placement in enumerate((((0, 1, 2, 3, 4), (3, 4, 5, 6, 7)), ((7, 6, 5, 0, 1), (0, 1, 2, 3, 4))), start=1):
             for layer in range(2):
-                for rank, experts in zip(ranks, placement, strict=True):
-                    rank.prepare(layer, version, experts)
+                for rank in ranks:
+                    rank.prepare(layer, version, placement)
                 engine.split.use(layer, version, placement)
             assert Conductor(engine, engine_of(path), seed=version).run(prompts, 12, 2) == expected
         assert sum(map(sum, engine.split.take_picks())) > 0

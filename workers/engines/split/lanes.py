@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestrator.profiles.model_config import Architecture
+
 ALIGNMENT = 64
 
 
@@ -99,3 +101,9 @@ class LaneLayout:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def layout_for(shape: Architecture, dtype: torch.dtype, lanes: int, rows_max: int) -> LaneLayout:
+    """Return the lanes that a model's activations need."""
+    picks = shape.experts.per_token if shape.experts is not None else 0
+    return LaneLayout(lanes, rows_max, shape.hidden, picks, dtype)

@@ -1,26 +1,9 @@
-"""What both halves of a group must agree in: where its FFN ranks are, where experts are at first, how large lanes are."""
+"""Where a group's experts are at first, as both halves must have it. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
 
 from orchestrator.core.experts import Placement, place_experts
 from orchestrator.profiles.model_config import Architecture
-from workers.engines.split.lanes import LaneLayout
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPlaces:
-    """What an attention rank is told of its group."""
-
-    #: Of the FFN ranks, in their order.
-    addresses: tuple[str, ...]
-    spare_slots: int = 0
-    #: 0: by measurement.
-    microbatches: int = 0
-    #: Seconds without an answer after which a rank is lost.
-    silent_s: float = 10.0
 
 
 def first_placements(shape: Architecture, ranks: int, spare_slots: int) -> Mapping[int, Placement]:
@@ -34,9 +17,3 @@ def first_placements(shape: Architecture, ranks: int, spare_slots: int) -> Mappi
 def slots_of(experts: int, ranks: int, spare_slots: int) -> int:
     """Return the slots of a rank: what it needs, and some for copies of hot experts."""
     return -(-experts // ranks) + spare_slots
-
-
-def layout_for(shape: Architecture, dtype: torch.dtype, lanes: int, rows_max: int) -> LaneLayout:
-    """Return the lanes that a model's activations need."""
-    picks = shape.experts.per_token if shape.experts is not None else 0
-    return LaneLayout(lanes, rows_max, shape.hidden, picks, dtype)

@@ -18,8 +18,8 @@ from workers.engines.experts import ExpertBank
 from workers.engines.loader import Loader, Share
 from workers.engines.mlp import GatedMlp
 from workers.engines.shape import read_architecture
-from workers.engines.split.lanes import Header, Lane, RankLost
-from workers.engines.split.places import first_placements, layout_for
+from workers.engines.split.lanes import Header, Lane, RankLost, layout_for
+from workers.engines.split.places import first_placements
 from workers.engines.split.shared import SharedInlet
 from workers.engines.weights import Weights
 
@@ -84,11 +84,11 @@ class FfnRank:
                 busy = time.perf_counter_ns() - began
                 self._inlet.answer(peer, Header(header.lane, header.layer, header.version, header.rows, busy))
 
-    def prepare(self, layer: int, version: int, experts: Sequence[int]) -> None:
-        """Load a layer's experts of another placement beside those in use; may be called while `serve` computes."""
+    def prepare(self, layer: int, version: int, placement: Placement) -> None:
+        """Load what another placement of a layer has here beside what is in use; may be called while `serve` computes."""
         part = self._parts[layer]
         with torch.inference_mode():
-            bank = self._bank(part.prefix, part.gain, experts)
+            bank = self._bank(part.prefix, part.gain, placement[self._share.rank])
         part.banks = {**{known: one for known, one in part.banks.items() if known > version - VERSIONS_MAX}, version: bank}
 
     def close(self) -> None:

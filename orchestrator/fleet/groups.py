@@ -1,0 +1,177 @@
+"""A group of split decode: its leader, which the controller knows as one process, owns the actors of all other ranks.
+
+The leader is the first attention rank. It starts the FFN ranks, then the other attention ranks, each in its bundle of the group's
+placement group, and watches them: when one dies or hangs the leader ends, and with it, since it owns them, all others. The
+controller then starts the group anew; its requests go on elsewhere. The leader also moves experts between FFN ranks.
+"""
+
+import logging
+import os
+import threading
+import time
+import traceback
+from typing import Any, cast
+
+import ray as typed_ray
+from ray.exceptions import RayError
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.core.config import ClusterConfig, SplitConfig
+from orchestrator.core.experts import ExpertBalancer, Placement
+from orchestrator.core.types import NodeId
+from orchestrator.fleet.actors import Description, NodeProcess, asking, model_folder, remote
+from orchestrator.fleet.processes import Part, bundles_of, pool_of
+from orchestrator.live.front import HostStore
+from workers.engines.base import SplitPlaces
+from workers.ranks import FfnServer, added_up, balancer_of
+
+#: Ray's own annotations are too loose for the checker.
+ray = cast(Any, typed_ray)
+
+log = logging.getLogger("weft.group")
+
+#: Seconds between two looks at the group's ranks.
+LOOK_EVERY_S = 1.0
+#: Seconds that ranks get to load their weights.
+START_S = 900.0
+#: Seconds that ranks get to answer a question.
+ASK_S = 10.0
+
+
+class FfnProcess:
+    """Actor: one FFN rank."""
+
+    def __init__(self) -> None:
+        self._server: FfnServer | None = None
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    def start(self, config: ClusterConfig, part: Part, rank: int) -> str:
+        """Load the rank's weights, serve, and say where."""
+        pool = pool_of(config, part)
+        self._server = FfnServer(pool, model_folder(config, pool.model), rank, _exit)
+        return self._server.address
+
+    def prepare(self, layer: int, version: int, placement: Placement) -> None:
+        """Load what another placement has here; rows are computed meanwhile."""
+        assert self._server is not None, "not started"
+        self._server.prepare(layer, version, placement)
+
+    def alive(self) -> bool:
+        """Return true."""
+        return True
+
+
+class GroupProcess(NodeProcess):
+    """Actor: the leader of a group."""
+
+    def __init__(self, part: Part, incarnation: int) -> None:
+        super().__init__(part, incarnation)
+        self._ffn: list[Any] = []
+        self._followers: list[Any] = []
+        self._ended = threading.Event()
+
+    @property
+    def _nodes(self) -> tuple[NodeId, ...]:
+        return self._part.nodes[:1]
+
+    def start(self, config: ClusterConfig, store: HostStore | None, places: SplitPlaces | None = None) -> Description | None:
+        """Start all ranks of the group, this one last, and say where its nodes are."""
+        assert places is None, "a leader finds its FFN ranks itself"
+        split = pool_of(config, self._part).split
+        assert split is not None, f"{self._part.name} is no group"
+        bundles = bundles_of(config, self._part)
+        first_ffn = len(self._part.nodes)
+        self._ffn = [self._actor(FfnProcess, bundles, first_ffn + rank) for rank in range(split.ffn)]
+        starts = [actor.start.remote(config, self._part, rank) for rank, actor in enumerate(self._ffn)]
+        addresses: list[str] = ray.get(starts, timeout=START_S)
+        places = SplitPlaces(tuple(addresses), split.spare_slots, split.microbatches, split.silent_s)
+        parts = [Part(self._part.pool, self._part.number + place, (node,)) for place, node in enumerate(self._part.nodes)][1:]
+        self._followers = [
+            self._actor(NodeProcess, bundles, place, part, self._incarnation) for place, part in enumerate(parts, start=1)
+        ]
+        described: list[Description] = ray.get(
+            [actor.start.remote(config, store, places) for actor in self._followers], timeout=START_S
+        )
+        self._node_addresses = {one.part.nodes[0]: one.address for one in described if one.address is not None}
+        super().start(config, store, places)
+        threading.Thread(target=self._watch_ranks, args=(config.cluster.hung_s,), name="ranks", daemon=True).start()
+        pool = pool_of(config, self._part)
+        balancer = balancer_of(pool, model_folder(config, pool.model))
+        if balancer is not None and split.ffn > 1:
+            threading.Thread(target=self._balance, args=(balancer, split), name="balance", daemon=True).start()
+        return self.describe()
+
+    def set_store(self, store: HostStore | None) -> None:
+        """Tell all nodes of the group which store their host has now."""
+        told = [actor.set_store.remote(store) for actor in self._followers]
+        super().set_store(store)
+        ray.get(told, timeout=ASK_S)
+
+    def drain(self, seconds: float, lingers: bool) -> bool:
+        """Take nothing new on any node and let what runs end; False if some did not."""
+        others = [actor.drain.remote(seconds, lingers) for actor in self._followers]
+        clean = super().drain(seconds, lingers)
+        return all([clean, *ray.get(others, timeout=seconds + ASK_S)])
+
+    def stop(self) -> None:
+        """Stop serving, on all ranks."""
+        self._ended.set()
+        stopped = [actor.stop.remote() for actor in self._followers]
+        super().stop()
+        ray.wait(stopped, num_returns=len(stopped), timeout=ASK_S) if stopped else None
+        for actor in (*self._followers, *self._ffn):
+            ray.kill(actor)
+
+    def _actor(self, kind: type, bundles: list[dict[str, float]], place: int, *arguments: Any) -> Any:
+        """Start a rank in its bundle; it ends when this process does."""
+        group = get_current_placement_group()
+        assert group is not None, "a leader has its place in a group"
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place)
+        options = {"max_concurrency": 8, "scheduling_strategy": strategy, **asking(bundles[place])}
+        return remote(kind, options).remote(*arguments)
+
+    def _watch_ranks(self, hung_s: float) -> None:
+        """End this process, and so the group, when a rank has died or hangs."""
+        ranks = (*self._followers, *self._ffn)
+        while not self._ended.wait(LOOK_EVERY_S):
+            try:
+                ray.get([actor.alive.remote() for actor in ranks], timeout=hung_s)
+            except (RayError, TimeoutError) as error:
+                if not self._ended.is_set():
+                    _exit(error)
+
+    def _balance(self, balancer: ExpertBalancer, split: SplitConfig) -> None:
+        """Move experts as the balancer says, for as long as the group is there."""
+        while not self._ended.wait(split.balance_s):
+            try:
+                others: list[list[list[int]]] = ray.get([one.take_picks.remote() for one in self._followers], timeout=ASK_S)
+                balancer.observe(added_up([self.take_picks(), *others]))
+                self._move_experts(balancer)
+            except (RayError, TimeoutError) as error:
+                if not self._ended.is_set():
+                    _exit(error)
+
+    def _move_experts(self, balancer: ExpertBalancer) -> None:
+        move = balancer.next_move()
+        while move is not None and not self._ended.is_set():
+            began, before = time.monotonic(), balancer.imbalance_of(move.layer)
+            step = (move.layer, move.version, move.placement)
+            ray.get([actor.prepare.remote(*step) for actor in self._ffn], timeout=START_S)
+            ray.get([actor.use_experts.remote(*step) for actor in self._followers], timeout=ASK_S)
+            self.use_experts(*step)
+            balancer.moved(move)
+            after = balancer.imbalance_of(move.layer)
+            log.info(
+                "experts of layer %d moved in %.2f s: imbalance %.2f, was %.2f",
+                move.layer,
+                time.monotonic() - began,
+                after,
+                before,
+            )
+            move = balancer.next_move()
+
+
+def _exit(error: BaseException) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
