@@ -300,7 +300,7 @@ class LimitsConfig:
     sessions_max: int = 100_000
     #: A node takes no new request while it has this many waiting.
     node_waiting_max: int = 64
-    #: Times a request is tried again on another node before its first token.
+    #: Times a request is tried again on another node before its first token; and, when it goes on, before its next one.
     retries_max: int = 2
     #: Times a request goes on elsewhere after its node was lost, or failed, once tokens were delivered; then it ends with 502.
     resumes_max: int = 8
