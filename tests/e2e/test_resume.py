@@ -23,7 +23,7 @@ OUTPUT_TOKENS = 96
 #: Pieces of the streams that began first, after which a node dies at the latest.
 PIECES_MAX = STREAMS * OUTPUT_TOKENS // 4
 #: Seconds within which a killed node must be back, and in which a round must be over.
-HEALED_S, ROUND_S = 30.0, 120.0
+HEALED_S, ROUND_S = 60.0, 120.0
 ROUNDS = {"decode": 3, "prefill": 3, "aggregated": 3}
 
 POOL = """
