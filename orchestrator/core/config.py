@@ -514,7 +514,8 @@ class SchedulerConfig:
     sequences_max: int = 256
     #: Requests that wait on the node at most; one more is refused back to its gateway.
     waiting_max: int = 1024
-    #: Seconds a computed prompt's blocks are held for a decode node that does not come.
+    #: Seconds a computed prompt's blocks are held for a decode node that does not come; where nothing runs and another prompt
+    #: waits for them, `fetch_wait_s_max` if that is less.
     hold_s_max: float = 30.0
     #: Seconds a decode node may ask for a prompt whose assignment has not reached this node yet.
     fetch_wait_s_max: float = 5.0
