@@ -15,7 +15,7 @@ from rich.console import Console
 from orchestrator.cli.cluster_file import UnusableInput
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import Assigned, RequestArrived
-from orchestrator.core.types import RequestId
+from orchestrator.core.types import RequestId, request_of
 from orchestrator.wire.journal import (
     ClusterHeader,
     Entry,
@@ -140,7 +140,7 @@ def _begun(entry: Entry, name: str) -> RequestId | None:
         case RequestArrived(request) if request.name == name:
             return request.id
         case Assigned(assignment) if assignment.name == name:
-            return assignment.request
+            return request_of(assignment.request)
         case _:
             return None
 
@@ -164,7 +164,7 @@ def _names(value: object, ids: Set[RequestId]) -> bool:
     if not isinstance(value, dict):
         return False
     fields = cast("dict[str, object]", value)
-    return any(isinstance(one := fields.get(name), int) and one in ids for name in ("request", "id"))
+    return any(isinstance(one := fields.get(name), int) and request_of(RequestId(one)) in ids for name in ("request", "id"))
 
 
 def _shown(part: object) -> str:

@@ -304,7 +304,7 @@ class LimitsConfig:
     sessions_max: int = 100_000
     #: A node takes no new request while it has this many waiting.
     node_waiting_max: int = 64
-    #: Times a request is tried again on another node before its first token.
+    #: Times a request is tried again on another node before its first token; and, when it goes on, before its next one.
     retries_max: int = 2
     #: Times a request goes on elsewhere after its node was lost, or failed, once tokens were delivered; then it ends with 502.
     resumes_max: int = 8
@@ -551,7 +551,8 @@ class SchedulerConfig:
     sequences_max: int = 256
     #: Requests that wait on the node at most; one more is refused back to its gateway.
     waiting_max: int = 1024
-    #: Seconds a computed prompt's blocks are held for a decode node that does not come.
+    #: Seconds a computed prompt's blocks are held for a decode node that does not come; where nothing runs and another prompt
+    #: waits for them, `fetch_wait_s_max` if that is less.
     hold_s_max: float = 30.0
     #: Seconds a decode node may ask for a prompt whose assignment has not reached this node yet.
     fetch_wait_s_max: float = 5.0

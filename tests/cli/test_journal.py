@@ -10,8 +10,8 @@ from orchestrator.cli.cluster_file import LOCAL_CLUSTER, read_cluster
 from orchestrator.cli.main import main
 from orchestrator.core.commands import Assign, RunStep, Scores, Slice
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import Assigned, DrainRequested, RequestArrived, SliceResult, StepFinished
-from orchestrator.core.types import BlockId, GatewayId, ModelName, NodeId, Request, RequestId, StepId, TenantId
+from orchestrator.core.events import Assigned, DrainRequested, RequestArrived, Resumed, SliceResult, StepFinished
+from orchestrator.core.types import BlockId, GatewayId, ModelName, NodeId, Request, RequestId, StepId, TenantId, attempt_id
 from orchestrator.wire.journal import JournalWriter, NodeHeader, cluster_header
 from tests.builders import assignment, node_spec
 
@@ -67,9 +67,14 @@ def test_one_request_is_shown_with_what_was_decided_for_it_and_without_the_other
     scores = Scores("predicted-time", hit_tokens=4, predicted_ttft_s=0.25)
     request = Request(RequestId(2), ModelName("m"), TenantId("t"), 9, (), 8, name="mine")
     gateway.record(1.0, RequestArrived(request), (Assign(NodeId("n"), assignment(2), scores),))
+    # it goes on elsewhere, where it is called otherwise
+    again = assignment(attempt_id(RequestId(2), 1), generated_tokens=3)
+    gateway.record(2.0, Resumed(RequestId(2), 3, ()), (Assign(NodeId("m"), again, scores),))
     gateway.close()
     assert main(["journal", "show", str(routed), "--request", "mine"]) == 0
-    assert '"predicted_ttft_s": 0.25' in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert '"predicted_ttft_s": 0.25' in shown
+    assert '"generated_tokens": 3' in shown
     assert main(["journal", "show", str(path), "--request", "nobody"]) == 2
     assert capsys.readouterr().err == f"weft: {path}: no request in it is called 'nobody'\n"
 

@@ -17,6 +17,7 @@ from orchestrator.sim.agenda import Timers
 from orchestrator.sim.checks import Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.outcome import Outcome
+from orchestrator.sim.runs import figures
 from orchestrator.sim.simulated import SimulatedNode
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
@@ -185,6 +186,41 @@ def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(layout:
 def test_with_everything_going_wrong_for_longer(seed: int) -> None:
     outcome = faulty(seed, (TOGETHER, APART)[seed % 2], count=8, turns=4)
     assert all(served.ended_s is not None for served in some(outcome.served))
+
+
+def crashing(layout: dict[PoolKind, int], seed: int, stepwise: bool = False, resumes_max: int = 8) -> Outcome:
+    resolved = cluster(layout)
+    limits = replace(resolved.config.limits, resumes_max=resumes_max)
+    resolved = replace(resolved, config=replace(resolved.config, limits=limits))
+    faults = Faults(until_s=8.0, crashes=4, hangs=1, restart_s=1.0)
+    options = WorldOptions(seed=seed, checks=not stepwise, faults=faults, stepwise=stepwise)
+    return World(resolved, agents(6, 2, seed), options).run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+def test_what_crashed_nodes_had_begun_goes_on_elsewhere_to_its_end(layout: dict[PoolKind, int]) -> None:
+    outcomes = [crashing(layout, seed=3, stepwise=stepwise) for stepwise in (False, True)]
+    for outcome in outcomes:
+        assert [served.failure for served in outcome.served if not served.completed] == []
+        assert all(served.output_tokens == served.turn.output_tokens for served in some(outcome.served))
+        assert sum(served.resumes for served in outcome.served) > 0
+        figured = figures(outcome, {})
+        assert figured["resumed"] == sum(served.resumes for served in outcome.served)
+        assert figured["replayed_tokens"] > figured["resumed"] > 0
+    # tokens that a node made before it crashed are not made again, however many steps were taken at once
+    assert times(outcomes[0]).keys() == times(outcomes[1]).keys()
+    for turn, ends in times(outcomes[1]).items():
+        assert times(outcomes[0])[turn] == pytest.approx(ends, rel=1e-9), f"turn {turn}"
+    replayed = [[served.replayed_tokens for served in outcome.served] for outcome in outcomes]
+    assert replayed[0] == replayed[1]
+
+
+def test_where_nothing_is_to_go_on_it_ends_with_one_error() -> None:
+    outcome = crashing(TOGETHER, seed=3, resumes_max=0)
+    failures = {served.failure for served in outcome.served if not served.completed}
+    assert failures
+    assert all(failure is not None and failure.startswith("502 node_lost") for failure in failures)
 
 
 #: Seconds that the work itself and the queue before it take at most, in the worlds below.

@@ -376,12 +376,13 @@ def test_forgotten_requests_leave_nothing_behind(engine: Engine) -> None:
         Sampling(temperature=1.3, presence_penalty=0.5, frequency_penalty=0.5, seed=2**63),
     ],
 )
-def test_a_seed_fixes_the_output(engine: Engine, sampling: Sampling) -> None:
+@pytest.mark.parametrize("company", [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9), GREEDY])
+def test_a_seed_fixes_the_output(engine: Engine, sampling: Sampling, company: Sampling) -> None:
     tokens = prompt(11, 20)
     expected = generate(engine, 1, tokens, 10, sampling)
     assert generate(engine, 77, tokens, 10, sampling, chunk=6) == expected
     engine.add(RequestId(1), tokens, sampling)
-    engine.add(RequestId(2), prompt(12, 20), Sampling(temperature=1.0))
+    engine.add(RequestId(2), prompt(12, 20), company)
     found = list(prefill(engine, 1, 20, blocks_for(30), 256).tokens)
     engine.step([Slice(RequestId(2), 0, 20, 0, blocks_for(30, first=20), True)])
     for step in range(9):

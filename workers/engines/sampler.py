@@ -116,16 +116,23 @@ def _adjusted(raw: Tensor, rows: Sequence[_Row]) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-    """Draw a token for each row by inverting its cumulative distribution."""
+    """Draw a token for each row by inverting its cumulative distribution.
+
+    A row's own settings say in which order its tokens stand there, so that it draws the same whatever is in its batch.
+    """
     settings = [row.sequence.sampling for row in rows]
     temperatures = torch.tensor([sampling.temperature for sampling in settings], device=logits.device)
     scaled = logits / temperatures[:, None]
     chances = [uniform(row.sequence.seed, row.position) for row in rows]
     uniforms = torch.tensor(chances, dtype=torch.float64, device=logits.device)
-    if all(sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p <= 0 for sampling in settings):
+    whole = [row for row, sampling in enumerate(settings) if sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p <= 0]
+    if len(whole) == len(settings):
         return _invert(scaled.softmax(-1), uniforms).tolist()
     ranked, order = _truncated(scaled, settings)
-    return order.gather(1, _invert(ranked, uniforms)[:, None])[:, 0].tolist()
+    drawn = order.gather(1, _invert(ranked, uniforms)[:, None])[:, 0]
+    if whole:
+        drawn[whole] = _invert(scaled[whole].softmax(-1), uniforms[whole])
+    return drawn.tolist()
 
 
 def _truncated(scaled: Tensor, settings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,7 @@ class Flight:
         "resumed",
         "started",
         "stayed",
+        "vain",
         "wake_at",
     )
 
@@ -181,6 +182,8 @@ class Flight:
         #: Times it was started over, and times it went on after what it had brought; both together number its attempts.
         self.restarted = 0
         self.resumed = 0
+        #: Attempts in a row that brought nothing.
+        self.vain = 0
         self.attempt = request.id
         #: The first of all its tokens: what is said of its prompt is what was found for that. None before it came.
         self.first: FirstToken | None = None
@@ -626,7 +629,7 @@ class Cluster:
         for first in event.first_tokens:
             flight = self._attempted(first.request)
             if flight is not None and flight.generate == event.node:
-                flight.phase = Phase.STREAMING
+                flight.phase, flight.vain = Phase.STREAMING, 0
                 flight.first = flight.first or first
                 candidate.computed(flight.request.id)
                 known.pools.predicted.remove(event.node, flight.request.id)
@@ -684,19 +687,20 @@ class Cluster:
         self._commands.append(Complete(request.id, ended, *counts))
 
     def _try_again_or_abort(self, flight: Flight, node: NodeId, code: str, message: str) -> None:
-        """Let a request go on, or start over, on other nodes; or end it with an error if that was done too often."""
+        """Let a request go on, or start over, on other nodes; or end it with an error if that was done too often.
+
+        Attempts that bring nothing are few in a row: a request that takes its nodes along must not take them all.
+        """
         self._cancel_parts(flight)
+        flight.vain += flight.phase is Phase.PROMPT
+        if flight.vain > self._limits.retries_max or (flight.delivered and flight.resumed >= self._limits.resumes_max):
+            self._abort(flight, 502 if flight.delivered else 503, code, message)
+            return
         if flight.delivered:
-            if flight.resumed >= self._limits.resumes_max:
-                self._abort(flight, 502, code, message)
-                return
             flight.resumed += 1
             flight.phase = Phase.RESUMING
             flight.try_again(node)
             self._commands.append(Resume(flight.request.id, message))
-            return
-        if flight.restarted >= self._limits.retries_max:
-            self._abort(flight, 503, code, message)
             return
         flight.restarted += 1
         flight.cpu_tokens = flight.cmx_tokens = flight.peer_tokens = flight.regretted_tokens = 0

@@ -260,6 +260,7 @@ class Node:
                 plan = self._scheduler.plan_step()
             if plan is not None:
                 self._commands.append(RunStep(plan.step, plan.slices, len(plan.decoding), plan.steps_max))
+        self._hurry_held()
         if self.spec.stores:
             self._make_room()
             self._make_offers()
@@ -285,6 +286,20 @@ class Node:
         short = max(self._scheduler.short_blocks, decoding - self._pool.available_blocks)
         if short > 0:
             self._commands += [StopOffer(offer) for offer in self._offers.stop(short, self._now)]
+
+    def _hurry_held(self) -> None:
+        """Hold prompts less long while somebody waits for their blocks and nothing runs that could make room.
+
+        The node that is to fetch one may wait for the prompt that waits here: then neither would go on. What is given up stays
+        cached as long as it can.
+        """
+        if not self._scheduler.short_blocks or self._scheduler.running:
+            return
+        for sequence in self._sequences.values():
+            if sequence.phase is Phase.HELD and not sequence.hurried:
+                sequence.hurried = True
+                held_s = min(self._config.hold_s_max, self._config.fetch_wait_s_max)
+                self._commands.append(SetTimer(HoldTimer(sequence.request), max(self._now, sequence.heard_at + held_s)))
 
     def _offer(self, sequence: Sequence) -> None:
         """Offer the host's store what is cached of a sequence, before that can be forgotten."""
@@ -438,7 +453,7 @@ class Node:
         self._offer(sequence)
         self._commands.append(Forget(sequence.request))
         self._report(sequence.request, FinishReason.PREFILLED, of=sequence)
-        key = HoldTimer(sequence.request)
+        key, sequence.heard_at = HoldTimer(sequence.request), self._now
         self._timers.add(key)
         self._commands.append(SetTimer(key, self._now + self._config.hold_s_max))
 

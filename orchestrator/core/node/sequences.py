@@ -53,6 +53,7 @@ class Sequence:
         "frontier",
         "hashes",
         "heard_at",
+        "hurried",
         "leader",
         "loaded",
         "loaded_cmx_tokens",
@@ -133,8 +134,10 @@ class Sequence:
         self.fetched_tokens = 0
         #: Prompt tokens computed here that this node had held and forgot; known once the prompt is complete.
         self.regretted_tokens = 0
-        #: When its source, or the store, was last heard of, while it fetches.
+        #: When its source, or the store, was last heard of, while it fetches; since when it is held.
         self.heard_at = 0.0
+        #: Whether it is to be held less long, for somebody waits for its blocks.
+        self.hurried = False
         #: When the running load first brought something, and the tokens that were present then; None before that.
         self.paced_at: float | None = None
         self.paced_from = 0

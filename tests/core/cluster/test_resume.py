@@ -192,6 +192,26 @@ def test_more_often_than_is_allowed_it_ends_with_one_error(make_cluster: MakeClu
     assert aborted == [ClearTimer(DEADLINE), Abort(R1, 502, "node_lost", "a1 was lost: killed")]
 
 
+def test_a_request_that_takes_its_nodes_along_takes_few_of_them(make_cluster: MakeCluster) -> None:
+    cluster = streaming(make_cluster, "a1", "a2", "a3", limits=LimitsConfig(retries_max=1))
+    cluster.handle(NodeLost(A0, "killed"), 2.0)
+    first = NodeId(nodes_of(cluster.handle(resumed(), 2.0))[0])
+    assert cluster.handle(NodeLost(first, "killed"), 3.0) == [Resume(R1, f"{first} was lost: killed")]
+    second = NodeId(nodes_of(cluster.handle(resumed(), 3.0))[0])
+    # a second one without another token is enough; with one it would have gone on
+    assert only(cluster.handle(NodeLost(second, "killed"), 4.0), Abort).status == 502
+
+
+def test_another_token_shows_that_it_does_not(make_cluster: MakeCluster) -> None:
+    cluster = streaming(make_cluster, "a1", "a2", "a3", limits=LimitsConfig(retries_max=0))
+    lost = A0
+    for attempt in (1, 2, 3):
+        cluster.handle(NodeLost(lost, "killed"), 2.0)
+        lost = NodeId(nodes_of(cluster.handle(resumed(), 2.0))[0])
+        cluster.handle(first_token(lost, attempt_id(R1, attempt)), 2.0)
+    assert cluster.handle(NodeLost(lost, "killed"), 3.0) == [Resume(R1, f"{lost} was lost: killed")]
+
+
 def test_the_error_does_not_leave_out_what_its_last_node_still_does(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("p0", "d0", router=APART, limits=LimitsConfig(resumes_max=1))
     cluster.handle(arrived(), 0.0)

@@ -621,9 +621,19 @@ def test_a_reader_of_a_refused_request_is_answered_at_once(make_node: MakeNode) 
 def test_waiting_requests_wait_while_held_prompts_pin_all_blocks(make_node: MakeNode) -> None:
     node = make_node(blocks=3)
     feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
-    assert feed(node, Assigned(assignment(2, "xy", tail=0))) == []
-    commands = feed(node, TimerFired(HoldTimer(RequestId(1))))
+    # The node that is to fetch the first may wait for the second: it is held less long from now on, which is said once.
+    assert feed(node, Assigned(assignment(2, "xy", tail=0)), now=1.0) == [
+        SetTimer(HoldTimer(R1), SchedulerConfig().fetch_wait_s_max)
+    ]
+    assert feed(node, Assigned(assignment(3, "xy", tail=0)), now=2.0) == []
+    commands = feed(node, TimerFired(HoldTimer(RequestId(1))), now=5.0)
     assert commands == [step(2, part(2, 0, 8, 0, (2, 1))), PublishKv((KvBatch(2, removed=(AB,)),))]
+
+
+def test_a_prompt_that_was_held_for_long_goes_at_once_when_somebody_waits_for_its_blocks(make_node: MakeNode) -> None:
+    node = make_node(blocks=3)
+    feed(node, Assigned(assignment(1, role=Role.PREFILL)), finished(1, nothing(1)))
+    assert feed(node, Assigned(assignment(2, "xy", tail=0)), now=20.0) == [SetTimer(HoldTimer(R1), 20.0)]
 
 
 def test_tokens_computed_again_after_a_preemption_are_billed_once(make_node: MakeNode) -> None:

@@ -1,0 +1,201 @@
+"""Nodes killed at random moments under many streams: every one ends with exactly the tokens that it would have had."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.served import Served, owner_of_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+STREAMS = 32
+OUTPUT_TOKENS = 96
+#: Pieces of the streams that began first, after which a node dies at the latest.
+PIECES_MAX = STREAMS * OUTPUT_TOKENS // 4
+#: Seconds within which a killed node must be back, and in which a round must be over.
+HEALED_S, ROUND_S = 60.0, 120.0
+ROUNDS = {"decode": 3, "prefill": 3, "aggregated": 3}
+
+POOL = """
+[[pools]]
+name = "{name}"
+kind = "{name}"
+nodes = {nodes}
+[pools.engine]
+block_tokens = 16
+blocks = 1024
+threads = 1
+[pools.scheduler]
+step_tokens_max = 512
+[pools.profile]
+step_s = 0.004
+prefill_token_s = 0.0001
+"""
+HEAD = """
+[gateway]
+http_port = 0
+grpc_port = 0
+[router]
+disaggregation_tokens_min = 0
+"""
+LAYOUTS = {
+    "decode": HEAD + POOL.format(name="prefill", nodes=1) + POOL.format(name="decode", nodes=2),
+    "prefill": HEAD + POOL.format(name="prefill", nodes=1) + POOL.format(name="decode", nodes=2),
+    "aggregated": HEAD + POOL.format(name="aggregated", nodes=2),
+}
+#: Ways of asking; each stream has one of them.
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 11},
+    {"temperature": 0.8, "seed": 12, "top_p": 0.9, "frequency_penalty": 0.8, "presence_penalty": 0.5},
+    {"temperature": 0, "logprobs": 2},
+    {"temperature": 1.0, "seed": 13, "n": 2},
+    {"temperature": 0, "frequency_penalty": 1.0},
+]
+#: Streams of this way end with a text that they are known to come to.
+STOPPING = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client has of one stream, all its choices together."""
+
+    texts: dict[int, str]
+    tokens: list[str]
+    finish: dict[int, str]
+    usage: tuple[int, int]
+
+
+class Pieces:
+    """Counts what comes of all streams, and wakes who waits for the so-manieth, or for the first end if that comes sooner."""
+
+    def __init__(self, wanted: int) -> None:
+        self.count = 0
+        self.wanted = wanted
+        self.reached = asyncio.Event()
+
+    def add(self) -> None:
+        self.count += 1
+        if self.count >= self.wanted:
+            self.reached.set()
+
+
+def body_of(number: int, stop: str | None) -> dict[str, Any]:
+    source = Random(number)
+    prompt = [64 + source.randrange(400) for _ in range(source.randrange(40, 400))]
+    asked = {"model": "default", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, **WAYS[number % len(WAYS)]}
+    asked |= {"stop": [stop]} if stop is not None else {}
+    return asked | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], pieces: Pieces) -> Answer:
+    """Read one stream to its end; an error in it fails the test."""
+    texts: dict[int, str] = {}
+    finish: dict[int, str] = {}
+    tokens: list[str] = []
+    usage = (0, 0)
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line[len("data: ") :])
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                pieces.add()
+                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+                tokens += (choice.get("logprobs") or {}).get("tokens", [])
+                if choice["finish_reason"]:
+                    finish[choice["index"]] = choice["finish_reason"]
+            if event.get("usage"):
+                usage = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
+    pieces.reached.set()
+    return Answer(texts, tokens, finish, usage)
+
+
+async def read_all(
+    url: str, bodies: list[dict[str, Any]], pieces: Pieces, at: Callable[[], object] | None = None
+) -> list[Answer]:
+    """Read all streams; half of them begin when so many pieces of the others have come, and then something happens."""
+    limits = httpx.Limits(max_connections=2 * STREAMS)
+    async with httpx.AsyncClient(trust_env=False, timeout=ROUND_S, limits=limits) as client:
+        half = STREAMS // 2
+        running = [asyncio.create_task(stream(client, url, body, pieces)) for body in bodies[:half]]
+        if at is not None:
+            await pieces.reached.wait()
+        running += [asyncio.create_task(stream(client, url, body, pieces)) for body in bodies[half:]]
+        if at is not None:
+            await asyncio.sleep(0)  # the later half is on its way
+            at()
+        return await asyncio.gather(*running)
+
+
+def resumed(served: Served) -> float:
+    page = httpx.get(f"{served.url}/metrics", trust_env=False).text
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return sum(one.value for one in samples if one.name == "weft_resumed_requests_total")
+
+
+def kill(served: Served, node: str) -> int:
+    """End a node's process; return which of its starts that was."""
+    known = served.node(node)
+    os.kill(owner_of_port(int(known["address"].rpartition(":")[2])), signal.SIGKILL)
+    return known["incarnation"]
+
+
+def undisturbed(served: Served) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """Return what is to be asked, and what is answered to it where nothing happens."""
+    free = asyncio.run(read_all(served.url, [body_of(number, None) for number in range(STREAMS)], Pieces(1)))
+    bodies: list[dict[str, Any]] = []
+    for number, answer in enumerate(free):
+        text, stops = answer.texts[0], number % len(WAYS) == STOPPING
+        bodies.append(body_of(number, text[len(text) * 3 // 4 :][:3] if stops else None))
+    expected = asyncio.run(read_all(served.url, bodies, Pieces(1)))
+    for number, answer in enumerate(expected):
+        reason = "stop" if number % len(WAYS) == STOPPING else "length"
+        assert set(answer.finish.values()) == {reason}, f"stream {number} ended with {answer.finish}"
+    return bodies, expected
+
+
+def fire(served: Served, bodies: list[dict[str, Any]], expected: list[Answer], victim: str, random: Random) -> None:
+    """Let one round happen, and see that it changed nothing."""
+    node = f"{victim}-{random.randrange(sum(one['node'].startswith(victim) for one in served.status()['nodes']))}"
+    killed: list[int] = []
+    pieces = Pieces(random.randrange(1, PIECES_MAX))
+
+    async def round_() -> list[Answer]:
+        return await read_all(served.url, bodies, pieces, lambda: killed.append(kill(served, node)))
+
+    found = asyncio.run(round_())
+    differing = [number for number, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
+    assert differing == [], f"{node} died after {pieces.wanted} pieces: {found[differing[0]]} is not {expected[differing[0]]}"
+    served.until(
+        lambda status: any(one["node"] == node and one["up"] and one["incarnation"] > killed[0] for one in status["nodes"]),
+        within_s=HEALED_S,
+    )
+
+
+@pytest.mark.parametrize("victim", ["decode", "prefill", "aggregated"])
+def test_no_stream_loses_or_changes_a_token_when_its_node_is_killed(
+    serve: Callable[..., Served], tmp_path: Path, victim: str
+) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(LAYOUTS[victim])
+    served = serve(cluster)
+    served.until(lambda status: status["ready"] and all(node["up"] for node in status["nodes"]), within_s=60)
+    bodies, expected = undisturbed(served)
+    random = Random(victim)
+    for _ in range(ROUNDS[victim]):
+        fire(served, bodies, expected, victim, random)
+    assert (resumed(served) > 0) == (victim != "prefill")
+    served.until_idle(within_s=30)
