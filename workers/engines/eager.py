@@ -79,7 +79,7 @@ class EagerEngine:
             rows_max = max(step_tokens_max, rows_min(dtype, device))
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._microbatches = Microbatches(split.microbatches) if split is not None else None
-            self._model = Model(Weights(model_dir), shape, dtype, device, self.split)
+            self._model = Model(Weights(model_dir, config.weights), shape, dtype, device, self.split)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
@@ -93,7 +93,7 @@ class EagerEngine:
             stored_layout=self._pool.stored_layout,
             vocabulary=shape.vocabulary,
             context_tokens_max=context,
-            fingerprint=fingerprint(model_dir),
+            fingerprint=fingerprint(model_dir, config.weights),
             device=str(device),
             computes=True,
         )

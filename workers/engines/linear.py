@@ -10,12 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from workers.engines.quantised import Matrix, QuantisedMatrix
+
 #: float32 weights from which oneDNN's reordered form is faster than the plain product.
 PACKED_WEIGHTS_MIN = 1 << 20
 #: Rows that reordering assumes; the layout it picks is good from 1 to a few hundred.
 PACKED_ROWS = 32
 #: oneDNN's bfloat16 product of 1 row takes longer than that of 4, by half.
 BFLOAT16_ROWS_MIN = 4
+#: Values of a quantised weight that are decoded at a time: what stays in a core's cache; what bounds a device's memory for it.
+PIECE_VALUES_CPU = 1 << 18
+PIECE_VALUES_DEVICE = 1 << 24
 
 
 class Linear(Protocol):
@@ -66,10 +71,35 @@ class PackedLinear:
         return residual.add_(self(rows))
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
-    """Return the fastest form of a float32 [out, in] weight for the device and dtype it will run in."""
-    weight = weight.to(device, dtype)
+class DecodingLinear:
+    """The product with a quantised weight that is decoded for each call, a piece that caches hold at a time."""
+
+    __slots__ = ("_bias", "_dtype", "_outputs", "_pieces")
+
+    def __init__(self, weight: QuantisedMatrix, bias: Tensor | None, dtype: torch.dtype) -> None:
+        values = PIECE_VALUES_CPU if weight.codes.device.type == "cpu" else PIECE_VALUES_DEVICE
+        self._outputs, columns = weight.shape
+        rows = max(1, values // columns)
+        self._pieces = [(first, weight[first : first + rows]) for first in range(0, self._outputs, rows)]
+        self._bias = bias
+        self._dtype = dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        result = rows.new_empty(len(rows), self._outputs)
+        for first, piece in self._pieces:
+            result[:, first : first + piece.shape[0]] = torch.mm(rows, piece.decode().to(self._dtype).t())
+        return result if self._bias is None else result.add_(self._bias)
+
+    def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
+        return residual.add_(self(rows))
+
+
+def make_linear(weight: Matrix, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
+    """Return the fastest form of an [out, in] weight, float32 or quantised, for the device and dtype it will run in."""
     bias = None if bias is None else bias.to(device, dtype)
+    if isinstance(weight, QuantisedMatrix):
+        return DecodingLinear(weight.to(device), bias, dtype)
+    weight = weight.to(device, dtype)
     if _packs(weight):
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
