@@ -86,7 +86,7 @@ def encode(weight: Tensor, weight_format: WeightFormat) -> QuantisedMatrix:
     ones = torch.ones(rows, 1, device=weight.device)
     if weight_format is WeightFormat.FP8:
         codes, scales = fp8.encode(weight)
-        return QuantisedMatrix(weight_format, columns, codes, scales, ones, 1 << (columns - 1).bit_length())
+        return QuantisedMatrix(weight_format, columns, codes, ones, scales, 1 << (columns - 1).bit_length())
     assert weight_format is WeightFormat.NVFP4, "auto is no format"
     if columns % nvfp4.GROUP:
         raise ValueError(f"{columns} columns are no multiple of {nvfp4.GROUP}")

@@ -151,15 +151,15 @@ class Weights:
             raise self._error(name, "has a value that is no number")
         inverse = f"{name}_scale_inv"
         scales = self._scales(inverse if inverse in self._files else f"{name}_scale")
-        width = 1 << (columns - 1).bit_length()
+        ones = torch.ones(rows, 1)
         if block is not None:
             self._check_shape(f"{name}'s scales", scales, (-(-rows // block[0]), -(-columns // block[1])))
-            scales, width = scales.repeat_interleave(block[0], 0)[:rows].contiguous(), block[1]
-        else:
-            scales = scales.reshape(-1, 1)
-            self._check_shape(f"{name}'s scales", scales, (1 if len(scales) == 1 else rows, 1))
-            scales = scales.expand(rows, 1).contiguous()
-        return QuantisedMatrix(WeightFormat.FP8, columns, codes, scales, torch.ones(rows, 1), width)
+            scales = scales.repeat_interleave(block[0], 0)[:rows].contiguous()
+            return QuantisedMatrix(WeightFormat.FP8, columns, codes, scales, ones, block[1])
+        scales = scales.reshape(-1, 1)
+        self._check_shape(f"{name}'s scales", scales, (1 if len(scales) == 1 else rows, 1))
+        scales = scales.expand(rows, 1).contiguous()
+        return QuantisedMatrix(WeightFormat.FP8, columns, codes, ones, scales, 1 << (columns - 1).bit_length())
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._stored(name, _FLOATS)
