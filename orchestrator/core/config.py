@@ -435,6 +435,14 @@ class SpeculationConfig:
         return 0 if self.method is SpeculationMethod.OFF else self.draft_tokens_max
 
 
+class WeightFormat(StrEnum):
+    """How the weights of linear layers and experts lie in an engine's memory."""
+
+    AUTO = "auto"  # as the checkpoint has them
+    FP8 = "fp8"  # E4M3, and a scale for a row or a block
+    NVFP4 = "nvfp4"  # E2M1, a scale for every 16 values and one above them
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """[pools.engine]: what computes."""
@@ -445,6 +453,9 @@ class EngineConfig:
     device: str = "auto"
     #: auto (the checkpoint's), float32 or bfloat16.
     dtype: str = "auto"
+    #: auto (as the checkpoint has them), fp8 or nvfp4: what linear layers and experts of an unquantised checkpoint are rounded to
+    #: when it is loaded; the same in all pools of a model. Embedding, head, routers and norms stay.
+    weights: WeightFormat = WeightFormat.AUTO
     #: Tokens in a KV block; the same in all pools of a model.
     block_tokens: int = 64
     #: KV blocks of one node. 0: as many as `memory_fraction` of the device's free memory holds (on CPUs 2 GiB at most), and no
@@ -464,6 +475,8 @@ class EngineConfig:
         require(self.name in ("eager", "profiled"), "name", f"must be eager or profiled, is {self.name!r}")
         dtypes = ("auto", "float32", "bfloat16")
         require(self.dtype in dtypes, "dtype", f"must be one of {', '.join(dtypes)}, is {self.dtype!r}")
+        has_weights = self.name == "eager" or self.weights is WeightFormat.AUTO
+        require(has_weights, "weights", f"must be auto with the {self.name} engine, which has none, is {self.weights}")
         require(self.block_tokens >= 1, "block_tokens", f"must be 1 or more tokens, is {self.block_tokens}")
         require(0 < self.memory_fraction <= 1, "memory_fraction", f"must be in (0, 1], is {self.memory_fraction}")
         for name in ("blocks", "threads", "context_tokens_max"):
@@ -857,7 +870,7 @@ class ClusterConfig:
         kinds = {pool.kind for pool in pools}
         serves = bool(kinds & {PoolKind.DECODE, PoolKind.AGGREGATED})
         require(serves, f"models.{model}", "no pool of kind decode or aggregated serves it")
-        for name in ("block_tokens", "kv_format_stored"):
+        for name in ("block_tokens", "kv_format_stored", "weights"):
             found = sorted({getattr(pool.engine, name) for pool in pools})
             require(len(found) == 1, f"models.{model}", f"its pools differ in engine.{name}: {', '.join(map(str, found))}")
         for name in ("name", "dtype") if self.store is not None else ():

@@ -202,7 +202,7 @@ class NodeProcess(_Process):
         config = self._configure(config)
         pool = pool_of(config, self._part)
         folder = model_folder(config, pool.model)
-        self._fingerprints = {pool.model: fingerprint(folder)}
+        self._fingerprints = {pool.model: fingerprint(folder, pool.engine.weights)}
         self._address = self._loop.run(self._serve(config, folder, store, places))
         serve_long()
         return self.describe()
@@ -286,7 +286,9 @@ class StoreProcess(_Process):
         config = self._configure(config)
         engines = {model: config.pools_of(model)[0].engine for model in config.models}
         models = [model_blocks(ModelName(model), engine, model_folder(config, model)) for model, engine in engines.items()]
-        self._fingerprints = {model: fingerprint(model_folder(config, model)) for model in config.models}
+        self._fingerprints = {
+            model: fingerprint(model_folder(config, model), engine.weights) for model, engine in engines.items()
+        }
         self._address = self._loop.run(self._serve(config, models))
         serve_long()
         return self.describe()
@@ -329,7 +331,9 @@ class GatewayProcess(_Process):
         """Read the models' text sides, reach the nodes that are there, serve, and say where."""
         config = self._configure(config)
         folders = {model: model_folder(config, model) for model in config.models}
-        self._fingerprints = {model: fingerprint(folder) for model, folder in folders.items()}
+        self._fingerprints = {
+            model: fingerprint(folder, config.pools_of(model)[0].engine.weights) for model, folder in folders.items()
+        }
         self._address = self._loop.run(self._serve(config, http_port, folders, members))
         serve_long()
         return self.describe()

@@ -115,6 +115,14 @@ def test_values_find_their_fields() -> None:
             "pools[0].engine.kv_format_stored: must be one of plain, fp8, nvfp4, is 'int8'",
         ),
         (
+            {"pools": [POOL, {**POOL, "name": "b", "engine": {"weights": "fp8"}}]},
+            "models.default: its pools differ in engine.weights: auto, fp8",
+        ),
+        (
+            {"pools": [{**POOL, "engine": {"weights": "fp8", "name": "profiled"}}]},
+            "pools[0].engine.weights: must be auto with the profiled engine, which has none, is fp8",
+        ),
+        (
             {"pools": [{**POOL, "nodes_per_process": 2}]},
             'pools[0].nodes_per_process: more than 1 needs engine.name = "profiled"',
         ),

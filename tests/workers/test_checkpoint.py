@@ -106,8 +106,11 @@ def test_the_default_model_is_made_once_however_many_ask(tmp_path: Path, monkeyp
         ({"num_hidden_layers": "two"}, "num_hidden_layers: must be a whole number of 1 or more, is 'two'"),
         ({"num_key_value_heads": 3}, "num_attention_heads: must be a multiple of num_key_value_heads"),
         ({"hidden_act": "gelu"}, "hidden_act: must be silu, is 'gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints are not supported"),
-        ({"quantization_config": {}}, "quantised checkpoints are not supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config.quant_method: must be modelopt, compressed-tens",
+        ),
+        ({"quantization_config": {}}, "quantization_config.quant_method: is missing"),
         ({"use_sliding_window": True}, "use_sliding_window: sliding windows are not supported"),
         ({"model_type": "llama", "sliding_window": 64}, "sliding_window: sliding windows are not supported; must be null"),
         ({"kv_lora_rank": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}, "qwen3 has no latent attention"),

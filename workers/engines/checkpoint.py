@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.core.config import WeightFormat
 from orchestrator.profiles.fields import CheckpointError, read_fields
 from workers.engines.vocabulary import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, write_json, write_tokenizer
 
@@ -52,8 +53,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
-def fingerprint(directory: Path) -> str:
-    """Return 32 hex digits that name weights and tokenizer; the same for every copy of a checkpoint.
+def fingerprint(directory: Path, weights: WeightFormat = WeightFormat.AUTO) -> str:
+    """Return 32 hex digits that name weights, as they are computed with, and tokenizer; the same for every copy of a checkpoint.
 
     Hashed are config.json, tokenizer.json, and of each safetensors file its name, size, header (names, shapes and dtypes of the
     tensors) and 16 pieces of 4 KiB spread evenly over its data: a second at most, whatever the size, and weights that were
@@ -61,6 +62,8 @@ def fingerprint(directory: Path) -> str:
     that computes nothing, is named by the first two alone. Raises `CheckpointError`.
     """
     digest = hashlib.blake2b(digest_size=16)
+    if weights is not WeightFormat.AUTO:
+        digest.update(weights.encode())
     for name in ("config.json", "tokenizer.json"):
         digest.update(json.dumps(read_fields(directory / name).values, sort_keys=True).encode())
     for path in weight_files(directory) if any(directory.glob("*.safetensors*")) else ():

@@ -79,15 +79,17 @@ class EagerEngine:
         self._threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            rows_max = max(step_tokens_max, rows_min(dtype, device))
+            weights = Weights(model_dir, config.weights)
+            filled = rows_min(dtype, device, weights.quantised)
+            rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._microbatches = Microbatches(split.microbatches) if split is not None else None
-            self._model = Model(Weights(model_dir), shape, dtype, device, self.split)
+            self._model = Model(weights, shape, dtype, device, self.split)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
             way = decode_way(self._pool, dtype, device, self._threads)
-        self._batches = BatchBuilder(self._pool, rows_min(dtype, device), way, device)
+        self._batches = BatchBuilder(self._pool, filled, way, device)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,
@@ -97,7 +99,7 @@ class EagerEngine:
             stored_layout=self._pool.stored_layout,
             vocabulary=shape.vocabulary,
             context_tokens_max=context,
-            fingerprint=fingerprint(model_dir),
+            fingerprint=fingerprint(model_dir, config.weights),
             device=str(device),
             computes=True,
         )

@@ -5,6 +5,7 @@ multiplied by zero: more arithmetic, three products altogether. Otherwise tokens
 picked computes its own.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
@@ -16,6 +17,7 @@ from torch.nn import functional
 from orchestrator.profiles.model_config import GROUP_BEST, Experts
 from workers.engines.linear import Linear, make_linear
 from workers.engines.mlp import Finish, GatedMlp
+from workers.engines.quantised import Matrix
 
 #: Multiply-adds of the wide form up to which it beats the calls of the sorted one, about 20 microseconds an expert.
 WIDE_OPERATIONS_MAX = 8_000_000
@@ -86,18 +88,19 @@ class GroupedRouter:
 class ExpertBank:
     """Some experts of one layer, in slots: what rows they are given they compute, whoever picked."""
 
-    def __init__(self, gate_ups: Sequence[Tensor], downs: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        """Take the float32 weights of each slot: gate over up [2 x width, hidden], and down [hidden, width]."""
+    def __init__(self, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> None:
+        """Take the weights of each slot: gate over up [2 x width, hidden], and down [hidden, width]."""
         self._slots = len(downs)
         self._width = downs[0].shape[1]
         self._gate_ups = [make_linear(weight, None, dtype, device) for weight in gate_ups]
         self._downs = [make_linear(weight, None, dtype, device) for weight in downs]
-        self._row_operations = sum(weight.numel() for weight in (*gate_ups, *downs))
-        self._wide = self._row_operations * dtype.itemsize <= WIDE_BYTES_MAX
+        self._row_operations = sum(math.prod(weight.shape) for weight in (*gate_ups, *downs))
+        plain = [weight for weight in (*gate_ups, *downs) if isinstance(weight, Tensor)]
+        self._wide = len(plain) == 2 * self._slots and self._row_operations * dtype.itemsize <= WIDE_BYTES_MAX
         if self._wide:
-            gates, ups = zip(*(weight.chunk(2) for weight in gate_ups), strict=True)
+            gates, ups = zip(*(weight.chunk(2) for weight in plain[: self._slots]), strict=True)
             self._wide_gate_up = make_linear(torch.cat([*gates, *ups]), None, dtype, device)
-            self._wide_down = make_linear(torch.cat(list(downs), dim=1), None, dtype, device)
+            self._wide_down = make_linear(torch.cat(plain[self._slots :], dim=1), None, dtype, device)
 
     def add_to(self, state: Tensor, rows: Tensor, weights: Tensor, picked: Tensor) -> Tensor:
         """Return state + the weighted sum of each row's experts.

@@ -13,6 +13,7 @@ from workers.engines.experts import ExpertBank, GroupedRouter, Router, SoftmaxRo
 from workers.engines.linear import Linear, make_linear
 from workers.engines.mlp import GatedMlp
 from workers.engines.norms import HeadNorm, Norm
+from workers.engines.quantised import Matrix, columns, stack
 from workers.engines.weights import Weights
 
 #: The two products that are computed as one.
@@ -52,7 +53,7 @@ class Loader:
 
     def _norm(self, name: str, width: int, epsilon: float) -> tuple[Norm, Tensor | None]:
         gain = self._weights.take(name, (width,)).double() * math.sqrt(width)
-        folded = self._dtype == torch.float32
+        folded = self._dtype == torch.float32 and not self._weights.quantised
         kept = None if folded else gain.float().to(self._device)
         return Norm(width, epsilon, kept, self._dtype, self._device), gain if folded else None
 
@@ -61,25 +62,25 @@ class Loader:
         gains: list[Tensor] = []
         for name, heads in (("q_norm", shape.heads), ("k_norm", shape.kv_heads)):
             gain = self._weights.take(f"{prefix}{name}.weight", (shape.head_dim,))
-            gains.append(_paired(gain, shape.head_dim).expand(heads, -1))
+            gains.append(gain[_paired(shape.head_dim, shape.head_dim)].expand(heads, -1))
         stacked = (torch.cat(gains).double() * math.sqrt(shape.head_dim)).float()
         return HeadNorm(stacked.to(self._device), math.sqrt(shape.head_dim * shape.norm_epsilon))
 
     def linear(self, name: str, outputs: int, inputs: int, biased: bool) -> Linear:
-        weight = self._weights.take(f"{name}.weight", (outputs, inputs))
+        weight = self._weights.take_matrix(f"{name}.weight", (outputs, inputs))
         return make_linear(weight, self._bias(name, outputs, biased), self._dtype, self._device)
 
     def queries_keys_values(self, prefix: str, gain: Tensor | None) -> Linear:
         shape = self.shape
-        weights: list[Tensor] = []
+        weights: list[Matrix] = []
         biases: list[Tensor] = []
         for name, width in (("q_proj", shape.queries_width), ("k_proj", shape.keys_width), ("v_proj", shape.keys_width)):
             weight, bias = self._taken(prefix + name, width, shape.attention_bias)
-            turned = name != "v_proj"
-            weights.append(_paired(weight, shape.head_dim) if turned else weight)
-            biases.append(_paired(bias, shape.head_dim) if turned else bias)
+            order = torch.arange(width) if name == "v_proj" else _paired(width, shape.head_dim)
+            weights.append(weight[order])
+            biases.append(bias[order])
         bias = torch.cat(biases)
-        return make_linear(scaled(torch.cat(weights), gain), bias if bias.any() else None, self._dtype, self._device)
+        return make_linear(_gained(stack(weights), gain), bias if bias.any() else None, self._dtype, self._device)
 
     def latent_inputs(self, prefix: str, gain: Tensor | None) -> Linear:
         """Return the product to (compressed) queries, latents and the shared key, side by side."""
@@ -90,17 +91,18 @@ class Loader:
         queries, queries_bias = self._taken(prefix + name, width, shape.attention_bias and compressed)
         latents, latents_bias = self._taken(f"{prefix}kv_a_proj_with_mqa", kept, shape.attention_bias)
         if not compressed:
-            queries = self._paired_ends(queries, shape.heads)
-        weight = scaled(torch.cat([queries, self._paired_ends(latents, 1)]), gain)
-        bias = torch.cat([queries_bias, self._paired_ends(latents_bias, 1)])
+            queries = queries[self._paired_ends(width, shape.heads)]
+        order = self._paired_ends(kept, 1)
+        weight = _gained(stack([queries, latents[order]]), gain)
+        bias = torch.cat([queries_bias, latents_bias[order]])
         return make_linear(weight, bias if bias.any() else None, self._dtype, self._device)
 
     def compressed_queries(self, prefix: str) -> tuple[Norm, Linear]:
         """Return the normalisation of compressed queries and the product from them."""
         rank, width = self._latent().query_rank, self.shape.queries_width
         norm, gain = self._norm(f"{prefix}q_a_layernorm.weight", rank, LATENT_EPSILON)
-        weight = self._paired_ends(self._weights.take(f"{prefix}q_b_proj.weight", (width, rank)), self.shape.heads)
-        return norm, make_linear(scaled(weight, gain), None, self._dtype, self._device)
+        weight = self._weights.take_matrix(f"{prefix}q_b_proj.weight", (width, rank))[self._paired_ends(width, self.shape.heads)]
+        return norm, make_linear(_gained(weight, gain), None, self._dtype, self._device)
 
     def latents(self, prefix: str) -> tuple[Norm, Tensor, Tensor]:
         """Return the normalisation of latents to length 1, and what keys and values are made of them with.
@@ -123,11 +125,11 @@ class Loader:
     def _gated(self, prefix: str, whole: int, gain: Tensor | None, biased: bool, share: Share = Share()) -> GatedMlp:
         part = share.of(whole)
         width = part.stop - part.start
-        gates_ups = [self._weights.take(f"{prefix}{name}.weight", (whole, self.shape.hidden))[part] for name in GATE_UP]
+        gates_ups = [self._weights.take_matrix(f"{prefix}{name}.weight", (whole, self.shape.hidden))[part] for name in GATE_UP]
         biases = [self._bias(prefix + name, whole, biased) for name in GATE_UP]
         bias = torch.cat([one[part] for one in biases if one is not None]) if biased else None
-        gate_up = make_linear(scaled(torch.cat(gates_ups), gain), bias, self._dtype, self._device)
-        down = self._weights.take(f"{prefix}down_proj.weight", (self.shape.hidden, whole))[:, part]
+        gate_up = make_linear(_gained(stack(gates_ups), gain), bias, self._dtype, self._device)
+        down = columns(self._weights.take_matrix(f"{prefix}down_proj.weight", (self.shape.hidden, whole)), part)
         down_bias = self._bias(f"{prefix}down_proj", self.shape.hidden, biased)
         first = share.rank == 0  # a sum has its bias once
         return GatedMlp(gate_up, make_linear(down, down_bias if first else None, self._dtype, self._device), width)
@@ -149,8 +151,8 @@ class Loader:
         """Return the experts of these numbers, each in the slot of its place."""
         width = self._experts().intermediate
         names = [f"{prefix}experts.{number}." for number in numbers]
-        gate_ups = [scaled(self._gate_up(name, width), gain) for name in names]
-        downs = [self._weights.take(f"{name}down_proj.weight", (self.shape.hidden, width)) for name in names]
+        gate_ups = [_gained(self._gate_up(name, width), gain) for name in names]
+        downs = [self._weights.take_matrix(f"{name}down_proj.weight", (self.shape.hidden, width)) for name in names]
         return ExpertBank(gate_ups, downs, self._dtype, self._device)
 
     def leave_experts(self, prefix: str) -> None:
@@ -164,13 +166,14 @@ class Loader:
         """Note that other processes take a layer's whole FFN, but for what is taken here."""
         self._weights.leave_all(prefix)
 
-    def _paired_ends(self, weight: Tensor, heads: int) -> Tensor:
-        """Return a product's outputs with the ends of heads, which turn, pair after pair."""
+    def _paired_ends(self, outputs: int, heads: int) -> Tensor:
+        """Return a product's outputs in the order that has the ends of heads, which turn, pair after pair."""
+        order = torch.arange(outputs)
         if self.shape.interleaved:
-            return weight
+            return order
         turned = self.shape.rotated_dim
-        kept, ends = weight.unflatten(0, (heads, -1)).split((len(weight) // heads - turned, turned), dim=1)
-        return torch.cat([kept, _paired(ends.flatten(0, 1), turned).view(ends.shape)], dim=1).flatten(0, 1)
+        kept, ends = order.view(heads, -1).split((outputs // heads - turned, turned), dim=1)
+        return torch.cat([kept, ends[:, _paired(turned, turned)]], dim=1).flatten()
 
     def _latent(self) -> Latent:
         assert self.shape.latent is not None
@@ -180,12 +183,15 @@ class Loader:
         assert self.shape.experts is not None
         return self.shape.experts
 
-    def _gate_up(self, prefix: str, width: int) -> Tensor:
-        return torch.cat([self._weights.take(f"{prefix}{name}.weight", (width, self.shape.hidden)) for name in GATE_UP])
+    def _gate_up(self, prefix: str, width: int) -> Matrix:
+        return stack([self._weights.take_matrix(f"{prefix}{name}.weight", (width, self.shape.hidden)) for name in GATE_UP])
 
-    def _taken(self, name: str, outputs: int, biased: bool) -> tuple[Tensor, Tensor]:
+    def _taken(self, name: str, outputs: int, biased: bool) -> tuple[Matrix, Tensor]:
         """Return the weight and the bias of a product of normalised rows; a bias of zeros if there is none."""
-        weight, bias = self._weights.take(f"{name}.weight", (outputs, self.shape.hidden)), self._bias(name, outputs, biased)
+        weight, bias = (
+            self._weights.take_matrix(f"{name}.weight", (outputs, self.shape.hidden)),
+            self._bias(name, outputs, biased),
+        )
         return weight, torch.zeros(outputs) if bias is None else bias
 
     def _bias(self, name: str, outputs: int, biased: bool) -> Tensor | None:
@@ -197,7 +203,14 @@ def scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
     return weight if gain is None else (weight.double() * gain).float()
 
 
-def _paired(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's outputs from (all firsts, all seconds) of the rotated pairs to pair after pair."""
-    heads = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
-    return heads.transpose(1, 2).reshape(weight.shape)
+def _gained(weight: Matrix, gain: Tensor | None) -> Matrix:
+    """Return the same of a weight that may be quantised: then there is no gain, the norm before kept it."""
+    if isinstance(weight, Tensor):
+        return scaled(weight, gain)
+    assert gain is None, "gains are not folded into quantised weights"
+    return weight
+
+
+def _paired(outputs: int, head_dim: int) -> Tensor:
+    """Return each head's outputs, (all firsts, all seconds) of the rotated pairs, in the order of pair after pair."""
+    return torch.arange(outputs).view(-1, 2, head_dim // 2).transpose(1, 2).reshape(-1)

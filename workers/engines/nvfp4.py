@@ -31,6 +31,8 @@ GROUP = 16
 #: The largest E2M1.
 E2M1_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+#: What the 16 codes mean.
+VALUES = (*_MAGNITUDES, *(-one for one in _MAGNITUDES))
 #: The smallest E4M3 over 0.
 _SCALE_MIN = 2.0**-9
 #: Where in their table two codes of 0 are.
@@ -96,6 +98,6 @@ def _nibbles(numbers: Tensor) -> Tensor:
 @functools.cache
 def _pairs(device: torch.device) -> Tensor:
     """Return what each byte of two codes means: two float32 in one 64-bit number."""
-    values = torch.tensor([*_MAGNITUDES, *(-one for one in _MAGNITUDES)])
+    values = torch.tensor(VALUES)
     byte = torch.arange(256)
     return torch.stack((values[byte & 15], values[byte >> 4]), dim=1).view(torch.int64).view(-1).to(device)

@@ -6,6 +6,7 @@ from orchestrator.profiles.fields import Fields
 from orchestrator.profiles.model_config import FULL_ATTENTION, Architecture, architecture_of, read_config
 from orchestrator.profiles.positions import KINDS
 from workers.engines.checkpoint import FAMILIES
+from workers.engines.quantization import read_quantization
 
 #: Families that normalise queries and keys per head before they are rotated.
 NORMED_HEADS = ("qwen3", "qwen3_moe")
@@ -27,6 +28,7 @@ def read_architecture(directory: Path) -> Architecture:
     _refuse_other_models(config)
     found = architecture_of(config)
     _refuse_unsupported(config, found)
+    read_quantization(directory, config)
     return found
 
 
@@ -40,8 +42,6 @@ def _refuse_other_models(config: Fields) -> None:
     activation = config.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise config.error("hidden_act", f"must be silu, is {activation!r}")
-    if config.given("quantization_config"):
-        raise config.error("quantization_config", "quantised checkpoints are not supported; use the original weights")
     if config.flag("use_sliding_window", False):
         raise config.error("use_sliding_window", "sliding windows are not supported; must be false")
     kinds = sorted({str(kind) for kind in config.entries("layer_types")})

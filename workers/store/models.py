@@ -26,7 +26,7 @@ class ModelBlocks:
 def model_blocks(model: ModelName, engine: EngineConfig, folder: Path) -> ModelBlocks:
     """Return what an engine of a model will say of its blocks. Raises `CheckpointError` for a folder that it could not open."""
     form = stored_form(engine, folder)
-    name = profiled_fingerprint(folder) if engine.name == "profiled" else fingerprint(folder)
+    name = profiled_fingerprint(folder) if engine.name == "profiled" else fingerprint(folder, engine.weights)
     return ModelBlocks(model, name, form.layout, engine.block_tokens, form.block_bytes)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orchestrator.core.config import WeightFormat
 from orchestrator.core.experts import Placement
 from workers.engines.device import device_of, dtype_of
 from workers.engines.experts import ExpertBank
@@ -42,7 +43,15 @@ class FfnRank:
     """One FFN rank of a group."""
 
     def __init__(
-        self, model_dir: Path, dtype: str, device: str, rank: int, ranks: int, spare_slots: int, threads: int = 0
+        self,
+        model_dir: Path,
+        dtype: str,
+        device: str,
+        rank: int,
+        ranks: int,
+        spare_slots: int,
+        threads: int = 0,
+        weights: WeightFormat = WeightFormat.AUTO,
     ) -> None:
         """Load the rank's part of a checkpoint.
 
@@ -53,6 +62,7 @@ class FfnRank:
             rank: which of the `ranks` this is.
             spare_slots: slots for copies of experts.
             threads: CPU threads; 0: as torch has them.
+            weights: what linear weights are rounded to.
 
         Raises:
             CheckpointError, ConfigError: as `EagerEngine` does.
@@ -62,12 +72,12 @@ class FfnRank:
         self._share = Share(rank, ranks)
         if threads:
             torch.set_num_threads(threads)
-        weights = Weights(model_dir)
-        self._loader = Loader(weights, shape, self._dtype, self._device)
+        tensors = Weights(model_dir, weights)
+        self._loader = Loader(tensors, shape, self._dtype, self._device)
         placements = first_placements(shape, ranks, spare_slots)
         with torch.inference_mode():
             self._parts = [self._load(layer, placements.get(layer)) for layer in range(shape.layers)]
-        weights.check_all_taken(within=".mlp.")
+        tensors.check_all_taken(within=".mlp.")
         self._inlet = SharedInlet()
 
     @property
