@@ -1,6 +1,7 @@
 """A step's slices as tensors: which row is whose, where its keys go, what it may look at, and how decodes are grouped."""
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.types import BlockId, RequestId, Sampling
-from workers.engines import batch as batch_file
+from workers.engines import gathered as gathered_file
 from workers.engines.batch import BatchBuilder, StepBatch
+from workers.engines.decodes import DecodeSequence
+from workers.engines.gathered import DecodeGroup, GatheredDecodes, GatheredWay
 from workers.engines.kvpool import KvPool
 from workers.engines.sequences import TokenSequence
 from workers.engines.stored import Slab
@@ -26,7 +29,7 @@ class Bench:
     def __init__(self, rows_min: int = 1, block_tokens: int = SIZE, dtype: torch.dtype = torch.float32) -> None:
         self.pool = KvPool(BLOCKS, Slab(LAYERS, KV_HEADS, block_tokens, HEAD_DIM, str(dtype).removeprefix("torch.")), CPU, None)
         self.pool.slabs.fill_(1)
-        self._builder = BatchBuilder(self.pool, rows_min, dtype, CPU)
+        self.builder = BatchBuilder(self.pool, rows_min, GatheredWay(self.pool, dtype, CPU), CPU)
 
     def build(self, *wanted: tuple[int, int, list[int]], sample: str = "", left_out: tuple[int, ...] = ()) -> StepBatch:
         """Build a step of (start, count, blocks) a sequence; `sample` has an x for those that sample, all do by default."""
@@ -38,7 +41,7 @@ class Bench:
             sequences.append(sequence)
             samples = not sample or sample[number] == "x"
             slices.append(Slice(RequestId(number), start, count, 0, (), samples))
-        return self._builder.build(slices, sequences, [number for number in range(len(wanted)) if number not in left_out])
+        return self.builder.build(slices, sequences, [number for number in range(len(wanted)) if number not in left_out])
 
     def cleared(self) -> list[int]:
         """Return the blocks that were zeroed."""
@@ -60,13 +63,18 @@ class Bench:
         return found
 
 
+def groups_of(batch: StepBatch) -> tuple[DecodeGroup, ...]:
+    assert isinstance(batch.decodes, GatheredDecodes)
+    return batch.decodes.groups
+
+
 def test_one_decode_is_one_row() -> None:
     bench = Bench()
     batch = bench.build((5, 1, [7, 9]))
     assert (batch.rows, batch.tokens, batch.positions_max) == (1, 1, 5)
     assert (batch.token_ids.tolist(), batch.positions.tolist()) == ([5], [5])
     assert (batch.sampled_rows, batch.sampled_slices, batch.chunks) == (None, (0,), ())
-    [group] = batch.decodes
+    [group] = groups_of(batch)
     assert (group.first_row, group.count, group.context, group.mask) == (0, 1, 6, None)
     assert bench.places(batch) == [(9, 1)]
 
@@ -84,6 +92,35 @@ def test_decodes_come_first_longest_first_then_chunks_in_order() -> None:
     # The last row of each slice, in the order of rows.
     assert batch.sampled_rows is not None
     assert (batch.sampled_rows.tolist(), batch.sampled_slices) == ([0, 1, 7, 10], (2, 1, 0, 3))
+
+
+class Noted:
+    """A way that takes up to three rows of a sequence and remembers what it was told."""
+
+    rows_max = 3
+
+    def __init__(self) -> None:
+        self.told: list[DecodeSequence] = []
+
+    def plan(self, sequences: Sequence[DecodeSequence]) -> "Noted":
+        self.told = list(sequences)
+        return self
+
+    def attend(self, queries: torch.Tensor, attended: torch.Tensor, layer: int, scale: float) -> None:
+        raise NotImplementedError
+
+
+def test_short_chunks_after_a_context_are_attended_for_as_decodes_and_stand_behind_them() -> None:
+    bench, way = Bench(), Noted()
+    bench.builder = BatchBuilder(bench.pool, 1, way, CPU)
+    batch = bench.build((0, 3, [1]), (4, 4, [2, 3]), (4, 3, [4, 5]), (9, 1, [6, 7, 8]), (2, 2, [9]))
+    assert batch.token_ids.tolist() == [309, 204, 205, 206, 402, 403, 0, 1, 2, 104, 105, 106, 107]
+    # A prompt's first tokens have no context, however few they are; four rows are more than the way takes.
+    assert [(chunk.first_row, chunk.count, chunk.start) for chunk in batch.chunks] == [(6, 3, 0), (9, 4, 4)]
+    told = [(one.first_row, one.count, one.start, one.context, one.table[0]) for one in way.told]
+    assert told == [(0, 1, 9, 10, 6), (1, 3, 4, 7, 4), (4, 2, 2, 4, 9)]
+    assert batch.sampled_rows is not None
+    assert (batch.sampled_rows.tolist(), batch.sampled_slices) == ([0, 3, 5, 8, 12], (3, 2, 4, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +181,7 @@ def test_blocks_of_one_token_are_never_part_filled() -> None:
 
 def test_a_group_masks_what_is_beyond_each_of_its_sequences() -> None:
     batch = Bench().build((2, 1, [1]), (6, 1, [2, 3]), (6, 1, [4, 5]))
-    [group] = batch.decodes
+    [group] = groups_of(batch)
     assert (group.count, group.context) == (3, 7)
     assert group.mask is not None
     assert group.mask.shape == (3 * KV_HEADS, 1, 7)
@@ -155,7 +192,7 @@ def test_a_group_masks_what_is_beyond_each_of_its_sequences() -> None:
 
 
 def test_a_mask_has_the_models_dtype() -> None:
-    [group] = Bench(rows_min=1, dtype=torch.bfloat16).build((2, 1, [1]), (6, 1, [2, 3])).decodes
+    [group] = groups_of(Bench(rows_min=1, dtype=torch.bfloat16).build((2, 1, [1]), (6, 1, [2, 3])))
     assert group.mask is not None
     assert group.mask.dtype == torch.bfloat16
 
@@ -165,7 +202,7 @@ def test_a_group_reads_its_sequences_keys_and_values() -> None:
     batch = bench.build((6, 1, [2, 3]), (2, 1, [1]))
     pool = bench.pool.slabs.view(torch.float32).view(BLOCKS, LAYERS, 2, KV_HEADS, SIZE, HEAD_DIM)
     pool.copy_(torch.arange(pool.numel(), dtype=torch.float32).view(pool.shape))
-    [group] = batch.decodes
+    [group] = groups_of(batch)
     found = bench.pool.read(2, group.index, group.count)
     for part in range(2):
         for head in range(KV_HEADS):
@@ -204,11 +241,11 @@ def test_a_chunk_reads_all_blocks_up_to_its_last_token(count: int, blocks: list[
 def test_groups_waste_little_and_gather_no_more_than_they_may(
     monkeypatch: pytest.MonkeyPatch, padding: int, gathered: int, groups: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(batch_file, "PADDING_BYTES_MAX", padding)
-    monkeypatch.setattr(batch_file, "GATHER_BYTES_MAX", gathered)
+    monkeypatch.setattr(gathered_file, "PADDING_BYTES_MAX", padding)
+    monkeypatch.setattr(gathered_file, "GATHER_BYTES_MAX", gathered)
     long = list(range(7))
     batch = Bench().build((6, 1, long), (24, 1, long), (8, 1, long), (24, 1, long))
-    assert [(group.count, group.context) for group in batch.decodes] == groups
-    assert [group.first_row for group in batch.decodes] == [
+    assert [(group.count, group.context) for group in groups_of(batch)] == groups
+    assert [group.first_row for group in groups_of(batch)] == [
         sum(count for count, _ in groups[:place]) for place in range(len(groups))
     ]

@@ -2,8 +2,8 @@
 
 Rows of a step, one a token:
 
-    [0, decodes)   sequences that compute one token, in groups of similar context
-    [.., tokens)   chunks of prompts, one after the other
+    [0, decodes)   sequences that compute one token, longest context first
+    [.., tokens)   chunks of prompts, one after the other, those of few tokens first
     [.., rows)     filling, where the device is faster with a few rows more; computed and never looked at
 """
 
@@ -16,28 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
+from workers.engines.decodes import Decodes, DecodeSequence, DecodeWay
 from workers.engines.kvpool import KvPool
 from workers.engines.sequences import TokenSequence
-
-#: Bytes of padding a group of decodes may read before another group is opened: about what one group's calls cost in time.
-PADDING_BYTES_MAX = 512 * 1024
-#: Bytes of keys and values that one group gathers at most; a single sequence may be longer. From twice as many on the C library
-#: returns temporary arrays to the system and gets them again, page by page, in every layer: a decode step of 16 contexts of 8,000
-#: tokens was measured to take 245 to 280 ms instead of 85.
-GATHER_BYTES_MAX = 32 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Sequences that attend together, one query token each."""
-
-    first_row: int
-    count: int
-    #: Tokens of the longest.
-    context: int
-    index: Tensor
-    #: 0 or -inf for each [sequence x KV head, 1, context]; None if all are `context` long.
-    mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +43,36 @@ class StepBatch:
     positions: Tensor
     positions_max: int
     write_index: Tensor
-    decodes: tuple[DecodeGroup, ...]
+    #: Sequences that compute one row, or, where the way of attending has it so, a few after what is in the pool.
+    decodes: Decodes | None
+    #: All others that compute several.
     chunks: tuple[PromptChunk, ...]
     #: Rows whose next token is wanted, in the order of `sampled_slices`; None: all, in order.
     sampled_rows: Tensor | None
     #: Indexes of the slices that sample, in the order of `sampled_rows`.
     sampled_slices: tuple[int, ...]
 
+    @property
+    def decode_rows(self) -> int:
+        """Rows that `decodes` attends for, the first ones."""
+        return self.chunks[0].first_row if self.chunks else self.tokens
+
 
 class BatchBuilder:
     """Builds batches for one engine."""
 
-    def __init__(self, pool: KvPool, rows_min: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pool: KvPool, rows_min: int, way: DecodeWay, device: torch.device) -> None:
         self._pool = pool
         self._rows_min = rows_min
-        self._dtype = dtype
+        self._way = way
         self._device = device
-        #: Bytes of one block in one layer.
-        self._layer_block_bytes = pool.block_bytes // pool.slab.layers
 
     def build(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> StepBatch:
         """Return the batch of `slices[i]` for the i in `numbers`; `sequences` stands beside `slices`."""
         decodes = [number for number in numbers if slices[number].count == 1]
         decodes.sort(key=lambda number: -slices[number].start)
-        chunks = [number for number in numbers if slices[number].count > 1]
+        few = [number for number in numbers if slices[number].count > 1 and self._is_few(slices[number])]
+        chunks = few + [number for number in numbers if slices[number].count > 1 and not self._is_few(slices[number])]
         token_ids, positions, blocks = self._rows(slices, sequences, decodes, chunks)
         tokens = len(token_ids)
         rows = max(tokens, self._rows_min)
@@ -103,8 +90,8 @@ class BatchBuilder:
             positions=self._to_device(positions),
             positions_max=positions_max,
             write_index=self._to_device(write_index),
-            decodes=tuple(self._decode_groups(slices, sequences, decodes)),
-            chunks=tuple(self._prompt_chunks(slices, sequences, chunks, len(decodes))),
+            decodes=self._decodes(slices, sequences, decodes + few),
+            chunks=self._prompt_chunks(slices, sequences, chunks[len(few) :], tokens),
             sampled_rows=None if everything else self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
             sampled_slices=tuple(number for _, number in sampled),
         )
@@ -143,43 +130,26 @@ class BatchBuilder:
             rows.append((row - 1, number))
         return rows
 
-    def _decode_groups(
-        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int]
-    ) -> list[DecodeGroup]:
-        """Cut the decodes, longest context first, into groups that waste little on padding."""
-        size = self._pool.block_tokens
-        counts = [slices[number].start // size + 1 for number in decodes]
-        groups: list[DecodeGroup] = []
-        first = 0
-        while first < len(decodes):
-            longest, padding, end = counts[first], 0, first + 1
-            while end < len(decodes):
-                padding += (longest - counts[end]) * self._layer_block_bytes
-                gathered = (end + 1 - first) * longest * self._layer_block_bytes
-                if padding > PADDING_BYTES_MAX or gathered > GATHER_BYTES_MAX:
-                    break
-                end += 1
-            groups.append(self._decode_group(slices, sequences, decodes[first:end], first, counts[first:end]))
-            first = end
-        return groups
+    def _is_few(self, piece: Slice) -> bool:
+        """Whether a chunk reads so much more than it computes that it is attended for as decodes are."""
+        return piece.start > 0 and piece.count <= self._way.rows_max
 
-    def _decode_group(
-        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int], first: int, counts: list[int]
-    ) -> DecodeGroup:
-        tables = np.zeros((len(members), counts[0]), dtype=np.int64)
-        for row, (number, count) in enumerate(zip(members, counts, strict=True)):
-            tables[row, :count] = sequences[number].table[:count]
-        lengths = np.array([slices[number].start + 1 for number in members])
-        context = int(lengths[0])
-        mask = None
-        if lengths[-1] < context:
-            void = np.where(np.arange(context) < lengths[:, None], np.float32(0), np.float32(-np.inf))
-            mask = self._to_device(np.repeat(void, self._pool.slab.kv_heads, axis=0)[:, None, :]).to(self._dtype)
-        return DecodeGroup(first, len(members), context, self._to_device(self._pool.read_index(tables)), mask)
+    def _decodes(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int]) -> Decodes | None:
+        if not members:
+            return None
+        described: list[DecodeSequence] = []
+        row = 0
+        for number in members:
+            start, count = slices[number].start, slices[number].count
+            described.append(DecodeSequence(row, count, start, sequences[number].table))
+            row += count
+        return self._way.plan(described)
 
     def _prompt_chunks(
-        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], chunks: list[int], first_row: int
-    ) -> list[PromptChunk]:
+        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], chunks: list[int], tokens: int
+    ) -> tuple[PromptChunk, ...]:
+        """Describe the chunks that are a step's last rows of `tokens`."""
+        first_row = tokens - sum(slices[number].count for number in chunks)
         found: list[PromptChunk] = []
         for number in chunks:
             start, count = slices[number].start, slices[number].count
@@ -189,8 +159,8 @@ class BatchBuilder:
                 index = self._to_device(self._pool.read_index(sequences[number].table[None, :blocks]))
             found.append(PromptChunk(first_row, count, start, index))
             first_row += count
-        return found
+        return tuple(found)
 
-    def _to_device(self, values: NDArray[np.int64] | NDArray[np.float32]) -> Tensor:
+    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

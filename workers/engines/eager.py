@@ -16,6 +16,7 @@ from orchestrator.core.config import ConfigError, EngineConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
+from workers.engines.attention import decode_way
 from workers.engines.base import EngineDescription, SliceOutput
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
@@ -83,7 +84,8 @@ class EagerEngine:
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
-        self._batches = BatchBuilder(self._pool, rows_min(dtype, device), dtype, device)
+            way = decode_way(self._pool, dtype, device, self._threads)
+        self._batches = BatchBuilder(self._pool, rows_min(dtype, device), way, device)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,

@@ -81,6 +81,13 @@ class KvPool:
         found = torch.index_select(self._head_rows[layer], 0, index)
         return found.view(self._kinds, sequences * self.slab.kv_heads, -1, self.slab.head_dim)
 
+    def in_place(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return views of all keys and of all values of a layer [blocks, tokens, KV heads, head dimension]; latents twice."""
+        slab = self.slab
+        first = layer * slab.layer_rows
+        rows = self._rows[:, first : first + slab.layer_rows].unflatten(2, (slab.block_tokens, slab.head_dim)).transpose(1, 2)
+        return rows[:, :, : slab.kv_heads], rows[:, :, -slab.kv_heads :]
+
     def clear(self, block: int) -> None:
         """Zero a block that is about to be filled in part, so that what lies behind its last token is finite."""
         self.slabs[block].zero_()

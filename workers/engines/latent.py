@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.engines.attention import MASK_ENTRIES_MAX, causal_mask
-from workers.engines.batch import DecodeGroup, PromptChunk, StepBatch
+from workers.engines.batch import PromptChunk, StepBatch
+from workers.engines.decodes import Decodes
 from workers.engines.kvpool import KvPool
 from workers.engines.loader import Loader
 
@@ -43,9 +44,8 @@ class LatentAttention:
         queries, kept = self._project(normed, rotation)
         pool.write(layer, batch.write_index, kept[: batch.tokens].unsqueeze(1))
         attended = queries.new_zeros(batch.rows, self._heads, self._value)
-        if batch.decodes:
-            count = sum(group.count for group in batch.decodes)
-            attended[:count] = self._decode(queries[:count], batch.decodes, pool, layer)
+        if batch.decodes is not None:
+            attended[: batch.decode_rows] = self._decode(queries[: batch.decode_rows], batch.decodes, layer)
         for chunk in batch.chunks:
             part = slice(chunk.first_row, chunk.first_row + chunk.count)
             self._attend_chunk(queries[part], kept[part], chunk, pool, layer, attended[part])
@@ -67,14 +67,10 @@ class LatentAttention:
         kept[:, : self._rank] = self._latent_norm(kept[:, : self._rank].float())
         return queries, kept
 
-    def _decode(self, queries: Tensor, groups: tuple[DecodeGroup, ...], pool: KvPool, layer: int) -> Tensor:
-        """Attend one query token of each sequence: [count, heads, value dimension]."""
-        absorbed = self._absorbed(queries)
+    def _decode(self, queries: Tensor, decodes: Decodes, layer: int) -> Tensor:
+        """Attend the rows of sequences that have few: [count, heads, value dimension]."""
         sums = queries.new_empty(len(queries), self._heads, self._rank)
-        for group in groups:
-            rows = slice(group.first_row, group.first_row + group.count)
-            latents = pool.read(layer, group.index, group.count)[0, :, : group.context]
-            sums[rows] = self._sums(absorbed[rows], latents, group.mask)
+        decodes.attend(self._absorbed(queries).flatten(1), sums, layer, self._scale)
         return self._values_of(sums)
 
     def _attend_chunk(
@@ -149,11 +145,10 @@ class LatentAttention:
         absorbed[..., self._rank :] = queries[..., self._plain :]
         return absorbed
 
-    def _sums(self, queries: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
+    def _sums(self, queries: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         """Return the sums of latents that queries [sequences, queries, ..] see in [sequences, tokens, ..]."""
         queries, keys = queries * self._scale, latents.transpose(1, 2)
-        scores = torch.bmm(queries, keys) if mask is None else torch.baddbmm(mask, queries, keys)
-        return torch.bmm(scores.softmax(-1), latents[..., : self._rank])
+        return torch.bmm(torch.baddbmm(mask, queries, keys).softmax(-1), latents[..., : self._rank])
 
     def _values_of(self, sums: Tensor) -> Tensor:
         """Return [count, heads, value dimension] of sums of latents [count, heads, latent]."""

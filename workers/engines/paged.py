@@ -1,0 +1,473 @@
+"""Decode attention that reads the KV pool where it lies, by block tables: one call of a compiled kernel for a layer of a step.
+
+Memory is what bounds decoding, so keys and values are read once: for all query heads that share them, for all rows that a
+sequence has in the step, a block at a time, with the softmax's sums carried along. Contexts are cut into parts, which threads
+compute apart; whoever finishes a sequence's last part merges them, in their order. Which thread does what, and what else is in
+the batch, changes nothing in a row's arithmetic.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba.extending import overload
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.engines.decodes import DecodeSequence
+from workers.engines.kvpool import KvPool
+from workers.engines.threads import Kernel, pointer, take
+
+#: Rows of one sequence in a step up to which this is for it: a longer chunk of a prompt is bounded by arithmetic, not memory.
+ROWS_MAX = 16
+#: Tokens of a context that one thread reads at a time, but for whole blocks.
+PART_TOKENS = 2048
+#: Bytes of keys and values of one layer from which they are worth several threads: what one reads in about 50 microseconds.
+SHARED_BYTES_MIN = 1 << 20
+#: What may be reordered in sums. Infinities and NaNs keep their meaning: a row that has them must show them.
+REORDERED = {"reassoc", "contract", "nsz", "arcp"}
+#: A score below any.
+LOWEST = np.float32(-1e30)
+#: Chebyshev's interpolation of 2 to the x + 1/2 on [-1/2, 1/2], off by 2.5e-9 at most, constant term first.
+EXP2 = tuple(np.float32(term) for term in (1.41421356, 0.98025818, 0.33973159, 0.07849348, 0.01360199, 0.00189511, 0.00021866))
+
+#: What a kernel is told; addresses, sizes and strides, these in values.
+RECORD = np.dtype(
+    [
+        ("next", np.int64),
+        # [blocks, rows of a slab, tokens of a block, head dimension]; the layer's first rows of keys and values; heads of each.
+        ("pool", np.int64),
+        ("blocks", np.int64),
+        ("slab_rows", np.int64),
+        ("block_tokens", np.int64),
+        ("head_dim", np.int64),
+        ("key_row", np.int64),
+        ("value_row", np.int64),
+        ("heads", np.int64),
+        # Dimensions of a value, the first ones of its row in the pool; query heads that share a KV head.
+        ("value_dim", np.int64),
+        ("shared", np.int64),
+        # [rows, at least heads x shared x head dimension], and [rows, at least heads x shared x value dimension].
+        ("rows", np.int64),
+        ("queries", np.int64),
+        ("queries_stride", np.int64),
+        ("attended", np.int64),
+        ("attended_stride", np.int64),
+        ("scale", np.float64),
+        # Of each sequence: its first row, its rows, tokens before them, parts, where its partial sums begin; its blocks.
+        ("sequences", np.int64),
+        ("facts", np.int64),
+        ("tables", np.int64),
+        ("table_width", np.int64),
+        ("count_max", np.int64),
+        # Each part: its sequence, and its place in that.
+        ("parts", np.int64),
+        ("part_list", np.int64),
+        ("part_tokens", np.int64),
+        # Sums of the parts of sequences that have several: [parts, heads, rows x shared, value dimension + 2].
+        ("partials", np.int64),
+        ("partial_parts", np.int64),
+        # Parts that are done: [sequences, heads].
+        ("done", np.int64),
+    ]
+)
+
+
+class PagedWay:
+    """The kernel, for pools in host memory."""
+
+    rows_max = ROWS_MAX
+
+    def __init__(self, pool: KvPool, threads: int) -> None:
+        """Compile for the pool's dtype, which takes seconds, once a machine; `threads` may compute a layer together."""
+        self._pool = pool
+        self._threads = threads
+        _kernel(pool.slab.dtype)
+
+    def plan(self, sequences: Sequence[DecodeSequence]) -> "PagedDecodes":
+        """See `DecodeWay.plan`."""
+        return PagedDecodes(self._pool, sequences, self._threads)
+
+
+class PagedDecodes:
+    """A step's decodes, longest context first, so that no thread is left with that at the end."""
+
+    __slots__ = ("_arrays", "_bytes", "_count_max", "_partial_parts", "_pool", "_record", "_threads")
+
+    def __init__(self, pool: KvPool, sequences: Sequence[DecodeSequence], threads: int) -> None:
+        self._pool = pool
+        self._threads = threads
+        self._count_max = max(sequence.count for sequence in sequences)
+        sequences = sorted(sequences, key=lambda sequence: -sequence.context)
+        blocks_each = [-(-sequence.context // pool.block_tokens) for sequence in sequences]
+        table = np.zeros((len(sequences), blocks_each[0]), dtype=np.int64)
+        for row, (sequence, count) in enumerate(zip(sequences, blocks_each, strict=True)):
+            table[row, :count] = sequence.table[:count]
+        facts = np.array([(sequence.first_row, sequence.count, sequence.start) for sequence in sequences], dtype=np.int64)
+        part_blocks = max(1, PART_TOKENS // pool.block_tokens)
+        parts = np.array([-(-count // part_blocks) for count in blocks_each], dtype=np.int64)
+        several = np.where(parts > 1, parts, 0)
+        owners = np.repeat(np.arange(len(parts)), parts)
+        part_list = np.column_stack((owners, np.arange(len(owners)) - np.repeat(np.cumsum(parts) - parts, parts)))
+        self._arrays = {
+            "facts": np.column_stack((facts, parts, np.cumsum(several) - several)),
+            "tables": table,
+            "part_list": part_list,
+        }
+        self._partial_parts = int(several.sum())
+        self._bytes = sum(blocks_each) * pool.block_bytes // pool.slab.layers
+        self._record: NDArray[np.void] | None = None
+
+    def attend(self, queries: Tensor, attended: Tensor, layer: int, scale: float) -> None:
+        """See `Decodes.attend`."""
+        slab = self._pool.slab
+        if self._record is None:
+            self._record = self._describe(attended, scale)
+        record = self._record
+        record["key_row"] = first = layer * slab.layer_rows
+        record["value_row"] = first if slab.latent else first + slab.kv_heads
+        record["queries"], record["queries_stride"] = queries.data_ptr(), queries.stride(0)
+        record["attended"] = attended.data_ptr()
+        assert queries.stride(1) == 1, queries.stride()
+        assert attended.is_contiguous(), attended.stride()
+        _kernel(slab.dtype).run(record, self._threads if self._bytes >= SHARED_BYTES_MIN else 1)
+
+    def _describe(self, attended: Tensor, scale: float) -> NDArray[np.void]:
+        """Return the record with all that is the same in every layer."""
+        slab, facts, part_list = self._pool.slab, self._arrays["facts"], self._arrays["part_list"]
+        rows, heads, value_dim = attended.shape
+        shared = heads // slab.kv_heads
+        sums = self._partial_parts * heads * self._count_max * (value_dim + 2)
+        self._arrays["partials"] = np.empty(sums, dtype=np.float32)
+        self._arrays["done"] = np.zeros((len(facts), slab.kv_heads), dtype=np.int64)
+        record = np.zeros(1, dtype=RECORD)
+        known = {
+            "pool": self._pool.slabs.data_ptr(),
+            "blocks": len(self._pool.slabs),
+            "slab_rows": slab.rows,
+            "block_tokens": slab.block_tokens,
+            "head_dim": slab.head_dim,
+            "heads": slab.kv_heads,
+            "value_dim": value_dim,
+            "shared": shared,
+            "rows": rows,
+            "sequences": len(facts),
+            "table_width": self._arrays["tables"].shape[1],
+            "count_max": self._count_max,
+            "parts": len(part_list),
+            "part_tokens": max(1, PART_TOKENS // slab.block_tokens) * slab.block_tokens,
+            "partial_parts": self._partial_parts,
+        }
+        known |= {name: array.ctypes.data for name, array in self._arrays.items()}
+        for name, value in known.items():
+            record[name] = value
+        record["scale"] = scale * math.log2(math.e)
+        return record
+
+
+@cache
+def _kernel(dtype: str) -> Kernel:
+    """Return the kernel for a pool's dtype: compiled once, and kept beside this file or in the user's cache directory."""
+    entries = {"float32": _float32_entry, "bfloat16": _bfloat16_entry}
+    compiled = _compile(entries[dtype])
+    return Kernel(compiled.address, compiled)
+
+
+def _compile(entry: Callable[[int], None]) -> Any:
+    """Return a C function; where nothing can be written, it is compiled by every process."""
+    try:
+        return cfunc(types.void(types.int64), cache=True, error_model="numpy")(entry)
+    except RuntimeError:
+        return cfunc(types.void(types.int64), error_model="numpy")(entry)
+
+
+def _float32_entry(address: int) -> None:
+    _work(address, np.float32)
+
+
+def _bfloat16_entry(address: int) -> None:
+    _work(address, np.uint16)
+
+
+def _wide(value):
+    """Return a pool's value as float32; bfloat16 comes as uint16."""
+
+
+@overload(_wide)
+def _wide_of(value):
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: value
+
+
+def _narrow(value, like):
+    """Return a float32 as what the pool has, rounded to even."""
+
+
+@overload(_narrow)
+def _narrow_of(value, like):
+    if like == types.uint16:
+        return lambda value, like: _to_bfloat16(value)
+    return lambda value, like: value
+
+
+_compiled = njit(fastmath=REORDERED, error_model="numpy")
+
+
+@_compiled
+def _to_bfloat16(value):
+    bits = np.float32(value).view(np.uint32)
+    if math.isnan(value):
+        return np.uint16(0x7FC0)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_compiled
+def _work(address, dtype):
+    """Take pieces, a head in a part of a sequence each, until there are none."""
+    known = carray(pointer(address), 1, RECORD)[0]  # pyright: ignore[reportCallIssue]
+    pool = carray(pointer(known.pool), (known.blocks, known.slab_rows, known.block_tokens, known.head_dim), dtype)
+    queries = carray(pointer(known.queries), (known.rows, known.queries_stride), dtype)
+    attended = carray(pointer(known.attended), (known.rows, known.heads * known.shared, known.value_dim), dtype)
+    facts = carray(pointer(known.facts), (known.sequences, 5), np.int64)
+    tables = carray(pointer(known.tables), (known.sequences, known.table_width), np.int64)
+    part_list = carray(pointer(known.part_list), (known.parts, 2), np.int64)
+    done = carray(pointer(known.done), (known.sequences, known.heads), np.int64)
+    each = known.count_max * known.shared
+    partials = carray(pointer(known.partials), (known.partial_parts, known.heads, each, known.value_dim + 2), np.float32)
+    scaled = np.empty((each, known.head_dim), np.float32)
+    own = np.empty((each, known.value_dim + 2), np.float32)
+    scores = np.empty((known.shared, known.block_tokens), np.float32)
+    while True:
+        piece = take(address)
+        if piece >= known.parts * known.heads:
+            return
+        sequence, part = part_list[piece // known.heads]
+        head = piece % known.heads
+        row, count, start, parts, partial = facts[sequence]
+        for query in range(count * known.shared):
+            first = (head * known.shared + query % known.shared) * known.head_dim
+            for dim in range(known.head_dim):
+                scaled[query, dim] = _wide(queries[row + query // known.shared, first + dim]) * np.float32(known.scale)
+        sums = own if parts == 1 else partials[partial + part, head]
+        begin = part * known.part_tokens
+        end = min(begin + known.part_tokens, start + count)
+        table = tables[sequence]
+        keys, values = known.key_row + head, known.value_row + head
+        _read(scaled, pool, table, keys, values, begin, end, start, count, known.shared, scores, sums)
+        if parts > 1:
+            if take(done[sequence, head:].ctypes.data) < parts - 1:
+                continue
+            done[sequence, head] = 0
+            _merge(partials[partial : partial + parts, head], count * known.shared, own)
+        for query in range(count * known.shared):
+            place = attended[row + query // known.shared, head * known.shared + query % known.shared]
+            share = np.float32(1) / own[query, known.value_dim + 1]
+            for dim in range(known.value_dim):
+                place[dim] = _narrow(own[query, dim] * share, place[dim])
+
+
+@_compiled
+def _read(scaled, pool, table, key_row, value_row, begin, end, start, count, shared, scores, sums):
+    """Attend to the tokens from begin to end. Leaves of each query its values' sum, its highest score, its weights' sum."""
+    width = sums.shape[1] - 2
+    for query in range(count * shared):
+        sums[query, :width] = np.float32(0)
+        sums[query, width] = LOWEST
+        sums[query, width + 1] = np.float32(0)
+    size = pool.shape[2]
+    for first in range(begin, end, size):
+        block = table[first // size]
+        for row in range(count):
+            tokens = min(first + size, start + row + 1) - first
+            if tokens > 0:
+                part = slice(row * shared, row * shared + shared)
+                _read_block(scaled[part], pool[block, key_row], pool[block, value_row], tokens, scores, sums[part])
+
+
+@_compiled
+def _read_block(queries, keys, values, tokens, scores, sums):
+    """Attend one row's queries to the first tokens of a block."""
+    count, width = len(queries), sums.shape[1] - 2
+    query = 0
+    while query + 4 <= count:
+        _scores_of_four(queries[query : query + 4], keys, tokens, scores[query : query + 4])
+        query += 4
+    while query + 2 <= count:
+        _scores_of_two(queries[query : query + 2], keys, tokens, scores[query : query + 2])
+        query += 2
+    if query < count:
+        _scores_of_one(queries[query], keys, tokens, scores[query])
+    for query in range(count):
+        _weigh(scores[query, :tokens], sums[query], width)
+    query = 0
+    while query + 4 <= count:
+        _sum_for_four(scores[query : query + 4], values, tokens, sums[query : query + 4], width)
+        query += 4
+    while query + 2 <= count:
+        _sum_for_two(scores[query : query + 2], values, tokens, sums[query : query + 2], width)
+        query += 2
+    if query < count:
+        _sum_for_one(scores[query], values, tokens, sums[query], width)
+
+
+@_compiled
+def _weigh(scores, sums, width):
+    """Turn scores into weights against the highest score so far, and what was summed so far as well."""
+    before = sums[width]
+    highest = before
+    for token in range(len(scores)):
+        highest = highest if scores[token] <= highest else scores[token]
+    total = np.float32(0)
+    for token in range(len(scores)):
+        weight = _exp2(scores[token] - highest)
+        scores[token] = weight
+        total += weight
+    rest = _exp2(before - highest)
+    sums[width] = highest
+    sums[width + 1] = sums[width + 1] * rest + total
+    if before != highest:
+        for dim in range(width):
+            sums[dim] *= rest
+
+
+@_compiled
+def _merge(parts, queries, merged):
+    """Add up a sequence's parts, in their order."""
+    width = merged.shape[1] - 2
+    for query in range(queries):
+        highest = LOWEST
+        for part in range(len(parts)):
+            score = parts[part, query, width]
+            highest = highest if score <= highest else score
+        merged[query, :] = np.float32(0)
+        for part in range(len(parts)):
+            sums = parts[part, query]
+            share = _exp2(sums[width] - highest)
+            for dim in range(width):
+                merged[query, dim] += sums[dim] * share
+            merged[query, width + 1] += sums[width + 1] * share
+
+
+@njit(fastmath=REORDERED, error_model="numpy")
+def _exp2(exponent):
+    """Return 2 to a power of at most 0, to float32's precision; a NaN stays one. Without a call, so that loops are vectorised."""
+    limited = np.float32(-126) if exponent < np.float32(-126) else exponent
+    whole = math.floor(limited)
+    rest = limited - whole - np.float32(0.5)
+    power = EXP2[6]
+    power = power * rest + EXP2[5]
+    power = power * rest + EXP2[4]
+    power = power * rest + EXP2[3]
+    power = power * rest + EXP2[2]
+    power = power * rest + EXP2[1]
+    power = power * rest + EXP2[0]
+    return power * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+# Products of one, two or four queries at a time, each key and value being widened once for them. Several sums side by side are
+# what the compiler makes vector instructions of; arrays of sums it does not.
+
+
+@_compiled
+def _scores_of_one(query, keys, tokens, scores):
+    for token in range(tokens):
+        key = keys[token]
+        score = np.float32(0)
+        for dim in range(len(query)):
+            score += query[dim] * _wide(key[dim])
+        scores[token] = score
+
+
+@_compiled
+def _scores_of_two(queries, keys, tokens, scores):
+    a, b = queries[0], queries[1]
+    for token in range(tokens):
+        key = keys[token]
+        score_a = score_b = np.float32(0)
+        for dim in range(queries.shape[1]):
+            value = _wide(key[dim])
+            score_a += a[dim] * value
+            score_b += b[dim] * value
+        scores[0, token], scores[1, token] = score_a, score_b
+
+
+@_compiled
+def _scores_of_four(queries, keys, tokens, scores):
+    a, b, c, d = queries[0], queries[1], queries[2], queries[3]
+    for token in range(tokens):
+        key = keys[token]
+        score_a = score_b = score_c = score_d = np.float32(0)
+        for dim in range(queries.shape[1]):
+            value = _wide(key[dim])
+            score_a += a[dim] * value
+            score_b += b[dim] * value
+            score_c += c[dim] * value
+            score_d += d[dim] * value
+        scores[0, token], scores[1, token], scores[2, token], scores[3, token] = score_a, score_b, score_c, score_d
+
+
+@_compiled
+def _sum_for_one(weights, values, tokens, sums, width):
+    token = 0
+    while token + 4 <= tokens:
+        v, w, x, y = values[token], values[token + 1], values[token + 2], values[token + 3]
+        p, q, r, s = weights[token], weights[token + 1], weights[token + 2], weights[token + 3]
+        for dim in range(width):
+            sums[dim] += (p * _wide(v[dim]) + q * _wide(w[dim])) + (r * _wide(x[dim]) + s * _wide(y[dim]))
+        token += 4
+    while token < tokens:
+        for dim in range(width):
+            sums[dim] += weights[token] * _wide(values[token, dim])
+        token += 1
+
+
+@_compiled
+def _sum_for_two(weights, values, tokens, sums, width):
+    a, b = weights[0], weights[1]
+    sum_a, sum_b = sums[0], sums[1]
+    token = 0
+    while token + 4 <= tokens:
+        v, w, x, y = values[token], values[token + 1], values[token + 2], values[token + 3]
+        p, q, r, s = a[token], a[token + 1], a[token + 2], a[token + 3]
+        t, u, m, n = b[token], b[token + 1], b[token + 2], b[token + 3]
+        for dim in range(width):
+            e, f, g, h = _wide(v[dim]), _wide(w[dim]), _wide(x[dim]), _wide(y[dim])
+            sum_a[dim] += (p * e + q * f) + (r * g + s * h)
+            sum_b[dim] += (t * e + u * f) + (m * g + n * h)
+        token += 4
+    while token < tokens:
+        for dim in range(width):
+            value = _wide(values[token, dim])
+            sum_a[dim] += a[token] * value
+            sum_b[dim] += b[token] * value
+        token += 1
+
+
+@_compiled
+def _sum_for_four(weights, values, tokens, sums, width):
+    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+    sum_a, sum_b, sum_c, sum_d = sums[0], sums[1], sums[2], sums[3]
+    token = 0
+    while token + 2 <= tokens:
+        v, w = values[token], values[token + 1]
+        p, q, r, s = a[token], b[token], c[token], d[token]
+        t, u, m, n = a[token + 1], b[token + 1], c[token + 1], d[token + 1]
+        for dim in range(width):
+            e, f = _wide(v[dim]), _wide(w[dim])
+            sum_a[dim] += p * e + t * f
+            sum_b[dim] += q * e + u * f
+            sum_c[dim] += r * e + m * f
+            sum_d[dim] += s * e + n * f
+        token += 2
+    while token < tokens:
+        for dim in range(width):
+            value = _wide(values[token, dim])
+            sum_a[dim] += a[token] * value
+            sum_b[dim] += b[token] * value
+            sum_c[dim] += c[token] * value
+            sum_d[dim] += d[token] * value
+        token += 1
