@@ -26,6 +26,7 @@ from orchestrator.core.types import (
     PoolKind,
     PoolName,
     ServiceClass,
+    TenantId,
     Tier,
 )
 
@@ -190,6 +191,8 @@ class TenantConfig:
     priority_max: int = PRIORITY_MAX
     #: Most urgent service class it may ask for; a request for a more urgent one is answered 403.
     class_max: ServiceClass = ServiceClass.CADENCE
+    #: Class of its requests that name none; None: `limits.service_class`.
+    service_class: ServiceClass | None = None
     #: Requests a second, saved up for at most `BURST_S` of `core/cluster/rates.py`; one more is answered 429. 0: any number.
     requests_per_s: float = 0.0
     #: Tokens a second, of prompts (cached or not) when a request is let in and of output when it ends. 0: any number.
@@ -308,6 +311,8 @@ class LimitsConfig:
     retries_max: int = 2
     #: Times a request goes on elsewhere after its node was lost, or failed, once tokens were delivered; then it ends with 502.
     resumes_max: int = 8
+    #: Class of requests that name none, where their tenant has none either.
+    service_class: ServiceClass = ServiceClass.STANDARD
 
     def __post_init__(self) -> None:
         for name in ("waiting_max", "tenant_requests_max", "sessions_max", "node_waiting_max"):
@@ -664,6 +669,7 @@ def _check_profile(profile: CostProfile) -> None:
     for name in ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_latency_s"):
         seconds = getattr(profile, name)
         require(isfinite(seconds) and seconds >= 0, f"profile.{name}", f"must be 0 or more seconds, is {seconds}")
+    require(isfinite(profile.beat_s) and profile.beat_s >= 0, "profile.beat_s", f"must be 0 or more seconds, is {profile.beat_s}")
     rate, share, yielded = profile.fetch_bytes_per_s, profile.overlap, profile.tokens_per_pass
     require(rate > 0, "profile.fetch_bytes_per_s", f"must be over 0 bytes a second, is {rate}")  # inf: at once
     require(0 <= share <= 1, "profile.overlap", f"must be a share, 0 to 1, is {share}")
@@ -758,6 +764,9 @@ class PoolConfig:
         for taken in (GATEWAYS, STORES):
             require(self.name != taken, "name", f'"{taken}" is what commands call the {taken}')
         _check_profile(self.profile)
+        beats, beat_s = self.kind is PoolKind.LPX, self.profile.beat_s
+        problem = f"must be over 0 seconds in a pool of kind lpx, and 0 in any other, is {beat_s} in one of kind {self.kind}"
+        require(beats == (beat_s > 0), "profile.beat_s", problem)
         require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
         alone = self.nodes_per_process == 1 or self.engine.name == "profiled"
@@ -870,6 +879,8 @@ class ClusterConfig:
         kinds = {pool.kind for pool in pools}
         serves = bool(kinds & {PoolKind.DECODE, PoolKind.AGGREGATED})
         require(serves, f"models.{model}", "no pool of kind decode or aggregated serves it")
+        computed = PoolKind.LPX not in kinds or PoolKind.PREFILL in kinds
+        require(computed, f"models.{model}", "no pool of kind prefill computes prompts for its pool of kind lpx")
         for name in ("block_tokens", "kv_format_stored", "weights"):
             found = sorted({getattr(pool.engine, name) for pool in pools})
             require(len(found) == 1, f"models.{model}", f"its pools differ in engine.{name}: {', '.join(map(str, found))}")
@@ -893,6 +904,11 @@ class ClusterConfig:
             if alias == name or (alias.endswith("*") and name.startswith(alias[:-1]))
         ]
         return max(matching)[1] if matching else None
+
+    def class_for(self, tenant: TenantId) -> ServiceClass:
+        """Return the class of a tenant's requests that name none."""
+        named = next((one.service_class for one in self.tenants if one.name == tenant), None)
+        return named or self.limits.service_class
 
     @staticmethod
     def from_mapping(mapping: Mapping[str, Any]) -> "ClusterConfig":

@@ -93,6 +93,7 @@ class PoolKind(StrEnum):
     PREFILL = "prefill"  # computes prompts and hands their KV to a decode node
     DECODE = "decode"  # generates; computes short uncached tails itself
     AGGREGATED = "aggregated"  # one node does both
+    LPX = "lpx"  # generates on a fixed beat, for class cadence; computes no prompts
 
     @property
     def generates(self) -> bool:
@@ -156,6 +157,8 @@ class Request:
     timeout_s: float = 600.0
     #: What clients, logs and traces call it.
     name: str = ""
+    #: Of class cadence: the longest beat, in seconds, that serves it; 0: any.
+    beat_s_max: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +259,7 @@ class CostProfile:
 
     p are prompt tokens computed in the step, c the context before them or before a decoded token, n the sequences that
     decode. `curve` is piecewise linear through (batch_tokens, batch_s): weights read, experts hit, matrix products, hops. All
-    zero means that a step takes no time.
+    zero means that a step takes no time. With a beat every step takes that; what is above is the work that must fit into it.
     """
 
     step_s: float = 0.0
@@ -278,6 +281,8 @@ class CostProfile:
     pass_tokens: int = 1
     #: Tokens a pass yields for each decoding sequence, on average: over 1 with speculation.
     tokens_per_pass: float = 1.0
+    #: Seconds from one pass to the next on nodes that keep a beat; 0: a pass begins when the one before it is done.
+    beat_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

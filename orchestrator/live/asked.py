@@ -58,13 +58,16 @@ class Hints:
 
     #: Higher is served earlier; within 32 bits.
     priority: int = 0
-    service_class: ServiceClass = ServiceClass.STANDARD
+    #: None: the tenant's.
+    service_class: ServiceClass | None = None
     #: The session as the request itself names it; a transport may know better.
     session: str | None = None
     #: Keeps its cached blocks apart from others of the same tenant.
     cache_salt: str = ""
     #: Seconds for which to keep the prompt's cached blocks, within the tenant's quota; 0: as long as there is room.
     retention_s: float = 0.0
+    #: Of class cadence: the longest beat, in seconds, that serves it; 0: any.
+    beat_s_max: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,9 +131,10 @@ class Choices:
             sampling=prepared.sampling.for_choice(sample),
             output_tokens_max=room if wanted is None else min(room, wanted),
             session=prepared.session,
-            service_class=asked.hints.service_class,
+            service_class=prepared.service_class,
             priority=asked.hints.priority,
             name=self._name,
+            beat_s_max=asked.hints.beat_s_max,
         )
 
     def _generation(self, turn: Turn) -> Generation:

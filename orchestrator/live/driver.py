@@ -315,6 +315,7 @@ class ClusterDriver:
             priority=turn.priority,
             timeout_s=self._config.limits.request_s_max,
             name=turn.name,
+            beat_s_max=turn.beat_s_max,
         )
 
     def answered(self, stream: TurnStream, tool: str) -> None:

@@ -15,7 +15,7 @@ from typing import assert_never
 
 from orchestrator.core.blocks import hash_root
 from orchestrator.core.config import ClusterConfig
-from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, SessionId, TenantId
+from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
 from orchestrator.live.asked import Asked, Conversation, Texts
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
@@ -58,6 +58,8 @@ class Prepared:
     sampling: Sampling
     #: Returns a fresh parser for each answer; None for answers that hold neither thoughts nor tool calls.
     parser: ParserMaker
+    #: As asked, or else the tenant's.
+    service_class: ServiceClass
 
 
 class Intake:
@@ -138,7 +140,8 @@ class Intake:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
-        return Prepared(asked, model, tenant, session, prompts, sampling, parser)
+        service_class = asked.hints.service_class or self._config.class_for(tenant)
+        return Prepared(asked, model, tenant, session, prompts, sampling, parser, service_class)
 
     async def beginning(self, asked: Asked, model: ServedModel, tenant: TenantId) -> Prompt:
         """Return the prompt that other requests may go on from: a conversation without the opening of an answer, or one text.

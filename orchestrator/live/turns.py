@@ -37,6 +37,8 @@ class Turn:
     priority: int = 0
     #: What clients, logs and traces call the request.
     name: str = ""
+    #: As in `Request`.
+    beat_s_max: float = 0.0
 
 
 @dataclass(slots=True)

@@ -17,9 +17,10 @@ from orchestrator.core.config import (
     StoreConfig,
     require,
 )
+from orchestrator.core.cost.costs import keeps_beat, work_seconds
 from orchestrator.core.cost.machines import Chip, Coupling, Link, Machine
 from orchestrator.core.cost.roofline import cost_profile, with_microbatches
-from orchestrator.core.types import PoolName
+from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.catalog import Catalog, CatalogError, acceptance_name
 from orchestrator.profiles.memory import block_bytes, kv_blocks, stored_block_bytes
 from orchestrator.profiles.positions import limited
@@ -187,6 +188,11 @@ def _filled(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> PoolCo
     require(engine.blocks <= fits, "engine.blocks", f"at most {fits} fit into a node's memory, is {engine.blocks}")
     context = limited(machine.shape.context_tokens_max, engine.context_tokens_max)
     profile = cost_profile(machine, scheduler.sequences_max, scheduler.step_tokens_max, _fetch_link(config, pool, machine))
+    profile = replace(profile, beat_s=pool.profile.beat_s)
+    if pool.kind is PoolKind.LPX:
+        alone_s = work_seconds(profile, 1, 1)
+        problem = f"must be at least {alone_s:.6f} s, what a pass of one short sequence takes, is {profile.beat_s}"
+        require(keeps_beat(profile, 1, 1), "profile.beat_s", problem)
     filled = replace(engine, blocks=engine.blocks or fits, context_tokens_max=context)
     return replace(pool, profile=profile, engine=filled, hardware=machine.hardware)
 

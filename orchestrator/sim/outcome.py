@@ -104,6 +104,26 @@ class PoolSample:
 
 
 @dataclass(slots=True)
+class BeatUse:
+    """What the nodes of a pool that keeps a beat did in their beats."""
+
+    beat_s: float
+    #: Beats with anybody in a slot, those whose work was longer than the beat, and the seconds of work of all.
+    beats: float = 0.0
+    missed: float = 0.0
+    work_s: float = 0.0
+    #: Slots taken, summed over the beats.
+    slots: float = 0.0
+
+    def add(self, beats: float, slots: int, work_s: float) -> None:
+        """Count so many beats of a node with equally many taken slots and so much work each."""
+        self.beats += beats
+        self.slots += beats * slots
+        self.work_s += beats * work_s
+        self.missed += beats if work_s > self.beat_s else 0.0
+
+
+@dataclass(slots=True)
 class PoolUse:
     """A pool over the whole run."""
 
@@ -122,6 +142,8 @@ class PoolUse:
     accepted_tokens: int = 0
     #: None where the nodes do not split their passes.
     split: SplitUse | None = None
+    #: None where the nodes keep no beat.
+    beat: BeatUse | None = None
     #: Taken at equal intervals of virtual time, some hundreds in a run.
     samples: list[PoolSample] = field(default_factory=lambda: [])
 

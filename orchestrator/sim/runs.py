@@ -43,7 +43,7 @@ from orchestrator.core.types import PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.hints import HintProgram
-from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
+from orchestrator.sim.outcome import BeatUse, Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
 from orchestrator.sim.world import World, WorldOptions
 from orchestrator.traces import TracedTurn
 
@@ -248,6 +248,22 @@ def _pool(use: PoolUse, duration_s: float) -> dict[str, Any]:
         "drafted_tokens": use.drafted_tokens,
         "accepted_tokens": use.accepted_tokens,
         "split": _split(use, duration_s) if use.split is not None else None,
+        "beat": _beat(use.beat) if use.beat is not None else None,
+    }
+
+
+def _beat(use: BeatUse) -> dict[str, Any]:
+    """Return the figures of a pool that keeps a beat.
+
+    `beats` had somebody in a slot, `missed` of them had more work than fits; `slots` are those taken, `work` the share of a
+    beat that their work took, both in the mean.
+    """
+    return {
+        "beat_s": use.beat_s,
+        "beats": use.beats,
+        "missed": use.missed,
+        "slots": _ratio(use.slots, use.beats),
+        "work": _ratio(use.work_s, use.beats * use.beat_s),
     }
 
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orchestrator.core.commands import NodeCommand, RunStep, Slice
-from orchestrator.core.cost.costs import decode_seconds, step_seconds, steps_within
+from orchestrator.core.cost.costs import decode_seconds, step_seconds, steps_within, work_seconds
 from orchestrator.core.events import Expected, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
 from orchestrator.core.node.speculation import accepted_drafts
 from orchestrator.core.types import BlockHash, NodeSpec, RequestId
 from orchestrator.sim.agenda import Agenda
-from orchestrator.sim.outcome import Distribution, PoolUse
+from orchestrator.sim.outcome import BeatUse, Distribution, PoolUse
 
 
 class Answer(Protocol):
@@ -242,10 +242,18 @@ class SimulatedNode:
         if use.split is not None and decoding and decoding == len(command.slices):
             context = self.context_tokens + decoding * (steps - 1) / 2
             use.split.add(steps / self.spec.profile.tokens_per_pass, decoding, context)
+        if use.beat is not None:
+            self._count_beats(command, use.beat, steps)
         use.busy_s += seconds
         use.output_tokens += undrafted * steps
         self.run, self.steps = None, 0
         self._handle(StepFinished(command.step, tuple(results), seconds, steps), at)
+
+    def _count_beats(self, command: RunStep, use: BeatUse, steps: int) -> None:
+        """Count the beats of a run; its last one has most work."""
+        profile, slots = self.spec.profile, len(command.slices)
+        context = sum([part.start for part in command.slices]) + slots * (steps - 1)
+        use.add(steps / profile.tokens_per_pass, slots, work_seconds(profile, slots, context))
 
     def _handle(self, event: NodeEvent, at: float) -> None:
         self.events += 1

@@ -98,6 +98,7 @@ from orchestrator.core.types import (
     ModelName,
     NodeId,
     NodeSpec,
+    PoolKind,
     PoolName,
     Request,
     RequestId,
@@ -119,7 +120,7 @@ from orchestrator.sim.halves import split_use
 from orchestrator.sim.hints import TOOL, Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
-from orchestrator.sim.outcome import Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
+from orchestrator.sim.outcome import BeatUse, Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
 from orchestrator.sim.prompts import Prompts
 from orchestrator.sim.simulated import SimulatedNode
 from orchestrator.sim.stores import Shared, SimulatedStore, host_of, store_specs
@@ -383,6 +384,7 @@ class World:
             hashes=hashes,
             output_tokens_max=visit.output_tokens,
             session=session,
+            service_class=self._config.class_for(self._tenant_of(turn)),
             timeout_s=self._config.limits.request_s_max,
         )
         self.agenda.at(self.agenda.now + self._options.request_s, self._ask, gateway, asked)
@@ -539,7 +541,8 @@ class World:
         known = below.pool_block_bytes if below is not None else hardware.block_bytes if hardware is not None else 0
         blocks = pool.engine.blocks or BLOCKS_DEFAULT
         split = split_use(hardware.machine) if hardware is not None else None
-        self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes, split=split)
+        beat = BeatUse(pool.profile.beat_s) if pool.kind is PoolKind.LPX else None
+        self.uses[name] = PoolUse(nodes=pool.nodes, blocks=blocks * pool.nodes, split=split, beat=beat)
         for number in range(pool.nodes):
             spec = pool.node_spec(
                 pool.node_id(number),

@@ -66,6 +66,13 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+#: Of a pool that keeps a beat.
+BEAT = (
+    ("beats", "beats", number),
+    ("beats missed", "missed", number),
+    ("slots taken", "slots", number),
+    ("work in a beat", "work", percent),
+)
 #: Of a pool whose passes have two halves.
 SPLIT = (
     ("attention half busy", "attention_busy", percent),
@@ -99,8 +106,9 @@ def _pool_rows(run: Run) -> list[Row]:
     for pool in run.figures["pools"]:
         rows.append((f"{pool}: utilisation", ("pools", pool, "utilisation"), percent))
         rows.append((f"{pool}: mean queue", ("pools", pool, "queue", "mean"), number))
-        if run.figures["pools"][pool]["split"] is not None:
-            rows += [(f"{pool}: {name}", ("pools", pool, "split", key), text) for name, key, text in SPLIT]
+        for part, entries in (("split", SPLIT), ("beat", BEAT)):
+            if run.figures["pools"][pool][part] is not None:
+                rows += [(f"{pool}: {name}", ("pools", pool, part, key), text) for name, key, text in entries]
     return rows
 
 

@@ -54,7 +54,7 @@ class Baseline:
         generate = self._rule(request, options, options.generators)
         cached = cached_tokens(request, options, generate)
         prefill = None
-        if options.prefillers and request.prompt_tokens - cached >= self._least(generate):
+        if options.prefillers and (generate.beats or request.prompt_tokens - cached >= self._least(generate)):
             prefill = self._rule(request, options, options.prefillers)
             cached = cached_tokens(request, options, prefill)
         scores = self._scores(request, options, prefill or generate, cached)

@@ -13,7 +13,7 @@ from typing import Protocol
 from orchestrator.core.cluster.kvindex import Matches
 from orchestrator.core.cluster.stores import StoreView
 from orchestrator.core.commands import Scores
-from orchestrator.core.cost.costs import decode_seconds, token_seconds
+from orchestrator.core.cost.costs import decode_seconds, keeps_beat, token_seconds
 from orchestrator.core.making import quickly_made
 from orchestrator.core.types import CostProfile, Load, NodeId, NodeSpec, PoolKind, Request, RequestId, TenantId
 
@@ -29,7 +29,7 @@ NOMINAL_SEQUENCE_S = 1e-4
 DELAY_WEIGHT = 0.25
 #: Prefill keeps a node from other work; a second of it counts this much beyond its own duration. More on nodes of a decode
 #: pool, because decoding is what only they do: cold prompts go to the prefill pool even while no sequence is in the way.
-WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE: 2.0}
+WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE: 2.0, PoolKind.LPX: 2.0}
 #: Chance that a cached block which a new prompt pushes out would have been asked for again: then it is computed again.
 EVICTION_WEIGHT = 0.5
 
@@ -44,7 +44,7 @@ class Booking:
     seconds: float
     #: Prompt tokens that the node will count as queued for it: with those that another request is about to compute there.
     queued_tokens: int
-    #: The whole prompt.
+    #: The whole prompt; on a node that keeps a beat the longest context that it may come to.
     context_tokens: int
     #: When it was given to the node.
     given_at: float
@@ -74,6 +74,7 @@ class Candidate:
         "_share_of",
         "_token_s",
         "_uncomputed",
+        "beats",
         "column",
         "compute_factor",
         "context_tokens",
@@ -118,6 +119,8 @@ class Candidate:
         self.store_column: int | None = None
         self.load_group = 0
         self.generates = spec.kind.generates
+        #: Whether it keeps a beat: such a node serves class cadence alone, and only prompts that others compute.
+        self.beats = spec.kind is PoolKind.LPX
         #: Longest prompt plus output that its model allows and its pool holds.
         self.context_tokens_max = min(spec.context_tokens_max, spec.blocks * spec.block_tokens)
         self.load = Load()
@@ -208,6 +211,18 @@ class Candidate:
         share = self._share_of(tenant)
         return own * (share + sum([self._share_of(other) for other in waiting])) < waiting_max * share
 
+    def keeps_beat(self, request: Request) -> bool:
+        """Return whether the node has a slot for a request, keeps its beat with it, and the request is content with that beat.
+
+        Such a node tells as its context what all that it has may come to.
+        """
+        beat_s, spec = self.spec.profile.beat_s, self.spec
+        sequences = self.load.running + self.load.waiting + len(self._fresh) + 1
+        tokens = request.prompt_tokens + request.output_tokens_max
+        tokens += self.load.context_tokens + sum([booking.context_tokens for booking in self._fresh.values()])
+        fits = sequences <= spec.sequences_max and tokens + sequences * spec.block_tokens <= spec.blocks * spec.block_tokens
+        return fits and (not request.beat_s_max or beat_s <= request.beat_s_max) and keeps_beat(spec.profile, sequences, tokens)
+
     def report(self, load: Load, now: float) -> None:
         """Take in what the node says of itself."""
         self.load = load
@@ -237,7 +252,8 @@ class Candidate:
         self.step_s = scale * decode_seconds(profile, self.sequences, self.context_tokens)
         one_more_s = scale * decode_seconds(profile, self.sequences + 1, self.context_tokens)
         self.joining_s = (self.sequences + 1) * (one_more_s - self.step_s)
-        self.joining_token_s = (self.sequences + 1) * scale * profile.context_token_s / profile.tokens_per_pass
+        token_s = 0.0 if profile.beat_s else profile.context_token_s
+        self.joining_token_s = (self.sequences + 1) * scale * token_s / profile.tokens_per_pass
         self.slot_wait_s = self._slot_wait_s()
         queued_s = self._queued_token_s() * load.queued_tokens + sum([booking.seconds for booking in fresh])
         self.queue_s = scale * before * queued_s

@@ -558,7 +558,8 @@ class Cluster:
         queued = max(uncached, request.prompt_tokens - present)
         computes.give(request.id, Booking(uncached, seconds, queued, request.prompt_tokens, self._now, request.tenant))
         if placement.prefill is not None:
-            placement.generate.give(request.id, Booking(0, 0.0, 0, request.prompt_tokens, self._now, request.tenant))
+            context_tokens = request.prompt_tokens + (request.output_tokens_max if placement.generate.beats else 0)
+            placement.generate.give(request.id, Booking(0, 0.0, 0, context_tokens, self._now, request.tenant))
         for candidate in (placement.prefill, placement.generate):
             if candidate is not None:
                 self._known[candidate.spec.id].requests[request.id] = None

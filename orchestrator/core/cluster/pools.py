@@ -11,7 +11,18 @@ from orchestrator.core.cluster.following import Trust
 from orchestrator.core.cluster.kvindex import KvIndex, Matches, PredictedKv
 from orchestrator.core.cluster.segments import SegmentIndex
 from orchestrator.core.cluster.stores import StoreView, holder
-from orchestrator.core.types import KvBatch, NodeId, NodeSpec, Request, StoredModel, StoreId, StoreLoad, StoreSpec, TenantId
+from orchestrator.core.types import (
+    KvBatch,
+    NodeId,
+    NodeSpec,
+    Request,
+    ServiceClass,
+    StoredModel,
+    StoreId,
+    StoreLoad,
+    StoreSpec,
+    TenantId,
+)
 
 #: A hit on a node that missed batches counts this much until it is mended: some of its blocks may be gone.
 STALE_CREDIT = 0.5
@@ -56,8 +67,8 @@ class ModelPools:
 
     @property
     def generates(self) -> bool:
-        """True while at least one node takes requests to generate for."""
-        return any(candidate.generates and not candidate.draining for candidate in self._candidates.values())
+        """True while at least one node takes requests of any class to generate for."""
+        return any(candidate.generates and not (candidate.draining or candidate.beats) for candidate in self._candidates.values())
 
     def join(self, spec: NodeSpec) -> Candidate:
         """Take a node in, of which nothing is known but what it is, and return its candidate."""
@@ -135,7 +146,8 @@ class ModelPools:
         self._store_columns = sum(1 << view.column for view in self._stores.values())
 
     def _measure(self) -> None:
-        contexts = [candidate.context_tokens_max for candidate in self._candidates.values() if candidate.generates]
+        anybodys = [one for one in self._candidates.values() if one.generates and not one.beats]
+        contexts = [candidate.context_tokens_max for candidate in anybodys]
         self.context_tokens_max = max(contexts, default=0)
 
     def apply(self, node: NodeId, batch: KvBatch) -> Trust:
@@ -162,14 +174,24 @@ class ModelPools:
             self._stale.pop(node, None)
 
     def options(self, request: Request, excluded: Sequence[NodeId], sticky: Sequence[NodeId]) -> Options | None:
-        """Return what may serve a request now, None if every node is full for its tenant. Excluded nodes are a last resort."""
+        """Return what may serve a request now, None if every node is full for its tenant. Excluded nodes are a last resort.
+
+        Class cadence goes to a node that keeps its beat, as long as there is one with room and somebody computes prompts for it;
+        else where everybody else goes.
+        """
         generators: list[Candidate] = []
+        beating: list[Candidate] = []
         prefillers: list[Candidate] = []
         prefillers_full = False
         for candidate in self._candidates.values():
             if candidate.stale or (candidate.tells_tenants and candidate.seen_by != request.tenant):
                 candidate.refresh(request.tenant)
             if candidate.draining:
+                continue
+            if candidate.beats:
+                wanted = request.service_class is ServiceClass.CADENCE and candidate.spec.id not in excluded
+                if wanted and candidate.keeps_beat(request):
+                    beating.append(candidate)
                 continue
             if candidate.waiting >= self._node_waiting_max and not candidate.displaces(request.tenant, self._node_waiting_max):
                 prefillers_full |= not candidate.generates
@@ -178,6 +200,8 @@ class ModelPools:
                 prefillers.append(candidate)
             elif candidate.context_tokens_max > request.prompt_tokens:
                 generators.append(candidate)
+        if beating and prefillers:
+            generators = beating
         if not generators:
             return None
         if excluded:

@@ -9,7 +9,7 @@ For each node that generates, two ways are compared:
 Decoding is charged for a guessed number of steps: the request's own, and what it adds to those of all that decode beside it.
 Computing is charged beyond its own duration: it keeps the node from other work, and it delays the sequences that decode beside
 it. That is why long prompts go to the prefill pool and short uncached tails do not, without any threshold. Filling blocks is
-charged where it pushes out others' prefixes.
+charged where it pushes out others' prefixes. A node that keeps a beat never computes a prompt: all of them are left to others.
 
 A node with far more work than its pool's mean is passed over, unless its longer prefix saves more time than its excess costs: so
 a hot prefix gathers its requests until waiting for it costs more than another copy.
@@ -281,6 +281,7 @@ class PredictedTimeRouter:
         apart_s = prefill.score + way.handoff_s + candidate.slot_wait_s + candidate.step_s / 2
         least = self._config.disaggregation_tokens_min
         leaves = apart_s < here_s if least is None else prompt.tokens - way.hit_tokens >= least
+        leaves = leaves or candidate.beats
         return apart_s if leaves else None
 
     def _first_of(self, tied: list[Candidate], options: Options) -> Candidate:

@@ -32,7 +32,7 @@ def step_seconds(profile: CostProfile, prefills: Sequence[tuple[int, int]], sequ
         sequences: sequences that decode a token.
         context_tokens: the context of all of those together.
     """
-    if not prefills:
+    if not prefills or profile.beat_s:
         return decode_seconds(profile, sequences, context_tokens)
     attention_s = sequences * profile.sequence_s + context_tokens * profile.context_token_s
     tokens = 0
@@ -45,14 +45,13 @@ def step_seconds(profile: CostProfile, prefills: Sequence[tuple[int, int]], sequ
 
 def decode_seconds(profile: CostProfile, sequences: int, context_tokens: int, steps: int = 1) -> float:
     """Return the seconds of consecutive steps that only decode; `context_tokens` is the context before the first of them."""
+    if profile.beat_s:
+        return steps * profile.beat_s / profile.tokens_per_pass
+    if steps == 1:
+        return work_seconds(profile, sequences, context_tokens) / profile.tokens_per_pass
     rest_s = batch_seconds(profile, sequences * profile.pass_tokens)
     first_s = sequences * profile.sequence_s + context_tokens * profile.context_token_s
     growth_s = sequences * profile.context_token_s
-    if steps == 1:
-        total_s = profile.step_s + (1.0 - profile.overlap) * (first_s + rest_s)
-        if profile.overlap:
-            total_s += profile.overlap * max(first_s, rest_s)
-        return total_s / profile.tokens_per_pass
     attention_s = _sum(first_s, growth_s, 0, steps)
     total_s = steps * profile.step_s + (1.0 - profile.overlap) * (attention_s + steps * rest_s)
     if profile.overlap:
@@ -60,6 +59,18 @@ def decode_seconds(profile: CostProfile, sequences: int, context_tokens: int, st
         bend = steps if first_s < rest_s and not growth_s else bend
         total_s += profile.overlap * (bend * rest_s + _sum(first_s, growth_s, bend, steps))
     return total_s / profile.tokens_per_pass
+
+
+def work_seconds(profile: CostProfile, sequences: int, context_tokens: int) -> float:
+    """Return the seconds of work in one pass that only decodes, on whatever beat."""
+    rest_s = batch_seconds(profile, sequences * profile.pass_tokens)
+    attention_s = sequences * profile.sequence_s + context_tokens * profile.context_token_s
+    return profile.step_s + _joined(profile.overlap, attention_s, rest_s)
+
+
+def keeps_beat(profile: CostProfile, sequences: int, context_tokens: int) -> bool:
+    """Return whether a pass over so many sequences with so much context together is done within the profile's beat."""
+    return work_seconds(profile, sequences, context_tokens) <= profile.beat_s
 
 
 def steps_within(profile: CostProfile, sequences: int, context_tokens: int, steps_max: int, seconds: float) -> int:

@@ -84,10 +84,11 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.eviction import ValuePool
 from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
+from orchestrator.core.node.cadence import make_scheduler
 from orchestrator.core.node.leases import Leases
 from orchestrator.core.node.offers import Offers
 from orchestrator.core.node.regret import Regret
-from orchestrator.core.node.scheduler import Scheduler, StepOutcome
+from orchestrator.core.node.scheduler import StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence
 from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, LeaseTimer, NodeTimer
@@ -145,7 +146,7 @@ class Node:
         self._config = config
         self._pool = pool or _pool(spec, config)
         self._journal = KvJournal(self._pool, config.resync_batches_max)
-        self._scheduler = Scheduler(spec, config, self._pool)
+        self._scheduler = make_scheduler(spec, config, self._pool)
         self._offers = Offers(self._pool, int(spec.blocks * config.offered_share_max) if spec.stores else 0)
         self._leases = Leases(self._pool, int(spec.blocks * config.leased_share_max))
         self._regret = Regret(spec.blocks)
@@ -229,7 +230,7 @@ class Node:
             running=scheduler.running,
             waiting=scheduler.waiting,
             queued_tokens=scheduler.queued_tokens,
-            context_tokens=scheduler.context_tokens,
+            context_tokens=scheduler.told_context_tokens,
             blocks_free=pool.free_blocks,
             blocks_cached=pool.idle_blocks,
             blocks_used=pool.blocks - pool.available_blocks,
@@ -316,6 +317,9 @@ class Node:
         while admitted := self._scheduler.admit() or self._admit_despite_leases():
             for sequence in admitted:
                 self._begin(sequence)
+        for sequence in self._scheduler.stranded():
+            missing = sequence.remaining_tokens
+            self._end(sequence, FinishReason.FAILED, f"{missing} tokens of the prompt did not come, and this node computes none")
 
     def _admit_despite_leases(self) -> list[Sequence]:
         """Let leases give way if nothing runs that could make room for who waits."""

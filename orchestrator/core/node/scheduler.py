@@ -149,6 +149,11 @@ class Scheduler:
         return self._speculation.accepted_tokens if self._speculation is not None else 0
 
     @property
+    def told_context_tokens(self) -> int:
+        """What gateways are told of its contexts: those of the sequences that decode."""
+        return self.context_tokens
+
+    @property
     def tenants(self) -> tuple[TenantLoad, ...]:
         """What waits by tenant, as in `Load`."""
         if not self._queued_by or self._queued_by.keys() <= _UNNAMED:
@@ -251,6 +256,10 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------------
 
+    def stranded(self) -> list[Sequence]:
+        """Return the admitted prompts that somebody else was to compute and did not: here there are none, this node does it."""
+        return []
+
     def admit(self) -> list[Sequence]:
         """Admit waiting sequences in order as long as there is room, and return them: prefilling, or to be fetched for.
 
@@ -307,7 +316,7 @@ class Scheduler:
 
     def _blocks_short(self, sequence: Sequence, hit: int) -> int:
         """Return how many blocks the pool lacks for a sequence and, beside others, one more for each that decodes."""
-        needed = self._blocks_for(sequence.target) - hit
+        needed = self._blocks_of(sequence) - hit
         if self.running:
             needed += max(self._watermark, len(self._decoding))
         short = needed - self._pool.available_blocks
@@ -317,7 +326,7 @@ class Scheduler:
         """Give a waiting sequence its blocks and let it begin."""
         self._leave(sequence)
         sequence.claim, sequence.table = self._pool.acquire(sequence.hashes, hit)
-        sequence.table += self._pool.allocate(self._blocks_for(sequence.target) - hit)
+        sequence.table += self._pool.allocate(self._blocks_of(sequence) - hit)
         sequence.capacity = len(sequence.table) * self._block_tokens
         sequence.fresh = tuple(sequence.table)
         sequence.registered = hit
@@ -720,6 +729,10 @@ class Scheduler:
         """Return the tokens that will probably be computed here: neither held nor expected from a source."""
         return sequence.target - max(hit * self._block_tokens, sequence.brought_tokens(hit))
 
+    def _blocks_of(self, sequence: Sequence) -> int:
+        """Return the blocks that a sequence gets at its admission (rule 1)."""
+        return self._blocks_for(sequence.target)
+
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
@@ -765,7 +778,7 @@ class Scheduler:
             held = sequence.target - 1
             assert sequence.computed == held, f"{name}: computed {sequence.computed} of {sequence.target}"
         else:
-            needed = self._blocks_for(sequence.target)
+            needed = self._blocks_of(sequence)
             assert blocks == needed, f"{name}: {blocks} blocks, needs {needed}"
         assert not sequence.followers or sequence.frontier is not None, f"{name}: {len(sequence.followers)} wait for nothing"
 

@@ -23,6 +23,8 @@ class AgentHints(msgspec.Struct):
     """Dynamo's hints; the fields that are acted on."""
 
     priority: int | None = None
+    #: Ours: the longest beat, in seconds, that serves a request of class cadence.
+    beat_s: float | None = None
 
 
 class AgentContext(msgspec.Struct):

@@ -6,6 +6,7 @@ once, straight into the structures of `bodies.py`, which nobody else sees.
 
 import codecs
 from collections.abc import Mapping, Sequence
+from math import inf
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -137,11 +138,21 @@ def _hints(request: GenerationRequest) -> Hints:
     tier = request.service_tier
     return Hints(
         priority=max(-PRIORITY_MAX - 1, min(priority, PRIORITY_MAX)) if priority else 0,
-        service_class=_CLASSES.get(tier, ServiceClass.STANDARD) if tier is not None else ServiceClass.STANDARD,
+        service_class=_CLASSES.get(tier, ServiceClass.STANDARD) if tier is not None else None,
+        beat_s_max=_beat_s_max(more),
         session=named or request.prompt_cache_key or None,
         cache_salt=more.cache_salt or request.cache_salt or "",
         retention_s=retention_s(request.cache_markers, request.prompt_cache_retention),
     )
+
+
+def _beat_s_max(more: Extension) -> float:
+    """Return the longest beat that is asked for, 0.0 if none is. Raises `Invalid`."""
+    beat_s = more.agent_hints.beat_s if more.agent_hints is not None else None
+    if beat_s is None:
+        return 0.0
+    require(0 < beat_s < inf, "nvext.agent_hints.beat_s", f"must be over 0 seconds, is {beat_s}")
+    return beat_s
 
 
 def _conversation(request: ChatRequest) -> Conversation:
