@@ -50,8 +50,9 @@ def test_each_shipped_file_resolves_to_complete_pools(path: Path) -> None:
         assert resolved.hardware[PoolName(pool.name)].usd_per_hour > 0
 
 
-def test_the_five_clusters_are_there() -> None:
-    assert {path.stem for path in FILES} == {"gb200-nvl72", "gb300-nvl72", "h200", "vr-nvl72", "vr-nvl72-lpx"}
+def test_the_six_clusters_are_there() -> None:
+    names = {"gb200-nvl72", "gb300-nvl72", "h200", "vr-nvl72", "vr-nvl72-lpx", "vr-nvl72-lpx-cadence"}
+    assert {path.stem for path in FILES} == names
 
 
 def test_a_pool_without_hardware_stays_as_it_is() -> None:
@@ -246,3 +247,12 @@ def test_a_model_without_shape_is_asked_for_one() -> None:
     with pytest.raises(ConfigError, match=r"^pools\[0\]\.model: models\.default needs a shape"):
         resolve(cluster(RUBIN, shape=""), CATALOG)
     assert machine_of(cluster(RUBIN), cluster(RUBIN).pools[0], CATALOG).shape.name == "kimi-k2"
+
+
+def test_a_beat_shorter_than_a_pass_of_one_sequence_is_refused() -> None:
+    path = FOLDER / "sim" / "vr-nvl72-lpx-cadence.toml"
+    config = read_cluster(path)
+    hasty = replace(config.pools[2], profile=replace(config.pools[2].profile, beat_s=1e-3))
+    with pytest.raises(ConfigError, match=r"pools\[2\]\.profile\.beat_s: must be at least 0\.\d+ s"):
+        resolve(replace(config, pools=(*config.pools[:2], hasty)), CATALOG)
+    assert resolve(config, CATALOG).config.pools[2].profile.beat_s == config.pools[2].profile.beat_s

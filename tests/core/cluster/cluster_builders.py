@@ -30,7 +30,7 @@ from tests.builders import BLOCK_TOKENS, node_spec, prompt_hashes
 
 #: A token takes 10 ms, a step nothing; a block comes from a peer in 1 ms + 1 ms.
 PROFILE = CostProfile(prefill_token_s=0.01, sequence_s=0.00001, fetch_bytes_per_s=64_000.0, fetch_latency_s=0.001)
-KINDS = {"p": PoolKind.PREFILL, "d": PoolKind.DECODE, "a": PoolKind.AGGREGATED}
+KINDS = {"p": PoolKind.PREFILL, "d": PoolKind.DECODE, "a": PoolKind.AGGREGATED, "l": PoolKind.LPX}
 
 
 def cluster_config(limits: LimitsConfig | None = None, router: RouterConfig | None = None) -> ClusterConfig:
@@ -41,7 +41,7 @@ def cluster_config(limits: LimitsConfig | None = None, router: RouterConfig | No
 
 
 def spec_of(name: str, **changes: Any) -> NodeSpec:
-    """Return a node of the kind that its name's first letter says: p0, d0, a0."""
+    """Return a node of the kind that its name's first letter says: p0, d0, a0, l0."""
     fields: dict[str, Any] = {"id": NodeId(name), "kind": KINDS[name[0]], "profile": PROFILE, "blocks": 1000}
     return node_spec(**{**fields, **changes})
 

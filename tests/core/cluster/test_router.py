@@ -9,7 +9,18 @@ from orchestrator.core.cluster.candidates import Booking, Candidate, Router
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.router import make_router
 from orchestrator.core.config import RouterConfig, RouterPolicy
-from orchestrator.core.types import BlockHash, CostProfile, KvBatch, NodeId, Request, RequestId, StoredRun, TenantId, TenantLoad
+from orchestrator.core.types import (
+    BlockHash,
+    CostProfile,
+    KvBatch,
+    NodeId,
+    Request,
+    RequestId,
+    ServiceClass,
+    StoredRun,
+    TenantId,
+    TenantLoad,
+)
 from tests.builders import BLOCK_TOKENS, prompt_hashes
 from tests.core.cluster.cluster_builders import PROFILE, load_of, make_request, spec_of
 
@@ -341,3 +352,82 @@ def test_a_prompt_that_must_go_to_prefill_nodes_waits_while_they_are_full() -> N
     assert anywhere.place("aaaa")[:2] == ("d0", None)  # whatever is sooner
     gone = Place("d0", disaggregation_tokens_min=8)
     assert gone.place("aaaa")[:2] == ("d0", None)  # nobody else can
+
+
+# --- class cadence ----------------------------------------------------------------------------------------------------
+
+#: A pass takes 1 ms for each sequence and 0.1 ms for each token of context; 10 ms are a beat.
+BEAT = replace(PROFILE, sequence_s=1e-3, context_token_s=1e-4, beat_s=10e-3)
+CADENCE = ServiceClass.CADENCE
+
+
+def beating(*nodes: str, **router: Any) -> Place:
+    """Return a place whose nodes l0, l1, ... keep a beat."""
+    place = Place(*(name for name in nodes if name[0] != "l"), **router)
+    for name in nodes:
+        if name[0] == "l":
+            place.candidates[name] = place.pools.join(spec_of(name, profile=BEAT))
+            place.pools.apply(NodeId(name), KvBatch(0, cleared=True))
+    return place
+
+
+@pytest.mark.parametrize("policy", ANY)
+def test_class_cadence_goes_where_the_beat_is_kept_and_nobody_else_does(policy: RouterPolicy) -> None:
+    place = beating("p0", "d0", "l0", policy=policy)
+    assert place.place(service_class=CADENCE)[:2] == ("l0", "p0")
+    for other in ServiceClass:
+        if other is not CADENCE:
+            assert place.place(service_class=other)[0] == "d0"
+
+
+@pytest.mark.parametrize("policy", ANY)
+def test_a_prompt_is_never_computed_in_a_beat(policy: RouterPolicy) -> None:
+    place = beating("p0", "d0", "l0", policy=policy, disaggregation_tokens_min=1000)
+    # All but one token are held there: still another node computes that one.
+    place.hold("l0", "ab")
+    assert place.place("ab", service_class=CADENCE)[:2] == ("l0", "p0")
+    # And where nobody else can compute, it goes where everybody goes.
+    without = beating("a0", "l0", policy=policy)
+    assert without.place(service_class=CADENCE)[:2] == ("a0", None)
+
+
+def test_what_its_slots_may_come_to_decides_whether_a_node_takes_one_more() -> None:
+    place = beating("p0", "d0", "l0")
+    # 9 + 8 tokens: 2.7 ms; two others that may come to 40 together take 6 ms.
+    place.load("l0", running=2, context_tokens=40)
+    assert place.place(service_class=CADENCE)[0] == "l0"
+    place.load("l0", running=2, context_tokens=60)
+    assert place.place(service_class=CADENCE)[0] == "d0"
+    # What was given to it since its last report counts as well.
+    place.load("l0", running=1, context_tokens=20)
+    place.candidates["l0"].give(RequestId(7), Booking(0, 0.0, 0, 40, given_at=2.0, tenant=TenantId("t")))
+    assert place.place(service_class=CADENCE)[0] == "d0"
+    place.candidates["l0"].take(RequestId(7))
+    assert place.place(service_class=CADENCE)[0] == "l0"
+
+
+def test_full_slots_and_full_pools_send_cadence_elsewhere() -> None:
+    place = beating("p0", "d0", "l0", "l1")
+    place.load("l0", running=8)
+    assert place.place(service_class=CADENCE)[0] == "l1"
+    assert place.place(service_class=CADENCE, output_tokens_max=5000)[0] == "d0"
+
+
+def test_a_quicker_beat_than_the_pool_keeps_is_looked_for_elsewhere() -> None:
+    place = beating("p0", "d0", "l0")
+    assert place.place(service_class=CADENCE, beat_s_max=0.01)[0] == "l0"
+    assert place.place(service_class=CADENCE, beat_s_max=0.005)[0] == "d0"
+
+
+def test_a_session_comes_back_to_the_beat_with_its_context() -> None:
+    place = beating("p0", "d0", "l0")
+    # The last turn was on a decode node, while the slots were taken: the prefill node fetches what that one holds.
+    place.hold("d0", "abcdefgh")
+    generate, prefill, source, cached = place.place("abcdefgh", sticky="d0", service_class=CADENCE)
+    assert (generate, prefill, source, cached) == ("l0", "p0", "d0", 32)
+
+
+def test_only_nodes_that_serve_anybody_count_as_serving() -> None:
+    place = beating("l0")
+    assert not place.pools.generates
+    assert place.pools.context_tokens_max == 0

@@ -1,9 +1,9 @@
 """A node that keeps a beat: who gets a slot, what it has from the start, and what it hands back."""
 
+from orchestrator.core.commands import Fetch, ReportEnded, RunStep, Slice
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.cost.costs import decode_seconds, keeps_beat, step_seconds
 from orchestrator.core.events import Assigned, Cancelled, FetchEnded, SliceResult, StepFinished
-from orchestrator.core.commands import Fetch, ReportEnded, RunStep, Slice
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.cadence import CadenceScheduler
 from orchestrator.core.node.node import Node
@@ -46,8 +46,8 @@ def test_a_slot_is_given_if_the_beat_holds_with_everybodys_longest_context() -> 
     # 9 + 4 - 1 = 12 tokens at most: 1 ms + 1.2 ms each, so that four fit into 10 ms and a fifth does not.
     assert keeps_beat(PROFILE, 4, 48)
     assert not keeps_beat(PROFILE, 5, 60)
-    for request in range(1, 6):
-        node.handle(handed(request, prompt="ab"), 0.0)
+    for request, prompt in enumerate(("aa", "bb", "cc", "dd", "ee"), 1):
+        node.handle(handed(request, prompt), 0.0)
         node.validate()
     assert (node.load().running, node.load().waiting) == (4, 1)
     # What gateways are told is what all may come to, the waiting one too.
@@ -110,4 +110,4 @@ def test_what_can_never_keep_the_beat_is_refused() -> None:
     assert refused == "a pass over a context of 108 tokens takes 0.011800 s, the beat is 0.010000 s"
     small = CadenceScheduler(spec, SchedulerConfig(), BlockPool(8))
     refused = small.refusal(assignment(output_tokens_max=30))
-    assert refused is None, "an output that outgrows the pool ends early, as anywhere"
+    assert refused == "a context of 38 tokens needs 10 blocks, the pool has 8"
