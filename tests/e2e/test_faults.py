@@ -141,8 +141,8 @@ def test_a_killed_node_is_back_in_time_and_no_request_hangs(default: Served, vic
     asyncio.run(run())
     default.until_idle()
     assert healed[0] < HEALED_S
-    # Only what the victim had begun to answer may fail.
-    assert len(failures) <= 8, failures
+    # What the victim had begun went on elsewhere.
+    assert failures == []
     assert len(done) > 20
 
 
