@@ -26,7 +26,7 @@ class HalvesTimes:
 
     steps: int = 0
     step_s: float = 0.0
-    #: Waiting for FFN ranks.
+    #: Waking FFN ranks and waiting for them.
     waited_s: float = 0.0
     #: The busiest FFN rank's computing, message by message.
     ffn_s: float = 0.0
@@ -88,6 +88,12 @@ class SplitGroup:
         """Return the placement in use."""
         return self._routes[layer]
 
+    def post(self, link: SharedLink, header: Header) -> None:
+        """Say that a lane is filled. Where cores are few, whoever is woken may well take this one's."""
+        began = time.perf_counter()
+        link.post(header)
+        self.times.waited_s += time.perf_counter() - began
+
     def take_picks(self) -> list[list[int]]:
         """Return how many rows picked each expert of each layer since the last call."""
         counts = self.picks.copy()
@@ -125,7 +131,7 @@ class RemoteFfn:
         for link in self._group.links:
             number, lane = link.take()
             lane.rows[: len(rows)] = rows
-            link.post(Header(number, self._layer, 0, len(rows)))
+            self._group.post(link, Header(number, self._layer, 0, len(rows)))
         return [(link, None) for link in self._group.links]
 
     def _send_picked(self, rows: Tensor, router: Router) -> list[tuple[SharedLink, Tensor | None]]:
@@ -145,7 +151,7 @@ class RemoteFfn:
             lane.rows[:count] = rows.index_select(0, chosen)
             lane.weights[:count] = weights.index_select(0, chosen)
             lane.picks[:count] = torch.where(here, slots, ELSEWHERE).index_select(0, chosen)
-            link.post(Header(number, self._layer, routes.version, count))
+            self._group.post(link, Header(number, self._layer, routes.version, count))
             sent.append((link, chosen))
         return sent
 
