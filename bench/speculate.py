@@ -10,9 +10,9 @@ A node's core and the eager engine, step by step, as a node's driver runs them, 
     does not repeat   sampled, so hot that every token is as likely as any other: nothing is found, so nothing is drafted
     finds by chance   sampled from eight tokens that are equally likely: something is always found, and seldom right
 
-Runs with and without speculation alternate; a ratio is the median of the rounds', of tokens a second (the best round's are told) and
-of tokens a second of processor time, which is what counts on a busy machine. Seeds are fixed, so that both must bring the same tokens:
-those that differ are counted. Steps with prompts in them are left out.
+Runs with and without speculation alternate; a ratio is the median of the rounds', of tokens a second (the best round's are told)
+and of tokens a second of processor time, which is what counts on a busy machine. Seeds are fixed, so that both must bring the
+same tokens: those that differ are counted. Steps with prompts in them are left out.
 """
 
 import argparse
