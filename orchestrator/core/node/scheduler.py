@@ -407,6 +407,7 @@ class Scheduler:
         count, budget = len(decoding), self._step_tokens_max - len(decoding)
         budget = budget // 2 if self._prefilling else budget
         drafts = speculation.begin_step(count, self.context_tokens, not self._prefilling)
+        budget = min(budget, speculation.rows_max)
         wanted = [self._drafts_for(speculation, sequence) if drafts else 0 for sequence in decoding]
         for place, sequence in enumerate(decoding):
             tokens = min(wanted[place], budget)

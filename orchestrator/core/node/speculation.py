@@ -21,8 +21,9 @@ PRICE_UNKNOWN = 0.15
 #: Rows that count as measured when a price is first needed, and the share of what was measured that counts on at the next step.
 PRIOR_ROWS = 16.0
 KEPT = 0.97
-#: No step is believed to take more than so many times as long for its drafts: a page fault, a collection of garbage.
-SLOWER_MAX = 3.0
+#: No step is believed to take more than so many times as long for its drafts. A suspended machine is not; but rows that many
+#: threads meet over can really be ten times as dear as what they are compared with.
+SLOWER_MAX = 16.0
 #: Steps with drafts after which one without is taken; there are few of those, so that one counts as several.
 PLAIN_EVERY = 48
 PLAIN_COUNTS = 4
@@ -93,7 +94,9 @@ class _Price:
 class Speculation:
     """What a node knows of the drafts of its sequences."""
 
-    __slots__ = ("_chances", "_plain", "_price", "_prices", "_profile", "_tokens_max", "accepted_tokens", "drafted_tokens")
+    __slots__ = (
+        "_chances", "_plain", "_price", "_prices", "_profile", "_tokens_max", "accepted_tokens", "drafted_tokens", "rows_max",
+    )  # fmt: skip
 
     def __init__(self, spec: NodeSpec) -> None:
         self._profile = spec.profile
@@ -102,6 +105,9 @@ class Speculation:
         self._plain: dict[int, _Plain] = {}
         self._prices: dict[int, _Price] = {}
         self._price = 0.0
+        #: Rows that the step that is being formed may have for drafts: no more than were measured by now, so that finding out
+        #: that they are dear is not.
+        self.rows_max = 0
         #: Of all sequences: where a new one starts.
         self._chances = Drafting(CHANCE_UNKNOWN)
         self.drafted_tokens = 0
@@ -124,7 +130,7 @@ class Speculation:
         price = self._prices.get(place)
         if price is None:
             price = self._prices[place] = _Price(self._expected_price(sequences, context_tokens))
-        self._price = price.value
+        self._price, self.rows_max = price.value, int(max(PRIOR_ROWS, price.rows))
         return True
 
     def new_sequence(self) -> Drafting:

@@ -161,6 +161,14 @@ def test_where_rows_cost_as_much_as_tokens_nothing_is_drafted_and_less_load_brin
     assert bench.run(100) > 1  # alone a token takes 9 ms
 
 
+def test_steps_that_take_ten_times_as_long_for_their_drafts_are_given_up_soon() -> None:
+    bench = Bench(chance=0.95, row_s=0.005)  # eight sequences: a token takes 2 ms, and all drafts together ten times a step
+    bench.start(count=8)
+    bench.run(60)
+    assert 8 <= sum(bench.drafted[:20]) < 64  # two steps' worth of what is allowed at most
+    assert sum(bench.drafted[-30:]) < 30
+
+
 def test_a_step_without_drafts_is_taken_now_and_then() -> None:
     bench = Bench(chance=0.99)
     bench.start()
