@@ -318,9 +318,7 @@ def _read_block(queries, keys, values, tokens, scores, sums):
 def _weigh(scores, sums, width):
     """Turn scores into weights against the highest score so far, and what was summed so far as well."""
     before = sums[width]
-    highest = before
-    for token in range(len(scores)):
-        highest = highest if scores[token] <= highest else scores[token]
+    highest = _highest(scores, before)
     total = np.float32(0)
     for token in range(len(scores)):
         weight = _exp2(scores[token] - highest)
@@ -332,6 +330,14 @@ def _weigh(scores, sums, width):
     if before != highest:
         for dim in range(width):
             sums[dim] *= rest
+
+
+@njit(fastmath=REORDERED | {"nnan"}, error_model="numpy")
+def _highest(scores, highest):
+    """Return the highest of scores; which one, if one is not a number, does not matter: its weight will not be one either."""
+    for token in range(len(scores)):
+        highest = max(highest, scores[token])
+    return highest
 
 
 @_compiled
@@ -356,7 +362,7 @@ def _merge(parts, queries, merged):
 def _exp2(exponent):
     """Return 2 to a power of at most 0, to float32's precision; a NaN stays one. Without a call, so that loops are vectorised."""
     limited = np.float32(-126) if exponent < np.float32(-126) else exponent
-    whole = math.floor(limited)
+    whole = np.floor(limited)  # math's floor is an integer, and what follows would be float64
     rest = limited - whole - np.float32(0.5)
     power = EXP2[6]
     power = power * rest + EXP2[5]
