@@ -112,25 +112,26 @@ def test_each_way_computes_what_the_definition_says(name: str, dtype: str) -> No
 
 @pytest.mark.parametrize("name", ["paged", "varlen"])
 def test_several_rows_of_a_sequence_see_those_before_them(name: str) -> None:
-    case = Case(slab(2, 4, 8), [(9, 1), (40, ROWS_MAX), (13, 2), (3, 3), (6, 5)])
+    case = Case(slab(2, 4, 16), [(9, 1), (40, ROWS_MAX), (13, 2), (3, 3), (6, 5)])
     close(case.attend(WAYS[name](case.pool)), case.expected())
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_any_number_of_query_heads_shares_a_kv_head(shared: int) -> None:
-    case = Case(slab(3, 8, 10), [(21, 1), (19, 2)], shared)
+@pytest.mark.parametrize("sizes", [(8, 10), (6, 16), (8, 48)])
+def test_any_number_of_query_heads_shares_a_kv_head(shared: int, sizes: tuple[int, int]) -> None:
+    case = Case(slab(3, *sizes), [(21, 1), (19, 2)], shared)
     close(case.attend(WAYS["paged"](case.pool)), case.expected())
 
 
 @pytest.mark.parametrize("name", ["paged", "gathered"])
 def test_latents_are_keys_and_the_first_dimensions_of_them_values(name: str) -> None:
-    case = Case(slab(1, 8, 20, latent=True), [(30, 1), (11, 1)], shared=6, value_dim=14)
+    case = Case(slab(1, 8, 48, latent=True), [(30, 1), (11, 1)], shared=6, value_dim=32)
     close(case.attend(WAYS[name](case.pool)), case.expected())
 
 
 @pytest.mark.parametrize("block_tokens", [64, 48, PART_TOKENS + 1])
 def test_parts_of_long_contexts_add_up(block_tokens: int) -> None:
-    case = Case(slab(2, block_tokens, 8), [(2 * PART_TOKENS + 50, 1), (PART_TOKENS + 1, 3), (PART_TOKENS, 1), (5, 1)])
+    case = Case(slab(2, block_tokens, 16), [(2 * PART_TOKENS + 50, 1), (PART_TOKENS + 1, 3), (PART_TOKENS, 1), (5, 1)])
     close(case.attend(WAYS["paged"](case.pool)), case.expected())
 
 
@@ -165,9 +166,9 @@ def test_layers_are_read_one_after_the_other_by_one_plan() -> None:
 @pytest.mark.parametrize("kind", ["key", "value"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_context_that_is_not_a_number_shows_in_its_row_alone(dtype: str, kind: str) -> None:
-    case = Case(slab(2, 16, 8, dtype), [(70, 1), (33, 1)])
+    case = Case(slab(2, 16, 16, dtype), [(70, 1), (33, 1)])
     before = case.attend(PagedWay(case.pool, threads=1))
-    stored = case.stored.view(-1, LAYERS, 2, 2, 16, 8)
+    stored = case.stored.view(-1, LAYERS, 2, 2, 16, 16)
     stored[case.sequences[0].table[1], LAYER, 0 if kind == "key" else 1, 1, 3, 2] = math.nan
     after = case.attend(PagedWay(case.pool, threads=1))
     assert after[0, 2:].isnan().any(-1).all()

@@ -7,8 +7,10 @@ the batch, changes nothing in a row's arithmetic.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.engines import threads, vectors
 from workers.engines.decodes import DecodeSequence
 from workers.engines.kvpool import KvPool
 from workers.engines.threads import Kernel, pointer, take
+from workers.engines.vectors import LANES, TOKENS, add_weighted, dots, fetch
 
 #: Rows of one sequence in a step up to which this is for it: a longer chunk of a prompt is bounded by arithmetic, not memory.
 ROWS_MAX = 16
@@ -29,6 +33,7 @@ PART_TOKENS = 2048
 SHARED_BYTES_MIN = 1 << 20
 #: What may be reordered in sums. Infinities and NaNs keep their meaning: a row that has them must show them.
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
+FLOAT_BYTES = 4
 #: A score below any.
 LOWEST = np.float32(-1e30)
 #: Chebyshev's interpolation of 2 to the x + 1/2 on [-1/2, 1/2], off by 2.5e-9 at most, constant term first.
@@ -171,8 +176,7 @@ class PagedDecodes:
 @cache
 def _kernel(dtype: str) -> Kernel:
     """Return the kernel for a pool's dtype: compiled once, and kept beside this file or in the user's cache directory."""
-    entries = {"float32": _float32_entry, "bfloat16": _bfloat16_entry}
-    compiled = _compile(entries[dtype])
+    compiled = _compile(_entry(np.float32 if dtype == "float32" else np.uint16, _sources()))
     return Kernel(compiled.address, compiled)
 
 
@@ -184,12 +188,18 @@ def _compile(entry: Callable[[int], None]) -> Any:
         return cfunc(types.void(types.int64), error_model="numpy")(entry)
 
 
-def _float32_entry(address: int) -> None:
-    _work(address, np.float32)
+def _sources() -> int:
+    """Return a number that changes with the other files that a kernel is made of."""
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (threads, vectors)))
 
 
-def _bfloat16_entry(address: int) -> None:
-    _work(address, np.uint16)
+def _entry(dtype: Any, sources: int) -> Callable[[int], None]:
+    """Return what is compiled. Numba's cache sees when this file changes; of others it sees what the function closes over."""
+
+    def entry(address: int) -> None:
+        _work(address, dtype, sources)
+
+    return entry
 
 
 def _wide(value):
@@ -226,7 +236,7 @@ def _to_bfloat16(value):
 
 
 @_compiled
-def _work(address, dtype):
+def _work(address, dtype, _sources):
     """Take pieces, a head in a part of a sequence each, until there are none."""
     known = carray(pointer(address), 1, RECORD)[0]  # pyright: ignore[reportCallIssue]
     pool = carray(pointer(known.pool), (known.blocks, known.slab_rows, known.block_tokens, known.head_dim), dtype)
@@ -281,46 +291,80 @@ def _read(scaled, pool, table, key_row, value_row, begin, end, start, count, sha
     size = pool.shape[2]
     for first in range(begin, end, size):
         block = table[first // size]
+        following = table[first // size + 1] if first + size < end else block
+        ahead = pool[following, key_row].ctypes.data, pool[following, value_row].ctypes.data
         for row in range(count):
             tokens = min(first + size, start + row + 1) - first
             if tokens > 0:
                 part = slice(row * shared, row * shared + shared)
-                _read_block(scaled[part], pool[block, key_row], pool[block, value_row], tokens, scores, sums[part])
+                _read_block(scaled[part], pool[block, key_row], pool[block, value_row], tokens, scores, sums[part], ahead)
 
 
 @_compiled
-def _read_block(queries, keys, values, tokens, scores, sums):
-    """Attend one row's queries to the first tokens of a block."""
-    count, width = len(queries), sums.shape[1] - 2
-    query = 0
-    while query + 4 <= count:
-        _scores_of_four(queries[query : query + 4], keys, tokens, scores[query : query + 4])
-        query += 4
-    while query + 2 <= count:
-        _scores_of_two(queries[query : query + 2], keys, tokens, scores[query : query + 2])
-        query += 2
-    if query < count:
-        _scores_of_one(queries[query], keys, tokens, scores[query])
+def _read_block(queries, keys, values, tokens, scores, sums, ahead):
+    """Attend one row's queries to the first tokens of a block; `ahead` is where the next one's keys and values are."""
+    width = sums.shape[1] - 2
+    if len(keys) % TOKENS == 0 and queries.shape[1] % LANES == 0 and width % LANES == 0:
+        _read_block_by_vectors(queries, keys, values, tokens, scores, sums, ahead)
+        return
+    for query in range(len(queries)):
+        for token in range(tokens):
+            score = np.float32(0)
+            for dim in range(queries.shape[1]):
+                score += queries[query, dim] * _wide(keys[token, dim])
+            scores[query, token] = score
+        _weigh(scores[query, :tokens], sums[query], width)
+        for token in range(tokens):
+            for dim in range(width):
+                sums[query, dim] += scores[query, token] * _wide(values[token, dim])
+
+
+@_compiled
+def _read_block_by_vectors(queries, keys, values, tokens, scores, sums, ahead):
+    """Do the same four tokens at a time, by addresses; of keys those behind the last one are read, and go nowhere."""
+    count, dims, width = len(queries), queries.shape[1], sums.shape[1] - 2
+    stride, pitch, row = keys.shape[1], scores.shape[1], sums.shape[1]
+    query_place, key_place, score_place = queries.ctypes.data, keys.ctypes.data, scores.ctypes.data
+    step = TOKENS * keys.strides[0]
+    for query in range(0, count, 2):
+        second = min(query + 1, count - 1)
+        first_query, second_query = query_place + FLOAT_BYTES * dims * query, query_place + FLOAT_BYTES * dims * second
+        first_score, second_score = score_place + FLOAT_BYTES * pitch * query, score_place + FLOAT_BYTES * pitch * second
+        for four in range((tokens + TOKENS - 1) // TOKENS):
+            if query == 0:
+                fetch(ahead[0] + step * four, step)
+            done = FLOAT_BYTES * TOKENS * four
+            key = key_place + step * four
+            dots(keys, first_query, second_query, key, stride, dims, first_score + done, second_score + done)
     for query in range(count):
         _weigh(scores[query, :tokens], sums[query], width)
-    query = 0
-    while query + 4 <= count:
-        _sum_for_four(scores[query : query + 4], values, tokens, sums[query : query + 4], width)
-        query += 4
-    while query + 2 <= count:
-        _sum_for_two(scores[query : query + 2], values, tokens, sums[query : query + 2], width)
-        query += 2
-    if query < count:
-        _sum_for_one(scores[query], values, tokens, sums[query], width)
+    value_place, sum_place = values.ctypes.data, sums.ctypes.data
+    for four in range(tokens // TOKENS):
+        fetch(ahead[1] + step * four, step)
+        value, weight = value_place + step * four, score_place + FLOAT_BYTES * TOKENS * four
+        query = 0
+        while query + 4 <= count:
+            into = sum_place + FLOAT_BYTES * row * query
+            add_weighted(values, 4, weight + FLOAT_BYTES * pitch * query, pitch, value, stride, width, into, row)
+            query += 4
+        while query + 2 <= count:
+            into = sum_place + FLOAT_BYTES * row * query
+            add_weighted(values, 2, weight + FLOAT_BYTES * pitch * query, pitch, value, stride, width, into, row)
+            query += 2
+        if query < count:
+            into = sum_place + FLOAT_BYTES * row * query
+            add_weighted(values, 1, weight + FLOAT_BYTES * pitch * query, pitch, value, stride, width, into, row)
+    for token in range(tokens // TOKENS * TOKENS, tokens):
+        for query in range(count):
+            for dim in range(width):
+                sums[query, dim] += scores[query, token] * _wide(values[token, dim])
 
 
 @_compiled
 def _weigh(scores, sums, width):
     """Turn scores into weights against the highest score so far, and what was summed so far as well."""
     before = sums[width]
-    highest = before
-    for token in range(len(scores)):
-        highest = highest if scores[token] <= highest else scores[token]
+    highest = _highest(scores, before)
     total = np.float32(0)
     for token in range(len(scores)):
         weight = _exp2(scores[token] - highest)
@@ -332,6 +376,14 @@ def _weigh(scores, sums, width):
     if before != highest:
         for dim in range(width):
             sums[dim] *= rest
+
+
+@njit(fastmath=REORDERED | {"nnan"}, error_model="numpy")
+def _highest(scores, highest):
+    """Return the highest of scores; which one, if one is not a number, does not matter: its weight will not be one either."""
+    for token in range(len(scores)):
+        highest = max(highest, scores[token])
+    return highest
 
 
 @_compiled
@@ -356,7 +408,7 @@ def _merge(parts, queries, merged):
 def _exp2(exponent):
     """Return 2 to a power of at most 0, to float32's precision; a NaN stays one. Without a call, so that loops are vectorised."""
     limited = np.float32(-126) if exponent < np.float32(-126) else exponent
-    whole = math.floor(limited)
+    whole = np.floor(limited)  # math's floor is an integer, and what follows would be float64
     rest = limited - whole - np.float32(0.5)
     power = EXP2[6]
     power = power * rest + EXP2[5]
@@ -366,108 +418,3 @@ def _exp2(exponent):
     power = power * rest + EXP2[1]
     power = power * rest + EXP2[0]
     return power * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-# Products of one, two or four queries at a time, each key and value being widened once for them. Several sums side by side are
-# what the compiler makes vector instructions of; arrays of sums it does not.
-
-
-@_compiled
-def _scores_of_one(query, keys, tokens, scores):
-    for token in range(tokens):
-        key = keys[token]
-        score = np.float32(0)
-        for dim in range(len(query)):
-            score += query[dim] * _wide(key[dim])
-        scores[token] = score
-
-
-@_compiled
-def _scores_of_two(queries, keys, tokens, scores):
-    a, b = queries[0], queries[1]
-    for token in range(tokens):
-        key = keys[token]
-        score_a = score_b = np.float32(0)
-        for dim in range(queries.shape[1]):
-            value = _wide(key[dim])
-            score_a += a[dim] * value
-            score_b += b[dim] * value
-        scores[0, token], scores[1, token] = score_a, score_b
-
-
-@_compiled
-def _scores_of_four(queries, keys, tokens, scores):
-    a, b, c, d = queries[0], queries[1], queries[2], queries[3]
-    for token in range(tokens):
-        key = keys[token]
-        score_a = score_b = score_c = score_d = np.float32(0)
-        for dim in range(queries.shape[1]):
-            value = _wide(key[dim])
-            score_a += a[dim] * value
-            score_b += b[dim] * value
-            score_c += c[dim] * value
-            score_d += d[dim] * value
-        scores[0, token], scores[1, token], scores[2, token], scores[3, token] = score_a, score_b, score_c, score_d
-
-
-@_compiled
-def _sum_for_one(weights, values, tokens, sums, width):
-    token = 0
-    while token + 4 <= tokens:
-        v, w, x, y = values[token], values[token + 1], values[token + 2], values[token + 3]
-        p, q, r, s = weights[token], weights[token + 1], weights[token + 2], weights[token + 3]
-        for dim in range(width):
-            sums[dim] += (p * _wide(v[dim]) + q * _wide(w[dim])) + (r * _wide(x[dim]) + s * _wide(y[dim]))
-        token += 4
-    while token < tokens:
-        for dim in range(width):
-            sums[dim] += weights[token] * _wide(values[token, dim])
-        token += 1
-
-
-@_compiled
-def _sum_for_two(weights, values, tokens, sums, width):
-    a, b = weights[0], weights[1]
-    sum_a, sum_b = sums[0], sums[1]
-    token = 0
-    while token + 4 <= tokens:
-        v, w, x, y = values[token], values[token + 1], values[token + 2], values[token + 3]
-        p, q, r, s = a[token], a[token + 1], a[token + 2], a[token + 3]
-        t, u, m, n = b[token], b[token + 1], b[token + 2], b[token + 3]
-        for dim in range(width):
-            e, f, g, h = _wide(v[dim]), _wide(w[dim]), _wide(x[dim]), _wide(y[dim])
-            sum_a[dim] += (p * e + q * f) + (r * g + s * h)
-            sum_b[dim] += (t * e + u * f) + (m * g + n * h)
-        token += 4
-    while token < tokens:
-        for dim in range(width):
-            value = _wide(values[token, dim])
-            sum_a[dim] += a[token] * value
-            sum_b[dim] += b[token] * value
-        token += 1
-
-
-@_compiled
-def _sum_for_four(weights, values, tokens, sums, width):
-    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
-    sum_a, sum_b, sum_c, sum_d = sums[0], sums[1], sums[2], sums[3]
-    token = 0
-    while token + 2 <= tokens:
-        v, w = values[token], values[token + 1]
-        p, q, r, s = a[token], b[token], c[token], d[token]
-        t, u, m, n = a[token + 1], b[token + 1], c[token + 1], d[token + 1]
-        for dim in range(width):
-            e, f = _wide(v[dim]), _wide(w[dim])
-            sum_a[dim] += p * e + t * f
-            sum_b[dim] += q * e + u * f
-            sum_c[dim] += r * e + m * f
-            sum_d[dim] += s * e + n * f
-        token += 2
-    while token < tokens:
-        for dim in range(width):
-            value = _wide(values[token, dim])
-            sum_a[dim] += a[token] * value
-            sum_b[dim] += b[token] * value
-            sum_c[dim] += c[token] * value
-            sum_d[dim] += d[token] * value
-        token += 1
