@@ -15,6 +15,7 @@ one does not tell: take `--model`.
 import argparse
 import json
 import math
+import random
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bench.engine import MODELS, prompts_of
+from bench.engine import MODELS
 from bench.kv_formats import ROOT, Subject
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig, KvFormat, WeightFormat
@@ -57,7 +58,7 @@ WINDOW_TOKENS, WINDOWS_A_STEP = 128, 16
 #: Windows that are measured: tokens that are read, and those after them that are guessed.
 READ, GUESSED, MEASURED = 64, 96, 8
 BATCHES = (1, 8)
-DECODED = 16
+PROMPT_TOKENS = 100
 SLAB = Slab(layers=8, kv_heads=4, block_tokens=64, head_dim=128, dtype="bfloat16")
 SLABS = 16
 
@@ -219,7 +220,7 @@ def text(directory: Path) -> list[TextResult]:
 
 
 def decoding(directory: Path, seconds: float) -> list[StepResult]:
-    family, shape = MODELS["qwen3 0.44B bfloat16"]
+    family, shape = MODELS["qwen3 0.44B bfloat16, 8 KV heads"]
     create_checkpoint(directory, family, 1, **shape)
     blocks = max(BATCHES) * 4
     config = {"device": "cpu", "block_tokens": 64, "blocks": blocks, "dtype": "bfloat16"}
@@ -233,7 +234,8 @@ def decoding(directory: Path, seconds: float) -> list[StepResult]:
 
 def best_of_steps(engines: Sequence[EagerEngine], batch: int, seconds: float) -> list[float]:
     """Return the shortest decode step of each engine, in turn."""
-    prompts = prompts_of(batch)
+    source = random.Random(batch)
+    prompts = [[source.randrange(256) for _ in range(PROMPT_TOKENS)] for _ in range(batch)]
     requests = [RequestId(number) for number in range(batch)]
     for engine in engines:
         for request, prompt in zip(requests, prompts, strict=True):
