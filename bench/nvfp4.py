@@ -253,34 +253,36 @@ def best_of_steps(engines: Sequence[EagerEngine], batch: int, seconds: float) ->
     return best
 
 
-def print_tables(report: dict[str, Any]) -> None:
-    console = Console(width=120 if not sys.stdout.isatty() else None)
-    rows = WEIGHT[0]
-    table = _table(
-        f"Weights, {rows} x {WEIGHT[1]}; times over bfloat16's by rows", "format", "bits", "error", "of products", *map(str, ROWS)
-    )
-    for one in report["weights"]:
-        shares = [f"{share:.2f}" for share in one["time_shares"].values()]
-        table.add_row(one["name"], f"{one['bits']:.2f}", f"{one['error']:.3%}", f"{one['product_error']:.3%}", *shares)
-    console.print(table)
+def weights_table(results: Sequence[WeightResult]) -> Table:
+    title = f"Weights, {WEIGHT[0]} x {WEIGHT[1]}; times over bfloat16's by rows"
+    table = _table(title, "format", "bits", "error", "of products", *map(str, ROWS))
+    for one in results:
+        shares = [f"{share:.2f}" for share in one.time_shares.values()]
+        table.add_row(one.name, f"{one.bits:.2f}", f"{one.error:.3%}", f"{one.product_error:.3%}", *shares)
+    return table
+
+
+def kv_table(results: Sequence[KvResult]) -> Table:
     table = _table("KV; speeds over memcpy's", "form", "bytes", "error", "encoding", "decoding")
-    for one in report["kv"]:
-        shares = [f"{one[name]:.2f}" for name in ("encode_share", "decode_share")]
-        table.add_row(one["name"], f"{one['bytes_share']:.3f}", f"{one['error']:.3%}", *shares)
-    console.print(table)
-    table = _table(f"Text, by {report['model']}", "weights", "perplexity", "change", "KL, nats", "same best token")
-    for one in report["text"]:
-        change = one["perplexity"] / report["text"][0]["perplexity"] - 1
-        table.add_row(
-            one["name"], f"{one['perplexity']:.3f}", f"{change:+.2%}", f"{one['divergence']:.5f}", f"{one['equal_share']:.1%}"
-        )
-    console.print(table)
-    table = _table("Decoding with 0.44B weights; steps over bfloat16's by batch", "weights", *map(str, BATCHES))
-    for one in report["decoding"]:
-        table.add_row(
-            one["name"], *(f"{ms / report['decoding'][0]['step_ms'][batch]:.2f}" for batch, ms in one["step_ms"].items())
-        )
-    console.print(table)
+    for one in results:
+        shares = f"{one.encode_share:.2f}", f"{one.decode_share:.2f}"
+        table.add_row(one.name, f"{one.bytes_share:.3f}", f"{one.error:.3%}", *shares)
+    return table
+
+
+def text_table(results: Sequence[TextResult], model: str) -> Table:
+    table = _table(f"Text, by {model}", "weights", "perplexity", "change", "KL, nats", "same best token")
+    for one in results:
+        change = one.perplexity / results[0].perplexity - 1
+        table.add_row(one.name, f"{one.perplexity:.3f}", f"{change:+.2%}", f"{one.divergence:.5f}", f"{one.equal_share:.1%}")
+    return table
+
+
+def decoding_table(results: Sequence[StepResult]) -> Table:
+    table = _table("Decoding, 0.44B weights; steps over bfloat16's by batch", "weights", *map(str, BATCHES))
+    for one in results:
+        table.add_row(one.name, *(f"{ms / results[0].step_ms[batch]:.2f}" for batch, ms in one.step_ms.items()))
+    return table
 
 
 def _table(title: str, first: str, *others: str) -> Table:
@@ -300,21 +302,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="that each measurement is repeated for (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     options = parser.parse_args()
+    console = Console(width=120 if not sys.stdout.isatty() else None)
+    report: dict[str, Any] = {"model": options.model.name if options.model else "a small model trained here"}
     with tempfile.TemporaryDirectory() as folder:
-        directory = options.model or Path(folder) / "trained"
-        report: dict[str, Any] = {"model": options.model.name if options.model else "a small model trained here"}
         with torch.inference_mode():
-            report |= {
-                "weights": [asdict(one) for one in weights(options.seconds)],
-                "kv": [asdict(one) for one in kv(options.seconds)],
-            }
+            report["weights"] = weights(options.seconds)
+            console.print(weights_table(report["weights"]))
+            report["kv"] = kv(options.seconds)
+            console.print(kv_table(report["kv"]))
+        directory = options.model or Path(folder) / "trained"
         if options.model is None:
             train(directory, options.steps)
-        report["text"] = [asdict(one) for one in text(directory)]
-        report["decoding"] = [asdict(one) for one in decoding(Path(folder) / "large", options.seconds)]
-    print_tables(report)
+        report["text"] = text(directory)
+        console.print(text_table(report["text"], report["model"]))
+        report["decoding"] = decoding(Path(folder) / "large", options.seconds)
+        console.print(decoding_table(report["decoding"]))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report, indent=2, default=asdict) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
