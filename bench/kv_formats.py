@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig, KvFormat
+from orchestrator.core.config import EngineConfig, KvFormat, WeightFormat
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from workers.engines.batch import StepBatch
@@ -81,10 +81,17 @@ class Seen:
 class Subject:
     """An engine with one sequence in it."""
 
-    def __init__(self, directory: Path, stored: KvFormat, dtype: str, tokens: int) -> None:
+    def __init__(
+        self, directory: Path, stored: KvFormat, dtype: str, tokens: int, weights: WeightFormat = WeightFormat.AUTO
+    ) -> None:
         self._table = tuple(BlockId(block) for block in range(-(-tokens // BLOCK_TOKENS)))
         config = EngineConfig(
-            device="cpu", dtype=dtype, block_tokens=BLOCK_TOKENS, blocks=len(self._table), kv_format_stored=stored
+            device="cpu",
+            dtype=dtype,
+            block_tokens=BLOCK_TOKENS,
+            blocks=len(self._table),
+            kv_format_stored=stored,
+            weights=weights,
         )
         self.engine = EagerEngine(directory, config, sequences_max=1, step_tokens_max=CHUNK_TOKENS)
         self._seen = Seen(self.engine._model)  # pyright: ignore[reportPrivateUsage]

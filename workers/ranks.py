@@ -20,7 +20,9 @@ class FfnServer:
         engine = pool.engine
         from workers.engines.split.rank import FfnRank  # noqa: PLC0415
 
-        self._rank = FfnRank(model_dir, engine.dtype, engine.device, rank, split.ffn, split.spare_slots, split.threads)
+        self._rank = FfnRank(
+            model_dir, engine.dtype, engine.device, rank, split.ffn, split.spare_slots, split.threads, engine.weights
+        )
         self._fatal = fatal
         self._thread = threading.Thread(target=self._run, name=f"ffn-{rank}", daemon=True)
         self._thread.start()

@@ -14,12 +14,12 @@ Rules for editors. 1: every sum and product is float32's, or float32 models lose
 subnormals: they cost a hundred cycles each. 3: a tile's weights are read from memory once, whatever the rows.
 """
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +27,7 @@ from torch.nn import functional
 from orchestrator.core.config import WeightFormat
 from workers.engines.nvfp4 import VALUES
 from workers.engines.quantised import QuantisedMatrix
+from workers.engines.threads import Kernel
 
 #: Columns of a unit.
 UNIT = 16
@@ -36,14 +37,10 @@ _LINE = 64
 #: What rows' scales are multiplied by: numbers that go through float16 with E4M3's exponents are too small by it, the biases
 #: being 15 and 7.
 ROW_SCALES = 2.0**8
-#: Of the records that kernels read: pointers and numbers, 8 bytes each.
+#: What kernels read: pointers and numbers, 8 bytes each; first the counter of tiles that are taken, beginning with tile `first`.
 _FIELDS = ("next", "rows", "codes", "scales", "row_scales", "result", "count", "tiles", "units", "shift", "first", "width")
 _INTEGERS = ("count", "tiles", "units", "shift", "first", "width")
-#: `GOMP_parallel(function, argument, threads, flags)`: the team of threads that torch has too.
-_PARALLEL = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-if _PARALLEL is not None:
-    _PARALLEL.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    _PARALLEL.restype = None
+_RECORD = np.dtype([(name, np.int64) for name in _FIELDS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +114,11 @@ class Kernels:
     def __init__(self, weight_format: WeightFormat, machine: Machine) -> None:
         """Compile: a tenth of a second."""
         self.lanes = machine.lanes
-        self._engine = _compiled(_source(weight_format, machine), machine)
-        self._multiply = self._engine.get_function_address("multiply")
+        engine = _compiled(_source(weight_format, machine), machine)
+        self._multiply = Kernel(engine.get_function_address("multiply"), engine)
         self._decode = {
-            torch.float32: self._engine.get_function_address("decode_float"),
-            torch.bfloat16: self._engine.get_function_address("decode_bfloat"),
+            torch.float32: Kernel(engine.get_function_address("decode_float"), engine),
+            torch.bfloat16: Kernel(engine.get_function_address("decode_bfloat"), engine),
         }
 
     def multiply(self, weight: Tiled, rows: Tensor) -> Tensor:
@@ -131,7 +128,7 @@ class Kernels:
         rows = functional.pad(rows, (0, short)) if short else rows.contiguous()
         width = weight.tiles * self.lanes
         result = torch.empty(len(rows), width)
-        self._run(self._multiply, weight, rows.data_ptr(), result, len(rows), 0, weight.tiles)
+        self._run(self._multiply, weight, rows.data_ptr(), result, len(rows), range(weight.tiles))
         return result if width == weight.shape[0] else result[:, : weight.shape[0]]
 
     def decode(self, weight: Tiled, first: int, tiles: int, into: Tensor) -> None:
@@ -139,20 +136,12 @@ class Kernels:
 
         Without rows' scales: what is written is code x scale, which bfloat16 holds exactly (in FP8, where a row has one scale).
         """
-        self._run(self._decode[into.dtype], weight, 0, into, 0, first, tiles)
+        self._run(self._decode[into.dtype], weight, 0, into, 0, range(first, first + tiles))
 
-    def _run(self, kernel: int, weight: Tiled, rows: int, result: Tensor, count: int, first: int, tiles: int) -> None:
+    def _run(self, kernel: Kernel, weight: Tiled, rows: int, result: Tensor, count: int, tiles: range) -> None:
         pointers = [part.data_ptr() for part in (weight.codes, weight.scales, weight.row_scales, result)]
-        numbers = (count, first + tiles, weight.units, weight.shift, first, result.shape[1])
-        record = (ctypes.c_int64 * len(_FIELDS))(first, rows, *pointers, *numbers)
-        threads = min(torch.get_num_threads(), tiles) if _PARALLEL is not None else 1
-        if threads > 1 and _PARALLEL is not None:
-            _PARALLEL(kernel, ctypes.addressof(record), threads, 0)
-        else:
-            _KERNEL(kernel)(ctypes.addressof(record))
-
-
-_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        numbers = (count, len(tiles), weight.units, weight.shift, tiles.start, result.shape[1])
+        kernel.run(np.array([(0, rows, *pointers, *numbers)], dtype=_RECORD), min(torch.get_num_threads(), len(tiles)))
 
 
 @functools.cache
@@ -334,8 +323,8 @@ def _begin(write: _Writer, name: str, decoder: _Decoder, lanes: int) -> None:
     write.add(f"define void @{name}(ptr %record) {{\nentry:")
     write.fields()
     write.add("%last.unit = sub i64 %units, 1\n%last.group = lshr i64 %last.unit, %shift\n%groups = add i64 %last.group, 1")
-    write.add("br label %take\ntake:\n%tile = atomicrmw add ptr %record, i64 1 acq_rel")
-    write.add("%left = icmp ult i64 %tile, %tiles\nbr i1 %left, label %work, label %end\nwork:")
+    write.add("br label %take\ntake:\n%taken = atomicrmw add ptr %record, i64 1 acq_rel")
+    write.add("%left = icmp ult i64 %taken, %tiles\n%tile = add i64 %taken, %first\nbr i1 %left, label %work, label %end\nwork:")
     write.add(f"%row.first = mul i64 %tile, {lanes}")
     write.add(f"%unit.bytes = mul i64 %units, {decoder.unit_bytes}\n%codes.bytes = mul i64 %tile, %unit.bytes")
     write.add(f"%group.bytes = mul i64 %groups, {decoder.scale_bytes}\n%scales.bytes = mul i64 %tile, %group.bytes")

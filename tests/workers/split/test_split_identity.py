@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.oracle import oracle
+from tests.quantised import write_quantised
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
 from workers.engines.base import SplitPlaces
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
@@ -53,6 +54,19 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, family: str, ffn: int,
         assert Conductor(engine, donor, seed=4).run(prompts, 12, 4) == expected
         assert engine.split is not None
         assert engine.split.times.rows > 0
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("way", "family", "ffn"),
+    [("modelopt-nvfp4", "qwen3_moe", 2), ("deepseek-fp8", "deepseek_v3", 2), ("compressed-nvfp4", "llama", 3)],
+)
+def test_quantised_weights_are_spread_as_others_are(tmp_path: Path, way: str, family: str, ffn: int) -> None:
+    quantised, meant = write_quantised(tmp_path, way, family, layers=2)
+    prompts, expected = without_ties(oracle(meant), prompts_of(1, [1, 17, 40]), 8)
+    with ranks_of(quantised, ffn) as ranks:
+        engine, donor = attention_of(quantised, ranks), engine_of(quantised)
+        assert Conductor(engine, donor, seed=4).run(prompts, 8, 3) == expected
         engine.close()
 
 
