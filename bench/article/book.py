@@ -9,9 +9,9 @@ from typing import Any
 from bench.article.claim import MEANINGS, TONES, Claim, Finding, Verdict
 from bench.article.claims import caching, cost, gpu_afd, lpx, measured, restoring, session, speed, tiers
 from bench.article.figures import axis, details, figures
-from bench.article.fronts import WORKLOADS, by_power, by_price, by_throughput, front
 from bench.article.sources import ARTICLE
 from bench.article.study import Study, begin
+from orchestrator.cli.fronts import WORKLOADS, by_power, by_price, by_throughput, front
 from orchestrator.cli.report.page import Badge, Section, Table, page
 from orchestrator.profiles.catalog import Assumption
 

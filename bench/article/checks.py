@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from bench.article.fronts import Layout, Point, Workload, point_with, token_seconds_at
+from orchestrator.cli.fronts import Layout, Point, Workload, point_with, token_seconds_at
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.types import NodeId, PoolKind
 from orchestrator.profiles.resolve import Resolved

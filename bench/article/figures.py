@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from bench.article.checks import DECODE_NODES, PREFILL_NODES, Check
-from bench.article.fronts import (
+from bench.article.session import growth_chart
+from bench.article.sources import HARDWARE_PRICES
+from bench.article.study import Study
+from orchestrator.cli.fronts import (
     GB200,
     INTERACTIVITY,
     RUBIN,
@@ -20,9 +23,6 @@ from bench.article.fronts import (
     gpus_of,
     model_of,
 )
-from bench.article.session import growth_chart
-from bench.article.sources import HARDWARE_PRICES
-from bench.article.study import Study
 from orchestrator.cli.report.charts import Series, cache_chart, context_chart, pareto_chart
 from orchestrator.cli.report.page import Section, Table
 from orchestrator.core.config import DecodeMode

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from bench.article.checks import Check, check
-from bench.article.fronts import (
+from bench.article.session import SessionRun, read_session, run_session
+from orchestrator.cli.fronts import (
     BATCH,
     CODING,
     GB200,
@@ -21,7 +22,6 @@ from bench.article.fronts import (
     layouts,
     sweep,
 )
-from bench.article.session import SessionRun, read_session, run_session
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import resolve
 from orchestrator.traces import TracedTurn

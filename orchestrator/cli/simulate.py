@@ -19,8 +19,10 @@ from rich.table import Table as RichTable
 from orchestrator.cli.block_bytes import block_bytes_of
 from orchestrator.cli.cases import Case, run_cases
 from orchestrator.cli.cluster_file import UnusableInput, check_file, check_folder, located, read_cluster, read_mapping, write_file
+from orchestrator.cli.fronts import AGENTIC
 from orchestrator.cli.options import count, number, pairs, whole
 from orchestrator.cli.overrides import Overrides, parse_overrides, set_field
+from orchestrator.cli.platforms import SPEED_TARGET, pareto_table, platform_table, platforms, platforms_json
 from orchestrator.cli.report.comparison import Column, comparison, figure_of
 from orchestrator.cli.report.page import Table, plotly_script
 from orchestrator.cli.report.simulation import Simulation, bounds_text, write_report
@@ -85,6 +87,11 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write index.html with charts there")
     parser.add_argument("--assumptions", action="store_true", help="list the numbers nobody has published, and their ranges")
+    parser.add_argument(
+        "--platforms",
+        action="store_true",
+        help="the article's platforms on a session of 400K tokens of context: speed, price, what binds; needs no trace",
+    )
     parser.set_defaults(run=run_simulate)
 
 
@@ -111,6 +118,9 @@ def run_simulate(options: argparse.Namespace) -> int:
         raise UnusableInput(f"--set {error}") from None
     if options.assumptions:
         _list_assumptions(catalog, options.json)
+    if options.platforms:
+        _tell_platforms(catalog, options.json)
+        return 0
     if config is None or options.trace is None:
         if options.assumptions:
             return 0
@@ -301,6 +311,18 @@ def _made(folder: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise UnusableInput(f"{folder}: {error.strerror}") from None
     print(f"weft: wrote {folder / 'index.html'}", file=sys.stderr)
+
+
+def _tell_platforms(catalog: Catalog, path: Path | None) -> None:
+    found = platforms(catalog)
+    if path is not None:
+        _write_json(path, platforms_json(found))
+    if path != Path("-"):
+        print_table(platform_table(found))
+        print_table(pareto_table(found))
+        print(f"{AGENTIC.why}; {found[0].model} and, where LPX holds weights, FP8 there. Reached or not, and why:")
+        for one in found:
+            print(one.why(SPEED_TARGET))
 
 
 def _list_assumptions(catalog: Catalog, path: Path | None) -> None:

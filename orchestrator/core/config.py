@@ -546,12 +546,24 @@ class HardwareConfig:
     acceptance: float | None = None
     #: Chips of one host: as many nodes of the pool as they make share its memory.
     host_chips: int = 4
+    #: How unevenly tokens choose experts: the k-th hottest one's load is k to the power of minus this, in an order drawn from
+    #: `expert_seed`. 0: the busiest chip is as the profiles assume (`practice.expert_imbalance`).
+    expert_skew: float = 0.0
+    expert_seed: int = 0
+    #: Slots of each chip for copies of hot experts; and whether experts are placed by load at all, or spread by number.
+    spare_slots: int = 0
+    balanced: bool = True
 
     def __post_init__(self) -> None:
         for name in ("chips", "host_chips", "group_nodes"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("ffn_chips", "draft_tokens", "microbatches"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
+        require(self.spare_slots >= 0, "spare_slots", f"must be 0 or more, is {self.spare_slots}")
+        skew = self.expert_skew
+        require(isfinite(skew) and skew >= 0, "expert_skew", f"must be 0 or more, is {skew}")
+        problem = "copies of hot experts need expert_skew, and balanced"
+        require(not self.spare_slots or (skew > 0 and self.balanced), "spare_slots", problem)
         chance = self.acceptance
         require(chance is None or 0 <= chance < 1, "acceptance", f"must be in [0, 1), is {chance}")
         halves = self.mode is not DecodeMode.PLAIN

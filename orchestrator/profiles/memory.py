@@ -49,7 +49,7 @@ def chip_weights_bytes(machine: Machine) -> float:
     copied += shape.head_parameters * (1 if shape.tied_embeddings else 2) * BYTES[Precision.BF16]
     spread = 0.0
     if hardware.mode is not DecodeMode.AFD:
-        spread = shape.expert_layers * shape.experts * shape.expert_parameters * each
+        spread = shape.expert_layers * shape.experts * machine.expert_copies * shape.expert_parameters * each
     return copied / hardware.chips + spread / (hardware.chips * hardware.group_nodes)
 
 
@@ -57,7 +57,7 @@ def _other_half_bytes(machine: Machine) -> float:
     """Return the bytes of weights on all chips of the other half together."""
     shape, each = machine.shape, BYTES[machine.hardware.ffn_weights]
     ffn = shape.dense_layers * shape.dense_parameters + shape.expert_layers * shape.shared_parameters
-    ffn += shape.expert_layers * shape.experts * shape.expert_parameters
+    ffn += shape.expert_layers * shape.experts * machine.expert_copies * shape.expert_parameters
     if machine.hardware.mode is DecodeMode.AFD:
         return ffn * each
     head = shape.head_parameters * (1 if shape.tied_embeddings else 2) * BYTES[Precision.BF16]

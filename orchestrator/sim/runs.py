@@ -125,7 +125,7 @@ def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict
         "tokens_per_s_per_user": percentiles(speeds, 50, 10),
         "session_s": {**percentiles(sessions, 50, 90), "mean": fmean(sessions) if sessions else None},
         **_economics(outcome, hardware, inputs, outputs),
-        "pools": {name: _pool(use, outcome.duration_s) for name, use in outcome.pools.items()},
+        "pools": {name: _pool(use, outcome.duration_s, hardware.get(name)) for name, use in outcome.pools.items()},
         "stores": _stores(outcome.stores) if outcome.stores is not None else None,
         "duration_s": outcome.duration_s,
         "wall_s": outcome.wall_s,
@@ -225,7 +225,7 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
 
-def _pool(use: PoolUse, duration_s: float) -> dict[str, Any]:
+def _pool(use: PoolUse, duration_s: float, hardware: PoolHardware | None) -> dict[str, Any]:
     """Return a pool's figures.
 
     `utilisation` is the share of node time in which a step ran; `queue` and `running` are requests that wait on its nodes and
@@ -247,9 +247,16 @@ def _pool(use: PoolUse, duration_s: float) -> dict[str, Any]:
         "preemptions": use.preemptions,
         "drafted_tokens": use.drafted_tokens,
         "accepted_tokens": use.accepted_tokens,
+        "experts": _experts(hardware),
         "split": _split(use, duration_s) if use.split is not None else None,
         "beat": _beat(use.beat) if use.beat is not None else None,
     }
+
+
+def _experts(hardware: PoolHardware | None) -> dict[str, float] | None:
+    """Return by how much the busiest chip's expert work exceeds the mean, spread by number and placed by load, as shares."""
+    balance = hardware.machine.balance if hardware is not None and hardware.machine is not None else None
+    return None if balance is None else {"spread": balance.spread, "placed": balance.placed}
 
 
 def _beat(use: BeatUse) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from bench.article.claims.restoring import restoring, spared
 from bench.article.claims.session import session_claims
 from bench.article.claims.speed import fastest, speed_claim
 from bench.article.claims.tiers import tiered
-from bench.article.fronts import (
+from bench.article.sensitivity import crossing, leading, reach
+from bench.article.session import hit_rate, input_tokens, one_shot, read_session, run_session
+from orchestrator.cli.fronts import (
     AFD,
     AGENTIC,
     BATCH,
@@ -43,8 +45,6 @@ from bench.article.fronts import (
     point_at,
     relaid,
 )
-from bench.article.sensitivity import crossing, leading, reach
-from bench.article.session import hit_rate, input_tokens, one_shot, read_session, run_session
 from orchestrator.profiles.catalog import Catalog, CatalogError
 from orchestrator.profiles.resolve import resolve
 from orchestrator.sim.bounds import infinite_cache

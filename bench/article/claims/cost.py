@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 
 from bench.article.claim import Claim, Finding, Verdict
 from bench.article.effects import effects_section
-from bench.article.fronts import (
+from bench.article.sensitivity import Reach, Sensitivity, reach
+from bench.article.sources import AGENTX_MEASURED, HARDWARE_PRICES, Source
+from bench.article.study import Fronts, Study, fronts_of, named
+from orchestrator.cli.fronts import (
     CODING,
     GB200,
     RUBIN,
@@ -21,9 +24,6 @@ from bench.article.fronts import (
     points_of,
     relaid,
 )
-from bench.article.sensitivity import Reach, Sensitivity, reach
-from bench.article.sources import AGENTX_MEASURED, HARDWARE_PRICES, Source
-from bench.article.study import Fronts, Study, fronts_of, named
 from orchestrator.cli.report.page import Section, Table
 from orchestrator.profiles.catalog import Catalog
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bench.article.claim import Claim, Finding, Verdict, judged
-from bench.article.fronts import GB200, batches, cluster
 from bench.article.sensitivity import Reach, reach
 from bench.article.sources import Source
 from bench.article.study import Study
+from orchestrator.cli.fronts import GB200, batches, cluster
 from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, HardwareConfig, PoolConfig, Precision
 from orchestrator.core.cost.costs import decode_seconds
 from orchestrator.core.cost.roofline import (

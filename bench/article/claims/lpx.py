@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 
 from bench.article.claim import ABOUT, Claim, Finding, Verdict
 from bench.article.claims.cost import SPEEDS, gain
-from bench.article.fronts import (
+from bench.article.sensitivity import Reach, reach
+from bench.article.sources import LPX_PROJECTION, Source
+from bench.article.study import Study
+from orchestrator.cli.fronts import (
     AFD,
     AGENTIC,
     DRAFTER,
@@ -22,9 +25,6 @@ from bench.article.fronts import (
     prefill_seconds_of,
     relaid,
 )
-from bench.article.sensitivity import Reach, reach
-from bench.article.sources import LPX_PROJECTION, Source
-from bench.article.study import Study
 from orchestrator.cli.report.page import Section, Table
 from orchestrator.profiles.catalog import Catalog
 

@@ -7,9 +7,9 @@ from bench.article.claim import ABOUT, Claim, Finding, Verdict, about
 from bench.article.claims.cost import gain
 from bench.article.claims.gpu_afd import AGENTX_FASTEST_GB300, AGENTX_FASTEST_VR
 from bench.article.claims.speed import Fastest, fastest
-from bench.article.fronts import CODING, GB300, RUBIN, Point, by_power, by_price, model_of
 from bench.article.sources import AGENTX_MEASURED, AGENTX_SPEEDS
 from bench.article.study import Study
+from orchestrator.cli.fronts import CODING, GB300, RUBIN, Point, by_power, by_price, model_of
 from orchestrator.cli.report.page import Badge, Section, Table, Tone
 
 #: (tokens/s/user, least, most) of VR over GB300 as AgentX measured it: tokens for a dollar, tokens/s for a MW. A single number

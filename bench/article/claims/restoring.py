@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from bench.article.claim import Finding
-from bench.article.fronts import RUBIN, cluster, model_of
 from bench.article.sources import Source
 from bench.article.study import Study
+from orchestrator.cli.fronts import RUBIN, cluster, model_of
 from orchestrator.cli.report.page import Section, Table
 from orchestrator.core.config import ConfigError, PoolConfig
 from orchestrator.core.cost.costs import prompt_seconds

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass, replace
 
 from bench.article.claim import Claim, Finding, Verdict
 from bench.article.effects import effects_section
-from bench.article.fronts import (
+from bench.article.sensitivity import Sensitivity, crossing, leading, sensitivities, value_for
+from bench.article.sources import AGENTX_SPEEDS, LPX_PROJECTION, Source
+from bench.article.study import Study
+from orchestrator.cli.fronts import (
     AFD,
     AGENTIC,
     DRAFTER,
@@ -22,9 +25,6 @@ from bench.article.fronts import (
     points_of,
     relaid,
 )
-from bench.article.sensitivity import Sensitivity, crossing, leading, sensitivities, value_for
-from bench.article.sources import AGENTX_SPEEDS, LPX_PROJECTION, Source
-from bench.article.study import Study
 from orchestrator.cli.report.page import Section, Table
 from orchestrator.profiles.catalog import Catalog
 from orchestrator.profiles.resolve import acceptance_of

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from bench.article.claim import Finding
-from bench.article.fronts import RUBIN, cluster, model_of
 from bench.article.study import Study
+from orchestrator.cli.fronts import RUBIN, cluster, model_of
 from orchestrator.cli.report.comparison import percent, seconds
 from orchestrator.cli.report.page import Section, Table
 from orchestrator.cli.sweeps import copies

@@ -66,6 +66,11 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+#: Of a pool whose experts' load is skewed.
+EXPERTS = (
+    ("expert imbalance, spread", "spread", percent),
+    ("expert imbalance, placed", "placed", percent),
+)
 #: Of a pool that keeps a beat.
 BEAT = (
     ("beats", "beats", number),
@@ -106,7 +111,7 @@ def _pool_rows(run: Run) -> list[Row]:
     for pool in run.figures["pools"]:
         rows.append((f"{pool}: utilisation", ("pools", pool, "utilisation"), percent))
         rows.append((f"{pool}: mean queue", ("pools", pool, "queue", "mean"), number))
-        for part, entries in (("split", SPLIT), ("beat", BEAT)):
+        for part, entries in (("split", SPLIT), ("experts", EXPERTS), ("beat", BEAT)):
             if run.figures["pools"][pool][part] is not None:
                 rows += [(f"{pool}: {name}", ("pools", pool, part, key), text) for name, key, text in entries]
     return rows

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import log2
 
 from orchestrator.core.config import DecodeMode, HardwareConfig, Precision
+from orchestrator.core.cost.balance import Balance, balance_of
 from orchestrator.core.cost.shapes import ModelShape
 
 #: Bytes of one stored number. NVFP4: 4 bits, and 8 bits of scale for every 16 numbers
@@ -154,6 +155,28 @@ class Machine:
             return self._other_half()
         chips = hardware.chips * hardware.group_nodes
         return Side(self.chip, chips, hardware.group_nodes, hardware.weights, hardware.activations)
+
+    @property
+    def balance(self) -> Balance | None:
+        """How evenly its experts' loads fall on the chips that hold them; None if that is not simulated."""
+        hardware, experts = self.hardware, self.shape.experts
+        if not hardware.expert_skew or not experts:
+            return None
+        return balance_of(experts, self.routed.chips, hardware.spare_slots, hardware.expert_skew, hardware.expert_seed)
+
+    @property
+    def expert_imbalance(self) -> float:
+        """The busiest chip's expert work over the mean."""
+        balance = self.balance
+        if balance is None:
+            return self.practice.expert_imbalance
+        return 1 + (balance.placed if self.hardware.balanced else balance.spread)
+
+    @property
+    def expert_copies(self) -> float:
+        """Copies that there are of an expert, in the mean."""
+        experts = self.shape.experts
+        return 1 + self.hardware.spare_slots * min(self.routed.chips, experts) / experts if experts else 1.0
 
     def _other_half(self) -> "Side":
         assert self.ffn_chip is not None, f"mode {self.hardware.mode.value} needs an ffn_chip"

@@ -39,8 +39,8 @@ def expert_seconds(machine: Machine, tokens: float) -> float:
     hit = shape.experts * (1.0 - (1.0 - share) ** (tokens * side.nodes))
     # Some chip reads a whole expert; where there are more chips than experts, each expert is cut over several.
     whole = min(side.chips, shape.experts)
-    read = max(hit * machine.practice.expert_imbalance, whole) * shape.expert_parameters
-    multiplied = shape.experts_per_token * shape.expert_parameters * machine.practice.expert_imbalance
+    read = max(hit * machine.expert_imbalance, whole) * shape.expert_parameters
+    multiplied = shape.experts_per_token * shape.expert_parameters * machine.expert_imbalance
     return side.routed_seconds(read, multiplied, tokens)
 
 
