@@ -2,10 +2,10 @@
 
     python -m bench.afd [--seconds 20] [--json FILE]
 
-One attention rank, here, and one FFN rank in a process of its own, one thread and one core each; beside them the same model in one
-process with one thread and with two. Three random models in float32, batches of 1, 8 and 32 sequences that decode after 256 tokens.
-Contenders take turns, step by step, so that what else the machine does hits all; medians. The hop is one way: half of what a
-message takes beyond the FFN rank's computing, one micro-batch at a time.
+One attention rank, here, and one FFN rank in a process of its own, one thread and one core each; beside them the same model
+in one process with one thread and with two. Three random models in float32, batches of 1, 8 and 32 sequences that decode after
+256 tokens. Contenders take turns, step by step, so that what else the machine does hits all; medians. The hop is one way: half
+of what a message takes beyond the FFN rank's computing, one micro-batch at a time.
 
 Predicted is `ping_pong_seconds` of the core: the halves as measured with one micro-batch, of half the rows, and the hop, give the
 time of a step with two.
