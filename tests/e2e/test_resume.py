@@ -1,4 +1,4 @@
-"""Nodes killed at random moments under many streams: every one ends with exactly the tokens that it would have had."""
+"""Nodes and ranks killed at random moments under many streams: all end with exactly the tokens that they would have had."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.served import Served, owner_of_port
+from tests.e2e.served import Served, command_of, descendants, owner_of_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -24,12 +24,12 @@ OUTPUT_TOKENS = 96
 PIECES_MAX = STREAMS * OUTPUT_TOKENS // 4
 #: Seconds within which a killed node must be back, and in which a round must be over.
 HEALED_S, ROUND_S = 60.0, 120.0
-ROUNDS = {"decode": 3, "prefill": 3, "aggregated": 3}
+ROUNDS = {"decode": 3, "prefill": 3, "aggregated": 3, "attention": 2, "ffn": 2}
 
 POOL = """
 [[pools]]
 name = "{name}"
-kind = "{name}"
+kind = "{kind}"
 nodes = {nodes}
 [pools.engine]
 block_tokens = 16
@@ -41,6 +41,11 @@ step_tokens_max = 512
 step_s = 0.004
 prefill_token_s = 0.0001
 """
+#: Two groups of an attention rank, which is a node, and an FFN rank.
+SPLIT = """
+[pools.split]
+threads = 1
+"""
 HEAD = """
 [gateway]
 http_port = 0
@@ -49,9 +54,11 @@ grpc_port = 0
 disaggregation_tokens_min = 0
 """
 LAYOUTS = {
-    "decode": HEAD + POOL.format(name="prefill", nodes=1) + POOL.format(name="decode", nodes=2),
-    "prefill": HEAD + POOL.format(name="prefill", nodes=1) + POOL.format(name="decode", nodes=2),
-    "aggregated": HEAD + POOL.format(name="aggregated", nodes=2),
+    "decode": HEAD + POOL.format(name="prefill", kind="prefill", nodes=1) + POOL.format(name="decode", kind="decode", nodes=2),
+    "prefill": HEAD + POOL.format(name="prefill", kind="prefill", nodes=1) + POOL.format(name="decode", kind="decode", nodes=2),
+    "aggregated": HEAD + POOL.format(name="aggregated", kind="aggregated", nodes=2),
+    "attention": HEAD + POOL.format(name="attention", kind="aggregated", nodes=2) + SPLIT,
+    "ffn": HEAD + POOL.format(name="attention", kind="aggregated", nodes=2) + SPLIT,
 }
 #: Ways of asking; each stream has one of them.
 WAYS: list[dict[str, Any]] = [
@@ -146,11 +153,27 @@ def resumed(served: Served) -> float:
     return sum(one.value for one in samples if one.name == "weft_resumed_requests_total")
 
 
-def kill(served: Served, node: str) -> int:
-    """End a node's process; return which of its starts that was."""
-    known = served.node(node)
-    os.kill(owner_of_port(int(known["address"].rpartition(":")[2])), signal.SIGKILL)
-    return known["incarnation"]
+def process_of(served: Served, victim: str) -> int:
+    """Return a process that has most to do: of a pool's nodes, or the FFN rank of such a node."""
+    pool = "attention" if victim == "ffn" else victim
+    node = max((node for node in served.status()["nodes"] if node["pool"] == pool), key=lambda node: node["running"])
+    process = owner_of_port(int(node["address"].rpartition(":")[2]))
+    if victim != "ffn":
+        return process
+    ranks = [pid for pid in descendants(served.process.pid) if command_of(pid).startswith("ray::FfnProcess")]
+    [rank] = [pid for pid in ranks if shared_memory(pid) & shared_memory(process)]
+    return rank
+
+
+def shared_memory(process: int) -> set[str]:
+    """Return the inodes of memory that a process shares with others."""
+    lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:weft-kv" in line}
+
+
+def starts(served: Served) -> dict[str, int]:
+    """Return the incarnation of every node."""
+    return {node["node"]: node["incarnation"] for node in served.status()["nodes"]}
 
 
 def undisturbed(served: Served) -> tuple[list[dict[str, Any]], list[Answer]]:
@@ -169,23 +192,21 @@ def undisturbed(served: Served) -> tuple[list[dict[str, Any]], list[Answer]]:
 
 def fire(served: Served, bodies: list[dict[str, Any]], expected: list[Answer], victim: str, random: Random) -> None:
     """Let one round happen, and see that it changed nothing."""
-    node = f"{victim}-{random.randrange(sum(one['node'].startswith(victim) for one in served.status()['nodes']))}"
-    killed: list[int] = []
+    before = starts(served)
     pieces = Pieces(random.randrange(1, PIECES_MAX))
 
     async def round_() -> list[Answer]:
-        return await read_all(served.url, bodies, pieces, lambda: killed.append(kill(served, node)))
+        return await read_all(served.url, bodies, pieces, lambda: os.kill(process_of(served, victim), signal.SIGKILL))
 
     found = asyncio.run(round_())
     differing = [number for number, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
-    assert differing == [], f"{node} died after {pieces.wanted} pieces: {found[differing[0]]} is not {expected[differing[0]]}"
-    served.until(
-        lambda status: any(one["node"] == node and one["up"] and one["incarnation"] > killed[0] for one in status["nodes"]),
-        within_s=HEALED_S,
-    )
+    told = f"after {pieces.wanted} pieces" + "".join(f": {found[one]} is not {expected[one]}" for one in differing[:1])
+    assert differing == [], told
+    served.until(lambda _: sum(starts(served)[node] > before[node] for node in before) == 1, within_s=HEALED_S)
+    served.until(lambda status: all(node["up"] for node in status["nodes"]), within_s=HEALED_S)
 
 
-@pytest.mark.parametrize("victim", ["decode", "prefill", "aggregated"])
+@pytest.mark.parametrize("victim", ["decode", "prefill", "aggregated", "attention", "ffn"])
 def test_no_stream_loses_or_changes_a_token_when_its_node_is_killed(
     serve: Callable[..., Served], tmp_path: Path, victim: str
 ) -> None:
