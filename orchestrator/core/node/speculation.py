@@ -36,6 +36,9 @@ CHANCE_UNKNOWN = 0.6
 RETRY_TOKENS = 3
 RETRY_AFTER_MIN = 16
 RETRY_AFTER_MAX = 512
+#: What such tries may cost a node: a share of the tokens that it generates, and tokens that it may lose before it has any.
+TRIES_SHARE = 0.01
+TRIES_FREE = 2.0
 
 
 class Drafting:
@@ -95,7 +98,8 @@ class Speculation:
     """What a node knows of the drafts of its sequences."""
 
     __slots__ = (
-        "_chances", "_plain", "_price", "_prices", "_profile", "_tokens_max", "accepted_tokens", "drafted_tokens", "rows_max",
+        "_chances", "_generated", "_lost", "_plain", "_price", "_prices", "_profile", "_tokens_max", "accepted_tokens",
+        "drafted_tokens", "rows_max",
     )  # fmt: skip
 
     def __init__(self, spec: NodeSpec) -> None:
@@ -110,6 +114,9 @@ class Speculation:
         self.rows_max = 0
         #: Of all sequences: where a new one starts.
         self._chances = Drafting(CHANCE_UNKNOWN)
+        #: Tokens of output, and those that tries which did not pay have cost.
+        self._generated = 0
+        self._lost = 0.0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
 
@@ -144,12 +151,15 @@ class Speculation:
             return self._tokens_max
         if chance > price:
             return max(1, int(log(price) / log(chance)))
-        return min(RETRY_TOKENS, self._tokens_max) if output_tokens >= drafting.again_at else 0
+        affordable = self._lost <= TRIES_FREE + TRIES_SHARE * self._generated
+        return min(RETRY_TOKENS, self._tokens_max) if affordable and output_tokens >= drafting.again_at else 0
 
     def note_drafts(self, drafting: Drafting, output_tokens: int, drafted: int, accepted: int) -> None:
         """Take in what became of a sequence's drafts, which has so many tokens of output since."""
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
+        if drafting.chance <= self._price:
+            self._lost += max(self._price * drafted - accepted, 0.0)
         self._chances.note(drafted, accepted)
         drafting.note(drafted, accepted)
         if drafting.chance > self._price:
@@ -161,6 +171,7 @@ class Speculation:
 
     def note_step(self, sequences: int, rows: int, seconds: float) -> None:
         """Take in how long a step took that only decoded, with so many drafted rows."""
+        self._generated += sequences
         plain = self._plain.get(sequences)
         if not rows:
             if plain is None:
