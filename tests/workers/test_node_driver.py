@@ -47,9 +47,11 @@ class ScriptedEngine:
         self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, 64, "plain", VOCABULARY, 64, "weights", "cpu", computes)
         self.pool = None
         self.routing = None
+        self.beats: BeatCounts | None = None
         self.counts: dict[RequestId, int] = {}
         self.sampling: dict[RequestId, Sampling] = {}
         self.failing: str | None = None
+        self.lost = False
         self.stop_after = 1000
         #: How many tokens come in place of a request's n-th.
         self.tokens_at: dict[int, int] = {}
@@ -64,6 +66,8 @@ class ScriptedEngine:
         del self.counts[request]
 
     def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
+        if self.lost:
+            raise EngineLost("its process has ended")
         if self.failing is not None:
             raise RuntimeError(self.failing)
         return [self._output(part) for part in slices]
