@@ -10,7 +10,7 @@ from workers.memory import SharedArena
 
 BLOCK_TOKENS, SLOTS, CONTEXT = 16, 8, 1024
 #: Many times what a step takes: also where other programs want the processor these tests do not depend on them.
-BEAT_S = 0.1
+BEAT_S = 0.15
 
 
 def lpx_pool(beat_s: float = BEAT_S, beat: BeatConfig | None = None, **engine: Any) -> PoolConfig:

@@ -55,13 +55,13 @@ def bring(source: Engine, target: BeatEngine, slot: _Slot) -> None:
     """Have one engine compute a prompt but for its last token, and copy the blocks into the other's pool."""
     computed = len(slot.prompt) - 1
     places = tuple(BlockId(place) for place in range(-(-computed // BLOCK_TOKENS)))
-    source.add(RequestId(0), array("I", slot.prompt), GREEDY)
     if computed:
+        source.add(RequestId(0), array("I", slot.prompt), GREEDY)
         source.step([Slice(RequestId(0), 0, computed, 0, places, False)])
-    source.forget(RequestId(0))
-    slabs = memoryview(bytearray(len(places) * source.description.block_bytes))
-    source.read_blocks(places, slabs)
-    target.write_blocks(slot.blocks[: len(places)], slabs)
+        source.forget(RequestId(0))
+        slabs = memoryview(bytearray(len(places) * source.description.block_bytes))
+        source.read_blocks(places, slabs)
+        target.write_blocks(slot.blocks[: len(places)], slabs)
     target.add(slot.request, array("I", slot.prompt), GREEDY)
 
 

@@ -9,7 +9,7 @@ from workers.engines.base import Engine
 
 #: The first steps find nothing in caches, and kernels that are compiled when they are first used.
 WARM_STEPS = 4
-STEPS, ROUNDS = 12, 3
+STEPS, ROUNDS = 5, 8
 #: What costs most to sample with, and the top log probabilities that clients may ask for.
 DEAREST = Sampling(temperature=1.0, top_p=0.9, min_p=0.01, presence_penalty=0.1, frequency_penalty=0.1, seed=0, logprobs=20)
 
