@@ -804,9 +804,8 @@ class PoolConfig:
         problem = f"must be over 0 seconds in a pool of kind lpx, and 0 in any other, is {beat_s} in one of kind {self.kind}"
         require(beats == (beat_s > 0), "profile.beat_s", problem)
         require(beats or self.beat == BeatConfig(), "beat", f"is for pools of kind lpx, this one is of kind {self.kind}")
-        if beats and self.engine.name == "eager":
-            device = self.engine.device
-            require(device in ("auto", "cpu"), "engine.device", f"must be auto or cpu in a pool of kind lpx, is {device!r}")
+        if beats:
+            self._check_beating()
         require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
         alone = self.nodes_per_process == 1 or self.engine.name == "profiled"
@@ -821,6 +820,14 @@ class PoolConfig:
         once = not self.engine.speculation.tokens_max or (self.profile.pass_tokens == 1 and not self.hardware.draft_tokens)
         where = "engine.speculation.method"
         require(once, where, "must be off where hardware.draft_tokens or profile.pass_tokens count drafted tokens already")
+
+    def _check_beating(self) -> None:
+        """Raise `ConfigError` for what a node that keeps a beat has not."""
+        require(self.split is None, "split", "is not for pools of kind lpx: their nodes compute whole layers")
+        one = not self.engine.speculation.tokens_max
+        require(one, "engine.speculation.method", "must be off in a pool of kind lpx: each beat brings one token")
+        fits = self.engine.name != "eager" or self.engine.device in ("auto", "cpu")
+        require(fits, "engine.device", f"must be auto or cpu in a pool of kind lpx, is {self.engine.device!r}")
 
     def node_id(self, number: int) -> NodeId:
         """Return what the pool's node of that number is called."""

@@ -53,7 +53,7 @@ def test_all_slots_are_taken_with_the_longest_contexts_over_the_whole_pool() -> 
 
 
 def test_the_longest_step_of_the_best_round_counts_and_the_first_ones_do_not() -> None:
-    second = WARM_STEPS + STEPS
-    slow = {0: 9.0, WARM_STEPS: 0.5, second + 3: 0.020, second + STEPS: 0.4}
-    seconds, _ = trial(slow)
+    disturbed = {WARM_STEPS + number * STEPS: 0.4 for number in range(ROUNDS)}
+    best = WARM_STEPS + 2 * STEPS
+    seconds, _ = trial(disturbed | {0: 9.0, best: 0.010, best + 3: 0.020})
     assert round(seconds, 6) == 0.020
