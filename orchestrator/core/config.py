@@ -826,8 +826,6 @@ class PoolConfig:
         require(self.split is None, "split", "is not for pools of kind lpx: their nodes compute whole layers")
         one = not self.engine.speculation.tokens_max
         require(one, "engine.speculation.method", "must be off in a pool of kind lpx: each beat brings one token")
-        fits = self.engine.name != "eager" or self.engine.device in ("auto", "cpu")
-        require(fits, "engine.device", f"must be auto or cpu in a pool of kind lpx, is {self.engine.device!r}")
 
     def node_id(self, number: int) -> NodeId:
         """Return what the pool's node of that number is called."""

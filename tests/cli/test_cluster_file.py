@@ -85,7 +85,7 @@ def test_the_default_file_names_every_field() -> None:
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     text = re.sub(
         r"^# (?!session_headers|disaggregation|acceptance|service_class = \S+  # an example)"
-        r"(\w+ = |\[\[tenants|\[store|\[pools\.split)",
+        r"(\w+ = |\[\[tenants|\[store|\[pools\.split|\[pools\.beat)",
         r"\1",
         LOCAL_CLUSTER.read_text(),
         flags=re.MULTILINE,

@@ -1,4 +1,4 @@
-"""A pool that keeps a beat beside one for throughput: the same tokens from both, sessions that move between them, a beat that is refused."""
+"""A pool that keeps a beat beside one for throughput: the same tokens, sessions that move between them, a refused beat."""
 
 from pathlib import Path
 from random import Random
@@ -60,7 +60,7 @@ def cluster(tmp_path: Path) -> Path:
 
 
 def turn(served: Served, prompt: list[int], **more: Any) -> dict[str, Any]:
-    body = {"model": "default", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "logprobs": 0, **more}
+    body = {"model": "default", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0, **more}
     answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=120, trust_env=False)
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -77,7 +77,7 @@ def test_class_cadence_gets_the_same_tokens_on_a_beat_and_sessions_move(serve: A
     prompt = Random(4).choices(range(64, 464), k=200)
     standard = turn(served, prompt)
     assert counted(served, "weft_beats_total") == 0
-    beating = turn(served, prompt, service_tier="cadence", prompt_cache_key="session")
+    beating = turn(served, prompt, service_tier="cadence")
     assert beating["choices"][0]["text"] == standard["choices"][0]["text"]
     assert counted(served, "weft_beats_total", pool="cadence") >= OUTPUT_TOKENS - 1
     # Who wants a quicker beat than there is, is served without one.
@@ -85,13 +85,16 @@ def test_class_cadence_gets_the_same_tokens_on_a_beat_and_sessions_move(serve: A
     quicker = turn(served, prompt, service_tier="cadence", nvext={"agent_hints": {"beat_s": BEAT_S / 2}})
     assert quicker["choices"][0]["text"] == standard["choices"][0]["text"]
     assert counted(served, "weft_beats_total") == beats
-    # The session's next turns: in the throughput pool, with what is cached of the one before, and back.
-    longer = prompt + Random(5).choices(range(64, 464), k=40)
+    # Another session's turns: on the beat, then in the throughput pool with what is cached of the one before, and back.
+    first = Random(5).choices(range(64, 464), k=600)
+    turn(served, first, service_tier="cadence", prompt_cache_key="session")
+    longer = first + Random(6).choices(range(64, 464), k=40)
     moved = turn(served, longer, prompt_cache_key="session")
-    assert moved["usage"]["prompt_tokens_details"]["cached_tokens"] >= 192
+    assert moved["usage"]["prompt_tokens_details"]["cached_tokens"] >= 592
+    beats = counted(served, "weft_beats_total")
     back = turn(served, longer, service_tier="cadence", prompt_cache_key="session")
     assert back["choices"][0]["text"] == moved["choices"][0]["text"]
-    assert back["usage"]["prompt_tokens_details"]["cached_tokens"] >= 224
+    assert back["usage"]["prompt_tokens_details"]["cached_tokens"] >= 592
     assert counted(served, "weft_beats_total") > beats
     served.until_idle()
 

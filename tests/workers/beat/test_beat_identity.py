@@ -117,6 +117,11 @@ def test_cores_that_are_not_there_are_refused(model_dir: Path) -> None:
         beat_engine(model_dir, beat=BeatConfig(cores=(9999,)))
 
 
+def test_another_device_is_refused(model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pools\.lpx\.engine\.device: must be auto or cpu, is 'cuda'"):
+        beat_engine(model_dir, device="cuda")
+
+
 def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"config\.json"):
         beat_engine(tmp_path)

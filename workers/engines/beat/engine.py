@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import ConfigError, PoolConfig
+from orchestrator.core.config import ConfigError, PoolConfig, require
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from workers.engines.base import BeatCounts, EngineLost, SliceOutput
 from workers.engines.beat.messages import (
@@ -60,10 +60,13 @@ class BeatEngine:
             share: makes the memory for KV.
 
         Raises:
-            ConfigError: for a beat that cannot be kept here, for cores and priorities that cannot be had, and as `EagerEngine`.
+            ConfigError: for a beat that cannot be kept here, for another device, for cores and priorities that cannot be had, and as `EagerEngine`.
             EngineLost: if the process ends or hangs.
             RuntimeError: for a checkpoint that cannot be computed.
         """
+        device = pool.engine.device
+        fits, where = device in ("auto", "cpu"), f"pools.{pool.name}.engine.device"
+        require(fits, where, f"must be auto or cpu, is {device!r}: engines keep a beat on CPUs alone")
         config = replace(pool.engine, device="cpu", threads=pool.engine.threads or len(pool.beat.cores))
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "workers.engines.beat.process", str(theirs.fileno())]
