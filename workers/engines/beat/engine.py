@@ -60,7 +60,8 @@ class BeatEngine:
             share: makes the memory for KV.
 
         Raises:
-            ConfigError: for a beat that cannot be kept here, for another device, for cores and priorities that cannot be had, and as `EagerEngine`.
+            ConfigError: for a beat that cannot be kept here, for another device, for cores and priorities that cannot be had,
+                and as `EagerEngine`.
             EngineLost: if the process ends or hangs.
             RuntimeError: for a checkpoint that cannot be computed.
         """
