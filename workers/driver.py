@@ -9,7 +9,7 @@ import asyncio
 import logging
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, assert_never
 
 import numpy as np
@@ -162,7 +162,7 @@ class NodeDriver:
         self._core = Node(spec, scheduler)
         self._engine = engine
         self._description = engine.description
-        self._runner = open_runner(engine, self._on_step_finished, self._on_step_failed)
+        self._runner = open_runner(engine, self._on_step_finished, self._on_step_failed, fatal)
         size = self._description.block_bytes
         tokens = spec.block_tokens
         self._exports = Exports(transports, size, tokens, self.handle, limits.transfer)
@@ -344,9 +344,7 @@ class NodeDriver:
         writer: asyncio.Task[None] | None = None
         try:
             # Nothing is read before this is out: a call whose first write is cancelled by what comes next would never end.
-            await stream.write(
-                node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self._core.load()), draining=self._draining)
-            )
+            await stream.write(node_pb2.NodeFrame(welcome=welcome, load=codec.load_message(self.load), draining=self._draining))
             writer = asyncio.ensure_future(self._write_frames(outbox, stream))
             while isinstance(frame := await stream.read(), node_pb2.GatewayFrame):
                 outbox.frames_received += _says_something(frame)
@@ -425,7 +423,7 @@ class NodeDriver:
         news = self._core.news
         tells = outbox.telling or outbox.news_told != news
         outbox.news_told = news
-        return outbox.take(self._core.load() if tells else None, self._draining, self._refused_calls)
+        return outbox.take(self.load if tells else None, self._draining, self._refused_calls)
 
     def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
         self._hear(outbox)
@@ -605,7 +603,10 @@ class NodeDriver:
     @property
     def load(self) -> Load:
         """The node's state now."""
-        return self._core.load()
+        load, beats = self._core.load(), self._engine.beats
+        if beats is None:
+            return load
+        return replace(load, beats=beats.beats, beats_missed=beats.missed, beat_late_s=beats.late_s)
 
     @property
     def _quiet(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from orchestrator.core.commands import RunStep
 from orchestrator.core.types import RequestId, Sampling
-from workers.engines.base import Engine, SliceOutput
+from workers.engines.base import Engine, EngineLost, SliceOutput
 
 #: A step ordered by the end of the one before continues its beat if that came no later than this, so that late wake-ups do not
 #: add up.
@@ -19,6 +19,8 @@ BEAT_S = 0.002
 #: Step, outputs and seconds; or step and why it failed.
 Finished = Callable[[RunStep, Sequence[SliceOutput], float], None]
 Failed = Callable[[RunStep, str], None]
+#: Why no other step can be run.
+Lost = Callable[[EngineLost], None]
 
 
 class Runner(Protocol):
@@ -41,9 +43,9 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(engine: Engine, finished: Finished, failed: Failed) -> Runner:
+def open_runner(engine: Engine, finished: Finished, failed: Failed, lost: Lost) -> Runner:
     """Return the runner that fits an engine. Called on the loop that is to be told."""
-    return ThreadRunner(engine, finished, failed) if engine.description.computes else InlineRunner(engine, finished, failed)
+    return ThreadRunner(engine, finished, failed, lost) if engine.description.computes else InlineRunner(engine, finished, failed)
 
 
 def failure_of(error: Exception) -> str:
@@ -95,10 +97,11 @@ class InlineRunner:
 class ThreadRunner:
     """For engines that compute: the only thread that calls `add`, `forget` and `step`."""
 
-    def __init__(self, engine: Engine, finished: Finished, failed: Failed) -> None:
+    def __init__(self, engine: Engine, finished: Finished, failed: Failed, lost: Lost) -> None:
         self._engine = engine
         self._finished = finished
         self._failed = failed
+        self._lost = lost
         self._loop = asyncio.get_running_loop()
         #: Adds and forgets that go along with the next step, in order; bounded by the node's requests.
         self._changes: list[Callable[[], None]] = []
@@ -146,14 +149,16 @@ class ThreadRunner:
                 for change in changes:
                     change()
                 outputs = self._engine.step(command.slices) if command is not None else ()
+            except EngineLost as error:
+                self._loop.call_soon_threadsafe(self._on_lost, error)
             except Exception as error:  # An engine may fail in any way; that ends the step's sequences and not the node.
                 if command is None:
                     raise
                 self._loop.call_soon_threadsafe(self._on_failed, command, failure_of(error))
-                continue
-            if command is not None:
-                seconds = time.perf_counter() - started
-                self._loop.call_soon_threadsafe(self._on_finished, command, outputs, seconds)
+            else:
+                if command is not None:
+                    seconds = time.perf_counter() - started
+                    self._loop.call_soon_threadsafe(self._on_finished, command, outputs, seconds)
 
     def _on_finished(self, command: RunStep, outputs: Sequence[SliceOutput], seconds: float) -> None:
         self._running = False
@@ -166,3 +171,7 @@ class ThreadRunner:
         if not self._closed:
             self._failed(command, reason)
             self._flush_changes()
+
+    def _on_lost(self, error: EngineLost) -> None:
+        if not self._closed:
+            self._lost(error)

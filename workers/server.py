@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.experts import Placement
-from orchestrator.core.types import Load, NodeId, NodeSpec
+from orchestrator.core.types import Load, NodeId, NodeSpec, PoolKind
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.journal import NodeHeader, open_journal
 from orchestrator.wire.trust import Caller, Refused, Trust
@@ -26,12 +26,13 @@ from workers.driver import DriverLimits, NodeDriver
 from workers.engines.base import Engine, ExpertRouting, SplitPlaces
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
 from workers.ranks import added_up
+from workers.realtime import put_first
 from workers.tiers import StorePlace
 from workers.transfer import Channels
 from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedTransport, SharedMemoryTransport, Transport
 
 #: Makes host memory that peers can map.
-Allocate: TypeAlias = Callable[[int], memoryview]
+Share: TypeAlias = Callable[[int], SharedArena]
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
 #: Threads that copy blocks; more would only share one memory bus.
@@ -42,13 +43,21 @@ STOP_S = 0.5
 FRAME_S_MOST = 0.004
 
 
-def open_engine(pool: PoolConfig, model_dir: Path, allocate: Allocate, places: SplitPlaces | None = None) -> Engine:
+def open_engine(pool: PoolConfig, model_dir: Path, share: Share, places: SplitPlaces | None = None) -> Engine:
     """Open the engine a pool asks for, in a group if it has FFN ranks; only that one is imported."""
+
+    def allocate(size: int) -> memoryview:
+        return share(size).view
+
     match pool.engine.name:
         case "profiled":
             from workers.engines.profiled import ProfiledEngine  # noqa: PLC0415
 
             return ProfiledEngine(model_dir, pool.engine, pool.profile, allocate)
+        case _ if pool.kind is PoolKind.LPX:
+            from workers.engines.beat.engine import BeatEngine  # noqa: PLC0415
+
+            return BeatEngine(model_dir, pool, share)
         case _:
             from workers.engines.eager import EagerEngine  # noqa: PLC0415
 
@@ -87,6 +96,8 @@ class NodeServer:
         places: SplitPlaces | None = None,
     ) -> None:
         assert nodes, "a process without nodes"
+        # Before there are other threads: those of gRPC and the one that waits for the engine are as urgent as this one.
+        put_first(max(pool.beat.realtime - 1, min(pool.beat.realtime, 1)))
         self._pool = pool
         self._nodes = tuple(nodes)
         self._incarnation = incarnation
@@ -179,12 +190,12 @@ class NodeServer:
     async def _open(self, node: NodeId, address: str) -> NodeDriver:
         arenas: list[SharedArena] = []
 
-        def allocate(size: int) -> memoryview:
+        def share(size: int) -> SharedArena:
             arenas.append(SharedArena(size))
-            return arenas[-1].view
+            return arenas[-1]
 
         engine = await asyncio.get_running_loop().run_in_executor(
-            None, open_engine, self._pool, self._model_dir, allocate, self._places
+            None, open_engine, self._pool, self._model_dir, share, self._places
         )
         if engine.routing is not None:
             self._routings.append(engine.routing)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.core.config import ClusterConfig, ConfigError
-from orchestrator.core.types import PoolKind
 
 _PACKAGE = Path(__file__).parents[1]
 #: The cluster files that come along: beside the packages in a checkout, within them once installed.
@@ -133,14 +132,7 @@ def with_model(config: ClusterConfig, directory: Path, where: str) -> ClusterCon
 
 
 def check_served(config: ClusterConfig, path: Path) -> None:
-    """Raise `UnusableInput` for what can be simulated but not served.
-
-    A model that has only a shape is not to be computed: the built-in model would answer in its name.
-    """
-    for index, pool in enumerate(config.pools):
-        if pool.kind is PoolKind.LPX:
-            problem = "no engine keeps a beat yet: a pool of kind lpx can be simulated (weft simulate), not served"
-            raise located(path, ConfigError(f"pools[{index}].kind", problem))
+    """Raise `UnusableInput` if a model that has only a shape is to be computed: the built-in model would answer in its name."""
     for name, model in config.models.items():
         computes = any(pool.engine.name != "profiled" for pool in config.pools_of(name))
         if model.shape and not model.path and computes:

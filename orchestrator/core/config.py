@@ -34,6 +34,8 @@ from orchestrator.core.types import (
 NODES_MAX = 1 << 14
 #: Ranks of either half of a group.
 RANKS_MAX = 256
+#: Linux's highest real-time priority; and seconds that an engine may look at the clock before each beat.
+REALTIME_MAX, SPIN_S_MAX = 99, 0.01
 BLOCKS_MAX = 1 << 27
 GATEWAYS_MAX = 1 << 10
 #: What operators call the gateways where they may name a pool as well.
@@ -744,6 +746,26 @@ class SplitConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BeatConfig:
+    """[pools.beat]: how the engine of a node that keeps a beat comes to be on time; for engines that compute."""
+
+    #: Cores of its host that a node's engine runs on, with as many threads unless `engine.threads` says otherwise; empty: any.
+    #: Nodes of a pool that share a host share them.
+    cores: tuple[int, ...] = ()
+    #: Priority of a node's engine, 1 to 99, before everything that has less or none; the process that it gets its orders from has
+    #: one less, at least 1 (SCHED_FIFO, which takes CAP_SYS_NICE). 0: none.
+    realtime: int = 0
+    #: Seconds before each beat in which the engine looks at the clock all the time, because sleepers are woken late.
+    spin_s: float = 0.0002
+
+    def __post_init__(self) -> None:
+        distinct = len(set(self.cores)) == len(self.cores) and all(core >= 0 for core in self.cores)
+        require(distinct, "cores", f"must be different numbers from 0 on, are {list(self.cores)}")
+        require(0 <= self.realtime <= REALTIME_MAX, "realtime", f"must be 0 to {REALTIME_MAX}, is {self.realtime}")
+        require(0 <= self.spin_s <= SPIN_S_MAX, "spin_s", f"must be 0 to {SPIN_S_MAX} seconds, is {self.spin_s}")
+
+
+@dataclass(frozen=True, slots=True)
 class PoolConfig:
     """[[pools]]: nodes of one kind for one model."""
 
@@ -770,6 +792,8 @@ class PoolConfig:
     profile: CostProfile = field(default_factory=CostProfile)
     #: What the nodes are made of, for simulating them and for prices.
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    #: Of a pool of kind lpx.
+    beat: BeatConfig = field(default_factory=BeatConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
@@ -779,6 +803,9 @@ class PoolConfig:
         beats, beat_s = self.kind is PoolKind.LPX, self.profile.beat_s
         problem = f"must be over 0 seconds in a pool of kind lpx, and 0 in any other, is {beat_s} in one of kind {self.kind}"
         require(beats == (beat_s > 0), "profile.beat_s", problem)
+        require(beats or self.beat == BeatConfig(), "beat", f"is for pools of kind lpx, this one is of kind {self.kind}")
+        if beats:
+            self._check_beating()
         require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
         require(self.nodes_per_process >= 1, "nodes_per_process", f"must be 1 or more, is {self.nodes_per_process}")
         alone = self.nodes_per_process == 1 or self.engine.name == "profiled"
@@ -793,6 +820,12 @@ class PoolConfig:
         once = not self.engine.speculation.tokens_max or (self.profile.pass_tokens == 1 and not self.hardware.draft_tokens)
         where = "engine.speculation.method"
         require(once, where, "must be off where hardware.draft_tokens or profile.pass_tokens count drafted tokens already")
+
+    def _check_beating(self) -> None:
+        """Raise `ConfigError` for what a node that keeps a beat has not."""
+        require(self.split is None, "split", "is not for pools of kind lpx: their nodes compute whole layers")
+        one = not self.engine.speculation.tokens_max
+        require(one, "engine.speculation.method", "must be off in a pool of kind lpx: each beat brings one token")
 
     def node_id(self, number: int) -> NodeId:
         """Return what the pool's node of that number is called."""

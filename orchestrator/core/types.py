@@ -386,6 +386,11 @@ class Load:
     #: Tokens drafted since its start, and how many of them were accepted.
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    #: Of an engine that keeps a beat, since its start: its beats, those whose tokens were not there by the beat's end, and the
+    #: seconds that the last one's step began late.
+    beats: int = 0
+    beats_missed: int = 0
+    beat_late_s: float = 0.0
 
 
 class MoveFailure(StrEnum):

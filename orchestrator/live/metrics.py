@@ -66,6 +66,7 @@ TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
 ITL_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 REQUEST_BOUNDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 ROUTE_BOUNDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.05, 0.1)
+JITTER_BOUNDS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05)
 STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 MOVE_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TOKEN_BOUNDS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -196,7 +197,13 @@ class NodeState:
     def stop(self) -> None:
         """Keep what was counted of a node that may come back with it; of nothing else there is any."""
         load = self.load
-        self.load = Load(preemptions=load.preemptions, drafted_tokens=load.drafted_tokens, accepted_tokens=load.accepted_tokens)
+        self.load = Load(
+            preemptions=load.preemptions,
+            drafted_tokens=load.drafted_tokens,
+            accepted_tokens=load.accepted_tokens,
+            beats=load.beats,
+            beats_missed=load.beats_missed,
+        )
 
 
 class Watch:
@@ -277,6 +284,10 @@ class Metrics(Collector):
         self._route = Distribution(ROUTE_BOUNDS)
         self._hit_error = Distributions(TOKEN_BOUNDS)
         self._step = Distributions(STEP_BOUNDS)
+        #: Of nodes that keep a beat.
+        self._beat_jitter = Distributions(JITTER_BOUNDS)
+        self._beats: Tally[Labels] = Tally()
+        self._beats_missed: Tally[Labels] = Tally()
         self._move = Distributions(MOVE_BOUNDS)
         self._moved_bytes: Tally[Labels] = Tally()
         #: Calls that nodes refused, and how many of them each last told of; frames that meant nothing.
@@ -495,6 +506,7 @@ class Metrics(Collector):
         state = self._nodes.get(event.node)
         if state is None:
             return
+        self._count_beats(event.node, state, event.load)
         state.load = event.load
         for first in event.first_tokens:
             flight = self._flights.get(request_of(first.request))
@@ -504,6 +516,15 @@ class Metrics(Collector):
             self._on_part_ended(event.node, state.pool, ended)
         if event.load.step_s > 0.0 and event.node not in self._foreign:
             self._step.child(state.pool).observe(event.load.step_s)
+
+    def _count_beats(self, node: NodeId, state: NodeState, load: Load) -> None:
+        """Count the beats since a node's last report, and sample how late the last of them was."""
+        beats = load.beats - state.load.beats
+        if beats > 0:
+            self._beats[node, state.pool] += beats
+            self._beats_missed[node, state.pool] += load.beats_missed - state.load.beats_missed
+            if node not in self._foreign:
+                self._beat_jitter.child(state.pool).observe(load.beat_late_s)
 
     def _on_part_ended(self, node: NodeId, pool: PoolName, ended: Ended) -> None:
         """Count what a node did for one request; a generating node's report includes what was computed for it elsewhere."""
@@ -624,6 +645,7 @@ class Metrics(Collector):
         yield _gauge("weft_kv_leased_blocks", text, ("node", "state"), leased)
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
         yield _counter("weft_speculation_tokens", "Tokens drafted and verified on a node.", ("node", "outcome"), drafted)
+        yield from self._beat_families()
         where = ("node", "pool")
         yield _counter("weft_node_requests", "Parts of requests that ended on a node.", where, self._parts)
         text = "Tokens of prompts and outputs that a node computed for ended requests."
@@ -637,6 +659,19 @@ class Metrics(Collector):
         yield _counter(
             "weft_malformed_frames", "Frames of a node that meant nothing; its link started anew.", ("node",), self._malformed
         )
+
+    def _beat_families(self) -> Iterable[Metric]:
+        """Yield how nodes keep their beat."""
+        names = ("node", "pool")
+        beats: dict[Labels, float] = {}
+        for node, state in self._exported():
+            if (count := self._beats[node, state.pool]) > 0:
+                beats[node, state.pool] = count
+        yield _counter("weft_beats", "Beats of a node on which it computed a step.", names, beats)
+        text = "Beats on which somebody waited for a token that was not computed by their end."
+        yield _counter("weft_beats_missed", text, names, {labels: self._beats_missed[labels] for labels in beats})
+        text = "How long after its beat a step began, of a step at each load report."
+        yield self._beat_jitter.family("weft_beat_jitter_seconds", text, ("pool",))
 
     def _tier_families(self) -> Iterable[Metric]:
         """Yield how full each tier of each holder is, and what it forgets."""

@@ -483,6 +483,9 @@ def load_message(load: Load) -> node_pb2.Load:
         evicted_idle_s=load.evicted_idle_s,
         drafted_tokens=load.drafted_tokens,
         accepted_tokens=load.accepted_tokens,
+        beats=load.beats,
+        beats_missed=load.beats_missed,
+        beat_late_s=load.beat_late_s,
     )
 
 
@@ -506,6 +509,9 @@ def load_from(message: node_pb2.Load) -> Load:
         evicted_idle_s=message.evicted_idle_s,
         drafted_tokens=message.drafted_tokens,
         accepted_tokens=message.accepted_tokens,
+        beats=message.beats,
+        beats_missed=message.beats_missed,
+        beat_late_s=message.beat_late_s,
     )
 
 

@@ -18,7 +18,6 @@ from orchestrator.cli.cluster_file import (
     UnusableInput,
     check_file,
     check_folder,
-    check_served,
     line_of,
     read_cluster,
     with_model,
@@ -86,7 +85,7 @@ def test_the_default_file_names_every_field() -> None:
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     text = re.sub(
         r"^# (?!session_headers|disaggregation|acceptance|service_class = \S+  # an example)"
-        r"(\w+ = |\[\[tenants|\[store|\[pools\.split)",
+        r"(\w+ = |\[\[tenants|\[store|\[pools\.split|\[pools\.beat)",
         r"\1",
         LOCAL_CLUSTER.read_text(),
         flags=re.MULTILINE,
@@ -318,9 +317,3 @@ def test_no_secret_of_the_kubernetes_manifests_is_in_a_config_map() -> None:
     groups = [ray["headGroupSpec"], *ray["workerGroupSpecs"]]
     found = [group["template"]["spec"]["containers"][0]["envFrom"] for group in groups]
     assert found == [[{"secretRef": {"name": "weft-secrets"}}]] * 4
-
-
-def test_a_pool_that_keeps_a_beat_is_simulated_and_not_served() -> None:
-    path = FOLDER / "sim" / "vr-nvl72-lpx-cadence.toml"
-    with pytest.raises(UnusableInput, match=r"pools\[2\]\.kind: no engine keeps a beat yet"):
-        check_served(read_cluster(path), path)

@@ -138,6 +138,24 @@ def test_cached_tokens_are_counted_by_the_tier_they_were_in() -> None:
     assert [value(metrics, "vllm:prompt_tokens_by_source_total", **engine, source=one) for one in sources] == [4, 28, 8]
 
 
+def test_beats_are_counted_over_restarts_and_their_jitter_is_sampled() -> None:
+    metrics = cluster()
+    where = {"node": "decode-0", "pool": "decode"}
+    # A node without a beat shows none.
+    metrics.observe(0.0, NodeReported(NodeId("decode-0"), Load()), [])
+    assert value(metrics, "weft_beats_total", **where) is None
+    metrics.observe(0.1, NodeReported(NodeId("decode-0"), Load(beats=100, beats_missed=2, beat_late_s=3e-5)), [])
+    # It is lost for a moment and is the same; then it is another process, which counts from 0.
+    metrics.observe(0.2, NodeLost(NodeId("decode-0"), "gone"), [])
+    metrics.observe(0.3, NodeJoined(spec("decode-0")), [])
+    metrics.observe(0.4, NodeReported(NodeId("decode-0"), Load(beats=130, beats_missed=2)), [])
+    metrics.observe(0.5, NodeJoined(spec("decode-0", 1)), [])
+    metrics.observe(0.6, NodeReported(NodeId("decode-0"), Load(beats=7, beats_missed=1)), [])
+    assert value(metrics, "weft_beats_total", **where) == 137
+    assert value(metrics, "weft_beats_missed_total", **where) == 3
+    assert value(metrics, "weft_beat_jitter_seconds_count", pool="decode") == 3
+
+
 def test_tiers_show_how_full_they_are_and_what_they_forget() -> None:
     metrics = cluster()
     load = Load(blocks_used=6, blocks_cached=3, blocks_free=1, blocks_evicted=7, evicted_idle_s=2.5)

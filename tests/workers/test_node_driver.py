@@ -29,7 +29,7 @@ from orchestrator.core.types import (
 from orchestrator.wire import codec, node_pb2
 from tests.builders import TRUST
 from workers.driver import DriverLimits, NodeDriver
-from workers.engines.base import EngineDescription, SliceOutput, TokenLogprobs
+from workers.engines.base import BeatCounts, EngineDescription, EngineLost, SliceOutput, TokenLogprobs
 from workers.memory import PeerMemory
 from workers.outbox import Outbox
 from workers.transfer import Channels
@@ -47,9 +47,11 @@ class ScriptedEngine:
         self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, 64, "plain", VOCABULARY, 64, "weights", "cpu", computes)
         self.pool = None
         self.routing = None
+        self.beats: BeatCounts | None = None
         self.counts: dict[RequestId, int] = {}
         self.sampling: dict[RequestId, Sampling] = {}
         self.failing: str | None = None
+        self.lost = False
         self.stop_after = 1000
         #: How many tokens come in place of a request's n-th.
         self.tokens_at: dict[int, int] = {}
@@ -64,6 +66,8 @@ class ScriptedEngine:
         del self.counts[request]
 
     def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
+        if self.lost:
+            raise EngineLost("its process has ended")
         if self.failing is not None:
             raise RuntimeError(self.failing)
         return [self._output(part) for part in slices]
@@ -187,10 +191,12 @@ def spec() -> NodeSpec:
 
 
 @asynccontextmanager
-async def node(computes: bool = False, limits: DriverLimits | None = None) -> AsyncIterator[tuple[NodeDriver, ScriptedEngine]]:
+async def node(
+    computes: bool = False, limits: DriverLimits | None = None, fatal: Callable[[BaseException], None] | None = None
+) -> AsyncIterator[tuple[NodeDriver, ScriptedEngine]]:
     engine = ScriptedEngine(computes)
 
-    def fatal(error: BaseException) -> None:
+    def broke(error: BaseException) -> None:
         raise AssertionError("the driver broke") from error
 
     driver = NodeDriver(
@@ -201,7 +207,7 @@ async def node(computes: bool = False, limits: DriverLimits | None = None) -> As
         lambda host: [],
         Channels(2, TRUST),
         PeerMemory(2),
-        fatal,
+        fatal or broke,
         limits or DriverLimits(load_s=0.01),
     )
     try:
@@ -612,5 +618,32 @@ def test_two_gateways_get_their_own_tokens_and_both_hear_of_holdings() -> None:
             assert list(one.tokens) == [request_id(GATEWAY, 1)]
             assert list(two.tokens) == [request_id(OTHER, 1)]
             assert one.stored == two.stored
+
+    run(scenario)
+
+
+def test_a_node_whose_engine_is_lost_ends() -> None:
+    async def scenario() -> None:
+        ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        async with node(computes=True, fatal=ended.set_result) as (driver, engine):
+            engine.lost = True
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            gateway.send(gateway.submit(1, range(6), 5))
+            assert str(await ended) == "its process has ended"
+
+    run(scenario)
+
+
+def test_how_the_beat_is_kept_goes_along_with_the_load() -> None:
+    async def scenario() -> None:
+        async with node() as (driver, engine):
+            gateway = Gateway(driver, GATEWAY)
+            await gateway.open()
+            engine.beats = BeatCounts(70, 2, 0.5)
+            gateway.send(gateway.submit(1, range(6), 1))
+            await gateway.until(lambda: bool(gateway.ended) and gateway.loads > 0)
+            load = gateway.load
+            assert (load.beats, load.beats_missed, load.beat_late_s) == (70, 2, 0.5)
 
     run(scenario)

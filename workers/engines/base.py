@@ -23,6 +23,21 @@ class NotEncodable(ValueError):
     """KV that the stored form cannot hold: there is a NaN or an infinity among it."""
 
 
+class EngineLost(Exception):
+    """An engine that can compute nothing any more, whatever it is asked: its node should end."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeatCounts:
+    """How an engine has kept its beat since its start."""
+
+    beats: int = 0
+    #: Beats on which somebody waited for a token that was not computed by their end.
+    missed: int = 0
+    #: Seconds between the last beat and the beginning of its step.
+    late_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineDescription:
     """What an engine is: fixed once it is made."""
@@ -126,6 +141,11 @@ class Engine(Protocol):
     @property
     def routing(self) -> ExpertRouting | None:
         """None where an engine has no FFN ranks."""
+        ...
+
+    @property
+    def beats(self) -> BeatCounts | None:
+        """How the beat is kept; None if there is none."""
         ...
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:

@@ -55,6 +55,7 @@ class EagerEngine:
         step_tokens_max: int,
         allocate: Callable[[int], memoryview] | None = None,
         split: SplitPlaces | None = None,
+        rows: int = 0,
     ) -> None:
         """Load a model and take memory for its KV.
 
@@ -65,6 +66,7 @@ class EagerEngine:
             step_tokens_max: tokens of one step at most; on CUDA, memory for their activations is left free.
             allocate: returns that many zeroed bytes for a pool in host memory; None: the engine's own.
             split: where the FFN ranks are that compute the layers' second halves; None: this process computes all.
+            rows: rows that each step is filled up to, so that all take the same time.
 
         Raises:
             CheckpointError: for a checkpoint that is incomplete or not supported.
@@ -80,7 +82,7 @@ class EagerEngine:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             weights = Weights(model_dir, config.weights)
-            filled = rows_min(dtype, device, weights.quantised)
+            filled = max(rows, rows_min(dtype, device, weights.quantised))
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._microbatches = Microbatches(split.microbatches) if split is not None else None
@@ -111,6 +113,10 @@ class EagerEngine:
     @property
     def routing(self) -> ExpertRouting | None:
         return self.split
+
+    @property
+    def beats(self) -> None:
+        return None
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""

@@ -113,6 +113,10 @@ class ProfiledEngine:
     def routing(self) -> None:
         return None
 
+    @property
+    def beats(self) -> None:
+        return None
+
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         ending = frozenset(sampling.stop_token_ids) - self._special
         self._turns[request] = _Turn(tokens[: len(tokens) - generated].tobytes(), ending, sampling.logprobs)
