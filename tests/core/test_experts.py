@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from orchestrator.core.experts import copies_of, imbalance, place_experts
+from orchestrator.core.experts import ExpertBalancer, copies_of, imbalance, place_experts
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -46,3 +46,43 @@ def test_imbalance_is_the_busiest_ranks_excess_over_the_mean() -> None:
 def test_too_few_slots_are_refused(ranks: int, slots: int) -> None:
     with pytest.raises(ValueError, match=f"3 experts do not fit into {ranks} ranks of {slots} slots"):
         place_experts([1.0, 1.0, 1.0], ranks, slots)
+
+
+def balanced(imbalance_max: float) -> ExpertBalancer:
+    return ExpertBalancer({0: ((0, 2), (1, 3)), 1: ((0, 2), (1, 3))}, slots=3, imbalance_max=imbalance_max)
+
+
+def test_the_most_uneven_layer_moves_first_and_each_once() -> None:
+    balancer = balanced(0.1)
+    balancer.observe([[300, 100, 300, 100], [900, 0, 900, 0]])
+    assert (balancer.imbalance_of(0), balancer.imbalance_of(1)) == (pytest.approx(0.5), pytest.approx(1.0))
+    layers: list[int] = []
+    while (move := balancer.next_move()) is not None:
+        layers.append(move.layer)
+        assert move.version == 1
+        balancer.moved(move)
+    assert layers == [1, 0]
+    assert balancer.imbalance == pytest.approx(0.0)
+
+
+def test_loads_that_are_even_enough_or_hardly_known_move_nothing() -> None:
+    balancer = balanced(0.6)
+    balancer.observe([[300, 100, 300, 100], [9, 0, 9, 0]])
+    assert balancer.next_move() is None
+    balancer = balanced(0.0)
+    balancer.observe([[300, 0, 300, 0], [300, 0, 300, 0]])
+    assert balancer.next_move() is None
+
+
+def test_a_load_that_no_placement_evens_out_moves_nothing() -> None:
+    balancer = ExpertBalancer({0: ((0,), (1,))}, slots=1, imbalance_max=0.1)
+    balancer.observe([[500, 100]])
+    assert balancer.next_move() is None
+
+
+def test_what_was_asked_for_long_ago_counts_less_and_less() -> None:
+    balancer = balanced(0.1)
+    balancer.observe([[400, 0, 400, 0], [100, 100, 100, 100]])
+    for _ in range(12):
+        balancer.observe([[100, 100, 100, 100], [100, 100, 100, 100]])
+    assert balancer.next_move() is None
