@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.served import Served, command_of, descendants, owner_of_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STREAMS = 32
 OUTPUT_TOKENS = 96
@@ -206,7 +206,7 @@ def fire(served: Served, bodies: list[dict[str, Any]], expected: list[Answer], v
     served.until(lambda status: all(node["up"] for node in status["nodes"]), within_s=HEALED_S)
 
 
-@pytest.mark.parametrize("victim", ["decode", "prefill", "aggregated", "attention", "ffn"])
+@pytest.mark.parametrize("victim", ["decode", "prefill", "aggregated", "attention", pytest.param("ffn", marks=pytest.mark.ray)])
 def test_no_stream_loses_or_changes_a_token_when_its_node_is_killed(
     serve: Callable[..., Served], tmp_path: Path, victim: str
 ) -> None:

@@ -15,7 +15,7 @@ from tests.e2e.served import Served, descendants
 from tests.oracle import oracle
 from workers.engines.checkpoint import create_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TOKENS = 16
 #: Seconds within which a group must serve again.
@@ -83,7 +83,9 @@ def ranks_of(served: Served) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("family", "attention", "ffn", "spare"), [("qwen3_moe", 2, 2, 1), ("llama", 1, 1, 0)])
+@pytest.mark.parametrize(
+    ("family", "attention", "ffn", "spare"), [pytest.param("qwen3_moe", 2, 2, 1, marks=pytest.mark.ray), ("llama", 1, 1, 0)]
+)
 def test_a_split_pool_writes_the_models_tokens(
     serve: Callable[..., Served], tmp_path: Path, family: str, attention: int, ffn: int, spare: int
 ) -> None:
