@@ -24,8 +24,7 @@ class FfnServer:
             model_dir, engine.dtype, engine.device, rank, split.ffn, split.spare_slots, split.threads, engine.weights
         )
         self._fatal = fatal
-        self._thread = threading.Thread(target=self._run, name=f"ffn-{rank}", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name=f"ffn-{rank}", daemon=True).start()
 
     @property
     def address(self) -> str:
@@ -35,11 +34,6 @@ class FfnServer:
     def prepare(self, layer: int, version: int, placement: Placement) -> None:
         """Load what another placement has here."""
         self._rank.prepare(layer, version, placement)
-
-    def stop(self) -> None:
-        """End serving."""
-        self._rank.close()
-        self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -34,6 +34,8 @@ from orchestrator.core.types import (
 NODES_MAX = 1 << 14
 #: Ranks of either half of a group.
 RANKS_MAX = 256
+#: Micro-batches of a step: the longer half is always busy with two or three (MegaScale-Infer, arXiv 2504.02263, section 4.1).
+MICROBATCHES_MAX = 4
 #: Linux's highest real-time priority; and seconds that an engine may look at the clock before each beat.
 REALTIME_MAX, SPIN_S_MAX = 99, 0.01
 BLOCKS_MAX = 1 << 27
@@ -738,7 +740,8 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for name in ("attention", "ffn"):
             require(1 <= getattr(self, name) <= RANKS_MAX, name, f"must be 1 to {RANKS_MAX}, is {getattr(self, name)}")
-        require(0 <= self.microbatches <= 4, "microbatches", f"must be 0 to 4, is {self.microbatches}")
+        fits = 0 <= self.microbatches <= MICROBATCHES_MAX
+        require(fits, "microbatches", f"must be 0 to {MICROBATCHES_MAX}, is {self.microbatches}")
         for name in ("spare_slots", "imbalance_max", "cpus", "gpus", "threads"):
             require(getattr(self, name) >= 0, name, f"must be 0 or more, is {getattr(self, name)}")
         for name in ("balance_s", "silent_s"):

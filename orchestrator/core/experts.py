@@ -112,12 +112,6 @@ class ExpertBalancer:
         known = sum(loads) >= PICKS_MIN * len(loads)
         return imbalance(loads, self._placements[layer]) if known else 0.0
 
-    @property
-    def imbalance(self) -> float:
-        """The mean over all layers."""
-        found = [self.imbalance_of(layer) for layer in self._loads]
-        return sum(found) / len(found) if found else 0.0
-
 
 def copies_of(placement: Placement) -> Mapping[int, int]:
     """Return how many copies each expert has."""

@@ -8,7 +8,6 @@ import asyncio
 import os
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from orchestrator.core.experts import Placement
 from orchestrator.core.types import GatewayId, ModelName, NodeId, StoreId
 from orchestrator.fleet.loops import LoopThread, serve_long
 from orchestrator.fleet.processes import Part, ProcessName, pool_of, pools_by_node
-from orchestrator.fleet.vital import Vital, end, own_vital
+from orchestrator.fleet.vital import Vital, end, end_by, own_vital
 from orchestrator.live.front import Front, HostStore, Membership
 from orchestrator.live.secret import with_secrets
 from orchestrator.wire.logs import open_log
@@ -368,7 +367,7 @@ class GatewayProcess(_Process):
 
     async def _serve(self, config: ClusterConfig, http_port: int, folders: dict[str, Path], members: Membership) -> str:
         number, reach, pools = GatewayId(self._part.number), ray.util.get_node_ip_address(), pools_by_node(config)
-        self._front = Front(config, number, reach, http_port, folders, self._fingerprints, pools, _exit)
+        self._front = Front(config, number, reach, http_port, folders, self._fingerprints, pools, end_by)
         return (await self._front.start(members)).url
 
 
@@ -384,9 +383,4 @@ async def _exit_on_failure(server: NodeServer | StoreServer) -> None:
     try:
         await server.wait()
     except Exception as error:  # Whatever it was, the node or store is in an unknown state: the controller starts a new process.
-        _exit(error)
-
-
-def _exit(error: BaseException) -> None:
-    traceback.print_exception(error)
-    os._exit(1)
+        end_by(error)

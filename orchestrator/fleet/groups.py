@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 import time
-import traceback
 from typing import Any, cast
 
 import ray as typed_ray
@@ -22,6 +21,7 @@ from orchestrator.core.experts import ExpertBalancer, Placement
 from orchestrator.core.types import NodeId
 from orchestrator.fleet.actors import Description, NodeProcess, asking, model_folder, remote
 from orchestrator.fleet.processes import Part, bundles_of, pool_of
+from orchestrator.fleet.vital import end_by
 from orchestrator.live.front import HostStore
 from workers.engines.base import SplitPlaces
 from workers.ranks import FfnServer, added_up, balancer_of
@@ -49,7 +49,7 @@ class FfnProcess:
     def start(self, config: ClusterConfig, part: Part, rank: int) -> str:
         """Load the rank's weights, serve, and say where."""
         pool = pool_of(config, part)
-        self._server = FfnServer(pool, model_folder(config, pool.model), rank, _exit)
+        self._server = FfnServer(pool, model_folder(config, pool.model), rank, end_by)
         return self._server.address
 
     def prepare(self, layer: int, version: int, placement: Placement) -> None:
@@ -78,7 +78,8 @@ class GroupProcess(NodeProcess):
     def start(self, config: ClusterConfig, store: HostStore | None, places: SplitPlaces | None = None) -> Description | None:
         """Start all ranks of the group, this one last, and say where its nodes are."""
         assert places is None, "a leader finds its FFN ranks itself"
-        split = pool_of(config, self._part).split
+        pool = pool_of(config, self._part)
+        split = pool.split
         assert split is not None, f"{self._part.name} is no group"
         bundles = bundles_of(config, self._part)
         first_ffn = len(self._part.nodes)
@@ -96,7 +97,6 @@ class GroupProcess(NodeProcess):
         self._node_addresses = {one.part.nodes[0]: one.address for one in described if one.address is not None}
         super().start(config, store, places)
         threading.Thread(target=self._watch_ranks, args=(config.cluster.hung_s,), name="ranks", daemon=True).start()
-        pool = pool_of(config, self._part)
         balancer = balancer_of(pool, model_folder(config, pool.model))
         if balancer is not None and split.ffn > 1:
             threading.Thread(target=self._balance, args=(balancer, split), name="balance", daemon=True).start()
@@ -139,7 +139,7 @@ class GroupProcess(NodeProcess):
                 ray.get([actor.alive.remote() for actor in ranks], timeout=hung_s)
             except (RayError, TimeoutError) as error:
                 if not self._ended.is_set():
-                    _exit(error)
+                    end_by(error)
 
     def _balance(self, balancer: ExpertBalancer, split: SplitConfig) -> None:
         """Move experts as the balancer says, for as long as the group is there."""
@@ -150,7 +150,7 @@ class GroupProcess(NodeProcess):
                 self._move_experts(balancer)
             except (RayError, TimeoutError) as error:
                 if not self._ended.is_set():
-                    _exit(error)
+                    end_by(error)
 
     def _move_experts(self, balancer: ExpertBalancer) -> None:
         move = balancer.next_move()
@@ -170,8 +170,3 @@ class GroupProcess(NodeProcess):
                 before,
             )
             move = balancer.next_move()
-
-
-def _exit(error: BaseException) -> None:
-    traceback.print_exception(error)
-    os._exit(1)

@@ -8,7 +8,6 @@ once a second; gateways notice if it stops doing so (`actors.Lookout`).
 import asyncio
 import os
 import time
-import traceback
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayPro
 from orchestrator.fleet.controller import Controller
 from orchestrator.fleet.groups import GroupProcess
 from orchestrator.fleet.processes import Part, ProcessName, State, bundles_of, cannot_be_placed, parts_of, pool_of, unplaceable
-from orchestrator.fleet.vital import Vital, end, own_vital
+from orchestrator.fleet.vital import Vital, end, end_by, own_vital
 from orchestrator.fleet.words import (
     Answer,
     BackoffTimer,
@@ -277,7 +276,7 @@ class ControllerProcess:
                 self._carry_out(order)
             self._machine.validate()
         except Exception as error:  # A controller that broke its own rules cannot go on: the next one starts from what runs.
-            _exit(error)
+            end_by(error)
 
     def _carry_out(self, order: Command) -> None:
         match order:
@@ -578,7 +577,7 @@ class ControllerProcess:
                 if self._lives.get(life.part.name) is life:
                     self._spawn(self._watch(life), life)
         except Exception as error:  # Half a memory is none: the next life tries again.
-            _exit(error)
+            end_by(error)
 
     def _find_group(self, part: Part) -> None:
         try:
@@ -656,12 +655,7 @@ def _serves(found: Description) -> ProcessServes:
 
 def _exit_on_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        _exit(error)
-
-
-def _exit(error: BaseException) -> None:
-    traceback.print_exception(error)
-    os._exit(1)
+        end_by(error)
 
 
 def _log_folder() -> str:

@@ -6,9 +6,10 @@ Ray asks a process to end; one that hangs (SIGSTOP, a stuck call) does not hear 
 import contextlib
 import os
 import signal
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import ray as typed_ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,6 +32,12 @@ class Vital:
 def own_vital() -> Vital:
     """Return this process."""
     return Vital(os.getpid(), started_at(os.getpid()), ray.get_runtime_context().get_node_id())
+
+
+def end_by(error: BaseException) -> NoReturn:
+    """End this process at once, with what ended it in its log."""
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def end(vital: Vital) -> None:

@@ -4,14 +4,12 @@ import torch
 
 from orchestrator.core.config import ConfigError
 from orchestrator.profiles.model_config import Architecture
-from workers.engines.stored import POOL_DTYPES
-
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kept) for name, kept in POOL_DTYPES.items()}
+from workers.engines.stored import pool_dtype
 
 
 def dtype_of(name: str, shape: Architecture) -> torch.dtype:
     """Return the dtype of `engine.dtype`: auto is the checkpoint's."""
-    return _DTYPES[shape.dtype if name == "auto" else name]
+    return getattr(torch, pool_dtype(name, shape))
 
 
 def device_of(name: str) -> torch.device:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import ConfigError, EngineConfig
-from orchestrator.core.types import BlockId, RequestId, Sampling
+from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig
+from orchestrator.core.types import RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
 from workers.engines.attention import decode_way
@@ -22,7 +22,7 @@ from workers.engines.base import EngineDescription, ExpertRouting, SliceOutput, 
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
-from workers.engines.kvpool import KvPool
+from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.linear import rows_min
 from workers.engines.models import Model
 from workers.engines.sampler import sample
@@ -30,10 +30,10 @@ from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import SplitGroup
 from workers.engines.split.lanes import layout_for
-from workers.engines.split.microbatches import MICROBATCHES_MAX, Microbatches
+from workers.engines.split.microbatches import Microbatches
 from workers.engines.split.places import first_placements
 from workers.engines.split.shared import SharedLink
-from workers.engines.stored import Slab, slab_of
+from workers.engines.stored import Slab, engine_slab
 from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
@@ -44,7 +44,7 @@ CPU_POOL_BYTES_MAX = 2 * 1024**3
 SINGLE_THREAD_OPERATIONS_MAX = 40_000_000
 
 
-class EagerEngine:
+class EagerEngine(PooledBlocks):
     """One model on one device; see `base.Engine`."""
 
     def __init__(
@@ -76,7 +76,7 @@ class EagerEngine:
         shape = read_architecture(model_dir)
         device = self._device = device_of(config.device)
         dtype = dtype_of(config.dtype, shape)
-        slab = slab_of(shape, config.block_tokens, str(dtype).removeprefix("torch."))
+        slab = engine_slab(shape, config)
         context = limited(shape.context_tokens_max, config.context_tokens_max)
         self._threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self._threads)
@@ -85,7 +85,6 @@ class EagerEngine:
             filled = max(rows, rows_min(dtype, device, weights.quantised))
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
-            self._microbatches = Microbatches(split.microbatches) if split is not None else None
             self._model = Model(weights, shape, dtype, device, self.split)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
@@ -105,10 +104,6 @@ class EagerEngine:
             device=str(device),
             computes=True,
         )
-
-    @property
-    def pool(self) -> memoryview | None:
-        return self._pool.memory
 
     @property
     def routing(self) -> ExpertRouting | None:
@@ -144,17 +139,14 @@ class EagerEngine:
             numbers.append(number)
         if not numbers:
             return outputs
-        if self._microbatches is None:
+        if self.split is None:
             self._compute(pieces, sequences, [numbers], outputs)
             return outputs
-        count = self._microbatches.choose(len(numbers))
+        microbatches = self.split.microbatches
+        count = microbatches.choose(len(numbers))
         began = time.perf_counter()
         self._compute(pieces, sequences, [numbers[part::count] for part in range(count)], outputs)
-        took = time.perf_counter() - began
-        self._microbatches.measured(len(numbers), count, took)
-        if self.split is not None:
-            self.split.times.steps += 1
-            self.split.times.step_s += took
+        microbatches.measured(len(numbers), count, time.perf_counter() - began)
         return outputs
 
     def _compute(
@@ -182,22 +174,6 @@ class EagerEngine:
         """Return 0: the time a step takes is the time it takes."""
         return 0.0
 
-    @torch.inference_mode()
-    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
-        self._pool.read_slabs(blocks, into)
-
-    @torch.inference_mode()
-    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
-        self._pool.write_slabs(blocks, data)
-
-    @torch.inference_mode()
-    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
-        self._pool.encode(blocks, into)
-
-    @torch.inference_mode()
-    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
-        self._pool.decode(blocks, data)
-
     def close(self) -> None:
         """Let go of weights, pool and sequences."""
         self._sequences.clear()
@@ -210,7 +186,8 @@ def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device:
     """Connect to a group's FFN ranks."""
     layout = layout_for(shape, dtype, MICROBATCHES_MAX, rows_max)
     links = [SharedLink(address, layout, places.silent_s) for address in places.addresses]
-    return SplitGroup(links, shape, first_placements(shape, len(links), places.spare_slots), device)
+    placements = first_placements(shape, len(links), places.spare_slots)
+    return SplitGroup(links, shape, placements, device, Microbatches(places.microbatches))
 
 
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:

@@ -135,6 +135,32 @@ class KvPool:
             self._codec.decode(_to_device(source, self.slabs.device), self._rows, blocks)
 
 
+class PooledBlocks:
+    """The part of `base.Engine` that copies blocks, for engines whose KV lies in a `KvPool`."""
+
+    _pool: KvPool
+
+    @property
+    def pool(self) -> memoryview | None:
+        return self._pool.memory
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        self._pool.read_slabs(blocks, into)
+
+    @torch.inference_mode()
+    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        self._pool.write_slabs(blocks, data)
+
+    @torch.inference_mode()
+    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
+        self._pool.encode(blocks, into)
+
+    @torch.inference_mode()
+    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
+        self._pool.decode(blocks, data)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Have torch compute in this thread alone: blocks are moved beside steps, which need the others."""

@@ -6,7 +6,7 @@ is not attached.
 
 from dataclasses import dataclass
 
-from orchestrator.core.config import KvFormat
+from orchestrator.core.config import EngineConfig, KvFormat
 from orchestrator.profiles.model_config import Architecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -59,6 +59,16 @@ class Slab:
         if self.latent:
             return f"{self.layers} layers, {self.block_tokens} tokens, latents of {self.head_dim} dimensions"
         return f"{self.layers} layers, {self.kv_heads} KV heads, {self.block_tokens} tokens, {self.head_dim} dimensions"
+
+
+def pool_dtype(name: str, shape: Architecture) -> str:
+    """Return what a pool keeps for `engine.dtype`: auto is the checkpoint's."""
+    return POOL_DTYPES[shape.dtype if name == "auto" else name]
+
+
+def engine_slab(shape: Architecture, engine: EngineConfig) -> Slab:
+    """Return what a block is in the pool of an engine that computes."""
+    return slab_of(shape, engine.block_tokens, pool_dtype(engine.dtype, shape))
 
 
 def slab_of(shape: Architecture, block_tokens: int, dtype: str) -> Slab:

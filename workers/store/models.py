@@ -9,7 +9,7 @@ from workers.engines.checkpoint import fingerprint
 from workers.engines.profiled import profiled_fingerprint
 from workers.engines.profiled import stored_form as profiled_form
 from workers.engines.shape import read_architecture
-from workers.engines.stored import POOL_DTYPES, StoredForm, form_of, slab_of
+from workers.engines.stored import StoredForm, engine_slab, form_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,4 @@ def stored_form(engine: EngineConfig, folder: Path) -> StoredForm:
 
 
 def _eager_form(engine: EngineConfig, folder: Path) -> StoredForm:
-    shape = read_architecture(folder)
-    dtype = POOL_DTYPES[shape.dtype if engine.dtype == "auto" else engine.dtype]
-    return form_of(engine.kv_format_stored, slab_of(shape, engine.block_tokens, dtype))
+    return form_of(engine.kv_format_stored, engine_slab(read_architecture(folder), engine))

@@ -17,7 +17,7 @@ import torch
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, PoolConfig, require
-from orchestrator.core.types import BlockId, RequestId, Sampling
+from orchestrator.core.types import RequestId, Sampling
 from workers.engines.base import BeatCounts, EngineLost, SliceOutput
 from workers.engines.beat.messages import (
     Add,
@@ -32,10 +32,9 @@ from workers.engines.beat.messages import (
     Unopened,
     Unstepped,
 )
-from workers.engines.device import dtype_of
-from workers.engines.kvpool import KvPool
+from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.shape import read_architecture
-from workers.engines.stored import slab_of
+from workers.engines.stored import engine_slab
 from workers.memory import SharedArena
 
 #: Seconds that opening a model, and then a step, may take before the process is given up: it hangs.
@@ -48,7 +47,7 @@ class StepBroken(Exception):
     """A step failed in the process that computes; the message says how."""
 
 
-class BeatEngine:
+class BeatEngine(PooledBlocks):
     """One model on CPUs, in a process that keeps a beat; see `base.Engine`."""
 
     def __init__(self, model_dir: Path, pool: PoolConfig, share: Callable[[int], SharedArena]) -> None:
@@ -101,13 +100,10 @@ class BeatEngine:
         self.description = known = opened.description
         self.worst_step_s = opened.worst_s
         shape, config = read_architecture(opening.model_dir), opening.engine
-        slab = slab_of(shape, config.block_tokens, str(dtype_of(config.dtype, shape)).removeprefix("torch."))
         cpu = torch.device("cpu")
-        self._pool = KvPool(known.blocks, slab, cpu, lambda size: arena.view[:size], config.kv_format_stored)
-
-    @property
-    def pool(self) -> memoryview | None:
-        return self._pool.memory
+        self._pool = KvPool(
+            known.blocks, engine_slab(shape, config), cpu, lambda size: arena.view[:size], config.kv_format_stored
+        )
 
     @property
     def routing(self) -> None:
@@ -134,22 +130,6 @@ class BeatEngine:
     def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
         """Return 0: the wait for the beat is in the step."""
         return 0.0
-
-    @torch.inference_mode()
-    def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
-        self._pool.read_slabs(blocks, into)
-
-    @torch.inference_mode()
-    def write_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
-        self._pool.write_slabs(blocks, data)
-
-    @torch.inference_mode()
-    def encode_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
-        self._pool.encode(blocks, into)
-
-    @torch.inference_mode()
-    def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
-        self._pool.decode(blocks, data)
 
     def close(self) -> None:
         """End the process and let go of the memory."""

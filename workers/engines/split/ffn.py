@@ -14,6 +14,7 @@ from orchestrator.profiles.model_config import Architecture
 from workers.engines.experts import Router
 from workers.engines.mlp import Finish, GatedMlp
 from workers.engines.split.lanes import Header
+from workers.engines.split.microbatches import Microbatches
 from workers.engines.split.shared import SharedLink
 
 #: A slot that no rank has: what a rank is told of picks that are not its own.
@@ -22,22 +23,14 @@ ELSEWHERE = 1 << 30
 
 @dataclass(slots=True)
 class HalvesTimes:
-    """What a step's time went into, summed since the engine began. Seconds."""
+    """What the halves did, summed since the engine began. Seconds."""
 
-    steps: int = 0
-    step_s: float = 0.0
     #: Waking FFN ranks and waiting for them.
     waited_s: float = 0.0
     #: The busiest FFN rank's computing, message by message.
     ffn_s: float = 0.0
-    #: Messages sent, and rows in them.
-    messages: int = 0
+    #: Rows sent, by layer and micro-batch.
     rows: int = 0
-
-    @property
-    def attention_s(self) -> float:
-        """All that is done here."""
-        return self.step_s - self.waited_s
 
 
 class Routes:
@@ -70,9 +63,15 @@ class SplitGroup:
     """The FFN ranks that one attention rank sends rows to."""
 
     def __init__(
-        self, links: Sequence[SharedLink], shape: Architecture, placements: Mapping[int, Placement], device: torch.device
+        self,
+        links: Sequence[SharedLink],
+        shape: Architecture,
+        placements: Mapping[int, Placement],
+        device: torch.device,
+        microbatches: Microbatches,
     ) -> None:
         self.links = tuple(links)
+        self.microbatches = microbatches
         self.times = HalvesTimes()
         self._device = device
         self._routes = {layer: Routes(placement, 0, device) for layer, placement in placements.items()}
@@ -122,9 +121,7 @@ class RemoteFfn:
     def begin(self, rows: Tensor) -> Finish:
         """Send rows to their ranks; see `Ffn.begin`."""
         sent = self._send_all(rows) if self._router is None else self._send_picked(rows, self._router)
-        times = self._group.times
-        times.messages += len(sent)
-        times.rows += len(rows)
+        self._group.times.rows += len(rows)
         return partial(self._finish, rows, sent)
 
     def _send_all(self, rows: Tensor) -> list[tuple[SharedLink, Tensor | None]]:

@@ -71,6 +71,11 @@ class LaneLayout:
     dtype: torch.dtype
 
     @property
+    def row(self) -> dict[str, int | str]:
+        """What both ranks must agree in."""
+        return {"hidden": self.hidden, "picks": self.picks, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @property
     def lane_bytes(self) -> int:
         """Bytes of one lane."""
         return sum(_aligned(size) for size in self._sizes())

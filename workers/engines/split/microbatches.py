@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-#: Micro-batches at most: the longer half is busy all the time with two or three (MegaScale-Infer, arXiv 2504.02263, section 4.1).
-MICROBATCHES_MAX = 4
+from orchestrator.core.config import MICROBATCHES_MAX
+
 #: A measurement's weight in the running mean.
 WEIGHT = 0.1
 #: Steps between two tries of another number.

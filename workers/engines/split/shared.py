@@ -34,7 +34,7 @@ class SharedLink:
         self._silent_s = silent_s
         self._name = address
         self._arena = SharedArena(layout.size)
-        self._lanes = [self._layout_lane(layout, number) for number in range(layout.lanes)]
+        self._lanes = [layout.lane(self._arena.view, number) for number in range(layout.lanes)]
         self._free = deque(range(layout.lanes))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(CONNECT_S)
@@ -45,9 +45,7 @@ class SharedLink:
             "cookie": place.cookie.hex(),
             "lanes": layout.lanes,
             "rows_max": layout.rows_max,
-            "hidden": layout.hidden,
-            "picks": layout.picks,
-            "dtype": str(layout.dtype).removeprefix("torch."),
+            **layout.row,
         }
         try:
             problem = self._greet(hello)
@@ -100,9 +98,6 @@ class SharedLink:
         self._socket.close()
         self._lanes.clear()
         self._arena.close()
-
-    def _layout_lane(self, layout: LaneLayout, number: int) -> Lane:
-        return layout.lane(self._arena.view, number)
 
 
 @dataclass(slots=True)
@@ -181,8 +176,7 @@ class SharedInlet:
         if user != os.geteuid():
             return "it is another user's"
         said = json.loads(peer.recv(_HELLO_BYTES))
-        dtype = str(expected.dtype).removeprefix("torch.")
-        ours = {"hidden": expected.hidden, "picks": expected.picks, "dtype": dtype}
+        ours = expected.row
         theirs = {name: said[name] for name in ours}
         if theirs != ours:
             return f"its rows are {theirs}, here they are {ours}"
