@@ -1,6 +1,6 @@
 """What a client asks for, in no API's words: what dialects' parsers make of a request, and all that is known of it after.
 
-    Asked  =  model  +  prompt (Conversation or Texts)  +  Sampling  +  Limits  +  Hints  +  Report
+    Asked  =  model  +  prompt (Conversation or Texts)  +  Constraint?  +  Sampling  +  Limits  +  Hints  +  Report
 
 Whoever makes one has checked what can be checked without knowing the model; token ids are compared with its vocabulary by
 `intake.py`. Nothing here knows HTTP, JSON or protobuf.
@@ -8,12 +8,51 @@ Whoever makes one has checked what can be checked without knowing the model; tok
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from orchestrator.core.types import Sampling, ServiceClass
 
 #: What a number of 32 bits holds: more tokens than any vocabulary has.
 TOP_K_MAX = (1 << 31) - 1
+
+
+class ConstraintKind(StrEnum):
+    """In which language it is said what an answer may be."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    #: One of the texts of a JSON list.
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must be, to the letter."""
+
+    kind: ConstraintKind
+    #: The schema, list, expression or grammar.
+    text: str
+    #: Where the client wrote it, for what is wrong with it.
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What the model must do with its tools."""
+
+    #: It calls at least one.
+    forced: bool = False
+    #: Only this one; empty: any.
+    name: str = ""
+    #: It may call several in one answer.
+    parallel: bool = True
+    #: Where the client wrote it.
+    field: str = "tool_choice"
+
+
+_AS_IT_LIKES = ToolUse()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +68,7 @@ class Conversation:
     opens_answer: bool = True
     #: The prompt ends where the last message's content does, so that the answer goes on with it.
     continues: bool = False
+    tool_use: ToolUse = _AS_IT_LIKES
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +133,8 @@ class Asked:
     limits: Limits = field(default_factory=Limits)
     hints: Hints = field(default_factory=Hints)
     report: Report = field(default_factory=Report)
+    #: None: it may be anything.
+    constraint: Constraint | None = None
 
     @property
     def generations(self) -> int:

@@ -16,7 +16,7 @@ from typing import assert_never
 from orchestrator.core.blocks import hash_root
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Conversation, Texts
+from orchestrator.live.asked import Asked, Conversation, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.conversations import tool_parameters
@@ -123,6 +123,7 @@ class Intake:
     async def prepare(self, asked: Asked, model: ServedModel, tenant: TenantId, session: SessionId | None) -> Prepared:
         """Return a request's prompts as tokens and block hashes, and how its tokens are chosen and read. Raises `Invalid`."""
         self._check_generations(asked)
+        _check_constraints(asked)
         salt = asked.hints.cache_salt
         match asked.prompt:
             case Conversation() as conversation:
@@ -233,6 +234,13 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
         raise Invalid(problem, "context_length_exceeded", "messages")
     if prompt.count == 0:
         raise Invalid("the prompt is empty", "invalid_value", "messages")
+
+
+def _check_constraints(asked: Asked) -> None:
+    """Refuse what would bind the answer: it is not served yet."""
+    use = asked.prompt.tool_use if isinstance(asked.prompt, Conversation) else ToolUse()
+    field = use.field if use.forced else asked.constraint.field if asked.constraint is not None else None
+    require(field is None, field or "", "an answer cannot be constrained, nor a call forced")
 
 
 def _check_tokens(model: ModelText, sampling: Sampling) -> None:

@@ -104,8 +104,8 @@ def test_a_turn_goes_on_with_the_tokens_that_it_would_have_had(model_dir: Path, 
 
 
 def test_turns_that_name_no_seed_keep_the_one_they_got(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Seeds are drawn, but the same each time: one stream in some hundreds meets a number that lies on the edge of two tokens' shares
-    # to the last digit, where either is right.
+    # Seeds are drawn, but the same each time: one stream in some hundreds meets a number that lies, to the last digit, on the
+    # edge of two tokens' shares, where either is right.
     monkeypatch.setattr(random, "getrandbits", random.Random(4).getrandbits)
     drawn = Sampling(temperature=1.0)
     turns = [turn(range(50), OUTPUT_TOKENS, drawn.for_choice(number)) for number in range(3)]

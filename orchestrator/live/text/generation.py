@@ -15,7 +15,7 @@ from orchestrator.core.types import FinishReason
 from orchestrator.live.text.detokenise import Detokeniser
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.stops import StopStrings
-from orchestrator.live.text.tools import ToolCall, ToolParser
+from orchestrator.live.text.tools import AnswerPart, ToolCall, ToolParser
 from orchestrator.live.turns import Delta, TokenLogprob
 
 
@@ -37,7 +37,7 @@ class Scored:
     tokens: tuple[ScoredToken, ...]
 
 
-Piece = str | Scored | ToolCall | Reasoning
+Piece = Scored | AnswerPart | Reasoning
 
 AnswerParser = ToolParser | ThinkParser
 
@@ -169,15 +169,13 @@ class Generation:
         """Return certain text as pieces, with the log probabilities it completes."""
         self._out_chars += len(text)
         scores = self._due()
-        parts: list[str | ToolCall | Reasoning] = (
-            [*self._parser.add(text)] if self._parser is not None else [text] if text else []
-        )
+        parts: list[AnswerPart | Reasoning] = [*self._parser.add(text)] if self._parser is not None else [text] if text else []
         return self._dressed(parts, scores)
 
     def _end_parser(self) -> list[Piece]:
         return self._dressed([*self._parser.finish()], ()) if self._parser is not None else []
 
-    def _dressed(self, parts: list[str | ToolCall | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
+    def _dressed(self, parts: list[AnswerPart | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
         if not self.tool:
             self.tool = next((part.name for part in parts if isinstance(part, ToolCall)), "")
         if not scores:

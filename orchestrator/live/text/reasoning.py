@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from orchestrator.live.text.stops import partial_match
-from orchestrator.live.text.tools import ToolCall, ToolParser
+from orchestrator.live.text.tools import AnswerPart, ToolParser
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -86,12 +86,12 @@ class ThinkParser:
         """All that follows is the answer, word for word."""
         return self._phase is _Phase.ANSWER and self._tools is None
 
-    def add(self, text: str) -> list[str | ToolCall | Reasoning]:
+    def add(self, text: str) -> list[AnswerPart | Reasoning]:
         """Take more text; return what is certain now."""
         if self._phase is _Phase.ANSWER:
             return self._answer(text)
         self._kept += text
-        parts: list[str | ToolCall | Reasoning] = []
+        parts: list[AnswerPart | Reasoning] = []
         if self._phase is _Phase.START:
             start = self._kept.lstrip()
             if not start or (len(start) < len(_OPEN) and _OPEN.startswith(start)):
@@ -109,10 +109,10 @@ class ThinkParser:
             parts += self._answer(answer)
         return parts
 
-    def finish(self) -> Sequence[str | ToolCall | Reasoning]:
+    def finish(self) -> Sequence[AnswerPart | Reasoning]:
         """Return what was still kept back; nothing is added afterwards."""
         kept, self._kept = self._kept, ""
-        parts: list[str | ToolCall | Reasoning] = []
+        parts: list[AnswerPart | Reasoning] = []
         match self._phase:
             case _Phase.THINKING | _Phase.START if self.thinking:
                 thought = kept.rstrip() if self._said else kept.strip()
@@ -137,7 +137,7 @@ class ThinkParser:
         self._said = self._said or bool(thought)
         return [Reasoning(thought)] if thought and self._shown else []
 
-    def _answer(self, text: str) -> list[str | ToolCall | Reasoning]:
+    def _answer(self, text: str) -> list[AnswerPart | Reasoning]:
         if self._tools is not None:
             return [*self._tools.add(text)]
         return [text] if text else []

@@ -12,7 +12,7 @@ comes out as content, letter for letter.
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from secrets import choice, token_hex
 from string import ascii_letters, digits
@@ -53,21 +53,45 @@ class ToolStyle(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call; `arguments` is JSON text as the model wrote it, so that a next turn renders to the same prompt."""
+    """One call; `arguments` is JSON text as the model wrote it, so that a next turn renders to the same prompt.
+
+    While an answer is written, that is its beginning: all of it, some or nothing, and `MoreArguments` follow.
+    """
 
     id: str
     name: str
     arguments: str
 
 
+@dataclass(frozen=True, slots=True)
+class MoreArguments:
+    """How the arguments of the last call that began go on."""
+
+    text: str
+
+
+def calls_in(pieces: Sequence[object]) -> list[ToolCall]:
+    """Return the calls among the pieces of a whole answer, each with all its arguments."""
+    calls: list[ToolCall] = []
+    for piece in pieces:
+        if isinstance(piece, ToolCall):
+            calls.append(piece)
+        elif isinstance(piece, MoreArguments):
+            calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + piece.text)
+    return calls
+
+
+AnswerPart = str | ToolCall | MoreArguments
+
+
 class ToolParser(Protocol):
     """Splits one generation into content and calls, in order."""
 
-    def add(self, text: str) -> list[str | ToolCall]:
+    def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now."""
         ...
 
-    def finish(self) -> list[str | ToolCall]:
+    def finish(self) -> list[AnswerPart]:
         """Return what was still kept back; nothing is added afterwards."""
         ...
 
@@ -142,23 +166,23 @@ class _TaggedParser:
         self._inside = False
         self._called = False
 
-    def add(self, text: str) -> list[str | ToolCall]:
+    def add(self, text: str) -> list[AnswerPart]:
         self._kept += text
-        parts: list[str | ToolCall] = []
+        parts: list[AnswerPart] = []
         if self._inside and (not self._ends or _CLOSE[-1] not in text):
             return parts
         while self._close(parts) if self._inside else self._open(parts):
             pass
         return parts
 
-    def finish(self) -> list[str | ToolCall]:
+    def finish(self) -> list[AnswerPart]:
         kept, self._kept = self._kept, ""
         if self._inside and (calls := self._read(kept.removeprefix(_OPEN))):
             return [*calls]
         kept = self._space + kept
         return [] if not kept or (self._called and kept.isspace()) else [kept]
 
-    def _open(self, parts: list[str | ToolCall]) -> bool:
+    def _open(self, parts: list[AnswerPart]) -> bool:
         """Pass content on up to a tag; True if one was found."""
         if self._called and self._kept.lstrip().startswith(_CLOSE):
             # Of a call that began without its tag.
@@ -179,7 +203,7 @@ class _TaggedParser:
             self._called = False
         return self._inside
 
-    def _close(self, parts: list[str | ToolCall]) -> bool:
+    def _close(self, parts: list[AnswerPart]) -> bool:
         """Take what is between tags out once its end is there; True if it was."""
         end = self._end()
         if end is None:
@@ -214,7 +238,7 @@ class _LlamaParser:
         self._kept = ""
         self._content = False
 
-    def add(self, text: str) -> list[str | ToolCall]:
+    def add(self, text: str) -> list[AnswerPart]:
         if self._content:
             return [text] if text else []
         self._kept += text
@@ -225,7 +249,7 @@ class _LlamaParser:
         kept, self._kept = self._kept, ""
         return [kept]
 
-    def finish(self) -> list[str | ToolCall]:
+    def finish(self) -> list[AnswerPart]:
         kept, self._kept = self._kept, ""
         calls = read_chain(kept.strip().removeprefix(_PYTHON_TAG).strip())
         if calls and all(name in self._tools for name, _ in calls):

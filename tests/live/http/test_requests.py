@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.types import Sampling, ServiceClass
-from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Report, Texts
+from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Report, Texts, ToolUse
 from orchestrator.live.http.openai.requests import (
     CHOICES_MAX,
     COMPLETION_TOKENS_DEFAULT,
@@ -24,6 +24,8 @@ from orchestrator.live.refusals import Invalid
 USER = {"role": "user", "content": "Hi"}
 NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 HALF = (1 << 31) - 1
+
+NAMED = {"type": "function", "function": {"name": "now"}}
 
 
 def chat(**changes: Any) -> Asked:
@@ -158,6 +160,8 @@ def test_prompts_are_texts_or_tokens_one_or_many(prompt: Any, texts: list[Any]) 
         ({"tools": [NOW], "tool_choice": "none"}, "prompt.tools", None),
         ({"tools": []}, "prompt.tools", None),
         ({"tools": [NOW], "tool_choice": "auto"}, "prompt.tools", [NOW]),
+        ({"tools": [NOW], "tool_choice": "required"}, "prompt.tool_use", ToolUse(forced=True)),
+        ({"tools": [NOW], "tool_choice": NAMED}, "prompt.tool_use", ToolUse(forced=True, name="now")),
         ({"add_generation_prompt": False}, "prompt.opens_answer", False),
         ({"continue_final_message": True}, "prompt.continues", True),
         ({"continue_final_message": True}, "prompt.opens_answer", False),
@@ -239,8 +243,7 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
         (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         (chat, {"tools": [NOW] * (TOOLS_MAX + 1)}, "tools"),
         (chat, {"tools": [NOW, {"function": {"name": ""}}]}, "tools[1].function.name"),
-        (chat, {"tools": [NOW], "tool_choice": "required"}, "tool_choice"),
-        (chat, {"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice"),
+        (chat, {"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "then"}}}, "tool_choice"),
         (chat, {"continue_final_message": True, "messages": [{"role": "user"}]}, "continue_final_message"),
         (chat, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         (completion, {"prompt": ""}, "prompt"),

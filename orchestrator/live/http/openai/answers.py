@@ -18,7 +18,7 @@ from orchestrator.live.http.errors import HttpError
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, Scored, ScoredToken
 from orchestrator.live.text.reasoning import Reasoning
-from orchestrator.live.text.tools import ToolCall
+from orchestrator.live.text.tools import MoreArguments, ToolCall, calls_in
 
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -202,7 +202,7 @@ class ChatWriter(AnswerWriter):
         return {"delta": {"content": text} if text else {}}
 
     def message(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
+        calls = calls_in(pieces)
         text, thoughts = _joined(pieces), "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if thoughts:
@@ -225,14 +225,21 @@ class ChatWriter(AnswerWriter):
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         if isinstance(piece, Reasoning):
             return [self._event(index, {"delta": _thoughts(piece.text), "logprobs": None, "finish_reason": None})]
-        if not isinstance(piece, ToolCall):
-            return super()._special(index, piece)
-        place = self._calls[index]
-        self._calls[index] += 1
-        first = {"index": place, **_call(piece, "")}
-        second = {"index": place, "function": {"arguments": piece.arguments}}
-        rest = {"logprobs": None, "finish_reason": None}
-        return [self._event(index, {"delta": {"tool_calls": [call]}, **rest}) for call in (first, second)]
+        if isinstance(piece, ToolCall):
+            self._calls[index] += 1
+            begun = self._call_event(index, _call(piece, ""))
+            return [begun, self._arguments_event(index, piece.arguments)] if piece.arguments else [begun]
+        if isinstance(piece, MoreArguments):
+            return [self._arguments_event(index, piece.text)]
+        return super()._special(index, piece)
+
+    def _arguments_event(self, index: int, arguments: str) -> bytes:
+        return self._call_event(index, {"function": {"arguments": arguments}})
+
+    def _call_event(self, index: int, call: dict[str, Any]) -> bytes:
+        """Return an event about the last call that began."""
+        told = {"delta": {"tool_calls": [{"index": self._calls[index] - 1, **call}]}}
+        return self._event(index, {**told, "logprobs": None, "finish_reason": None})
 
 
 class CompletionWriter(AnswerWriter):

@@ -14,7 +14,7 @@ import msgspec
 
 from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
-from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Texts
+from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Texts, ToolUse
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.http.retention import retention_s
@@ -162,6 +162,7 @@ def _conversation(request: ChatRequest) -> Conversation:
     return Conversation(
         messages=[_message(message) for message in request.messages],
         tools=shown_tools(request.shown_tools),
+        tool_use=_tool_use(request),
         variables=variables,
         opens_answer=request.add_generation_prompt is not False and not request.continue_final_message,
         continues=bool(request.continue_final_message),
@@ -211,21 +212,20 @@ def _check_tools(request: ChatRequest) -> None:
         named = cast("dict[str, Any]", function)
         require(isinstance(named.get("name"), str) and bool(named["name"]), f"{where}.name", "must be a name")
         require(isinstance(named.get("parameters"), dict | None), f"{where}.parameters", "must be an object, a JSON schema")
+
+
+def _tool_use(request: ChatRequest) -> ToolUse:
+    """Return what is to be done with tools. Raises `Invalid`."""
     match request.tool_choice:
         case None | "none" | "auto":
-            return
+            return ToolUse()
         case "required":
-            problem = "a call cannot be forced; only auto and none are served"
+            return ToolUse(forced=True)
         case {"type": "function", "function": {"name": str(name)}}:
-            known = name in tool_parameters(request.tools)
-            problem = (
-                f"a call of {name!r} cannot be forced; only auto and none are served"
-                if known
-                else f"{name!r} is none of the tools"
-            )
+            require(name in tool_parameters(request.tools), "tool_choice", f"{name!r} is none of the tools")
+            return ToolUse(forced=True, name=name)
         case _:
-            problem = "must be auto or none"
-    require(False, "tool_choice", problem)
+            raise Invalid("tool_choice: must be auto, none, required or a function's name", "invalid_value", "tool_choice")
 
 
 def _check_continuation(request: ChatRequest) -> None:
