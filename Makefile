@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo serve test test-slow test-ray check format proto bench clean
+CLIENTS := .venv-clients/.installed
+
+.PHONY: install demo serve test test-slow test-ray test-clients check format proto bench clean
 
 install: $(STAMP)
 
@@ -27,6 +29,15 @@ test-slow: install     ## the long ones: wide identity runs, Ray clusters, kille
 
 test-ray: install      ## a few of those: a killed node, two hosts
 	$(BIN)/pytest -m ray --timeout 600
+
+test-clients: install $(CLIENTS) ## clients and SDKs that are not ours, in Python and Node, each in an environment of its own
+	$(BIN)/pytest -m clients
+
+$(CLIENTS): tests/clients/requirements.txt tests/clients/node/package.json
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
+	npm ci --prefix tests/clients/node --no-audit --no-fund
+	touch $(CLIENTS)
 
 check: install         ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -52,4 +63,4 @@ bench: install         ## what can be measured without a peer; bench/README.md h
 	$(BIN)/python -m bench.fidelity
 
 clean:
-	rm -rf .venv out dist
+	rm -rf .venv .venv-clients tests/clients/node/node_modules out dist
