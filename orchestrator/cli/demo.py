@@ -58,7 +58,7 @@ WAYS = (
     Way("tiers and hints", RouterPolicy.PREDICTED_TIME, True),
     Way("without", RouterPolicy.PREDICTED_TIME, False),
     Way("round robin, without", RouterPolicy.ROUND_ROBIN, False),
-    Way("split, cadence", RouterPolicy.PREDICTED_TIME, True, AGENTS_CLUSTER),
+    Way("prefill, split decode, cadence", RouterPolicy.PREDICTED_TIME, True, AGENTS_CLUSTER),
 )
 
 
