@@ -13,10 +13,10 @@ from hashlib import blake2b
 from hmac import compare_digest
 from typing import assert_never
 
-from orchestrator.core.blocks import hash_root
+from orchestrator.core.blocks import TOKEN_BYTES, hash_root
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Conversation, Texts, ToolUse
+from orchestrator.live.asked import Asked, Conversation, Limits, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.conversations import tool_parameters
@@ -129,19 +129,22 @@ class Intake:
         match asked.prompt:
             case Conversation() as conversation:
                 text = _rendered(conversation, model)
-                prompts = [await self.encode(model, text, tenant, session, salt, prefixed=False)]
+                prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
-            case Texts(texts):
-                prompts = [await self.encode(model, text, tenant, session, salt, prefixed=True) for text in texts]
+            case Texts(texts, prefixed):
+                prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
                 parser, ends = _no_parser, model.text.eos_token_ids
             case _:
                 assert_never(asked.prompt)
+        prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
         for prompt in prompts:
             _check_length(model.text, prompt)
         if session is not None:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
+        if asked.limits.forbidden_words:
+            sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
         service_class = asked.hints.service_class or self._config.class_for(tenant)
         return Prepared(asked, model, tenant, session, prompts, sampling, parser, service_class)
 
@@ -154,9 +157,9 @@ class Intake:
         match asked.prompt:
             case Conversation() as conversation:
                 text = _rendered(replace(conversation, opens_answer=False, continues=False), model)
-                return await self.encode(model, text, tenant, None, salt, prefixed=False)
-            case Texts(texts):
-                return await self.encode(model, texts[0], tenant, None, salt, prefixed=True)
+                return await self.encode(model, text, tenant, None, salt, conversation.prefixed)
+            case Texts(texts, prefixed):
+                return await self.encode(model, texts[0], tenant, None, salt, prefixed)
             case _:
                 assert_never(asked.prompt)
 
@@ -189,6 +192,19 @@ class Intake:
         size = model.text.vocabulary_size
         require(min(text) >= 0 and max(text) < size, "prompt", f"token ids must be from 0 to {size - 1}")
         return prompts.adopt(array("I", text).tobytes(), root)
+
+    def _shortened(self, prompt: Prompt, limits: Limits, model: ServedModel, tenant: TenantId) -> Prompt:
+        """Return a prompt, or what may stay of it at its end."""
+        most = limits.prompt_tokens_max
+        if most is None:
+            return prompt
+        room = model.text.context_tokens_max - (limits.output_tokens_max or 1)
+        kept = max(1, most or room)
+        return (
+            prompt
+            if prompt.count <= kept
+            else model.prompts[tenant].adopt(prompt.tokens[-kept * TOKEN_BYTES :], prompt.hash_root)
+        )
 
     def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
         return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
@@ -254,6 +270,8 @@ def _check_tokens(model: ModelText, sampling: Sampling) -> None:
     size = model.vocabulary_size
     for token in sampling.stop_token_ids:
         require(0 <= token < size, "stop_token_ids", f"{token} is no token id (0 to {size - 1})")
+    for token in sampling.allowed_token_ids:
+        require(0 <= token < size, "allowed_token_ids", f"{token} is no token id (0 to {size - 1})")
     for token in sampling.logit_bias:
         require(0 <= token < size, "logit_bias", f"'{token}' is no token id (0 to {size - 1})")
 

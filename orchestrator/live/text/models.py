@@ -3,6 +3,7 @@
 See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `detokenise.py` (tokens to text).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,19 @@ class ModelText:
     fingerprint: str
     tool_style: ToolStyle
     reasoning_style: ReasoningStyle
+
+    def runs_of(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of words, of each as it stands at a text's beginning and, if those are others, after a space."""
+        runs: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare, spaced = (
+                tuple(self.tokenizer.encode(text, add_special_tokens=False).ids) for text in (word, f" {word.lstrip()}")
+            )
+            runs[bare] = None
+            # Other tokens, or as many of which the first is another: else it begins with a space that is a token of its own.
+            if bare and len(spaced) == len(bare) and spaced[0] != bare[0]:
+                runs[spaced] = None
+        return tuple(run for run in runs if run)
 
     @staticmethod
     def load(folder: Path, fingerprint: str, parsers: ModelConfig | None = None, context_tokens_max: int = 0) -> "ModelText":
