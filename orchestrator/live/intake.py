@@ -108,6 +108,11 @@ class Intake:
             raise ModelUnknown(name)
         return self.models[ModelName(served)]
 
+    def model_or_only(self, name: str) -> ServedModel:
+        """Return the model of that name; without a name the one that is served, if there is no other. Raises `Refused`."""
+        require(bool(name) or len(self.models) == 1, "model", "must be named: several are served")
+        return self.model_named(name or next(iter(self.models)))
+
     def model_names(self) -> list[str]:
         """Return the names clients may ask for; aliases that match by their beginning are left out."""
         aliases = (alias for model in self._config.models.values() for alias in model.aliases)
@@ -153,11 +158,17 @@ class Intake:
 
         Raises `Invalid`.
         """
+        prompt = asked.prompt
+        if isinstance(prompt, Conversation):
+            asked = replace(asked, prompt=replace(prompt, opens_answer=False, continues=False))
+        return await self.encoded(asked, model, tenant)
+
+    async def encoded(self, asked: Asked, model: ServedModel, tenant: TenantId) -> Prompt:
+        """Return a request's prompt, its first if it has several, however long it is. Raises `Invalid`."""
         salt = asked.hints.cache_salt
         match asked.prompt:
             case Conversation() as conversation:
-                text = _rendered(replace(conversation, opens_answer=False, continues=False), model)
-                return await self.encode(model, text, tenant, None, salt, conversation.prefixed)
+                return await self.encode(model, _rendered(conversation, model), tenant, None, salt, conversation.prefixed)
             case Texts(texts, prefixed):
                 return await self.encode(model, texts[0], tenant, None, salt, prefixed)
             case _:

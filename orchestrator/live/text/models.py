@@ -11,6 +11,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from orchestrator.core.config import ModelConfig
+from orchestrator.live.refusals import require
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
@@ -42,6 +43,12 @@ class ModelText:
     fingerprint: str
     tool_style: ToolStyle
     reasoning_style: ReasoningStyle
+
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included. Raises `Invalid` if one is none of the model's."""
+        size = self.vocabulary_size
+        require(all(0 <= token < size for token in tokens), "tokens", f"token ids must be from 0 to {size - 1}")
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def runs_of(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the tokens of words, of each as it stands at a text's beginning and, if those are others, after a space."""

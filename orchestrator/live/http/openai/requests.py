@@ -71,25 +71,19 @@ _NO_OPTIONS = StreamOptions()
 def parse_chat(body: bytes) -> Asked:
     """Read and check a body of /v1/chat/completions. Raises `Invalid`."""
     request = decode(_CHAT, body)
-    _check_common(request)
-    require(len(request.messages) > 0, "messages", "must hold at least one message")
-    require(len(request.messages) <= MESSAGES_MAX, "messages", f"must hold at most {MESSAGES_MAX} messages")
+    check_common(request)
     check_range("max_completion_tokens", request.max_completion_tokens, 1)
     check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
-    if request.tools or request.tool_choice is not None:
-        _check_tools(request)
-    if request.continue_final_message:
-        _check_continuation(request)
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _asked(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
+    return _asked(request, conversation_of(request), most, logprobs, request.include_reasoning is not False)
 
 
 def parse_completion(body: bytes) -> Asked:
     """Read and check a body of /v1/completions. Raises `Invalid`."""
     request = decode(_COMPLETION, body)
-    _check_common(request)
+    check_common(request)
     check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.best_of in (None, request.choices), "best_of", "only best_of equal to n is supported")
     prompts = request.prompts
@@ -204,7 +198,14 @@ def _beat_s_max(more: Extension) -> float:
     return beat_s
 
 
-def _conversation(request: ChatRequest) -> Conversation:
+def conversation_of(request: ChatRequest) -> Conversation:
+    """Return what a chat's prompt is made of. Raises `Invalid`."""
+    require(len(request.messages) > 0, "messages", "must hold at least one message")
+    require(len(request.messages) <= MESSAGES_MAX, "messages", f"must hold at most {MESSAGES_MAX} messages")
+    if request.tools or request.tool_choice is not None:
+        _check_tools(request)
+    if request.continue_final_message:
+        _check_continuation(request)
     told = {"documents": request.documents} if request.documents is not None else {}
     return Conversation(
         messages=[_message(message) for message in request.messages],
@@ -299,7 +300,8 @@ def _check_continuation(request: ChatRequest) -> None:
     require(not final.tool_calls, "continue_final_message", "cannot go on after tool calls")
 
 
-def _check_common(request: GenerationRequest) -> None:
+def check_common(request: GenerationRequest) -> None:
+    """Refuse what no kind of request may ask for. Raises `Invalid`."""
     name = unserved(request)
     require(name is None, name or "", "is not served here; leave it out")
     for (param, (least, most)), value in zip(_RANGES.items(), _ranged(request), strict=True):
