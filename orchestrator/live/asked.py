@@ -101,6 +101,18 @@ _AS_EVER = Thinking()
 
 
 @dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """A place in a conversation up to which its prompt is to be kept."""
+
+    #: For how long.
+    seconds: float
+    #: The message, or the tool, that it is in; counted from 0.
+    place: int
+    #: Characters of the message's content before it; None: it is behind the tool.
+    chars: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages that a chat template makes a prompt of; see `text/conversations.py` for how both lists look."""
 
@@ -115,6 +127,8 @@ class Conversation:
     continues: bool = False
     tool_use: ToolUse = _AS_IT_LIKES
     thinking: Thinking = _AS_EVER
+    #: Up to which its prompt is to be kept, in order, longest first.
+    breakpoints: Sequence[Breakpoint] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +180,8 @@ class Report:
     usage: bool = False
     #: Thoughts are told, apart from the answer.
     thoughts: bool = True
+    #: But not what they say.
+    withholds_thoughts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

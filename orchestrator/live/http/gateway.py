@@ -21,7 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, GatewayId, ModelName, SessionId, TenantId
 from orchestrator.live.asked import Asked
-from orchestrator.live.choices import Choices, TurnMetrics, TurnRecorder
+from orchestrator.live.choices import Choices, Kept, TurnMetrics, TurnRecorder
+from orchestrator.live.http.anthropic import dialect as anthropic
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError, http_error
 from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send, closing, key_of
@@ -31,15 +32,15 @@ from orchestrator.live.http.retention import PARENT_HEADERS, is_final
 from orchestrator.live.http.routes import MODELS, PROBED, Calls, make_routes
 from orchestrator.live.http.sending import send_events, send_whole
 from orchestrator.live.http.server import HttpServer
-from orchestrator.live.intake import Intake, ServedModel
+from orchestrator.live.intake import Intake, Keep, Prepared, ServedModel
 from orchestrator.live.refusals import Refused
-from orchestrator.live.turns import Prompt, TurnDriver, TurnFailed
+from orchestrator.live.turns import TurnDriver, TurnFailed
 from orchestrator.wire.logs import REQUEST
 
 log = logging.getLogger("weft.gateway")
 
 #: What is spoken where; nothing is spoken twice.
-_ENDPOINTS: Mapping[str, Dialect] = {**openai.ENDPOINTS}
+_ENDPOINTS: Mapping[str, Dialect] = {**openai.ENDPOINTS, **anthropic.ENDPOINTS}
 #: Metrics' label for a model nobody serves: what clients write must not become a label.
 UNKNOWN_MODEL = "unknown"
 #: And for a path that nothing is served at.
@@ -63,10 +64,8 @@ class SessionLives(Protocol):
         """A request says what its session forked from."""
         ...
 
-    def kept(
-        self, model: ModelName, tenant: TenantId, session: SessionId | None, prompts: Sequence[Prompt], seconds: float
-    ) -> None:
-        """A request asks for its prompts to be kept."""
+    def kept(self, model: ModelName, tenant: TenantId, session: SessionId | None, keep: Keep) -> int:
+        """A request asks for a prompt's beginning to be kept; return how many of its blocks are."""
         ...
 
     def ends(self, model: ModelName, tenant: TenantId, session: SessionId) -> None:
@@ -184,7 +183,9 @@ class Gateway:
         if scope["type"] != "http":
             await self._cold(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self._number, openai.CHAT)
+        words = anthropic.MESSAGES if anthropic.speaks(scope["path"], dict(scope["headers"])) else openai.CHAT
+        exchange = Exchange(scope, receive, send, self._number, words)
+        scope = {**scope, "state": {REQUEST: exchange.request_id.decode()}}
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -237,6 +238,9 @@ class Gateway:
         session: SessionId | None,
     ) -> None:
         """Start what is asked for and send what it brings; whatever happens, no turn stays behind."""
+        if dialect.count is not None:
+            await exchange.answer(200, dialect.count(await self._intake.count(asked, model, tenant)))
+            return
         lives = self._lives() if self._lives is not None else None
         parent = self._parent_of(exchange) if session is not None else None
         if lives is not None and session is not None and parent is not None:
@@ -247,8 +251,8 @@ class Gateway:
         with exchange.watch(choices.cancel):
             try:
                 choices.start(self._driver, self._metrics, self._recorder)
-                if lives is not None and asked.hints.retention_s:
-                    lives.kept(model.name, tenant, session, prepared.prompts, asked.hints.retention_s)
+                if lives is not None:
+                    choices.kept = [_kept(lives, prepared, keep) for keep in prepared.keeps]
                 if asked.report.streams:
                     await send_events(exchange, choices, writer)
                 else:
@@ -281,6 +285,12 @@ class Gateway:
             fields = {REQUEST: exchange.request_id.decode(), "status": exchange.status, "model": model, "tenant": tenant}
             log.debug("%s answered", exchange.path, extra=fields)
         self._metrics.answered(model, exchange.path, exchange.status, tenant)
+
+
+def _kept(lives: SessionLives, prepared: Prepared, keep: Keep) -> Kept:
+    """Have a prompt's beginning kept; return what of it is."""
+    blocks = lives.kept(prepared.model.name, prepared.tenant, prepared.session, keep)
+    return Kept(keep.tokens // len(keep.hashes) * blocks, keep.seconds)
 
 
 def _check_method(exchange: Exchange) -> None:

@@ -7,12 +7,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from orchestrator.live.http.anthropic import answers as anthropic
+from orchestrator.live.http.anthropic.dialect import speaks
 from orchestrator.live.http.errors import HttpError, fault, http_error
 from orchestrator.live.http.exchange import key_of
 from orchestrator.live.http.openai.answers import error_body, model_card
 from orchestrator.live.http.proxy import CALLS
 from orchestrator.live.intake import Intake
 from orchestrator.live.refusals import Refused
+from orchestrator.wire.logs import REQUEST
 
 #: Asked by probes and scrapers, time and again: only what goes wrong there is counted.
 PROBED = ("/live", "/health", "/ready", "/metrics", "/status")
@@ -31,7 +34,7 @@ def make_routes(
     calls: Calls | None = None,
     body_bytes_max: int = 0,
 ) -> FastAPI:
-    """Return the application; unknown routes and wrong methods end in OpenAI's error bodies.
+    """Return the application; unknown routes and wrong methods end in error bodies of the API that a client speaks.
 
     Args:
         intake: knows keys and models.
@@ -44,17 +47,22 @@ def make_routes(
     """
     application = FastAPI(title="Weft", docs_url=None, redoc_url=None)
 
-    def card(name: str) -> dict[str, Any]:
+    def card(request: Request, name: str) -> dict[str, Any]:
         model = intake.model_named(name)
+        if _anthropic(request):
+            return anthropic.model_info(name, started_unix_s, model.text.context_tokens_max)
         return model_card(name, model.name, started_unix_s, model.text.context_tokens_max)
 
     def models(request: Request) -> Response:
         intake.tenant_of(_key(request))
-        return JSONResponse({"object": "list", "data": [card(name) for name in intake.model_names()]})
+        cards = [card(request, name) for name in intake.model_names()]
+        if _anthropic(request):
+            return JSONResponse(anthropic.page_of(cards, request.query_params))
+        return JSONResponse({"object": "list", "data": cards})
 
     def model(request: Request, name: str) -> Response:
         intake.tenant_of(_key(request))
-        return JSONResponse(card(name))
+        return JSONResponse(card(request, name))
 
     async def live() -> Response:
         return JSONResponse({"status": "live"})
@@ -99,24 +107,28 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"registered for HTTPException, got {type(error).__name__}"
     problem = f"{request.method} {request.url.path}: {error.detail}"
     code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
-    return _response(HttpError(error.status_code, problem, code=code))
+    return _response(request, HttpError(error.status_code, problem, code=code))
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
-    del request
     assert isinstance(error, Refused), f"registered for Refused, got {type(error).__name__}"
-    return _response(http_error(error))
+    return _response(request, http_error(error))
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     """Answer after a fault of ours; who serves the connection logs it."""
-    del request, error
-    return _response(fault())
+    del error
+    return _response(request, fault())
 
 
 def _key(request: Request) -> bytes:
     return key_of(dict(request.headers.raw))
 
 
-def _response(error: HttpError) -> Response:
-    return Response(error_body(error), error.status, media_type="application/json")
+def _anthropic(request: Request) -> bool:
+    return speaks(request.url.path, dict(request.headers.raw))
+
+
+def _response(request: Request, error: HttpError) -> Response:
+    body = anthropic.error_body(error, request.scope["state"][REQUEST]) if _anthropic(request) else error_body(error)
+    return Response(body, error.status, media_type="application/json")
