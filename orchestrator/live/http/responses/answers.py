@@ -61,9 +61,9 @@ class ResponseWriter:
         self._end = AnswerEnd.STOP
         self._events = 0
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, index: int, usage: Usage) -> bytes:
         """Return the two events that say which response this is."""
-        del index
+        del index, usage
         begun = self._response("in_progress")
         return self._written([("response.created", {"response": begun}), ("response.in_progress", {"response": begun})])
 
@@ -72,11 +72,11 @@ class ResponseWriter:
         del index
         return [self._written(self._output.take(pieces))]
 
-    def ending(self, index: int, end: AnswerEnd) -> bytes:
+    def ending(self, index: int, done: Generation) -> bytes:
         """Return the events with which its last item ends."""
         del index
-        self._end = end
-        return self._written(self._output.finish(_complete(end)))
+        self._end = _end(done)
+        return self._written(self._output.finish(_complete(self._end)))
 
     def closing(self, usage: Usage) -> bytes:
         """Return the event that says what became of it."""
@@ -92,9 +92,8 @@ class ResponseWriter:
     def whole(self, generations: Sequence[tuple[Generation, Sequence[Piece]]], usage: Usage) -> bytes:
         """Return the response as one object."""
         [(generation, pieces)] = generations
-        assert generation.finish_reason is not None, f"a response is written after {generation.tokens} tokens, and has not ended"
         self._output.take(pieces)
-        self._end = generation.finish_reason
+        self._end = _end(generation)
         self._output.finish(_complete(self._end))
         return self._kept(self._done(usage))
 
@@ -133,6 +132,11 @@ class ResponseWriter:
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._vocabulary.token_bytes(token)
         return {"token": data.decode(errors="backslashreplace"), "logprob": logprob, "bytes": list(data)}
+
+
+def _end(done: Generation) -> AnswerEnd:
+    assert done.finish_reason is not None, f"a response is written after {done.tokens} tokens, and has not ended"
+    return done.finish_reason
 
 
 def _complete(end: AnswerEnd) -> bool:

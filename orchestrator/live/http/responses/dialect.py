@@ -35,7 +35,7 @@ class Responses:
     def __init__(self, gateway: GatewayId, stored: StoredResponses) -> None:
         self._gateway = gateway
         self._stored = stored
-        self.dialect = Dialect(parse, self._writer, error_body, error_event, self._complete)
+        self.dialect = Dialect(parse, self._writer, error_body, error_event, complete=self._complete)
 
     def _complete(self, asked: Asked, tenant: TenantId, session: SessionId | None) -> Asked:
         """Return a request with the whole conversation, in a session that is its chain's unless its client names one.
