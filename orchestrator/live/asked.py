@@ -52,7 +52,52 @@ class ToolUse:
     field: str = "tool_choice"
 
 
+class Effort(StrEnum):
+    """How hard a model is to think, in the words that clients have for it."""
+
+    NONE = "none"
+    MINIMAL = "minimal"
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    XHIGH = "xhigh"
+    MAX = "max"
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How much the model is to think before it answers: what its chat template knows of that is told to it.
+
+    Raises:
+        ValueError: it is switched on, and its effort is none.
+    """
+
+    #: None: as its template has it, or as the effort says.
+    enabled: bool | None = None
+    #: None: as its template has it.
+    effort: Effort | None = None
+    #: Tokens of thoughts that the client would spend: advice, which few templates take.
+    budget_tokens: int | None = None
+    #: Where the client wrote it.
+    field: str = "reasoning_effort"
+
+    def __post_init__(self) -> None:
+        if self.enabled and self.effort is Effort.NONE:
+            raise ValueError("thinking is switched on, and its effort is none")
+
+    @property
+    def unwanted(self) -> bool:
+        """It is asked not to think."""
+        return self.enabled is False or self.effort is Effort.NONE
+
+    @property
+    def wanted(self) -> bool:
+        """It is asked to think."""
+        return not self.unwanted and (self.enabled is not None or self.effort is not None)
+
+
 _AS_IT_LIKES = ToolUse()
+_AS_EVER = Thinking()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +107,14 @@ class Conversation:
     messages: Sequence[Mapping[str, Any]]
     #: What the model is told that it may call; None for nothing.
     tools: Sequence[Mapping[str, Any]] | None = None
-    #: What the template is told besides.
+    #: What the template is told besides; before what follows from `thinking`.
     variables: Mapping[str, Any] = field(default_factory=lambda: {})
     #: The prompt ends with what begins an answer.
     opens_answer: bool = True
     #: The prompt ends where the last message's content does, so that the answer goes on with it.
     continues: bool = False
     tool_use: ToolUse = _AS_IT_LIKES
+    thinking: Thinking = _AS_EVER
 
 
 @dataclass(frozen=True, slots=True)

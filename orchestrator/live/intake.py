@@ -25,6 +25,7 @@ from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
 from orchestrator.live.text.templates import TemplateFailed
+from orchestrator.live.text.thinking import thinking_variables
 from orchestrator.live.text.tools import make_parser
 from orchestrator.live.turns import Prompt
 
@@ -201,11 +202,16 @@ class Intake:
 
 
 def _rendered(conversation: Conversation, model: ServedModel) -> str:
-    one = conversation
+    one, template, style = conversation, model.text.template, model.text.reasoning_style
+    variables = {**thinking_variables(one.thinking, template), **one.variables}
     try:
-        return model.text.template.render(one.messages, one.tools, one.variables, one.opens_answer, one.continues)
+        text = template.render(one.messages, one.tools, variables, one.opens_answer, one.continues)
     except TemplateFailed as error:
         raise Invalid(str(error), "invalid_messages", "messages") from error
+    thinks = one.opens_answer and style.opened_by(text)
+    refused = thinks and one.thinking.unwanted
+    require(not refused, one.thinking.field, "this model's chat template begins thoughts all the same: it has no switch for them")
+    return text
 
 
 def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: ModelText) -> ParserMaker:

@@ -2,18 +2,20 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from orchestrator.core.types import DEFAULT_TENANT, GatewayId, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Texts
+from orchestrator.live.asked import Asked, Conversation, Effort, Hints, Limits, Texts, Thinking
 from orchestrator.live.choices import Choices, Usage
 from orchestrator.live.intake import Intake, Prepared
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown
 from orchestrator.live.text.generation import AnswerEnd
 from orchestrator.live.text.models import ModelText
+from orchestrator.live.text.templates import ChatTemplate
 from tests.live.scripted import MODEL, TENANTS, Script, ScriptedDriver, make_config, make_model
 
 CONTEXT_TOKENS = 256
@@ -117,6 +119,19 @@ def test_what_the_model_cannot_do_is_refused(text: ModelText, asked: Asked, code
     with pytest.raises(Invalid) as caught:
         prepare(make_intake(text, generations_max=8), asked)
     assert (caught.value.code, caught.value.field) == (code, field)
+
+
+@pytest.mark.parametrize("thinking", [Thinking(False, field="thinking.type"), Thinking(effort=Effort.NONE)])
+def test_a_model_that_always_thinks_is_not_asked_not_to(text: ModelText, thinking: Thinking) -> None:
+    opens = "{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"
+    always = replace(text, template=ChatTemplate({"default": opens}, {}))
+    with pytest.raises(Invalid, match="begins thoughts all the same") as caught:
+        prepare(make_intake(always), Asked(MODEL, replace(TALK, thinking=thinking)))
+    assert caught.value.field == thinking.field
+    switched = opens.replace("add_generation_prompt", "enable_thinking is not false")
+    for template in (switched, "{{ messages[0].content }}"):
+        quiet = replace(text, template=ChatTemplate({"default": template}, {}))
+        assert prepare(make_intake(quiet), Asked(MODEL, replace(TALK, thinking=thinking))).prompts[0].count > 0
 
 
 # --- generations --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NoReturn, cast
 
 import jinja2
 import msgspec
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
@@ -207,6 +207,13 @@ class ChatTemplate:
             self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except jinja2.TemplateSyntaxError as error:
             raise TemplateFailed(f"chat template, line {error.lineno}: {error.message}") from error
+        trees = [environment.parse(source) for source in sources.values()]
+        #: What it reads of what it is told; its own variables are not among them.
+        self.variables = frozenset(name for tree in trees for name in meta.find_undeclared_variables(tree))
+
+    def shows(self, text: str) -> bool:
+        """Tell whether a text is written in it somewhere."""
+        return any(text in source for source in self.sources.values())
 
     def render(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.types import Sampling, ServiceClass
-from orchestrator.live.asked import Asked, Conversation, Hints, Limits, Report, Texts, ToolUse
+from orchestrator.live.asked import Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
 from orchestrator.live.http.openai.requests import (
     CHOICES_MAX,
     COMPLETION_TOKENS_DEFAULT,
@@ -93,7 +93,7 @@ def test_a_body_that_says_all() -> None:
     )
     assert asked == Asked(
         model="m",
-        prompt=Conversation([USER], [NOW], {"reasoning_effort": "low", "enable_thinking": False}),
+        prompt=Conversation([USER], [NOW], {"enable_thinking": False}, thinking=Thinking(effort=Effort.LOW)),
         sampling=Sampling(0.5, 0.25, 3, 0.125, 0.5, -0.5, 7, (5, 6), 4, {7: 2.0, 8: -100.0}),
         limits=Limits(9, ["a", "b"], ignores_ends=True, choices=2),
         hints=Hints(1, ServiceClass.BATCH, "key", "salt", 300.0),
@@ -381,3 +381,32 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
 def test_a_byte_order_mark_is_read_over() -> None:
     body = json.dumps({"model": "m", "messages": [USER]}).encode()
     assert parse_chat(b"\xef\xbb\xbf" + body) == parse_chat(body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinking"),
+    [
+        ({}, Thinking()),
+        ({"reasoning_effort": "none"}, Thinking(effort=Effort.NONE)),
+        ({"reasoning_effort": "xhigh", "enable_thinking": True}, Thinking(True, Effort.XHIGH)),
+        ({"enable_thinking": False}, Thinking(False, field="enable_thinking")),
+        ({"thinking": {"type": "disabled"}}, Thinking(False, field="thinking.type")),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, Thinking(True, field="thinking.type")),
+        ({"thinking": {"type": "auto"}}, Thinking(field="thinking.type")),
+    ],
+)
+def test_how_much_to_think_is_read_in_every_form(fields: dict[str, Any], thinking: Thinking) -> None:
+    assert conversation(**fields).thinking == thinking
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"reasoning_effort": "none", "enable_thinking": True}, "reasoning_effort"),
+        ({"thinking": {"type": "on"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, "thinking.type"),
+    ],
+)
+def test_words_for_thinking_that_mean_nothing_or_two_things_are_refused(fields: dict[str, Any], param: str) -> None:
+    assert refusal(chat, **fields).field == param

@@ -87,6 +87,12 @@ class Message(msgspec.Struct):
         return [self.cache_control, *(part.cache_control for part in parts if isinstance(part, Part))]
 
 
+class ThinkingSwitch(msgspec.Struct):
+    """Whether to think before answering."""
+
+    type: str
+
+
 class GenerationRequest(Unserved, kw_only=True):
     """What chat and plain completions have in common."""
 
@@ -141,6 +147,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    #: The switch, as Qwen's API has it.
+    enable_thinking: bool | None = None
+    #: The switch, as DeepSeek's and GLM's APIs have it.
+    thinking: ThinkingSwitch | None = None
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

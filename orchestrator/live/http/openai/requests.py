@@ -13,7 +13,7 @@ import msgspec
 
 from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
-from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Hints, Limits, Report, Texts, ToolUse
+from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.http.reading import check_range, decode
@@ -47,6 +47,8 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 #: OpenAI's tiers, and our classes by name; any other tier is the default's.
 _CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | {str(one): one for one in ServiceClass}
+_EFFORTS = tuple(Effort)
+_SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 
 _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest, strict=True)
@@ -155,17 +157,28 @@ def _beat_s_max(more: Extension) -> float:
 
 
 def _conversation(request: ChatRequest) -> Conversation:
-    variables = request.chat_template_kwargs or {}
-    if request.reasoning_effort is not None:
-        variables = {"reasoning_effort": request.reasoning_effort, **variables}
     return Conversation(
         messages=[_message(message) for message in request.messages],
         tools=shown_tools(request.shown_tools),
         tool_use=_tool_use(request),
-        variables=variables,
+        variables=request.chat_template_kwargs or {},
         opens_answer=request.add_generation_prompt is not False and not request.continue_final_message,
         continues=bool(request.continue_final_message),
+        thinking=_thinking(request),
     )
+
+
+def _thinking(request: ChatRequest) -> Thinking:
+    """Return how much the model is to think. Raises `Invalid`."""
+    effort, enabled = request.reasoning_effort, request.enable_thinking
+    field = "enable_thinking" if effort is None and enabled is not None else "reasoning_effort"
+    require(effort is None or effort in _EFFORTS, field, f"must be one of {', '.join(_EFFORTS)}, is {effort!r}")
+    if enabled is None and request.thinking is not None:
+        kind, field = request.thinking.type, "thinking.type"
+        require(kind in _SWITCHED, field, f"must be one of {', '.join(_SWITCHED)}, is {kind!r}")
+        enabled = _SWITCHED[kind]
+    require(not (enabled and effort == Effort.NONE), field, "thinking is switched on, and reasoning_effort is none")
+    return Thinking(enabled, None if effort is None else Effort(effort), field=field)
 
 
 def _message(message: Message) -> dict[str, Any]:
