@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.core.types import GatewayId, SessionId, TenantId
-from orchestrator.live.asked import Asked, Constraint, ConstraintKind, Conversation
+from orchestrator.live.asked import Asked, Constraint, ConstraintKind, Conversation, Effort, Thinking
 from orchestrator.live.http.openai.requests import TOP_LOGPROBS_MAX, asked_of, check_common
 from orchestrator.live.http.reading import check_range, decode
 from orchestrator.live.http.responses.bodies import ResponsesRequest
@@ -43,6 +43,7 @@ _UNSERVED: Mapping[str, Sequence[Any]] = {
     "moderation": (),
 }
 _RESPONSES = msgspec.json.Decoder(ResponsesRequest, strict=True)
+_EFFORTS = tuple(Effort)
 #: An object of any kind.
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -69,7 +70,7 @@ def parse(body: bytes) -> Asked:
     _check(request)
     tools = offered(request.tools or ())
     shown, use = chosen(request.tool_choice, tools)
-    conversation = Conversation((), shown_tools(shown), _variables(request), tool_use=use)
+    conversation = Conversation((), shown_tools(shown), _variables(request), tool_use=use, thinking=_thinking(request))
     include = request.include or ()
     logprobs = (request.top_logprobs or 0) if _SCORES in include or request.top_logprobs else None
     asked = asked_of(request, conversation, request.max_output_tokens, logprobs, thoughts=True)
@@ -131,11 +132,17 @@ def _keeper(request: ResponsesRequest) -> GatewayId | None:
 
 
 def _variables(request: ResponsesRequest) -> dict[str, Any]:
-    """Return what the template is told: effort and verbosity, and what it alone knows."""
-    effort = request.reasoning.effort if request.reasoning is not None else None
+    """Return what the template is told besides: how long to answer, and what it alone knows."""
     verbosity = request.text.verbosity if request.text is not None else None
-    told = {"reasoning_effort": effort, "verbosity": verbosity}
-    return {**{name: value for name, value in told.items() if value is not None}, **(request.chat_template_kwargs or {})}
+    told = {"verbosity": verbosity} if verbosity is not None else {}
+    return {**told, **(request.chat_template_kwargs or {})}
+
+
+def _thinking(request: ResponsesRequest) -> Thinking:
+    """Return how much the model is to think. Raises `Invalid`."""
+    effort, field = request.reasoning.effort if request.reasoning is not None else None, "reasoning.effort"
+    require(effort is None or effort in _EFFORTS, field, f"must be one of {', '.join(_EFFORTS)}, is {effort!r}")
+    return Thinking(effort=None if effort is None else Effort(effort), field=field)
 
 
 def _constraint(request: ResponsesRequest) -> Constraint | None:

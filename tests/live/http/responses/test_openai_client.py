@@ -175,7 +175,9 @@ def test_thoughts_are_an_item_of_their_own(text: ModelText, summary: Any, stream
 def test_an_answer_of_thoughts_alone_is_told_as_incomplete(text: ModelText) -> None:
     async def talk(client: AsyncOpenAI, served: Served) -> None:
         served.driver.script = lambda turn: Script([*"<think>\nHm"], FinishReason.LENGTH)
-        events = [event async for event in await client.responses.create(model=MODEL, input="Hi", stream=True, max_output_tokens=9)]
+        events = [
+            event async for event in await client.responses.create(model=MODEL, input="Hi", stream=True, max_output_tokens=9)
+        ]
         assert served.driver.turns[0].output_tokens_max == 9
         done = events[-1]
         assert isinstance(done, ResponseIncompleteEvent)
@@ -288,7 +290,9 @@ def test_kept_responses_are_shown_and_forgotten(text: ModelText) -> None:
     async def talk(client: AsyncOpenAI, served: Served) -> None:
         answering(served, "Hello", "Bye")
         first = await client.responses.create(model=MODEL, input="One")
-        second = await client.responses.create(model=MODEL, input=[{"role": "user", "content": "Two"}], previous_response_id=first.id)
+        second = await client.responses.create(
+            model=MODEL, input=[{"role": "user", "content": "Two"}], previous_response_id=first.id
+        )
         assert await client.responses.retrieve(second.id) == second
         listed = [item async for item in client.responses.input_items.list(second.id, order="asc", limit=1)]
         assert [item.content[0].text for item in listed] == ["One", "Hello", "Two"]  # type: ignore[union-attr]
@@ -300,7 +304,11 @@ def test_kept_responses_are_shown_and_forgotten(text: ModelText) -> None:
         await client.responses.create(model=MODEL, input=[reference, three], store=False)
         assert "assistant\nHello<|im_end|>\n<|im_start|>user\nThree" in prompt_of(served, served.driver.turns[-1])
         await client.responses.delete(first.id)
-        for asking in (client.responses.retrieve(first.id), client.responses.delete(first.id), client.responses.input_items.list(first.id)):
+        for asking in (
+            client.responses.retrieve(first.id),
+            client.responses.delete(first.id),
+            client.responses.input_items.list(first.id),
+        ):
             with pytest.raises(openai.NotFoundError):
                 await asking
         with pytest.raises(openai.BadRequestError):
