@@ -444,8 +444,8 @@ class NodeDriver:
             self.handle(LeasePlaced(codec.lease_from(lease)))
         for ended in frame.ended_leases:
             self.handle(codec.ended_lease_from(ended))
-        for retired in frame.retired:
-            self.handle(codec.retired_from(retired))
+        for advice in frame.advice:
+            self.handle(codec.advice_from(advice))
         if frame.HasField("resync"):
             after = frame.resync.after if frame.resync.HasField("after") else None
             self.handle(ResyncRequested(outbox.gateway, after))
@@ -652,7 +652,7 @@ def _says_something(frame: node_pb2.GatewayFrame) -> bool:
         or frame.outlooks
         or frame.leases
         or frame.ended_leases
-        or frame.retired
+        or frame.advice
     )
     return bool(waits or frame.HasField("resync"))
 

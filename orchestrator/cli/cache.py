@@ -1,4 +1,4 @@
-"""`weft cache`: asks a gateway's cache API, for people and scripts: pin, unpin, evict, prefetch, demote, lookup, quote, watch."""
+"""`weft cache`: asks the cache API, for people and scripts: pin, retain, evict, prefetch, demote, lookup, quote, watch."""
 
 import argparse
 import json
@@ -24,6 +24,7 @@ LOCAL_GATEWAY = "127.0.0.1:8001"
 _VERBS = {
     "pin": "keep blocks at or above a tier for a while",
     "unpin": "end a lease, or those placed with a target",
+    "retain": "lean towards keeping blocks, or towards forgetting them first; no promise",
     "evict": "let go of what only the target needs",
     "prefetch": "bring blocks up to a tier",
     "demote": "let blocks sink to a tier",
@@ -50,7 +51,11 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--tier", choices=tuple(Tier), help="the tier to leave (all)")
         if verb == "demote":
             one.add_argument("--tier", choices=tuple(Tier), required=True, help="the tier to sink to")
-        if verb in ("pin", "quote"):
+        if verb == "retain":
+            one.add_argument(
+                "--priority", type=int, required=True, metavar="0-100", help="over 50 is kept longer, under 50 goes first"
+            )
+        if verb in ("pin", "retain", "quote"):
             one.add_argument("--ttl", type=float, default=0.0, metavar="SECONDS", help="how long (300)")
         if verb == "pin":
             one.add_argument("--renew", default="", metavar="LEASE", help="move this lease here instead of having another")
@@ -189,6 +194,7 @@ def _watch(client: CacheClient, target: Target, options: argparse.Namespace) -> 
 _ANSWERS: dict[str, Callable[[CacheClient, Target, argparse.Namespace], int]] = {
     "pin": _applied(lambda target, options: words.pin(target, Tier(options.tier), options.ttl, options.renew)),
     "unpin": _applied(lambda target, _: words.unpin(target)),
+    "retain": _applied(lambda target, options: words.retain(target, options.priority, options.ttl)),
     "evict": _applied(lambda target, options: words.evict(target, Tier(options.tier) if options.tier else None)),
     "prefetch": _applied(lambda target, options: words.prefetch(target, Tier(options.tier))),
     "demote": _applied(lambda target, options: words.demote(target, Tier(options.tier))),

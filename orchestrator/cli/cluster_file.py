@@ -15,6 +15,8 @@ FOLDER = _PACKAGE / "deploy" if (_PACKAGE / "deploy").is_dir() else _PACKAGE.par
 LOCAL_CLUSTER = FOLDER / "local.toml"
 #: The one with tiers below its nodes' memory.
 TIERS_CLUSTER = FOLDER / "tiers.toml"
+#: The one whose turns go their different ways: prefill, split decode, a beat.
+AGENTS_CLUSTER = FOLDER / "agents.toml"
 AGENT_SESSION = Path(__file__).parent / "data" / "agent_session.jsonl"
 
 _TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")

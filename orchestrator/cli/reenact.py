@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class ScaledTurn:
     gap_s: float
     prompt: tuple[int, ...] = field(repr=False)
     output_tokens: int
+    #: The class that is asked for; empty: none.
+    service_tier: str = ""
 
     @property
     def arrival_s(self) -> float:
@@ -57,6 +60,8 @@ class TurnResult:
     cached_tokens: int
     #: Empty if it went well.
     failure: str = ""
+    #: Seconds between the pieces of its answer as they came: one a token, but for tokens that end no character.
+    gaps_s: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def itl_s(self) -> float | None:
@@ -185,8 +190,10 @@ class Reenactment:
     async def _request(self, client: httpx.AsyncClient, turn: ScaledTurn) -> TurnResult:
         body = {"model": self._model, "prompt": list(turn.prompt), "max_tokens": turn.output_tokens, "ignore_eos": True}
         body |= {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        if turn.service_tier:
+            body["service_tier"] = turn.service_tier
         started = time.perf_counter()
-        first: float | None = None
+        came_s: list[float] = []
         usage: dict[str, Any] = {}
         async with client.stream("POST", "/v1/completions", json=body, headers={SESSION_HEADER: turn.session}) as answer:
             if answer.status_code != httpx.codes.OK:
@@ -194,19 +201,22 @@ class Reenactment:
             async for line in answer.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
-                first = first or time.perf_counter()
+                now = time.perf_counter()
                 event = json.loads(line[6:])
                 if "error" in event:
                     return self._failed(turn, str(event["error"]))
                 usage = event.get("usage") or usage
+                if any(choice["text"] for choice in event["choices"]):
+                    came_s.append(now)
         ended = time.perf_counter()
         return TurnResult(
             turn=turn,
             started_s=started - self._started_at,
             ended_s=ended - self._started_at,
-            ttft_s=(first or ended) - started,
+            ttft_s=(came_s[0] if came_s else ended) - started,
             output_tokens=int(usage.get("completion_tokens", 0)),
             cached_tokens=int(usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)),
+            gaps_s=tuple(after - before for before, after in pairwise(came_s)),
         )
 
     def _failed(self, turn: ScaledTurn, failure: str) -> TurnResult:

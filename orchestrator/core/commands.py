@@ -488,6 +488,16 @@ class EvictBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class RetainBlocks:
+    """Tell nodes that prompts which begin with a chain of blocks are expected. Nothing answers."""
+
+    model: ModelName
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    outlook: Outlook
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PrefetchStored:
     """Advise stores to bring a chain's first `blocks` from cmx into their memory. Nothing answers."""
 
@@ -526,6 +536,7 @@ ClusterCommand = (
     | PlaceLease
     | EndLease
     | EvictBlocks
+    | RetainBlocks
     | PrefetchStored
     | EvictStored
     | SetTimer[ClusterTimer]

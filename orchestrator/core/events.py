@@ -232,6 +232,14 @@ class BlocksRetired:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksRetained:
+    """A gateway says that prompts which begin with a chain of blocks are expected. Ignored as far as it is not held."""
+
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    outlook: Outlook
+
+
+@dataclass(frozen=True, slots=True)
 class Expected:
     """A gateway expects something else of a context than when its last turn was assigned. Ignored where it is not held."""
 
@@ -261,6 +269,7 @@ NodeEvent = (
     | ExportClosed
     | ResyncRequested
     | BlocksRetired
+    | BlocksRetained
     | Expected
     | DrainRequested
     | TimerFired[NodeTimer]

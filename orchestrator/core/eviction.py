@@ -15,10 +15,12 @@ Rule 1: where nothing is expected the longest unused goes first, and before ever
     all is an LRU cache.
 Rule 2: the order of what is expected is made anew once it is older than `RERANK_S`, as its values change with time alone.
 Rule 3: nothing expected is worth a look until something of it must go: what comes into its order waits unranked for that.
+Rule 4: what did not come by its outlook's last age is expected no more, and goes as what was never expected.
 """
 
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from orchestrator.core.kvpool import STALE_MAX, BlockPool, Claim, Run
 from orchestrator.core.outlook import ContextId, Outlook
@@ -43,6 +45,11 @@ class _Expected:
         self.outlook = outlook
         self.since_s = since_s
 
+    @property
+    def lapses_s(self) -> float:
+        """When it is expected no more."""
+        return inf if self.outlook is None else self.since_s + self.outlook.ages_s[-1]
+
     def per_second(self, now: float) -> float:
         """Return what a second of keeping it brings: of prompts that wait the one that came first is admitted first."""
         age_s = now - self.since_s
@@ -52,13 +59,15 @@ class _Expected:
 class ValuePool(BlockPool):
     """A `BlockPool` that evicts by expected value."""
 
-    __slots__ = ("_entries", "_expected", "_order", "_places", "_ranked_at", "_unranked")
+    __slots__ = ("_entries", "_expected", "_lapsing", "_order", "_places", "_ranked_at", "_unranked")
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
         super().__init__(blocks, caching)
         #: What is expected where each run ends, and the run of each: by the context, or by the prompt that waits.
         self._expected: dict[Run, dict[_Key, _Expected]] = {}
         self._places: dict[_Key, Run] = {}
+        #: When each is expected no more, soonest first, with those that something else is expected of by now.
+        self._lapsing: list[tuple[float, _Key]] = []
         #: The order of what is expected: (value, when it idled, a tie-break, the run), least first. Valid is what `_entries` has
         #: the tie-break of. The rest is in the order of a `BlockPool`.
         self._order: list[tuple[float, int, int, Run]] = []
@@ -83,6 +92,12 @@ class ValuePool(BlockPool):
         if run is not None:
             self._put(key, run, outlook)
 
+    def expect_chain(self, hashes: Sequence[BlockHash], outlook: Outlook) -> None:
+        """Expect a next turn where the cached beginning of a chain ends."""
+        matched = self.match(hashes, len(hashes))
+        if matched:
+            self._put((False, outlook.context), self._ending_at(self._place[hashes[matched - 1]], matched), outlook)
+
     def await_chain(self, request: RequestId, hashes: Sequence[BlockHash], matched: int) -> None:
         """Keep a chain's first `matched` blocks, which are cached, for a prompt that waits for its admission."""
         if matched:
@@ -104,8 +119,22 @@ class ValuePool(BlockPool):
         self._drop(key)
         if run is self._root or (outlook is not None and not outlook.ages_s):
             return
-        self._hand_on(run, {key: _Expected(outlook, self.now)})
+        expected = _Expected(outlook, self.now)
+        self._hand_on(run, {key: expected})
         self._rank_idle(run)
+        if outlook is not None:
+            heappush(self._lapsing, (expected.lapses_s, key))
+            if len(self._lapsing) > 2 * len(self._places) + STALE_MAX:
+                self._lapsing = [(self._expected[run][key].lapses_s, key) for key, run in self._places.items() if not key[0]]
+                heapify(self._lapsing)
+
+    def _let_lapse(self) -> None:
+        """Expect no more what did not come in time (rule 4)."""
+        while self._lapsing and self._lapsing[0][0] <= self.now:
+            _, key = heappop(self._lapsing)
+            run = self._places.get(key)
+            if run is not None and self._expected[run][key].lapses_s <= self.now:
+                self._drop(key)
 
     def _drop(self, key: "_Key") -> None:
         run = self._places.pop(key, None)
@@ -178,6 +207,7 @@ class ValuePool(BlockPool):
         self._unranked.clear()
 
     def _next_idle(self) -> Run | None:
+        self._let_lapse()
         return super()._next_idle() or self._least_expected()
 
     def _least_expected(self) -> Run | None:

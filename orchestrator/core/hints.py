@@ -73,6 +73,10 @@ class Reason(StrEnum):
     NO_HOLDER = "no_holder"  # nobody who could do it
 
 
+#: The priority that says nothing, and the highest.
+NEUTRAL, PRIORITY_MAX = 50, 100
+
+
 @dataclass(frozen=True, slots=True)
 class Hint:
     """One action of one message of a tenant. Fields that its verb has no use for are as they are by default."""
@@ -95,6 +99,8 @@ class Hint:
     tier: Tier | None = None
     #: Seconds; 0: `TTL_S` of `core/cluster/leases.py`.
     ttl_s: float = 0.0
+    #: Of what is to be retained, 0 to 100: above `NEUTRAL` it is kept for longer, below it is forgotten first.
+    priority: int = NEUTRAL
     #: Nodes that are to have what is shared; 0: `COPIES` of `core/cluster/hints.py`.
     copies: int = 0
     #: Sessions that begin with the target's context.

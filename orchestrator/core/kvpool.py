@@ -536,6 +536,9 @@ class BlockPool:
     def expect(self, outlook: Outlook) -> None:
         """Take note that something else is expected of a context than before."""
 
+    def expect_chain(self, hashes: Sequence[BlockHash], outlook: Outlook) -> None:
+        """Take note of what is expected where the cached beginning of a chain ends."""
+
     def await_chain(self, request: RequestId, hashes: Sequence[BlockHash], matched: int) -> None:
         """Take note that a prompt waits for its admission, which will find its first `matched` blocks."""
 

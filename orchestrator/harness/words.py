@@ -195,7 +195,7 @@ def unpin(target: Target) -> Action:
 
 
 def retain(target: Target, priority: int, ttl_s: float = 0.0) -> Action:
-    """Return: lean towards keeping a target (100), or towards forgetting it (0)."""
+    """Return: lean towards keeping a target (over 50, to 100), or towards forgetting it first (under 50); no promise."""
     return Action(retain=cache_pb2.Retain(target=target, priority=priority, ttl_s=ttl_s))
 
 

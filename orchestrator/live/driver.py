@@ -39,11 +39,13 @@ from orchestrator.core.commands import (
     RequestStoreResync,
     Restart,
     Resume,
+    RetainBlocks,
     SetTimer,
 )
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.events import (
     Answered,
+    BlocksRetained,
     BlocksRetired,
     ClusterEvent,
     DrainRequested,
@@ -618,7 +620,10 @@ class ClusterDriver:
                     store_link.advise(EvictAsked(model, hashes, first, end, tier, demote))
             case EvictBlocks(_, hashes, first_block, at_once, nodes):
                 for link in self._links_to(nodes):
-                    link.retire(codec.retired_message(BlocksRetired(hashes, first_block, at_once)))
+                    link.advise(codec.advice_message(BlocksRetired(hashes, first_block, at_once)))
+            case RetainBlocks(_, hashes, outlook, nodes):
+                for link in self._links_to(nodes):
+                    link.advise(codec.advice_message(BlocksRetained(hashes, outlook)))
             case SetTimer(key, at):
                 self._timers.set(key, at)
             case ClearTimer(key):

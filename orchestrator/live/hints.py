@@ -20,7 +20,19 @@ from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.leases import Held
 from orchestrator.core.commands import ClusterCommand, EndLease, PlaceLease
 from orchestrator.core.events import ClusterEvent, NodeJoined, NodeLost, NodeReported
-from orchestrator.core.hints import Earned, Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
+from orchestrator.core.hints import (
+    NEUTRAL,
+    PRIORITY_MAX,
+    Earned,
+    Hint,
+    Holding,
+    LeaseChange,
+    Outcome,
+    Price,
+    Reason,
+    Receipt,
+    Verb,
+)
 from orchestrator.core.types import BlockHash, Lease, LeaseId, ModelName, SessionId, TenantId, Tier
 from orchestrator.live.asked import Asked
 from orchestrator.live.chains import Chain
@@ -258,7 +270,12 @@ class HintDesk:
                 tier = _tier(evict.tier) if evict.HasField("tier") else None
                 return _aimed(hint, await self._own(evict.target, caller), tier=tier)
             case Verb.RETAIN:
-                return _aimed(hint, await self._own(action.retain.target, caller), ttl_s=_seconds(action.retain.ttl_s, "ttl_s"))
+                retain = action.retain
+                priority = retain.priority if retain.HasField("priority") else NEUTRAL
+                if priority > PRIORITY_MAX:
+                    raise _Failed(Outcome.REJECTED, Reason.INVALID, f"priority must be 0 to {PRIORITY_MAX}, is {priority}")
+                own = await self._own(retain.target, caller)
+                return _aimed(hint, own, lease=None, ttl_s=_seconds(retain.ttl_s, "ttl_s"), priority=priority)
             case Verb.PREFETCH:
                 return _aimed(hint, await self._own(action.prefetch.target, caller), tier=_tier(action.prefetch.tier))
             case Verb.DEMOTE:

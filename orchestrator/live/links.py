@@ -29,7 +29,7 @@ from orchestrator.wire.trust import Caller, Trust
 log = logging.getLogger("weft.links")
 
 #: Hints about dead blocks that wait for a node that does not read.
-RETIRED_MAX = 256
+ADVICE_MAX = 256
 #: Contexts of which a node is to hear at once at most.
 OUTLOOKS_MAX = 4096
 
@@ -90,9 +90,9 @@ class NodeLink:
         #: The newest of each context; bounded by `OUTLOOKS_MAX`.
         self._outlooks: dict[ContextId, node_pb2.Outlook] = {}
         self._resync: node_pb2.Resync | None = None
-        #: What was decided last of each lease, and blocks that are dead, oldest first.
+        #: What was decided last of each lease, and what is to become of blocks, oldest first.
         self._leases = LeaseNews()
-        self._retired: list[node_pb2.Retired] = []
+        self._advice: list[node_pb2.Advice] = []
         #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
         self._told_s = 0.0
@@ -145,10 +145,10 @@ class NodeLink:
         self._leases.add(message)
         self._wake.set()
 
-    def retire(self, message: node_pb2.Retired) -> None:
-        """Tell of dead blocks; the oldest hint is forgotten where too many wait."""
-        self._retired.append(message)
-        del self._retired[:-RETIRED_MAX]
+    def advise(self, message: node_pb2.Advice) -> None:
+        """Tell what is to become of some blocks; the oldest hint is forgotten where too many wait."""
+        self._advice.append(message)
+        del self._advice[:-ADVICE_MAX]
         self._wake.set()
 
     def give_up(self, reason: str) -> None:
@@ -161,7 +161,7 @@ class NodeLink:
         self._cancels.clear()
         self._lost_sources.clear()
         self._leases.clear()
-        self._retired.clear()
+        self._advice.clear()
         self._outlooks.clear()
         self._resync = None
         if self.spec is not None:
@@ -263,7 +263,7 @@ class NodeLink:
     @property
     def _says_something(self) -> bool:
         """Whether anything waits to go out; bounded by the requests the cluster lets in."""
-        waits = self._submits or self._cancels or self._lost_sources or self._outlooks or self._leases or self._retired
+        waits = self._submits or self._cancels or self._lost_sources or self._outlooks or self._leases or self._advice
         return bool(waits or self._resync is not None)
 
     @property
@@ -293,7 +293,7 @@ class NodeLink:
                     resync=self._resync,
                     frames_received=read,
                 )
-                if self._leases or self._retired:
+                if self._leases or self._advice:
                     self._add_hints(frame)
                 self._cancels.clear()
                 self._lost_sources.clear()
@@ -304,11 +304,11 @@ class NodeLink:
                 await call.write(frame)
 
     def _add_hints(self, frame: node_pb2.GatewayFrame) -> None:
-        """Put leases and dead blocks into a frame, oldest first, one at least, as far as it goes."""
+        """Put leases and advice into a frame, oldest first, one at least, as far as it goes."""
         size = self._leases.add_to(frame, frame.ByteSize())
-        while self._retired and not self._leases and size <= codec.FRAME_BYTES_MAX:
-            size += self._retired[0].ByteSize()
-            frame.retired.append(self._retired.pop(0))
+        while self._advice and not self._leases and size <= codec.FRAME_BYTES_MAX:
+            size += self._advice[0].ByteSize()
+            frame.advice.append(self._advice.pop(0))
 
     def _next_submits(self) -> list[node_pb2.Submit]:
         """Take the oldest submits, one at least, as far as a frame goes."""

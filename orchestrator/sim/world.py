@@ -48,6 +48,7 @@ from orchestrator.core.commands import (
     RequestStoreResync,
     Restart,
     Resume,
+    RetainBlocks,
     RunStep,
     SendBlocks,
     SetTimer,
@@ -59,6 +60,7 @@ from orchestrator.core.config import PoolConfig, StoreConfig
 from orchestrator.core.events import (
     Answered,
     Assigned,
+    BlocksRetained,
     BlocksRetired,
     Cancelled,
     ClusterEvent,
@@ -514,6 +516,9 @@ class World:
             case EvictBlocks(_, hashes, first_block, at_once, nodes):
                 for node in nodes:
                     self._network.send(gateway, node, self._tell_node, node, BlocksRetired(hashes, first_block, at_once))
+            case RetainBlocks(_, hashes, outlook, nodes):
+                for node in nodes:
+                    self._network.send(gateway, node, self._tell_node, node, BlocksRetained(hashes, outlook))
             case PrefetchStored(model, hashes, blocks, stores):
                 self._tell_stores(gateway, stores, PrefetchAsked(model, hashes, blocks))
             case EvictStored(model, hashes, first, end, tier, demote, stores):

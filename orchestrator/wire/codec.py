@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
-from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
     DEFAULT_TENANT,
@@ -445,14 +445,20 @@ def ended_lease_from(message: node_pb2.EndedLease) -> LeaseEnded:
     return LeaseEnded(LeaseId(message.id), message.revision)
 
 
-def retired_message(retired: BlocksRetired) -> node_pb2.Retired:
-    """Return the message for a chain's blocks that are dead from the given one on."""
-    return node_pb2.Retired(hashes=pack_hashes(retired.hashes), first_block=retired.first_block, at_once=retired.at_once)
+def advice_message(advice: BlocksRetired | BlocksRetained) -> node_pb2.Advice:
+    """Return the message for what is to become of a chain's blocks."""
+    hashes = pack_hashes(advice.hashes)
+    if isinstance(advice, BlocksRetained):
+        return node_pb2.Advice(hashes=hashes, outlook=outlook_message(advice.outlook))
+    return node_pb2.Advice(hashes=hashes, first_block=advice.first_block, at_once=advice.at_once)
 
 
-def retired_from(message: node_pb2.Retired) -> BlocksRetired:
-    """Return the dead blocks in a message."""
-    return BlocksRetired(hashes_from(message.hashes), message.first_block, message.at_once)
+def advice_from(message: node_pb2.Advice) -> BlocksRetired | BlocksRetained:
+    """Return what is to become of the blocks in a message."""
+    hashes = hashes_from(message.hashes)
+    if message.HasField("outlook"):
+        return BlocksRetained(hashes, outlook_from(message.outlook))
+    return BlocksRetired(hashes, message.first_block, message.at_once)
 
 
 def leases_from(node: NodeId, frame: node_pb2.NodeFrame) -> LeasesTold:

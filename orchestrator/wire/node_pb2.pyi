@@ -17,7 +17,7 @@ ROLE_PREFILL: Role
 ROLE_GENERATE: Role
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources", "leases", "ended_leases", "retired", "outlooks")
+    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources", "leases", "ended_leases", "advice", "outlooks")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
@@ -26,7 +26,7 @@ class GatewayFrame(_message.Message):
     LOST_SOURCES_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     ENDED_LEASES_FIELD_NUMBER: _ClassVar[int]
-    RETIRED_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
     OUTLOOKS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
@@ -36,9 +36,9 @@ class GatewayFrame(_message.Message):
     lost_sources: _containers.RepeatedCompositeFieldContainer[LostSource]
     leases: _containers.RepeatedCompositeFieldContainer[Lease]
     ended_leases: _containers.RepeatedCompositeFieldContainer[EndedLease]
-    retired: _containers.RepeatedCompositeFieldContainer[Retired]
+    advice: _containers.RepeatedCompositeFieldContainer[Advice]
     outlooks: _containers.RepeatedCompositeFieldContainer[Outlook]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., retired: _Optional[_Iterable[_Union[Retired, _Mapping]]] = ..., outlooks: _Optional[_Iterable[_Union[Outlook, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., advice: _Optional[_Iterable[_Union[Advice, _Mapping]]] = ..., outlooks: _Optional[_Iterable[_Union[Outlook, _Mapping]]] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("id", "tenant", "model", "hashes", "tier", "ttl_s", "size_bytes", "revision", "session")
@@ -70,15 +70,17 @@ class EndedLease(_message.Message):
     revision: int
     def __init__(self, id: _Optional[str] = ..., revision: _Optional[int] = ...) -> None: ...
 
-class Retired(_message.Message):
-    __slots__ = ("hashes", "first_block", "at_once")
+class Advice(_message.Message):
+    __slots__ = ("hashes", "first_block", "at_once", "outlook")
     HASHES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    OUTLOOK_FIELD_NUMBER: _ClassVar[int]
     hashes: bytes
     first_block: int
     at_once: bool
-    def __init__(self, hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., at_once: bool = ...) -> None: ...
+    outlook: Outlook
+    def __init__(self, hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., at_once: bool = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ...) -> None: ...
 
 class Outlook(_message.Message):
     __slots__ = ("context", "ages_s", "chances")

@@ -5,6 +5,7 @@ import os
 import ssl
 import subprocess
 import sys
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,8 +15,8 @@ import pytest
 import trustme
 from rich.console import Console
 
-from orchestrator.cli.cluster_file import LOCAL_CLUSTER, TIERS_CLUSTER, read_cluster
-from orchestrator.cli.demo import WAYS, Outcome, show_outcomes
+from orchestrator.cli.cluster_file import LOCAL_CLUSTER
+from orchestrator.cli.demo import WAYS, Gaps, Outcome, show_outcomes
 from orchestrator.cli.main import main
 from orchestrator.cli.status import show_status
 from workers.engines.checkpoint import FAMILIES
@@ -201,15 +202,20 @@ def test_status_as_a_table_names_every_node() -> None:
 
 
 def test_the_demos_table_has_a_column_a_way_and_says_what_the_others_cost() -> None:
-    ours = Outcome(10, 0, 1000, 900, 300, 100, 50, 2.0, 0.02, 0.04, 0.003)
-    theirs = Outcome(10, 1, 1000, 800, 0, 0, 50, 3.0, 0.05, 0.09, 0.003)
+    steady, bursty, none = Gaps(0.03, 0.033), Gaps(0.004, 0.03), {"workers": 10}
+    ours = Outcome(10, 0, 1000, 900, 300, 100, 50, 2.0, 0.02, 0.04, bursty, bursty, none, 0, 0)
+    theirs = Outcome(10, 1, 1000, 800, 0, 0, 50, 3.0, 0.05, 0.09, bursty, bursty, none, 0, 0)
+    beating = replace(ours, main=steady, parts={"prefill": 8, "decode": 6, "cadence": 4}, beats=1200, beats_missed=3)
     with open(os.devnull, "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        outcomes = dict(zip((way.name for way in WAYS), (ours, theirs, ours), strict=True))
-        show_outcomes(read_cluster(TIERS_CLUSTER), outcomes, console)
+        console = Console(width=200, record=True, file=nowhere)
+        show_outcomes(dict(zip((way.name for way in WAYS), (ours, theirs, ours, beating), strict=True)), console)
     text = console.export_text()
-    assert [way.name in text for way in WAYS] == [True] * 3
+    assert [way.name in text for way in WAYS] == [True] * 4
     # 320 blocks of 16 tokens on each of two nodes
-    assert "2 aggregated nodes.\nTheir memory holds 10,240 tokens" in text
+    assert "2 aggregated nodes, whose memory holds 10,240 tokens" in text
+    assert "1 decode (attention | FFN), 1 lpx" in text
     assert "300, 100" in text
+    assert "prefill 8, decode 6, cadence 4" in text
+    assert "1,200 (3)" in text
     assert "without: 2.0 times the prompt tokens computed, 2.2 times the TTFT p90, 1.5 times as long" in text
+    assert "p99 is 1.1 times their p50 on a beat, 7.5 times without" in text

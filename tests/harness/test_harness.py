@@ -200,7 +200,7 @@ def test_a_generic_client_finds_every_verb_by_reflection() -> None:
             assert outcomes["pin"] in ("OUTCOME_APPLIED", "OUTCOME_DEFERRED")
             done = ("fork", "tool_started", "tool_finished", "unpin", "evict", "end_session")
             assert {outcomes[verb] for verb in done} == {"OUTCOME_APPLIED"}
-            unsupported = ("retain", "prefetch", "demote", "share")
+            unsupported = ("prefetch", "demote", "share")
             assert {outcomes[verb] for verb in unsupported} == {"OUTCOME_UNSUPPORTED"}
             # What was done is done once; the parent has ended meanwhile, and its targets with it.
             assert "OUTCOME_APPLIED" not in {one["outcome"] for one in again["results"]}

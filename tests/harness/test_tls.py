@@ -53,7 +53,7 @@ def test_a_generic_client_finds_every_verb_over_tls(tmp_path: Path) -> None:
             answer, child = await asyncio.to_thread(ask)
             outcomes = {one["action_id"]: one["outcome"] for one in answer["results"]}
             # There is no store, and no other node.
-            unsupported = {"retain", "prefetch", "demote", "share"}
+            unsupported = {"prefetch", "demote", "share"}
             assert {verb for verb, outcome in outcomes.items() if outcome == "OUTCOME_UNSUPPORTED"} == unsupported
             done = {"pin", "fork", "tool_started", "tool_finished", "unpin", "evict", "end_session"}
             assert {outcomes[verb] for verb in done} <= {"OUTCOME_APPLIED", "OUTCOME_DEFERRED"}

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.events import BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
     Assignment,
     BlockHash,
@@ -133,7 +134,13 @@ def test_leases_survive() -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_dead_blocks_survive(at_once: bool) -> None:
     retired = BlocksRetired(hashes(3), 1, at_once)
-    assert codec.retired_from(node_pb2.Retired.FromString(codec.retired_message(retired).SerializeToString())) == retired
+    assert codec.advice_from(node_pb2.Advice.FromString(codec.advice_message(retired).SerializeToString())) == retired
+
+
+@pytest.mark.parametrize("outlook", [Outlook(ContextId(1 << 63)), Outlook(ContextId(7), (2.0, 30.0), (0.25, 1.0))])
+def test_blocks_to_be_retained_survive(outlook: Outlook) -> None:
+    retained = BlocksRetained(hashes(3), outlook)
+    assert codec.advice_from(node_pb2.Advice.FromString(codec.advice_message(retained).SerializeToString())) == retained
 
 
 @pytest.mark.parametrize(

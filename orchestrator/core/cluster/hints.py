@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import assert_never
 
 from orchestrator.core.cluster.effects import Effects
-from orchestrator.core.cluster.leases import REFIT_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
+from orchestrator.core.cluster.leases import REFIT_S, TTL_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.sessions import Sessions
 from orchestrator.core.cluster.stores import holder
@@ -27,12 +27,14 @@ from orchestrator.core.commands import (
     Expect,
     PlaceLease,
     PrefetchStored,
+    RetainBlocks,
     SetTimer,
 )
 from orchestrator.core.config import LeasesConfig, StoreConfig, TenantConfig
 from orchestrator.core.cost.costs import prompt_seconds
 from orchestrator.core.events import LeasesTold, SessionEnded, ToolFinished, ToolStarted
-from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
+from orchestrator.core.hints import NEUTRAL, PRIORITY_MAX, Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.timers import LeaseTimer, RefitTimer
 from orchestrator.core.types import (
     BlockHash,
@@ -48,15 +50,14 @@ from orchestrator.core.types import (
     Tier,
 )
 
-#: What no holder can be asked for, by verb, as long as there is none that could; and where there is no store.
+#: What nobody can be asked for, by verb, where there is no store.
 _NO_STORE = {
     Verb.PREFETCH: "there is no tier below hbm to bring blocks up from",
     Verb.DEMOTE: "there is no tier below hbm for blocks to sink to",
     Verb.SHARE: "there is no tier below hbm that several nodes have blocks from",
 }
-_NO_HOLDER = {
-    Verb.RETAIN: "no tier here takes a bias for what it forgets first",
-}
+#: A bit that no number of a request has.
+_CHAIN = 1 << 63
 #: Nodes that are to have what is shared, unless it is said.
 COPIES = 2
 #: The reason that stands for a grant that is less in several ways: the one that costs most.
@@ -206,13 +207,13 @@ class Hints:
             case Verb.SHARE:
                 return self._share(hint)
             case Verb.RETAIN:
-                raise AssertionError(f"{hint.verb.value} is said to be possible")
+                return self._retain(hint) if hint.priority >= NEUTRAL else self._evict(hint)
             case _:
                 assert_never(hint.verb)
 
     def _cannot(self, hint: Hint) -> Receipt | None:
         """Return why nobody here could do what a hint asks for, None if somebody could."""
-        missing = _NO_HOLDER.get(hint.verb) or (None if self._stores else _NO_STORE.get(hint.verb))
+        missing = None if self._stores else _NO_STORE.get(hint.verb)
         if missing is not None:
             return Receipt(Outcome.UNSUPPORTED, Reason.NO_HOLDER, missing)
         if (
@@ -333,6 +334,21 @@ class Hints:
 
     def _size(self, hint: Hint, blocks: int) -> int:
         return blocks * self._block_bytes.get(hint.model, 0) if hint.model is not None else 0
+
+    def _retain(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
+        """Let nodes expect prompts that begin with the target: how likely they are is what the priority says."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        held = [one for one in self.holdings(hint.model, hint.hashes) if one.tier is Tier.HBM]
+        if not held:
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "no node holds any of it"), []
+        ttl_s = hint.ttl_s or TTL_S
+        chance = (hint.priority - NEUTRAL) / (PRIORITY_MAX - NEUTRAL)
+        # A context of its own, apart from all that requests have (`_CHAIN`): the same target said again is the same.
+        context = ContextId(int.from_bytes(hint.hashes[-1][:8], "little") | _CHAIN)
+        outlook = Outlook(context, (ttl_s,), (chance,)) if chance else Outlook(context)
+        blocks = held[0].blocks
+        receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=Tier.HBM, ttl_s=ttl_s)
+        return receipt, [RetainBlocks(hint.model, hint.hashes, outlook, tuple(NodeId(one.holder) for one in held))]
 
     # --- blocks between tiers ---------------------------------------------------------------------------------------------
 

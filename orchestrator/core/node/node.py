@@ -59,6 +59,7 @@ from orchestrator.core.commands import (
 from orchestrator.core.config import CachePolicy, SchedulerConfig
 from orchestrator.core.events import (
     Assigned,
+    BlocksRetained,
     BlocksRetired,
     BlocksSent,
     Cancelled,
@@ -205,6 +206,8 @@ class Node:
                 self._on_lease_placed(event.lease)
             case LeaseEnded():
                 self._on_lease_ended(event)
+            case BlocksRetained(hashes, outlook):
+                self._pool.expect_chain(hashes, outlook)
             case BlocksRetired():
                 self._on_blocks_retired(event)
             case Expected(outlook):

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.leases import REFIT_S
-from orchestrator.core.commands import AnswerHint, ClearTimer, EndLease, EvictBlocks, Expect, PlaceLease, SetTimer
+from orchestrator.core.commands import AnswerHint, ClearTimer, EndLease, EvictBlocks, Expect, PlaceLease, RetainBlocks, SetTimer
 from orchestrator.core.config import LeasesConfig
 from orchestrator.core.events import HintAsked, LeaseEnded, LeasesTold, NodeJoined, NodeLost, TimerFired
 from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Reason, Receipt, Verb
@@ -252,7 +252,23 @@ def test_the_end_of_a_session_ends_its_leases_and_lets_its_blocks_go(make_cluste
     assert ask(cluster, gone)[0].reason is Reason.NO_SESSION
 
 
-@pytest.mark.parametrize("verb", [Verb.RETAIN, Verb.PREFETCH, Verb.DEMOTE, Verb.SHARE])
+def test_what_is_to_be_retained_is_expected_where_it_is_or_forgotten_first(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("a0", "a1")
+    cluster.handle(reported("a0", stored("abcd")), 0.5)
+    receipt, (retain,) = ask(cluster, hint(Verb.RETAIN, "abcd", priority=75, ttl_s=20.0))
+    assert (receipt.outcome, receipt.blocks, receipt.tier, receipt.ttl_s) == (Outcome.APPLIED, 4, Tier.HBM, 20.0)
+    assert isinstance(retain, RetainBlocks)
+    assert (retain.nodes, retain.outlook.ages_s, retain.outlook.chances) == ((NodeId("a0"),), (20.0,), (0.5,))
+    # Said again of the same blocks it is about the same: nothing is expected of them by what says nothing.
+    _, (neutral,) = ask(cluster, hint(Verb.RETAIN, "abcd", action="1"))
+    assert isinstance(neutral, RetainBlocks)
+    assert (neutral.outlook.context, neutral.outlook.ages_s) == (retain.outlook.context, ())
+    _, others = ask(cluster, hint(Verb.RETAIN, "abcd", action="2", priority=0))
+    assert others == [EvictBlocks(ModelName("m"), prompt_hashes("abcd"), 0, False, (NodeId("a0"),))]
+    assert ask(cluster, hint(Verb.RETAIN, "xy", action="3", priority=100))[0].reason is Reason.NOT_RESIDENT
+
+
+@pytest.mark.parametrize("verb", [Verb.PREFETCH, Verb.DEMOTE, Verb.SHARE])
 def test_what_nobody_could_do_is_said_to_be_so(make_cluster: MakeCluster, verb: Verb) -> None:
     receipt, others = ask(make_cluster("a0"), hint(verb))
     assert (receipt.outcome, receipt.reason, others) == (Outcome.UNSUPPORTED, Reason.NO_HOLDER, [])

@@ -11,8 +11,18 @@ import pytest
 
 from orchestrator.core.commands import NodeCommand, StopOffer
 from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.events import BlocksRetired, Cancelled, GatewayLost, LeaseEnded, LeasePlaced, ResyncRequested, SourceLost
+from orchestrator.core.events import (
+    BlocksRetained,
+    BlocksRetired,
+    Cancelled,
+    GatewayLost,
+    LeaseEnded,
+    LeasePlaced,
+    ResyncRequested,
+    SourceLost,
+)
 from orchestrator.core.node.node import Node
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
     Assignment,
     CostProfile,
@@ -167,6 +177,10 @@ class Scenario:
         elif chance < 0.90:
             retired = BlocksRetired(block_hashes(self.prompts[request], BLOCK_TOKENS), 1, self.random.random() < 0.5)
             driver.later(delay_s, lambda: driver.tell(node, retired))
+        elif chance < 0.93:
+            outlook = Outlook(ContextId(self.random.randrange(8)), (self.random.uniform(0.1, 4.0),), (self.random.random(),))
+            retained = BlocksRetained(block_hashes(self.prompts[request], BLOCK_TOKENS), outlook)
+            driver.later(delay_s, lambda: driver.tell(node, retained))
 
     def lease(self, node: NodeId, request: RequestId) -> None:
         """Lease some first blocks of a request's prompt, anew or in the place of what the lease was on."""

@@ -6,12 +6,14 @@ from typing import Any
 from orchestrator.core.commands import NodeCommand, PublishKv, ReportEnded, RunStep
 from orchestrator.core.events import (
     Assigned,
+    BlocksRetained,
     BlocksRetired,
     LeasePlaced,
     SliceResult,
     StepFinished,
 )
 from orchestrator.core.node.node import Node
+from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import KvBatch, Lease, LeaseId, ModelName, TenantId, Tier
 from tests.builders import assignment, prompt_hashes
 
@@ -65,6 +67,18 @@ def test_a_dead_chain_goes_before_what_idled_longer(make_node: MakeNode) -> None
     assert (cached(node, "wxyz"), cached(node, "abcd")) == (4, 3)
     serve(node, 4, "AB")
     assert (cached(node, "wxyz"), cached(node, "abcd")) == (4, 1)
+
+
+def test_a_chain_that_is_expected_stays_before_what_was_used_later(make_node: MakeNode) -> None:
+    node = make_node()
+    serve(node, 1, "abcd")
+    serve(node, 2, "wxyz")
+    node.handle(BlocksRetained(prompt_hashes("abcd"), Outlook(ContextId(1 << 63), (60.0,), (0.5,))), 1.0)
+    serve(node, 3, "klmnopqr", now=2.0)
+    assert (cached(node, "abcd"), cached(node, "wxyz")) == (4, 3)
+    # Once its time is over it is as any other, and it was used first.
+    flood(node, now=70.0)
+    assert cached(node, "abcd") == 0
 
 
 def test_what_is_leased_is_not_retired(make_node: MakeNode) -> None:
