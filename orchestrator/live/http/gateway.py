@@ -119,7 +119,7 @@ class Gateway:
         #: The other gateways.
         self.peers = Peers(gateway, cert)
         stored = _stored(config)
-        retrieval = Retrieval(gateway, stored, self.peers)
+        retrieval = Retrieval(gateway, stored, self.peers.ask)
         #: What is spoken where; nothing is spoken twice.
         self._endpoints: Mapping[str, Dialect] = {**openai.ENDPOINTS, RESPONSES: Responses(gateway, stored).dialect}
         self._cold = make_routes(

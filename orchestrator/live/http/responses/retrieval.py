@@ -1,18 +1,21 @@
 """Shows and forgets kept responses, at whichever gateway keeps them: GET and DELETE /v1/responses/{id}, GET .../input_items."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from orchestrator.core.types import GatewayId, TenantId
 from orchestrator.live.http.errors import HttpError
-from orchestrator.live.http.proxy import Peers
 from orchestrator.live.http.responses.ids import gateway_of
 from orchestrator.live.http.responses.stored import Item, StoredResponses
 
 _encode = msgspec.json.encode
 _LIMIT_DEFAULT, _LIMIT_MAX = 20, 100
+
+
+#: Status and body of what the gateway of that number answers to a request without a body: method, path, key; None if it does not.
+Ask = Callable[[GatewayId, str, str, bytes], Awaitable[tuple[int, bytes] | None]]
 
 
 class Retrieval:
@@ -21,20 +24,20 @@ class Retrieval:
     Args:
         gateway: its number.
         stored: what it keeps.
-        peers: the other gateways.
+        ask: asks another gateway.
     """
 
-    def __init__(self, gateway: GatewayId, stored: StoredResponses, peers: Peers) -> None:
+    def __init__(self, gateway: GatewayId, stored: StoredResponses, ask: Ask) -> None:
         self._gateway = gateway
         self._stored = stored
-        self._peers = peers
+        self._ask = ask
 
     async def elsewhere(self, method: str, path: str, name: str, key: bytes) -> tuple[int, bytes] | None:
         """Return status and body of what another gateway answers, if it is another's response and that one answers."""
         keeper = gateway_of(name)
         if keeper is None or keeper == self._gateway:
             return None
-        return await self._peers.ask(keeper, method, path, key)
+        return await self._ask(keeper, method, path, key)
 
     def response(self, tenant: TenantId, name: str) -> bytes:
         """Return a response as it was said. Raises `HttpError`."""

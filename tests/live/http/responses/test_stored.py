@@ -1,4 +1,4 @@
-"""What is kept of responses is bounded by number, bytes and time, each tenant's apart, and a chain is forgotten from its first turn."""
+"""What is kept of responses is bounded, each tenant's apart, and a chain is forgotten from its first turn."""
 
 import json
 from dataclasses import dataclass
