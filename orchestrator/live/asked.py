@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.core.types import Sampling, ServiceClass
+from orchestrator.core.types import GatewayId, Sampling, ServiceClass
 
 #: What a number of 32 bits holds: more tokens than any vocabulary has.
 TOP_K_MAX = (1 << 31) - 1
@@ -166,6 +166,8 @@ class Hints:
     cache_salt: str = ""
     #: Seconds for which to keep the prompt's cached blocks, within the tenant's quota; 0: as long as there is room.
     retention_s: float = 0.0
+    #: The gateway that keeps what it goes on from; None: it brings all of it.
+    gateway: GatewayId | None = None
     #: Of class cadence: the longest beat, in seconds, that serves it; 0: any.
     beat_s_max: float = 0.0
 
@@ -197,6 +199,8 @@ class Asked:
     report: Report = field(default_factory=Report)
     #: None: it may be anything.
     constraint: Constraint | None = None
+    #: What the dialect that made it has to know again when it writes the answer; nobody else looks at it.
+    origin: object = None
 
     @property
     def generations(self) -> int:

@@ -13,6 +13,8 @@ from orchestrator.live.http.errors import HttpError, fault, http_error
 from orchestrator.live.http.exchange import key_of
 from orchestrator.live.http.openai.answers import error_body, model_card
 from orchestrator.live.http.proxy import CALLS
+from orchestrator.live.http.responses.dialect import PATH as RESPONSES
+from orchestrator.live.http.responses.retrieval import Retrieval
 from orchestrator.live.intake import Intake
 from orchestrator.live.refusals import Refused
 from orchestrator.wire.logs import REQUEST
@@ -31,6 +33,7 @@ def make_routes(
     metrics_page: Callable[[], bytes],
     status: Callable[[], Any],
     started_unix_s: int,
+    responses: Retrieval,
     calls: Calls | None = None,
     body_bytes_max: int = 0,
 ) -> FastAPI:
@@ -42,6 +45,7 @@ def make_routes(
         metrics_page: returns the Prometheus exposition.
         status: returns what `/status` shows, as JSON-able values.
         started_unix_s: since when models are served.
+        responses: shows those that are kept.
         calls: answers what other gateways ask about hints of a caller of theirs: method, message, key; None for no such method.
         body_bytes_max: of such a message.
     """
@@ -89,6 +93,26 @@ def make_routes(
             raise HTTPException(404, "Not Found")
         return Response(answer, media_type="application/x-protobuf")
 
+    async def response(request: Request, name: str) -> Response:
+        tenant = intake.tenant_of(_key(request))
+        told = await elsewhere(request, name)
+        if told is not None:
+            return told
+        deletes = request.method == "DELETE"
+        return _json(responses.delete(tenant, name) if deletes else responses.response(tenant, name))
+
+    async def input_items(request: Request, name: str) -> Response:
+        tenant = intake.tenant_of(_key(request))
+        told = await elsewhere(request, name)
+        return told or _json(responses.input_items(tenant, name, request.query_params))
+
+    async def elsewhere(request: Request, name: str) -> Response | None:
+        path = f"{request.url.path}?{request.url.query}" if request.url.query else request.url.path
+        told = await responses.elsewhere(request.method, path, name, _key(request))
+        return _json(told[1], told[0]) if told is not None else None
+
+    application.add_api_route(f"{RESPONSES}/{{name}}", response, methods=["GET", "DELETE"])
+    application.add_api_route(f"{RESPONSES}/{{name}}/input_items", input_items)
     application.add_api_route(f"{CALLS}/{{method}}", call, methods=["POST"])
     application.add_api_route("/v1/models", models)
     application.add_api_route("/v1/models/{name:path}", model)
@@ -99,6 +123,7 @@ def make_routes(
     application.add_api_route("/status", state)
     application.add_exception_handler(HTTPException, _on_http_exception)
     application.add_exception_handler(Refused, _on_refused)
+    application.add_exception_handler(HttpError, _on_http_error)
     application.add_exception_handler(Exception, _on_fault)
     return application
 
@@ -113,6 +138,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused), f"registered for Refused, got {type(error).__name__}"
     return _response(request, http_error(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError), f"registered for HttpError, got {type(error).__name__}"
+    return _response(request, error)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
@@ -131,4 +161,8 @@ def _anthropic(request: Request) -> bool:
 
 def _response(request: Request, error: HttpError) -> Response:
     body = anthropic.error_body(error, request.scope["state"][REQUEST]) if _anthropic(request) else error_body(error)
-    return Response(body, error.status, media_type="application/json")
+    return _json(body, error.status)
+
+
+def _json(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")

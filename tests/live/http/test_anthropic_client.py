@@ -41,9 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
     return ModelText.load(folder, "scripted")
 
 
-def play(
-    text: ModelText, talk: Callable[[AsyncAnthropic, Served], Awaitable[None]], key: str = "sk-any", **gateway: Any
-) -> None:
+def play(text: ModelText, talk: Callable[[AsyncAnthropic, Served], Awaitable[None]], key: str = "sk-any", **gateway: Any) -> None:
     async def run() -> None:
         async with (
             serve(text, **gateway) as served,

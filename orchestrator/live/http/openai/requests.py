@@ -58,7 +58,7 @@ _NO_EXTENSION = Extension()
 def parse_chat(body: bytes) -> Asked:
     """Read and check a body of /v1/chat/completions. Raises `Invalid`."""
     request = decode(_CHAT, body)
-    _check_common(request)
+    check_common(request)
     require(len(request.messages) > 0, "messages", "must hold at least one message")
     require(len(request.messages) <= MESSAGES_MAX, "messages", f"must hold at most {MESSAGES_MAX} messages")
     check_range("max_completion_tokens", request.max_completion_tokens, 1)
@@ -70,26 +70,26 @@ def parse_chat(body: bytes) -> Asked:
         _check_continuation(request)
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _asked(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
+    return asked_of(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
 
 
 def parse_completion(body: bytes) -> Asked:
     """Read and check a body of /v1/completions. Raises `Invalid`."""
     request = decode(_COMPLETION, body)
-    _check_common(request)
+    check_common(request)
     check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.best_of in (None, request.choices), "best_of", "only best_of equal to n is supported")
     prompts = request.prompts
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
     require(all(prompts), "prompt", "must not be empty")
     most = request.max_tokens if request.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
-    return _asked(request, Texts(prompts), most, request.logprobs, thoughts=True)
+    return asked_of(request, Texts(prompts), most, request.logprobs, thoughts=True)
 
 
 # --- in no API's words ------------------------------------------------------------------------------------------------
 
 
-def _asked(
+def asked_of(
     request: GenerationRequest, prompt: Conversation | Texts, output_tokens_max: int | None, logprobs: int | None, thoughts: bool
 ) -> Asked:
     """Return what a checked request asks for."""
@@ -249,7 +249,7 @@ def _check_continuation(request: ChatRequest) -> None:
     require(not final.tool_calls, "continue_final_message", "cannot go on after tool calls")
 
 
-def _check_common(request: GenerationRequest) -> None:
+def check_common(request: GenerationRequest) -> None:
     name = unserved(request)
     require(name is None, name or "", "is not served here; leave it out")
     for (param, (least, most)), value in zip(_RANGES.items(), _ranged(request), strict=True):
