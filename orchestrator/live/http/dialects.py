@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from orchestrator.core.types import SessionId, TenantId
 from orchestrator.live.asked import Asked
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
@@ -57,6 +58,9 @@ class Dialect:
     error_body: Callable[[HttpError, str], bytes]
     #: Says an error within a stream, after which nothing comes.
     error_event: Callable[[HttpError], bytes]
+    #: Puts in what an earlier request of the tenant's left at this gateway, and names the session if the client does not; None
+    #: where requests bring all they ask with. Raises `HttpError` or `Refused`.
+    complete: Callable[[Asked, TenantId, SessionId | None], Asked] | None = None
     #: Says how many tokens a prompt has, which is all that is asked for; None: prompts are answered.
     count: Callable[[int], bytes] | None = None
     #: A further header that names the request.

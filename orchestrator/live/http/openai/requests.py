@@ -77,7 +77,7 @@ def parse_chat(body: bytes) -> Asked:
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _asked(request, conversation_of(request), most, logprobs, request.include_reasoning is not False)
+    return asked_of(request, conversation_of(request), most, logprobs, request.include_reasoning is not False)
 
 
 def parse_completion(body: bytes) -> Asked:
@@ -91,13 +91,13 @@ def parse_completion(body: bytes) -> Asked:
     require(all(prompts), "prompt", "must not be empty")
     most = request.max_tokens if request.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
     texts = Texts(prompts, prefixed=request.add_special_tokens is not False)
-    return _asked(request, texts, most, request.logprobs, thoughts=True)
+    return asked_of(request, texts, most, request.logprobs, thoughts=True)
 
 
 # --- in no API's words ------------------------------------------------------------------------------------------------
 
 
-def _asked(
+def asked_of(
     request: GenerationRequest, prompt: Conversation | Texts, output_tokens_max: int | None, logprobs: int | None, thoughts: bool
 ) -> Asked:
     """Return what a checked request asks for."""
