@@ -160,6 +160,8 @@ class Request:
     name: str = ""
     #: Of class cadence: the longest beat, in seconds, that serves it; 0: any.
     beat_s_max: float = 0.0
+    #: Log probabilities of its prompt are wanted: all of it is computed for this request, whatever is cached.
+    scored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,8 @@ class Sampling:
     forbidden_runs: tuple[tuple[int, ...], ...] = ()
     #: The only tokens that may come; empty for all.
     allowed_token_ids: tuple[int, ...] = ()
+    #: Most likely tokens to report at each position of the prompt but the first, beside its token; None for none at all.
+    prompt_logprobs: int | None = None
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""
@@ -251,6 +255,9 @@ class Assignment:
     #: Tokens of the output that were generated elsewhere. `hashes` name their full blocks as well, and "prompt" in what is to be
     #: loaded, fetched or held means both.
     generated_tokens: int = 0
+    #: Log probabilities of the prompt are wanted of this node: it computes all of it, whatever it holds, and what it computes is
+    #: cached for others as ever.
+    scored: bool = False
 
     @property
     def given_tokens(self) -> int:

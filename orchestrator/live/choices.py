@@ -141,7 +141,7 @@ class Choices:
             tenant=prepared.tenant,
             prompt=prompt,
             sampling=prepared.sampling.for_choice(sample),
-            output_tokens_max=room if wanted is None else min(room, wanted),
+            output_tokens_max=room if wanted is None else max(1, min(room, wanted)),
             session=prepared.session,
             service_class=prepared.service_class,
             priority=asked.hints.priority,
@@ -161,7 +161,8 @@ class Choices:
             scored=sampling.logprobs is not None,
             includes_ends=limits.includes_ends,
             tokens_min=sampling.output_tokens_min,
-            told=prompt if report.token_ids or report.usage_each else None,
+            told=prompt if report.tells_tokens else None,
+            silent=limits.output_tokens_max == 0,
         )
 
     def __len__(self) -> int:

@@ -16,8 +16,8 @@ class TokenSequence:
     """One request in an engine."""
 
     __slots__ = (
-        "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "seed", "seen",
-        "table", "tokens",
+        "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "scored", "seed",
+        "seen", "table", "tokens",
     )  # fmt: skip
 
     def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0) -> None:
@@ -29,6 +29,8 @@ class TokenSequence:
         #: Finds what followed the last tokens before; None until something is to be drafted.
         self.lookup: PromptLookup | None = None
         self.sampling = sampling
+        #: Tokens of the prompt that need no log probabilities any more: all, where none are wanted.
+        self.scored = 1 if sampling.prompt_logprobs is not None and not generated else self.prompt_tokens
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
         self.ending = frozenset(sampling.stop_token_ids)
