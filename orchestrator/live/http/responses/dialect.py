@@ -54,7 +54,7 @@ class Responses:
         request, name = origin.request, new_id("resp", self._gateway)
         chain = self._chain(tenant, request.previous_response_id)
         own = [self._item(tenant, item) for item in items_of(request)]
-        before = [item for one in chain for item in (*one.asked, *one.answered)]
+        before = [item for one in chain for item in one.items]
         where = [f"previous_response_id[{place}]" for place in range(len(before))] + [f"input[{n}]" for n in range(len(own))]
         messages = messages_of(request.instructions, [*before, *own], where)
         if session is None and (chain or request.stores):
@@ -87,12 +87,18 @@ class Responses:
     def _writer(self, asked: Asked, vocabulary: Vocabulary) -> ResponseWriter:
         origin = _origin(asked)
 
-        def keep(body: bytes, output: Sequence[dict[str, Any]]) -> None:
+        def keep(response: dict[str, Any]) -> None:
             assert origin.tenant is not None, "what is kept is a tenant's"
             assert origin.session is not None, "what is kept is in a session"
-            items = [str(item["id"]) for item in (*origin.items, *output)]
-            previous = origin.request.previous_response_id
-            one = Stored(origin.id, previous, origin.session, _encode(origin.items), body, items)
+            one = Stored(
+                id=origin.id,
+                previous=origin.request.previous_response_id,
+                session=origin.session,
+                input=_encode(origin.items),
+                output=_encode(response["output"]),
+                frame=_encode({**response, "output": []}),
+                names=[str(item["id"]) for item in (*origin.items, *response["output"])],
+            )
             self._stored.keep(origin.tenant, one)
 
         return ResponseWriter(asked, origin, self._gateway, vocabulary, keep if origin.request.stores else None)

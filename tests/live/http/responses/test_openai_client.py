@@ -295,6 +295,8 @@ def test_kept_responses_are_shown_and_forgotten(text: ModelText) -> None:
             model=MODEL, input=[{"role": "user", "content": "Two"}], previous_response_id=first.id
         )
         assert await client.responses.retrieve(second.id) == second
+        with pytest.raises(openai.BadRequestError, match="stream"):
+            await client.responses.retrieve(second.id, stream=True)
         listed = [item async for item in client.responses.input_items.list(second.id, order="asc", limit=1)]
         assert [item.content[0].text for item in listed] == ["One", "Hello", "Two"]  # type: ignore[union-attr]
         newest = await client.responses.input_items.list(second.id)
