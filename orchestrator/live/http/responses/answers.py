@@ -27,6 +27,11 @@ Keep = Callable[[dict[str, Any]], None]
 _FAILURES = {429: "rate_limit_exceeded"}
 
 
+def count_body(tokens: int) -> bytes:
+    """Return how many tokens a request's input has."""
+    return _encode({"object": "response.input_tokens", "input_tokens": tokens})
+
+
 def error_event(error: HttpError) -> bytes:
     """Return an error as it stands in a stream of which nobody knows any more how far it came."""
     told = {"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}
@@ -185,9 +190,10 @@ def _head(asked: Asked, origin: Origin) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    written = max([0, *(kept.tokens - usage.cached_tokens for kept in usage.kept)])
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": written},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

@@ -1,6 +1,6 @@
 """The Responses API at one gateway: reads requests, puts in what they go on from, and keeps what is answered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.http.openai.answers import error_body
-from orchestrator.live.http.responses.answers import ResponseWriter, error_event
+from orchestrator.live.http.responses.answers import ResponseWriter, count_body, error_event
 from orchestrator.live.http.responses.ids import new_id
 from orchestrator.live.http.responses.items import messages_of
 from orchestrator.live.http.responses.requests import Origin, items_of, parse, referred
@@ -41,7 +41,12 @@ class Responses:
     def __init__(self, gateway: GatewayId, stored: StoredResponses) -> None:
         self._gateway = gateway
         self._stored = stored
-        self.dialect = Dialect(parse, self._writer, error_body, error_event, complete=self._complete)
+        answered = Dialect(parse, self._writer, error_body, error_event, complete=self._complete)
+        #: By path.
+        self.endpoints: Mapping[str, Dialect] = {
+            PATH: answered,
+            f"{PATH}/input_tokens": replace(answered, count=count_body),
+        }
 
     def _complete(self, asked: Asked, tenant: TenantId, session: SessionId | None) -> Asked:
         """Return a request with the whole conversation, in a session that is its chain's unless its client names one.

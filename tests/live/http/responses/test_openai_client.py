@@ -146,6 +146,38 @@ def test_the_clients_own_stream_puts_the_response_together(text: ModelText) -> N
     play(text, talk)
 
 
+def test_arguments_come_while_they_are_written_and_may_break_off(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        written = CALL.format("London").removesuffix('n"}}\n</tool_call>')
+        served.driver.script = lambda turn: Script([*written], FinishReason.LENGTH)
+        stream = await client.responses.create(model=MODEL, input="Hi", tools=[WEATHER], stream=True)
+        events = [event async for event in stream]
+        checked(events)
+        deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+        assert len(deltas) > 5
+        done = events[-1]
+        assert isinstance(done, ResponseIncompleteEvent)
+        call = done.response.output[0]
+        assert isinstance(call, ResponseFunctionToolCall)
+        assert call.arguments == "".join(deltas) == '{"city": "Londo'
+        assert call.status == "incomplete"
+
+    play(text, talk)
+
+
+def test_input_is_counted_as_it_would_be_served(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        first = await client.responses.create(model=MODEL, input="One")
+        asked: Any = {"model": MODEL, "input": "Two", "tools": [WEATHER], "previous_response_id": first.id}
+        counted = await client.responses.input_tokens.count(**asked)
+        second = await client.responses.create(**asked)
+        assert second.usage is not None
+        assert counted.input_tokens == second.usage.input_tokens
+        assert len(served.driver.turns) == 2
+
+    play(text, talk)
+
+
 @pytest.mark.parametrize("summary", [None, "auto"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_thoughts_are_an_item_of_their_own(text: ModelText, summary: Any, stream: bool) -> None:
