@@ -294,7 +294,10 @@ def test_a_session_that_the_client_names_is_the_chains(text: ModelText) -> None:
         second = await client.responses.create(model=MODEL, input="More", previous_response_id=first.id)
         await client.responses.create(model=MODEL, input="More", previous_response_id=second.id, prompt_cache_key="other")
         await client.responses.create(model=MODEL, input="Alone", store=False)
-        assert [turn.session for turn in served.driver.turns] == ["mine", "mine", "other", None]
+        turns = served.driver.turns
+        assert [turn.session for turn in turns] == ["mine", "mine", "other", None]
+        assert turns[1].prompt.tokens.startswith(turns[0].prompt.tokens)
+        assert turns[2].prompt.tokens.startswith(turns[1].prompt.tokens)
 
     play(text, talk)
 
