@@ -43,6 +43,34 @@ BODIES: dict[str, tuple[dict[str, Any], ...]] = {
         {"model": "M", "prompt": [5, 6, 7], "max_tokens": 2, "stop_token_ids": [9], "ignore_eos": True, "echo": False},
         {"model": "M", "prompt": ["a", "b"], "n": 2, "max_tokens": 1, "best_of": 2, "suffix": None, "user": "u"},
     ),
+    "/v1/responses": (
+        {"model": "M", "input": "Hello there", "max_output_tokens": 3, "instructions": "Be brief", "metadata": {"a": "b"}},
+        {
+            "model": "M", "stream": True, "store": False, "max_output_tokens": 2, "top_logprobs": 2, "truncation": "auto",
+            "include": ["message.output_text.logprobs", "reasoning.encrypted_content"], "tool_choice": "auto",
+            "reasoning": {"summary": "auto"}, "text": {"format": {"type": "text"}, "verbosity": "low"},
+            "tools": [
+                {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}, {"type": "web_search"},
+                {"type": "custom", "name": "c", "format": {"type": "text"}},
+                {"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "f"}]},
+            ],
+            "input": [
+                {"role": "developer", "content": "Be brief"},
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "t"}], "encrypted_content": "d"},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "y", "annotations": []}]},
+                {"type": "function_call", "call_id": "c1", "name": "f", "namespace": "n", "arguments": "{}"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "c", "input": "z"},
+                {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "o"}]},
+                {"type": "custom_tool_call_output", "call_id": "c2", "output": "o"},
+            ],
+        },
+        {
+            "model": "M", "max_output_tokens": 1, "tools": [{"type": "function", "name": "f"}],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+            "input": [{"role": "user", "content": "x", "id": "msg_1"}], "user": "u", "prompt_cache_options": {"ttl": "30m"},
+        },
+    ),
 }  # fmt: skip
 
 

@@ -21,7 +21,13 @@ from orchestrator.live.text.detokenise import Vocabulary
 PATH = "/v1/responses"
 _encode = msgspec.json.encode
 #: Beginnings of the names of items that come without one.
-_KINDS = {"function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_KINDS = {
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "reasoning": "rs",
+}
 
 
 class Responses:

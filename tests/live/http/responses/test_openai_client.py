@@ -1,6 +1,7 @@
 """The official `openai` client against /v1/responses: what it sends is understood and what it gets it understands."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import (
     ResponseCompletedEvent,
+    ResponseCustomToolCall,
     ResponseFailedEvent,
     ResponseFunctionToolCall,
     ResponseIncompleteEvent,
@@ -353,6 +355,7 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "prompt": {"id": "p"}}, "prompt"),
         ({"input": "x", "tools": [{"type": "file_search", "vector_store_ids": ["v"]}]}, "tools[0]"),
         ({"input": "x", "tools": [{"type": "function", "name": ""}]}, "tools[0].name"),
+        ({"input": "x", "tools": [{"type": "custom", "name": "c", "format": {"type": "grammar"}}]}, "tools[0].format"),
         ({"input": "x", "tools": [WEATHER, WEATHER]}, "tools[1]"),
         ({"input": "x", "tool_choice": "sometimes"}, "tool_choice"),
         ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
@@ -417,6 +420,35 @@ def test_namespaces_and_choices_of_tools(text: ModelText) -> None:
         prompt = prompt_of(served, served.driver.turns[2])
         assert "get_weather" in prompt
         assert "agents__spawn" not in prompt
+
+    play(text, talk)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_custom_tools_are_called_with_a_text(text: ModelText, stream: bool) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        patch = '*** Begin "Patch"\nä\n'
+        written = json.dumps({"name": "apply_patch", "arguments": {"input": patch}})
+        answering(served, f"<tool_call>\n{written}\n</tool_call>", "Done.")
+        asked: Any = {"model": MODEL, "input": "Hi", "tools": [{"type": "custom", "name": "apply_patch", "description": "Edit."}]}
+        if stream:
+            events = [event async for event in await client.responses.create(**asked, stream=True)]
+            checked(events)
+            assert "".join(event.delta for event in events if event.type == "response.custom_tool_call_input.delta") == patch
+            assert [event.input for event in events if event.type == "response.custom_tool_call_input.done"] == [patch]
+            done = events[-1]
+            assert isinstance(done, ResponseCompletedEvent)
+            answer = done.response
+        else:
+            answer = await client.responses.create(**asked)
+        call = answer.output[0]
+        assert isinstance(call, ResponseCustomToolCall)
+        assert (call.name, call.input) == ("apply_patch", patch)
+        output: Any = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "ok"}
+        await client.responses.create(model=MODEL, input=[output], previous_response_id=answer.id)
+        prompt = prompt_of(served, served.driver.turns[-1])
+        assert json.dumps({"input": patch}, ensure_ascii=False) in prompt
+        assert "<tool_response>\nok\n" in prompt
 
     play(text, talk)
 
