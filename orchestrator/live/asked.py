@@ -142,7 +142,7 @@ class Texts:
 class Limits:
     """How much is asked for, and what ends it."""
 
-    #: Tokens to generate at most; None for as many as the context has room for.
+    #: Tokens to generate at most; None for as many as the context has room for; 0: the prompt is to be cached, and no more.
     output_tokens_max: int | None = None
     #: Strings that end the output and are no part of it.
     stop_strings: Sequence[str] = ()

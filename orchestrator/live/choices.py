@@ -136,6 +136,8 @@ class Choices:
         prepared = self._prepared
         asked, model = prepared.asked, prepared.model
         room, wanted = model.text.context_tokens_max - prompt.count, asked.limits.output_tokens_max
+        if wanted == 0:  # a prompt is computed for a token's sake
+            wanted = 1
         return Turn(
             model=model.name,
             tenant=prepared.tenant,

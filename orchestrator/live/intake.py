@@ -19,7 +19,7 @@ from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampli
 from orchestrator.live.asked import Asked, Breakpoint, Conversation, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
-from orchestrator.live.text.conversations import tool_parameters
+from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
@@ -143,7 +143,8 @@ class Intake:
         salt = asked.hints.cache_salt
         keeps: Sequence[Keep] = ()
         match asked.prompt:
-            case Conversation() as conversation:
+            case Conversation() as written:
+                conversation = _told(written, model)
                 text = _rendered(conversation, model, asked.report.thoughts)
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed=False)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
@@ -170,7 +171,9 @@ class Intake:
         self._check_generations(asked)
         _check_constraints(asked)
         prompt, salt = asked.prompt, asked.hints.cache_salt
-        texts = [_rendered(prompt, model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
+        texts = (
+            [_rendered(_told(prompt, model), model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
+        )
         prefixed = isinstance(prompt, Texts)
         return sum([(await self.encode(model, text, tenant, None, salt, prefixed)).count for text in texts])
 
@@ -205,7 +208,8 @@ class Intake:
         salt = asked.hints.cache_salt
         match asked.prompt:
             case Conversation() as conversation:
-                text = _rendered(replace(conversation, opens_answer=False, continues=False), model, asked.report.thoughts)
+                bare = replace(_told(conversation, model), opens_answer=False, continues=False)
+                text = _rendered(bare, model, asked.report.thoughts)
                 return await self.encode(model, text, tenant, None, salt, prefixed=False)
             case Texts(texts):
                 return await self.encode(model, texts[0], tenant, None, salt, prefixed=True)
@@ -256,6 +260,12 @@ class Intake:
 def _ends(conversation: Conversation, one: Breakpoint, last: int) -> bool:
     """Return whether a breakpoint is where its conversation ends."""
     return one.place == last and one.chars == len(str(conversation.messages[last].get("content", "")))
+
+
+def _told(conversation: Conversation, model: ServedModel) -> Conversation:
+    """Return a conversation as a model's template can tell it."""
+    late = any(message["role"] == "system" for message in conversation.messages[1:])
+    return without_late_systems(conversation) if late and not model.text.template.tells_late_systems else conversation
 
 
 def _variables(conversation: Conversation, model: ServedModel) -> dict[str, Any]:
