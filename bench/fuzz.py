@@ -50,8 +50,8 @@ TOGETHER, ANSWER_S_MAX = 16, 30.0
 #: Inputs before memory is read for the first time: caches are full then.
 WARM = 5_000
 GROWTH_MAX = 1.2
-#: How the stream of a response ends, whatever became of it.
-_LAST_EVENT = re.compile(r"event: (response\.(completed|incomplete|failed)|error)\ndata: .*\n\n\Z")
+#: How the stream of a response or of a message ends, whatever became of it.
+_LAST_EVENT = re.compile(r"event: (response\.(completed|incomplete|failed)|message_stop|error)\ndata: .*\n\n\Z")
 
 
 @dataclass(slots=True)

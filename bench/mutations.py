@@ -43,6 +43,36 @@ BODIES: dict[str, tuple[dict[str, Any], ...]] = {
         {"model": "M", "prompt": [5, 6, 7], "max_tokens": 2, "stop_token_ids": [9], "ignore_eos": True, "echo": False},
         {"model": "M", "prompt": ["a", "b"], "n": 2, "max_tokens": 1, "best_of": 2, "suffix": None, "user": "u"},
     ),
+    "/v1/messages": (
+        {"model": "M", "messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 3, "system": "Be brief"},
+        {
+            "model": "M", "stream": True, "max_tokens": 2, "temperature": 0.5, "top_k": 5, "top_p": 0.9, "speed": "standard",
+            "stop_sequences": ["a", "b"], "metadata": {"user_id": "user_1_session_2"}, "thinking": {"type": "adaptive"},
+            "output_config": {"effort": "low"}, "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+            "tools": [{"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+            "tool_choice": {"type": "auto"}, "cache_control": {"type": "ephemeral"},
+            "system": [{"type": "text", "text": "Be brief", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+                {"role": "assistant", "content": [
+                    {"type": "thinking", "thinking": "", "signature": "weft-holds-eA=="}, {"type": "text", "text": "y"},
+                    {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}},
+                ]},
+                {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": "c", "is_error": True, "content": [{"type": "text", "text": "z"}]},
+                    {"type": "document", "source": {"type": "text", "data": "d"}, "citations": {"enabled": False}},
+                ]},
+                {"role": "system", "content": "Go on"},
+            ],
+        },
+        {
+            "model": "M", "max_tokens": 1, "service_tier": "auto", "container": None, "mcp_servers": [],
+            "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "So"}],
+        },
+    ),
+    "/v1/messages/count_tokens": (
+        {"model": "M", "messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "input_schema": {}}]},
+    ),
     "/v1/responses": (
         {"model": "M", "input": "Hello there", "max_output_tokens": 3, "instructions": "Be brief", "metadata": {"a": "b"}},
         {

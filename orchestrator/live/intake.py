@@ -319,7 +319,7 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
 def _check_constraints(asked: Asked) -> None:
     """Refuse what would bind the answer: it is not served yet."""
     use = asked.prompt.tool_use if isinstance(asked.prompt, Conversation) else ToolUse()
-    field = use.field if use.forced or not use.parallel else asked.constraint.field if asked.constraint is not None else None
+    field = use.field if use.forced else asked.constraint.field if asked.constraint is not None else None
     require(field is None, field or "", "an answer cannot be constrained, nor a call forced")
 
 

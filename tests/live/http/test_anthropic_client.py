@@ -130,6 +130,8 @@ def test_tools_are_called_one_after_another(text: ModelText) -> None:
         assert told(whole)["stop_reason"] == "tool_use"
         assert told(streamed) == told(whole)
         assert len({block.id for block in whole.content if block.type == "tool_use"}) == 2
+        for message in await both(client, tools=[WEATHER], tool_choice={"type": "auto", "disable_parallel_tool_use": True}):
+            assert told(message)["content"] == [{"type": "text", "text": "Let me look."}, called]
         assert '{"type": "function", "function": {"name": "get_weather", "description": "Tells the weather.", ' in shown(
             text, served
         )
