@@ -20,7 +20,7 @@ from orchestrator.live.http.anthropic.signatures import signature_of
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.refusals import require
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, Scored
+from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, PromptTold, Scored, Taken
 from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import MoreArguments, ToolCall
 
@@ -146,6 +146,8 @@ class MessageWriter:
                     events += self._grow(piece.arguments)
                 case MoreArguments():
                     events += self._grow(piece.text)
+                case PromptTold() | Taken():
+                    pass  # tokens are told to nobody here
         return events
 
     def ending(self, index: int, done: Generation) -> bytes:
