@@ -255,8 +255,8 @@ class Assignment:
     #: Tokens of the output that were generated elsewhere. `hashes` name their full blocks as well, and "prompt" in what is to be
     #: loaded, fetched or held means both.
     generated_tokens: int = 0
-    #: Log probabilities of the prompt are wanted of this node: it computes all of it, whatever it holds, and what it computes is
-    #: cached for others as ever.
+    #: Log probabilities of the prompt are wanted: it takes nothing of it from what is cached, but for what was computed for this
+    #: very request. What is computed is cached for others as ever.
     scored: bool = False
 
     @property

@@ -146,7 +146,7 @@ class Texts:
 class Limits:
     """How much is asked for, and what ends it."""
 
-    #: Tokens to generate at most; None for as many as the context has room for. 0: only the prompt is to be told.
+    #: Tokens to generate at most; None for as many as the context has room for; 0: none, only the prompt counts.
     output_tokens_max: int | None = None
     #: Strings that end the output; no earlier than `Sampling.output_tokens_min` lets tokens end it.
     stop_strings: Sequence[str] = ()

@@ -136,12 +136,14 @@ class Choices:
         prepared = self._prepared
         asked, model = prepared.asked, prepared.model
         room, wanted = model.text.context_tokens_max - prompt.count, asked.limits.output_tokens_max
+        if wanted == 0:  # a prompt is computed for a token's sake
+            wanted = 1
         return Turn(
             model=model.name,
             tenant=prepared.tenant,
             prompt=prompt,
             sampling=prepared.sampling.for_choice(sample),
-            output_tokens_max=room if wanted is None else max(1, min(room, wanted)),
+            output_tokens_max=room if wanted is None else min(room, wanted),
             session=prepared.session,
             service_class=prepared.service_class,
             priority=asked.hints.priority,

@@ -511,6 +511,8 @@ class ClusterDriver:
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
             self._observer.fetched(node, request_of(RequestId(move.request)), move.began_s_ago)
+        for ended in frame.ended:
+            self._expect_no_scores(node, request_of(RequestId(ended.request)))
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
             if self._follows:
@@ -533,6 +535,13 @@ class ClusterDriver:
         except ValueError as error:
             raise codec.MalformedMessage(str(error)) from error
         if stream.scores.complete:
+            stream.wake()
+
+    def _expect_no_scores(self, node: NodeId, request: RequestId) -> None:
+        """Note that a node has told all that it will of a prompt; another that went on with it tells before its first token."""
+        stream = self._streams.get(request)
+        if stream is not None and stream.scorer == node:
+            stream.scorer = None
             stream.wake()
 
     def _tell_computed(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
@@ -609,10 +618,6 @@ class ClusterDriver:
                     )
                 self._assign(command)
             case Cancel(node, request):
-                stream = self._streams.get(request_of(request))
-                if stream is not None and stream.scorer == node:
-                    stream.scorer = None
-                    stream.wake()
                 link = self._links.get(node)
                 if link is not None:
                     link.cancel(request)
@@ -701,7 +706,7 @@ class ClusterDriver:
         if source is not None:
             message.source_address = source.spec.address
             message.source_host = source.spec.host
-        if assignment.scored:
+        if assignment.scored and not assignment.source_pending:
             stream.scorer = command.node
         if assignment.role is Role.GENERATE:
             stream.node, stream.attempt = command.node, assignment.request

@@ -19,7 +19,7 @@ from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampli
 from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
-from orchestrator.live.text.conversations import tool_parameters
+from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
@@ -150,7 +150,8 @@ class Intake:
         salt = asked.hints.cache_salt
         keeps: Sequence[Keep] = ()
         match asked.prompt:
-            case Conversation() as conversation:
+            case Conversation() as written:
+                conversation = _told(written, model)
                 text = _rendered(conversation, model, asked.report.thoughts)
                 prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
@@ -182,7 +183,9 @@ class Intake:
         self._check_generations(asked)
         _check_constraints(asked)
         prompt, salt = asked.prompt, asked.hints.cache_salt
-        texts = [_rendered(prompt, model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
+        texts = (
+            [_rendered(_told(prompt, model), model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
+        )
         return sum([(await self.encode(model, text, tenant, None, salt, prompt.prefixed)).count for text in texts])
 
     def _keeps(
@@ -223,7 +226,7 @@ class Intake:
         salt = asked.hints.cache_salt
         match asked.prompt:
             case Conversation() as conversation:
-                text = _rendered(conversation, model, asked.report.thoughts)
+                text = _rendered(_told(conversation, model), model, asked.report.thoughts)
                 return await self.encode(model, text, tenant, None, salt, conversation.prefixed)
             case Texts(texts, prefixed):
                 return await self.encode(model, texts[0], tenant, None, salt, prefixed)
@@ -289,6 +292,12 @@ def _ends(conversation: Conversation, one: Breakpoint, last: int) -> bool:
     return one.place == last and one.chars == len(str(conversation.messages[last].get("content", "")))
 
 
+def _told(conversation: Conversation, model: ServedModel) -> Conversation:
+    """Return a conversation as a model's template can tell it."""
+    late = any(message["role"] == "system" for message in conversation.messages[1:])
+    return without_late_systems(conversation) if late and not model.text.template.tells_late_systems else conversation
+
+
 def _variables(conversation: Conversation, model: ServedModel) -> dict[str, Any]:
     """Return what a model's template is told besides messages and tools."""
     return {**thinking_variables(conversation.thinking, model.text.template), **conversation.variables}
@@ -340,7 +349,7 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
 def _check_constraints(asked: Asked) -> None:
     """Refuse what would bind the answer: it is not served yet."""
     use = asked.prompt.tool_use if isinstance(asked.prompt, Conversation) else ToolUse()
-    field = use.field if use.forced or not use.parallel else asked.constraint.field if asked.constraint is not None else None
+    field = use.field if use.forced else asked.constraint.field if asked.constraint is not None else None
     require(field is None, field or "", "an answer cannot be constrained, nor a call forced")
 
 

@@ -953,7 +953,7 @@ def _part(
         tenant=request.tenant,
         share=share,
         generated_tokens=given.prompt_tokens - request.prompt_tokens,
-        scored=given.scored and not pending,
+        scored=given.scored,
     )
 
 

@@ -123,7 +123,7 @@ class Gateway:
         self._endpoints: Mapping[str, Dialect] = {
             **openai.ENDPOINTS,
             **anthropic.ENDPOINTS,
-            RESPONSES: Responses(gateway, stored).dialect,
+            **Responses(gateway, stored).endpoints,
         }
         self._cold = make_routes(
             intake, lambda: self.ready, metrics_page, status, int(time.time()), retrieval, calls, self._body_bytes_max

@@ -139,8 +139,9 @@ def make_routes(
         told = await elsewhere(request, name)
         if told is not None:
             return told
-        deletes = request.method == "DELETE"
-        return _json(responses.delete(tenant, name) if deletes else responses.response(tenant, name))
+        if request.method == "DELETE":
+            return _json(responses.delete(tenant, name))
+        return _json(responses.response(tenant, name, request.query_params))
 
     async def input_items(request: Request, name: str) -> Response:
         tenant = intake.tenant_of(_key(request))
