@@ -182,6 +182,9 @@ class Sampling:
     logprobs: int | None = None
     #: Added to logits, by token id.
     logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
+    #: What the output must be to the letter, as engines read it (`live/text/grammars.py` writes it); empty for anything. An end
+    #: is a token that may come exactly where the grammar may end.
+    grammar: str = ""
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""

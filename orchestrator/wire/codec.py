@@ -122,6 +122,7 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         stop_token_ids=sampling.stop_token_ids,
+        grammar=sampling.grammar,
     )
     if sampling.seed is not None:
         message.seed = sampling.seed
@@ -145,6 +146,7 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         logit_bias=dict(sampling.logit_bias),
+        grammar=sampling.grammar,
     )
 
 

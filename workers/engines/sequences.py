@@ -9,21 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.core.types import BlockId, Sampling
+from workers.engines.grammars import Walk
 from workers.engines.lookup import PromptLookup
 
 
 class TokenSequence:
     """One request in an engine."""
 
-    __slots__ = ("counts", "drafted", "ending", "failure", "lookup", "plain", "sampling", "seed", "table", "tokens")
+    __slots__ = ("counts", "drafted", "ending", "failure", "lookup", "plain", "sampling", "seed", "table", "tokens", "walk")
 
-    def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0) -> None:
+    def __init__(
+        self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0, walk: Walk | None = None
+    ) -> None:
         #: Prompt and output so far; while a step verifies drafts, those as well.
         self.tokens = array("I", tokens)
         #: How many of the tokens are drafts.
         self.drafted = 0
         #: Finds what followed the last tokens before; None until something is to be drafted.
         self.lookup: PromptLookup | None = None
+        #: Through its grammar, if it has one.
+        self.walk = walk
         self.sampling = sampling
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
@@ -48,10 +53,12 @@ class TokenSequence:
         self.table[first:end] = blocks
 
     def draft(self, most: int) -> int:
-        """Add up to so many tokens that are likely to come next, to be verified; return how many."""
+        """Add up to so many tokens that are likely to come next and may come, to be verified; return how many."""
         if self.lookup is None:
             self.lookup = PromptLookup()
         drafts = self.lookup.find(self.tokens, most)
+        if self.walk is not None:
+            drafts = drafts[: self.walk.passable(self.tokens, drafts)]
         self.drafted = len(drafts)
         self.tokens.extend(drafts)
         return self.drafted

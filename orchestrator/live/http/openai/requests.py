@@ -16,6 +16,7 @@ from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
 from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
+from orchestrator.live.http.openai.constraints import constraint_of
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.http.retention import retention_s
 from orchestrator.live.refusals import Invalid, require
@@ -103,6 +104,7 @@ def _asked(
         limits=Limits(output_tokens_max, request.stops, bool(request.ignore_eos), request.choices),
         hints=_hints(request),
         report=Report(bool(request.stream), usage, thoughts),
+        constraint=constraint_of(request),
     )
 
 
