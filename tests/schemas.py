@@ -6,7 +6,17 @@ from typing import Any
 
 _NAMES = ("city", "unit", "a", "b c", "größe", 'quo"te', "x/y", "items", "type", "n")
 _TEXTS = ("", "yes", "no", 'say "hi"', "naïve", "line\nbreak", "back\\slash", "日本", "😀", "tab\t", "/etc")
-_PATTERNS = ("^[a-z]{2,4}$", "^(a|b)+$", "[0-9]", r"^\d{3}-\d{2}$", "^x?y*z+$", r"^[^\s\"]{1,6}$", "^$", "é|ü", r"^\w+@\w+\.(com|org)$")
+_PATTERNS = (
+    "^[a-z]{2,4}$",
+    "^(a|b)+$",
+    "[0-9]",
+    r"^\d{3}-\d{2}$",
+    "^x?y*z+$",
+    r"^[^\s\"]{1,6}$",
+    "^$",
+    "é|ü",
+    r"^\w+@\w+\.(com|org)$",
+)
 _FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "duration", "uri")
 #: What no grammar says, or none that is known here.
 _BEYOND: tuple[dict[str, Any], ...] = (
@@ -40,9 +50,15 @@ class Schemas:
         schema = self._any(source.choice((1, 2, 2, 3)))
         if source.random() < 0.2:
             inner = self._any(1)
-            node = {"type": "object", "properties": {"value": inner, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+            node = {
+                "type": "object",
+                "properties": {"value": inner, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+            }
             schema = {"type": "object", "properties": {"first": {"$ref": "#/$defs/node"}, "rest": schema}}
-            schema |= {"required": ["first", "rest"], "$defs": {"node": node | {"required": ["next"], "additionalProperties": False}}}
+            schema |= {
+                "required": ["first", "rest"],
+                "$defs": {"node": node | {"required": ["next"], "additionalProperties": False}},
+            }
         if source.random() < 0.3:
             schema |= {"title": "made up", "description": "for a test", "$schema": "https://json-schema.org/draft/2020-12/schema"}
         return schema
@@ -102,7 +118,12 @@ class Schemas:
     def _array(self, depth: int) -> dict[str, Any]:
         source = self._random
         least = source.randrange(3)
-        schema: dict[str, Any] = {"type": "array", "items": self._any(depth), "minItems": least, "maxItems": least + source.randrange(3)}
+        schema: dict[str, Any] = {
+            "type": "array",
+            "items": self._any(depth),
+            "minItems": least,
+            "maxItems": least + source.randrange(3),
+        }
         if source.random() < 0.2:
             schema["prefixItems"] = [self._any(0) for _ in range(source.randrange(1, 3))]
         return schema

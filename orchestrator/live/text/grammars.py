@@ -1,9 +1,6 @@
 """What an answer must be, as a grammar that engines keep it to: the parts that clients wrote, and what a model puts around them.
 
-    answer       thoughts?  part                                      a schema, an expression, a list, a grammar
-    calls        thoughts?  call call ...                             tools must be called (`call_grammars.py`)
-    either       thoughts?  (call call ... | part)                    both may be
-    free         thoughts?  text call text call ... text              tools may be called, and their calls are bound
+    thoughts?  part        a schema, an expression, a list of texts, a grammar
 
 Grammars are Lark as `llguidance` reads it. Engines keep to them (`workers/engines/grammars.py`); whether they can is told here
 (`checks.py`). What cannot be kept to the letter is refused, never approximated.
