@@ -26,9 +26,9 @@ from orchestrator.live.text.grammars import Grammar, Thoughts, Unkeepable, answe
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
+from orchestrator.live.text.styles import make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
-from orchestrator.live.text.tools import make_parser
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
@@ -240,7 +240,7 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     opened = _opened(conversation, text, style)
 
     def make() -> AnswerParser | None:
-        calls = make_parser(model.tool_style, parameters) if tools else None
+        calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
         return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
 
     return make
