@@ -100,6 +100,11 @@ class Generation:
         self.finish_reason: AnswerEnd | None = None
 
     @property
+    def stop_string(self) -> str:
+        """The stop string that ended it; empty: none did."""
+        return self._stops.found if self._stops is not None else ""
+
+    @property
     def wanted(self) -> str | None:
         """The tool that the model waits for at the end, empty if for none; None if it did not get to say.
 
@@ -162,7 +167,7 @@ class Generation:
         self._text_chars += len(text)
         if self._stops is not None:
             text = self._stops.add(text) + self._stops.finish()
-            self.stopped = self._stops.found
+            self.stopped = bool(self._stops.found)
         return self._pieces(text) + self._end_parser(cut or self.stopped)
 
     def _pieces(self, text: str) -> list[Piece]:
