@@ -261,6 +261,15 @@ def test_withheld_thoughts_come_back_in_their_signature(text: ModelText) -> None
             await client.messages.create(model=MODEL, max_tokens=9, messages=sent)
             assert "<think>ümlaut</think>Yes<|im_end|>" in shown(text, served, len(served.driver.turns) - 1)
 
+        async with client.messages.stream(
+            model=MODEL, max_tokens=99, messages=USER, thinking={"type": "adaptive", "display": "omitted"}
+        ) as raw:
+            sent = [line async for line in raw.response.aiter_lines() if line.startswith("data: ")]
+        # Whoever waits hears that something goes on.
+        assert sent.index('data: {"type":"ping"}', 2) < next(
+            place for place, line in enumerate(sent) if "signature_delta" in line
+        )
+
     play(text, talk)
 
 
