@@ -193,6 +193,9 @@ class Sampling:
     forbidden_runs: tuple[tuple[int, ...], ...] = ()
     #: The only tokens that may come; empty for all.
     allowed_token_ids: tuple[int, ...] = ()
+    #: What the output must be to the letter, as engines read it (`live/text/grammars.py` writes it); empty for anything. An end
+    #: is a token that may come exactly where the grammar may end.
+    grammar: str = ""
     #: Most likely tokens to report at each position of the prompt but the first, beside its token; None for none at all.
     prompt_logprobs: int | None = None
 

@@ -133,6 +133,7 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         output_tokens_min=sampling.output_tokens_min,
         forbidden_runs=[node_pb2.TokenRun(tokens=run) for run in sampling.forbidden_runs],
         allowed_token_ids=sampling.allowed_token_ids,
+        grammar=sampling.grammar,
     )
     if sampling.seed is not None:
         message.seed = sampling.seed
@@ -163,6 +164,7 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         forbidden_runs=tuple([tuple(run.tokens) for run in sampling.forbidden_runs if run.tokens]),
         allowed_token_ids=tuple(sampling.allowed_token_ids),
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        grammar=sampling.grammar,
     )
 
 
