@@ -13,6 +13,7 @@ from orchestrator.core.types import GatewayId
 from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
+from orchestrator.live.http.openai.answers import error_body as openai_error_body
 from orchestrator.live.http.responses.ids import new_id
 from orchestrator.live.http.responses.output import Event, Output, Wording
 from orchestrator.live.http.responses.requests import Origin
@@ -30,6 +31,13 @@ _FAILURES = {429: "rate_limit_exceeded"}
 def count_body(tokens: int) -> bytes:
     """Return how many tokens a request's input has."""
     return _encode({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def error_body(error: HttpError, request: str = "") -> bytes:
+    """Return OpenAI's error object, in which messages are called input."""
+    if error.param == "messages":
+        error = HttpError(error.status, error.message, error.code, "input", error.retry_after_s)
+    return openai_error_body(error, request)
 
 
 def error_event(error: HttpError) -> bytes:

@@ -415,6 +415,15 @@ def test_what_is_not_served_is_refused_by_name(text: ModelText, asked: dict[str,
     play(text, talk)
 
 
+def test_what_the_template_refuses_and_what_is_too_long_is_the_inputs(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.responses.create(model=MODEL, input="word " * text.context_tokens_max)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+
+    play(text, talk)
+
+
 def test_failures_are_told_before_and_within_a_stream(text: ModelText) -> None:
     async def talk(client: AsyncOpenAI, served: Served) -> None:
         with pytest.raises(openai.NotFoundError, match="'none' does not exist"):
