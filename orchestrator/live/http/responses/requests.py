@@ -28,9 +28,10 @@ _INCLUDED = frozenset({
     _SCORES, _ENCRYPTED, "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url",
 })  # fmt: skip
-#: Fields of chat requests, by what they are called here.
-_RENAMED = {
-    "n": "a response is one answer",
+#: Fields of other requests, and what to do about them here.
+_ELSEWHERE = {
+    "return_token_ids": "is not served here; leave it out",
+    "return_tokens_as_token_ids": "is not served here; leave it out",
     "max_tokens": "is called max_output_tokens here",
     "response_format": "is called text.format here",
 }
@@ -97,8 +98,12 @@ def referred(item: Mapping[str, Any]) -> str | None:
 
 
 def _check(request: ResponsesRequest) -> None:
-    for name, problem in _RENAMED.items():
-        require(getattr(request, name) in (None, 1) if name == "n" else getattr(request, name) is None, name, problem)
+    for name, problem in _ELSEWHERE.items():
+        value = getattr(request, name)
+        require(value is None or value is False, name, problem)
+    require(request.n in (None, 1), "n", "a response is one answer")
+    each = request.stream_options is not None and request.stream_options.continuous_usage_stats
+    require(not each, "stream_options.continuous_usage_stats", "is not served here; leave it out")
     for name, harmless in _UNSERVED.items():
         value = getattr(request, name)
         require(value is None or value in harmless, name, "is not served here; leave it out")

@@ -403,6 +403,12 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "metadata": {"k": "v" * 513}}, "metadata"),
         ({"input": "x", "extra_body": {"max_tokens": 5}}, "max_tokens"),
+        ({"input": "x", "extra_body": {"n": 2}}, "n"),
+        ({"input": "x", "extra_body": {"return_token_ids": True}}, "return_token_ids"),
+        (
+            {"input": "x", "extra_body": {"stream_options": {"continuous_usage_stats": True}}},
+            "stream_options.continuous_usage_stats",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(text: ModelText, asked: dict[str, Any], param: str) -> None:
@@ -495,6 +501,19 @@ def test_custom_tools_are_called_with_a_text(text: ModelText, stream: bool) -> N
         prompt = prompt_of(served, served.driver.turns[-1])
         assert json.dumps({"input": patch}, ensure_ascii=False) in prompt
         assert "<tool_response>\nok\n" in prompt
+
+    play(text, talk)
+
+
+def test_what_is_said_can_be_padded_so_that_sizes_do_not_tell_it(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        served.driver.script = lambda turn: Script(["a", " somewhat longer piece"])
+        asked: Any = {"model": MODEL, "input": "Hi", "stream": True, "stream_options": {"include_obfuscation": True}}
+        async with httpx.AsyncClient(base_url=served.url) as plain:
+            events = (await plain.post("/v1/responses", json=asked)).text.split("\n\n")
+        sizes = {len(event) for event in events if "output_text.delta" in event}
+        assert len(sizes) == 1
+        assert "obfuscation" not in events[-2]
 
     play(text, talk)
 
