@@ -22,6 +22,7 @@ from openai.types.responses import (
     ResponseReasoningItem,
     ResponseStreamEvent,
 )
+from pydantic import BaseModel
 
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
@@ -398,7 +399,10 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"input": "x", "include": ["everything"]}, "include"),
         ({"input": "x", "truncation": "middle"}, "truncation"),
-        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.name"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a", "schema": []}}}, "text.format.schema"),
+        ({"input": "x", "text": {"format": {"type": "json_object"}}, "extra_body": {"guided_regex": "a"}}, "guided_regex"),
         ({"input": "x", "temperature": -1}, "temperature"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "metadata": {"k": "v" * 513}}, "metadata"),
@@ -426,6 +430,27 @@ def test_what_the_template_refuses_and_what_is_too_long_is_the_inputs(text: Mode
         with pytest.raises(openai.BadRequestError) as refused:
             await client.responses.create(model=MODEL, input="word " * text.context_tokens_max)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+
+    play(text, talk)
+
+
+class City(BaseModel):
+    name: str
+    people: int
+
+
+def test_answers_are_kept_to_a_form_and_parsed(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        answering(served, '{"name": "Oslo", "people": 717710}', "{}", "aa")
+        answer = await client.responses.parse(model=MODEL, input="Where?", text_format=City)
+        assert answer.output_parsed == City(name="Oslo", people=717710)
+        assert '"people"' in served.driver.turns[0].sampling.grammar
+        await client.responses.create(model=MODEL, input="What?", text={"format": {"type": "json_object"}})
+        assert served.driver.turns[1].sampling.grammar not in ("", served.driver.turns[0].sampling.grammar)
+        await client.responses.create(
+            model=MODEL, input="So?", text={"format": {"type": "text"}}, extra_body={"guided_regex": "a+"}
+        )
+        assert "a+" in served.driver.turns[2].sampling.grammar
 
     play(text, talk)
 
