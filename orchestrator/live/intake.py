@@ -34,6 +34,8 @@ from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
 _SESSION_CHARS_MAX = 256
+#: Log probabilities of one prompt: a hundred megabytes of JSON.
+PROMPT_SCORES_MAX = 1 << 20
 
 ParserMaker = Callable[[], AnswerParser | None]
 
@@ -168,6 +170,8 @@ class Intake:
             _check_length(model.text, prompt)
         if session is not None:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
+        for prompt in prompts:
+            _check_scores(prompt, asked.sampling)
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         if bound is not None:
@@ -392,6 +396,14 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
         raise Invalid(problem, "context_length_exceeded", "messages")
     if prompt.count == 0:
         raise Invalid("the prompt is empty", "invalid_value", "messages")
+
+
+def _check_scores(prompt: Prompt, sampling: Sampling) -> None:
+    """Refuse more log probabilities of a prompt than one request may have."""
+    if sampling.prompt_logprobs is not None:
+        count = prompt.count * (1 + sampling.prompt_logprobs)
+        problem = f"a prompt of {prompt.count} tokens would have {count} log probabilities, it may have {PROMPT_SCORES_MAX}"
+        require(count <= PROMPT_SCORES_MAX, "prompt_logprobs", problem)
 
 
 def _check_tokens(model: ModelText, sampling: Sampling) -> None:
