@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from orchestrator.core.types import FinishReason
+from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.detokenise import Detokeniser
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.stops import StopStrings
@@ -55,7 +56,7 @@ class Taken:
 
 Piece = Scored | AnswerPart | Reasoning | PromptTold | Taken
 
-AnswerParser = ToolParser | ThinkParser
+AnswerParser = ToolParser | ThinkParser | ChannelParser
 
 
 class AnswerEnd(StrEnum):
@@ -197,7 +198,7 @@ class Generation:
 
     @property
     def _thinking(self) -> bool:
-        return isinstance(self._parser, ThinkParser) and self._parser.thinking
+        return isinstance(self._parser, ThinkParser | ChannelParser) and self._parser.thinking
 
     def _flush(self, cut: bool) -> list[Piece]:
         """Return what was kept back when the tokens ended; `cut`: not because the model ended them."""

@@ -85,7 +85,7 @@ class ModelText:
         template = load_template(folder, named)
         parsers = parsers or ModelConfig()
         style = style_of(parsers.tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
-        reasoning = reasoning_style_of(parsers.reasoning_parser)
+        reasoning = reasoning_style_of(parsers.reasoning_parser, "".join(template.sources.values()))
         size = max(config.count("vocab_size", 1), tokenizer.get_vocab_size())
         # generation_config.json's ends, config.json's if that names none, as `transformers` has it.
         eos = generation.token_ids("eos_token_id", size) or config.token_ids("eos_token_id", size)
