@@ -85,6 +85,11 @@ class ChannelParser:
         return self._at is _At.THOUGHTS
 
     @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
+        return self._at is _At.ARGUMENTS
+
+    @property
     def idle(self) -> bool:
         """All that follows is the answer, word for word: never, since a mark may come."""
         return False

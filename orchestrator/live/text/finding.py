@@ -61,6 +61,11 @@ class CallFinder:
         #: Some of a line has come out.
         self._begun = False
 
+    @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
+        return self._reader is not None and self._reader.calling
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now."""
         self._kept += text

@@ -87,8 +87,8 @@ class Generation:
     """
 
     __slots__ = (
-        "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_tells", "_text_chars", "_tokens_min",
-        "_untold", "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
+        "_cut_off", "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_tells", "_text_chars",
+        "_tokens_min", "_untold", "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
     )  # fmt: skip
 
     def __init__(
@@ -115,6 +115,8 @@ class Generation:
         #: Tokens whose text is not out yet, each after the number of characters up to its end.
         self._scores: deque[tuple[int, ScoredToken]] = deque()
         self._text_chars = 0
+        #: It ended within the arguments of a call, and not by the model's will.
+        self._cut_off = False
         self._out_chars = 0
         #: Tokens generated, the ending one included.
         self.tokens = 0
@@ -156,7 +158,7 @@ class Generation:
             self.finish_reason = _ENDS.get(delta.finish, AnswerEnd.STOP)
         if self.stopped:
             self.finish_reason = AnswerEnd.STOP
-        if self.tool and self.finish_reason is AnswerEnd.STOP:
+        if self.tool and not self._cut_off and self.finish_reason is AnswerEnd.STOP:
             self.finish_reason = AnswerEnd.TOOL_CALLS
         if self._tells:
             return [*self._told(delta.tokens[: self.tokens - before]), *pieces]
@@ -217,7 +219,10 @@ class Generation:
         return self._dressed(parts, scores)
 
     def _end_parser(self, cut: bool) -> list[Piece]:
-        return self._dressed([*self._parser.finish(cut)], ()) if self._parser is not None else []
+        if self._parser is None:
+            return []
+        self._cut_off = cut and self._parser.calling
+        return self._dressed([*self._parser.finish(cut)], ())
 
     def _dressed(self, parts: list[AnswerPart | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
         if not self.tool:

@@ -114,6 +114,10 @@ class ObjectsReader:
         self.over = False
         self.rest: str = ""
 
+    @property
+    def calling(self) -> bool:
+        return self._at is _At.ARGUMENTS
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now of its calls."""
         self._kept += text
@@ -279,6 +283,10 @@ class NamedReader:
         self.told = False
         self.over = False
         self.rest: str = ""
+
+    @property
+    def calling(self) -> bool:
+        return self.told and not self.over
 
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now of the call."""

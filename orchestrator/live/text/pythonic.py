@@ -59,6 +59,10 @@ class PythonReader:
         self.over = False
         self.rest: str = ""
 
+    @property
+    def calling(self) -> bool:
+        return self._at is _At.ARGUMENT
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now of the calls."""
         self._kept += text

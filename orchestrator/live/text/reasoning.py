@@ -102,6 +102,11 @@ class ThinkParser:
         """All that follows is the answer, word for word."""
         return self._phase is _Phase.ANSWER and self._tools is None
 
+    @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
+        return self._tools is not None and self._tools.calling
+
     def add(self, text: str) -> list[AnswerPart | Reasoning]:
         """Take more text; return what is certain now."""
         if self._phase is _Phase.ANSWER:

@@ -192,6 +192,10 @@ class EitherReader:
         return self._reader is not None and self._reader.told
 
     @property
+    def calling(self) -> bool:
+        return self._reader is not None and self._reader.calling
+
+    @property
     def rest(self) -> str:
         return self._kept if self._reader is None else self._reader.rest
 
@@ -224,6 +228,11 @@ class FirstCall:
     def __init__(self, parser: ToolParser) -> None:
         self._parser = parser
         self._calls = 0
+
+    @property
+    def calling(self) -> bool:
+        """The arguments of the first call are being written."""
+        return self._calls == 1 and self._parser.calling
 
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now."""

@@ -160,7 +160,7 @@ def read(style: ToolStyle, pieces: Sequence[str], cut: bool = False) -> tuple[st
     assert not parts or not isinstance(
         next((part for part in parts if not isinstance(part, str | Reasoning)), None), MoreArguments
     )
-    assert all(part if isinstance(part, str) else True for part in parts), "an empty piece"
+    assert "" not in parts
     thoughts = "".join(part.text for part in parts if isinstance(part, Reasoning))
     content = "".join(part for part in parts if isinstance(part, str))
     return thoughts, content, [(call.name, call.arguments) for call in calls_in(parts)]
@@ -189,10 +189,10 @@ def test_what_breaks_off_is_json_if_the_model_ended_it_and_as_it_came_if_it_was_
     _, _, whole = read(style, [text])
     for place in range(len(text)):
         _, _, ended = read(style, [text[:place]])
-        assert all(isinstance(json.loads(arguments), dict) for _, arguments in ended)
+        assert [type(json.loads(arguments)) for _, arguments in ended] == [dict] * len(ended)
         _, _, cut = read(style, [text[:place]], cut=True)
         assert cut[:-1] == whole[: len(cut[:-1])]
-        assert all(name == known for (name, _), (known, _) in zip(cut, whole, strict=False))
+        assert [name for name, _ in cut] == [name for name, _ in whole[: len(cut)]]
 
 
 @pytest.mark.parametrize("written", WRITERS)
