@@ -7,7 +7,8 @@ from typing import Any, cast
 def one_by_one(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return messages with one call each, its result next, and one text before it.
 
-    The templates show only a message's first call, name a result by the call before it, and refuse content beside thoughts and a call.
+    The templates show only a message's first call, name a result by the call before it, and refuse content beside thoughts and
+    a call.
     """
     shown: list[Mapping[str, Any]] = []
     place = 0

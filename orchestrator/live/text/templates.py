@@ -222,6 +222,7 @@ class ChatTemplate:
         trees = [environment.parse(source) for source in sources.values()]
         #: What it reads of what it is told; its own variables are not among them.
         self.variables = frozenset(name for tree in trees for name in meta.find_undeclared_variables(tree))
+        self._has_channels = self.shows(CHANNEL)
 
     @cached_property
     def tells_late_systems(self) -> bool:
@@ -232,8 +233,6 @@ class ChatTemplate:
             return _CUT_HERE.strip() in self.render([system, user, answer, user, late], None)
         except TemplateFailed:
             return False
-
-        self._has_channels = self.shows(CHANNEL)
 
     def shows(self, text: str) -> bool:
         """Tell whether a text is written in it somewhere."""
