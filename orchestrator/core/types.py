@@ -191,6 +191,9 @@ class Sampling:
     forbidden_runs: tuple[tuple[int, ...], ...] = ()
     #: The only tokens that may come; empty for all.
     allowed_token_ids: tuple[int, ...] = ()
+    #: What the output must be to the letter, as engines read it (`live/text/grammars.py` writes it); empty for anything. An end
+    #: is a token that may come exactly where the grammar may end.
+    grammar: str = ""
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""

@@ -128,6 +128,7 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         output_tokens_min=sampling.output_tokens_min,
         forbidden_runs=[node_pb2.TokenRun(tokens=run) for run in sampling.forbidden_runs],
         allowed_token_ids=sampling.allowed_token_ids,
+        grammar=sampling.grammar,
     )
     if sampling.seed is not None:
         message.seed = sampling.seed
@@ -155,6 +156,7 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         output_tokens_min=sampling.output_tokens_min,
         forbidden_runs=tuple([tuple(run.tokens) for run in sampling.forbidden_runs if run.tokens]),
         allowed_token_ids=tuple(sampling.allowed_token_ids),
+        grammar=sampling.grammar,
     )
 
 

@@ -22,6 +22,7 @@ from workers.engines.base import EngineDescription, ExpertRouting, SliceOutput, 
 from workers.engines.batch import BatchBuilder
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
+from workers.engines.grammars import Grammars
 from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.linear import rows_min
 from workers.engines.models import Model
@@ -91,6 +92,7 @@ class EagerEngine(PooledBlocks):
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
             way = decode_way(self._pool, dtype, device, self._threads)
         self._batches = BatchBuilder(self._pool, filled, way, device)
+        self._grammars = Grammars(model_dir, shape.vocabulary)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,
@@ -115,8 +117,8 @@ class EagerEngine(PooledBlocks):
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
-        known = self.description
-        self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary, generated)
+        walk = self._grammars.walk(sampling, len(tokens) - generated)
+        self._sequences[request] = TokenSequence(tokens, sampling, self.description.vocabulary, generated, walk)
 
     def forget(self, request: RequestId) -> None:
         self._sequences.pop(request, None)
@@ -162,10 +164,12 @@ class EagerEngine(PooledBlocks):
         batches = [self._batches.build(slices, sequences, part) for part in parts]
         small = sum(batch.rows for batch in batches) * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
         torch.set_num_threads(1 if small else self._threads)
+        sampled = [number for batch in batches for number in batch.sampled_slices]
+        choosing = [sequences[number] for number in sampled]
+        masks = self._grammars.begin(choosing)
         logits = self._model.logits(batches, self._pool)
         if logits is not None:
-            sampled = [number for batch in batches for number in batch.sampled_slices]
-            chosen = sample(logits, [sequences[number] for number in sampled])
+            chosen = sample(logits, choosing, masks)
             for number, output in zip(sampled, chosen, strict=True):
                 outputs[number] = output
         elif self._device.type == "cuda":
@@ -179,6 +183,7 @@ class EagerEngine(PooledBlocks):
     def close(self) -> None:
         """Let go of weights, pool and sequences."""
         self._sequences.clear()
+        self._grammars.close()
         if self.split is not None:
             self.split.close()
         del self._model, self._batches, self._pool

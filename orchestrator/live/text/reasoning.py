@@ -16,8 +16,8 @@ from orchestrator.live.text.tools import AnswerPart, ToolParser
 
 _OPEN, _CLOSE = "<think>", "</think>"
 #: Of the Harmony format: what begins a message and tells what it is, what ends it.
-CHANNEL = "<|channel|>"
-CHANNEL_MARKS = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
+CHANNEL, CHANNEL_END = "<|channel|>", "<|end|>"
+CHANNEL_MARKS = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", CHANNEL_END, "<|call|>", "<|return|>")
 
 
 class ReasoningStyle(StrEnum):

@@ -25,6 +25,7 @@ from jinja2.utils import Namespace
 from orchestrator.live.text.reasoning import CHANNEL
 from orchestrator.live.text.splitting import one_by_one
 from orchestrator.profiles.fields import CheckpointError, Fields, read_text
+from orchestrator.profiles.specials import special_tokens
 
 #: Attributes of a dict that a template may mean by `message.items`; every other name can only be a key.
 _DICT_ATTRIBUTES = frozenset(dir(dict))
@@ -356,9 +357,3 @@ def _written(tokenizer_config: Fields) -> dict[str, str]:
     if tokenizer_config.values.get("chat_template") is None:
         return {}
     return {"default": tokenizer_config.text("chat_template")}
-
-
-def special_tokens(tokenizer_config: Fields) -> dict[str, str]:
-    """Return the named special tokens (`bos_token` and so on), each written as text or as an added-token table."""
-    names = [name for name, value in tokenizer_config.values.items() if name.endswith("_token") and isinstance(value, str | dict)]
-    return {name: text for name in names if (text := tokenizer_config.token_text(name)) is not None}

@@ -292,7 +292,6 @@ def test_a_value_out_of_range_is_refused_by_name(parse: Any, changes: dict[str, 
 
 #: What asks for what happens anyway.
 HARMLESS: list[dict[str, Any]] = [
-    {"response_format": {"type": "text"}},
     {"parallel_tool_calls": True},
     {"functions": []},
     {"function_call": "auto"},

@@ -132,6 +132,13 @@ class GenerationRequest(Unserved, kw_only=True):
     cache_control: Any = None
     cache_salt: str | None = None
     nvext: Extension | None = None
+    response_format: Any = None
+    # What vLLM has beyond.
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
     @property
     def cache_markers(self) -> list[Any]:

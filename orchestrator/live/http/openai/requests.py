@@ -23,6 +23,7 @@ from orchestrator.live.http.openai.bodies import (
     Part,
     StreamOptions,
 )
+from orchestrator.live.http.openai.constraints import constraint_of
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.http.reading import check_range, decode
 from orchestrator.live.http.retention import retention_s
@@ -112,6 +113,7 @@ def asked_of(
         limits=_limits(request, output_tokens_max),
         hints=_hints(request),
         report=_report(request, thoughts),
+        constraint=constraint_of(request),
     )
 
 

@@ -1,6 +1,6 @@
 """Fields of OpenAI's API, and of servers like it, that are known and not served: refused unless they ask for what happens anyway.
 
-A client that constrains an answer must not get one that ignores it. What nobody knows is ignored, as everywhere.
+What nobody knows is ignored, as everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
-    response_format: Any = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
@@ -22,11 +21,6 @@ class Unserved(msgspec.Struct, kw_only=True):
     prediction: Any = None
     web_search_options: Any = None
     # What vLLM, SGLang and TGI have beyond.
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None
@@ -43,7 +37,6 @@ class Unserved(msgspec.Struct, kw_only=True):
 
 #: What a field may say besides null, because it is what happens anyway.
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "response_format": ({"type": "text"},),
     "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("auto", "none"),
