@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from orchestrator.live.asked import Conversation
-from orchestrator.live.text.templates import decoded_arguments
+from orchestrator.live.text.templates import Arguments, decoded_arguments
 
 #: Claude Code's first system line differs from request to request; kept, it would end every shared prefix there.
 _BILLING_HEADER = "x-anthropic-billing-header"
@@ -89,9 +89,7 @@ def without_late_systems(conversation: Conversation) -> Conversation:
 
 def shown_call(name: str, arguments: str | Mapping[str, Any] | None, call_id: str | None, kind: str) -> dict[str, Any]:
     """Return a call of an earlier turn as templates read it; arguments may be JSON text, or whatever a model wrote instead."""
-    decoded: Any = arguments or {}
-    if isinstance(decoded, str):
-        decoded = decoded_arguments(decoded)
+    decoded = decoded_arguments(arguments) if isinstance(arguments, str) and arguments else Arguments(arguments or {})
     return {"id": call_id, "type": kind, "function": {"name": name, "arguments": decoded}}
 
 
