@@ -91,7 +91,8 @@ class Generation:
 
     __slots__ = (
         "_cut_off", "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_silent", "_stops", "_tells",
-        "_text_chars", "_tokens_min", "_untold", "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
+        "_text_chars", "_tokens_min", "_untold",
+        "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
     )  # fmt: skip
 
     def __init__(
