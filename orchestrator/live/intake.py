@@ -19,6 +19,7 @@ from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampli
 from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
+from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.checks import Checks
 from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
@@ -27,7 +28,7 @@ from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
-from orchestrator.live.text.styles import make_parser
+from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
 from orchestrator.live.turns import Prompt
@@ -342,6 +343,9 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     opened = _opened(conversation, text, style)
 
     def make() -> AnswerParser | None:
+        if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
+            offered = parameters if tools else None
+            return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
         calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
         return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
 

@@ -137,9 +137,12 @@ class Lives:
 
     blocks_max: int = 1 << 30
     asked: list[Keep] = field(default_factory=list)
+    #: Sessions and what they forked from.
+    begun: list[tuple[SessionId, SessionId]] = field(default_factory=list)
 
     def begins(self, model: ModelName, tenant: TenantId, session: SessionId, parent: SessionId) -> None:
-        """Take note of nothing."""
+        """Take note of it."""
+        self.begun.append((session, parent))
 
     def kept(self, model: ModelName, tenant: TenantId, session: SessionId | None, keep: Keep) -> int:
         """Keep some of it."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orchestrator.core.types import FinishReason
+from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.detokenise import Detokeniser
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.stops import StopStrings
@@ -57,7 +58,7 @@ class Taken:
 
 Piece = Scored | AnswerPart | Reasoning | PromptTold | Taken
 
-AnswerParser = ToolParser | ThinkParser
+AnswerParser = ToolParser | ThinkParser | ChannelParser
 
 
 class AnswerEnd(StrEnum):
@@ -89,8 +90,9 @@ class Generation:
     """
 
     __slots__ = (
-        "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_silent", "_stops", "_tells", "_text_chars",
-        "_tokens_min", "_untold", "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
+        "_cut_off", "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_silent", "_stops", "_tells",
+        "_text_chars", "_tokens_min", "_untold",
+        "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +121,8 @@ class Generation:
         #: Tokens whose text is not out yet, each after the number of characters up to its end.
         self._scores: deque[tuple[int, ScoredToken]] = deque()
         self._text_chars = 0
+        #: It ended within the arguments of a call, and not by the model's will.
+        self._cut_off = False
         self._out_chars = 0
         #: Tokens generated, the ending one included.
         self.tokens = 0
@@ -163,7 +167,7 @@ class Generation:
             self.finish_reason = _ENDS.get(delta.finish, AnswerEnd.STOP)
         if self.stopped:
             self.finish_reason = AnswerEnd.STOP
-        if self.tool and self.finish_reason is AnswerEnd.STOP:
+        if self.tool and not self._cut_off and self.finish_reason is AnswerEnd.STOP:
             self.finish_reason = AnswerEnd.TOOL_CALLS
         if self._tells:
             return [*self._told(delta.tokens[: self.tokens - before], delta.prompt_scores), *pieces]
@@ -205,7 +209,7 @@ class Generation:
 
     @property
     def _thinking(self) -> bool:
-        return isinstance(self._parser, ThinkParser) and self._parser.thinking
+        return isinstance(self._parser, ThinkParser | ChannelParser) and self._parser.thinking
 
     def _flush(self, cut: bool) -> list[Piece]:
         """Return what was kept back when the tokens ended; `cut`: not because the model ended them."""
@@ -224,7 +228,10 @@ class Generation:
         return self._dressed(parts, scores)
 
     def _end_parser(self, cut: bool) -> list[Piece]:
-        return self._dressed([*self._parser.finish(cut)], ()) if self._parser is not None else []
+        if self._parser is None:
+            return []
+        self._cut_off = cut and self._parser.calling
+        return self._dressed([*self._parser.finish(cut)], ())
 
     def _dressed(self, parts: list[AnswerPart | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
         if not self.tool:

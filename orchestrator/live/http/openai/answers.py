@@ -144,7 +144,7 @@ class AnswerWriter(ABC):
                 events += self._special(index, piece)
         if self._untold:
             events.append(self._event(index, self._said("")))
-        return [_padded(event) for event in events] if self._report.padded else events
+        return [padded(event) for event in events] if self._report.padded else events
 
     def opening(self, index: int, usage: Usage) -> bytes:
         """Return the event before a choice's first text; empty if there is none."""
@@ -399,7 +399,7 @@ class CompletionWriter(AnswerWriter):
         return named
 
 
-def _padded(event: bytes) -> bytes:
+def padded(event: bytes) -> bytes:
     """Return an event with OpenAI's field that makes its size one of few."""
     bare = event[: -len(b"}" + _END)] + b',"obfuscation":"'
     return bare + b"x" * (-len(bare) % PADDED_BYTES) + b'"}' + _END
