@@ -32,6 +32,7 @@ ANSWERS = {
     "thoughts": "<think>\nHm.\n</think>\n\nYes.",
     "You hand over.": call("transfer_to_weather"),
     "agent": call("get_weather", city="London"),
+    "a form": '{"name": "Oslo", "people": 717710}',
 }
 
 
@@ -65,6 +66,7 @@ def test_the_agents_sdk(text: ModelText, tmp_path: Path) -> None:
         assert told["deltas"] == "It is warm."
         assert told["usage"] == [3, 21]
         assert told["kept"] == ["It is warm.", "Hello world"]
+        assert told["form"] == ["Oslo", 717710]
 
     play(text, talk)
 
@@ -92,6 +94,19 @@ def test_openais_node_client(text: ModelText, tmp_path: Path) -> None:
         assert told["items"] == ["plain", "Hello world", "plain"]
         assert told["gone"] == 404
         assert told["refused"] == [400, "temperature"]
+
+    play(text, talk)
+
+
+def test_vercels_ai_sdk(text: ModelText, tmp_path: Path) -> None:
+    async def talk(served: Served) -> None:
+        script(served, text)
+        told = await run_program("ai_sdk.mjs", served.url, MODEL, home=tmp_path)
+        assert told["whole"] == told["streamed"] == ["Hello world", 7]
+        assert told["agent"] == ["It is warm.", CALLS]
+        assert told["thoughts"] == ["Hm.", "Yes."]
+        assert told["form"] == {"name": "Oslo", "people": 717710}
+        assert told["refused"] == 400
 
     play(text, talk)
 
