@@ -24,6 +24,7 @@ def call(name: str, **arguments: Any) -> str:
 
 #: What the model says to the first of these that its prompt holds.
 ANSWERS = {
+    "CONTEXT CHECKPOINT COMPACTION": "So far: weft-42.",
     "weft-42": "It printed weft-42.",
     "say what it prints": "<think>\nI run it.\n</think>\n\nI will run it.\n" + call("exec_command", cmd="echo weft-$((6*7))"),
     "plain": "Hello world",
@@ -41,11 +42,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
     return make_model(tmp_path_factory.mktemp("model"), CONTEXT_TOKENS)
 
 
+def prompt_of(text: ModelText, turn: Turn) -> str:
+    return text.tokenizer.decode(list(memoryview(turn.prompt.tokens).cast("I")))
+
+
 def script(served: Served, text: ModelText) -> None:
     """Let the model answer by what its prompt holds."""
 
     def answer(turn: Turn) -> Script:
-        prompt = text.tokenizer.decode(list(memoryview(turn.prompt.tokens).cast("I")))
+        prompt = prompt_of(text, turn)
         return Script([*next(said for word, said in ANSWERS.items() if word in prompt)], cached_tokens=7)
 
     served.driver.script = answer
@@ -127,5 +132,20 @@ def test_codex_runs_a_command_and_tells_what_it_printed(text: ModelText, tmp_pat
         assert first.session is not None
         assert second.session == first.session
         assert second.prompt.hashes[: len(first.prompt.hashes)] == first.prompt.hashes
+
+    play(text, talk)
+
+
+def test_codex_compacts_its_context_and_goes_on(text: ModelText, tmp_path: Path) -> None:
+    async def talk(served: Served) -> None:
+        script(served, text)
+        told = await run_program("codex.mjs", served.url, MODEL, "20000", home=tmp_path)
+        assert told["code"] == 0
+        assert told["failures"] == []
+        assert told["messages"][-1] == "It printed weft-42."
+        asked, compacted, last = served.driver.turns
+        assert {turn.session for turn in (asked, compacted, last)} == {asked.session}
+        assert "CONTEXT CHECKPOINT COMPACTION" in prompt_of(text, compacted)
+        assert "So far: weft-42." in prompt_of(text, last)
 
     play(text, talk)
