@@ -31,6 +31,7 @@ from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
 from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
+from orchestrator.live.text.tools import ToolParser
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
@@ -342,12 +343,17 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     parameters = tool_parameters(tools)
     opened = _opened(conversation, text, style)
 
+    def make_calls() -> ToolParser | None:
+        return make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
+
     def make() -> AnswerParser | None:
         if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
             offered = parameters if tools else None
             return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
-        calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
-        return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
+        if style is ReasoningStyle.NONE:
+            return make_calls()
+        openings = model.tool_style.openings if tools else ()
+        return ThinkParser(opened, make_calls(), asked.report.thoughts, openings, make_calls)
 
     return make
 
