@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from hmac import compare_digest
+from types import MappingProxyType
 from typing import assert_never
 
 from orchestrator.core.blocks import hash_root
-from orchestrator.core.config import ClusterConfig
-from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
+from orchestrator.core.config import ClusterConfig, Named
+from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
 from orchestrator.live.asked import Asked, Conversation, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
@@ -32,6 +33,7 @@ from orchestrator.live.turns import Prompt
 #: Longer session names are hashed down to this many characters.
 _SESSION_CHARS_MAX = 256
 
+NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 ParserMaker = Callable[[], AnswerParser | None]
 
 
@@ -39,7 +41,14 @@ ParserMaker = Callable[[], AnswerParser | None]
 class ServedModel:
     """A model that clients may ask for."""
 
+    #: The model whose pools compute it.
     name: ModelName
+    #: The LoRA adapter that it is changed by; None: none.
+    adapter: AdapterName | None
+    #: What it is called, whichever alias was asked for.
+    label: ModelName
+    #: Names the weights, adapter included; block hashes start from it.
+    fingerprint: str
     text: ModelText
     #: Each tenant's own, so that nobody's prompts push out another's.
     prompts: Mapping[TenantId, PromptTokeniser]
@@ -70,9 +79,16 @@ class Intake:
         config: the cluster's.
         texts: the text side of every model in `config`.
         secret: keys block hashes; the same in all gateways.
+        adapters: the fingerprints of all adapters in `config`.
     """
 
-    def __init__(self, config: ClusterConfig, texts: Mapping[ModelName, ModelText], secret: bytes) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        texts: Mapping[ModelName, ModelText],
+        secret: bytes,
+        adapters: Mapping[str, str] = NO_ADAPTERS,
+    ) -> None:
         self._config = config
         self._secret = secret
         self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
@@ -80,7 +96,12 @@ class Intake:
         gateway = config.gateway
         #: What prompts were made of lately.
         self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
-        self.models = {name: ServedModel(name, text, _prompts(config, name, text, tenants)) for name, text in texts.items()}
+        self.models = {
+            name: ServedModel(name, None, name, text.fingerprint, text, _prompts(config, name, text, tenants))
+            for name, text in texts.items()
+        }
+        #: By every name that clients may use as it is.
+        self._served = {name: self._serving(named, adapters) for name, named in config.names().items()}
 
     # --- names --------------------------------------------------------------------------------------------------------
 
@@ -103,15 +124,22 @@ class Intake:
 
     def model_named(self, name: str) -> ServedModel:
         """Return the model of that name, or else of the longest alias that matches. Raises `ModelUnknown`."""
-        served = self._config.model_named(name)
-        if served is None:
+        if (served := self._served.get(name)) is not None:
+            return served
+        named = self._config.named(name)
+        if named is None:
             raise ModelUnknown(name)
-        return self.models[ModelName(served)]
+        return self._served[named.label]
 
     def model_names(self) -> list[str]:
         """Return the names clients may ask for; aliases that match by their beginning are left out."""
-        aliases = (alias for model in self._config.models.values() for alias in model.aliases)
-        return [*self.models, *(alias for alias in aliases if not alias.endswith("*"))]
+        return list(self._served)
+
+    def _serving(self, named: Named, adapters: Mapping[str, str]) -> ServedModel:
+        model = self.models[named.model]
+        if named.adapter is None:
+            return model
+        return replace(model, adapter=named.adapter, label=named.label, fingerprint=adapters[named.adapter])
 
     def session_named(self, name: str | None) -> SessionId | None:
         """Return the session that clients call so; None for none, or for an empty name."""
@@ -142,6 +170,7 @@ class Intake:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
+        sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
         service_class = asked.hints.service_class or self._config.class_for(tenant)
         return Prepared(asked, model, tenant, session, prompts, sampling, parser, service_class)
 
@@ -191,7 +220,7 @@ class Intake:
         return prompts.adopt(array("I", text).tobytes(), root)
 
     def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
-        return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
+        return hash_root(self._secret, model.fingerprint, f"{tenant}\0{salt}")
 
     def _check_generations(self, asked: Asked) -> None:
         """Refuse a request that is too many in one, before any of them begins."""

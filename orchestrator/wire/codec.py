@@ -14,6 +14,7 @@ from orchestrator.core.types import (
     DEFAULT_TENANT,
     SHARE_MAX,
     SHARE_MIN,
+    AdapterName,
     Assignment,
     BlockHash,
     CostProfile,
@@ -122,6 +123,7 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         stop_token_ids=sampling.stop_token_ids,
+        adapter=sampling.adapter or "",
     )
     if sampling.seed is not None:
         message.seed = sampling.seed
@@ -145,6 +147,7 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         logit_bias=dict(sampling.logit_bias),
+        adapter=AdapterName(sampling.adapter) if sampling.adapter else None,
     )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
+from workers.engines.adapters import PLAIN, AdaptedRows, adapted_rows
 from workers.engines.decodes import Decodes, DecodeSequence, DecodeWay
 from workers.engines.kvpool import KvPool
 from workers.engines.sequences import TokenSequence
@@ -51,6 +52,9 @@ class StepBatch:
     sampled_rows: Tensor | None
     #: Indexes of the slices that sample, in the order of `sampled_rows`: one row each, and one more for each draft.
     sampled_slices: tuple[int, ...]
+    #: Which rows have adapters; and which of the sampled ones, counted among these.
+    adapted: AdaptedRows = ()
+    adapted_sampled: AdaptedRows = ()
 
     @property
     def decode_rows(self) -> int:
@@ -82,6 +86,9 @@ class BatchBuilder:
             token_ids, positions = (np.pad(values, (0, rows - tokens)) for values in (token_ids, positions))
         sampled = self._sampled_rows(slices, sequences, decodes, chunks)
         everything = len(sampled) == rows
+        adapters = self._adapters(slices, sequences, decodes + chunks)
+        sampled_adapters = adapters[[row for row, _ in sampled]] if adapters is not None else None
+        mixed = tokens - sum(slices[number].count for number in chunks[len(few) :])
         return StepBatch(
             rows=rows,
             tokens=tokens,
@@ -93,7 +100,21 @@ class BatchBuilder:
             chunks=self._prompt_chunks(slices, sequences, chunks[len(few) :], tokens),
             sampled_rows=None if everything else self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
             sampled_slices=tuple(dict.fromkeys(number for _, number in sampled)),
+            adapted=self._adapted(adapters, mixed),
+            adapted_sampled=self._adapted(sampled_adapters, len(sampled)),
         )
+
+    @staticmethod
+    def _adapters(slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int]) -> NDArray[np.int64] | None:
+        """Return the rows' adapters; None if none has any."""
+        if all(sequences[number].adapter is None for number in members):
+            return None
+        own = [sequences[number].adapter for number in members]
+        numbers = np.array([PLAIN if adapter is None else adapter for adapter in own], np.int64)
+        return numbers.repeat([slices[number].count for number in members])
+
+    def _adapted(self, adapters: NDArray[np.int64] | None, mixed: int) -> AdaptedRows:
+        return () if adapters is None else adapted_rows(adapters, mixed, self._to_device)
 
     def _rows(
         self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int], chunks: list[int]
@@ -163,6 +184,6 @@ class BatchBuilder:
             first_row += count
         return tuple(found)
 
-    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
+    def _to_device(self, values: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

@@ -15,7 +15,7 @@ from workers.engines.lookup import PromptLookup
 class TokenSequence:
     """One request in an engine."""
 
-    __slots__ = ("counts", "drafted", "ending", "failure", "lookup", "plain", "sampling", "seed", "table", "tokens")
+    __slots__ = ("adapter", "counts", "drafted", "ending", "failure", "lookup", "plain", "sampling", "seed", "table", "tokens")
 
     def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0) -> None:
         #: Prompt and output so far; while a step verifies drafts, those as well.
@@ -25,6 +25,8 @@ class TokenSequence:
         #: Finds what followed the last tokens before; None until something is to be drafted.
         self.lookup: PromptLookup | None = None
         self.sampling = sampling
+        #: The number of its adapter; None: it has none.
+        self.adapter: int | None = None
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
         self.ending = frozenset(sampling.stop_token_ids)

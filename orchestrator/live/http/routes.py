@@ -46,7 +46,7 @@ def make_routes(
 
     def card(name: str) -> dict[str, Any]:
         model = intake.model_named(name)
-        return model_card(name, model.name, started_unix_s, model.text.context_tokens_max)
+        return model_card(name, model, started_unix_s)
 
     def models(request: Request) -> Response:
         intake.tenant_of(_key(request))
