@@ -147,8 +147,9 @@ class Cluster:
         settings = next(entry for entry in self.config.pools if entry.name == name)
         journal = self.config.cluster.journal
         stores = self.place is not None
+        more: dict[str, Any] = {"journal": journal, "stores": stores, "model": self.config.models[settings.model]}
         server = self.servers[node] = NodeServer(
-            settings, [node], incarnation, self.model_dir, self.trust, objects=objects, journal=journal, stores=stores
+            settings, [node], incarnation, self.model_dir, self.trust, objects=objects, **more
         )
         self.addresses[node] = await server.start()
         if stores:
