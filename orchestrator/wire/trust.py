@@ -23,7 +23,7 @@ from orchestrator.core.types import NodeId, StoreId
 from orchestrator.wire import codec
 
 #: Raised by every change after which an older process would misunderstand a newer one.
-PROTOCOL = 4
+PROTOCOL = 5
 TOKEN_METADATA, PROTOCOL_METADATA = "weft-token", "weft-protocol"
 _LABEL = b"weft channel\0"
 _SEAL_BYTES = hashlib.sha256().digest_size

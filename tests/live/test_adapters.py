@@ -8,12 +8,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, NotFoundError
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
-from orchestrator.core.config import AdapterConfig, ClusterConfig, ClusterSettings, ModelConfig
-from orchestrator.core.types import GatewayId, PoolName
+from orchestrator.core.config import AdapterConfig, ClusterConfig, ClusterSettings, ModelConfig, StoreConfig
+from orchestrator.core.types import CostProfile, GatewayId, PoolName
 from orchestrator.fleet.actors import fingerprints_of
 from orchestrator.live.front import Front, HostStore, Membership, NodePlace
 from tests.adapters import adapted_oracle, write_adapter
@@ -27,6 +27,8 @@ OUTPUT_TOKENS = 24
 #: Prompts of each model, and how long they are.
 PROMPTS = 6
 LENGTHS = [5, 40, 70, 130, 200, 260, 300, 90]
+#: What a prompt is expected to cost: more than loading it.
+COSTLY = CostProfile(prefill_token_s=0.01)
 Talk = Callable[[Cluster, httpx.AsyncClient, AsyncOpenAI], Awaitable[None]]
 
 
@@ -133,7 +135,7 @@ def test_all_names_answer_in_one_batch_and_find_their_own_prefixes_alone(adapted
 
 @pytest.mark.slow
 def test_tiers_below_keep_adapters_apart(adapted: Adapted) -> None:
-    config = replace(sized(together("eager"), 40), store=StoreConfig(cpu_bytes=1 << 26))
+    config = replace(sized(together("eager", profile=COSTLY), 40), store=StoreConfig(cpu_bytes=1 << 26))
     prompt = adapted.prompts[-2]
     full = (len(prompt) - 1) // 16 * 16
 

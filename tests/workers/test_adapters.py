@@ -70,6 +70,7 @@ def expected_of(oracles: dict[str | None, Oracle]) -> tuple[list[list[int]], lis
     return prompts, samplings, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_one_batch_has_the_tokens_of_each_adapter_and_of_the_model(tmp_path: Path, family: str) -> None:
     path = tmp_path / family
@@ -90,6 +91,7 @@ def test_one_batch_has_the_tokens_of_each_adapter_and_of_the_model(tmp_path: Pat
         assert written == expected
 
 
+@pytest.mark.slow
 def test_attention_of_a_model_with_experts_is_adapted(tmp_path: Path) -> None:
     path = tmp_path / "moe"
     create_checkpoint(path, "qwen3_moe", 11, layers=2)
@@ -119,6 +121,7 @@ def test_drawn_and_drafted_tokens_are_those_of_the_merged_model(tmp_path: Path, 
     assert conductor.run(prompts * 2, OUTPUT_TOKENS, 5, guesses=expected, samplings=samplings) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [{"dtype": "bfloat16"}, {"weights": WeightFormat.FP8}])
 def test_other_rows_are_as_without_adapters_in_every_format(tmp_path: Path, llama: Path, engine: dict[str, Any]) -> None:
     adapters = {"a": write_adapter(tmp_path / "a", llama, 1), "b": write_adapter(tmp_path / "b", llama, 2)}
@@ -150,6 +153,7 @@ def test_an_adapter_that_is_not_there_fails_its_request_alone(tmp_path: Path, ll
     assert failed == "this node has no adapter 'b'"
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stays_with_its_own_rows(tmp_path: Path, llama: Path) -> None:
     huge = write_adapter(tmp_path / "huge", llama, 1)
     tensors = load_file(huge / "adapter_model.safetensors")
