@@ -141,7 +141,7 @@ def test_rows_are_runs_of_neighbours() -> None:
     assert [(run.first, run.end, run.adapters) for run in runs] == [(0, 4, (0, 2)), (4, 6, (1,)), (7, 8, (1,)), (8, 9, (0,))]
     assert runs[0].foreign is not None
     assert runs[0].foreign[:, :, 0].tolist() == [[True, False], [True, True], [False, True], [True, False]]
-    assert all(run.foreign is None for run in runs[1:])
+    assert [run.foreign for run in runs[1:]] == [None, None, None]
     assert [run.adapters for run in adapted_rows(np.array([1, 1]), 2, to_device) if run.foreign is None] == [(1,)]
     assert adapted_rows(np.array([PLAIN, PLAIN, PLAIN]), 2, to_device) == ()
 
