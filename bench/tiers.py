@@ -7,7 +7,7 @@ First `weft serve` with a model that is large enough for its prefill to be felt:
 same each time; exit code 1 says that they are not.
 
 Then a store and two nodes without engines: a context's bytes, as many as a profile says, into the host's memory, out of it, and
-out of `cmx`, beside one plain copy of as many bytes in the same process, and beside reading the files. What comes from `cmx` must
+out of `cmx`, beside one plain copy of as many bytes here, and beside reading the files. What comes from `cmx` must
 also be checked, and copied once more out of the host's memory: how fast that is done with the same files by a thread on each
 processor, and nothing else to do, is what there is to be had.
 """
@@ -15,6 +15,7 @@ processor, and nothing else to do, is what there is to be had.
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -92,6 +94,7 @@ prefill_token_s = 0.001
 #: KV bytes of a token in the second part: an 8B model's grouped keys and values in FP8 are 64 KiB, a latent one's 4 KiB or so.
 TOKEN_BYTES = 4096
 WAIT_S = 120.0
+SECRET = b"the measurement's"
 #: A context's blocks are offered and loaded this many at a time, as nodes do.
 OFFER_BLOCKS = 1024
 #: Times that each load is measured whose rates are put into a cluster file.
@@ -285,7 +288,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
     size = TOKEN_BYTES * BLOCK_TOKENS
     total = blocks * size
     names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
-    trust, model = Trust(b"the measurement's"), ModelBlocks(ModelName("m"), "bytes", "plain bytes", BLOCK_TOKENS, size)
+    trust, model = Trust(SECRET), ModelBlocks(ModelName("m"), "bytes", "plain bytes", BLOCK_TOKENS, size)
     plain = StoreConfig(cpu_bytes=total + (64 << 20), segment_blocks=SEGMENT_BLOCKS, cmx_bytes=2 * total)
     config = replace(plain, cmx=f"file://{folder}")
     seconds: dict[str, float] = {}
@@ -295,7 +298,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
             end = min(start + (64 << 20), total)
             source.engine.pool[start:end] = np.random.default_rng(start).bytes(end - start)
             target.engine.pool[start:end] = bytes(end - start)  # memory that was never touched is slower to write
-        server = await _begin(1, plain, model, trust, source, target)
+        server = await _begin(1, plain, model, source, target)
         seconds["memcpy"] = min(_timed(lambda: copy_bytes(target.engine.pool, source.engine.pool)) for _ in range(3))
         # Much at once goes past the caches and is faster for it; moves go in pieces, so that they can be followed and stopped.
         seconds[PIECEWISE] = min(_timed(lambda: _copy_pieces(target.engine.pool, source.engine.pool)) for _ in range(3))
@@ -304,7 +307,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
         seconds["cpu to hbm"] = await target.load(names)
         assert bytes(target.engine.pool[-size:]) == bytes(source.engine.pool[-size:])
         await _leave(server, source, target)
-        server = await _begin(2, config, model, trust, source)
+        server = await _begin(2, config, model, source)
         await source.offer(names)
         await _all_stored(server, blocks)
         await _leave(server, source)
@@ -312,7 +315,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
         for start in range(3, 3 + RESTORES):
             taken = {"files": _read_files(folder, target.engine.pool)}
             taken[CHECKED] = _timed(lambda: _check_files(folder, source.engine.pool, target.engine.pool))
-            server = await _begin(start, config, model, trust, target)
+            server = await _begin(start, config, model, target)
             await _all_stored(server, blocks)
             taken["cmx to hbm"] = await target.load(names)
             assert bytes(target.engine.pool[-size:]) == last
@@ -350,13 +353,13 @@ async def measure_rates(block_tokens: int, block_bytes: int, blocks: int, folder
     blocks = blocks // SEGMENT_BLOCKS * SEGMENT_BLOCKS
     names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
     model = ModelBlocks(ModelName("m"), "bytes", "plain bytes", block_tokens, block_bytes)
-    trust, sizes = Trust(b"the measurement's"), (2 * SEGMENT_BLOCKS, blocks)
+    trust, sizes = Trust(SECRET), (2 * SEGMENT_BLOCKS, blocks)
     cpu: dict[int, list[float]] = {size: [] for size in sizes}
     cmx: dict[int, list[float]] = {size: [] for size in sizes}
     store = StoreConfig(cpu_bytes=2 * blocks * block_bytes, segment_blocks=SEGMENT_BLOCKS, cmx=f"file://{folder}")
     with ThreadPoolExecutor(2) as executor:
         mover = Mover("mover", blocks, block_bytes, trust, executor, block_tokens)
-        server = await _begin(1, store, model, trust, mover)
+        server = await _begin(1, store, model, mover)
         await mover.offer(names)
         for turn in range(2 * RATE_ROUNDS):
             cpu[sizes[turn % 2]].append(await mover.load(names[: sizes[turn % 2]]))
@@ -364,7 +367,7 @@ async def measure_rates(block_tokens: int, block_bytes: int, blocks: int, folder
         await _leave(server, mover)
         for start in range(2 * RATE_ROUNDS):
             size = sizes[start % 2]
-            server = await _begin(2 + start, store, model, trust, mover)
+            server = await _begin(2 + start, store, model, mover)
             await _all_stored(server, blocks)
             cmx[size].append(await mover.load(names[:size]))
             await _leave(server, mover)
@@ -380,29 +383,75 @@ def _line(seconds: Mapping[int, Sequence[float]], block_bytes: int) -> tuple[flo
     return rate, max(small_s - small * block_bytes / rate, 0.0)
 
 
-async def _begin(start: int, config: StoreConfig, model: ModelBlocks, trust: Trust, *movers: Mover) -> StoreServer:
+class StoreProcess:
+    """A store in a process of its own, as it always is.
+
+    Raises what its start raises.
+    """
+
+    def __init__(self, start: int, config: StoreConfig, model: ModelBlocks, secret: bytes) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_store_process, args=(theirs, start, config, model, secret), daemon=True)
+        self._process.start()
+        theirs.close()
+        #: Where it listens; its memory is taken by then.
+        self.address = cast(str, self._asked("address"))
+
+    @property
+    def segments(self) -> int:
+        """Segments that it knows to be in `cmx`."""
+        return cast(int, self._asked("segments"))
+
+    def stop(self) -> None:
+        """End it, and wait for that."""
+        self._asked("stop")
+        self._process.join(WAIT_S)
+
+    def _asked(self, what: str) -> object:
+        self._pipe.send(what)
+        if not self._pipe.poll(WAIT_S):
+            raise TimeoutError(f"the store does not say {what}")
+        return self._pipe.recv()
+
+
+def _store_process(pipe: "Connection[Any, Any]", start: int, config: StoreConfig, model: ModelBlocks, secret: bytes) -> None:
+    asyncio.run(_serve_store(pipe, start, config, model, Trust(secret)))
+
+
+async def _serve_store(pipe: "Connection[Any, Any]", start: int, config: StoreConfig, model: ModelBlocks, trust: Trust) -> None:
     server = StoreServer(StoreId("s"), start, config, [model], trust)
-    place = StorePlace(StoreId("s"), await server.start())
-    for mover in movers:
-        mover.tiers.use(place)
-        assert await mover.tiers.wait_attached(10)
+    address = await server.start()
     await server.populated()
-    return server
+    try:
+        while (what := await asyncio.to_thread(pipe.recv)) != "stop":
+            pipe.send(address if what == "address" else server.driver.load(ModelName("m")).segments)
+    finally:
+        await server.stop()
+        pipe.send("stopped")
 
 
-async def _all_stored(server: StoreServer, blocks: int) -> None:
+async def _begin(start: int, config: StoreConfig, model: ModelBlocks, *movers: Mover) -> StoreProcess:
+    store = await asyncio.to_thread(StoreProcess, start, config, model, SECRET)
+    for mover in movers:
+        mover.tiers.use(StorePlace(StoreId("s"), store.address))
+        assert await mover.tiers.wait_attached(10)
+    return store
+
+
+async def _all_stored(store: StoreProcess, blocks: int) -> None:
     """Wait until a store knows all segments of a context to be in `cmx`."""
     for _ in range(int(WAIT_S / 0.05)):
-        if server.driver.load(ModelName("m")).segments >= blocks // SEGMENT_BLOCKS:
+        if store.segments >= blocks // SEGMENT_BLOCKS:
             return
         await asyncio.sleep(0.05)
     raise TimeoutError("the context does not get into cmx")
 
 
-async def _leave(server: StoreServer, *movers: Mover) -> None:
+async def _leave(store: StoreProcess, *movers: Mover) -> None:
     for mover in movers:
         mover.tiers.use(None)
-    await server.stop()
+    await asyncio.to_thread(store.stop)
 
 
 def _copy_pieces(target: memoryview, source: memoryview) -> None:

@@ -50,6 +50,7 @@ from orchestrator.core.events import (
     StepFailed,
     StepFinished,
 )
+from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.node.node import Node
 from orchestrator.core.silence import HEARTBEATS
 from orchestrator.core.timers import NodeTimer
@@ -161,6 +162,8 @@ class NodeDriver:
         self._journal = journal
         self._core = Node(spec, scheduler)
         self._engine = engine
+        #: How evenly the experts of this node's group are spread, if it speaks for that.
+        self.experts: ExpertBalance | None = None
         self._description = engine.description
         self._runner = open_runner(engine, self._on_step_finished, self._on_step_failed, fatal)
         size = self._description.block_bytes
@@ -603,10 +606,12 @@ class NodeDriver:
     @property
     def load(self) -> Load:
         """The node's state now."""
-        load, beats = self._core.load(), self._engine.beats
-        if beats is None:
-            return load
-        return replace(load, beats=beats.beats, beats_missed=beats.missed, beat_late_s=beats.late_s)
+        load, beats, routing = self._core.load(), self._engine.beats, self._engine.routing
+        if beats is not None:
+            load = replace(load, beats=beats.beats, beats_missed=beats.missed, beat_late_s=beats.late_s)
+        if routing is not None:
+            load = replace(load, split=replace(routing.load, experts=self.experts))
+        return load
 
     @property
     def _quiet(self) -> bool:

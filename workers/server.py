@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from orchestrator.core.config import ModelConfig, PoolConfig
-from orchestrator.core.experts import Placement
+from orchestrator.core.experts import ExpertBalance, Placement
 from orchestrator.core.types import Load, NodeId, NodeSpec, PoolKind
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.journal import NodeHeader, open_journal
@@ -162,6 +162,10 @@ class NodeServer:
         """Route a layer's rows by another placement, which all FFN ranks have prepared."""
         for routing in self._routings:
             routing.use(layer, version, placement)
+
+    def tell_balance(self, balance: ExpertBalance | None) -> None:
+        """Have the first of these nodes tell gateways how evenly its group's experts are spread; any thread may call it."""
+        self.drivers[self._nodes[0]].experts = balance
 
     async def drain(self, seconds: float) -> bool:
         """Take nothing new and let what runs end. Returns False if some did not end in time."""

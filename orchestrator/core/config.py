@@ -278,6 +278,12 @@ class GatewayConfig:
     #: Blocks of sessions' last prompts whose names are kept, so that harnesses can speak of them (`weft.cache.v1`); tenants share
     #: equally. About 60 bytes each, most of them in common with what is kept of prompts.
     chain_blocks_max: int = 1_000_000
+    #: Responses kept (`/v1/responses`), so that a next turn can go on from them; tenants share equally.
+    responses_max: int = 100_000
+    #: Bytes of all of them together.
+    responses_bytes_max: int = 1024 * 1024 * 1024
+    #: Seconds for which a response is kept after its last use.
+    responses_s_max: float = 86_400.0
     #: Custom Ray resources one gateway asks for.
     resources: Mapping[str, float] = field(default_factory=lambda: {})
 
@@ -289,7 +295,7 @@ class GatewayConfig:
         require(self.body_bytes_max > 0, "body_bytes_max", f"must be over 0, is {self.body_bytes_max}")
         require(bool(self.cert) == bool(self.key), "cert", "cert and key must be given together")
         require(self.generations_max > 0, "generations_max", f"must be over 0, is {self.generations_max}")
-        for name in ("prompts_cached_max", "chain_blocks_max"):
+        for name in ("prompts_cached_max", "chain_blocks_max", "responses_max", "responses_bytes_max", "responses_s_max"):
             require(getattr(self, name) > 0, name, f"must be over 0, is {getattr(self, name)}")
 
     @property

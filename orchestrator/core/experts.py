@@ -65,6 +65,20 @@ class Move:
     placement: Placement
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertBalance:
+    """How evenly a group's experts are spread, and what moving them has brought.
+
+    Either imbalance is the mean over the layers whose loads are known, by what experts had to do lately.
+    """
+
+    #: Layers placed anew since the beginning.
+    moves: int
+    #: As they are placed now, and as they were placed at first.
+    imbalance: float
+    imbalance_first: float
+
+
 class ExpertBalancer:
     """Decides which layer's experts move next, one layer at a time.
 
@@ -77,6 +91,7 @@ class ExpertBalancer:
     def __init__(self, placements: Mapping[int, Placement], slots: int, imbalance_max: float) -> None:
         self._slots = slots
         self._imbalance_max = imbalance_max
+        self._first = dict(placements)
         self._placements = dict(placements)
         self._versions = dict.fromkeys(placements, 0)
         self._loads: dict[int, list[float]] = {}
@@ -108,9 +123,23 @@ class ExpertBalancer:
 
     def imbalance_of(self, layer: int) -> float:
         """Return a layer's imbalance as it is placed now; 0 while too little is known of its loads."""
+        return imbalance(self._loads[layer], self._placements[layer]) if self._known(layer) else 0.0
+
+    @property
+    def balance(self) -> ExpertBalance | None:
+        """How evenly experts are spread; None while too little is known of every layer's loads."""
+        known = [layer for layer in self._loads if self._known(layer)]
+        if not known:
+            return None
+        now, first = (
+            sum(imbalance(self._loads[layer], placements[layer]) for layer in known) / len(known)
+            for placements in (self._placements, self._first)
+        )
+        return ExpertBalance(sum(self._versions.values()), now, first)
+
+    def _known(self, layer: int) -> bool:
         loads = self._loads[layer]
-        known = sum(loads) >= PICKS_MIN * len(loads)
-        return imbalance(loads, self._placements[layer]) if known else 0.0
+        return sum(loads) >= PICKS_MIN * len(loads)
 
 
 def copies_of(placement: Placement) -> Mapping[int, int]:

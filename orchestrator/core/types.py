@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
+from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.making import quickly_made
 from orchestrator.core.outlook import Outlook
 
@@ -359,6 +360,19 @@ class TenantLoad:
     queued_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class SplitLoad:
+    """What the two halves of split decode did for a node since its start."""
+
+    #: Seconds that it computed, all but what FFN ranks do; and that FFN ranks computed for it, all of them together.
+    attention_s: float = 0.0
+    ffn_s: float = 0.0
+    #: FFN ranks of its group for each attention rank.
+    ffn_ranks: float = 0.0
+    #: Of the node that speaks for its group, once experts' loads are known.
+    experts: ExpertBalance | None = None
+
+
 @quickly_made
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -395,6 +409,8 @@ class Load:
     beats: int = 0
     beats_missed: int = 0
     beat_late_s: float = 0.0
+    #: None of a node whose attention and FFN are not split.
+    split: SplitLoad | None = None
 
 
 class MoveFailure(StrEnum):

@@ -86,7 +86,7 @@ class GroupProcess(NodeProcess):
         self._ffn = [self._actor(FfnProcess, bundles, first_ffn + rank) for rank in range(split.ffn)]
         starts = [actor.start.remote(config, self._part, rank) for rank, actor in enumerate(self._ffn)]
         addresses: list[str] = ray.get(starts, timeout=START_S)
-        places = SplitPlaces(tuple(addresses), split.spare_slots, split.microbatches, split.silent_s)
+        places = SplitPlaces(tuple(addresses), split.spare_slots, split.microbatches, split.silent_s, first_ffn)
         parts = [Part(self._part.pool, self._part.number + place, (node,)) for place, node in enumerate(self._part.nodes)][1:]
         self._followers = [
             self._actor(NodeProcess, bundles, place, part, self._incarnation) for place, part in enumerate(parts, start=1)
@@ -147,6 +147,7 @@ class GroupProcess(NodeProcess):
             try:
                 others: list[list[list[int]]] = ray.get([one.take_picks.remote() for one in self._followers], timeout=ASK_S)
                 balancer.observe(added_up([self.take_picks(), *others]))
+                self._serving.tell_balance(balancer.balance)
                 self._move_experts(balancer)
             except (RayError, TimeoutError) as error:
                 if not self._ended.is_set():
@@ -161,6 +162,7 @@ class GroupProcess(NodeProcess):
             ray.get([actor.use_experts.remote(*step) for actor in self._followers], timeout=ASK_S)
             self.use_experts(*step)
             balancer.moved(move)
+            self._serving.tell_balance(balancer.balance)
             after = balancer.imbalance_of(move.layer)
             log.info(
                 "experts of layer %d moved in %.2f s: imbalance %.2f, was %.2f",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.core.types import Sampling, ServiceClass
+from orchestrator.core.types import GatewayId, Sampling, ServiceClass
 
 #: What a number of 32 bits holds: more tokens than any vocabulary has.
 TOP_K_MAX = (1 << 31) - 1
@@ -101,6 +101,18 @@ _AS_EVER = Thinking()
 
 
 @dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """A place in a conversation up to which its prompt is to be kept."""
+
+    #: For how long.
+    seconds: float
+    #: The message, or the tool, that it is in; counted from 0.
+    place: int
+    #: Characters of the message's content before it; None: it is behind the tool.
+    chars: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages that a chat template makes a prompt of; see `text/conversations.py` for how both lists look."""
 
@@ -115,6 +127,8 @@ class Conversation:
     continues: bool = False
     tool_use: ToolUse = _AS_IT_LIKES
     thinking: Thinking = _AS_EVER
+    #: Up to which its prompt is to be kept, in order, longest first.
+    breakpoints: Sequence[Breakpoint] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +166,8 @@ class Hints:
     cache_salt: str = ""
     #: Seconds for which to keep the prompt's cached blocks, within the tenant's quota; 0: as long as there is room.
     retention_s: float = 0.0
+    #: The gateway that keeps what it goes on from; None: it brings all of it.
+    gateway: GatewayId | None = None
     #: Of class cadence: the longest beat, in seconds, that serves it; 0: any.
     beat_s_max: float = 0.0
 
@@ -166,6 +182,8 @@ class Report:
     usage: bool = False
     #: Thoughts are told, apart from the answer.
     thoughts: bool = True
+    #: But not what they say.
+    withholds_thoughts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +199,8 @@ class Asked:
     report: Report = field(default_factory=Report)
     #: None: it may be anything.
     constraint: Constraint | None = None
+    #: What the dialect that made it has to know again when it writes the answer; nobody else looks at it.
+    origin: object = None
 
     @property
     def generations(self) -> int:

@@ -49,6 +49,14 @@ class TurnRecorder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Tokens at a prompt's beginning that stay cached for some time."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer, all its choices together; a prompt counts once."""
 
@@ -58,6 +66,8 @@ class Usage:
     completion_tokens: int
     #: Those of the completion that are thoughts.
     reasoning_tokens: int = 0
+    #: What is kept because the request asked for it.
+    kept: Sequence[Kept] = ()
 
 
 @dataclass(slots=True)
@@ -100,12 +110,14 @@ class Choices:
         name: what clients, logs and traces call it.
     """
 
-    __slots__ = ("_choices", "_name", "_prepared")
+    __slots__ = ("_choices", "_name", "_prepared", "kept")
 
     def __init__(self, prepared: Prepared, name: str) -> None:
         self._prepared = prepared
         self._name = name
         self._choices: list[Choice] = []
+        #: What is kept of their prompts.
+        self.kept: Sequence[Kept] = ()
 
     def start(self, driver: TurnDriver, metrics: TurnMetrics, recorder: TurnRecorder | None) -> None:
         """Start all of them. Whoever calls this calls `cancel` in the end, whatever happens."""
@@ -190,6 +202,7 @@ class Choices:
             cached_tokens=sum(choice.generation.cached_tokens for choice in choices[::samples]),
             completion_tokens=sum(choice.generation.tokens for choice in choices),
             reasoning_tokens=sum(choice.generation.reasoning_tokens for choice in choices),
+            kept=self.kept,
         )
 
 

@@ -36,9 +36,8 @@ from orchestrator.core.hints import (
 from orchestrator.core.types import BlockHash, Lease, LeaseId, ModelName, SessionId, TenantId, Tier
 from orchestrator.live.asked import Asked
 from orchestrator.live.chains import Chain
-from orchestrator.live.intake import Intake, ServedModel
+from orchestrator.live.intake import Intake, Keep, ServedModel
 from orchestrator.live.refusals import Invalid, ModelUnknown
-from orchestrator.live.turns import Prompt
 from orchestrator.wire import cache_pb2
 from orchestrator.wire.cache_codec import OUTCOMES_TOLD, TIERS, TIERS_TOLD
 
@@ -53,8 +52,10 @@ WATCH_S = 0.1
 WATCHES_MAX = 64
 CHANGES_MAX = 1024
 
-#: Prompts that requests asked to be kept and whose leases are known by session.
+#: Prompts that requests asked to be kept and whose leases are known, by session or by what they end with.
 KEPT_MAX = 65_536
+#: A session has one lease for times up to this, and one for longer ones.
+SHORT_S_MAX = 300.0
 #: Seconds up to which a prompt that a request asks to be kept is kept in hbm.
 NEAR_S_MAX = 3600.0
 _LOWEST_FIRST = (Tier.CMX, Tier.CPU, Tier.HBM)
@@ -184,8 +185,9 @@ class HintDesk:
         self._peers = peers
         self._parse_chat = parse_chat
         self._block_tokens = block_tokens
-        #: Leases of prompts that requests asked to be kept: by session, or by its last block where there is none; oldest first.
-        self._kept: dict[tuple[TenantId, ModelName, SessionId | BlockHash], LeaseId] = {}
+        #: Leases of prompts that requests asked to be kept: by session, or by its last block where there is none, and by whether
+        #: for long; oldest first.
+        self._kept: dict[tuple[TenantId, ModelName, SessionId | BlockHash, bool], LeaseId] = {}
         #: Streams by tenant.
         self._watches: dict[TenantId, int] = {}
 
@@ -337,25 +339,25 @@ class HintDesk:
         receipt = self._driver.ask(hint)
         self._metrics.hinted(hint.verb, receipt.outcome, receipt.reason)
 
-    def kept(
-        self, model: ModelName, tenant: TenantId, session: SessionId | None, prompts: Sequence[Prompt], seconds: float
-    ) -> None:
-        """Keep prompts for a while, a session's last one by one lease that moves with it; for long on the lowest tier."""
+    def kept(self, model: ModelName, tenant: TenantId, session: SessionId | None, keep: Keep) -> int:
+        """Keep a prompt's beginning for a while, for long on the lowest tier; return how many of its blocks are kept.
+
+        The lease moves: with its session, or else with a prompt that goes on from the one that it was for.
+        """
+        seconds, lasts = keep.seconds, keep.seconds > SHORT_S_MAX
         has_tier = self._driver.hints.leases.has_tier
         tier = next(filter(has_tier, _LOWEST_FIRST), Tier.HBM) if seconds > NEAR_S_MAX else Tier.HBM
-        for prompt in prompts[-1:] if session is not None else prompts:
-            if not prompt.hashes:
-                continue
-            key = tenant, model, session or prompt.hashes[-1]
-            former = self._kept.pop(key, None)
-            known = former is not None and self._driver.hints.leases.get(former, tenant) is not None
-            hint = Hint(Verb.PIN, tenant, uuid.uuid4().hex, "0", model, session, prompt.hashes, tier=tier, ttl_s=seconds)
-            receipt = self._driver.ask(replace(hint, lease=former if known else None))
-            self._metrics.hinted(hint.verb, receipt.outcome, receipt.reason)
-            if receipt.lease is not None:
-                self._kept[key] = receipt.lease
+        names: Iterable[SessionId | BlockHash] = (session,) if session is not None else reversed(keep.hashes)
+        former = next((self._kept.pop(key) for name in names if (key := (tenant, model, name, lasts)) in self._kept), None)
+        known = former is not None and self._driver.hints.leases.get(former, tenant) is not None
+        hint = Hint(Verb.PIN, tenant, uuid.uuid4().hex, "0", model, session, keep.hashes, tier=tier, ttl_s=seconds)
+        receipt = self._driver.ask(replace(hint, lease=former if known else None))
+        self._metrics.hinted(hint.verb, receipt.outcome, receipt.reason)
+        if receipt.lease is not None:
+            self._kept[tenant, model, session or keep.hashes[-1], lasts] = receipt.lease
         while len(self._kept) > KEPT_MAX:
             del self._kept[next(iter(self._kept))]
+        return receipt.blocks
 
     def ends(self, model: ModelName, tenant: TenantId, session: SessionId) -> None:
         """Nothing more comes of a session."""

@@ -8,26 +8,27 @@ Knows neither HTTP nor gRPC: what cannot be served raises `Refused`, and each wa
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from hmac import compare_digest
 from types import MappingProxyType
-from typing import assert_never
+from typing import Any, assert_never
 
 from orchestrator.core.blocks import hash_root
 from orchestrator.core.config import ClusterConfig, Named
 from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Conversation, Texts, ToolUse
+from orchestrator.live.asked import Asked, Breakpoint, Conversation, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.conversations import tool_parameters
 from orchestrator.live.text.generation import AnswerParser
 from orchestrator.live.text.models import ModelText
+from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
+from orchestrator.live.text.styles import make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
-from orchestrator.live.text.tools import make_parser
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
@@ -55,6 +56,17 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """A prompt's beginning that is to be kept."""
+
+    #: Its blocks: at least one.
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    #: Tokens in all of them.
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A request of which nothing is left to check: what its turns are made of."""
 
@@ -70,6 +82,8 @@ class Prepared:
     parser: ParserMaker
     #: As asked, or else the tenant's.
     service_class: ServiceClass
+    #: What of the prompts is to be kept, longest first.
+    keeps: Sequence[Keep] = ()
 
 
 class Intake:
@@ -96,6 +110,7 @@ class Intake:
         gateway = config.gateway
         #: What prompts were made of lately.
         self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
+        self._block_tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in texts}
         self.models = {
             name: ServedModel(name, None, name, text.fingerprint, text, _prompts(config, name, text, tenants))
             for name, text in texts.items()
@@ -154,10 +169,12 @@ class Intake:
         self._check_generations(asked)
         _check_constraints(asked)
         salt = asked.hints.cache_salt
+        keeps: Sequence[Keep] = ()
         match asked.prompt:
             case Conversation() as conversation:
-                text = _rendered(conversation, model)
+                text = _rendered(conversation, model, asked.report.thoughts)
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed=False)]
+                keeps = self._keeps(conversation, model, tenant, text, prompts[0])
                 parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
             case Texts(texts):
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed=True) for text in texts]
@@ -172,7 +189,42 @@ class Intake:
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
         service_class = asked.hints.service_class or self._config.class_for(tenant)
-        return Prepared(asked, model, tenant, session, prompts, sampling, parser, service_class)
+        if asked.hints.retention_s:  # a session's last prompt goes on from those before
+            kept = prompts[-1:] if session is not None else prompts
+            keeps = [self._keep(model, one, len(one.hashes), asked.hints.retention_s) for one in kept if one.hashes]
+        return Prepared(asked, model, tenant, session, prompts, sampling, parser, service_class, keeps)
+
+    async def count(self, asked: Asked, model: ServedModel, tenant: TenantId) -> int:
+        """Return how many tokens a request's prompts have, however long they are. Raises `Invalid`."""
+        self._check_generations(asked)
+        _check_constraints(asked)
+        prompt, salt = asked.prompt, asked.hints.cache_salt
+        texts = [_rendered(prompt, model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
+        prefixed = isinstance(prompt, Texts)
+        return sum([(await self.encode(model, text, tenant, None, salt, prefixed)).count for text in texts])
+
+    def _keeps(
+        self, conversation: Conversation, model: ServedModel, tenant: TenantId, text: str, prompt: Prompt
+    ) -> Sequence[Keep]:
+        """Return the beginnings that a conversation's breakpoints mean: for each time the longest one."""
+        sought = list({one.seconds: one for one in conversation.breakpoints}.values())
+        last = len(conversation.messages) - 1
+        inner = [one for one in sought if not _ends(conversation, one, last)]
+        ends = dict(
+            zip(inner, places(model.text.template, text, conversation, _variables(conversation, model), inner), strict=True)
+        )
+        keeps: list[Keep] = []
+        for one in sought:
+            blocks = len(prompt.hashes)
+            if one in ends:
+                tokens = model.prompts[tenant].tokens_before(text, ends[one], prompt.hash_root)
+                blocks = tokens // self._block_tokens[model.name]
+            if blocks:
+                keeps.append(self._keep(model, prompt, blocks, one.seconds))
+        return keeps
+
+    def _keep(self, model: ServedModel, prompt: Prompt, blocks: int, seconds: float) -> Keep:
+        return Keep(prompt.hashes[:blocks], blocks * self._block_tokens[model.name], seconds)
 
     async def beginning(self, asked: Asked, model: ServedModel, tenant: TenantId) -> Prompt:
         """Return the prompt that other requests may go on from: a conversation without the opening of an answer, or one text.
@@ -182,7 +234,7 @@ class Intake:
         salt = asked.hints.cache_salt
         match asked.prompt:
             case Conversation() as conversation:
-                text = _rendered(replace(conversation, opens_answer=False, continues=False), model)
+                text = _rendered(replace(conversation, opens_answer=False, continues=False), model, asked.report.thoughts)
                 return await self.encode(model, text, tenant, None, salt, prefixed=False)
             case Texts(texts):
                 return await self.encode(model, texts[0], tenant, None, salt, prefixed=True)
@@ -230,15 +282,25 @@ class Intake:
             raise Invalid(problem, "too_many_generations", "n")
 
 
-def _rendered(conversation: Conversation, model: ServedModel) -> str:
-    one, template, style = conversation, model.text.template, model.text.reasoning_style
-    variables = {**thinking_variables(one.thinking, template), **one.variables}
+def _ends(conversation: Conversation, one: Breakpoint, last: int) -> bool:
+    """Return whether a breakpoint is where its conversation ends."""
+    return one.place == last and one.chars == len(str(conversation.messages[last].get("content", "")))
+
+
+def _variables(conversation: Conversation, model: ServedModel) -> dict[str, Any]:
+    """Return what a model's template is told besides messages and tools."""
+    return {**thinking_variables(conversation.thinking, model.text.template), **conversation.variables}
+
+
+def _rendered(conversation: Conversation, model: ServedModel, thoughts_told: bool) -> str:
+    """Return a conversation as text. Raises `Invalid`, also where thoughts would be told that are not wanted."""
+    one, variables, style = conversation, _variables(conversation, model), model.text.reasoning_style
     try:
-        text = template.render(one.messages, one.tools, variables, one.opens_answer, one.continues)
+        text = model.text.template.render(one.messages, one.tools, variables, one.opens_answer, one.continues)
     except TemplateFailed as error:
         raise Invalid(str(error), "invalid_messages", "messages") from error
     thinks = one.opens_answer and style.opened_by(text)
-    refused = thinks and one.thinking.unwanted
+    refused = thinks and thoughts_told and one.thinking.unwanted
     require(not refused, one.thinking.field, "this model's chat template begins thoughts all the same: it has no switch for them")
     return text
 
@@ -251,7 +313,7 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     opened = style.opened_by(text, continued)
 
     def make() -> AnswerParser | None:
-        calls = make_parser(model.tool_style, parameters) if tools else None
+        calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
         return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
 
     return make
@@ -265,7 +327,9 @@ def _no_parser() -> None:
 def _check_length(model: ModelText, prompt: Prompt) -> None:
     most = model.context_tokens_max
     if prompt.count >= most:
-        problem = f"this model's maximum context length is {most} tokens, and the prompt has {prompt.count} already"
+        # In the words that clients of either kind look for.
+        long = f"the prompt is too long: {prompt.count} tokens > {most - 1} maximum"
+        problem = f"this model's maximum context length is {most} tokens, and {long}"
         raise Invalid(problem, "context_length_exceeded", "messages")
     if prompt.count == 0:
         raise Invalid("the prompt is empty", "invalid_value", "messages")
@@ -274,7 +338,7 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
 def _check_constraints(asked: Asked) -> None:
     """Refuse what would bind the answer: it is not served yet."""
     use = asked.prompt.tool_use if isinstance(asked.prompt, Conversation) else ToolUse()
-    field = use.field if use.forced else asked.constraint.field if asked.constraint is not None else None
+    field = use.field if use.forced or not use.parallel else asked.constraint.field if asked.constraint is not None else None
     require(field is None, field or "", "an answer cannot be constrained, nor a call forced")
 
 

@@ -51,6 +51,7 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     ServiceClass,
+    SplitLoad,
     StoreCounts,
     StoredModel,
     StoreId,
@@ -76,6 +77,8 @@ NO_POOL = "none"
 
 #: Where cached tokens are told to be from beside the tiers: another node.
 PEER = "peer"
+#: The two halves of split decode.
+ATTENTION, FFN = "attention", "ffn"
 #: What stores count in blocks, and is told as such; what was forgotten is told with what nodes forgot.
 STORE_EVENTS = tuple(item.name for item in fields(StoreCounts) if item.name not in ("failures", "cpu_evicted", "cmx_evicted"))
 #: Reasons of a store's failures that are told apart.
@@ -203,6 +206,7 @@ class NodeState:
             accepted_tokens=load.accepted_tokens,
             beats=load.beats,
             beats_missed=load.beats_missed,
+            split=load.split,
         )
 
 
@@ -288,6 +292,9 @@ class Metrics(Collector):
         self._beat_jitter = Distributions(JITTER_BOUNDS)
         self._beats: Tally[Labels] = Tally()
         self._beats_missed: Tally[Labels] = Tally()
+        #: Of nodes of split decode: seconds that either half computed, and layers whose experts were placed anew.
+        self._halves: dict[Labels, float] = {}
+        self._expert_moves: Tally[Labels] = Tally()
         self._move = Distributions(MOVE_BOUNDS)
         self._moved_bytes: Tally[Labels] = Tally()
         #: Calls that nodes refused, and how many of them each last told of; frames that meant nothing.
@@ -386,7 +393,8 @@ class Metrics(Collector):
         exporters = [gateways[place % len(gateways)] if gateways else None for place in range(len(nodes))]
         self._first = not gateways or self._gateway == min(gateways)
         self._foreign = frozenset(node for node, by in zip(nodes, exporters, strict=True) if by != self._gateway)
-        for tally in (self._parts, self._computed_tokens, self._regretted_tokens):
+        tallies = (self._parts, self._computed_tokens, self._regretted_tokens, self._halves, self._expert_moves)
+        for tally in tallies:
             for labels in [labels for labels in tally if labels[0] not in nodes]:
                 del tally[labels]
 
@@ -507,6 +515,7 @@ class Metrics(Collector):
         if state is None:
             return
         self._count_beats(event.node, state, event.load)
+        self._count_halves(event.node, state, event.load.split)
         state.load = event.load
         for first in event.first_tokens:
             flight = self._flights.get(request_of(first.request))
@@ -525,6 +534,17 @@ class Metrics(Collector):
             self._beats_missed[node, state.pool] += load.beats_missed - state.load.beats_missed
             if node not in self._foreign:
                 self._beat_jitter.child(state.pool).observe(load.beat_late_s)
+
+    def _count_halves(self, node: NodeId, state: NodeState, split: SplitLoad | None) -> None:
+        """Count what either half of a node did since its last report."""
+        if split is None:
+            return
+        before = state.load.split or SplitLoad()
+        for part, seconds in ((ATTENTION, split.attention_s - before.attention_s), (FFN, split.ffn_s - before.ffn_s)):
+            self._halves[node, state.pool, part] = self._halves.get((node, state.pool, part), 0.0) + seconds
+        if split.experts is not None:
+            moves = before.experts.moves if before.experts is not None else 0
+            self._expert_moves[node, state.pool] += split.experts.moves - moves
 
     def _on_part_ended(self, node: NodeId, pool: PoolName, ended: Ended) -> None:
         """Count what a node did for one request; a generating node's report includes what was computed for it elsewhere."""
@@ -646,6 +666,7 @@ class Metrics(Collector):
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
         yield _counter("weft_speculation_tokens", "Tokens drafted and verified on a node.", ("node", "outcome"), drafted)
         yield from self._beat_families()
+        yield from self._split_families()
         where = ("node", "pool")
         yield _counter("weft_node_requests", "Parts of requests that ended on a node.", where, self._parts)
         text = "Tokens of prompts and outputs that a node computed for ended requests."
@@ -672,6 +693,34 @@ class Metrics(Collector):
         yield _counter("weft_beats_missed", text, names, {labels: self._beats_missed[labels] for labels in beats})
         text = "How long after its beat a step began, of a step at each load report."
         yield self._beat_jitter.family("weft_beat_jitter_seconds", text, ("pool",))
+
+    def _split_families(self) -> Iterable[Metric]:
+        """Yield what the halves of split decode do, and how evenly experts are spread over FFN ranks."""
+        seconds: dict[Labels, float] = {}
+        ranks: dict[Labels, float] = {}
+        moves: dict[Labels, float] = {}
+        uneven: dict[Labels, float] = {}
+        for node, state in self._exported():
+            split, where = state.load.split, (node, state.pool)
+            for part in (ATTENTION, FFN):
+                if (*where, part) in self._halves:
+                    seconds[*where, part] = self._halves[*where, part]
+            if where in self._expert_moves:
+                moves[where] = self._expert_moves[where]
+            if split is None or not state.up:
+                continue
+            ranks[*where, ATTENTION], ranks[*where, FFN] = 1, split.ffn_ranks
+            if split.experts is not None:
+                uneven[*where, "now"], uneven[*where, "first"] = split.experts.imbalance, split.experts.imbalance_first
+        names = ("node", "pool")
+        text = "Seconds that a node of split decode computed attention, and that FFN ranks computed for it, all together."
+        yield _counter("weft_afd_seconds", text, (*names, "part"), seconds)
+        yield _gauge(
+            "weft_afd_ranks", "Ranks that may compute so; FFN ranks as its group has them a node.", (*names, "part"), ranks
+        )
+        text = "How much more than the mean the busiest FFN rank has to do, as experts are placed now and as they were at first."
+        yield _gauge("weft_expert_imbalance", text, (*names, "placement"), uneven)
+        yield _counter("weft_expert_moves", "Times that a layer's experts were placed anew.", names, moves)
 
     def _tier_families(self) -> Iterable[Metric]:
         """Yield how full each tier of each holder is, and what it forgets."""

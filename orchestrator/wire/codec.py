@@ -9,6 +9,7 @@ from functools import lru_cache
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
     DEFAULT_TENANT,
@@ -32,6 +33,7 @@ from orchestrator.core.types import (
     Role,
     Sampling,
     SessionId,
+    SplitLoad,
     StoredRun,
     TenantId,
     TenantLoad,
@@ -495,7 +497,17 @@ def load_message(load: Load) -> node_pb2.Load:
         beats=load.beats,
         beats_missed=load.beats_missed,
         beat_late_s=load.beat_late_s,
+        split=_split_message(load.split) if load.split is not None else None,
     )
+
+
+def _split_message(split: SplitLoad) -> node_pb2.SplitLoad:
+    experts = split.experts
+    told = node_pb2.SplitLoad(attention_s=split.attention_s, ffn_s=split.ffn_s, ffn_ranks=split.ffn_ranks)
+    if experts is not None:
+        told.experts.moves, told.experts.imbalance = experts.moves, experts.imbalance
+        told.experts.imbalance_first = experts.imbalance_first
+    return told
 
 
 def load_from(message: node_pb2.Load) -> Load:
@@ -521,7 +533,14 @@ def load_from(message: node_pb2.Load) -> Load:
         beats=message.beats,
         beats_missed=message.beats_missed,
         beat_late_s=message.beat_late_s,
+        split=_split_from(message.split) if message.HasField("split") else None,
     )
+
+
+def _split_from(message: node_pb2.SplitLoad) -> SplitLoad:
+    told = message.experts
+    experts = ExpertBalance(told.moves, told.imbalance, told.imbalance_first) if message.HasField("experts") else None
+    return SplitLoad(message.attention_s, message.ffn_s, message.ffn_ranks, experts)
 
 
 def report_from(node: NodeId, frame: node_pb2.NodeFrame) -> NodeReported:

@@ -398,7 +398,7 @@ class StoredRun(_message.Message):
     def __init__(self, parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased", "blocks_evicted", "evicted_idle_s", "drafted_tokens", "accepted_tokens", "beats", "beats_missed", "beat_late_s")
+    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased", "blocks_evicted", "evicted_idle_s", "drafted_tokens", "accepted_tokens", "beats", "beats_missed", "beat_late_s", "split")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -419,6 +419,7 @@ class Load(_message.Message):
     BEATS_FIELD_NUMBER: _ClassVar[int]
     BEATS_MISSED_FIELD_NUMBER: _ClassVar[int]
     BEAT_LATE_S_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -439,7 +440,30 @@ class Load(_message.Message):
     beats: int
     beats_missed: int
     beat_late_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ...) -> None: ...
+    split: SplitLoad
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ...) -> None: ...
+
+class SplitLoad(_message.Message):
+    __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts")
+    ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
+    FFN_S_FIELD_NUMBER: _ClassVar[int]
+    FFN_RANKS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    attention_s: float
+    ffn_s: float
+    ffn_ranks: float
+    experts: ExpertBalance
+    def __init__(self, attention_s: _Optional[float] = ..., ffn_s: _Optional[float] = ..., ffn_ranks: _Optional[float] = ..., experts: _Optional[_Union[ExpertBalance, _Mapping]] = ...) -> None: ...
+
+class ExpertBalance(_message.Message):
+    __slots__ = ("moves", "imbalance", "imbalance_first")
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_FIRST_FIELD_NUMBER: _ClassVar[int]
+    moves: int
+    imbalance: float
+    imbalance_first: float
+    def __init__(self, moves: _Optional[int] = ..., imbalance: _Optional[float] = ..., imbalance_first: _Optional[float] = ...) -> None: ...
 
 class TenantLoad(_message.Message):
     __slots__ = ("tenant", "waiting", "queued_tokens")

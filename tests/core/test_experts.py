@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from orchestrator.core.experts import ExpertBalancer, copies_of, imbalance, place_experts
+from orchestrator.core.experts import ExpertBalance, ExpertBalancer, copies_of, imbalance, place_experts
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -78,6 +78,18 @@ def test_a_load_that_no_placement_evens_out_moves_nothing() -> None:
     balancer = ExpertBalancer({0: ((0,), (1,))}, slots=1, imbalance_max=0.1)
     balancer.observe([[500, 100]])
     assert balancer.next_move() is None
+
+
+def test_a_balance_tells_what_moves_have_brought() -> None:
+    balancer = balanced(0.1)
+    assert balancer.balance is None
+    # What is hardly known does not count.
+    balancer.observe([[9, 0, 9, 0], [900, 0, 900, 0]])
+    assert balancer.balance == ExpertBalance(0, pytest.approx(1.0), pytest.approx(1.0))
+    balancer.observe([[300, 100, 300, 100], [900, 0, 900, 0]])
+    while (move := balancer.next_move()) is not None:
+        balancer.moved(move)
+    assert balancer.balance == ExpertBalance(2, pytest.approx(0.0, abs=0.02), pytest.approx(0.76, abs=0.02))
 
 
 def test_what_was_asked_for_long_ago_counts_less_and_less() -> None:

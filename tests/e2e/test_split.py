@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from tests.builders import some
 from tests.e2e.served import Served, descendants
 from tests.oracle import oracle
 from workers.engines.checkpoint import create_checkpoint
@@ -98,6 +99,11 @@ def test_a_split_pool_writes_the_models_tokens(
         if expected is not None:  # else two tokens are as likely
             assert ask(served, prompt) == tokenizer.decode(expected)
     assert len(ranks_of(served)) == ffn
+    page = httpx.get(f"{served.url}/metrics", trust_env=False).text
+    for part in ("attention", "ffn"):
+        seconds = [one for one in page.splitlines() if one.startswith("weft_afd_seconds_total") and f'part="{part}"' in one]
+        assert len(seconds) == attention
+        assert all(float(one.rpartition(" ")[2]) > 0 for one in some(seconds))
     assert served.stop() == 0
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.core.config import ClusterConfig, GatewayConfig, ModelConfig, PoolConfig, TenantConfig
-from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId
+from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId, SessionId, TenantId
 from orchestrator.live.http.gateway import Gateway
-from orchestrator.live.intake import Intake
+from orchestrator.live.intake import Intake, Keep
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
@@ -52,7 +52,8 @@ class ScriptedStream:
                 self.waiting.set()
                 await asyncio.Event().wait()
             wanted = self.turn.sampling.logprobs is not None
-            return Delta(list(tokens or ()), [self._logprob(token) for token in tokens or ()] if wanted else [])
+            scores = [self._logprob(token) for token in tokens or ()] if wanted else []
+            return Delta(list(tokens or ()), scores, cached_tokens=self._script.cached_tokens)
         if self._script.failure is not None:
             raise self._script.failure
         return Delta([], [], self._script.finish, self._script.cached_tokens)
@@ -116,6 +117,25 @@ TENANTS = (TenantConfig("acme", ("sk-good",)), TenantConfig("globex", ("sk-other
 
 
 @dataclass
+class Lives:
+    """Keeps all that it is asked to, up to so many blocks of each, and remembers what that was."""
+
+    blocks_max: int = 1 << 30
+    asked: list[Keep] = field(default_factory=list)
+
+    def begins(self, model: ModelName, tenant: TenantId, session: SessionId, parent: SessionId) -> None:
+        """Take note of nothing."""
+
+    def kept(self, model: ModelName, tenant: TenantId, session: SessionId | None, keep: Keep) -> int:
+        """Keep some of it."""
+        self.asked.append(keep)
+        return min(len(keep.hashes), self.blocks_max)
+
+    def ends(self, model: ModelName, tenant: TenantId, session: SessionId) -> None:
+        """Take note of nothing."""
+
+
+@dataclass
 class Served:
     """A gateway that listens."""
 
@@ -124,6 +144,7 @@ class Served:
     driver: ScriptedDriver
     metrics: Metrics
     url: str
+    lives: Lives
 
 
 @asynccontextmanager
@@ -133,11 +154,11 @@ async def serve(
     """Serve a gateway on a free port."""
     metrics = Metrics(GatewayId(number), number + 1, {})
     driver = ScriptedDriver(text)
-    config = make_config(tenants, **gateway)
+    config, lives = make_config(tenants, **gateway), Lives()
     intake = Intake(config, {MODEL: text}, b"secret")
-    one = Gateway(config, GatewayId(number), intake, driver, metrics, metrics.render, lambda: {"nodes": []})
+    one = Gateway(config, GatewayId(number), intake, driver, metrics, metrics.render, lambda: {"nodes": []}, lives=lambda: lives)
     port = await one.start("127.0.0.1", 0)
     try:
-        yield Served(one, intake, driver, metrics, f"{'https' if gateway.get('cert') else 'http'}://127.0.0.1:{port}")
+        yield Served(one, intake, driver, metrics, f"{'https' if gateway.get('cert') else 'http'}://127.0.0.1:{port}", lives)
     finally:
         await one.stop()

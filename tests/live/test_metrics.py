@@ -18,6 +18,7 @@ from orchestrator.core.events import (
     StoreLost,
     StoreReported,
 )
+from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.hints import Earned, Outcome, Reason, Verb
 from orchestrator.core.types import (
     Assignment,
@@ -36,6 +37,7 @@ from orchestrator.core.types import (
     RequestId,
     Role,
     ServiceClass,
+    SplitLoad,
     StoreCounts,
     StoredModel,
     StoreId,
@@ -154,6 +156,30 @@ def test_beats_are_counted_over_restarts_and_their_jitter_is_sampled() -> None:
     assert value(metrics, "weft_beats_total", **where) == 137
     assert value(metrics, "weft_beats_missed_total", **where) == 3
     assert value(metrics, "weft_beat_jitter_seconds_count", pool="decode") == 3
+
+
+def test_halves_of_split_decode_and_moves_of_experts_are_counted_over_restarts() -> None:
+    metrics = cluster()
+    where = {"node": "decode-0", "pool": "decode"}
+    metrics.observe(0.0, NodeReported(NodeId("decode-0"), Load()), [])
+    assert value(metrics, "weft_afd_ranks", part="ffn", **where) is None
+    # Two FFN ranks for four attention ranks; the first of those speaks for the group.
+    metrics.observe(0.1, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(2.0, 1.5, 0.5))), [])
+    balance = ExpertBalance(moves=3, imbalance=0.0, imbalance_first=0.75)
+    metrics.observe(0.2, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(4.0, 2.5, 0.5, balance))), [])
+    # It is lost for a moment and is the same; then its group is another one, which counts from 0.
+    metrics.observe(0.3, NodeLost(NodeId("decode-0"), "gone"), [])
+    assert value(metrics, "weft_expert_imbalance", placement="now", **where) is None
+    metrics.observe(0.4, NodeJoined(spec("decode-0")), [])
+    metrics.observe(0.5, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(5.0, 3.0, 0.5, balance))), [])
+    assert value(metrics, "weft_expert_imbalance", placement="now", **where) == 0.0
+    assert value(metrics, "weft_expert_imbalance", placement="first", **where) == 0.75
+    metrics.observe(0.6, NodeJoined(spec("decode-0", 1)), [])
+    metrics.observe(0.7, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(1.0, 1.0, 0.5, ExpertBalance(1, 0.1, 0.2)))), [])
+    assert value(metrics, "weft_afd_seconds_total", part="attention", **where) == 6.0
+    assert value(metrics, "weft_afd_seconds_total", part="ffn", **where) == 4.0
+    assert [value(metrics, "weft_afd_ranks", part=part, **where) for part in ("attention", "ffn")] == [1, 0.5]
+    assert value(metrics, "weft_expert_moves_total", **where) == 4
 
 
 def test_tiers_show_how_full_they_are_and_what_they_forget() -> None:

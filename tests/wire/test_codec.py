@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
     AdapterName,
@@ -27,6 +28,7 @@ from orchestrator.core.types import (
     Role,
     Sampling,
     SessionId,
+    SplitLoad,
     StoredRun,
     TenantId,
     TenantLoad,
@@ -110,9 +112,18 @@ def test_spec_survives(kind: PoolKind) -> None:
     assert (parsed.fingerprint, parsed.resumed) == ("weights", True)
 
 
-def test_report_survives() -> None:
+@pytest.mark.parametrize(
+    "split",
+    [
+        None,
+        SplitLoad(1.5, 2.5, 0.5),
+        SplitLoad(1.5, 2.5, 0.5, ExpertBalance(0, 0.0, 0.0)),
+        SplitLoad(experts=ExpertBalance(3, 0.25, 0.75)),
+    ],
+)
+def test_report_survives(split: SplitLoad | None) -> None:
     tenants = (TenantLoad(TenantId("team"), 2, 300), TenantLoad(TenantId("other"), 0, 1 << 40))
-    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants, 11, 12, 13, 14.5, 15, 16, 17, 18, 0.5)
+    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants, 11, 12, 13, 14.5, 15, 16, 17, 18, 0.5, split)
     batches = (
         KvBatch(sequence=0, cleared=True, snapshot=9, more=True),
         KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.experts import Placement
-from orchestrator.core.types import BlockId, RequestId, Sampling
+from orchestrator.core.types import BlockId, RequestId, Sampling, SplitLoad
 
 
 class NotEncodable(ValueError):
@@ -113,10 +113,17 @@ class SplitPlaces:
     microbatches: int = 0
     #: Seconds without an answer after which a rank is lost.
     silent_s: float = 10.0
+    #: Attention ranks of the group.
+    attention: int = 1
 
 
 class ExpertRouting(Protocol):
-    """How an attention rank's rows find their experts: looked at and changed while it computes, by any thread."""
+    """How an attention rank's rows find their FFN ranks: looked at and changed while it computes, by any thread."""
+
+    @property
+    def load(self) -> SplitLoad:
+        """What either half did since the engine began; of experts, nothing."""
+        ...
 
     def take_picks(self) -> list[list[int]]:
         """Return how many rows picked each expert, by layer, since the last call."""

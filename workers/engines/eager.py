@@ -154,7 +154,9 @@ class EagerEngine(PooledBlocks):
         count = microbatches.choose(len(numbers))
         began = time.perf_counter()
         self._compute(pieces, sequences, [numbers[part::count] for part in range(count)], outputs)
-        microbatches.measured(len(numbers), count, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.split.times.step_s += seconds
+        microbatches.measured(len(numbers), count, seconds)
         return outputs
 
     def _compute(
@@ -195,7 +197,7 @@ def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device:
     layout = layout_for(shape, dtype, MICROBATCHES_MAX, rows_max)
     links = [SharedLink(address, layout, places.silent_s) for address in places.addresses]
     placements = first_placements(shape, len(links), places.spare_slots)
-    return SplitGroup(links, shape, placements, device, Microbatches(places.microbatches))
+    return SplitGroup(links, shape, placements, device, Microbatches(places.microbatches), places.attention)
 
 
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:

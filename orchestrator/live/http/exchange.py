@@ -89,7 +89,7 @@ class Exchange:
         retry = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % max(1, round(error.retry_after_s)))]
         reason = [(b"x-weft-refused", error.code.encode())] if error.status in (429, 503, 529) and error.code else []
         allow = [(b"allow", b"POST")] if error.status == 405 else []
-        await self.answer(error.status, self._dialect.error_body(error), [*retry, *reason, *allow])
+        await self.answer(error.status, self._dialect.error_body(error, self.request_id.decode()), [*retry, *reason, *allow])
 
     async def fail(self) -> None:
         """End an answer after a fault of ours: with an error body, or by ending the stream where it stands."""
@@ -109,7 +109,9 @@ class Exchange:
         """Send status and headers; `named` ones say already which request and gateway this is."""
         self.status = status
         if not named:
-            headers = [*headers, (b"x-request-id", self.request_id), (b"x-weft-gateway", self._gateway)]
+            also = self._dialect.request_header
+            names = [(name, self.request_id) for name in (b"x-request-id", also) if name is not None]
+            headers = [*headers, *names, (b"x-weft-gateway", self._gateway)]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:

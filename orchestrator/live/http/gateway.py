@@ -21,25 +21,28 @@ from starlette.middleware.cors import CORSMiddleware
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, GatewayId, ModelName, SessionId, TenantId
 from orchestrator.live.asked import Asked
-from orchestrator.live.choices import Choices, TurnMetrics, TurnRecorder
+from orchestrator.live.choices import Choices, Kept, TurnMetrics, TurnRecorder
+from orchestrator.live.http.anthropic import dialect as anthropic
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError, http_error
 from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, Exchange, Message, Receive, Scope, Send, closing, key_of
 from orchestrator.live.http.openai import dialect as openai
 from orchestrator.live.http.proxy import CALLS, FORWARDED, Peers
+from orchestrator.live.http.responses.dialect import PATH as RESPONSES
+from orchestrator.live.http.responses.dialect import Responses
+from orchestrator.live.http.responses.retrieval import Retrieval
+from orchestrator.live.http.responses.stored import StoredResponses
 from orchestrator.live.http.retention import PARENT_HEADERS, is_final
 from orchestrator.live.http.routes import MODELS, PROBED, Calls, make_routes
 from orchestrator.live.http.sending import send_events, send_whole
 from orchestrator.live.http.server import HttpServer
-from orchestrator.live.intake import Intake, ServedModel
+from orchestrator.live.intake import Intake, Keep, Prepared, ServedModel
 from orchestrator.live.refusals import Refused
-from orchestrator.live.turns import Prompt, TurnDriver, TurnFailed
+from orchestrator.live.turns import TurnDriver, TurnFailed
 from orchestrator.wire.logs import REQUEST
 
 log = logging.getLogger("weft.gateway")
 
-#: What is spoken where; nothing is spoken twice.
-_ENDPOINTS: Mapping[str, Dialect] = {**openai.ENDPOINTS}
 #: Metrics' label for a model nobody serves: what clients write must not become a label.
 UNKNOWN_MODEL = "unknown"
 #: And for a path that nothing is served at.
@@ -63,10 +66,8 @@ class SessionLives(Protocol):
         """A request says what its session forked from."""
         ...
 
-    def kept(
-        self, model: ModelName, tenant: TenantId, session: SessionId | None, prompts: Sequence[Prompt], seconds: float
-    ) -> None:
-        """A request asks for its prompts to be kept."""
+    def kept(self, model: ModelName, tenant: TenantId, session: SessionId | None, keep: Keep) -> int:
+        """A request asks for a prompt's beginning to be kept; return how many of its blocks are."""
         ...
 
     def ends(self, model: ModelName, tenant: TenantId, session: SessionId) -> None:
@@ -113,12 +114,22 @@ class Gateway:
         self._recorder = recorder
         self._body_bytes_max = config.gateway.body_bytes_max
         self._session_headers = tuple(name.lower().encode() for name in config.gateway.session_headers)
-        self._cold = make_routes(intake, lambda: self.ready, metrics_page, status, int(time.time()), calls, self._body_bytes_max)
         cert, key = config.gateway.cert, config.gateway.key
-        application = _with_origins(self, config.gateway.cors_origins)
-        self._server = HttpServer(application if around is None else around(application), cert, key)
         #: The other gateways.
         self.peers = Peers(gateway, cert)
+        stored = _stored(config)
+        retrieval = Retrieval(gateway, stored, self.peers.ask)
+        #: What is spoken where; nothing is spoken twice.
+        self._endpoints: Mapping[str, Dialect] = {
+            **openai.ENDPOINTS,
+            **anthropic.ENDPOINTS,
+            RESPONSES: Responses(gateway, stored).dialect,
+        }
+        self._cold = make_routes(
+            intake, lambda: self.ready, metrics_page, status, int(time.time()), retrieval, calls, self._body_bytes_max
+        )
+        application = _with_origins(self, config.gateway.cors_origins)
+        self._server = HttpServer(application if around is None else around(application), cert, key)
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -165,7 +176,7 @@ class Gateway:
         """Serve one ASGI connection scope."""
         if self._draining and scope["type"] == "http":
             send = closing(send)
-        dialect = _ENDPOINTS.get(scope["path"]) if scope["type"] == "http" else None
+        dialect = self._endpoints.get(scope["path"]) if scope["type"] == "http" else None
         if dialect is None:
             await self._serve_cold(scope, receive, send)
             return
@@ -184,7 +195,9 @@ class Gateway:
         if scope["type"] != "http":
             await self._cold(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self._number, openai.CHAT)
+        words = anthropic.MESSAGES if anthropic.speaks(scope["path"], dict(scope["headers"])) else openai.CHAT
+        exchange = Exchange(scope, receive, send, self._number, words)
+        scope = {**scope, "state": {REQUEST: exchange.request_id.decode()}}
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -196,7 +209,7 @@ class Gateway:
             await self._cold(scope, receive, named)
         except Exception:  # The routes have answered it (`_on_fault`); it must not end the connection as well.
             log.exception("a request failed by a fault of ours", extra={REQUEST: exchange.request_id.decode()})
-        known = exchange.path in (*PROBED, MODELS) or exchange.path.startswith((f"{MODELS}/", f"{CALLS}/"))
+        known = exchange.path in (*PROBED, MODELS) or exchange.path.startswith((f"{MODELS}/", f"{RESPONSES}/", f"{CALLS}/"))
         endpoint = f"/{'/'.join(exchange.path.split('/')[1:3])}" if known else UNKNOWN_ENDPOINT
         if exchange.path not in PROBED or exchange.status >= 400:
             self._metrics.answered(UNKNOWN_MODEL, endpoint, exchange.status, DEFAULT_TENANT)
@@ -213,8 +226,11 @@ class Gateway:
             model = self._intake.model_named(asked.model)
             label = model.label
             session = self._session_of(exchange, asked)
-            if session is not None and await self.peers.pass_on(exchange, body, session):
+            if await self.peers.pass_on(exchange, body, session, asked.hints.gateway):
                 return
+            if dialect.complete is not None:
+                asked = dialect.complete(asked, tenant, session)
+                session = self._session_of(exchange, asked)
             await self._answer(exchange, dialect, asked, model, tenant, session)
         except HttpError as error:
             await exchange.refuse(error)
@@ -237,6 +253,9 @@ class Gateway:
         session: SessionId | None,
     ) -> None:
         """Start what is asked for and send what it brings; whatever happens, no turn stays behind."""
+        if dialect.count is not None:
+            await exchange.answer(200, dialect.count(await self._intake.count(asked, model, tenant)))
+            return
         lives = self._lives() if self._lives is not None else None
         parent = self._parent_of(exchange) if session is not None else None
         if lives is not None and session is not None and parent is not None:
@@ -247,8 +266,8 @@ class Gateway:
         with exchange.watch(choices.cancel):
             try:
                 choices.start(self._driver, self._metrics, self._recorder)
-                if lives is not None and asked.hints.retention_s:
-                    lives.kept(model.name, tenant, session, prepared.prompts, asked.hints.retention_s)
+                if lives is not None:
+                    choices.kept = [_kept(lives, prepared, keep) for keep in prepared.keeps]
                 if asked.report.streams:
                     await send_events(exchange, choices, writer)
                 else:
@@ -283,9 +302,22 @@ class Gateway:
         self._metrics.answered(model, exchange.path, exchange.status, tenant)
 
 
+def _kept(lives: SessionLives, prepared: Prepared, keep: Keep) -> Kept:
+    """Have a prompt's beginning kept; return what of it is."""
+    blocks = lives.kept(prepared.model.name, prepared.tenant, prepared.session, keep)
+    return Kept(keep.tokens // len(keep.hashes) * blocks, keep.seconds)
+
+
 def _check_method(exchange: Exchange) -> None:
     if exchange.method != "POST":
         raise HttpError(405, f"{exchange.method} {exchange.path}: only POST is served", code="method_not_allowed")
+
+
+def _stored(config: ClusterConfig) -> StoredResponses:
+    """Return where one gateway keeps its tenants' responses."""
+    tenants = tuple(TenantId(one.name) for one in config.tenants) or (DEFAULT_TENANT,)
+    gateway = config.gateway
+    return StoredResponses(tenants, gateway.responses_max, gateway.responses_bytes_max, gateway.responses_s_max)
 
 
 def _with_origins(gateway: Gateway, origins: Sequence[str]) -> Any:
@@ -293,4 +325,4 @@ def _with_origins(gateway: Gateway, origins: Sequence[str]) -> Any:
     if not origins:
         return gateway
     exposed = ("x-request-id", "x-weft-gateway", "x-weft-refused", "retry-after")
-    return CORSMiddleware(gateway, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=exposed)
+    return CORSMiddleware(gateway, origins, allow_methods=("GET", "POST", "DELETE"), allow_headers=("*",), expose_headers=exposed)

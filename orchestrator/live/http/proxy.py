@@ -73,7 +73,7 @@ class Peers:
         self._tls = pinned(cert) if cert else None
         #: Base URLs; this one is not among them while it drains.
         self._urls: dict[GatewayId, str] = {}
-        #: For questions about hints; made with the first.
+        #: For questions of ours; made with the first.
         self._client: httpx.AsyncClient | None = None
 
     def join(self, urls: Mapping[GatewayId, str]) -> None:
@@ -87,25 +87,46 @@ class Peers:
 
     async def call(self, owner: str, method: str, request: bytes, key: bytes) -> bytes | None:
         """Return what another gateway answers to a question about hints (`routes.py`); None if it does not answer."""
-        if self._client is None:
-            self._client = httpx.AsyncClient(verify=self._tls or True, timeout=_CALL_S_MAX, trust_env=False)
-        headers = {FORWARDED.decode(): "1"}
-        if key:  # where no key is asked for there is none; a header that ends in a blank is never sent
-            headers["authorization"] = f"Bearer {key.decode('latin-1')}"
         try:
-            answer = await self._client.post(f"{owner}{CALLS}/{method}", content=request, headers=headers)
+            answer = await self._asking().post(f"{owner}{CALLS}/{method}", content=request, headers=_asking_headers(key))
         except httpx.HTTPError:
             return None
         return answer.content if answer.status_code == 200 else None
+
+    async def ask(self, gateway: GatewayId, method: str, path: str, key: bytes) -> tuple[int, bytes] | None:
+        """Return status and body of what another gateway answers to a request without a body; None if it does not answer."""
+        url = self._urls.get(gateway)
+        if url is None or gateway == self._number:
+            return None
+        try:
+            answer = await self._asking().request(method, url + path, headers=_asking_headers(key))
+        except httpx.HTTPError:
+            return None
+        return answer.status_code, answer.content
+
+    def _asking(self) -> httpx.AsyncClient:
+        if self._client is None:
+            self._client = httpx.AsyncClient(verify=self._tls or True, timeout=_CALL_S_MAX, trust_env=False)
+        return self._client
 
     async def close(self) -> None:
         """Close connections to other gateways."""
         if self._client is not None:
             await self._client.aclose()
 
-    async def pass_on(self, exchange: Exchange, body: bytes, session: SessionId) -> bool:
-        """Let the session's owner answer, if that is another gateway that can be reached; return whether it has answered."""
-        owner = self.owner(session) if FORWARDED not in exchange.headers else None
+    async def pass_on(self, exchange: Exchange, body: bytes, session: SessionId | None, keeper: GatewayId | None = None) -> bool:
+        """Let the gateway that a request belongs to answer, if that is another that can be reached; return whether it has.
+
+        Args:
+            exchange: the request.
+            body: its body.
+            session: belongs to a gateway.
+            keeper: the gateway that keeps what the request goes on from, whoever owns its session; None if none does.
+        """
+        if FORWARDED in exchange.headers or keeper == self._number:
+            return False
+        kept = self._urls.get(keeper) if keeper is not None else None
+        owner = kept or (self.owner(session) if session is not None else None)
         if owner is None:
             return False
         try:
@@ -114,6 +135,11 @@ class Peers:
             # Serving it here costs a recompute; refusing it would cost the request.
             return False
         return True
+
+
+def _asking_headers(key: bytes) -> dict[str, str]:
+    # Where no key is asked for there is none; a header that ends in a blank is never sent.
+    return {FORWARDED.decode(): "1", **({"authorization": f"Bearer {key.decode('latin-1')}"} if key else {})}
 
 
 def pinned(cert: str) -> ssl.SSLContext:

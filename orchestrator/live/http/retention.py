@@ -25,11 +25,12 @@ def retention_s(markers: Iterable[Any], retention: Any = None) -> float:
     longest = _RETENTIONS.get(retention, 0.0) if isinstance(retention, str) else 0.0
     for marker in markers:
         if marker is not None:
-            longest = max(longest, _marked_s(marker))
+            longest = max(longest, marked_s(marker))
     return longest
 
 
-def _marked_s(marker: Any) -> float:
+def marked_s(marker: Any) -> float:
+    """Return the seconds that one `cache_control` asks for; 0 for one that means nothing."""
     if not isinstance(marker, dict):
         return 0.0
     fields = cast("dict[str, Any]", marker)

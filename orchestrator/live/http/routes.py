@@ -7,12 +7,17 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from orchestrator.live.http.anthropic import answers as anthropic
+from orchestrator.live.http.anthropic.dialect import speaks
 from orchestrator.live.http.errors import HttpError, fault, http_error
 from orchestrator.live.http.exchange import key_of
 from orchestrator.live.http.openai.answers import error_body, model_card
 from orchestrator.live.http.proxy import CALLS
+from orchestrator.live.http.responses.dialect import PATH as RESPONSES
+from orchestrator.live.http.responses.retrieval import Retrieval
 from orchestrator.live.intake import Intake
 from orchestrator.live.refusals import Refused
+from orchestrator.wire.logs import REQUEST
 
 #: Asked by probes and scrapers, time and again: only what goes wrong there is counted.
 PROBED = ("/live", "/health", "/ready", "/metrics", "/status")
@@ -28,10 +33,11 @@ def make_routes(
     metrics_page: Callable[[], bytes],
     status: Callable[[], Any],
     started_unix_s: int,
+    responses: Retrieval,
     calls: Calls | None = None,
     body_bytes_max: int = 0,
 ) -> FastAPI:
-    """Return the application; unknown routes and wrong methods end in OpenAI's error bodies.
+    """Return the application; unknown routes and wrong methods end in error bodies of the API that a client speaks.
 
     Args:
         intake: knows keys and models.
@@ -39,22 +45,28 @@ def make_routes(
         metrics_page: returns the Prometheus exposition.
         status: returns what `/status` shows, as JSON-able values.
         started_unix_s: since when models are served.
+        responses: shows those that are kept.
         calls: answers what other gateways ask about hints of a caller of theirs: method, message, key; None for no such method.
         body_bytes_max: of such a message.
     """
     application = FastAPI(title="Weft", docs_url=None, redoc_url=None)
 
-    def card(name: str) -> dict[str, Any]:
+    def card(request: Request, name: str) -> dict[str, Any]:
         model = intake.model_named(name)
+        if _anthropic(request):
+            return anthropic.model_info(name, started_unix_s, model.text.context_tokens_max)
         return model_card(name, model, started_unix_s)
 
     def models(request: Request) -> Response:
         intake.tenant_of(_key(request))
-        return JSONResponse({"object": "list", "data": [card(name) for name in intake.model_names()]})
+        cards = [card(request, name) for name in intake.model_names()]
+        if _anthropic(request):
+            return JSONResponse(anthropic.page_of(cards, request.query_params))
+        return JSONResponse({"object": "list", "data": cards})
 
     def model(request: Request, name: str) -> Response:
         intake.tenant_of(_key(request))
-        return JSONResponse(card(name))
+        return JSONResponse(card(request, name))
 
     async def live() -> Response:
         return JSONResponse({"status": "live"})
@@ -81,6 +93,26 @@ def make_routes(
             raise HTTPException(404, "Not Found")
         return Response(answer, media_type="application/x-protobuf")
 
+    async def response(request: Request, name: str) -> Response:
+        tenant = intake.tenant_of(_key(request))
+        told = await elsewhere(request, name)
+        if told is not None:
+            return told
+        deletes = request.method == "DELETE"
+        return _json(responses.delete(tenant, name) if deletes else responses.response(tenant, name))
+
+    async def input_items(request: Request, name: str) -> Response:
+        tenant = intake.tenant_of(_key(request))
+        told = await elsewhere(request, name)
+        return told or _json(responses.input_items(tenant, name, request.query_params))
+
+    async def elsewhere(request: Request, name: str) -> Response | None:
+        path = f"{request.url.path}?{request.url.query}" if request.url.query else request.url.path
+        told = await responses.elsewhere(request.method, path, name, _key(request))
+        return _json(told[1], told[0]) if told is not None else None
+
+    application.add_api_route(f"{RESPONSES}/{{name}}", response, methods=["GET", "DELETE"])
+    application.add_api_route(f"{RESPONSES}/{{name}}/input_items", input_items)
     application.add_api_route(f"{CALLS}/{{method}}", call, methods=["POST"])
     application.add_api_route("/v1/models", models)
     application.add_api_route("/v1/models/{name:path}", model)
@@ -91,6 +123,7 @@ def make_routes(
     application.add_api_route("/status", state)
     application.add_exception_handler(HTTPException, _on_http_exception)
     application.add_exception_handler(Refused, _on_refused)
+    application.add_exception_handler(HttpError, _on_http_error)
     application.add_exception_handler(Exception, _on_fault)
     return application
 
@@ -99,24 +132,37 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"registered for HTTPException, got {type(error).__name__}"
     problem = f"{request.method} {request.url.path}: {error.detail}"
     code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
-    return _response(HttpError(error.status_code, problem, code=code))
+    return _response(request, HttpError(error.status_code, problem, code=code))
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
-    del request
     assert isinstance(error, Refused), f"registered for Refused, got {type(error).__name__}"
-    return _response(http_error(error))
+    return _response(request, http_error(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError), f"registered for HttpError, got {type(error).__name__}"
+    return _response(request, error)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     """Answer after a fault of ours; who serves the connection logs it."""
-    del request, error
-    return _response(fault())
+    del error
+    return _response(request, fault())
 
 
 def _key(request: Request) -> bytes:
     return key_of(dict(request.headers.raw))
 
 
-def _response(error: HttpError) -> Response:
-    return Response(error_body(error), error.status, media_type="application/json")
+def _anthropic(request: Request) -> bool:
+    return speaks(request.url.path, dict(request.headers.raw))
+
+
+def _response(request: Request, error: HttpError) -> Response:
+    body = anthropic.error_body(error, request.scope["state"][REQUEST]) if _anthropic(request) else error_body(error)
+    return _json(body, error.status)
+
+
+def _json(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")

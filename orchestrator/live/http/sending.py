@@ -30,12 +30,12 @@ async def send_events(exchange: Exchange, choices: Choices, writer: Writer) -> N
                 events: list[bytes] = []
                 if not exchange.streaming:
                     await exchange.open_events()
-                    events += [writer.opening(index) for index in range(len(choices))]
+                    events += [writer.opening(index, choices.usage) for index in range(len(choices))]
                 for choice, pieces in batch:
                     events += writer.events(choice.index, pieces)
                     if choice.generation.finish_reason is not None:
                         left -= 1
-                        events.append(writer.ending(choice.index, choice.generation.finish_reason))
+                        events.append(writer.ending(choice.index, choice.generation))
                 if not left:
                     await exchange.close(b"".join([*events, writer.closing(choices.usage)]))
                 elif data := b"".join(events):

@@ -28,8 +28,8 @@ def shown_message(
 ) -> dict[str, Any]:
     """Return a message as templates read it."""
     role = "system" if role == "developer" else role
-    if role == "system" and _BILLING_HEADER in content:
-        content = "".join(line for line in content.splitlines(keepends=True) if not line.startswith(_BILLING_HEADER))
+    if role == "system":
+        content = without_billing(content)
     shown: dict[str, Any] = {"role": role, "content": content}
     if tool_calls:
         shown["tool_calls"] = tool_calls
@@ -41,6 +41,13 @@ def shown_message(
         # Under both names that templates read.
         shown["reasoning_content"] = shown["thinking"] = thoughts
     return shown
+
+
+def without_billing(text: str) -> str:
+    """Return a text of a system message without its billing lines."""
+    if _BILLING_HEADER not in text:
+        return text
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(_BILLING_HEADER))
 
 
 def shown_call(name: str, arguments: str | Mapping[str, Any] | None, call_id: str | None, kind: str) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class Generation:
         self.finish_reason: AnswerEnd | None = None
 
     @property
+    def stop_string(self) -> str:
+        """The stop string that ended it; empty: none did."""
+        return self._stops.found if self._stops is not None else ""
+
+    @property
     def wanted(self) -> str | None:
         """The tool that the model waits for at the end, empty if for none; None if it did not get to say.
 
@@ -118,7 +123,7 @@ class Generation:
             if isinstance(self._parser, ThinkParser) and self._parser.idle:
                 self._parser = None
         if delta.finish is not None and not self.stopped:
-            pieces += self._flush()
+            pieces += self._flush(delta.finish is not FinishReason.STOP)
             self.finish_reason = _ENDS.get(delta.finish, AnswerEnd.STOP)
         if self.stopped:
             self.finish_reason = AnswerEnd.STOP
@@ -149,21 +154,21 @@ class Generation:
             self.reasoning_tokens += thinking and self._thinking
             if self._stops is not None and self._stops.found:
                 self.stopped = True
-                return pieces + self._end_parser()
+                return pieces + self._end_parser(cut=True)
         return pieces
 
     @property
     def _thinking(self) -> bool:
         return isinstance(self._parser, ThinkParser) and self._parser.thinking
 
-    def _flush(self) -> list[Piece]:
-        """Return what was kept back when the tokens ended."""
+    def _flush(self, cut: bool) -> list[Piece]:
+        """Return what was kept back when the tokens ended; `cut`: not because the model ended them."""
         text = self._detokeniser.finish()
         self._text_chars += len(text)
         if self._stops is not None:
             text = self._stops.add(text) + self._stops.finish()
-            self.stopped = self._stops.found
-        return self._pieces(text) + self._end_parser()
+            self.stopped = bool(self._stops.found)
+        return self._pieces(text) + self._end_parser(cut or self.stopped)
 
     def _pieces(self, text: str) -> list[Piece]:
         """Return certain text as pieces, with the log probabilities it completes."""
@@ -172,8 +177,8 @@ class Generation:
         parts: list[AnswerPart | Reasoning] = [*self._parser.add(text)] if self._parser is not None else [text] if text else []
         return self._dressed(parts, scores)
 
-    def _end_parser(self) -> list[Piece]:
-        return self._dressed([*self._parser.finish()], ()) if self._parser is not None else []
+    def _end_parser(self, cut: bool) -> list[Piece]:
+        return self._dressed([*self._parser.finish(cut)], ()) if self._parser is not None else []
 
     def _dressed(self, parts: list[AnswerPart | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
         if not self.tool:

@@ -13,8 +13,8 @@ from orchestrator.core.config import ModelConfig
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
+from orchestrator.live.text.styles import ToolStyle, style_of
 from orchestrator.live.text.templates import ChatTemplate, load_template, special_tokens
-from orchestrator.live.text.tools import ToolStyle, style_of
 from orchestrator.profiles.fields import CheckpointError, Fields, read_fields, read_text
 from orchestrator.profiles.model_config import read_config
 from orchestrator.profiles.positions import context_tokens_of, limited

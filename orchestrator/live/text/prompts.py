@@ -162,6 +162,23 @@ class PromptTokeniser:
         tokens = await asyncio.to_thread(self._tokenise, text, start)
         return self._remember(text, root, session, prefixed, reuse, tokens)
 
+    def tokens_before(self, text: str, chars: int, root: BlockHash) -> int:
+        """Return how many of an unprefixed text's tokens lie within its first characters.
+
+        Args:
+            text: the whole prompt, best one that was encoded just now.
+            chars: how many characters.
+            root: what its hash chain starts from.
+        """
+        reuse = self._find(text, root, None, False) if len(text) >= KEPT_CHARS_MIN else None
+        known, tokens, end = 0, 0, len(text)
+        if reuse is not None:
+            entry, number = reuse.entry, bisect_right(reuse.entry.cut_chars, chars, hi=reuse.cuts) - 1
+            known, tokens = entry.cut_chars[number], entry.cut_tokens[number]
+            end = entry.cut_chars[number + 1] if number + 1 < reuse.cuts else len(text)
+        offsets = self._tokenizer.encode(text[known:end], add_special_tokens=False).offsets
+        return tokens + sum(stop <= chars - known for _, stop in offsets)
+
     def adopt(self, tokens: bytes, root: BlockHash) -> Prompt:
         """Return a prompt that came as tokens (uint32 little-endian, packed)."""
         hashes = extend_hashes(root, tokens, self._block_tokens)
@@ -197,7 +214,7 @@ class PromptTokeniser:
         return reuse
 
     def _compare(self, entry: _Entry, text: str) -> _Reuse | None:
-        shared = _shared_chars(entry.text, text)
+        shared = shared_chars(entry.text, text)
         cuts = bisect_right(entry.cut_chars, shared - self._segmenter.margin)
         return _Reuse(entry, shared, cuts) if cuts else None
 
@@ -298,7 +315,7 @@ def _climb(text: str, known: list[int], shared: int, foot: tuple[BlockHash, bool
     return rungs
 
 
-def _shared_chars(one: str, other: str) -> int:
+def shared_chars(one: str, other: str) -> int:
     """Return the length of the common beginning of two texts, at the speed of comparing memory."""
     limit = min(len(one), len(other))
     low = 0

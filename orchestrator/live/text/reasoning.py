@@ -109,8 +109,8 @@ class ThinkParser:
             parts += self._answer(answer)
         return parts
 
-    def finish(self) -> Sequence[AnswerPart | Reasoning]:
-        """Return what was still kept back; nothing is added afterwards."""
+    def finish(self, cut: bool = False) -> Sequence[AnswerPart | Reasoning]:
+        """Return what was still kept back, as `ToolParser` does; nothing is added afterwards."""
         kept, self._kept = self._kept, ""
         parts: list[AnswerPart | Reasoning] = []
         match self._phase:
@@ -121,7 +121,7 @@ class ThinkParser:
                 parts += self._answer(kept)
             case _:
                 pass
-        return [*parts, *(self._tools.finish() if self._tools is not None else ())]
+        return [*parts, *(self._tools.finish(cut) if self._tools is not None else ())]
 
     def _think(self) -> list[Reasoning]:
         """Return thoughts up to the tag or to what may become one."""

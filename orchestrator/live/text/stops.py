@@ -11,20 +11,20 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = strings
         self._kept: str = ""
-        #: True once a stop string came; everything added later is dropped.
-        self.found = False
+        #: The string that came, after which everything added is dropped; empty: none so far.
+        self.found = ""
 
     def add(self, text: str) -> str:
         """Return the text that is certainly outside any stop string."""
         if self.found:
             return ""
         text = self._kept + text
-        places = [(place + len(string), place) for string in self._strings if (place := text.find(string)) >= 0]
+        places = [(place + len(string), place, string) for string in self._strings if (place := text.find(string)) >= 0]
         if places:
             # The one that is complete first wins, so that it does not matter how the text was cut into pieces.
-            self.found = True
+            _, place, self.found = min(places)
             self._kept = ""
-            return text[: min(places)[1]]
+            return text[:place]
         kept = max(partial_match(text, string) for string in self._strings)
         self._kept = text[len(text) - kept :]
         return text[: len(text) - kept]

@@ -56,15 +56,17 @@ async def answers(client: AsyncOpenAI, **request: Any) -> list[dict[str, Any]]:
             streamed[name] += delta.get(name) or ""
         streamed["calls"] += delta.get("tool_calls") or []
         streamed["finish"] = chunk.choices[0].finish_reason or streamed.get("finish")
-    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in found[0]["tool_calls"] or []]
+    whole = [(call["function"]["name"], call["function"]["arguments"]) for call in found[0]["tool_calls"] or []]
     found[0] = {name: found[0].get(name) or "" for name in ("content", "reasoning_content", "reasoning", "finish")} | {
-        "calls": calls
+        "calls": whole
     }
-    parts = streamed["calls"]
-    streamed["calls"] = [
-        (first["function"]["name"], first["function"]["arguments"] + second["function"]["arguments"])
-        for first, second in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    calls = dict[int, tuple[str, str]]()
+    for part in streamed["calls"]:
+        # A name is told once, with the id, and what follows goes on with the arguments.
+        assert ("id" in part and part["id"] is not None) == (part["index"] not in calls)
+        name, arguments = calls.get(part["index"], (part["function"]["name"], ""))
+        calls[part["index"]] = name, arguments + part["function"]["arguments"]
+    streamed["calls"] = [calls[index] for index in sorted(calls)]
     return [found[0], streamed]
 
 

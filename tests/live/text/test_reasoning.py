@@ -5,7 +5,8 @@ import random
 import pytest
 
 from orchestrator.live.text.reasoning import Reasoning, ReasoningStyle, ThinkParser, reasoning_style_of
-from orchestrator.live.text.tools import ToolCall, ToolStyle, make_parser
+from orchestrator.live.text.styles import ToolStyle, make_parser
+from orchestrator.live.text.tools import ToolCall
 
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 

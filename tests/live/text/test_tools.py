@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.live.text.functions import typed
+from orchestrator.live.text.functions import Tools, typed
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
-from orchestrator.live.text.tools import ToolCall, ToolParser, Tools, ToolStyle, make_parser, style_of
+from orchestrator.live.text.styles import ToolStyle, make_parser, style_of
+from orchestrator.live.text.tools import ToolCall, ToolParser, calls_in
 from tests.builders import some
 from workers.engines.vocabulary import CHAT_TEMPLATE
 
@@ -29,7 +30,7 @@ def parse(style: ToolStyle, text: str, seed: int, tools: Tools = TOOLS) -> tuple
         parts += parser.add(text[:count])
         text = text[count:]
     parts += parser.finish()
-    calls = [(part.name, part.arguments) for part in parts if isinstance(part, ToolCall)]
+    calls = [(part.name, part.arguments) for part in calls_in(parts)]
     return "".join(part for part in parts if isinstance(part, str)), calls
 
 
@@ -75,7 +76,11 @@ def test_hermes(text: str, content: str, calls: list[tuple[str, str]], seed: int
         ('{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
         ('{"name": "f", "param', '{"name": "f", "param', []),
         ("<|python_tag|>print(1)", "print(1)", []),
-        ('{"name": "f", "parameters": {}} trailing', '{"name": "f", "parameters": {}} trailing', []),
+        ('{"name": "f", "parameters": {}} trailing', " trailing", [("f", "{}")]),
+        ('Sure:\n{"name": "f", "parameters": {"x": 1}}\n{"name": "g"}', "Sure:", [("f", '{"x": 1}'), ("g", "{}")]),
+        ('[{"name": "f", "parameters": {}}, {"name": "unheard"}]', '{"name": "unheard"}]', [("f", "{}")]),
+        ('{"name": "unheard", "parameters": {"x": 1}}', '{"name": "unheard", "parameters": {"x": 1}}', []),
+        ('so {"name": "f", "parameters": {}}', 'so {"name": "f", "parameters": {}}', []),
     ],
 )
 def test_llama(text: str, content: str, calls: list[tuple[str, str]], seed: int) -> None:
@@ -116,7 +121,7 @@ SCHEMA = {
             "<tool_call>\n<function=w>\nno tags</function></tool_call>",
             [],
         ),
-        ('<tool_call>{"name": "w"}</tool_call>', '<tool_call>{"name": "w"}</tool_call>', []),
+        ('<tool_call>{"name": "w"}</tool_call>', "", [("w", "{}")]),
         (xml("w", days="[" * 5000), "", [("w", json.dumps({"days": "[" * 5000}))]),
     ],
 )
@@ -125,10 +130,11 @@ def test_qwen3_coder(text: str, content: str, calls: list[tuple[str, str]], seed
 
 
 @pytest.mark.parametrize("style", [ToolStyle.HERMES, ToolStyle.LLAMA])
-def test_arguments_nested_beyond_reading_are_content(style: ToolStyle) -> None:
-    call = '{"name": "f", "parameters": {"x": ' + "[" * 5000 + "]" * 5000 + "}}"
+def test_arguments_may_be_nested_as_deep_as_anybody_likes(style: ToolStyle) -> None:
+    arguments = '{"x": ' + "[" * 5000 + "]" * 5000 + "}"
+    call = f'{{"name": "f", "parameters": {arguments}}}'
     text = f"<tool_call>{call}</tool_call>" if style is ToolStyle.HERMES else call
-    assert parse(style, text, 0) == (text, [])
+    assert parse(style, text, 0) == ("", [("f", arguments)])
 
 
 def test_content_before_a_call_streams_on() -> None:
@@ -159,7 +165,7 @@ def test_the_style_is_what_the_template_teaches() -> None:
         ('Well.\n[TOOL_CALLS]f[ARGS]{"x": [1]}[TOOL_CALLS]g[ARGS]{}', "Well.", [("f", '{"x": [1]}'), ("g", "{}")]),
         ('[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"x": 1}', "", [("f", '{"x": 1}')]),
         ('[TOOL_CALLS]f{"x": 1}', "", [("f", '{"x": 1}')]),
-        ('Well. [TOOL_CALLS]f[ARGS]{"x": 1', 'Well. [TOOL_CALLS]f[ARGS]{"x": 1', []),
+        ('Well. [TOOL_CALLS]f[ARGS]{"x": 1', "Well.", [("f", '{"x": 1}')]),
         ("[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
         (f"[TOOL_CALLS]f[ARGS]{'[' * 200_000}", f"[TOOL_CALLS]f[ARGS]{'[' * 200_000}", []),
     ],
@@ -206,7 +212,9 @@ INNER = "<parameter=city>\nParis\n</parameter>\n"
             [("w", '{"city": "Paris", "days": 5}')],
         ),
         (f"<tool_call><function=w>\n{INNER}", "", [("w", '{"city": "Paris"}')]),
-        ("<tool_call><function=w>\n<parameter=city>\nPar", "<tool_call><function=w>\n<parameter=city>\nPar", []),
+        ("<tool_call><function=w>\n<parameter=city>\nPar", "", [("w", '{"city": "Par"}')]),
+        ("<tool_call><function=w>\n<param", "<tool_call><function=w>\n<param", []),
+        (f"<tool_call><function=w>\n{INNER}</tool_call>", "", [("w", '{"city": "Paris"}')]),
         (
             "<tool_call><function={{ name }}></function></tool_call>",
             "<tool_call><function={{ name }}></function></tool_call>",
@@ -261,8 +269,8 @@ def test_what_a_parameter_means_to_its_schema(value: str, schema: object, meant:
     assert (found, type(found)) == (meant, type(meant))
 
 
-@pytest.mark.parametrize("arguments", ['"{\\"a\\": \\"\\ud800\\"}"', '{"a": NaN}', "{'a': 1}", '{"a": "two\nlines"}'])
-def test_arguments_that_are_no_json_are_content(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ['"{\\"a\\": \\"\\ud800\\"}"', "[1]", "5", '"five"'])
+def test_arguments_that_are_no_object_are_content(arguments: str) -> None:
     text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
     assert parse(ToolStyle.HERMES, text, 0) == (text, [])
 
@@ -296,7 +304,7 @@ def test_it_does_not_matter_how_a_text_is_cut(style: ToolStyle, opened: bool | N
         return (
             "".join(part.text for part in parts if isinstance(part, Reasoning)),
             "".join(part for part in parts if isinstance(part, str)),
-            [(part.name, part.arguments) for part in parts if isinstance(part, ToolCall)],
+            [(call.name, call.arguments) for call in calls_in(parts)],
         )
 
     cuts = sorted(source.randint(0, len(text)) for _ in range(source.randint(0, len(text))))

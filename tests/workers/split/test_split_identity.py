@@ -53,7 +53,10 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, family: str, ffn: int,
         engine, donor = attention_of(path, ranks, spare, microbatches), engine_of(path)
         assert Conductor(engine, donor, seed=4).run(prompts, 12, 4) == expected
         assert engine.split is not None
+        load = engine.split.load
         assert engine.split.times.rows > 0
+        assert min(load.attention_s, load.ffn_s) > 0.0
+        assert load.ffn_ranks == ffn
         engine.close()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.core.experts import Placement, copies_of
+from orchestrator.core.types import SplitLoad
 from orchestrator.profiles.model_config import Architecture
 from workers.engines.adapters import AdaptedRows
 from workers.engines.experts import Router
@@ -26,10 +27,13 @@ ELSEWHERE = 1 << 30
 class HalvesTimes:
     """What the halves did, summed since the engine began. Seconds."""
 
+    #: Whole steps.
+    step_s: float = 0.0
     #: Waking FFN ranks and waiting for them.
     waited_s: float = 0.0
-    #: The busiest FFN rank's computing, message by message.
+    #: The busiest FFN rank's computing, message by message; and that of all together.
     ffn_s: float = 0.0
+    ffn_all_s: float = 0.0
     #: Rows sent, by layer and micro-batch.
     rows: int = 0
 
@@ -70,8 +74,10 @@ class SplitGroup:
         placements: Mapping[int, Placement],
         device: torch.device,
         microbatches: Microbatches,
+        attention: int = 1,
     ) -> None:
         self.links = tuple(links)
+        self._attention = attention
         self.microbatches = microbatches
         self.times = HalvesTimes()
         self._device = device
@@ -99,6 +105,12 @@ class SplitGroup:
         counts = self.picks.copy()
         self.picks -= counts
         return counts.tolist()
+
+    @property
+    def load(self) -> SplitLoad:
+        """What either half did; see `ExpertRouting.load`."""
+        times = self.times
+        return SplitLoad(times.step_s - times.waited_s, times.ffn_all_s, len(self.links) / self._attention)
 
     def close(self) -> None:
         """Let go of the ranks."""
@@ -162,6 +174,7 @@ class RemoteFfn:
             header, lane = link.wait()
             times.waited_s += time.perf_counter() - began
             busiest = max(busiest, header.busy_ns)
+            times.ffn_all_s += header.busy_ns * 1e-9
             sums = lane.sums[: header.rows].to(state.device)
             state = state.add_(sums) if chosen is None else state.index_add_(0, chosen, sums)
             link.give(header.lane)

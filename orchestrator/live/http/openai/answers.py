@@ -42,8 +42,9 @@ _REASONS = {
 }
 
 
-def error_body(error: HttpError) -> bytes:
-    """Return OpenAI's error object as JSON."""
+def error_body(error: HttpError, request: str = "") -> bytes:
+    """Return OpenAI's error object as JSON, which does not name the request."""
+    del request
     kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return _encode({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
 
@@ -128,14 +129,14 @@ class AnswerWriter(ABC):
                 events += self._special(index, piece)
         return events
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, index: int, usage: Usage) -> bytes:
         """Return the event before a choice's first text; empty if there is none."""
-        del index
+        del index, usage
         return b""
 
-    def ending(self, index: int, end: AnswerEnd) -> bytes:
+    def ending(self, index: int, done: Generation) -> bytes:
         """Return the event that says why a choice ended."""
-        return self._event(index, {**self.delta(""), "logprobs": None, "finish_reason": _REASONS[end]})
+        return self._event(index, {**self.delta(""), "logprobs": None, "finish_reason": _reason(done)})
 
     def closing(self, usage: Usage) -> bytes:
         """Return the last events of a stream: its usage if that was asked for, and the mark that it is complete."""
@@ -196,7 +197,8 @@ class ChatWriter(AnswerWriter):
         super().__init__(answer, choices, usage_follows)
         self._calls = [0] * choices
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, index: int, usage: Usage) -> bytes:
+        del usage
         fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return self._event(index, fields)
 

@@ -4,11 +4,10 @@
 once, straight into the structures of `bodies.py`, which nobody else sees.
 """
 
-import codecs
 from collections.abc import Mapping, Sequence
 from math import inf
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -17,6 +16,7 @@ from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
 from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
 from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
 from orchestrator.live.http.openai.unserved import unserved
+from orchestrator.live.http.reading import check_range, decode
 from orchestrator.live.http.retention import retention_s
 from orchestrator.live.refusals import Invalid, require
 from orchestrator.live.text.conversations import shown_call, shown_message, shown_tools, tool_parameters
@@ -50,7 +50,6 @@ _CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | 
 _EFFORTS = tuple(Effort)
 _SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 
-Wanted = TypeVar("Wanted")
 _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest, strict=True)
 _NO_EXTENSION = Extension()
@@ -58,12 +57,12 @@ _NO_EXTENSION = Extension()
 
 def parse_chat(body: bytes) -> Asked:
     """Read and check a body of /v1/chat/completions. Raises `Invalid`."""
-    request = _decode(_CHAT, body)
-    _check_common(request)
+    request = decode(_CHAT, body)
+    check_common(request)
     require(len(request.messages) > 0, "messages", "must hold at least one message")
     require(len(request.messages) <= MESSAGES_MAX, "messages", f"must hold at most {MESSAGES_MAX} messages")
-    _check_range("max_completion_tokens", request.max_completion_tokens, 1)
-    _check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
+    check_range("max_completion_tokens", request.max_completion_tokens, 1)
+    check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     if request.tools or request.tool_choice is not None:
         _check_tools(request)
@@ -71,26 +70,26 @@ def parse_chat(body: bytes) -> Asked:
         _check_continuation(request)
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _asked(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
+    return asked_of(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
 
 
 def parse_completion(body: bytes) -> Asked:
     """Read and check a body of /v1/completions. Raises `Invalid`."""
-    request = _decode(_COMPLETION, body)
-    _check_common(request)
-    _check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
+    request = decode(_COMPLETION, body)
+    check_common(request)
+    check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.best_of in (None, request.choices), "best_of", "only best_of equal to n is supported")
     prompts = request.prompts
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
     require(all(prompts), "prompt", "must not be empty")
     most = request.max_tokens if request.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
-    return _asked(request, Texts(prompts), most, request.logprobs, thoughts=True)
+    return asked_of(request, Texts(prompts), most, request.logprobs, thoughts=True)
 
 
 # --- in no API's words ------------------------------------------------------------------------------------------------
 
 
-def _asked(
+def asked_of(
     request: GenerationRequest, prompt: Conversation | Texts, output_tokens_max: int | None, logprobs: int | None, thoughts: bool
 ) -> Asked:
     """Return what a checked request asks for."""
@@ -250,53 +249,13 @@ def _check_continuation(request: ChatRequest) -> None:
     require(not final.tool_calls, "continue_final_message", "cannot go on after tool calls")
 
 
-def _decode(decoder: "msgspec.json.Decoder[Wanted]", body: bytes) -> Wanted:
-    body = body.removeprefix(codecs.BOM_UTF8)
-    try:
-        try:
-            return decoder.decode(body)
-        except msgspec.ValidationError:
-            # JSON does not tell 4.0 from 4, and some clients' languages do not either.
-            return msgspec.convert(_whole(msgspec.json.decode(body)), decoder.type)
-    except msgspec.ValidationError as error:
-        problem, _, place = str(error).partition(" - at `$")
-        param = place.rstrip("`").removeprefix(".") or None
-        raise Invalid(f"{param}: {problem}" if param else problem, "invalid_type", param) from error
-    except RecursionError as error:
-        raise Invalid("the body is nested too deeply", "invalid_json") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Invalid(f"the body is not valid JSON: {error}", "invalid_json") from error
-
-
-def _whole(body: Any) -> Any:
-    """Return a body in which the numbers of its fields, and of lists of them, are whole where they can be."""
-    if not isinstance(body, dict):
-        return body
-    fields = cast("dict[str, Any]", body)
-    return {name: _integral(value) for name, value in fields.items()}
-
-
-def _integral(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_integral(one) for one in cast("list[Any]", value)]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _check_common(request: GenerationRequest) -> None:
+def check_common(request: GenerationRequest) -> None:
     name = unserved(request)
     require(name is None, name or "", "is not served here; leave it out")
     for (param, (least, most)), value in zip(_RANGES.items(), _ranged(request), strict=True):
         if value is not None:
-            _check_range(param, value, least, most)
+            check_range(param, value, least, most)
     require(request.top_p is None or request.top_p > 0, "top_p", "must be over 0")
     if stops := request.stops:
         require(len(stops) <= STOP_STRINGS_MAX, "stop", f"must be at most {STOP_STRINGS_MAX} strings")
         require(all(stops), "stop", "must not be empty")
-
-
-def _check_range(param: str, value: float | None, least: float, most: float | None = None) -> None:
-    """Refuse a number outside [least, most]; absent numbers are fine."""
-    if value is None or (value >= least and (most is None or value <= most)):
-        return
-    bounds = f"{least} or more" if most is None else f"from {least} to {most}"
-    require(False, param, f"must be {bounds}, is {value}")

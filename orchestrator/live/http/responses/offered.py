@@ -1,0 +1,129 @@
+"""Tools as the Responses API has them, made what chat templates read; and the names of calls, told back as the client has them.
+
+A *namespace* is a group of functions with a name: what a model calls is namespace and name in one. Searches of the web, which
+OpenAI's servers would make themselves, are not made here: the model is not told of them, and an answer's `tools` leaves them out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from orchestrator.live.asked import ToolUse
+from orchestrator.live.refusals import Invalid, require
+
+TOOLS_MAX = 4096
+#: Between a namespace and a name in what the model sees: letters that every tool-call style takes.
+_JOINT = "__"
+#: Offered by agents whether or not they are needed; anything else that servers run is what a client counts on.
+_LEFT_OUT = "web_search"
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The tools of a request."""
+
+    #: As the client wrote them, without those that are left out.
+    told: Sequence[Mapping[str, Any]] = ()
+    #: As templates read them.
+    shown: Sequence[Mapping[str, Any]] = ()
+    #: Namespace and name of each, by the name that the model sees.
+    names: Mapping[str, tuple[str | None, str]] = field(default_factory=lambda: {})
+
+    def only(self, names: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+        """Return those of some names, as templates read them."""
+        return [tool for tool in self.shown if tool["function"]["name"] in names]
+
+
+def shown_name(namespace: Any, name: str) -> str:
+    """Return what a model calls a function."""
+    return f"{namespace}{_JOINT}{name}" if isinstance(namespace, str) and namespace else name
+
+
+def offered(tools: Sequence[Mapping[str, Any]]) -> Offered:
+    """Return what a request's tools are. Raises `Invalid` for those that are none, or not served."""
+    told: list[Mapping[str, Any]] = []
+    shown: list[Mapping[str, Any]] = []
+    names: dict[str, tuple[str | None, str]] = {}
+    for place, tool in enumerate(tools):
+        where, kind = f"tools[{place}]", tool.get("type")
+        match kind:
+            case "function":
+                functions, namespace, about = [tool], None, ""
+            case "namespace":
+                functions, namespace, about = _grouped(tool, where)
+            case str() if kind.startswith(_LEFT_OUT):
+                continue
+            case _:
+                problem = f"{where}: tools of type {kind!r} are not served; functions are, and namespaces of them"
+                raise Invalid(problem, "unsupported_tool", where)
+        told.append(tool)
+        for function in functions:
+            one = _shown(function, namespace, about, where)
+            about = ""
+            name = one["function"]["name"]
+            require(name not in names, where, f"two tools are called {name!r}")
+            names[name] = (namespace, str(function["name"]))
+            shown.append(one)
+    require(len(shown) <= TOOLS_MAX, "tools", f"must be at most {TOOLS_MAX} tools")
+    return Offered(told, shown, names)
+
+
+def _grouped(tool: Mapping[str, Any], where: str) -> tuple[list[Mapping[str, Any]], str, str]:
+    """Return a namespace's functions, its name, and what is said of it."""
+    name, functions, about = tool.get("name"), tool.get("tools"), tool.get("description")
+    require(isinstance(name, str) and bool(name), f"{where}.name", "must be a name")
+    require(isinstance(functions, list), f"{where}.tools", "must be a list of functions")
+    for number, function in enumerate(cast("list[Any]", functions)):
+        kind = cast("dict[str, Any]", function).get("type") if isinstance(function, dict) else None
+        require(kind == "function", f"{where}.tools[{number}]", f"tools of type {kind!r} are not served; functions are")
+    return cast("list[Mapping[str, Any]]", functions), cast(str, name), about if isinstance(about, str) else ""
+
+
+def _shown(function: Mapping[str, Any], namespace: str | None, about: str, where: str) -> dict[str, Any]:
+    """Return a function as templates read it; what its namespace says of itself stands with the first of its functions."""
+    name, parameters, description = function.get("name"), function.get("parameters"), function.get("description")
+    require(isinstance(name, str) and bool(name), f"{where}.name", "must be a name")
+    require(isinstance(parameters, dict | None), f"{where}.parameters", "must be an object, a JSON schema")
+    require(isinstance(description, str | None), f"{where}.description", "must be text")
+    shown: dict[str, Any] = {"name": shown_name(namespace, cast(str, name))}
+    if words := "\n\n".join(text for text in (about, description) if text):
+        shown["description"] = words
+    if parameters is not None:
+        shown["parameters"] = parameters
+    if function.get("strict"):
+        shown["strict"] = True
+    return {"type": "function", "function": shown}
+
+
+def chosen(choice: str | dict[str, Any] | None, tools: Offered) -> tuple[Sequence[Mapping[str, Any]], ToolUse]:
+    """Return which tools a model is told of, and what it must do with them. Raises `Invalid`."""
+    match choice:
+        case None | "auto":
+            return tools.shown, ToolUse()
+        case "none":
+            return (), ToolUse()
+        case "required":
+            require(bool(tools.shown), "tool_choice", "required, and there are no tools")
+            return tools.shown, ToolUse(forced=True)
+        case {"type": "function", "name": str(name)}:
+            require(name in tools.names, "tool_choice", f"{name!r} is none of the tools")
+            return tools.shown, ToolUse(forced=True, name=name)
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode}:
+            return tools.only(_allowed(choice.get("tools"), tools)), ToolUse(forced=mode == "required")
+        case _:
+            problem = "tool_choice: must be auto, none, required, a function or allowed_tools"
+            raise Invalid(problem, "invalid_value", "tool_choice")
+
+
+def _allowed(allowed: Any, tools: Offered) -> list[str]:
+    require(isinstance(allowed, list), "tool_choice.tools", "must be a list of tools")
+    names: list[str] = []
+    for number, tool in enumerate(cast("list[Any]", allowed)):
+        where = f"tool_choice.tools[{number}]"
+        require(isinstance(tool, dict), where, "must be an object")
+        fields = cast("dict[str, Any]", tool)
+        name = shown_name(fields.get("namespace"), str(fields.get("name")))
+        require(fields.get("type") == "function" and name in tools.names, where, f"{name!r} is none of the functions")
+        names.append(name)
+    require(bool(names), "tool_choice.tools", "must name at least one")
+    return names

@@ -1,0 +1,282 @@
+"""One answer's items in the making: pieces come in, events about items come out, and the items as they are when it ends.
+
+    Reasoning            a reasoning item: its thoughts as they are, or as a summary where the client asked for one
+    text                 a message of one part
+    ToolCall, arguments  a function_call
+
+An item ends where the next begins, or with the answer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.live.http.responses.thoughts import carried
+from orchestrator.live.text.generation import Piece, Scored, ScoredToken
+from orchestrator.live.text.reasoning import Reasoning
+from orchestrator.live.text.tools import MoreArguments, ToolCall
+
+#: An event's type, and what it tells besides its number.
+Event = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How an answer's items are put."""
+
+    #: Names an item of a kind.
+    named: Callable[[str], str]
+    #: Shows a token's log probabilities.
+    scored: Callable[[ScoredToken], dict[str, Any]]
+    #: Functions' namespaces and names, by what the model calls them.
+    functions: Mapping[str, tuple[str | None, str]]
+    #: Thoughts are told as a summary.
+    summarises: bool
+    #: Thoughts come back by way of the client.
+    carries: bool
+
+
+class _Item(ABC):
+    """An item that may still grow."""
+
+    def __init__(self, name: str, place: int) -> None:
+        self.id = name
+        self._place = place
+        self._texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    @property
+    def _at(self) -> dict[str, Any]:
+        return {"item_id": self.id, "output_index": self._place}
+
+    def begin(self) -> list[Event]:
+        """Return the events with which it begins."""
+        return [("response.output_item.added", {"output_index": self._place, "item": self.shown("in_progress")})]
+
+    def end(self, status: str) -> list[Event]:
+        """Return the events with which it ends."""
+        return [*self._last(), ("response.output_item.done", {"output_index": self._place, "item": self.shown(status)})]
+
+    @abstractmethod
+    def shown(self, status: str) -> dict[str, Any]:
+        """Return it as it is now."""
+        ...
+
+    @abstractmethod
+    def _last(self) -> list[Event]:
+        """Return what is said of its content as a whole."""
+        ...
+
+
+class _Message(_Item):
+    def __init__(self, name: str, place: int) -> None:
+        super().__init__(name, place)
+        self._scores: list[dict[str, Any]] = []
+
+    def begin(self) -> list[Event]:
+        return [*super().begin(), ("response.content_part.added", {**self._part, "part": self._content})]
+
+    def more(self, text: str, scores: list[dict[str, Any]]) -> Event:
+        self._texts.append(text)
+        self._scores += scores
+        return ("response.output_text.delta", {**self._part, "delta": text, "logprobs": scores})
+
+    def shown(self, status: str) -> dict[str, Any]:
+        content = [self._content] if self._texts or status != "in_progress" else []
+        return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+    def _last(self) -> list[Event]:
+        told = {**self._part, "text": self.text, "logprobs": [*self._scores]}
+        return [
+            ("response.output_text.done", told),
+            ("response.content_part.done", {**self._part, "part": self._content}),
+        ]
+
+    @property
+    def _part(self) -> dict[str, Any]:
+        return {**self._at, "content_index": 0}
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"type": "output_text", "annotations": [], "logprobs": [*self._scores], "text": self.text}
+
+
+class _Thoughts(_Item):
+    def __init__(self, name: str, place: int, carries: bool) -> None:
+        super().__init__(name, place)
+        self._carries = carries
+
+    def begin(self) -> list[Event]:
+        return [*super().begin(), ("response.content_part.added", {**self._part, "part": self._content})]
+
+    def more(self, text: str) -> Event:
+        self._texts.append(text)
+        return ("response.reasoning_text.delta", {**self._part, "delta": text})
+
+    def shown(self, status: str) -> dict[str, Any]:
+        content = [self._content] if self._texts else []
+        return {"id": self.id, "type": "reasoning", "summary": [], "content": content, "status": status, **self._carried}
+
+    def _last(self) -> list[Event]:
+        return [
+            ("response.reasoning_text.done", {**self._part, "text": self.text}),
+            ("response.content_part.done", {**self._part, "part": self._content}),
+        ]
+
+    @property
+    def _part(self) -> dict[str, Any]:
+        return {**self._at, "content_index": 0}
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"type": "reasoning_text", "text": self.text}
+
+    @property
+    def _carried(self) -> dict[str, Any]:
+        return {"encrypted_content": carried(self.text)} if self._carries and self._texts else {}
+
+
+class _Summary(_Thoughts):
+    def begin(self) -> list[Event]:
+        return [*_Item.begin(self), ("response.reasoning_summary_part.added", {**self._part, "part": self._content})]
+
+    def more(self, text: str) -> Event:
+        self._texts.append(text)
+        return ("response.reasoning_summary_text.delta", {**self._part, "delta": text})
+
+    def shown(self, status: str) -> dict[str, Any]:
+        summary = [self._content] if self._texts else []
+        return {"id": self.id, "type": "reasoning", "summary": summary, "status": status, **self._carried}
+
+    def _last(self) -> list[Event]:
+        return [
+            ("response.reasoning_summary_text.done", {**self._part, "text": self.text}),
+            ("response.reasoning_summary_part.done", {**self._part, "part": self._content}),
+        ]
+
+    @property
+    def _part(self) -> dict[str, Any]:
+        return {**self._at, "summary_index": 0}
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"type": "summary_text", "text": self.text}
+
+
+class _Call(_Item):
+    def __init__(self, name: str, place: int, call: ToolCall, function: tuple[str | None, str]) -> None:
+        super().__init__(name, place)
+        self._call_id = call.id
+        self._namespace, self._name = function
+
+    def more(self, text: str) -> Event:
+        self._texts.append(text)
+        return ("response.function_call_arguments.delta", {**self._at, "delta": text})
+
+    def shown(self, status: str) -> dict[str, Any]:
+        named = {"name": self._name} if self._namespace is None else {"name": self._name, "namespace": self._namespace}
+        call = {"type": "function_call", "call_id": self._call_id, **named, "arguments": self.text}
+        return {"id": self.id, **call, "status": status}
+
+    def _last(self) -> list[Event]:
+        return [("response.function_call_arguments.done", {**self._at, "name": self._name, "arguments": self.text})]
+
+
+class Output:
+    """The items of one answer."""
+
+    __slots__ = ("_open", "_scores", "_wording", "items")
+
+    def __init__(self, wording: Wording) -> None:
+        self._wording = wording
+        self._open: _Item | None = None
+        #: Of tokens whose text is still to come; they may turn out to be no message's.
+        self._scores: list[dict[str, Any]] = []
+        #: Those that have ended.
+        self.items: list[dict[str, Any]] = []
+
+    def take(self, pieces: Sequence[Piece]) -> list[Event]:
+        """Return the events of some more of the answer."""
+        events: list[Event] = []
+        for piece in pieces:
+            match piece:
+                case str():
+                    events += self._say(piece, [])
+                case Scored(text, tokens):
+                    events += self._say(text, [self._wording.scored(token) for token in tokens])
+                case Reasoning(text):
+                    events += self._think(text)
+                case ToolCall():
+                    events += self._call(piece)
+                case MoreArguments(text):
+                    assert isinstance(self._open, _Call), "arguments go on after something that is no call"
+                    events.append(self._open.more(text))
+                case _:
+                    pass  # what only other APIs tell of
+        return events
+
+    def finish(self, complete: bool) -> list[Event]:
+        """Return the events with which the answer ends; an answer that says nothing says so in a message."""
+        events: list[Event] = []
+        said = isinstance(self._open, _Message | _Call) or any(item["type"] != "reasoning" for item in self.items)
+        if complete and not said:
+            events += self._begin(_Message(self._wording.named("msg"), self._next))
+        if isinstance(self._open, _Message) and self._scores:
+            events.append(self._open.more("", self._scores))
+        return [*events, *self._end("completed" if complete else "incomplete")]
+
+    @property
+    def _next(self) -> int:
+        return len(self.items) + (self._open is not None)
+
+    def _say(self, text: str, scores: list[dict[str, Any]]) -> list[Event]:
+        self._scores += scores
+        if not text:
+            return []
+        scores, self._scores = self._scores, []
+        events: list[Event] = []
+        if not isinstance(self._open, _Message):
+            events += self._begin(_Message(self._wording.named("msg"), self._next))
+            scores = _last_of(scores, len(text.encode()))
+        assert isinstance(self._open, _Message), "text goes into a message"
+        return [*events, self._open.more(text, scores)]
+
+    def _think(self, text: str) -> list[Event]:
+        self._scores = []
+        events: list[Event] = []
+        if not isinstance(self._open, _Thoughts):
+            kind = _Summary if self._wording.summarises else _Thoughts
+            events += self._begin(kind(self._wording.named("rs"), self._next, self._wording.carries))
+        assert isinstance(self._open, _Thoughts), "thoughts go into a reasoning item"
+        return [*events, self._open.more(text)]
+
+    def _call(self, call: ToolCall) -> list[Event]:
+        self._scores = []
+        item = _Call(self._wording.named("fc"), self._next, call, self._wording.functions.get(call.name, (None, call.name)))
+        events = self._begin(item)
+        return [*events, item.more(call.arguments)] if call.arguments else events
+
+    def _begin(self, item: _Item) -> list[Event]:
+        events = self._end("completed")
+        self._open = item
+        return [*events, *item.begin()]
+
+    def _end(self, status: str) -> list[Event]:
+        if self._open is None:
+            return []
+        one, self._open = self._open, None
+        self.items.append(one.shown(status))
+        return one.end(status)
+
+
+def _last_of(scores: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Return the last tokens, as many as write `size` bytes: those before a message's text are what ended the thoughts."""
+    start = len(scores)
+    while start and size > 0:
+        start -= 1
+        size -= len(scores[start]["bytes"])
+    return scores[start:]
