@@ -3,15 +3,14 @@
 import json
 import shutil
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.oracle import Oracle, oracle
+from workers.engines.peft import create_adapter
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -20,23 +19,8 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 def write_adapter(
     folder: Path, model: Path, seed: int, targets: tuple[str, ...] = ATTENTION + FFN, rank: int = 4, **config: Any
 ) -> Path:
-    """Write an adapter of the products of a checkpoint that end so, large enough to change what is written."""
-    folder.mkdir(parents=True)
-    ranks = config.get("rank_pattern", {})
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if not module.endswith(targets):
-            continue
-        own = next((value for key, value in ranks.items() if module.endswith(key)), rank)
-        source = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-        outputs, inputs = weight.shape
-        prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(own, inputs, generator=source) / inputs**0.5
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, own, generator=source) * 0.7
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
-    (folder / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": str(model)} | config))
+    """Write an adapter of all products that can be adapted, unless told otherwise."""
+    create_adapter(folder, model, seed, targets, rank, **config)
     return folder
 
 

@@ -26,10 +26,8 @@ from orchestrator.core.config import ModelConfig
 from orchestrator.core.types import AdapterName
 from orchestrator.profiles.fields import CheckpointError
 from workers.engines.linear import Linear
-from workers.engines.peft import WEIGHTS, read_adapter
+from workers.engines.peft import BEFORE, DOWN, UP, WEIGHTS, read_adapter
 
-#: What PEFT puts before and behind a product's name.
-_BEFORE, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAMED_MAX = 5
 
@@ -113,10 +111,8 @@ def _chosen(stacked: Tensor, adapters: tuple[int, ...]) -> Tensor:
 
 
 def _add_product(result: Tensor, one: Tensor, other: Tensor) -> None:
-    if result.dtype == one.dtype:
-        result.addmm_(one, other)
-    else:
-        result.add_(torch.mm(one, other))
+    # The residual stream is float32 in every dtype; of these two a copy takes less than one of their product.
+    result.addmm_(one.to(result.dtype), other.to(result.dtype))
 
 
 class AdaptedLinear:
@@ -201,7 +197,7 @@ class _Adapter:
             raise CheckpointError(self._path, f"not a readable safetensors file: {error}") from None
         if not self._tensors:
             raise CheckpointError(self._path, "has no tensors")
-        self._modules = {name.removeprefix(_BEFORE).removesuffix(_DOWN) for name in self._tensors if name.endswith(_DOWN)}
+        self._modules = {name.removeprefix(BEFORE).removesuffix(DOWN) for name in self._tensors if name.endswith(DOWN)}
         ranks = {module: self._described.rank_of(module) for module in self._modules}
         #: The greatest of its products'.
         self.rank = max(ranks.values(), default=0)
@@ -214,8 +210,8 @@ class _Adapter:
     def take(self, module: str, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
         """Return a product's A [rank, in] and B [out, rank], scaled, in float32."""
         rank = self._described.rank_of(module)
-        low = self._take(f"{_BEFORE}{module}{_DOWN}", (rank, inputs))
-        high = self._take(f"{_BEFORE}{module}{_UP}", (outputs, rank))
+        low = self._take(f"{BEFORE}{module}{DOWN}", (rank, inputs))
+        high = self._take(f"{BEFORE}{module}{UP}", (outputs, rank))
         return low, high * self._described.scale_of(module)
 
     def check_all_taken(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads what a LoRA adapter's directory says of itself, as PEFT writes it, and names its contents.
+"""Reads what a LoRA adapter's directory says of itself, as PEFT writes it, names its contents, and writes small random ones.
 
 Whatever could make an adapter another function than  y = x W^T + scale (x A^T) B^T  is refused: fields of adapter_config.json
 that are not known here must be off. No torch in here: gateways use it too. See also `adapters.py`, which computes.
@@ -8,16 +8,24 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from orchestrator.core.config import shown
 from orchestrator.profiles.fields import CheckpointError, Fields, read_fields
 
 Number = TypeVar("Number", int, float)
 
+#: What is before and behind a product's name in those of its A and B.
+BEFORE, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Fields that say how an adapter was trained, where it came from, or which products it changes, as its tensors do.
 _HARMLESS = (
@@ -96,6 +104,35 @@ def _patterns(fields: Fields, name: str) -> Mapping[str, Any]:
         except re.error as error:
             raise patterns.error(key, f"is no regular expression: {error}") from None
     return patterns.values
+
+
+def create_adapter(directory: Path, model: Path, seed: int, targets: tuple[str, ...], rank: int, **config: Any) -> None:
+    """Write a random adapter of the products of a checkpoint that end so, large enough to change what is written.
+
+    Args:
+        directory: made; it must not be there.
+        model: a checkpoint in one file.
+        seed: of A and B.
+        targets: ends of products' names, such as q_proj.
+        rank: of all products but those that a `rank_pattern` in `config` names.
+        config: further fields of adapter_config.json.
+    """
+    directory.mkdir(parents=True)
+    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
+    (directory / CONFIG).write_text(json.dumps(written | {"base_model_name_or_path": str(model)} | config))
+    described = read_adapter(directory)
+    tensors: dict[str, NDArray[np.float32]] = {}
+    with safe_open(model / "model.safetensors", framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118
+            module = name.removesuffix(".weight")
+            if module.endswith(targets):
+                source = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                outputs, inputs = file.get_slice(name).get_shape()
+                own = described.rank_of(module)
+                down = source.standard_normal((own, inputs), dtype=np.float32) / np.float32(inputs**0.5)
+                up = source.standard_normal((outputs, own), dtype=np.float32) * np.float32(0.7)
+                tensors |= {f"{BEFORE}{module}{DOWN}": down, f"{BEFORE}{module}{UP}": up}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def adapter_fingerprint(model: str, directory: Path) -> str:
