@@ -20,19 +20,24 @@ from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, Mode
 from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts, ToolUse
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
+from orchestrator.live.text.channels import ChannelParser
+from orchestrator.live.text.checks import Checks
 from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
+from orchestrator.live.text.grammars import Grammar, Thoughts, Unkeepable, answer_part, whole
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
-from orchestrator.live.text.styles import make_parser
+from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
 _SESSION_CHARS_MAX = 256
+#: Log probabilities of one prompt: a hundred megabytes of JSON.
+PROMPT_SCORES_MAX = 1 << 20
 
 NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 ParserMaker = Callable[[], AnswerParser | None]
@@ -108,6 +113,7 @@ class Intake:
         self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
         tenants = tuple(TenantId(one.name) for one in config.tenants) or (DEFAULT_TENANT,)
         gateway = config.gateway
+        self._checks = Checks()
         #: What prompts were made of lately.
         self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
         self._block_tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in texts}
@@ -172,7 +178,6 @@ class Intake:
     async def prepare(self, asked: Asked, model: ServedModel, tenant: TenantId, session: SessionId | None) -> Prepared:
         """Return a request's prompts as tokens and block hashes, and how its tokens are chosen and read. Raises `Invalid`."""
         self._check_generations(asked)
-        _check_constraints(asked)
         salt = asked.hints.cache_salt
         keeps: Sequence[Keep] = ()
         match asked.prompt:
@@ -182,9 +187,11 @@ class Intake:
                 prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
                 parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
+                bound = _bound(asked, conversation, text, model.text)
             case Texts(texts, prefixed):
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
                 parser, ends = _no_parser, model.text.eos_token_ids
+                bound = _bound(asked, None, "", model.text)
             case _:
                 assert_never(asked.prompt)
         prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
@@ -192,8 +199,12 @@ class Intake:
             _check_length(model.text, prompt)
         if session is not None:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
+        for prompt in prompts:
+            _check_scores(prompt, asked.sampling)
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
+        if bound is not None:
+            sampling = replace(sampling, grammar=await self._checked(bound, asked, ends))
         if asked.limits.forbidden_words:
             sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
         sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
@@ -206,7 +217,6 @@ class Intake:
     async def count(self, asked: Asked, model: ServedModel, tenant: TenantId) -> int:
         """Return how many tokens a request's prompts have, however long they are. Raises `Invalid`."""
         self._check_generations(asked)
-        _check_constraints(asked)
         prompt, salt = asked.prompt, asked.hints.cache_salt
         texts = (
             [_rendered(_told(prompt, model), model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
@@ -288,6 +298,20 @@ class Intake:
         require(min(text) >= 0 and max(text) < size, "prompt", f"token ids must be from 0 to {size - 1}")
         return prompts.adopt(array("I", text).tobytes(), root)
 
+    async def _checked(self, grammar: Grammar, asked: Asked, ends: frozenset[int]) -> str:
+        """Return a grammar that an answer can be kept to as engines read it. Raises `Invalid`."""
+        require(not asked.limits.ignores_ends, "ignore_eos", "an answer that is kept to a grammar ends where that does")
+        require(asked.sampling.output_tokens_min == 0, "min_tokens", "an answer that is kept to a grammar ends where that does")
+        require(
+            bool(ends),
+            grammar.parts[0].field,
+            "this model names no token that ends an answer, so that none can be kept to a grammar",
+        )
+        try:
+            return await self._checks.check(grammar)
+        except Unkeepable as error:
+            raise Invalid(str(error), "invalid_value", error.field) from error
+
     def _shortened(self, prompt: Prompt, limits: Limits, model: ServedModel, tenant: TenantId) -> Prompt:
         """Return a prompt, or what may stay of it at its end."""
         most = limits.prompt_tokens_max
@@ -345,14 +369,50 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     """Return what makes parsers for answers to a conversation whose prompt is `text`."""
     style, tools = model.reasoning_style, conversation.tools
     parameters = tool_parameters(tools)
-    continued = str(conversation.messages[-1]["content"]) if conversation.continues else None
-    opened = style.opened_by(text, continued)
+    opened = _opened(conversation, text, style)
 
     def make() -> AnswerParser | None:
+        if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
+            offered = parameters if tools else None
+            return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
         calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
         return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
 
     return make
+
+
+def _bound(asked: Asked, conversation: Conversation | None, text: str, model: ModelText) -> Grammar | None:
+    """Return what an answer must be, None if it may be anything. Raises `Invalid`.
+
+    Args:
+        asked: the whole request.
+        conversation: what it goes on with; None if that is a text.
+        text: the conversation's prompt.
+        model: whose answer.
+    """
+    use = conversation.tool_use if conversation is not None else ToolUse()
+    require(not use.forced, use.field, "a call cannot be forced")
+    if asked.constraint is None:
+        return None
+    try:
+        part = answer_part(asked.constraint)
+    except Unkeepable as error:
+        raise Invalid(str(error), "invalid_value", error.field) from error
+    thoughts = _thoughts(conversation, text, model) if conversation is not None else Thoughts()
+    return whole("@answer", (), (part,), thoughts, model.vocabulary.marks)
+
+
+def _thoughts(conversation: Conversation, text: str, model: ModelText) -> Thoughts:
+    """Return what an answer to a conversation whose prompt is `text` may begin with."""
+    style = model.reasoning_style
+    known = bool(style.marks) and model.tokenizer.token_to_id(style.marks[0]) is not None
+    return Thoughts.after(text, style, _opened(conversation, text, style), known)
+
+
+def _opened(conversation: Conversation, text: str, style: ReasoningStyle) -> bool:
+    """Tell whether an answer begins with thoughts."""
+    continued = str(conversation.messages[-1]["content"]) if conversation.continues else None
+    return style.opened_by(text, continued)
 
 
 def _no_parser() -> None:
@@ -371,11 +431,12 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
         raise Invalid("the prompt is empty", "invalid_value", "messages")
 
 
-def _check_constraints(asked: Asked) -> None:
-    """Refuse what would bind the answer: it is not served yet."""
-    use = asked.prompt.tool_use if isinstance(asked.prompt, Conversation) else ToolUse()
-    field = use.field if use.forced else asked.constraint.field if asked.constraint is not None else None
-    require(field is None, field or "", "an answer cannot be constrained, nor a call forced")
+def _check_scores(prompt: Prompt, sampling: Sampling) -> None:
+    """Refuse more log probabilities of a prompt than one request may have."""
+    if sampling.prompt_logprobs is not None:
+        count = prompt.count * (1 + sampling.prompt_logprobs)
+        problem = f"a prompt of {prompt.count} tokens would have {count} log probabilities, it may have {PROMPT_SCORES_MAX}"
+        require(count <= PROMPT_SCORES_MAX, "prompt_logprobs", problem)
 
 
 def _check_tokens(model: ModelText, sampling: Sampling) -> None:

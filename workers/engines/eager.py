@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig
@@ -19,14 +20,15 @@ from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
 from workers.engines.adapters import Adapters
 from workers.engines.attention import decode_way
-from workers.engines.base import EngineDescription, ExpertRouting, SliceOutput, SplitPlaces
-from workers.engines.batch import BatchBuilder
+from workers.engines.base import EngineDescription, ExpertRouting, PromptScores, SliceOutput, SplitPlaces
+from workers.engines.batch import BatchBuilder, StepBatch
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
+from workers.engines.grammars import Grammars, Masks
 from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.linear import rows_min
 from workers.engines.models import Model
-from workers.engines.sampler import sample
+from workers.engines.sampler import sample, score
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import SplitGroup
@@ -95,6 +97,7 @@ class EagerEngine(PooledBlocks):
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
             way = decode_way(self._pool, dtype, device, self._threads)
         self._batches = BatchBuilder(self._pool, filled, way, device)
+        self._grammars = Grammars(model_dir, shape.vocabulary)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,
@@ -119,8 +122,9 @@ class EagerEngine(PooledBlocks):
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
+        walk = self._grammars.walk(sampling, len(tokens) - generated)
         known = self.description
-        sequence = self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary, generated)
+        sequence = self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary, generated, walk)
         if sampling.adapter is not None:
             sequence.adapter = self._adapters.number(sampling.adapter)
             if sequence.adapter is None:
@@ -170,15 +174,32 @@ class EagerEngine(PooledBlocks):
         batches = [self._batches.build(slices, sequences, part) for part in parts]
         small = sum(batch.rows for batch in batches) * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
         torch.set_num_threads(1 if small else self._threads)
+        masks = self._grammars.begin([sequences[number] for batch in batches for number in batch.sampled_slices])
         logits = self._model.logits(batches, self._pool)
         if logits is not None:
-            sampled = [number for batch in batches for number in batch.sampled_slices]
-            chosen = sample(logits, [sequences[number] for number in sampled])
-            for number, output in zip(sampled, chosen, strict=True):
-                outputs[number] = output
+            self._choose(logits, batches, sequences, masks, outputs)
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         torch.set_num_threads(self._threads)
+
+    @staticmethod
+    def _choose(
+        logits: Tensor,
+        batches: Sequence[StepBatch],
+        sequences: Sequence[TokenSequence],
+        masks: Masks | None,
+        outputs: list[SliceOutput],
+    ) -> None:
+        """Fill in the tokens that come next, and what prompts' tokens score."""
+        scores = _scores(logits, batches, sequences)
+        if scores:
+            logits = _sampled(logits, batches)
+            for number, found in scores.items():
+                outputs[number] = SliceOutput(scores=found)
+        sampled = [number for batch in batches for number in batch.sampled_slices]
+        chosen = sample(logits, [sequences[number] for number in sampled], masks) if sampled else []
+        for number, output in zip(sampled, chosen, strict=True):
+            outputs[number] = replace(output, scores=scores[number]) if number in scores else output
 
     def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
         """Return 0: the time a step takes is the time it takes."""
@@ -187,9 +208,28 @@ class EagerEngine(PooledBlocks):
     def close(self) -> None:
         """Let go of weights, pool and sequences."""
         self._sequences.clear()
+        self._grammars.close()
         if self.split is not None:
             self.split.close()
         del self._model, self._batches, self._pool
+
+
+def _scores(logits: Tensor, batches: Sequence[StepBatch], sequences: Sequence[TokenSequence]) -> dict[int, PromptScores]:
+    """Return the log probabilities of prompts' tokens that are wanted, by the number of the slice."""
+    scores: dict[int, PromptScores] = {}
+    end = 0
+    for batch in batches:
+        end += batch.sampled
+        for run in batch.scored:
+            start, end = end, end + run.count
+            scores[run.slice_number] = score(logits[start:end], sequences[run.slice_number], run.first)
+    return scores
+
+
+def _sampled(logits: Tensor, batches: Sequence[StepBatch]) -> Tensor:
+    """Return the rows that are there for their next token."""
+    sizes = [size for batch in batches for size in (batch.sampled, sum(run.count for run in batch.scored))]
+    return torch.cat(logits.split(sizes)[::2])
 
 
 def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device: torch.device, rows_max: int) -> SplitGroup:

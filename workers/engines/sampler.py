@@ -1,12 +1,13 @@
 """Chooses tokens from logits: greedy at once for a whole step, everything else vectorised over the rows that need it.
 
 Order: logit bias, repetition penalty (over prompt and generated tokens), presence and frequency penalties (over generated
-ones), what must not come, temperature, top-k, top-p (of what top-k left), min-p. Log probabilities are those of the raw logits.
-Randomness is a function of (seed, position) alone, so that a sequence draws the same numbers whatever is in its batch, and when
-it is computed again.
+ones), what must not come, what a grammar lets come, temperature, top-k, top-p (of what top-k left), min-p. Log probabilities are
+those of the raw logits. Randomness is a function of (seed, position) alone, so that a sequence draws the same numbers whatever is
+in its batch, and when it is computed again.
 """
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.core.types import Sampling
-from workers.engines.base import SliceOutput, TokenLogprobs
+from workers.engines.base import PromptScores, SliceOutput, TokenLogprobs
+from workers.engines.grammars import Masks
 from workers.engines.sequences import TokenSequence
 
 #: Most likely tokens that truncation looks at before it sorts the whole vocabulary.
 RANKED_TOKENS = 1024
+#: Rows of a prompt whose log probabilities are made at once: each takes some copies of its logits.
+SCORED_ROWS = 128
 _MASK = (1 << 64) - 1
 
 
@@ -56,19 +60,22 @@ class _Row:
         return seen
 
 
-def sample(logits: Tensor, sequences: Sequence[TokenSequence]) -> list[SliceOutput]:
+def sample(logits: Tensor, sequences: Sequence[TokenSequence], masks: Masks | None = None) -> list[SliceOutput]:
     """Choose tokens from logits [rows, vocabulary] and append them to the sequences: one, and one more for each right draft.
 
     Each sequence has one row, and one more for each of its drafts. What is chosen in a row depends on nothing but what is before
     it, so that a draft is right if it is what would have been chosen, and tokens are those that steps of one token each bring.
-    A sequence whose first row has no usable number fails alone.
+    A sequence whose first row has no usable number fails alone. With `masks` the logits may be changed.
     """
     if all(sequence.plain for sequence in sequences):
+        logits = masks.apply(logits) if masks is not None else logits
         best, tokens = (found.tolist() for found in logits.max(-1))
         return _finish_all(sequences, tokens, best)
     raw = logits.float()
     rows = [_Row(sequence, ahead) for sequence in sequences for ahead in range(1 + sequence.drafted)]
     adjusted = _adjusted(raw, rows)
+    if masks is not None:
+        adjusted = masks.apply(adjusted.clone() if adjusted is raw else adjusted)
     best, greedy = adjusted.max(-1)
     tokens, best = greedy.tolist(), best.tolist()
     drawn = [number for number, row in enumerate(rows) if row.sequence.sampling.temperature > 0 and math.isfinite(best[number])]
@@ -94,6 +101,8 @@ def _finish(
 ) -> SliceOutput:
     """Take a sequence's tokens as far as its drafts were right, none is an end, and there are numbers to choose by."""
     drafts = sequence.take_drafts() if sequence.drafted else ()
+    if sequence.walk is not None and sequence.walk.failure is not None:
+        return SliceOutput(failure=sequence.walk.failure)
     if not math.isfinite(best[0]):
         return SliceOutput(failure=f"no token can be chosen: the largest logit is {best[0]}")
     count = 1
@@ -228,6 +237,24 @@ def uniform(seed: int, position: int) -> float:
     for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         state = ((state ^ state >> 30) * multiplier) & _MASK
     return ((state ^ state >> 31) >> 11) * 2.0**-53
+
+
+def score(logits: Tensor, sequence: TokenSequence, first: int) -> PromptScores:
+    """Return the log probabilities of tokens of a prompt from `first` on, from the logits [tokens, vocabulary] before each."""
+    most = min(sequence.sampling.prompt_logprobs or 0, logits.shape[1])
+    logprobs, ranks, top_tokens, top_logprobs = array("f"), array("I"), array("I"), array("f")
+    for rows in logits.split(SCORED_ROWS):
+        start = first + len(logprobs)
+        tokens = torch.tensor(sequence.tokens[start : start + len(rows)].tolist(), device=rows.device)
+        chances = rows.float().log_softmax(-1)
+        chosen = chances.gather(1, tokens[:, None])
+        values, ids = chances.topk(most, dim=-1)
+        logprobs.extend(chosen[:, 0].tolist())
+        ranks.extend((chances >= chosen).sum(-1).tolist())
+        top_tokens.extend(ids.flatten().tolist())
+        top_logprobs.extend(values.flatten().tolist())
+    sequence.scored = first + len(logprobs)
+    return PromptScores(first, logprobs, ranks, top_tokens, top_logprobs)
 
 
 def _logprobs(raw: Tensor, tokens: list[int], sequences: Sequence[TokenSequence]) -> list[tuple[TokenLogprobs, ...]]:

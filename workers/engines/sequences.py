@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.core.types import BlockId, Sampling
+from workers.engines.grammars import Walk
 from workers.engines.lookup import PromptLookup
 
 
@@ -16,11 +17,13 @@ class TokenSequence:
     """One request in an engine."""
 
     __slots__ = (
-        "adapter", "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "seed",
-        "seen", "table", "tokens",
+        "adapter", "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "scored",
+        "seed", "seen", "table", "tokens", "walk",
     )  # fmt: skip
 
-    def __init__(self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0) -> None:
+    def __init__(
+        self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0, walk: Walk | None = None
+    ) -> None:
         #: Prompt and output so far; while a step verifies drafts, those as well.
         self.tokens = array("I", tokens)
         #: How many of the tokens are drafts.
@@ -28,7 +31,11 @@ class TokenSequence:
         self.prompt_tokens = len(tokens) - generated
         #: Finds what followed the last tokens before; None until something is to be drafted.
         self.lookup: PromptLookup | None = None
+        #: Through its grammar, if it has one.
+        self.walk = walk
         self.sampling = sampling
+        #: Tokens of the prompt that need no log probabilities any more: all, where none are wanted.
+        self.scored = 1 if sampling.prompt_logprobs is not None and not generated else self.prompt_tokens
         #: The number of its adapter; None: it has none.
         self.adapter: int | None = None
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -64,10 +71,12 @@ class TokenSequence:
         self.table[first:end] = blocks
 
     def draft(self, most: int) -> int:
-        """Add up to so many tokens that are likely to come next, to be verified; return how many."""
+        """Add up to so many tokens that are likely to come next and may come, to be verified; return how many."""
         if self.lookup is None:
             self.lookup = PromptLookup()
         drafts = self.lookup.find(self.tokens, most)
+        if self.walk is not None:
+            drafts = drafts[: self.walk.passable(self.tokens, drafts)]
         self.drafted = len(drafts)
         self.tokens.extend(drafts)
         return self.drafted

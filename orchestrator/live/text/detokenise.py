@@ -86,6 +86,11 @@ class Vocabulary:
         #: A token that others' texts are told from when they follow it; found when it is first needed.
         self._anchor: tuple[int, str] | None = None
 
+    @property
+    def marks(self) -> Mapping[str, int]:
+        """The marks that are special tokens, no text to anybody else, with their numbers."""
+        return {name: number for number, name in self._marks.items()}
+
     def detokeniser(self, prompt: bytes = b"", marked: bool = False, special: bool = False) -> Detokeniser:
         """Return one for a new generation.
 

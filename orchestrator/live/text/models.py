@@ -6,7 +6,6 @@ See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `det
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -16,10 +15,11 @@ from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.styles import ToolStyle, style_of
-from orchestrator.live.text.templates import ChatTemplate, load_template, special_tokens
+from orchestrator.live.text.templates import ChatTemplate, load_template
 from orchestrator.profiles.fields import CheckpointError, Fields, read_fields, read_text
 from orchestrator.profiles.model_config import read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
+from orchestrator.profiles.specials import end_tokens, read_named, special_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +79,19 @@ class ModelText:
         """
         config = read_config(folder)
         described = read_fields(folder / "tokenizer.json")
-        named = _named(folder)
-        generation = read_fields(folder / "generation_config.json", needed=False)
+        named = read_named(folder)
         tokenizer = _tokenizer(described)
         template = load_template(folder, named)
         parsers = parsers or ModelConfig()
         style = style_of(parsers.tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
-        reasoning = reasoning_style_of(parsers.reasoning_parser)
+        reasoning = reasoning_style_of(parsers.reasoning_parser, "".join(template.sources.values()))
         size = max(config.count("vocab_size", 1), tokenizer.get_vocab_size())
-        # generation_config.json's ends, config.json's if that names none, as `transformers` has it.
-        eos = generation.token_ids("eos_token_id", size) or config.token_ids("eos_token_id", size)
+        eos = end_tokens(config, size)
         return ModelText(
             tokenizer=tokenizer,
             segmenter=Segmenter(described.values),
             template=template,
-            vocabulary=Vocabulary(tokenizer, described.values, _special(named), (*style.marks, *reasoning.marks)),
+            vocabulary=Vocabulary(tokenizer, described.values, special_names(named), (*style.marks, *reasoning.marks)),
             prefix=_prefix(tokenizer),
             vocabulary_size=size,
             eos_token_ids=eos,
@@ -103,13 +101,6 @@ class ModelText:
             tool_style=style,
             reasoning_style=reasoning,
         )
-
-
-def _named(folder: Path) -> Fields:
-    """Return tokenizer_config.json, with what only the older special_tokens_map.json says."""
-    older = read_fields(folder / "special_tokens_map.json", needed=False)
-    newer = read_fields(folder / "tokenizer_config.json", needed=False)
-    return Fields(newer.path, {**older.values, **newer.values})
 
 
 def _tokenizer(described: Fields) -> Tokenizer:
@@ -128,18 +119,6 @@ def _tokenizer(described: Fields) -> Tokenizer:
     if forget is not None:
         forget(0)
     return tokenizer
-
-
-def _special(named: Fields) -> frozenset[str]:
-    """Return the tokens that tokenizer_config.json calls special; `transformers` hides them whatever tokenizer.json says."""
-    added = named.object("added_tokens_decoder")
-    names = [token.text("content") for token in map(added.object, added.values) if token.values.get("special")]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        found = named.values.get(name)
-        listed = {str(place): one for place, one in enumerate(cast("list[Any]", found))} if isinstance(found, list) else None
-        more = Fields(named.path, listed) if listed is not None else named.object(name)
-        names += [text for one in more.values if (text := more.token_text(one)) is not None]
-    return frozenset((*names, *special_tokens(named).values()))
 
 
 def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:

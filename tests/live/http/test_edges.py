@@ -59,6 +59,12 @@ DEEP = {
     "whole body": ("DEEP", 100_000),
 }
 
+INNER = {"properties": {"a": {"items": {"anyOf": [{"type": "string"}, {"type": "array", "uniqueItems": True}]}}}}
+
+
+def named(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
 
 @pytest.mark.parametrize(("body", "levels"), DEEP.values(), ids=DEEP)
 def test_what_is_nested_too_deeply_is_a_bad_request(text: ModelText, body: str, levels: int) -> None:
@@ -98,9 +104,27 @@ def test_arguments_of_earlier_calls_may_be_anything_a_model_wrote(text: ModelTex
         ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"1": "x"}}, "logit_bias[...]"),
         ({"nvext": {"agent_hints": 1}}, "nvext.agent_hints"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "structural_tag", "structures": [], "triggers": []}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": named(None)}, "response_format.json_schema.schema"),
+        ({"response_format": named({"type": "quaternion"})}, "response_format.json_schema.schema"),
+        ({"response_format": named(INNER)}, "response_format.json_schema.schema.properties.a.items.anyOf[1]"),
         ({"response_format": 3}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 2, "max_tokens": 9}, "min_tokens"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": ["a", 3]}, "guided_choice"),
+        ({"guided_grammar": "start: <|im_end|>"}, "guided_grammar"),
+        ({"guided_grammar": "root ::= gone"}, "guided_grammar"),
+        ({"guided_json": '{"type": '}, "guided_json"),
+        ({"guided_json": [1]}, "guided_json"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "zzz"}}}, "tool_choice"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice"),
         ({"tools": [NOW], "tool_choice": "required"}, "tool_choice"),
@@ -108,8 +132,6 @@ def test_arguments_of_earlier_calls_may_be_anything_a_model_wrote(text: ModelTex
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"tools": [NOW], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"functions": [{"name": "x"}]}, "functions"),
-        ({"guided_json": {}}, "guided_json"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"logits_processors": ["x"]}, "logits_processors"),
         ({"suffix": "x"}, "suffix"),

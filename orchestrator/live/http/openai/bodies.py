@@ -125,6 +125,9 @@ class GenerationRequest(Unserved, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
+    #: Of completions; chats that ask for it are refused.
+    echo: bool | None = None
     priority: int | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
@@ -132,6 +135,13 @@ class GenerationRequest(Unserved, kw_only=True):
     cache_control: Any = None
     cache_salt: str | None = None
     nvext: Extension | None = None
+    response_format: Any = None
+    # What vLLM has beyond.
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
     @property
     def cache_markers(self) -> list[Any]:

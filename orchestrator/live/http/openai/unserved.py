@@ -1,6 +1,6 @@
 """Fields of OpenAI's API, and of servers like it, that are known and not served: refused unless they ask for what happens anyway.
 
-A client that constrains an answer must not get one that ignores it. What nobody knows is ignored, as everywhere.
+What nobody knows is ignored, as everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
-    response_format: Any = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
@@ -22,28 +21,20 @@ class Unserved(msgspec.Struct, kw_only=True):
     prediction: Any = None
     web_search_options: Any = None
     # What vLLM, SGLang and TGI have beyond.
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None
     length_penalty: Any = None
     use_beam_search: Any = None
-    prompt_logprobs: Any = None
     prompt_embeds: Any = None
     spaces_between_special_tokens: Any = None
     chat_template: Any = None
-    echo: Any = None
     suffix: Any = None
     logits_processors: Any = None
 
 
 #: What a field may say besides null, because it is what happens anyway.
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "response_format": ({"type": "text"},),
     "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("auto", "none"),
@@ -51,7 +42,6 @@ _HARMLESS: Mapping[str, Sequence[Any]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "spaces_between_special_tokens": (True,),
-    "echo": (False,),
     "suffix": ("",),
 }
 _NAMES = Unserved.__struct_fields__

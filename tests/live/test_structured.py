@@ -1,0 +1,127 @@
+"""Answers that must be something: asked by the official client, kept to by the engine that computes, read by what was asked."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from openai import AsyncOpenAI
+
+from orchestrator.core.config import ClusterConfig, ModelConfig
+from orchestrator.core.types import GatewayId, ModelName
+from orchestrator.live.http.gateway import Gateway
+from orchestrator.live.intake import Intake
+from orchestrator.live.metrics import Metrics
+from orchestrator.live.text.models import ModelText
+from tests.live.serving import cluster, together
+from workers.engines.checkpoint import create_checkpoint
+
+MODEL = "default"
+USER = [{"role": "user", "content": "Say something."}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "pattern": "^[a-z]{2,8}$"},
+        "degrees": {"type": "integer", "minimum": -50, "maximum": 50},
+        "tags": {"type": "array", "items": {"enum": ["dry", "windy", None]}, "maxItems": 3},
+    },
+    "required": ["city", "degrees", "tags"],
+    "additionalProperties": False,
+}
+
+
+def schema_format(schema: object, **more: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": schema, **more}}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    create_checkpoint(
+        directory, "qwen3", seed=3, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128,
+        context_tokens_max=2048, dtype="float32",
+    )  # fmt: skip
+    return directory
+
+
+@asynccontextmanager
+async def answering(config: ClusterConfig, model_dir: Path) -> AsyncIterator[AsyncOpenAI]:
+    """Serve a cluster behind a gateway, for the official client."""
+    config = replace(config, models={ModelName(MODEL): ModelConfig()})
+    async with cluster(config, model_dir) as served:
+        metrics = Metrics(GatewayId(0), 1, {})
+        texts = {ModelName(MODEL): ModelText.load(model_dir, "random")}
+        intake = Intake(config, texts, b"secret")
+        gateway = Gateway(config, GatewayId(0), intake, served.driver, metrics, metrics.render, lambda: {"nodes": []})
+        port = await gateway.start("127.0.0.1", 0)
+        try:
+            async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client:
+                yield client
+            await served.idle()
+        finally:
+            await gateway.stop()
+
+
+def play(model_dir: Path, talk: Callable[[AsyncOpenAI], Awaitable[None]], config: ClusterConfig | None = None) -> None:
+    async def run() -> None:
+        async with answering(config or together("eager"), model_dir) as client:
+            await talk(client)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def content(client: AsyncOpenAI, **asked: Any) -> str:
+    """Return an answer that ended by itself."""
+    answer = await client.chat.completions.create(model=MODEL, messages=USER, max_tokens=600, **asked)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.content is not None
+    return answer.choices[0].message.content
+
+
+@pytest.mark.slow
+def test_answers_are_what_the_schema_says(model_dir: Path) -> None:
+    async def talk(client: AsyncOpenAI) -> None:
+        for temperature in (0.0, 1.0):
+            text = await content(client, response_format=schema_format(SCHEMA), temperature=temperature, seed=1)
+            jsonschema.validate(json.loads(text), SCHEMA)
+
+    play(model_dir, talk)
+
+
+KINDS: dict[str, tuple[dict[str, Any], Callable[[str], object]]] = {
+    "regex": ({"regex": "[a-z]{3}-[0-9]{2,4}"}, lambda text: re.fullmatch("[a-z]{3}-[0-9]{2,4}", text)),
+    "choice": ({"choice": ["yes", "no", 'say "when"']}, lambda text: text in ("yes", "no", 'say "when"')),
+    "grammar-ebnf": (
+        {"grammar": 'root ::= "SELECT " [a-z]{1,9} (", " [a-z]{1,9}){0,2}'},
+        lambda text: text.startswith("SELECT "),
+    ),
+    "grammar-lark": ({"grammar": 'start: "a" ("b" | /[0-9]{1,5}/) "c"'}, lambda text: re.fullmatch(r"a(b|\d{1,5})c", text)),
+    "json": ({"json": SCHEMA}, lambda text: jsonschema.validate(json.loads(text), SCHEMA) is None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_of_every_kind_that_can_be_asked_for(model_dir: Path, kind: str) -> None:
+    structured, right = KINDS[kind]
+    [(name, value)] = structured.items()
+
+    async def talk(client: AsyncOpenAI) -> None:
+        texts = [
+            await content(client, extra_body={"structured_outputs": structured}, seed=1),
+            await content(client, extra_body={f"guided_{name}": value}, seed=1),
+        ]
+        completion = await client.completions.create(
+            model=MODEL, prompt="One:", max_tokens=600, seed=1, extra_body={"structured_outputs": structured}
+        )
+        assert completion.choices[0].finish_reason == "stop"
+        assert texts[0] == texts[1]
+        assert all(right(text) for text in (*texts, completion.choices[0].text))
+
+    play(model_dir, talk)
