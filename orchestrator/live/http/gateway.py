@@ -227,7 +227,7 @@ class Gateway:
             body = await exchange.body(self._body_bytes_max)
             asked = dialect.parse(body)
             model = self._intake.model_named(asked.model)
-            label = model.name
+            label = model.label
             session = self._session_of(exchange, asked)
             if await self.peers.pass_on(exchange, body, session, asked.hints.gateway):
                 return
