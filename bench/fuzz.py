@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -32,6 +33,7 @@ from bench.store_frames import VICTIMS
 CLUSTER = """
 [gateway]
 generations_max = 16
+responses_max = 100
 [[pools]]
 name = "all"
 kind = "aggregated"
@@ -48,6 +50,8 @@ TOGETHER, ANSWER_S_MAX = 16, 30.0
 #: Inputs before memory is read for the first time: caches are full then.
 WARM = 5_000
 GROWTH_MAX = 1.2
+#: How the stream of a response or of a message ends, whatever became of it.
+_LAST_EVENT = re.compile(r"event: (response\.(completed|incomplete|failed)|message_stop|error)\ndata: .*\n\n\Z")
 
 
 @dataclass(slots=True)
@@ -74,7 +78,8 @@ def problem_of(answer: httpx.Response) -> str:
     if "x-request-id" not in answer.headers:
         return "no x-request-id"
     if answer.status_code == 200:
-        return "" if answer.text.endswith(("}", "data: [DONE]\n\n")) else "an unfinished answer"
+        finished = answer.text.endswith(("}", "data: [DONE]\n\n")) or _LAST_EVENT.search(answer.text) is not None
+        return "" if finished else "an unfinished answer"
     try:
         error = answer.json()["error"]
     except (ValueError, KeyError, TypeError):

@@ -43,6 +43,64 @@ BODIES: dict[str, tuple[dict[str, Any], ...]] = {
         {"model": "M", "prompt": [5, 6, 7], "max_tokens": 2, "stop_token_ids": [9], "ignore_eos": True, "echo": False},
         {"model": "M", "prompt": ["a", "b"], "n": 2, "max_tokens": 1, "best_of": 2, "suffix": None, "user": "u"},
     ),
+    "/v1/messages": (
+        {"model": "M", "messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 3, "system": "Be brief"},
+        {
+            "model": "M", "stream": True, "max_tokens": 2, "temperature": 0.5, "top_k": 5, "top_p": 0.9, "speed": "standard",
+            "stop_sequences": ["a", "b"], "metadata": {"user_id": "user_1_session_2"}, "thinking": {"type": "adaptive"},
+            "output_config": {"effort": "low"}, "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+            "tools": [{"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+            "tool_choice": {"type": "auto"}, "cache_control": {"type": "ephemeral"},
+            "system": [{"type": "text", "text": "Be brief", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+                {"role": "assistant", "content": [
+                    {"type": "thinking", "thinking": "", "signature": "weft-holds-eA=="}, {"type": "text", "text": "y"},
+                    {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}},
+                ]},
+                {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": "c", "is_error": True, "content": [{"type": "text", "text": "z"}]},
+                    {"type": "document", "source": {"type": "text", "data": "d"}, "citations": {"enabled": False}},
+                ]},
+                {"role": "system", "content": "Go on"},
+            ],
+        },
+        {
+            "model": "M", "max_tokens": 1, "service_tier": "auto", "container": None, "mcp_servers": [],
+            "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "So"}],
+        },
+    ),
+    "/v1/messages/count_tokens": (
+        {"model": "M", "messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "input_schema": {}}]},
+    ),
+    "/v1/responses": (
+        {"model": "M", "input": "Hello there", "max_output_tokens": 3, "instructions": "Be brief", "metadata": {"a": "b"}},
+        {
+            "model": "M", "stream": True, "store": False, "max_output_tokens": 2, "top_logprobs": 2, "truncation": "auto",
+            "include": ["message.output_text.logprobs", "reasoning.encrypted_content"], "tool_choice": "auto",
+            "reasoning": {"summary": "auto"}, "text": {"format": {"type": "text"}, "verbosity": "low"},
+            "tools": [
+                {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}, {"type": "web_search"},
+                {"type": "custom", "name": "c", "format": {"type": "text"}},
+                {"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "f"}]},
+            ],
+            "input": [
+                {"role": "developer", "content": "Be brief"},
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "t"}], "encrypted_content": "d"},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "y", "annotations": []}]},
+                {"type": "function_call", "call_id": "c1", "name": "f", "namespace": "n", "arguments": "{}"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "c", "input": "z"},
+                {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "o"}]},
+                {"type": "custom_tool_call_output", "call_id": "c2", "output": "o"},
+            ],
+        },
+        {
+            "model": "M", "max_output_tokens": 1, "tools": [{"type": "function", "name": "f"}],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+            "input": [{"role": "user", "content": "x", "id": "msg_1"}], "user": "u", "prompt_cache_options": {"ttl": "30m"},
+        },
+    ),
 }  # fmt: skip
 
 

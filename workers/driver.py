@@ -665,6 +665,13 @@ def _says_something(frame: node_pb2.GatewayFrame) -> bool:
 def check_vocabulary(description: EngineDescription, submit: node_pb2.Submit) -> None:
     """Raise `MalformedMessage` if a token id is beyond the engine's vocabulary."""
     highest = int(np.frombuffer(submit.tokens, dtype="<u4").max())
-    highest = max(highest, *submit.sampling.logit_bias, *submit.sampling.stop_token_ids, 0)
+    sampling = submit.sampling
+    named = (
+        sampling.logit_bias,
+        sampling.stop_token_ids,
+        sampling.allowed_token_ids,
+        *(run.tokens for run in sampling.forbidden_runs),
+    )
+    highest = max(highest, *(max(tokens, default=0) for tokens in named))
     if highest >= description.vocabulary:
         raise codec.MalformedMessage(f"token {highest} is beyond the vocabulary of {description.vocabulary}")

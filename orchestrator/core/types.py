@@ -183,6 +183,14 @@ class Sampling:
     logprobs: int | None = None
     #: Added to logits, by token id.
     logit_bias: Mapping[int, float] = field(default_factory=lambda: {})
+    #: Logits of tokens that the prompt or the output has are divided by it, negative ones multiplied; 1 changes none.
+    repetition_penalty: float = 1.0
+    #: Nothing ends the output before it has so many tokens.
+    output_tokens_min: int = 0
+    #: Runs of tokens that are never completed, whether they begin in the prompt or in the output; none is empty.
+    forbidden_runs: tuple[tuple[int, ...], ...] = ()
+    #: The only tokens that may come; empty for all.
+    allowed_token_ids: tuple[int, ...] = ()
     #: What the output must be to the letter, as engines read it (`live/text/grammars.py` writes it); empty for anything. An end
     #: is a token that may come exactly where the grammar may end.
     grammar: str = ""

@@ -127,6 +127,8 @@ class Conversation:
     opens_answer: bool = True
     #: The prompt ends where the last message's content does, so that the answer goes on with it.
     continues: bool = False
+    #: The model's fixed tokens stand in front of what the template makes.
+    prefixed: bool = False
     tool_use: ToolUse = _AS_IT_LIKES
     thinking: Thinking = _AS_EVER
     #: Up to which its prompt is to be kept, in order, longest first.
@@ -138,18 +140,26 @@ class Texts:
     """Prompts to be gone on with as they are: at least one, each a text or token ids, none empty."""
 
     texts: Sequence[str | Sequence[int]]
+    #: The model's fixed tokens stand in front of each text; never in front of token ids.
+    prefixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much is asked for, and what ends it."""
 
-    #: Tokens to generate at most; None for as many as the context has room for.
+    #: Tokens to generate at most; None for as many as the context has room for; 0: the prompt is to be cached, and no more.
     output_tokens_max: int | None = None
-    #: Strings that end the output and are no part of it.
+    #: Strings that end the output; no earlier than `Sampling.output_tokens_min` lets tokens end it.
     stop_strings: Sequence[str] = ()
+    #: What ends the output is part of it.
+    includes_ends: bool = False
     #: The model's own ends do not end it.
     ignores_ends: bool = False
+    #: Texts that the model never writes, at a word's beginning or within one.
+    forbidden_words: Sequence[str] = ()
+    #: A longer prompt loses what is before its last so many tokens; 0: as many as there is room for; None: it is refused.
+    prompt_tokens_max: int | None = None
     #: Generations for each prompt.
     choices: int = 1
 
@@ -184,6 +194,16 @@ class Report:
     usage: bool = False
     #: Thoughts are told, apart from the answer.
     thoughts: bool = True
+    #: Special tokens show in the text.
+    special_tokens: bool = False
+    #: Tokens are told beside their text: the prompt's, and the answer's as they come.
+    token_ids: bool = False
+    #: Where tokens have log probabilities, they are named by their numbers.
+    tokens_by_id: bool = False
+    #: A stream has its usage with each event.
+    usage_each: bool = False
+    #: A stream's events are padded, so that their sizes do not tell what is in them.
+    padded: bool = False
     #: But not what they say.
     withholds_thoughts: bool = False
 

@@ -6,7 +6,8 @@
     a constraint, and tools            calls, or what it says
     tools, some of which are strict    any text, and once a call begins calls of these tools
 
-All other answers may be anything. Calls that are not forced are not bound where no mark of their own begins them, as in Llama's style.
+All other answers may be anything. Calls that are not forced are not bound where no mark of their own begins them, as in Llama's
+style.
 """
 
 from orchestrator.live.asked import Asked, Conversation
@@ -42,7 +43,9 @@ def _of_conversation(conversation: Conversation, part: Part | None, model: Model
     use, marks = conversation.tool_use, model.vocabulary.marks
     tools = [tool for tool in _tools(conversation) if use.name in ("", tool.name)]
     strict = [tool for tool in tools if tool.strict]
-    calls = calls_of(model.tool_style, tools, use.parallel, marks) if tools and (use.forced or strict or part is not None) else None
+    calls = (
+        calls_of(model.tool_style, tools, use.parallel, marks) if tools and (use.forced or strict or part is not None) else None
+    )
     if use.forced:
         if calls is None:
             problem = f"this model's calls cannot be forced (their style is {model.tool_style})" if tools else "needs tools"
@@ -78,5 +81,7 @@ def _check_ends(asked: Asked, model: ModelText, grammar: Grammar) -> None:
     """Refuse an answer that could not end where its grammar does."""
     if asked.limits.ignores_ends:
         raise Unkeepable("ignore_eos", f"cannot be combined with {grammar.field}: such an answer ends where it is whole")
+    if asked.sampling.output_tokens_min:
+        raise Unkeepable("min_tokens", f"cannot be combined with {grammar.field}: such an answer ends where it is whole")
     if not (model.chat_eos_token_ids if isinstance(asked.prompt, Conversation) else model.eos_token_ids):
         raise Unkeepable(grammar.field, "this model has no token that ends an answer, so that none can be kept to a form")

@@ -136,6 +136,8 @@ class Choices:
         prepared = self._prepared
         asked, model = prepared.asked, prepared.model
         room, wanted = model.text.context_tokens_max - prompt.count, asked.limits.output_tokens_max
+        if wanted == 0:  # a prompt is computed for a token's sake
+            wanted = 1
         return Turn(
             model=model.name,
             tenant=prepared.tenant,
@@ -150,10 +152,19 @@ class Choices:
         )
 
     def _generation(self, turn: Turn) -> Generation:
-        parser = self._prepared.parser()
-        detokeniser = self._prepared.model.text.vocabulary.detokeniser(turn.prompt.tokens, marked=parser is not None)
-        ends, scored = frozenset(turn.sampling.stop_token_ids), turn.sampling.logprobs is not None
-        return Generation(detokeniser, self._prepared.asked.limits.stop_strings, ends, parser, scored)
+        limits, report, sampling = self._prepared.asked.limits, self._prepared.asked.report, turn.sampling
+        parser, prompt = self._prepared.parser(), turn.prompt.tokens
+        vocabulary = self._prepared.model.text.vocabulary
+        return Generation(
+            vocabulary.detokeniser(prompt, marked=parser is not None, special=report.special_tokens),
+            limits.stop_strings,
+            frozenset(sampling.stop_token_ids),
+            parser,
+            scored=sampling.logprobs is not None,
+            includes_ends=limits.includes_ends,
+            tokens_min=sampling.output_tokens_min,
+            told=prompt if report.token_ids or report.usage_each else None,
+        )
 
     def __len__(self) -> int:
         return len(self._choices)

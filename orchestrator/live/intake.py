@@ -13,15 +13,15 @@ from hashlib import blake2b
 from hmac import compare_digest
 from typing import Any, assert_never
 
-from orchestrator.core.blocks import hash_root
+from orchestrator.core.blocks import TOKEN_BYTES, hash_root
 from orchestrator.core.config import ClusterConfig
 from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Breakpoint, Conversation, Texts
+from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts
 from orchestrator.live.binding import bound
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.checks import Checks
-from orchestrator.live.text.conversations import tool_parameters
+from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
 from orchestrator.live.text.grammars import Unkeepable
 from orchestrator.live.text.models import ModelText
@@ -127,6 +127,11 @@ class Intake:
             raise ModelUnknown(name)
         return self.models[ModelName(served)]
 
+    def model_or_only(self, name: str) -> ServedModel:
+        """Return the model of that name; without a name the one that is served, if there is no other. Raises `Refused`."""
+        require(bool(name) or len(self.models) == 1, "model", "must be named: several are served")
+        return self.model_named(name or next(iter(self.models)))
+
     def model_names(self) -> list[str]:
         """Return the names clients may ask for; aliases that match by their beginning are left out."""
         aliases = (alias for model in self._config.models.values() for alias in model.aliases)
@@ -146,19 +151,21 @@ class Intake:
         salt = asked.hints.cache_salt
         keeps: Sequence[Keep] = ()
         match asked.prompt:
-            case Conversation() as conversation:
+            case Conversation() as written:
+                conversation = _told(written, model)
                 text = _rendered(conversation, model, asked.report.thoughts)
-                prompts = [await self.encode(model, text, tenant, session, salt, prefixed=False)]
+                prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
                 parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
                 opened = _opened(conversation, text, model.text.reasoning_style)
                 grammar = await self._checked(asked, model.text, text, opened)
-            case Texts(texts):
-                prompts = [await self.encode(model, text, tenant, session, salt, prefixed=True) for text in texts]
+            case Texts(texts, prefixed):
+                prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
                 parser, ends = _no_parser, model.text.eos_token_ids
                 grammar = await self._checked(asked, model.text)
             case _:
                 assert_never(asked.prompt)
+        prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
         for prompt in prompts:
             _check_length(model.text, prompt)
         if session is not None:
@@ -167,6 +174,8 @@ class Intake:
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         if grammar:
             sampling = replace(sampling, grammar=grammar)
+        if asked.limits.forbidden_words:
+            sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
         service_class = asked.hints.service_class or self._config.class_for(tenant)
         if asked.hints.retention_s:  # a session's last prompt goes on from those before
             kept = prompts[-1:] if session is not None else prompts
@@ -177,9 +186,10 @@ class Intake:
         """Return how many tokens a request's prompts have, however long they are. Raises `Invalid`."""
         self._check_generations(asked)
         prompt, salt = asked.prompt, asked.hints.cache_salt
-        texts = [_rendered(prompt, model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
-        prefixed = isinstance(prompt, Texts)
-        return sum([(await self.encode(model, text, tenant, None, salt, prefixed)).count for text in texts])
+        texts = (
+            [_rendered(_told(prompt, model), model, asked.report.thoughts)] if isinstance(prompt, Conversation) else prompt.texts
+        )
+        return sum([(await self.encode(model, text, tenant, None, salt, prompt.prefixed)).count for text in texts])
 
     def _keeps(
         self, conversation: Conversation, model: ServedModel, tenant: TenantId, text: str, prompt: Prompt
@@ -209,13 +219,20 @@ class Intake:
 
         Raises `Invalid`.
         """
+        prompt = asked.prompt
+        if isinstance(prompt, Conversation):
+            asked = replace(asked, prompt=replace(prompt, opens_answer=False, continues=False))
+        return await self.encoded(asked, model, tenant)
+
+    async def encoded(self, asked: Asked, model: ServedModel, tenant: TenantId) -> Prompt:
+        """Return a request's prompt, its first if it has several, however long it is. Raises `Invalid`."""
         salt = asked.hints.cache_salt
         match asked.prompt:
             case Conversation() as conversation:
-                text = _rendered(replace(conversation, opens_answer=False, continues=False), model, asked.report.thoughts)
-                return await self.encode(model, text, tenant, None, salt, prefixed=False)
-            case Texts(texts):
-                return await self.encode(model, texts[0], tenant, None, salt, prefixed=True)
+                text = _rendered(_told(conversation, model), model, asked.report.thoughts)
+                return await self.encode(model, text, tenant, None, salt, conversation.prefixed)
+            case Texts(texts, prefixed):
+                return await self.encode(model, texts[0], tenant, None, salt, prefixed)
             case _:
                 assert_never(asked.prompt)
 
@@ -264,6 +281,19 @@ class Intake:
         except Unkeepable as error:
             raise Invalid(str(error), "invalid_value", error.field) from error
 
+    def _shortened(self, prompt: Prompt, limits: Limits, model: ServedModel, tenant: TenantId) -> Prompt:
+        """Return a prompt, or what may stay of it at its end."""
+        most = limits.prompt_tokens_max
+        if most is None:
+            return prompt
+        room = model.text.context_tokens_max - (limits.output_tokens_max or 1)
+        kept = max(1, most or room)
+        return (
+            prompt
+            if prompt.count <= kept
+            else model.prompts[tenant].adopt(prompt.tokens[-kept * TOKEN_BYTES :], prompt.hash_root)
+        )
+
     def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
         return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
 
@@ -278,6 +308,12 @@ class Intake:
 def _ends(conversation: Conversation, one: Breakpoint, last: int) -> bool:
     """Return whether a breakpoint is where its conversation ends."""
     return one.place == last and one.chars == len(str(conversation.messages[last].get("content", "")))
+
+
+def _told(conversation: Conversation, model: ServedModel) -> Conversation:
+    """Return a conversation as a model's template can tell it."""
+    late = any(message["role"] == "system" for message in conversation.messages[1:])
+    return without_late_systems(conversation) if late and not model.text.template.tells_late_systems else conversation
 
 
 def _variables(conversation: Conversation, model: ServedModel) -> dict[str, Any]:
@@ -338,6 +374,8 @@ def _check_tokens(model: ModelText, sampling: Sampling) -> None:
     size = model.vocabulary_size
     for token in sampling.stop_token_ids:
         require(0 <= token < size, "stop_token_ids", f"{token} is no token id (0 to {size - 1})")
+    for token in sampling.allowed_token_ids:
+        require(0 <= token < size, "allowed_token_ids", f"{token} is no token id (0 to {size - 1})")
     for token in sampling.logit_bias:
         require(0 <= token < size, "logit_bias", f"'{token}' is no token id (0 to {size - 1})")
 

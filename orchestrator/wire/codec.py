@@ -124,6 +124,10 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         stop_token_ids=sampling.stop_token_ids,
+        repetition_penalty=sampling.repetition_penalty,
+        output_tokens_min=sampling.output_tokens_min,
+        forbidden_runs=[node_pb2.TokenRun(tokens=run) for run in sampling.forbidden_runs],
+        allowed_token_ids=sampling.allowed_token_ids,
         grammar=sampling.grammar,
     )
     if sampling.seed is not None:
@@ -136,7 +140,7 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
 
 
 def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
-    """Return the sampling in a message; an unset top_p keeps all."""
+    """Return the sampling in a message; an unset top_p keeps all, an unset penalty for repetition is none."""
     return Sampling(
         temperature=sampling.temperature,
         top_p=sampling.top_p or 1.0,
@@ -148,6 +152,10 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         logit_bias=dict(sampling.logit_bias),
+        repetition_penalty=sampling.repetition_penalty or 1.0,
+        output_tokens_min=sampling.output_tokens_min,
+        forbidden_runs=tuple([tuple(run.tokens) for run in sampling.forbidden_runs if run.tokens]),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
         grammar=sampling.grammar,
     )
 

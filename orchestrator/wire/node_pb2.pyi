@@ -161,7 +161,7 @@ class Submit(_message.Message):
     def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +180,10 @@ class Sampling(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_MIN_FIELD_NUMBER: _ClassVar[int]
+    FORBIDDEN_RUNS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -191,7 +195,17 @@ class Sampling(_message.Message):
     logprobs: int
     logit_bias: _containers.ScalarMap[int, float]
     grammar: str
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ...) -> None: ...
+    repetition_penalty: float
+    output_tokens_min: int
+    forbidden_runs: _containers.RepeatedCompositeFieldContainer[TokenRun]
+    allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenRun(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Resync(_message.Message):
     __slots__ = ("after",)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 class Exchange:
     """A request and its answer."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     #: Where it began and ended in the order of all beginnings and ends.
     began: int
     ended: int | None = None
@@ -28,6 +28,8 @@ class Exchange:
     whole: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    #: What the model is told that it may call, as the template has it.
+    tools: list[dict[str, Any]] | None = None
 
     def read(self, lines: Sequence[str]) -> None:
         """Take in the events that it was answered with."""
@@ -108,7 +110,7 @@ def reckon(exchanges: Sequence[Exchange], model: Path, block_tokens: int) -> lis
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     names = {_bytes(name): number for name, number in tokenizer.get_vocab().items()}
     prompts = [
-        tokenizer.apply_chat_template(one.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(one.messages, tools=one.tools, add_generation_prompt=True, return_dict=True)["input_ids"]
         for one in exchanges
     ]
     assert [one.prompt_tokens for one in exchanges] == [len(prompt) for prompt in prompts]

@@ -6,7 +6,9 @@ from orchestrator.core.types import SEED_MASK, Sampling
 from orchestrator.wire import codec, node_pb2
 
 #: Fractions are such that 32 bits hold them.
-ALL = Sampling(0.5, 0.25, 3, 0.125, 1.5, -0.5, SEED_MASK, (5, 6), 0, {7: 2.0, 8: -100.0}, "start: /a+/")
+ALL = Sampling(
+    0.5, 0.25, 3, 0.125, 1.5, -0.5, SEED_MASK, (5, 6), 0, {7: 2.0, 8: -100.0}, 1.25, 9, ((3,), (4, 5)), (1, 2), "start: /a+/"
+)
 
 
 def over_the_wire(sampling: Sampling) -> Sampling:

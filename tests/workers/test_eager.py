@@ -125,6 +125,8 @@ WISHES = {
     "greedy penalties": Sampling(frequency_penalty=1.7),
     "bias": Sampling(temperature=1.0, logit_bias={5: 4.0, 9: 4.0, 11: 4.0}, seed=6),
     "logprobs": Sampling(temperature=1.0, logprobs=3, seed=7),
+    "repetition": Sampling(repetition_penalty=1.4, forbidden_runs=((5,), (7, 9))),
+    "allowed": Sampling(temperature=1.0, allowed_token_ids=tuple(range(0, 500, 3)), seed=8),
 }
 
 

@@ -410,6 +410,7 @@ def test_a_seed_fixes_the_output(engine: Engine, sampling: Sampling, company: Sa
         Sampling(temperature=1.0, seed=5),
         Sampling(temperature=0.9, seed=6, presence_penalty=1.5, frequency_penalty=0.5),
         Sampling(presence_penalty=0.5, frequency_penalty=1.5),
+        Sampling(repetition_penalty=1.5, output_tokens_min=30, forbidden_runs=((7,), (5, 9)), allowed_token_ids=(*range(400),)),
     ],
 )
 def test_another_engine_goes_on_with_what_would_have_come(make: Make, sampling: Sampling) -> None:

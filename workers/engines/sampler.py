@@ -1,8 +1,9 @@
 """Chooses tokens from logits: greedy at once for a whole step, everything else vectorised over the rows that need it.
 
-Order: logit bias, presence and frequency penalties (over generated tokens), what a grammar lets come, temperature, top-k, top-p
-(of what top-k left), min-p. Log probabilities are those of the raw logits. Randomness is a function of (seed, position) alone, so
-that a sequence draws the same numbers whatever is in its batch, and when it is computed again.
+Order: logit bias, repetition penalty (over prompt and generated tokens), presence and frequency penalties (over generated
+ones), what must not come, what a grammar lets come, temperature, top-k, top-p (of what top-k left), min-p. Log probabilities are
+those of the raw logits. Randomness is a function of (seed, position) alone, so that a sequence draws the same numbers whatever is
+in its batch, and when it is computed again.
 """
 
 import math
@@ -10,7 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.core.types import Sampling
@@ -42,6 +45,16 @@ class _Row:
         if counts is None or not self.ahead:
             return counts or {}
         return Counter(counts) + Counter(self.sequence.tokens[position - self.ahead : position])
+
+    @property
+    def seen(self) -> NDArray[np.bool_] | None:
+        """Which tokens there are before it; None if no penalty needs it."""
+        seen, position = self.sequence.seen, self.position
+        if seen is None or not self.ahead:
+            return seen
+        seen = seen.copy()
+        seen[self.sequence.tokens[position - self.ahead : position]] = True
+        return seen
 
 
 def sample(logits: Tensor, sequences: Sequence[TokenSequence], masks: Masks | None = None) -> list[SliceOutput]:
@@ -102,23 +115,65 @@ def _finish(
 
 
 def _adjusted(raw: Tensor, rows: Sequence[_Row]) -> Tensor:
-    """Return logits with biases and penalties, a copy if there are any."""
-    numbers: list[int] = []
-    tokens: list[int] = []
-    changes: list[float] = []
-    for number, row in enumerate(rows):
-        sampling = row.sequence.sampling
-        change = {token: bias for token, bias in sampling.logit_bias.items() if 0 <= token < raw.shape[1]}
-        for token, count in row.counts.items():
-            penalty = sampling.presence_penalty + sampling.frequency_penalty * count
-            change[token] = change.get(token, 0.0) - penalty
-        numbers.extend([number] * len(change))
-        tokens.extend(change)
-        changes.extend(change.values())
+    """Return logits with biases and penalties and without what must not come, a copy if there is any of these."""
+    logits = _added(raw, [row.sequence.sampling.logit_bias for row in rows])
+    logits = _less_repeated(logits, rows)
+    logits = _added(logits, [_penalties(row) for row in rows])
+    logits = _added(logits, [dict.fromkeys(_forbidden(row), -math.inf) for row in rows])
+    barred = [(number, row.sequence.barred) for number, row in enumerate(rows)]
+    return _replaced(logits, {number: logits[number] + _tensor(mask, logits) for number, mask in barred if mask is not None})
+
+
+def _added(logits: Tensor, changes: Sequence[Mapping[int, float]]) -> Tensor:
+    """Return logits with what is to be added to each row's, by token."""
+    numbers = [number for number, change in enumerate(changes) for _ in change]
     if not numbers:
-        return raw
-    where = (torch.tensor(numbers, device=raw.device), torch.tensor(tokens, device=raw.device))
-    return raw.index_put(where, torch.tensor(changes, dtype=raw.dtype, device=raw.device), accumulate=True)
+        return logits
+    tokens = [token for change in changes for token in change]
+    values = [value for change in changes for value in change.values()]
+    where = (torch.tensor(numbers, device=logits.device), torch.tensor(tokens, device=logits.device))
+    return logits.index_put(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+
+
+def _less_repeated(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+    """Return logits in which tokens that came before are less likely, as `transformers` has it."""
+    changed: dict[int, Tensor] = {}
+    for number, row in enumerate(rows):
+        if (seen := row.seen) is not None:
+            one, penalty = logits[number], row.sequence.sampling.repetition_penalty
+            changed[number] = torch.where(_tensor(seen, logits), torch.where(one < 0, one * penalty, one / penalty), one)
+    return _replaced(logits, changed)
+
+
+def _penalties(row: _Row) -> dict[int, float]:
+    sampling = row.sequence.sampling
+    return {token: -(sampling.presence_penalty + sampling.frequency_penalty * count) for token, count in row.counts.items()}
+
+
+def _forbidden(row: _Row) -> set[int]:
+    """Return tokens that must not come: ends before there is enough, and what would complete a forbidden run."""
+    sequence, position = row.sequence, row.position
+    sampling = sequence.sampling
+    early = position - sequence.prompt_tokens < sampling.output_tokens_min
+    forbidden = set(sequence.ending) if early else set[int]()
+    for *before, last in sampling.forbidden_runs:
+        if len(before) <= position and sequence.tokens[position - len(before) : position].tolist() == before:
+            forbidden.add(last)
+    return forbidden
+
+
+def _replaced(logits: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
+    """Return logits with some rows in place of others; the same if there are none."""
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for number, row in rows.items():
+        logits[number] = row
+    return logits
+
+
+def _tensor(values: NDArray[np.bool_] | NDArray[np.float32], beside: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(beside.device)
 
 
 def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:

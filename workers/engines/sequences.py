@@ -16,7 +16,10 @@ from workers.engines.lookup import PromptLookup
 class TokenSequence:
     """One request in an engine."""
 
-    __slots__ = ("counts", "drafted", "ending", "failure", "lookup", "plain", "sampling", "seed", "table", "tokens", "walk")
+    __slots__ = (
+        "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "seed", "seen",
+        "table", "tokens", "walk",
+    )  # fmt: skip
 
     def __init__(
         self, tokens: "array[int]", sampling: Sampling, vocabulary: int, generated: int = 0, walk: Walk | None = None
@@ -25,6 +28,7 @@ class TokenSequence:
         self.tokens = array("I", tokens)
         #: How many of the tokens are drafts.
         self.drafted = 0
+        self.prompt_tokens = len(tokens) - generated
         #: Finds what followed the last tokens before; None until something is to be drafted.
         self.lookup: PromptLookup | None = None
         #: Through its grammar, if it has one.
@@ -35,9 +39,19 @@ class TokenSequence:
         self.ending = frozenset(sampling.stop_token_ids)
         penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
         #: True when the most likely token is taken and nothing else is asked for.
-        self.plain = sampling.temperature == 0 and not (penalised or sampling.logit_bias or sampling.logprobs is not None)
+        self.plain = sampling.temperature == 0 and not (penalised or sampling.logprobs is not None or _is_limited(sampling))
         #: How often each token was generated; kept only when penalties need it.
         self.counts: dict[int, int] | None = dict(Counter(tokens[len(tokens) - generated :])) if penalised else None
+        #: Which tokens there are in prompt and output, by token; kept only when a penalty needs it.
+        self.seen: NDArray[np.bool_] | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = np.zeros(vocabulary, dtype=np.bool_)
+            self.seen[[token for token in self.tokens if token < vocabulary]] = True
+        #: Added to logits to leave nothing but the tokens that may come; None if all may.
+        self.barred: NDArray[np.float32] | None = None
+        if sampling.allowed_token_ids:
+            self.barred = np.full(vocabulary, -np.inf, dtype=np.float32)
+            self.barred[list(sampling.allowed_token_ids)] = 0.0
         #: Block of each run of `block_tokens` tokens; what lies behind the last block told is void.
         self.table: NDArray[np.int64] = np.zeros(8, dtype=np.int64)
         #: Why it cannot be computed at all.
@@ -76,6 +90,14 @@ class TokenSequence:
         self.tokens.append(token)
         if self.counts is not None:
             self.counts[token] = self.counts.get(token, 0) + 1
+        if self.seen is not None:
+            self.seen[token] = True
+
+
+def _is_limited(sampling: Sampling) -> bool:
+    """Return whether any logit is changed, but for the penalties of what was generated."""
+    changed = sampling.logit_bias or sampling.repetition_penalty != 1.0
+    return bool(changed or sampling.output_tokens_min or sampling.forbidden_runs or sampling.allowed_token_ids)
 
 
 def _unknown_token(tokens: "array[int]", vocabulary: int) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any
 
+from orchestrator.live.http.codings import reader, too_large
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError, fault
 
@@ -56,27 +57,15 @@ class Exchange:
         self.streaming = False
 
     async def body(self, bytes_max: int) -> bytes:
-        """Return the whole body. Raises `HttpError` 413 over the limit, `ClientGone` if it never ends."""
-        coding = self.headers.get(b"content-encoding", b"identity").strip().lower()
-        if coding not in (b"identity", b""):
-            problem = f"bodies are read as they are, not with content-encoding {coding.decode('latin-1')!r}"
-            raise HttpError(415, problem, code="unsupported_content_encoding")
-        declared = self.headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > bytes_max:
-            raise _too_large(bytes_max)
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            chunk: bytes = message.get("body", b"")
-            size += len(chunk)
-            if size > bytes_max:
-                raise _too_large(bytes_max)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        """Return the whole body, as it was before it was compressed.
+
+        Raises:
+            HttpError: it is over the limit (413), compressed in a way that is not read (415), or not as it says (400).
+            ClientGone: it never ends.
+        """
+        body = await body_of(self._receive, self.headers, bytes_max)
+        self.headers.pop(b"content-encoding", None)  # Whoever is passed it on gets it plain.
+        return body
 
     async def answer(self, status: int, body: bytes, headers: HeaderList | None = None) -> None:
         """Send a whole JSON answer."""
@@ -86,10 +75,7 @@ class Exchange:
 
     async def refuse(self, error: HttpError) -> None:
         """Answer with an error body."""
-        retry = [] if error.retry_after_s is None else [(b"retry-after", b"%d" % max(1, round(error.retry_after_s)))]
-        reason = [(b"x-weft-refused", error.code.encode())] if error.status in (429, 503, 529) and error.code else []
-        allow = [(b"allow", b"POST")] if error.status == 405 else []
-        await self.answer(error.status, self._dialect.error_body(error, self.request_id.decode()), [*retry, *reason, *allow])
+        await self.answer(error.status, self._dialect.error_body(error, self.request_id.decode()), error.headers)
 
     async def fail(self) -> None:
         """End an answer after a fault of ours: with an error body, or by ending the stream where it stands."""
@@ -157,6 +143,23 @@ class Watch:
             self._task.cancel()
 
 
+async def body_of(receive: Receive, headers: Mapping[bytes, bytes], bytes_max: int) -> bytes:
+    """Return a request's whole body; see `Exchange.body`."""
+    reading = reader(headers.get(b"content-encoding", b""), bytes_max)
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise too_large(bytes_max)
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunks.append(reading.add(message.get("body", b"")))
+        if not message.get("more_body", False):
+            reading.finish()
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
 def closing(send: Send) -> Send:
     """Return a way to answer after which the connection is closed: a client's next request opens one elsewhere."""
 
@@ -179,7 +182,3 @@ def key_of(headers: Mapping[bytes, bytes]) -> bytes:
     """Return the key a request carries, as OpenAI's clients send it or as Anthropic's do; empty if it has none."""
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-
-
-def _too_large(bytes_max: int) -> HttpError:
-    return HttpError(413, f"the body is larger than {bytes_max} bytes", code="request_too_large")

@@ -33,7 +33,7 @@ from orchestrator.live.http.responses.dialect import Responses
 from orchestrator.live.http.responses.retrieval import Retrieval
 from orchestrator.live.http.responses.stored import StoredResponses
 from orchestrator.live.http.retention import PARENT_HEADERS, is_final
-from orchestrator.live.http.routes import MODELS, PROBED, Calls, make_routes
+from orchestrator.live.http.routes import ASKED, MODELS, PROBED, Calls, make_routes
 from orchestrator.live.http.sending import send_events, send_whole
 from orchestrator.live.http.server import HttpServer
 from orchestrator.live.intake import Intake, Keep, Prepared, ServedModel
@@ -123,7 +123,7 @@ class Gateway:
         self._endpoints: Mapping[str, Dialect] = {
             **openai.ENDPOINTS,
             **anthropic.ENDPOINTS,
-            RESPONSES: Responses(gateway, stored).dialect,
+            **Responses(gateway, stored).endpoints,
         }
         self._cold = make_routes(
             intake, lambda: self.ready, metrics_page, status, int(time.time()), retrieval, calls, self._body_bytes_max
@@ -177,6 +177,9 @@ class Gateway:
         if self._draining and scope["type"] == "http":
             send = closing(send)
         dialect = self._endpoints.get(scope["path"]) if scope["type"] == "http" else None
+        if dialect is None and scope["type"] == "http" and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+            dialect = self._endpoints.get(scope["path"])
         if dialect is None:
             await self._serve_cold(scope, receive, send)
             return
@@ -209,7 +212,7 @@ class Gateway:
             await self._cold(scope, receive, named)
         except Exception:  # The routes have answered it (`_on_fault`); it must not end the connection as well.
             log.exception("a request failed by a fault of ours", extra={REQUEST: exchange.request_id.decode()})
-        known = exchange.path in (*PROBED, MODELS) or exchange.path.startswith((f"{MODELS}/", f"{RESPONSES}/", f"{CALLS}/"))
+        known = exchange.path in (*PROBED, *ASKED) or exchange.path.startswith((f"{MODELS}/", f"{RESPONSES}/", f"{CALLS}/"))
         endpoint = f"/{'/'.join(exchange.path.split('/')[1:3])}" if known else UNKNOWN_ENDPOINT
         if exchange.path not in PROBED or exchange.status >= 400:
             self._metrics.answered(UNKNOWN_MODEL, endpoint, exchange.status, DEFAULT_TENANT)
@@ -310,7 +313,8 @@ def _kept(lives: SessionLives, prepared: Prepared, keep: Keep) -> Kept:
 
 def _check_method(exchange: Exchange) -> None:
     if exchange.method != "POST":
-        raise HttpError(405, f"{exchange.method} {exchange.path}: only POST is served", code="method_not_allowed")
+        problem = f"{exchange.method} {exchange.path}: only POST is served"
+        raise HttpError(405, problem, code="method_not_allowed", allow="POST")
 
 
 def _stored(config: ClusterConfig) -> StoredResponses:
@@ -325,4 +329,5 @@ def _with_origins(gateway: Gateway, origins: Sequence[str]) -> Any:
     if not origins:
         return gateway
     exposed = ("x-request-id", "x-weft-gateway", "x-weft-refused", "retry-after")
-    return CORSMiddleware(gateway, origins, allow_methods=("GET", "POST", "DELETE"), allow_headers=("*",), expose_headers=exposed)
+    methods = ("GET", "HEAD", "POST", "DELETE")
+    return CORSMiddleware(gateway, origins, allow_methods=methods, allow_headers=("*",), expose_headers=exposed)

@@ -1,6 +1,7 @@
-"""The endpoints that are asked now and then: models, health, metrics, status. Generation has its own short way, `gateway.py`."""
+"""The endpoints that are asked now and then: models, health, metrics, status, tokens. Generation has its way in `gateway.py`."""
 
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,8 +11,9 @@ from starlette.exceptions import HTTPException
 from orchestrator.live.http.anthropic import answers as anthropic
 from orchestrator.live.http.anthropic.dialect import speaks
 from orchestrator.live.http.errors import HttpError, fault, http_error
-from orchestrator.live.http.exchange import key_of
+from orchestrator.live.http.exchange import CLIENT_GONE, ClientGone, body_of, key_of
 from orchestrator.live.http.openai.answers import error_body, model_card
+from orchestrator.live.http.openai.tokens import parse_detokenise, parse_tokenise, token_list
 from orchestrator.live.http.proxy import CALLS
 from orchestrator.live.http.responses.dialect import PATH as RESPONSES
 from orchestrator.live.http.responses.retrieval import Retrieval
@@ -20,8 +22,33 @@ from orchestrator.live.refusals import Refused
 from orchestrator.wire.logs import REQUEST
 
 #: Asked by probes and scrapers, time and again: only what goes wrong there is counted.
-PROBED = ("/live", "/health", "/ready", "/metrics", "/status")
-MODELS = "/v1/models"
+PROBED = ("/live", "/health", "/ready", "/ping", "/metrics", "/status")
+MODELS, TOKENISE, DETOKENISE, VERSION = "/v1/models", "/tokenize", "/detokenize", "/version"
+#: And those that are counted.
+ASKED = (MODELS, TOKENISE, DETOKENISE, VERSION)
+#: What OpenAI's API, and servers like it, have beside what is served: by the first part of a path behind the version.
+_NOT_SERVED = {
+    "assistants": "assistants",
+    "audio": "speech and transcriptions",
+    "batches": "batches",
+    "classify": "classification",
+    "edits": "edits",
+    "embeddings": "embeddings",
+    "evals": "evaluations",
+    "files": "files",
+    "fine_tuning": "fine-tuning",
+    "images": "images",
+    "moderations": "moderations",
+    "pooling": "poolings",
+    "realtime": "realtime sessions",
+    "rerank": "rankings",
+    "score": "scores",
+    "threads": "threads",
+    "uploads": "uploads",
+    "vector_stores": "vector stores",
+    "videos": "videos",
+}
+_GET = ["GET", "HEAD"]
 Calls = Callable[[str, bytes, bytes], Awaitable[bytes | None]]
 #: Prometheus' text format.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -49,7 +76,7 @@ def make_routes(
         calls: answers what other gateways ask about hints of a caller of theirs: method, message, key; None for no such method.
         body_bytes_max: of such a message.
     """
-    application = FastAPI(title="Weft", docs_url=None, redoc_url=None)
+    application = FastAPI(title="Weft", docs_url=None, redoc_url=None, redirect_slashes=False)
 
     def card(request: Request, name: str) -> dict[str, Any]:
         model = intake.model_named(name)
@@ -82,12 +109,26 @@ def make_routes(
         intake.tenant_of(_key(request))
         return JSONResponse(status())
 
+    async def _body(request: Request) -> bytes:
+        return await body_of(request.receive, dict(request.headers.raw), body_bytes_max)
+
+    async def tokenise(request: Request) -> Response:
+        tenant = intake.tenant_of(_key(request))
+        asked, spelled = parse_tokenise(await _body(request))
+        model = intake.model_or_only(asked.model)
+        prompt = await intake.encoded(asked, model, tenant)
+        return JSONResponse(token_list(prompt, model.text, spelled))
+
+    async def detokenise(request: Request) -> Response:
+        intake.tenant_of(_key(request))
+        name, tokens = parse_detokenise(await _body(request))
+        return JSONResponse({"prompt": intake.model_or_only(name).text.spelled(tokens)})
+
+    async def version_of() -> Response:
+        return JSONResponse({"version": version("weft")})
+
     async def call(request: Request, method: str) -> Response:
-        message = b""
-        async for chunk in request.stream():
-            message += chunk
-            if len(message) > body_bytes_max:
-                raise HTTPException(413, f"a message may have {body_bytes_max} bytes")
+        message = await _body(request)
         answer = await calls(method, message, _key(request)) if calls is not None else None
         if answer is None:
             raise HTTPException(404, "Not Found")
@@ -98,8 +139,9 @@ def make_routes(
         told = await elsewhere(request, name)
         if told is not None:
             return told
-        deletes = request.method == "DELETE"
-        return _json(responses.delete(tenant, name) if deletes else responses.response(tenant, name))
+        if request.method == "DELETE":
+            return _json(responses.delete(tenant, name))
+        return _json(responses.response(tenant, name, request.query_params))
 
     async def input_items(request: Request, name: str) -> Response:
         tenant = intake.tenant_of(_key(request))
@@ -111,38 +153,57 @@ def make_routes(
         told = await responses.elsewhere(request.method, path, name, _key(request))
         return _json(told[1], told[0]) if told is not None else None
 
-    application.add_api_route(f"{RESPONSES}/{{name}}", response, methods=["GET", "DELETE"])
-    application.add_api_route(f"{RESPONSES}/{{name}}/input_items", input_items)
+    application.add_api_route(f"{RESPONSES}/{{name}}", response, methods=[*_GET, "DELETE"])
+    application.add_api_route(f"{RESPONSES}/{{name}}/input_items", input_items, methods=_GET)
     application.add_api_route(f"{CALLS}/{{method}}", call, methods=["POST"])
-    application.add_api_route("/v1/models", models)
-    application.add_api_route("/v1/models/{name:path}", model)
-    application.add_api_route("/live", live)
-    application.add_api_route("/health", ready)
-    application.add_api_route("/ready", ready)
-    application.add_api_route("/metrics", metrics)
-    application.add_api_route("/status", state)
+    application.add_api_route(MODELS, models, methods=_GET)
+    application.add_api_route(f"{MODELS}/{{name:path}}", model, methods=_GET)
+    application.add_api_route(TOKENISE, tokenise, methods=["POST"])
+    application.add_api_route(DETOKENISE, detokenise, methods=["POST"])
+    application.add_api_route(VERSION, version_of, methods=_GET)
+    application.add_api_route("/live", live, methods=_GET)
+    application.add_api_route("/health", ready, methods=_GET)
+    application.add_api_route("/ready", ready, methods=_GET)
+    application.add_api_route("/ping", ready, methods=[*_GET, "POST"])
+    application.add_api_route("/metrics", metrics, methods=_GET)
+    application.add_api_route("/status", state, methods=_GET)
     application.add_exception_handler(HTTPException, _on_http_exception)
-    application.add_exception_handler(Refused, _on_refused)
     application.add_exception_handler(HttpError, _on_http_error)
+    application.add_exception_handler(ClientGone, _on_gone)
+    application.add_exception_handler(Refused, _on_refused)
     application.add_exception_handler(Exception, _on_fault)
     return application
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"registered for HTTPException, got {type(error).__name__}"
-    problem = f"{request.method} {request.url.path}: {error.detail}"
-    code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
-    return _response(request, HttpError(error.status_code, problem, code=code))
-
-
-async def _on_refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused), f"registered for Refused, got {type(error).__name__}"
-    return _response(request, http_error(error))
+    asked = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        allow = ", ".join(sorted((error.headers or {})["Allow"].split(", ")))
+        return _response(request, HttpError(405, f"{asked}: only {allow} is served", code="method_not_allowed", allow=allow))
+    parts = request.url.path.strip("/").split("/")
+    what = _NOT_SERVED.get(parts[1] if parts[0] in ("v1", "v2") and len(parts) > 1 else parts[0])
+    if what is not None:
+        return _response(
+            request, HttpError(404, f"{asked}: {what} are not served here, only generations of text", code="not_served")
+        )
+    return _response(request, HttpError(error.status_code, f"{asked}: {error.detail}", code="unknown_url"))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError), f"registered for HttpError, got {type(error).__name__}"
     return _response(request, error)
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    """Answer nobody; the status is written down."""
+    del request, error
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _on_refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused), f"registered for Refused, got {type(error).__name__}"
+    return _response(request, http_error(error))
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
@@ -161,7 +222,8 @@ def _anthropic(request: Request) -> bool:
 
 def _response(request: Request, error: HttpError) -> Response:
     body = anthropic.error_body(error, request.scope["state"][REQUEST]) if _anthropic(request) else error_body(error)
-    return _json(body, error.status)
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return Response(body, error.status, headers, media_type="application/json")
 
 
 def _json(body: bytes, status: int = 200) -> Response:

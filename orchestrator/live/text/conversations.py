@@ -8,12 +8,15 @@ system messages, and markers of what to cache. Dialects' parsers put together wh
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+from orchestrator.live.asked import Conversation
 from orchestrator.live.text.templates import decoded_arguments
 
 #: Claude Code's first system line differs from request to request; kept, it would end every shared prefix there.
 _BILLING_HEADER = "x-anthropic-billing-header"
+_REMINDER = "<system-reminder>\n{}\n</system-reminder>"
 #: Moves on with the conversation.
 _CACHE_MARKER = "cache_control"
 
@@ -48,6 +51,31 @@ def without_billing(text: str) -> str:
     if _BILLING_HEADER not in text:
         return text
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(_BILLING_HEADER))
+
+
+def without_late_systems(conversation: Conversation) -> Conversation:
+    """Return a conversation in which what the system says later than at its start stands in messages of the user's.
+
+    For templates that would refuse it, or leave it out. It is told from what users say by tags that models know from harnesses.
+    """
+    messages: list[dict[str, Any]] = []
+    #: Of each former message: which one it is now, and where its content begins there.
+    now: list[tuple[int, int]] = []
+    late_before = False
+    for place, message in enumerate(conversation.messages):
+        late, start = place > 0 and message["role"] == "system", 0
+        shown = {**message, "role": "user", "content": _REMINDER.format(message["content"])} if late else dict(message)
+        if messages and (late or late_before) and messages[-1]["role"] == shown["role"] == "user":
+            start = len(messages[-1]["content"]) + 1
+            shown["content"] = f"{messages.pop()['content']}\n{shown['content']}"
+        now.append((len(messages), start + (_REMINDER.index("{") if late else 0)))
+        messages.append(shown)
+        late_before = late
+    breakpoints = [
+        replace(one, place=now[one.place][0], chars=now[one.place][1] + one.chars) if one.chars is not None else one
+        for one in conversation.breakpoints
+    ]
+    return replace(conversation, messages=messages, breakpoints=breakpoints)
 
 
 def shown_call(name: str, arguments: str | Mapping[str, Any] | None, call_id: str | None, kind: str) -> dict[str, Any]:

@@ -75,8 +75,8 @@ class Vocabulary:
         #: Ids that models with a padded vocabulary may choose and that no text belongs to, but for those past the last.
         ids = set[int]() if self._byte_level else set(tokenizer.get_vocab().values())
         self._last = max(ids, default=0)
-        gaps = frozenset(range(self._last)) - ids
-        self._hidden = gaps | self._special.keys()
+        self._gaps = frozenset(range(self._last)) - ids
+        self._hidden = self._gaps | self._special.keys()
         self._hidden_marked = self._hidden - self._marks.keys()
         #: What tokens say alone, which the next are told from; filled as tokens are seen.
         self._alone: dict[int, str] = {}
@@ -91,18 +91,19 @@ class Vocabulary:
         """The marks that are special tokens, no text to anybody else, with their numbers."""
         return {name: number for number, name in self._marks.items()}
 
-    def detokeniser(self, prompt: bytes = b"", marked: bool = False) -> Detokeniser:
+    def detokeniser(self, prompt: bytes = b"", marked: bool = False, special: bool = False) -> Detokeniser:
         """Return one for a new generation.
 
         Args:
             prompt: the tokens it continues (uint32, packed); empty if it continues nothing.
             marked: special tokens that mark parts of an answer show in its text.
+            special: all of them do.
         """
         marks = self._marks if marked else {}
         if self._byte_level:
-            open_bytes = self._open_bytes(prompt)
-            return _ByteLevelDetokeniser(self.marked_text if marks else self.token_text, self.token_bytes, open_bytes)
-        hidden = self._hidden_marked if marks else self._hidden
+            text_of = self.named_text if special else self.marked_text if marks else self.token_text
+            return _ByteLevelDetokeniser(text_of, self.token_bytes, self._open_bytes(prompt))
+        hidden = self._gaps if special else self._hidden_marked if marks else self._hidden
         return _WindowDetokeniser(self._tokenizer, hidden, self._last, self._lone_bytes, self._alone, self._context(prompt))
 
     def token_bytes(self, token: int) -> bytes:
@@ -130,6 +131,10 @@ class Vocabulary:
     def marked_text(self, token: int) -> str | None:
         """Return what `token_text` does, but a mark's name."""
         return self._marks[token] if token in self._marks else self.token_text(token)
+
+    def named_text(self, token: int) -> str | None:
+        """Return what `token_text` does, but any special token's name."""
+        return self._special[token] if token in self._special else self.token_text(token)
 
     def _make_bytes(self, token: int) -> bytes:
         content = self._tokenizer.id_to_token(token)

@@ -37,7 +37,23 @@ class Scored:
     tokens: tuple[ScoredToken, ...]
 
 
-Piece = Scored | AnswerPart | Reasoning
+@dataclass(frozen=True, slots=True)
+class PromptTold:
+    """What a generation goes on from; comes first, where tokens are to be told."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Tokens of which the next pieces are made, if they make any; come before them, where tokens are to be told."""
+
+    tokens: tuple[int, ...]
+    #: Of the prompt, as far as it is known.
+    cached_tokens: int
+
+
+Piece = Scored | AnswerPart | Reasoning | PromptTold | Taken
 
 AnswerParser = ToolParser | ThinkParser
 
@@ -61,14 +77,17 @@ class Generation:
     Args:
         detokeniser: fresh.
         stops: stop strings.
-        ends: tokens that end the answer and are no part of it.
+        ends: tokens that end the answer.
         parser: fresh, or None if the answer can hold neither thoughts nor tool calls.
         scored: log probabilities come with the tokens and are wanted.
+        includes_ends: what ends the answer is part of it.
+        tokens_min: strings that end in the first so many tokens do not end the answer.
+        told: the prompt, if tokens are to be told (uint32, packed).
     """
 
     __slots__ = (
-        "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_text_chars",
-        "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
+        "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_tells", "_text_chars", "_tokens_min",
+        "_untold", "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
     )  # fmt: skip
 
     def __init__(
@@ -78,10 +97,18 @@ class Generation:
         ends: Collection[int],
         parser: AnswerParser | None,
         scored: bool,
+        includes_ends: bool = False,
+        tokens_min: int = 0,
+        told: bytes | None = None,
     ) -> None:
         self._detokeniser = detokeniser
-        self._stops = StopStrings(stops) if stops else None
-        self._ends = ends
+        self._stops = StopStrings(stops, includes_ends) if stops else None
+        self._tokens_min = tokens_min
+        self._tells = told is not None
+        #: The prompt, until it is told.
+        self._untold = told
+        #: Tokens that are no part of it.
+        self._ends = () if includes_ends else ends
         self._parser = parser
         self._scored = scored
         #: Tokens whose text is not out yet, each after the number of characters up to its end.
@@ -116,6 +143,7 @@ class Generation:
     def take(self, delta: Delta) -> list[Piece]:
         """Return what is ready after some more tokens; `finish_reason` is set once there will be no more."""
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        before = self.tokens
         if self._stops is None and self._parser is None and not self._scored:
             pieces = self._take_plain(delta.tokens)
         else:
@@ -129,7 +157,17 @@ class Generation:
             self.finish_reason = AnswerEnd.STOP
         if self.tool and self.finish_reason is AnswerEnd.STOP:
             self.finish_reason = AnswerEnd.TOOL_CALLS
+        if self._tells:
+            return [*self._told(delta.tokens[: self.tokens - before]), *pieces]
         return pieces
+
+    def _told(self, tokens: Sequence[int]) -> list[Piece]:
+        """Return what tells of new tokens, and of the prompt before the first."""
+        told: list[Piece] = [Taken(tuple(tokens), self.cached_tokens)] if tokens else []
+        if self._untold is not None:
+            told.insert(0, PromptTold(tuple(memoryview(self._untold).cast("I"))))
+            self._untold = None
+        return told
 
     def _take_plain(self, tokens: Sequence[int]) -> list[Piece]:
         self.tokens += len(tokens)
@@ -148,7 +186,7 @@ class Generation:
                 self._scores.append((self._text_chars + len(text), ScoredToken(token, delta.logprobs[place], start)))
             self._text_chars += len(text)
             if self._stops is not None:
-                text = self._stops.add(text)
+                text = self._stops.add(text, self.tokens > self._tokens_min)
             thinking = self._thinking
             pieces += self._pieces(text)
             self.reasoning_tokens += thinking and self._thinking
@@ -166,7 +204,7 @@ class Generation:
         text = self._detokeniser.finish()
         self._text_chars += len(text)
         if self._stops is not None:
-            text = self._stops.add(text) + self._stops.finish()
+            text = self._stops.add(text, self.tokens > self._tokens_min) + self._stops.finish()
             self.stopped = bool(self._stops.found)
         return self._pieces(text) + self._end_parser(cut or self.stopped)
 

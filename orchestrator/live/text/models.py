@@ -3,12 +3,14 @@
 See also: `prompts.py` (text to tokens), `templates.py` (messages to text), `detokenise.py` (tokens to text).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from orchestrator.core.config import ModelConfig
+from orchestrator.live.refusals import require
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
@@ -41,6 +43,25 @@ class ModelText:
     fingerprint: str
     tool_style: ToolStyle
     reasoning_style: ReasoningStyle
+
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included. Raises `Invalid` if one is none of the model's."""
+        size = self.vocabulary_size
+        require(all(0 <= token < size for token in tokens), "tokens", f"token ids must be from 0 to {size - 1}")
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def runs_of(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of words, of each as it stands at a text's beginning and, if those are others, after a space."""
+        runs: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare, spaced = (
+                tuple(self.tokenizer.encode(text, add_special_tokens=False).ids) for text in (word, f" {word.lstrip()}")
+            )
+            runs[bare] = None
+            # Other tokens, or as many of which the first is another: else it begins with a space that is a token of its own.
+            if bare and len(spaced) == len(bare) and spaced[0] != bare[0]:
+                runs[spaced] = None
+        return tuple(run for run in runs if run)
 
     @staticmethod
     def load(folder: Path, fingerprint: str, parsers: ModelConfig | None = None, context_tokens_max: int = 0) -> "ModelText":

@@ -4,27 +4,34 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Cuts a text at the first of some strings, holding back what may become one."""
+    """Cuts a text at the first of some strings, holding back what may become one.
 
-    __slots__ = ("_kept", "_strings", "found")
+    Args:
+        strings: none of them empty.
+        included: the cut is behind the string.
+    """
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    __slots__ = ("_included", "_kept", "_strings", "found")
+
+    def __init__(self, strings: Sequence[str], included: bool = False) -> None:
         self._strings = strings
+        self._included = included
         self._kept: str = ""
         #: The string that came, after which everything added is dropped; empty: none so far.
         self.found = ""
 
-    def add(self, text: str) -> str:
-        """Return the text that is certainly outside any stop string."""
+    def add(self, text: str, counts: bool = True) -> str:
+        """Return the text that is certainly outside any stop string; one that ends in text that does not count is none."""
         if self.found:
             return ""
         text = self._kept + text
-        places = [(place + len(string), place, string) for string in self._strings if (place := text.find(string)) >= 0]
+        found = [(text.find(string), string) for string in self._strings] if counts else []
+        places = [(place + len(string), place, string) for place, string in found if place >= 0]
         if places:
             # The one that is complete first wins, so that it does not matter how the text was cut into pieces.
-            _, place, self.found = min(places)
+            end, start, self.found = min(places)
             self._kept = ""
-            return text[:place]
+            return text[: end if self._included else start]
         kept = max(partial_match(text, string) for string in self._strings)
         self._kept = text[len(text) - kept :]
         return text[: len(text) - kept]

@@ -8,7 +8,7 @@ the part of a turn that could not be shown to depend on its new messages alone.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
@@ -211,6 +211,16 @@ class ChatTemplate:
         trees = [environment.parse(source) for source in sources.values()]
         #: What it reads of what it is told; its own variables are not among them.
         self.variables = frozenset(name for tree in trees for name in meta.find_undeclared_variables(tree))
+
+    @cached_property
+    def tells_late_systems(self) -> bool:
+        """Whether it shows a message of the system's that is not the first one."""
+        user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}
+        system, late = {"role": "system", "content": "Hello"}, {"role": "system", "content": _CUT_HERE}
+        try:
+            return _CUT_HERE.strip() in self.render([system, user, answer, user, late], None)
+        except TemplateFailed:
+            return False
 
     def shows(self, text: str) -> bool:
         """Tell whether a text is written in it somewhere."""

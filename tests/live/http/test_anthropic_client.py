@@ -130,6 +130,8 @@ def test_tools_are_called_one_after_another(text: ModelText) -> None:
         assert told(whole)["stop_reason"] == "tool_use"
         assert told(streamed) == told(whole)
         assert len({block.id for block in whole.content if block.type == "tool_use"}) == 2
+        for message in await both(client, tools=[WEATHER], tool_choice={"type": "auto", "disable_parallel_tool_use": True}):
+            assert told(message)["content"] == [{"type": "text", "text": "Let me look."}, called]
         assert '{"type": "function", "function": {"name": "get_weather", "description": "Tells the weather.", ' in shown(
             text, served
         )
@@ -160,6 +162,24 @@ def test_results_of_tools_are_shown_as_the_template_has_them(text: ModelText) ->
     play(text, talk)
 
 
+def test_documents_that_are_text_are_shown(text: ModelText) -> None:
+    async def talk(client: AsyncAnthropic, served: Served) -> None:
+        document = {
+            "type": "document",
+            "source": {"type": "text", "media_type": "text/plain", "data": "It rains."},
+            "title": "Sky",
+        }
+        found = {"type": "search_result", "source": "http://a", "title": "Rain", "content": [{"type": "text", "text": "Often."}]}
+        result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "tool_reference", "tool_name": "rain"}, found]}
+        messages: Any = [{"role": "user", "content": [result, document, found, {"type": "text", "text": "Why?"}]}]
+        await client.messages.create(model=MODEL, max_tokens=9, messages=messages)
+        told_result = "The tool rain can be called.\nRain\nhttp://a\nOften."
+        assert f"<tool_response>\n{told_result}\n</tool_response>" in shown(text, served)
+        assert "<|im_start|>user\nSky\nIt rains.\nRain\nhttp://a\nOften.\nWhy?<|im_end|>" in shown(text, served)
+
+    play(text, talk)
+
+
 def test_neighbours_of_one_role_are_one_message_and_billing_lines_none(text: ModelText) -> None:
     async def talk(client: AsyncAnthropic, served: Served) -> None:
         system: Any = [
@@ -176,6 +196,37 @@ def test_neighbours_of_one_role_are_one_message_and_billing_lines_none(text: Mod
             "<|im_start|>system\nYou are an agent.\nBe short.<|im_end|>\n"
             "<|im_start|>user\nHi there\nWho?\nWhen?<|im_end|>\n<|im_start|>assistant\n"
         )
+
+    play(text, talk)
+
+
+LATE: Any = [
+    {"role": "user", "content": [{"type": "text", "text": "Who?", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "system", "content": "There are agents."},
+    {"role": "user", "content": "When?"},
+]
+STRICT = "{% for m in messages %}{{ raise_exception('late') if m.role == 'system' and not loop.first }}{% endfor %}"
+
+
+@pytest.mark.parametrize("refusal", ["", STRICT])
+def test_what_the_system_says_later_is_told_as_the_template_can(tmp_path: Path, refusal: str) -> None:
+    make_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(refusal + CHAT_TEMPLATE)
+    text = ModelText.load(tmp_path, "scripted")
+
+    async def talk(client: AsyncAnthropic, served: Served) -> None:
+        await client.messages.create(model=MODEL, max_tokens=9, system=WORDS, messages=LATE)
+        [keep] = served.lives.asked
+        said = shown(text, served).partition("<|im_start|>user\n")[2]
+        if refusal:
+            reminder = "<system-reminder>\nThere are agents.\n</system-reminder>"
+            assert said == f"Who?\n{reminder}\nWhen?<|im_end|>\n<|im_start|>assistant\n"
+        else:
+            assert said.startswith("Who?<|im_end|>\n<|im_start|>system\nThere are agents.<|im_end|>\n<|im_start|>user\nWhen?")
+        before = shown(text, served).partition("Who?")[0] + "Who?"
+        assert keep.tokens == len(text.tokenizer.encode(before, add_special_tokens=False).ids) // BLOCK * BLOCK
+        counted = await client.messages.count_tokens(model=MODEL, system=WORDS, messages=LATE)
+        assert counted.input_tokens == served.driver.turns[0].prompt.count
 
     play(text, talk)
 
@@ -236,6 +287,17 @@ def test_it_is_said_what_ended_an_answer(text: ModelText) -> None:
         for most, reason in ((tokens, "max_tokens"), (tokens + 1, "model_context_window_exceeded")):
             for message in await both(client, max_tokens=most):
                 assert (message.stop_reason, message.stop_sequence) == (reason, None)
+
+    play(text, talk)
+
+
+def test_a_prompt_is_cached_without_an_answer(text: ModelText) -> None:
+    async def talk(client: AsyncAnthropic, served: Served) -> None:
+        for message in await both(client, max_tokens=0, messages=[{"role": "user", "content": WORDS}], cache_control=MARK):
+            assert (message.content, message.stop_reason) == ([], "max_tokens")
+            assert message.usage.output_tokens == 0
+            assert message.usage.cache_creation_input_tokens == served.driver.turns[0].prompt.count // BLOCK * BLOCK
+        assert served.driver.turns[0].output_tokens_max == 1
 
     play(text, talk)
 
@@ -381,6 +443,11 @@ def test_breakpoints_are_limited_and_in_order(text: ModelText) -> None:
 
 # --- what is refused ------------------------------------------------------------------------------------------------------
 
+
+def cited(source: dict[str, str], enabled: bool) -> Any:
+    return [{"role": "user", "content": [{"type": "document", "source": source, "citations": {"enabled": enabled}}]}]
+
+
 PICTURE: Any = [{"role": "user", "content": [{"type": "text", "text": "See:"}, {"type": "image", "source": {"type": "url"}}]}]
 
 
@@ -389,6 +456,8 @@ PICTURE: Any = [{"role": "user", "content": [{"type": "text", "text": "See:"}, {
     [
         ({"messages": PICTURE}, "messages.0.content.1: blocks of type 'image' are not served here"),
         ({"messages": []}, "messages: must hold"),
+        ({"messages": cited({"type": "text", "data": "x"}, True)}, "messages.0.content.0.citations: citations"),
+        ({"messages": cited({"type": "base64", "data": "x"}, False)}, "messages.0.content.0.source: documents of type 'base64'"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content: must not be empty"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         (

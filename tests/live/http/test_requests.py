@@ -9,6 +9,7 @@ import pytest
 from orchestrator.core.types import Sampling, ServiceClass
 from orchestrator.live.asked import Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
 from orchestrator.live.http.openai.requests import (
+    BAD_WORDS_MAX,
     CHOICES_MAX,
     COMPLETION_TOKENS_DEFAULT,
     MESSAGES_MAX,
@@ -156,6 +157,22 @@ def test_prompts_are_texts_or_tokens_one_or_many(prompt: Any, texts: list[Any]) 
         ({"service_tier": "cadence"}, "hints.service_class", ServiceClass.CADENCE),
         ({"service_tier": "auto"}, "hints.service_class", ServiceClass.STANDARD),
         ({"stream_options": {}}, "report.usage", False),
+        ({"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, "report.usage_each", True),
+        # No usage at all is none with each event.
+        ({"stream_options": {"continuous_usage_stats": True}}, "report.usage_each", False),
+        ({"stream_options": {"include_obfuscation": True}}, "report.padded", True),
+        ({"return_token_ids": True}, "report.token_ids", True),
+        ({"return_tokens_as_token_ids": True}, "report.tokens_by_id", True),
+        ({"skip_special_tokens": False}, "report.special_tokens", True),
+        ({"include_stop_str_in_output": True}, "limits.includes_ends", True),
+        ({"bad_words": ["a", "b"]}, "limits.forbidden_words", ["a", "b"]),
+        ({"truncate_prompt_tokens": 7}, "limits.prompt_tokens_max", 7),
+        ({"truncate_prompt_tokens": -1}, "limits.prompt_tokens_max", 0),
+        ({"min_tokens": 3, "max_tokens": 3}, "sampling.output_tokens_min", 3),
+        ({"repetition_penalty": 1.25}, "sampling.repetition_penalty", 1.25),
+        ({"allowed_token_ids": [7, 5]}, "sampling.allowed_token_ids", (7, 5)),
+        ({"add_special_tokens": True}, "prompt.prefixed", True),
+        ({"documents": [{"text": "a"}]}, "prompt.variables", {"documents": [{"text": "a"}]}),
         # A tool that may not be called is not shown.
         ({"tools": [NOW], "tool_choice": "none"}, "prompt.tools", None),
         ({"tools": []}, "prompt.tools", None),
@@ -238,6 +255,16 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
         (chat, {"logit_bias": {"٣": 1}}, "logit_bias"),
         # More digits than Python makes a number of.
         (chat, {"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        (chat, {"repetition_penalty": 0}, "repetition_penalty"),
+        (chat, {"repetition_penalty": -1}, "repetition_penalty"),
+        (chat, {"min_tokens": -1}, "min_tokens"),
+        (chat, {"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+        (completion, {"min_tokens": COMPLETION_TOKENS_DEFAULT + 1}, "min_tokens"),
+        (chat, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        (chat, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        (chat, {"allowed_token_ids": []}, "allowed_token_ids"),
+        (chat, {"bad_words": ["a", ""]}, "bad_words"),
+        (chat, {"bad_words": ["a"] * (BAD_WORDS_MAX + 1)}, "bad_words"),
         (chat, {"messages": []}, "messages"),
         (chat, {"messages": [USER] * (MESSAGES_MAX + 1)}, "messages"),
         (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -277,7 +304,6 @@ HARMLESS: list[dict[str, Any]] = [
     {"include_stop_str_in_output": False},
     {"skip_special_tokens": True},
     {"spaces_between_special_tokens": True},
-    {"add_special_tokens": True},
     {"echo": False},
     {"suffix": ""},
 ]
@@ -295,8 +321,15 @@ def test_what_asks_for_what_happens_anyway_asks_for_nothing(changes: dict[str, A
     assert (chat(**changes), completion(**changes)) == (chat(), completion())
 
 
+@pytest.mark.parametrize(("asked", "prefixed"), [(None, True), (True, True), (False, False)])
+def test_a_plain_prompt_has_the_models_first_tokens_unless_it_is_to_have_none(asked: bool | None, prefixed: bool) -> None:
+    prompt = completion(add_special_tokens=asked).prompt
+    assert isinstance(prompt, Texts)
+    assert prompt.prefixed == prefixed
+
+
 def test_what_nobody_knows_is_ignored() -> None:
-    assert chat(store=True, metadata={"a": [None]}, user=7, nobody_knows=[[1.5]]) == chat()
+    assert chat(store=True, metadata={"a": [None]}, user=7, safety_identifier="s", nobody_knows=[[1.5]]) == chat()
 
 
 # --- messages -----------------------------------------------------------------------------------------------------------

@@ -117,11 +117,14 @@ def make(
 
 def check(tokeniser: PromptTokeniser, tokenizer: Tokenizer, text: str, session: str | None = None) -> None:
     prompt = tokeniser.encode(text, ROOT, (session,) if session else None)
-    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    expected = whole.ids
     assert list(array("I", prompt.tokens)) == expected
     assert prompt.count == len(expected)
     assert list(prompt.hashes) == extend_hashes(ROOT, prompt.tokens, BLOCK_TOKENS)
     assert prompt.hash_root == ROOT
+    for chars in (0, 1, len(text) // 3, len(text) * 2 // 3, len(text)):
+        assert tokeniser.tokens_before(text, chars, ROOT) == sum(stop <= chars for _, stop in whole.offsets)
 
 
 def words(source: random.Random, count: int) -> str:

@@ -11,7 +11,17 @@ from workers.engines.base import Engine
 WARM_STEPS = 4
 STEPS, ROUNDS = 5, 8
 #: What costs most to sample with, and the top log probabilities that clients may ask for.
-DEAREST = Sampling(temperature=1.0, top_p=0.9, min_p=0.01, presence_penalty=0.1, frequency_penalty=0.1, seed=0, logprobs=20)
+DEAREST = Sampling(
+    temperature=1.0,
+    top_p=0.9,
+    min_p=0.01,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    seed=0,
+    logprobs=20,
+    repetition_penalty=1.1,
+    allowed_token_ids=(0,),
+)
 
 
 def worst_step_s(engine: Engine, slots: int, clock: Callable[[], float]) -> float:

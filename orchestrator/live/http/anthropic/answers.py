@@ -8,7 +8,7 @@ beginning that a breakpoint marks and a lease keeps) and the rest.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from orchestrator.live.http.anthropic.signatures import signature_of
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.refusals import require
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, Scored
+from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, PromptTold, Scored, Taken
 from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import MoreArguments, ToolCall
 
@@ -120,6 +120,8 @@ class MessageWriter:
         #: Those that have begun; the last goes on.
         self._blocks: list[_Block] = []
         self._done: Generation | None = None
+        #: Nothing is to be said.
+        self._silent = asked.limits.output_tokens_max == 0
 
     # --- streamed -----------------------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class MessageWriter:
         """Return one event for each piece, and those around blocks that end and begin with it."""
         del index
         events: list[bytes] = []
-        for piece in pieces:
+        for piece in () if self._silent else pieces:
             match piece:
                 case str() | Scored():
                     text = piece if isinstance(piece, str) else piece.text
@@ -144,6 +146,8 @@ class MessageWriter:
                     events += self._grow(piece.arguments)
                 case MoreArguments():
                     events += self._grow(piece.text)
+                case PromptTold() | Taken():
+                    pass  # tokens are told to nobody here
         return events
 
     def ending(self, index: int, done: Generation) -> bytes:
@@ -154,7 +158,7 @@ class MessageWriter:
 
     def closing(self, usage: Usage) -> bytes:
         """Return the events that say why the answer ended and what it took."""
-        delta, told = _stop(self._done, self._asked), _usage(usage)
+        delta, told = _stop(self._done, self._asked), self._usage(usage)
         del told["service_tier"]
         return _event("message_delta", {"delta": delta, "usage": told}) + _event("message_stop", {})
 
@@ -210,7 +214,10 @@ class MessageWriter:
 
     def _message(self, content: list[dict[str, Any]], usage: Usage, done: Generation | None) -> dict[str, Any]:
         head = {"id": self._id, "type": "message", "role": "assistant", "model": self._asked.model, "content": content}
-        return {**head, **_stop(done, self._asked), "usage": _usage(usage)}
+        return {**head, **_stop(done, self._asked), "usage": self._usage(usage)}
+
+    def _usage(self, usage: Usage) -> dict[str, Any]:
+        return _usage(replace(usage, completion_tokens=0, reasoning_tokens=0) if self._silent else usage)
 
     def _whole(self, block: _Block) -> dict[str, Any]:
         match block.kind:
@@ -241,6 +248,8 @@ def _stop(done: Generation | None, asked: Asked) -> dict[str, Any]:
     if done is None:
         return {"stop_reason": None, "stop_sequence": None}
     most, reason = asked.limits.output_tokens_max, "end_turn"
+    if most == 0:
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
     match done.finish_reason:
         case AnswerEnd.TOOL_CALLS:
             reason = "tool_use"

@@ -156,6 +156,8 @@ def _told(block: Block, where: str) -> str:
     match block.type:
         case "text":
             return block.text or ""
+        case "tool_reference" if block.tool_name:  # deferred tools are among the others from the start
+            return f"The tool {block.tool_name} can be called."
         case "document" if given.get("type") == "text" and not _cited(block):
             return "\n".join(part for part in (block.title, block.context, str(given.get("data", ""))) if part)
         case "search_result" if isinstance(block.content, list) and not _cited(block):

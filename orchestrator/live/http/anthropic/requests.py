@@ -59,7 +59,7 @@ def parse_count(body: bytes) -> Asked:
 def _asked(request: MessagesRequest) -> Asked:
     """Return what a request asks for, once it is checked."""
     check_unserved(request)
-    check_range("max_tokens", request.max_tokens, 1)
+    check_range("max_tokens", request.max_tokens, 0)
     check_range("temperature", request.temperature, 0, 2)
     check_range("top_p", request.top_p, 0, 1)
     require(request.top_p is None or request.top_p > 0, "top_p", "must be over 0")

@@ -16,13 +16,15 @@ from orchestrator.live.asked import Asked
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, Scored, ScoredToken
+from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, PromptTold, Scored, ScoredToken, Taken
 from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import MoreArguments, ToolCall, calls_in
 
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
 _END = b"\n\n"
+#: Padded events have so many bytes, or a multiple of them, and an end of fixed size.
+PADDED_BYTES = 256
 #: Types of errors by status; of others it is the client's fault or ours.
 _ERROR_TYPES = {
     401: "invalid_request_error",
@@ -55,12 +57,12 @@ def error_event(error: HttpError) -> bytes:
 
 def write_chat(asked: Asked, vocabulary: Vocabulary) -> "ChatWriter":
     """Return the writer of an answer to a chat request."""
-    return ChatWriter(_answer("chatcmpl", asked, vocabulary), asked.generations, asked.report.usage)
+    return ChatWriter(_answer("chatcmpl", asked, vocabulary), asked)
 
 
 def write_completion(asked: Asked, vocabulary: Vocabulary) -> "CompletionWriter":
     """Return the writer of an answer to a completion request."""
-    return CompletionWriter(_answer("cmpl", asked, vocabulary), asked.generations, asked.report.usage)
+    return CompletionWriter(_answer("cmpl", asked, vocabulary), asked)
 
 
 def model_card(name: str, root: str, created_unix_s: int, context_tokens_max: int) -> dict[str, Any]:
@@ -93,10 +95,11 @@ class Answer:
 class AnswerWriter(ABC):
     """What chat and plain completions do differently. One object serves one answer.
 
+    A streamed answer with usage ends with it, so that every event before says that it is not that one, or has the usage up to it.
+
     Args:
         answer: identifies it.
-        choices: how many there are.
-        usage_follows: a streamed answer ends with its usage, so that every event says it is not that one.
+        asked: what it answers.
     """
 
     #: OpenAI's names for the streamed and for the whole object.
@@ -105,27 +108,38 @@ class AnswerWriter(ABC):
     text_before = b""
     text_after = b""
 
-    def __init__(self, answer: Answer, choices: int, usage_follows: bool) -> None:
+    def __init__(self, answer: Answer, asked: Asked) -> None:
         self._answer = answer
-        self._usage_follows = usage_follows
+        self._report = asked.report
+        self._samples = asked.limits.choices
+        #: The usage so far; kept only if events tell it.
+        self._usage = Usage(0, 0, 0)
+        #: Tokens that the next event tells of.
+        self._untold: Sequence[int] = ()
         head = {"id": answer.id, "object": self.chunk_object, "created": answer.created, "model": answer.model}
         start = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._start = start
-        self._tail = (b'],"usage":null}' if usage_follows else b"]}") + _END
-        self._heads = [start + b'{"index":%d,' % index for index in range(choices)]
+        self._heads = [start + b'{"index":%d,' % index for index in range(asked.generations)]
         self._text_heads = [head + self.text_before for head in self._heads]
+        self._end_with(b'],"usage":null}' if asked.report.usage else b"]}")
+
+    def _end_with(self, tail: bytes) -> None:
+        """End all events so from now on."""
+        self._tail = tail + _END
         self._text_tail = self.text_after + b',"logprobs":null,"finish_reason":null}' + self._tail
 
     def events(self, index: int, pieces: Sequence[Piece]) -> list[bytes]:
         """Return one event for each piece of text, two for each tool call."""
-        head, tail = self._text_heads[index], self._text_tail
+        head = self._text_heads[index]
         events: list[bytes] = []
         for piece in pieces:
-            if type(piece) is str:
-                events.append(head + _encode(piece) + tail)
+            if type(piece) is str and not self._untold:
+                events.append(head + _encode(piece) + self._text_tail)
             else:
                 events += self._special(index, piece)
-        return events
+        if self._untold:
+            events.append(self._event(index, self._said("")))
+        return [_padded(event) for event in events] if self._report.padded else events
 
     def opening(self, index: int, usage: Usage) -> bytes:
         """Return the event before a choice's first text; empty if there is none."""
@@ -138,7 +152,7 @@ class AnswerWriter(ABC):
 
     def closing(self, usage: Usage) -> bytes:
         """Return the last events of a stream: its usage if that was asked for, and the mark that it is complete."""
-        told = self._start + b'],"usage":' + _encode(_usage(usage)) + b"}" + _END if self._usage_follows else b""
+        told = self._start + b'],"usage":' + _encode(_usage(usage)) + b"}" + _END if self._report.usage else b""
         return told + _DONE
 
     def broken(self, error: HttpError) -> bytes:
@@ -147,13 +161,18 @@ class AnswerWriter(ABC):
 
     def whole(self, generations: Sequence[tuple[Generation, Sequence[Piece]]], usage: Usage) -> bytes:
         """Return the body of an answer that is not streamed."""
-        choices = [
-            {"index": index, **self.message(pieces), "logprobs": self._all_scores(pieces), "finish_reason": _reason(done)}
-            for index, (done, pieces) in enumerate(generations)
-        ]
+        choices = [self._choice(index, done, pieces) for index, (done, pieces) in enumerate(generations)]
         answer = self._answer
         head = {"id": answer.id, "object": self.whole_object, "created": answer.created, "model": answer.model}
-        return _encode({**head, "choices": choices, "usage": _usage(usage)})
+        told = self.prompt_ids([piece for _, pieces in generations for piece in pieces if isinstance(piece, PromptTold)])
+        return _encode({**head, "choices": choices, **told, "usage": _usage(usage)})
+
+    def _choice(self, index: int, done: Generation, pieces: Sequence[Piece]) -> dict[str, Any]:
+        scores, reason = self._all_scores(pieces), _reason(done)
+        choice = {"index": index, **self.message(pieces), "logprobs": scores, "finish_reason": reason}
+        if self._report.token_ids:
+            choice["token_ids"] = [token for piece in pieces if isinstance(piece, Taken) for token in piece.tokens]
+        return choice
 
     @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
@@ -170,16 +189,54 @@ class AnswerWriter(ABC):
         """Return log probabilities."""
         ...
 
+    def prompt_ids(self, prompts: Sequence[PromptTold]) -> dict[str, Any]:
+        """Return the field of an answer that tells the tokens of its prompt, if that is asked for; empty if choices have it."""
+        return {"prompt_token_ids": prompts[0].tokens} if self._report.token_ids else {}
+
     def _all_scores(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         scored = [piece for piece in pieces if isinstance(piece, Scored)]
         return self.scores(scored) if scored else None
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         """Return the events of a piece that is more than text."""
-        assert isinstance(piece, Scored), f"{type(piece).__name__} in a plain completion"
-        return [self._event(index, {**self.delta(piece.text), "logprobs": self.scores([piece]), "finish_reason": None})]
+        match piece:
+            case PromptTold(tokens):
+                self._count(len(tokens) if index % self._samples == 0 else 0, 0, 0)
+                return [self.prompt_event(index, tokens)] if self._report.token_ids else []
+            case Taken(tokens, cached_tokens):
+                self._count(0, len(tokens), cached_tokens)
+                self._untold = tokens if self._report.token_ids else ()
+                return []
+            case str(text):
+                return [self._event(index, self._said(text))]
+            case Scored(text):
+                return [self._event(index, {**self.delta(text), "logprobs": self.scores([piece]), "finish_reason": None})]
+            case _:
+                raise AssertionError(f"{type(piece).__name__} in a plain completion")
+
+    def _count(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
+        """Take tokens into the usage that further events tell."""
+        if self._report.usage_each:
+            so_far = self._usage
+            self._usage = Usage(
+                so_far.prompt_tokens + prompt_tokens,
+                max(so_far.cached_tokens, cached_tokens),
+                so_far.completion_tokens + completion_tokens,
+            )
+            self._end_with(b'],"usage":' + _encode(_usage(self._usage)) + b"}")
+
+    def _said(self, text: str) -> dict[str, Any]:
+        return {**self.delta(text), "logprobs": None, "finish_reason": None}
+
+    def prompt_event(self, index: int, tokens: Sequence[int]) -> bytes:
+        """Return the event that tells a prompt's tokens."""
+        return (
+            self._event(index, self._said(""))[: -len(self._tail)] + b'],"prompt_token_ids":' + _encode(tokens) + self._tail[1:]
+        )
 
     def _event(self, index: int, fields: dict[str, Any]) -> bytes:
+        if self._untold:
+            fields, self._untold = {**fields, "token_ids": self._untold}, ()
         return self._heads[index] + _encode(fields)[1:] + self._tail
 
 
@@ -191,9 +248,9 @@ class ChatWriter(AnswerWriter):
     text_before = b'"delta":{"content":'
     text_after = b"}"
 
-    def __init__(self, answer: Answer, choices: int, usage_follows: bool) -> None:
-        super().__init__(answer, choices, usage_follows)
-        self._calls = [0] * choices
+    def __init__(self, answer: Answer, asked: Asked) -> None:
+        super().__init__(answer, asked)
+        self._calls = [0] * asked.generations
 
     def opening(self, index: int, usage: Usage) -> bytes:
         del usage
@@ -222,7 +279,8 @@ class ChatWriter(AnswerWriter):
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._answer.vocabulary.token_bytes(token)
-        return {"token": data.decode(errors="backslashreplace"), "logprob": logprob, "bytes": list(data)}
+        name = f"token_id:{token}" if self._report.tokens_by_id else data.decode(errors="backslashreplace")
+        return {"token": name, "logprob": logprob, "bytes": list(data)}
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         if isinstance(piece, Reasoning):
@@ -255,7 +313,16 @@ class CompletionWriter(AnswerWriter):
         return {"text": text}
 
     def message(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return {"text": _joined(pieces)}
+        prompt = next((piece for piece in pieces if isinstance(piece, PromptTold)), None)
+        told = {"prompt_token_ids": prompt.tokens} if prompt is not None and self._report.token_ids else {}
+        return {"text": _joined(pieces), **told}
+
+    def prompt_ids(self, prompts: Sequence[PromptTold]) -> dict[str, Any]:
+        del prompts
+        return {}
+
+    def prompt_event(self, index: int, tokens: Sequence[int]) -> bytes:
+        return self._event(index, {**self._said(""), "prompt_token_ids": tokens})
 
     def scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
         tokens = [token for piece in scored for token in piece.tokens]
@@ -268,6 +335,8 @@ class CompletionWriter(AnswerWriter):
 
     def _name(self, token: int) -> str:
         """Return a token's text; bytes that are none are written as OpenAI writes them, so that they stay apart."""
+        if self._report.tokens_by_id:
+            return f"token_id:{token}"
         data = self._answer.vocabulary.token_bytes(token)
         try:
             return data.decode()
@@ -280,6 +349,12 @@ class CompletionWriter(AnswerWriter):
         for token, logprob in top:
             named.setdefault(self._name(token), logprob)
         return named
+
+
+def _padded(event: bytes) -> bytes:
+    """Return an event with OpenAI's field that makes its size one of few."""
+    bare = event[: -len(b"}" + _END)] + b',"obfuscation":"'
+    return bare + b"x" * (-len(bare) % PADDED_BYTES) + b'"}' + _END
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

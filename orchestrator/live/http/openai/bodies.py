@@ -17,6 +17,9 @@ class StreamOptions(msgspec.Struct):
     """How to stream."""
 
     include_usage: bool | None = None
+    #: vLLM's: with every event, if there is to be any usage.
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class AgentHints(msgspec.Struct):
@@ -111,6 +114,16 @@ class GenerationRequest(Unserved, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     logit_bias: dict[str, float] | None = None
     priority: int | None = None
     service_tier: str | None = None
@@ -154,6 +167,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     #: The switch, as Qwen's API has it.
     enable_thinking: bool | None = None

@@ -14,7 +14,15 @@ import msgspec
 from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
 from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
-from orchestrator.live.http.openai.bodies import ChatRequest, CompletionRequest, Extension, GenerationRequest, Message, Part
+from orchestrator.live.http.openai.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    Extension,
+    GenerationRequest,
+    Message,
+    Part,
+    StreamOptions,
+)
 from orchestrator.live.http.openai.constraints import constraint_of
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.http.reading import check_range, decode
@@ -24,6 +32,7 @@ from orchestrator.live.text.conversations import shown_call, shown_message, show
 
 MESSAGES_MAX = 100_000
 STOP_STRINGS_MAX = 16
+BAD_WORDS_MAX = 256
 CHOICES_MAX = 128
 PROMPTS_MAX = 1024
 TOP_LOGPROBS_MAX = 20
@@ -40,6 +49,9 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "top_p": (0, 1),
     "top_k": (-1, None),
     "min_p": (0, 1),
+    "min_tokens": (0, None),
+    "repetition_penalty": (0, 100),
+    "truncate_prompt_tokens": (-1, None),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
 }
@@ -54,24 +66,19 @@ _SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest, strict=True)
 _NO_EXTENSION = Extension()
+_NO_OPTIONS = StreamOptions()
 
 
 def parse_chat(body: bytes) -> Asked:
     """Read and check a body of /v1/chat/completions. Raises `Invalid`."""
     request = decode(_CHAT, body)
     check_common(request)
-    require(len(request.messages) > 0, "messages", "must hold at least one message")
-    require(len(request.messages) <= MESSAGES_MAX, "messages", f"must hold at most {MESSAGES_MAX} messages")
     check_range("max_completion_tokens", request.max_completion_tokens, 1)
     check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
-    if request.tools or request.tool_choice is not None:
-        _check_tools(request)
-    if request.continue_final_message:
-        _check_continuation(request)
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return asked_of(request, _conversation(request), most, logprobs, request.include_reasoning is not False)
+    return asked_of(request, conversation_of(request), most, logprobs, request.include_reasoning is not False)
 
 
 def parse_completion(body: bytes) -> Asked:
@@ -84,7 +91,8 @@ def parse_completion(body: bytes) -> Asked:
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
     require(all(prompts), "prompt", "must not be empty")
     most = request.max_tokens if request.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
-    return asked_of(request, Texts(prompts), most, request.logprobs, thoughts=True)
+    texts = Texts(prompts, prefixed=request.add_special_tokens is not False)
+    return asked_of(request, texts, most, request.logprobs, thoughts=True)
 
 
 # --- in no API's words ------------------------------------------------------------------------------------------------
@@ -94,16 +102,47 @@ def asked_of(
     request: GenerationRequest, prompt: Conversation | Texts, output_tokens_max: int | None, logprobs: int | None, thoughts: bool
 ) -> Asked:
     """Return what a checked request asks for."""
-    options = request.stream_options
-    usage = options is not None and bool(options.include_usage)
+    least = request.min_tokens or 0
+    require(
+        output_tokens_max is None or least <= output_tokens_max, "min_tokens", f"is {least}, over {output_tokens_max} at most"
+    )
     return Asked(
         model=request.model,
         prompt=prompt,
         sampling=_sampling(request, logprobs),
-        limits=Limits(output_tokens_max, request.stops, bool(request.ignore_eos), request.choices),
+        limits=_limits(request, output_tokens_max),
         hints=_hints(request),
-        report=Report(bool(request.stream), usage, thoughts),
+        report=_report(request, thoughts),
         constraint=constraint_of(request),
+    )
+
+
+def _limits(request: GenerationRequest, output_tokens_max: int | None) -> Limits:
+    kept = request.truncate_prompt_tokens
+    return Limits(
+        output_tokens_max=output_tokens_max,
+        stop_strings=request.stops,
+        includes_ends=bool(request.include_stop_str_in_output),
+        ignores_ends=bool(request.ignore_eos),
+        forbidden_words=request.bad_words or (),
+        # vLLM's -1 is as many as there is room for.
+        prompt_tokens_max=None if kept is None else max(kept, 0),
+        choices=request.choices,
+    )
+
+
+def _report(request: GenerationRequest, thoughts: bool) -> Report:
+    options = request.stream_options or _NO_OPTIONS
+    usage = bool(options.include_usage)
+    return Report(
+        streams=bool(request.stream),
+        usage=usage,
+        thoughts=thoughts,
+        special_tokens=request.skip_special_tokens is False,
+        token_ids=bool(request.return_token_ids),
+        tokens_by_id=bool(request.return_tokens_as_token_ids),
+        usage_each=usage and bool(options.continuous_usage_stats),
+        padded=bool(options.include_obfuscation),
     )
 
 
@@ -120,6 +159,9 @@ def _sampling(request: GenerationRequest, logprobs: int | None) -> Sampling:
         stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=logprobs,
         logit_bias=_biases(request.logit_bias) if request.logit_bias else {},
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        output_tokens_min=request.min_tokens or 0,
+        allowed_token_ids=tuple(request.allowed_token_ids or ()),
     )
 
 
@@ -158,14 +200,23 @@ def _beat_s_max(more: Extension) -> float:
     return beat_s
 
 
-def _conversation(request: ChatRequest) -> Conversation:
+def conversation_of(request: ChatRequest) -> Conversation:
+    """Return what a chat's prompt is made of. Raises `Invalid`."""
+    require(len(request.messages) > 0, "messages", "must hold at least one message")
+    require(len(request.messages) <= MESSAGES_MAX, "messages", f"must hold at most {MESSAGES_MAX} messages")
+    if request.tools or request.tool_choice is not None:
+        _check_tools(request)
+    if request.continue_final_message:
+        _check_continuation(request)
+    told = {"documents": request.documents} if request.documents is not None else {}
     return Conversation(
         messages=[_message(message) for message in request.messages],
         tools=shown_tools(request.shown_tools),
         tool_use=_tool_use(request),
-        variables=request.chat_template_kwargs or {},
+        variables={**told, **(request.chat_template_kwargs or {})},
         opens_answer=request.add_generation_prompt is not False and not request.continue_final_message,
         continues=bool(request.continue_final_message),
+        prefixed=bool(request.add_special_tokens),
         thinking=_thinking(request),
     )
 
@@ -252,12 +303,21 @@ def _check_continuation(request: ChatRequest) -> None:
 
 
 def check_common(request: GenerationRequest) -> None:
+    """Refuse what no kind of request may ask for. Raises `Invalid`."""
     name = unserved(request)
     require(name is None, name or "", "is not served here; leave it out")
     for (param, (least, most)), value in zip(_RANGES.items(), _ranged(request), strict=True):
         if value is not None:
             check_range(param, value, least, most)
     require(request.top_p is None or request.top_p > 0, "top_p", "must be over 0")
+    require(request.repetition_penalty is None or request.repetition_penalty > 0, "repetition_penalty", "must be over 0")
+    require(
+        request.truncate_prompt_tokens != 0, "truncate_prompt_tokens", "must leave tokens; -1 is as many as there is room for"
+    )
+    require(request.allowed_token_ids != [], "allowed_token_ids", "must not be empty")
+    if words := request.bad_words:
+        require(len(words) <= BAD_WORDS_MAX, "bad_words", f"must be at most {BAD_WORDS_MAX} words")
+        require(all(words), "bad_words", "must not be empty")
     if stops := request.stops:
         require(len(stops) <= STOP_STRINGS_MAX, "stop", f"must be at most {STOP_STRINGS_MAX} strings")
         require(all(stops), "stop", "must not be empty")

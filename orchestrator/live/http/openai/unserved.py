@@ -23,18 +23,11 @@ class Unserved(msgspec.Struct, kw_only=True):
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None
-    repetition_penalty: Any = None
     length_penalty: Any = None
     use_beam_search: Any = None
-    min_tokens: Any = None
-    bad_words: Any = None
-    allowed_token_ids: Any = None
     prompt_logprobs: Any = None
-    truncate_prompt_tokens: Any = None
-    include_stop_str_in_output: Any = None
-    skip_special_tokens: Any = None
+    prompt_embeds: Any = None
     spaces_between_special_tokens: Any = None
-    add_special_tokens: Any = None
     chat_template: Any = None
     echo: Any = None
     suffix: Any = None
@@ -46,15 +39,9 @@ _HARMLESS: Mapping[str, Sequence[Any]] = {
     "functions": ([],),
     "function_call": ("auto", "none"),
     "modalities": (["text"], []),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_special_tokens": (True,),
     "echo": (False,),
     "suffix": ("",),
 }

@@ -21,10 +21,15 @@ from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, Scor
 
 _encode = msgspec.json.encode
 _END = b"\n\n"
-#: Takes a response that is done, as JSON, and its items.
-Keep = Callable[[bytes, Sequence[dict[str, Any]]], None]
+#: Takes a response that is done.
+Keep = Callable[[dict[str, Any]], None]
 #: OpenAI's words for a response that failed; anything else is the server's fault.
-_FAILURES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
+_FAILURES = {429: "rate_limit_exceeded"}
+
+
+def count_body(tokens: int) -> bytes:
+    """Return how many tokens a request's input has."""
+    return _encode({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 def error_event(error: HttpError) -> bytes:
@@ -81,7 +86,6 @@ class ResponseWriter:
     def closing(self, usage: Usage) -> bytes:
         """Return the event that says what became of it."""
         done = self._done(usage)
-        self._kept(done)
         return self._written([(f"response.{done['status']}", {"response": done})])
 
     def broken(self, error: HttpError) -> bytes:
@@ -95,25 +99,21 @@ class ResponseWriter:
         self._output.take(pieces)
         self._end = _end(generation)
         self._output.finish(_complete(self._end))
-        return self._kept(self._done(usage))
-
-    def _kept(self, done: dict[str, Any]) -> bytes:
-        """Return a response as JSON, after it was handed to whoever keeps it; one that failed is not kept."""
-        body = _encode(done)
-        if self._keep is not None and done["status"] != "failed":
-            self._keep(body, self._output.items)
-        return body
+        return _encode(self._done(usage))
 
     def _done(self, usage: Usage) -> dict[str, Any]:
-        told = {"usage": _usage(usage)}
+        """Return the response at its end, which was handed to whoever keeps it; one that failed is not kept."""
         match self._end:
             case AnswerEnd.LENGTH:
-                return {**self._response("incomplete"), "incomplete_details": {"reason": "max_output_tokens"}, **told}
+                became = {**self._response("incomplete"), "incomplete_details": {"reason": "max_output_tokens"}}
             case AnswerEnd.FAILED:
-                failure = {"code": "server_error", "message": "the model failed"}
-                return {**self._response("failed"), "error": failure, **told}
+                became = {**self._response("failed"), "error": {"code": "server_error", "message": "the model failed"}}
             case _:
-                return {**self._response("completed"), "completed_at": int(time.time()), **told}
+                became = {**self._response("completed"), "completed_at": int(time.time())}
+        done = {**became, "usage": _usage(usage)}
+        if self._keep is not None and self._end is not AnswerEnd.FAILED:
+            self._keep(done)
+        return done
 
     def _response(self, status: str) -> dict[str, Any]:
         return {**self._head, "status": status, "output": [*self._output.items]}
@@ -190,9 +190,10 @@ def _head(asked: Asked, origin: Origin) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    written = max([0, *(kept.tokens - usage.cached_tokens for kept in usage.kept)])
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": written},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

@@ -1,6 +1,6 @@
 """The Responses API at one gateway: reads requests, puts in what they go on from, and keeps what is answered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.http.openai.answers import error_body
-from orchestrator.live.http.responses.answers import ResponseWriter, error_event
+from orchestrator.live.http.responses.answers import ResponseWriter, count_body, error_event
 from orchestrator.live.http.responses.ids import new_id
 from orchestrator.live.http.responses.items import messages_of
 from orchestrator.live.http.responses.requests import Origin, items_of, parse, referred
@@ -21,7 +21,13 @@ from orchestrator.live.text.detokenise import Vocabulary
 PATH = "/v1/responses"
 _encode = msgspec.json.encode
 #: Beginnings of the names of items that come without one.
-_KINDS = {"function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_KINDS = {
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "reasoning": "rs",
+}
 
 
 class Responses:
@@ -35,7 +41,12 @@ class Responses:
     def __init__(self, gateway: GatewayId, stored: StoredResponses) -> None:
         self._gateway = gateway
         self._stored = stored
-        self.dialect = Dialect(parse, self._writer, error_body, error_event, complete=self._complete)
+        answered = Dialect(parse, self._writer, error_body, error_event, complete=self._complete)
+        #: By path.
+        self.endpoints: Mapping[str, Dialect] = {
+            PATH: answered,
+            f"{PATH}/input_tokens": replace(answered, count=count_body),
+        }
 
     def _complete(self, asked: Asked, tenant: TenantId, session: SessionId | None) -> Asked:
         """Return a request with the whole conversation, in a session that is its chain's unless its client names one.
@@ -48,7 +59,7 @@ class Responses:
         request, name = origin.request, new_id("resp", self._gateway)
         chain = self._chain(tenant, request.previous_response_id)
         own = [self._item(tenant, item) for item in items_of(request)]
-        before = [item for one in chain for item in (*one.asked, *one.answered)]
+        before = [item for one in chain for item in one.items]
         where = [f"previous_response_id[{place}]" for place in range(len(before))] + [f"input[{n}]" for n in range(len(own))]
         messages = messages_of(request.instructions, [*before, *own], where)
         if session is None and (chain or request.stores):
@@ -81,12 +92,18 @@ class Responses:
     def _writer(self, asked: Asked, vocabulary: Vocabulary) -> ResponseWriter:
         origin = _origin(asked)
 
-        def keep(body: bytes, output: Sequence[dict[str, Any]]) -> None:
+        def keep(response: dict[str, Any]) -> None:
             assert origin.tenant is not None, "what is kept is a tenant's"
             assert origin.session is not None, "what is kept is in a session"
-            items = [str(item["id"]) for item in (*origin.items, *output)]
-            previous = origin.request.previous_response_id
-            one = Stored(origin.id, previous, origin.session, _encode(origin.items), body, items)
+            one = Stored(
+                id=origin.id,
+                previous=origin.request.previous_response_id,
+                session=origin.session,
+                input=_encode(origin.items),
+                output=_encode(response["output"]),
+                frame=_encode({**response, "output": []}),
+                names=[str(item["id"]) for item in (*origin.items, *response["output"])],
+            )
             self._stored.keep(origin.tenant, one)
 
         return ResponseWriter(asked, origin, self._gateway, vocabulary, keep if origin.request.stores else None)

@@ -1,6 +1,9 @@
 """Makes of a conversation's items the messages that chat templates read: what one answer was made of is one message again.
 
-message, function_call, function_call_output, reasoning  ->  system / user / assistant (thoughts, text, calls) / tool
+    message, reasoning, calls of functions and custom tools, their outputs
+        ->  messages of system, user, assistant (thoughts, text, calls) and tool
+
+A refusal names the item by its place in the request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +15,10 @@ from orchestrator.live.http.responses.thoughts import thoughts_of
 from orchestrator.live.refusals import Invalid, require
 from orchestrator.live.text.conversations import shown_call, shown_message
 
-_ROLES = frozenset({"user", "assistant", "system", "developer"})
-_TEXT_PARTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
+_ROLES = ("user", "assistant", "system", "developer")
+#: Calls, and where each has its arguments.
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
 @dataclass(slots=True)
@@ -65,7 +70,7 @@ def kind_of(item: Mapping[str, Any]) -> str:
 
 def _is_answers(item: Mapping[str, Any]) -> bool:
     kind = kind_of(item)
-    return kind in ("reasoning", "function_call") or (kind == "message" and item.get("role") == "assistant")
+    return kind in ("reasoning", *_CALLS) or (kind == "message" and item.get("role") == "assistant")
 
 
 def _begins_anew(item: Mapping[str, Any], answer: _Answer) -> bool:
@@ -86,13 +91,14 @@ def _add(answer: _Answer, item: Mapping[str, Any], place: str) -> None:
                 answer.thoughts.append(thoughts)
         case "message":
             answer.texts.append(_text(item.get("content"), f"{place}.content"))
-        case _:
-            name, call_id, arguments = item.get("name"), item.get("call_id"), item.get("arguments")
-            require(isinstance(name, str) and bool(name), f"{place}.name", "must be the function's name")
+        case kind:
+            name, call_id, written = item.get("name"), item.get("call_id"), item.get(_CALLS[kind])
+            require(isinstance(name, str) and bool(name), f"{place}.name", "must be the tool's name")
             require(isinstance(call_id, str), f"{place}.call_id", "must be a string")
-            require(isinstance(arguments, str), f"{place}.arguments", "must be JSON text")
+            require(isinstance(written, str), f"{place}.{_CALLS[kind]}", "must be text")
+            arguments = {"input": written} if kind == "custom_tool_call" else cast(str, written)
             shown = shown_name(item.get("namespace"), str(name))
-            answer.calls.append(shown_call(shown, cast(str, arguments), cast(str, call_id), "function"))
+            answer.calls.append(shown_call(shown, arguments, cast(str, call_id), "function"))
 
 
 def _others(item: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -100,11 +106,11 @@ def _others(item: Mapping[str, Any], place: str) -> dict[str, Any]:
     match kind_of(item):
         case "message":
             role = item.get("role")
-            require(role in _ROLES, f"{place}.role", f"must be one of {', '.join(sorted(_ROLES))}, is {role!r}")
+            require(role in _ROLES, f"{place}.role", f"must be one of {', '.join(_ROLES)}, is {role!r}")
             return shown_message(str(role), _text(item.get("content"), f"{place}.content"))
-        case "function_call_output":
+        case "function_call_output" | "custom_tool_call_output":
             call_id = item.get("call_id")
-            require(isinstance(call_id, str), f"{place}.call_id", "must be the id of a function_call")
+            require(isinstance(call_id, str), f"{place}.call_id", "must be the id of a call")
             return shown_message("tool", _text(item.get("output"), f"{place}.output"), tool_call_id=cast(str, call_id))
         case "":
             raise Invalid(f"{place}.type: must say what the item is", "invalid_value", f"{place}.type")

@@ -1,7 +1,10 @@
 """Tools as the Responses API has them, made what chat templates read; and the names of calls, told back as the client has them.
 
-A *namespace* is a group of functions with a name: what a model calls is namespace and name in one. Searches of the web, which
-OpenAI's servers would make themselves, are not made here: the model is not told of them, and an answer's `tools` leaves them out.
+    function     as it is                       custom       a function of one text, `input`
+    namespace    its tools, each called by namespace and name in one
+
+Searches of the web, which OpenAI's servers would make themselves, are not made here: the model is not told of them, nor do an
+answer's `tools` name them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +17,20 @@ from orchestrator.live.refusals import Invalid, require
 TOOLS_MAX = 4096
 #: Between a namespace and a name in what the model sees: letters that every tool-call style takes.
 _JOINT = "__"
+#: What the model is told of a custom tool's input.
+_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 #: Offered by agents whether or not they are needed; anything else that servers run is what a client counts on.
 _LEFT_OUT = "web_search"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A tool as the client has it."""
+
+    name: str
+    namespace: str | None = None
+    #: It is called with a text, not with arguments.
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +41,8 @@ class Offered:
     told: Sequence[Mapping[str, Any]] = ()
     #: As templates read them.
     shown: Sequence[Mapping[str, Any]] = ()
-    #: Namespace and name of each, by the name that the model sees.
-    names: Mapping[str, tuple[str | None, str]] = field(default_factory=lambda: {})
+    #: What each is to the client, by the name that the model sees.
+    names: Mapping[str, Named] = field(default_factory=lambda: {})
 
     def only(self, names: Sequence[str]) -> Sequence[Mapping[str, Any]]:
         """Return those of some names, as templates read them."""
@@ -43,18 +58,18 @@ def offered(tools: Sequence[Mapping[str, Any]]) -> Offered:
     """Return what a request's tools are. Raises `Invalid` for those that are none, or not served."""
     told: list[Mapping[str, Any]] = []
     shown: list[Mapping[str, Any]] = []
-    names: dict[str, tuple[str | None, str]] = {}
+    names: dict[str, Named] = {}
     for place, tool in enumerate(tools):
         where, kind = f"tools[{place}]", tool.get("type")
         match kind:
-            case "function":
+            case "function" | "custom":
                 functions, namespace, about = [tool], None, ""
             case "namespace":
                 functions, namespace, about = _grouped(tool, where)
             case str() if kind.startswith(_LEFT_OUT):
                 continue
             case _:
-                problem = f"{where}: tools of type {kind!r} are not served; functions are, and namespaces of them"
+                problem = f"{where}: tools of type {kind!r} are not served; function, custom and namespace are"
                 raise Invalid(problem, "unsupported_tool", where)
         told.append(tool)
         for function in functions:
@@ -62,7 +77,7 @@ def offered(tools: Sequence[Mapping[str, Any]]) -> Offered:
             about = ""
             name = one["function"]["name"]
             require(name not in names, where, f"two tools are called {name!r}")
-            names[name] = (namespace, str(function["name"]))
+            names[name] = Named(str(function["name"]), namespace, function["type"] == "custom")
             shown.append(one)
     require(len(shown) <= TOOLS_MAX, "tools", f"must be at most {TOOLS_MAX} tools")
     return Offered(told, shown, names)
@@ -75,13 +90,15 @@ def _grouped(tool: Mapping[str, Any], where: str) -> tuple[list[Mapping[str, Any
     require(isinstance(functions, list), f"{where}.tools", "must be a list of functions")
     for number, function in enumerate(cast("list[Any]", functions)):
         kind = cast("dict[str, Any]", function).get("type") if isinstance(function, dict) else None
-        require(kind == "function", f"{where}.tools[{number}]", f"tools of type {kind!r} are not served; functions are")
+        known = kind in ("function", "custom")
+        require(known, f"{where}.tools[{number}]", f"tools of type {kind!r} are not served; function and custom are")
     return cast("list[Mapping[str, Any]]", functions), cast(str, name), about if isinstance(about, str) else ""
 
 
 def _shown(function: Mapping[str, Any], namespace: str | None, about: str, where: str) -> dict[str, Any]:
-    """Return a function as templates read it; what its namespace says of itself stands with the first of its functions."""
-    name, parameters, description = function.get("name"), function.get("parameters"), function.get("description")
+    """Return a tool as templates read it; what its namespace says of itself stands with its first."""
+    name, description = function.get("name"), function.get("description")
+    parameters = _input(function, where) if function.get("type") == "custom" else function.get("parameters")
     require(isinstance(name, str) and bool(name), f"{where}.name", "must be a name")
     require(isinstance(parameters, dict | None), f"{where}.parameters", "must be an object, a JSON schema")
     require(isinstance(description, str | None), f"{where}.description", "must be text")
@@ -95,6 +112,16 @@ def _shown(function: Mapping[str, Any], namespace: str | None, about: str, where
     return {"type": "function", "function": shown}
 
 
+def _input(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the parameters of a custom tool. Raises `Invalid` if its input must be of a kind."""
+    match tool.get("format"):
+        case None | {"type": "text"}:
+            return _INPUT
+        case _:
+            problem = "an input cannot be kept to a grammar here: leave it out, or say in the description what the input is"
+            raise Invalid(f"{where}.format: {problem}", "invalid_value", f"{where}.format")
+
+
 def chosen(choice: str | dict[str, Any] | None, tools: Offered) -> tuple[Sequence[Mapping[str, Any]], ToolUse]:
     """Return which tools a model is told of, and what it must do with them. Raises `Invalid`."""
     match choice:
@@ -105,13 +132,13 @@ def chosen(choice: str | dict[str, Any] | None, tools: Offered) -> tuple[Sequenc
         case "required":
             require(bool(tools.shown), "tool_choice", "required, and there are no tools")
             return tools.shown, ToolUse(forced=True)
-        case {"type": "function", "name": str(name)}:
+        case {"type": "function" | "custom", "name": str(name)}:
             require(name in tools.names, "tool_choice", f"{name!r} is none of the tools")
             return tools.shown, ToolUse(forced=True, name=name)
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode}:
             return tools.only(_allowed(choice.get("tools"), tools)), ToolUse(forced=mode == "required")
         case _:
-            problem = "tool_choice: must be auto, none, required, a function or allowed_tools"
+            problem = "tool_choice: must be auto, none, required, a tool's name or allowed_tools"
             raise Invalid(problem, "invalid_value", "tool_choice")
 
 
@@ -123,7 +150,7 @@ def _allowed(allowed: Any, tools: Offered) -> list[str]:
         require(isinstance(tool, dict), where, "must be an object")
         fields = cast("dict[str, Any]", tool)
         name = shown_name(fields.get("namespace"), str(fields.get("name")))
-        require(fields.get("type") == "function" and name in tools.names, where, f"{name!r} is none of the functions")
+        require(fields.get("type") in ("function", "custom") and name in tools.names, where, f"{name!r} is none of the tools")
         names.append(name)
     require(bool(names), "tool_choice.tools", "must name at least one")
     return names

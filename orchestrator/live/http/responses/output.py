@@ -2,7 +2,7 @@
 
     Reasoning            a reasoning item: its thoughts as they are, or as a summary where the client asked for one
     text                 a message of one part
-    ToolCall, arguments  a function_call
+    ToolCall, arguments  a function_call, or a custom_tool_call, whose input is told once it is there
 
 An item ends where the next begins, or with the answer.
 """
@@ -12,11 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from orchestrator.live.http.responses.offered import Named
 from orchestrator.live.http.responses.thoughts import carried
 from orchestrator.live.text.generation import Piece, Scored, ScoredToken
 from orchestrator.live.text.reasoning import Reasoning
 from orchestrator.live.text.tools import MoreArguments, ToolCall
 
+
+class _Input(msgspec.Struct):
+    input: str
+
+
+_INPUT = msgspec.json.Decoder(_Input)
 #: An event's type, and what it tells besides its number.
 Event = tuple[str, dict[str, Any]]
 
@@ -29,8 +38,8 @@ class Wording:
     named: Callable[[str], str]
     #: Shows a token's log probabilities.
     scored: Callable[[ScoredToken], dict[str, Any]]
-    #: Functions' namespaces and names, by what the model calls them.
-    functions: Mapping[str, tuple[str | None, str]]
+    #: Tools as the client has them, by what the model calls them.
+    tools: Mapping[str, Named]
     #: Thoughts are told as a summary.
     summarises: bool
     #: Thoughts come back by way of the client.
@@ -168,22 +177,44 @@ class _Summary(_Thoughts):
 
 
 class _Call(_Item):
-    def __init__(self, name: str, place: int, call: ToolCall, function: tuple[str | None, str]) -> None:
+    def __init__(self, name: str, place: int, call: ToolCall, tool: Named) -> None:
         super().__init__(name, place)
-        self._call_id = call.id
-        self._namespace, self._name = function
+        self._called = {"call_id": call.id, "name": tool.name}
+        if tool.namespace is not None:
+            self._called["namespace"] = tool.namespace
 
-    def more(self, text: str) -> Event:
+    def more(self, text: str) -> list[Event]:
         self._texts.append(text)
-        return ("response.function_call_arguments.delta", {**self._at, "delta": text})
+        return [("response.function_call_arguments.delta", {**self._at, "delta": text})]
 
     def shown(self, status: str) -> dict[str, Any]:
-        named = {"name": self._name} if self._namespace is None else {"name": self._name, "namespace": self._namespace}
-        call = {"type": "function_call", "call_id": self._call_id, **named, "arguments": self.text}
-        return {"id": self.id, **call, "status": status}
+        return {"id": self.id, "type": "function_call", **self._called, "arguments": self.text, "status": status}
 
     def _last(self) -> list[Event]:
-        return [("response.function_call_arguments.done", {**self._at, "name": self._name, "arguments": self.text})]
+        told = {**self._at, "name": self._called["name"], "arguments": self.text}
+        return [("response.function_call_arguments.done", told)]
+
+
+class _CustomCall(_Call):
+    def more(self, text: str) -> list[Event]:
+        self._texts.append(text)
+        return []
+
+    def shown(self, status: str) -> dict[str, Any]:
+        written = "" if status == "in_progress" else self._input
+        return {"id": self.id, "type": "custom_tool_call", **self._called, "input": written, "status": status}
+
+    def _last(self) -> list[Event]:
+        kind = "response.custom_tool_call_input"
+        return [(f"{kind}.delta", {**self._at, "delta": self._input}), (f"{kind}.done", {**self._at, "input": self._input})]
+
+    @property
+    def _input(self) -> str:
+        """What the model wrote as the input; all that it wrote if it put none where it should."""
+        try:
+            return _INPUT.decode(self.text).input
+        except msgspec.MsgspecError:
+            return self.text
 
 
 class Output:
@@ -214,7 +245,7 @@ class Output:
                     events += self._call(piece)
                 case MoreArguments(text):
                     assert isinstance(self._open, _Call), "arguments go on after something that is no call"
-                    events.append(self._open.more(text))
+                    events += self._open.more(text)
                 case _:
                     pass  # what only other APIs tell of
         return events
@@ -256,9 +287,11 @@ class Output:
 
     def _call(self, call: ToolCall) -> list[Event]:
         self._scores = []
-        item = _Call(self._wording.named("fc"), self._next, call, self._wording.functions.get(call.name, (None, call.name)))
+        tool = self._wording.tools.get(call.name, Named(call.name))
+        kind, short = (_CustomCall, "ctc") if tool.custom else (_Call, "fc")
+        item = kind(self._wording.named(short), self._next, call, tool)
         events = self._begin(item)
-        return [*events, item.more(call.arguments)] if call.arguments else events
+        return [*events, *item.more(call.arguments)] if call.arguments else events
 
     def _begin(self, item: _Item) -> list[Event]:
         events = self._end("completed")

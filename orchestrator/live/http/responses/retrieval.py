@@ -39,8 +39,10 @@ class Retrieval:
             return None
         return await self._ask(keeper, method, path, key)
 
-    def response(self, tenant: TenantId, name: str) -> bytes:
+    def response(self, tenant: TenantId, name: str, query: Mapping[str, str]) -> bytes:
         """Return a response as it was said. Raises `HttpError`."""
+        if query.get("stream", "false") != "false":
+            raise HttpError(400, "stream: a response that is done is not streamed again", code="invalid_value", param="stream")
         one = self._stored.find(tenant, name)
         if one is None:
             raise _unknown(name)
@@ -57,7 +59,7 @@ class Retrieval:
         chain = self._stored.chain(tenant, name)
         if chain is None:
             raise _unknown(name)
-        before = [item for one in chain[:-1] for item in (*one.asked, *one.answered)]
+        before = [item for one in chain[:-1] for item in one.items]
         items = [_shown(item) for item in (*before, *chain[-1].asked)]
         limit, order = _limit(query.get("limit")), query.get("order", "desc")
         if order not in ("asc", "desc"):

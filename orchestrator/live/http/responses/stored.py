@@ -20,12 +20,8 @@ _RESPONSE_BYTES, _ITEM_BYTES = 1024, 256
 Item = dict[str, Any]
 
 
-class _Output(msgspec.Struct):
-    output: list[Item]
-
-
+_encode = msgspec.json.encode
 _ITEMS = msgspec.json.Decoder(list[Item])
-_OUTPUT = msgspec.json.Decoder(_Output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +33,13 @@ class Stored:
     previous: str | None
     #: Of all turns of its chain, unless a client names another.
     session: SessionId
-    #: Its own input as a JSON list of items; what came before is its predecessors'.
+    #: Its own input and its output, each a JSON list of items; what came before is its predecessors'.
     input: bytes = field(repr=False)
-    #: The whole response as it was said, a JSON object.
-    body: bytes = field(repr=False)
-    #: Names of the items in both.
-    items: Sequence[str] = field(repr=False)
+    output: bytes = field(repr=False)
+    #: The response as it was said, but for its output: a JSON object.
+    frame: bytes = field(repr=False)
+    #: Names of the items in input and output.
+    names: Sequence[str] = field(repr=False)
 
     @property
     def asked(self) -> list[Item]:
@@ -50,14 +47,19 @@ class Stored:
         return _ITEMS.decode(self.input)
 
     @property
-    def answered(self) -> list[Item]:
-        """Its output."""
-        return _OUTPUT.decode(self.body).output
+    def items(self) -> list[Item]:
+        """Its own input and its output."""
+        return [*self.asked, *_ITEMS.decode(self.output)]
+
+    @property
+    def body(self) -> bytes:
+        """The whole response as it was said, a JSON object."""
+        return _encode({**msgspec.json.decode(self.frame), "output": msgspec.Raw(self.output)})
 
     @property
     def bytes(self) -> int:
         """Memory that it takes."""
-        return len(self.input) + len(self.body) + _RESPONSE_BYTES + _ITEM_BYTES * len(self.items)
+        return len(self.input) + len(self.output) + len(self.frame) + _RESPONSE_BYTES + _ITEM_BYTES * len(self.names)
 
 
 class _Shelf:
@@ -75,7 +77,7 @@ class _Shelf:
     def add(self, one: Stored, now: float) -> None:
         self.responses[one.id] = one
         self.used_s[one.id] = now
-        self.items.update(dict.fromkeys(one.items, one.id))
+        self.items.update(dict.fromkeys(one.names, one.id))
         self.bytes += one.bytes
 
     def use(self, name: str, now: float) -> None:
@@ -86,7 +88,7 @@ class _Shelf:
         one = self.responses.pop(name)
         del self.used_s[name]
         self.bytes -= one.bytes
-        for item in one.items:
+        for item in one.names:
             if self.items.get(item) == name:
                 del self.items[item]
 
@@ -154,8 +156,7 @@ class StoredResponses:
         holder = shelf.items.get(name)
         if holder is None:
             return None
-        one = shelf.responses[holder]
-        return next(item for item in (*one.answered, *one.asked) if item.get("id") == name)
+        return next(item for item in shelf.responses[holder].items if item.get("id") == name)
 
     def remove(self, tenant: TenantId, name: str) -> bool:
         """Forget a response; return whether there was one."""

@@ -1,6 +1,7 @@
 """The official `openai` client against /v1/responses: what it sends is understood and what it gets it understands."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import (
     ResponseCompletedEvent,
+    ResponseCustomToolCall,
     ResponseFailedEvent,
     ResponseFunctionToolCall,
     ResponseIncompleteEvent,
@@ -144,6 +146,38 @@ def test_the_clients_own_stream_puts_the_response_together(text: ModelText) -> N
     play(text, talk)
 
 
+def test_arguments_come_while_they_are_written_and_may_break_off(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        written = CALL.format("London").removesuffix('n"}}\n</tool_call>')
+        served.driver.script = lambda turn: Script([*written], FinishReason.LENGTH)
+        stream = await client.responses.create(model=MODEL, input="Hi", tools=[WEATHER], stream=True)
+        events = [event async for event in stream]
+        checked(events)
+        deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+        assert len(deltas) > 5
+        done = events[-1]
+        assert isinstance(done, ResponseIncompleteEvent)
+        call = done.response.output[0]
+        assert isinstance(call, ResponseFunctionToolCall)
+        assert call.arguments == "".join(deltas) == '{"city": "Londo'
+        assert call.status == "incomplete"
+
+    play(text, talk)
+
+
+def test_input_is_counted_as_it_would_be_served(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        first = await client.responses.create(model=MODEL, input="One")
+        asked: Any = {"model": MODEL, "input": "Two", "tools": [WEATHER], "previous_response_id": first.id}
+        counted = await client.responses.input_tokens.count(**asked)
+        second = await client.responses.create(**asked)
+        assert second.usage is not None
+        assert counted.input_tokens == second.usage.input_tokens
+        assert len(served.driver.turns) == 2
+
+    play(text, talk)
+
+
 @pytest.mark.parametrize("summary", [None, "auto"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_thoughts_are_an_item_of_their_own(text: ModelText, summary: Any, stream: bool) -> None:
@@ -260,7 +294,10 @@ def test_a_session_that_the_client_names_is_the_chains(text: ModelText) -> None:
         second = await client.responses.create(model=MODEL, input="More", previous_response_id=first.id)
         await client.responses.create(model=MODEL, input="More", previous_response_id=second.id, prompt_cache_key="other")
         await client.responses.create(model=MODEL, input="Alone", store=False)
-        assert [turn.session for turn in served.driver.turns] == ["mine", "mine", "other", None]
+        turns = served.driver.turns
+        assert [turn.session for turn in turns] == ["mine", "mine", "other", None]
+        assert turns[1].prompt.tokens.startswith(turns[0].prompt.tokens)
+        assert turns[2].prompt.tokens.startswith(turns[1].prompt.tokens)
 
     play(text, talk)
 
@@ -293,6 +330,8 @@ def test_kept_responses_are_shown_and_forgotten(text: ModelText) -> None:
             model=MODEL, input=[{"role": "user", "content": "Two"}], previous_response_id=first.id
         )
         assert await client.responses.retrieve(second.id) == second
+        with pytest.raises(openai.BadRequestError, match="stream"):
+            await client.responses.retrieve(second.id, stream=True)
         listed = [item async for item in client.responses.input_items.list(second.id, order="asc", limit=1)]
         assert [item.content[0].text for item in listed] == ["One", "Hello", "Two"]  # type: ignore[union-attr]
         newest = await client.responses.input_items.list(second.id)
@@ -353,6 +392,7 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "prompt": {"id": "p"}}, "prompt"),
         ({"input": "x", "tools": [{"type": "file_search", "vector_store_ids": ["v"]}]}, "tools[0]"),
         ({"input": "x", "tools": [{"type": "function", "name": ""}]}, "tools[0].name"),
+        ({"input": "x", "tools": [{"type": "custom", "name": "c", "format": {"type": "grammar"}}]}, "tools[0].format"),
         ({"input": "x", "tools": [WEATHER, WEATHER]}, "tools[1]"),
         ({"input": "x", "tool_choice": "sometimes"}, "tool_choice"),
         ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
@@ -417,6 +457,35 @@ def test_namespaces_and_choices_of_tools(text: ModelText) -> None:
         prompt = prompt_of(served, served.driver.turns[2])
         assert "get_weather" in prompt
         assert "agents__spawn" not in prompt
+
+    play(text, talk)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_custom_tools_are_called_with_a_text(text: ModelText, stream: bool) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        patch = '*** Begin "Patch"\nä\n'
+        written = json.dumps({"name": "apply_patch", "arguments": {"input": patch}})
+        answering(served, f"<tool_call>\n{written}\n</tool_call>", "Done.")
+        asked: Any = {"model": MODEL, "input": "Hi", "tools": [{"type": "custom", "name": "apply_patch", "description": "Edit."}]}
+        if stream:
+            events = [event async for event in await client.responses.create(**asked, stream=True)]
+            checked(events)
+            assert "".join(event.delta for event in events if event.type == "response.custom_tool_call_input.delta") == patch
+            assert [event.input for event in events if event.type == "response.custom_tool_call_input.done"] == [patch]
+            done = events[-1]
+            assert isinstance(done, ResponseCompletedEvent)
+            answer = done.response
+        else:
+            answer = await client.responses.create(**asked)
+        call = answer.output[0]
+        assert isinstance(call, ResponseCustomToolCall)
+        assert (call.name, call.input) == ("apply_patch", patch)
+        output: Any = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "ok"}
+        await client.responses.create(model=MODEL, input=[output], previous_response_id=answer.id)
+        prompt = prompt_of(served, served.driver.turns[-1])
+        assert json.dumps({"input": patch}, ensure_ascii=False) in prompt
+        assert "<tool_response>\nok\n" in prompt
 
     play(text, talk)
 

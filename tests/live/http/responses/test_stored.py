@@ -24,8 +24,9 @@ def response(number: int, previous: int | None = None, size: int = 10) -> Stored
         previous=f"resp_{previous}" if previous is not None else None,
         session=SessionId("s"),
         input=json.dumps([asked]).encode(),
-        body=json.dumps({"id": f"resp_{number}", "output": [said]}).encode(),
-        items=(f"msg_q{number}", f"msg_a{number}"),
+        output=json.dumps([said]).encode(),
+        frame=json.dumps({"id": f"resp_{number}", "output": [], "status": "completed"}).encode(),
+        names=(f"msg_q{number}", f"msg_a{number}"),
     )
 
 
@@ -94,5 +95,8 @@ def test_an_item_is_found_in_the_last_response_that_has_it() -> None:
     assert stored.item(ACME, "msg_a1") == {"id": "msg_a1", "n": 1}
     assert stored.item(ACME, "msg_q1") == {"id": "msg_q1", "n": "x" * 10}
     assert stored.item(GLOBEX, "msg_a1") is None
+    kept = stored.find(ACME, "resp_1")
+    assert kept is not None
+    assert json.loads(kept.body) == {"id": "resp_1", "output": [{"id": "msg_a1", "n": 1}], "status": "completed"}
     stored.remove(ACME, "resp_1")
     assert stored.item(ACME, "msg_a1") is None
