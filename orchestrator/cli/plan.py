@@ -51,8 +51,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--slo",
         type=_slo,
         required=True,
-        metavar="ttft=S,itl=S[,class=NAME][,pct=N]",
-        help=f"seconds to the first token and between tokens, at percentile N; by class: {classes} (standard)",
+        metavar="ttft=S,itl=S[,class=NAME][,pct=N][,beat=S]",
+        help=f"seconds to the first token and between tokens, at percentile N; by class: {classes} (standard); with a "
+        "beat, tokens come so many seconds apart from a pool that keeps it",
     )
     parser.add_argument(
         "--budget", type=_budget, default=Budget(), metavar="KEY=N[,...]", help=f"at most so many of {', '.join(BUDGETS)}"
@@ -79,15 +80,21 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _slo(text: str) -> Slo:
-    given = pairs(text, ("ttft", "itl", "class", "pct"))
+    given = pairs(text, ("ttft", "itl", "class", "pct", "beat"))
     missing = [key for key in ("ttft", "itl") if key not in given]
     if missing:
         raise argparse.ArgumentTypeError(f"{missing[0]} is missing")
-    name = given.get("class", ServiceClass.STANDARD.value)
+    name = given.get("class", (ServiceClass.CADENCE if "beat" in given else ServiceClass.STANDARD).value)
     if name not in list(ServiceClass):
         raise argparse.ArgumentTypeError(f"class: must be one of {', '.join(ServiceClass)}, is {name!r}")
     percentile = _percentile(given["pct"]) if "pct" in given else PERCENTILES[ServiceClass(name)]
-    return Slo(positive("ttft", given["ttft"]), positive("itl", given["itl"]), percentile)
+    slo = Slo(positive("ttft", given["ttft"]), positive("itl", given["itl"]), percentile)
+    if "beat" not in given:
+        return slo
+    beat_s = positive("beat", given["beat"])
+    if beat_s > slo.itl_s:
+        raise argparse.ArgumentTypeError(f"beat: must be at most itl ({slo.itl_s:g} s), is {beat_s:g}")
+    return replace(slo, beat_s=beat_s)
 
 
 def _percentile(text: str) -> float:

@@ -12,12 +12,13 @@ Held prefixes are counted where sequences are generated; copies on prefill nodes
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import ceil, exp, sqrt
 from statistics import NormalDist
 
-from orchestrator.core.cost.costs import fetch_seconds, prompt_seconds, step_seconds
+from orchestrator.core.cost.costs import fetch_seconds, keeps_beat, prompt_seconds, step_seconds
+from orchestrator.core.cost.overlap import Halves
 from orchestrator.core.types import CostProfile, PoolKind
 from orchestrator.plan.demand import Demand, Held
 from orchestrator.plan.goal import Price
@@ -56,6 +57,8 @@ class Sizing:
     usd_per_hour: float
     kw: float
     gpus: float
+    #: The two halves of a pass of so many sequences with so much context together; None where it has none.
+    halves: Callable[[int, float], Halves] | None = None
 
 
 #: Returns what one node of a pool is, or None if it cannot be built.
@@ -141,6 +144,8 @@ class Estimator:
     def decoding(self, pool: PoolPlan, size: Sizing, held: Held) -> Decoding | Reason:
         """Return how a node of the pool generates its share of the tokens."""
         rate = self._demand.output_tokens_per_s / pool.nodes
+        if pool.kind is PoolKind.LPX:
+            return self._beating(pool, size, rate)
         chunks = self._chunks(pool, held) if pool.kind is PoolKind.AGGREGATED else []
         # A trace without answers has no context of generated tokens.
         limit = min(SEQUENCES_MAX, size.kv_tokens / max(self._demand.context_tokens, 1.0))
@@ -158,6 +163,27 @@ class Estimator:
         busy = min(limit, 1.0 + running + self._spread * sqrt(running))
         itl_s = self._step(size.profile, busy, chunks, self._percentile)
         return Reason.PREFILL if itl_s is None else Decoding(itl_s, running)
+
+    def _beating(self, pool: PoolPlan, size: Sizing, rate: float) -> Decoding | Reason:
+        """Return how a node keeps its beat, if as many as decode at a busy moment find a slot."""
+        profile, context = replace(size.profile, beat_s=pool.beat_s), self._demand.context_tokens
+        if not keeps_beat(profile, 1, self._demand.context_tokens_max):
+            return Reason.ITL
+        running = rate * pool.beat_s
+        busy = ceil(1.0 + running + self._spread * sqrt(running))
+        if busy * context > size.kv_tokens:
+            return Reason.MEMORY
+        if busy > SEQUENCES_MAX or not keeps_beat(profile, busy, round(busy * context)):
+            return Reason.DECODE
+        return Decoding(pool.beat_s, running)
+
+    def balance(self, size: Sizing, decoding: Decoding) -> float | None:
+        """Return how long attention takes over how long FFNs take, as many as decode; None where nothing is split."""
+        if size.halves is None:
+            return None
+        count = max(1, ceil(decoding.sequences))
+        halves = size.halves(count, count * self._demand.context_tokens)
+        return halves.attention_s / halves.ffn_s if halves.ffn_s > 0.0 else None
 
     def quickest_s(self, size: Sizing) -> float:
         """Return the seconds between tokens of a node that generates for one alone: no number of nodes does better."""

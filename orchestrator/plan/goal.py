@@ -31,6 +31,8 @@ class Slo:
     ttft_s: float
     itl_s: float
     percentile: float
+    #: Seconds of the beat that tokens come on; 0: none is asked for.
+    beat_s: float = 0.0
 
     def excess(self, ttft_s: float, itl_s: float) -> float:
         """Return the share of its limit that the worse of the two takes: 1 or less is within."""

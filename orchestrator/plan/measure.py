@@ -1,10 +1,14 @@
 """Turns plans into clusters that can be simulated, and simulated runs into what plans are chosen by."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import ceil
 
-from orchestrator.core.config import ClusterConfig, ConfigError, LimitsConfig, ModelConfig
-from orchestrator.core.types import PoolKind, PoolName
+from orchestrator.core.config import ClusterConfig, ConfigError, DecodeMode, LimitsConfig, ModelConfig
+from orchestrator.core.cost.machines import Machine
+from orchestrator.core.cost.overlap import Halves
+from orchestrator.core.cost.roofline import context_seconds, halves_at
+from orchestrator.core.types import PoolKind, PoolName, ServiceClass
 from orchestrator.plan.estimate import Sizing
 from orchestrator.plan.goal import Price, Slo
 from orchestrator.plan.space import Plan, PoolPlan, pool_config
@@ -33,6 +37,10 @@ class Measured:
     output_tokens_per_usd: float
     tokens_per_s_per_gpu: float
     assumptions: tuple[str, ...]
+    #: How busy attention's chips were over how busy those of FFNs were; None where decode is not split between them.
+    balance: float | None = None
+    #: Share of the tokens that came from the pool that keeps a beat; None where none does.
+    beat_share: float | None = None
 
 
 class Builder:
@@ -47,7 +55,10 @@ class Builder:
     def cluster(self, plan: Plan) -> ClusterConfig:
         """Return a plan as a cluster file says it."""
         pools = tuple(pool_config(pool, self._block_tokens) for pool in plan.pools)
-        return ClusterConfig(limits=PATIENT, models={"default": self._model}, pools=pools)
+        # Requests of a trace name no class.
+        beats = any(pool.kind is PoolKind.LPX for pool in plan.pools)
+        limits = replace(PATIENT, service_class=ServiceClass.CADENCE) if beats else PATIENT
+        return ClusterConfig(limits=limits, models={"default": self._model}, pools=pools)
 
     def resolved(self, plan: Plan) -> Resolved:
         """Return a plan ready to be simulated. Raises `ConfigError` if it cannot be built."""
@@ -76,7 +87,19 @@ class Builder:
             usd_per_hour=hardware.usd_per_hour,
             kw=hardware.kw,
             gpus=hardware.gpus,
+            halves=_halves_of(hardware.machine),
         )
+
+
+def _halves_of(machine: Machine | None) -> Callable[[int, float], Halves] | None:
+    """Return what tells the halves of a node's passes; None if it does all on the same chips."""
+    if machine is None or machine.hardware.mode is not DecodeMode.AFD:
+        return None
+
+    def halves(sequences: int, context_tokens: float) -> Halves:
+        return halves_at(machine, sequences * machine.pass_tokens, context_seconds(machine, sequences, context_tokens))
+
+    return halves
 
 
 def measured(plan: Plan, resolved: Resolved, outcome: Outcome, slo: Slo) -> Measured:
@@ -102,8 +125,24 @@ def measured(plan: Plan, resolved: Resolved, outcome: Outcome, slo: Slo) -> Meas
         hit_rate=sum(request.cached_tokens for request in ended) / max(inputs, 1),
         output_tokens_per_usd=outputs / max(outcome.duration_s / S_PER_H * price.usd_per_hour, 1e-9),
         tokens_per_s_per_gpu=outputs / max(outcome.duration_s * price.gpus, 1e-9),
+        balance=_balance(plan, outcome),
+        beat_share=_beat_share(plan, outcome),
         assumptions=tuple(sorted({name for pool in hardware.values() for name in pool.assumptions})),
     )
+
+
+def _balance(plan: Plan, outcome: Outcome) -> float | None:
+    use = outcome.pools.get(PoolName(plan.decode.kind.value))
+    if use is None or use.split is None or use.split.ffn_s <= 0.0:
+        return None
+    return use.split.attention_s / use.split.ffn_s
+
+
+def _beat_share(plan: Plan, outcome: Outcome) -> float | None:
+    if plan.decode.kind is not PoolKind.LPX:
+        return None
+    tokens = {name: use.output_tokens for name, use in outcome.pools.items()}
+    return tokens.get(PoolName(PoolKind.LPX.value), 0) / max(sum(tokens.values()), 1)
 
 
 def _percentile(ordered: list[float], share: float) -> float:

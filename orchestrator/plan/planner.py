@@ -18,7 +18,7 @@ from orchestrator.plan.estimate import Estimate, Estimator, Reason, Sizer
 from orchestrator.plan.goal import Budget, Slo
 from orchestrator.plan.measure import Measured
 from orchestrator.plan.space import Choices, Plan
-from orchestrator.plan.steps import neighbours
+from orchestrator.plan.steps import neighbours, rebalanced
 from orchestrator.plan.sweep import Sweep, Swept, shortlist
 
 #: Simulates plans and returns what they reached, in their order.
@@ -109,7 +109,8 @@ class Planner:
             return False
         best = min(affordable, key=self._rank)
         estimator = Estimator(self._demand, self._sizer, self._question.slo.percentile)
-        beside = map(estimator.estimate, neighbours(best.plan, self._question.choices))
+        steps = (*rebalanced(best.plan, best.balance), *neighbours(best.plan, self._question.choices))
+        beside = map(estimator.estimate, steps)
         # What is cheaper than a plan that reaches all is tried wherever it is.
         looked_at = {
             one.plan: one for one in (*(self._kept if self._reaches(best) else ()), *beside) if not isinstance(one, Reason)
@@ -144,8 +145,13 @@ class Planner:
         return self._excess(one) <= 1.0
 
     def _excess(self, one: Measured) -> float:
-        """Return how far a plan is from what is asked; failed requests are never forgiven."""
-        return inf if one.failed else self._question.slo.excess(one.ttft_s, one.itl_s)
+        """Return how far a plan is from what is asked; failed requests are never forgiven.
+
+        Where a beat is asked for, as large a share of the tokens as must be within the limits must come on it.
+        """
+        slo = self._question.slo
+        excess = inf if one.failed else slo.excess(one.ttft_s, one.itl_s)
+        return excess if one.beat_share is None else max(excess, slo.percentile / max(one.beat_share, 1e-9))
 
     def _rank(self, one: Measured) -> tuple[float, float, float, int, str]:
         """Return what plans are ordered by: those that reach all by price, the others by how far they are."""

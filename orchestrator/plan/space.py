@@ -2,6 +2,7 @@
 
     aggregated        nodes that compute prompts and generate
     prefill, decode   nodes that do one of them; the same precision of KV in both, as it is handed over
+    prefill, decode, lpx  where a beat is asked for: nodes that keep it, and a little of what serves whoever finds no slot there
 
 A decode node may have its feed-forward half, all of decoding or its drafting on other chips (`DecodeMode`). Chips that only
 serve as such a half never hold a pool of their own.
@@ -19,7 +20,7 @@ from orchestrator.core.config import (
     Precision,
     SchedulerConfig,
 )
-from orchestrator.core.types import PoolKind
+from orchestrator.core.types import CostProfile, PoolKind
 
 #: Precisions that are tried unless it is said otherwise: those that published checkpoints and caches use. What they do to answers
 #: is not judged here.
@@ -74,6 +75,8 @@ class PoolPlan:
     hardware: HardwareConfig
     step_tokens_max: int
     nodes: int = 1
+    #: Of a pool of kind lpx, seconds.
+    beat_s: float = 0.0
 
     @property
     def groups(self) -> int:
@@ -96,15 +99,22 @@ class PoolPlan:
         parts.append(f"{made.weights.value} weights, {made.kv.value} KV")
         if made.draft_tokens:
             parts.append(f"{made.draft_tokens} drafted")
-        parts.append(f"steps of {self.step_tokens_max}")
+        parts.append(f"a beat of {1e3 * self.beat_s:g} ms" if self.beat_s else f"steps of {self.step_tokens_max}")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole cluster: one aggregated pool, or a prefill and a decode pool."""
+    """A whole cluster: one aggregated pool, or a prefill and a decode pool; with a beat, a third for what finds no slot."""
 
     pools: tuple[PoolPlan, ...]
+
+    @staticmethod
+    def paired(prefill: PoolPlan, decode: PoolPlan) -> "Plan":
+        """Return the cluster of two pools; with one that keeps a beat, one group of the prefill pool's nodes decodes as well."""
+        if decode.kind is not PoolKind.LPX:
+            return Plan((prefill, decode))
+        return Plan((prefill, PoolPlan(PoolKind.DECODE, prefill.hardware, MIXED_STEPS[0]).sized(1), decode))
 
     @property
     def prefill(self) -> PoolPlan:
@@ -134,6 +144,7 @@ def pool_config(pool: PoolPlan, block_tokens: int) -> PoolConfig:
         gpus=float(pool.hardware.chips),
         engine=EngineConfig(device="cuda", dtype="bfloat16", block_tokens=block_tokens, memory_fraction=MEMORY_FRACTION),
         scheduler=SchedulerConfig(step_tokens_max=pool.step_tokens_max, sequences_max=SEQUENCES_MAX),
+        profile=CostProfile(beat_s=pool.beat_s),
         hardware=pool.hardware,
     )
 
@@ -157,6 +168,13 @@ def decode_kinds(choices: Choices) -> Iterator[PoolPlan]:
     for made in (*_plain(choices, DRAFTS[::3]), *_split(choices)):
         # What few prompts such a node computes itself come in small pieces, so that they delay nobody much.
         yield PoolPlan(PoolKind.DECODE, made, MIXED_STEPS[0], made.group_nodes)
+
+
+def beat_kinds(choices: Choices, beat_s: float) -> Iterator[PoolPlan]:
+    """Yield every kind of pool that keeps a beat, one group of nodes each; none drafts, as each beat brings one token."""
+    for made in (*_plain(choices, (0,)), *_split(choices)):
+        if made.mode is not DecodeMode.DRAFTER:
+            yield PoolPlan(PoolKind.LPX, made, SEQUENCES_MAX, made.group_nodes, beat_s)
 
 
 def _plain(choices: Choices, drafts: Iterable[int]) -> Iterator[HardwareConfig]:

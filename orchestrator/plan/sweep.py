@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from orchestrator.plan.demand import Demand, Held
 from orchestrator.plan.estimate import Decoding, Estimate, Estimator, Reason, Sizer, Sizing, price_of
 from orchestrator.plan.goal import Budget, Slo
-from orchestrator.plan.space import COUNTS, Choices, Plan, PoolPlan, aggregated_kinds, decode_kinds, prefill_kinds
+from orchestrator.plan.space import COUNTS, Choices, Plan, PoolPlan, aggregated_kinds, beat_kinds, decode_kinds, prefill_kinds
+from orchestrator.plan.steps import rebalanced
 
 #: Predictions may miss what is asked by this factor and still be simulated.
 MARGIN = 1.2
@@ -60,15 +61,18 @@ class Sweep:
         self._choices = choices
         self._estimator = Estimator(demand, sizer, slo.percentile)
         self._found = Swept()
+        #: Kinds that were proposed for the balance of their halves.
+        self._balanced: set[PoolPlan] = set()
 
     def run(self) -> Swept:
         """Return every plan that is good enough by prediction, and why others are not."""
-        for kind in aggregated_kinds(self._choices):
+        beat_s = self._slo.beat_s
+        for kind in () if beat_s else aggregated_kinds(self._choices):
             self._grow_whole(kind)
         decodes: dict[tuple[str, ...], list[_Half]] = {}
-        for kind in decode_kinds(self._choices):
+        for kind in beat_kinds(self._choices, beat_s) if beat_s else decode_kinds(self._choices):
             made = kind.hardware
-            decodes.setdefault((made.chip, made.weights, made.kv, made.mode), []).extend(self._grow_decode(kind))
+            decodes.setdefault((made.chip, made.weights, made.kv, made.mode), []).extend(self._grow_balanced(kind))
         prefills: dict[tuple[str, ...], list[PoolPlan]] = {}
         for kind in prefill_kinds(self._choices):
             if self._fits(kind) is not None:
@@ -81,7 +85,7 @@ class Sweep:
                 if known not in best:
                     best[known] = self._soonest(prefills.get(key[:3], ()), held)
                 for prefill in best[known]:
-                    self._judge(Plan((prefill.pool, decode.pool)))
+                    self._judge(Plan.paired(prefill.pool, decode.pool))
         return self._found
 
     def _prune(self, reason: Reason, count: int = 1) -> None:
@@ -136,6 +140,22 @@ class Sweep:
             kept += not isinstance(verdict, Reason)
             if verdict is Reason.BUDGET or kept == SIZES_KEPT:
                 return
+
+    def _grow_balanced(self, kind: PoolPlan) -> list[_Half]:
+        """Return sizes of a decode pool, and of it with as many chips for FFNs as the smallest of those sizes keeps busy."""
+        kept = self._grow_decode(kind)
+        size = self._sizer(kind) if kept else None
+        if size is None:
+            return kept
+        smallest = kept[0].pool
+        decoding = self._estimator.decoding(smallest, size, self._demand.with_memory(kept[0].kv_tokens))
+        balance = self._estimator.balance(size, decoding) if isinstance(decoding, Decoding) else None
+        for plan in rebalanced(Plan((smallest,)), balance):
+            other = plan.decode.sized(1)
+            if other not in self._balanced:
+                self._balanced.add(other)
+                kept = [*kept, *self._grow_decode(other)]
+        return kept
 
     def _grow_decode(self, kind: PoolPlan) -> list[_Half]:
         """Return the smallest sizes of a decode pool that are quick enough and within the budget."""

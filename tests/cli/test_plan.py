@@ -15,7 +15,7 @@ from orchestrator.cli.main import main
 from orchestrator.cli.plan import add_plan
 from orchestrator.cli.report.plan import write_plan_report
 from orchestrator.cli.report.plan_text import Told, as_json, front_table, print_answer, pruned_table, reasons, shortfalls
-from orchestrator.core.config import HardwareConfig, Precision
+from orchestrator.core.config import DecodeMode, HardwareConfig, Precision
 from orchestrator.core.types import PoolKind
 from orchestrator.plan.estimate import Reason
 from orchestrator.plan.goal import Budget, Price, Slo
@@ -130,7 +130,7 @@ def test_the_pick_is_the_cheapest_simulated_plan_that_keeps_the_limits_and_the_b
 
 def test_json_says_what_was_asked_and_numbers_plans_by_price(search: Search) -> None:
     found = search.found
-    assert found["slo"] == {"ttft_s": 5.0, "itl_s": 0.05, "percentile": 0.9}
+    assert found["slo"] == {"ttft_s": 5.0, "itl_s": 0.05, "percentile": 0.9, "beat_s": 0.0}
     # Only what is limited: infinity is no JSON.
     assert found["budget"] == {"gpus": 2.0}
     assert [plan["number"] for plan in found["plans"]] == list(range(1, len(found["plans"]) + 1))
@@ -354,9 +354,10 @@ def test_traces_without_prefixes_or_answers_are_planned_for_too(
         (("--slo", "ttft=5,itl=soon"), "argument --slo: itl: must be a number, is 'soon'"),
         (("--slo", "ttft=0,itl=1"), "argument --slo: ttft: must be a number over 0, is '0'"),
         (("--slo", "ttft=5,itl=1,ttft=6"), "argument --slo: ttft is given twice"),
-        (("--slo", "ttft=5,itl=1,p90=3"), "argument --slo: 'p90=3' must be KEY=VALUE with a key of ttft, itl, class, pct"),
+        (("--slo", "ttft=5,itl=1,p90=3"), "argument --slo: 'p90=3' must be KEY=VALUE with a key of ttft, itl, class, pct, beat"),
         (("--slo", "ttft=5,itl=1,class=fast"), "class: must be one of batch, standard, interactive, cadence, is 'fast'"),
         (("--slo", "ttft=5,itl=1,pct=100"), "argument --slo: pct: must be from 1 to under 100, is 100"),
+        (("--slo", "ttft=5,itl=1,beat=2"), "argument --slo: beat: must be at most itl (1 s), is 2"),
         (("--slo", "ttft=5,itl=1,pct=1e-322"), "argument --slo: pct: must be from 1 to under 100, is 1e-322"),
         (("--budget", "cpus=1"), "argument --budget: 'cpus=1' must be KEY=VALUE with a key of gpus, usd_per_hour, kw"),
         (("--budget", "gpus=0"), "argument --budget: gpus: must be a number over 0, is '0'"),
@@ -494,6 +495,15 @@ def test_a_chance_that_drafts_are_accepted_is_owned_up_to() -> None:
     drafting = replace(measured(1).plan.pools[0], hardware=HardwareConfig("h200", draft_tokens=3, acceptance=0.6))
     pick = measured(1, plan=Plan((drafting,)))
     assert any("chance of 0.6: measure yours" in line for line in reasons(told(pick, pick=pick)))
+
+
+def test_the_reasons_tell_how_even_halves_are_and_how_many_tokens_came_on_the_beat() -> None:
+    made = HardwareConfig("h200", group_nodes=8, mode=DecodeMode.AFD, ffn_chip="h200", ffn_chips=2)
+    plan = Plan((PoolPlan(PoolKind.DECODE, made, 512, 8),))
+    pick = measured(1, plan=plan, balance=1.25, beat_share=0.9954)
+    lines = reasons(told(pick, pick=pick))
+    assert any(line.startswith("With 8 to 2 chips attention is 1.25 times as busy as FFNs") for line in lines)
+    assert any(line.startswith("99.54 % of the tokens came on the beat") for line in lines)
 
 
 def test_a_cheaper_plan_that_loses_requests_is_told_by_those() -> None:

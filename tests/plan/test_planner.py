@@ -270,6 +270,16 @@ RESOLVED = Resolved(
 )
 
 
+def test_a_beat_that_too_few_tokens_come_on_is_not_reached() -> None:
+    # Of ninety in a hundred tokens that must be within the limits, fewer than those come on the beat with fewer than five nodes.
+    world = World(lambda plan: {"beat_share": min(0.88 + 0.005 * nodes_of(plan), 1.0)})
+    answer = search(world)
+    assert answer.pick is not None
+    assert answer.pick.beat_share is not None
+    assert answer.pick.beat_share >= SLO.percentile
+    assert any(one.beat_share is not None and one.beat_share < SLO.percentile for one in answer.measured)
+
+
 def served(ttft_s: float, itl_s: float = 0.01, **changes: Any) -> Served:
     """Return a request with a first token and ten more."""
     ended_s = ttft_s + 10 * itl_s

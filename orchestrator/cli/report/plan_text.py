@@ -143,6 +143,14 @@ def reasons(told: Told) -> list[str]:
     lines.append(
         f"Looked at {answer.swept.considered:,} plans and pools; {len(answer.swept.kept):,} plans were good enough by prediction."
     )
+    if pick.balance is not None:
+        made = pick.plan.decode.hardware
+        ratio = f"{made.chips * made.group_nodes} to {made.ffn_chips}"
+        lines.append(
+            f"With {ratio} chips attention is {pick.balance:.2f} times as busy as FFNs: at 1 neither waits for the other."
+        )
+    if pick.beat_share is not None:
+        lines.append(f"{100 * pick.beat_share:.2f} % of the tokens came on the beat, the others from the decode pool beside it.")
     drafting = [pool.hardware for pool in pick.plan.pools if pool.hardware.draft_tokens]
     if drafting:
         chance = acceptance_of(drafting[0], told.catalog)

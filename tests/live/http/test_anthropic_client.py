@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from anthropic import AsyncAnthropic
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import TurnFailed
+from tests.live.http.test_gateway import foreign_session, peers_of
 from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
 from workers.engines.vocabulary import CHAT_TEMPLATE
 
@@ -260,6 +262,15 @@ def test_withheld_thoughts_come_back_in_their_signature(text: ModelText) -> None
             sent: Any = [*USER, {"role": "assistant", "content": message.content}, *USER]
             await client.messages.create(model=MODEL, max_tokens=9, messages=sent)
             assert "<think>ümlaut</think>Yes<|im_end|>" in shown(text, served, len(served.driver.turns) - 1)
+
+        async with client.messages.stream(
+            model=MODEL, max_tokens=99, messages=USER, thinking={"type": "adaptive", "display": "omitted"}
+        ) as raw:
+            sent = [line async for line in raw.response.aiter_lines() if line.startswith("data: ")]
+        # Whoever waits hears that something goes on.
+        assert sent.index('data: {"type":"ping"}', 2) < next(
+            place for place, line in enumerate(sent) if "signature_delta" in line
+        )
 
     play(text, talk)
 
@@ -604,3 +615,22 @@ def test_claude_code_names_its_session_within_its_user(text: ModelText, user: st
         assert served.driver.turns[1].session == "header"
 
     play(text, talk)
+
+
+def test_a_session_named_by_its_user_is_served_by_its_owner(text: ModelText) -> None:
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            gateways = [await stack.enter_async_context(serve(text, number)) for number in range(2)]
+            for one in gateways:
+                one.gateway.join(peers_of(gateways))
+            client = await stack.enter_async_context(AsyncAnthropic(base_url=gateways[0].url, api_key="any", max_retries=0))
+            asked: Any = {"model": MODEL, "messages": USER, "metadata": {"user_id": f"user_1_session_{foreign_session(2, 1)}"}}
+            message = await client.messages.create(max_tokens=9, extra_headers={"x-request-id": "through"}, **asked)
+            assert message._request_id == "through"
+            assert [len(one.driver.turns) for one in gateways] == [0, 1]
+            with pytest.raises(anthropic.BadRequestError) as refused:
+                await client.messages.create(max_tokens=9, system=" ".join(["word"] * 9000), **asked)
+            body: Any = refused.value.body
+            assert refused.value.request_id == body["request_id"]
+
+    asyncio.run(run())

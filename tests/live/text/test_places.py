@@ -21,6 +21,12 @@ LOOKING = "{% for m in messages %}{{ raise_exception('odd') if 'PLACE' in m.cont
 #: What is marked is shown in other words.
 SHOUTING = "{% for m in messages %}{{ m.content | lower }}{% endfor %}"
 
+#: Tools come before the last message of the user's, as Mistral's templates have it; without one nothing is shown.
+LATE = (
+    "{% if messages[-1].role != 'user' %}{{ raise_exception('no user') }}{% endif %}{% for m in messages %}"
+    "{% if loop.last %}{{ tools | tojson }}{% endif %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+)
+
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": " Weave. \n"},
     {"role": "user", "content": "Warp and \nweft "},
@@ -54,10 +60,10 @@ def test_places_in_messages_are_where_the_template_shows_what_is_before_them(sou
     assert sorted(prompts, key=len) == prompts
 
 
-@pytest.mark.parametrize("source", [CHAT_TEMPLATE, TRIMMING])
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, TRIMMING, LATE])
 def test_a_place_behind_a_tool_is_where_its_schema_ends(source: str) -> None:
     first, second = found(source, behind(0), behind(1))
-    for prompt, shown, hidden in ((first, '"first"', "second"), (second, '"second"', "Warp")):
+    for prompt, shown, hidden in ((first, '"first"', "second"), (second, '"second"', "More")):
         assert shown in prompt
         assert hidden not in prompt
     assert first == second[: len(first)]

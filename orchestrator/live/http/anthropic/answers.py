@@ -128,7 +128,7 @@ class MessageWriter:
     def opening(self, index: int, usage: Usage) -> bytes:
         """Return the events before the first block."""
         del index
-        return _event("message_start", {"message": self._message([], usage, None)}) + _event("ping", {})
+        return _event("message_start", {"message": self._message([], usage, None)}) + _PING
 
     def events(self, index: int, pieces: Sequence[Piece]) -> list[bytes]:
         """Return one event for each piece, and those around blocks that end and begin with it."""
@@ -180,8 +180,10 @@ class MessageWriter:
         block = self._blocks[-1]
         block.parts.append(text)
         match block.kind:
-            case _ if not text or (block.kind == "thinking" and self._asked.report.withholds_thoughts):
+            case _ if not text:
                 return []
+            case "thinking" if self._asked.report.withholds_thoughts:
+                return [_PING]  # so that nobody takes a long silence for the end
             case "text":
                 return [self._delta_event({"type": "text_delta", "text": text})]
             case "thinking":
@@ -232,6 +234,9 @@ class MessageWriter:
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + _encode({"type": kind, **fields}) + _END
+
+
+_PING = _event("ping", {})
 
 
 def _input(arguments: str) -> Any:
