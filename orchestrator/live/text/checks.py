@@ -68,7 +68,7 @@ class Checks:
         if running is None:
             if len(self._running) >= WAITING_MAX:
                 raise TurnFailed(529, "overloaded", "too many grammars wait to be checked", 1.0)
-            running = asyncio.get_running_loop().run_in_executor(self._thread, _checked, grammar)
+            running = asyncio.get_running_loop().run_in_executor(self._thread, keepable, grammar)
             self._running[key] = running
             running.add_done_callback(lambda done: self._done(key, done))
         # Others may wait for it as well.
@@ -82,7 +82,7 @@ class Checks:
                 self._found.popitem(last=False)
 
 
-def _checked(grammar: Grammar) -> str | Unkeepable:
+def keepable(grammar: Grammar) -> str | Unkeepable:
     """Return a grammar as engines read it, or what of it cannot be kept to."""
     parts: list[Part] = []
     for part in grammar.parts:

@@ -132,6 +132,8 @@ class GenerationRequest(Unserved, kw_only=True):
     cache_control: Any = None
     cache_salt: str | None = None
     nvext: Extension | None = None
+    #: Of no consequence where there are no tools.
+    parallel_tool_calls: bool | None = None
     response_format: Any = None
     # What vLLM has beyond.
     structured_outputs: Any = None
@@ -165,7 +167,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None

@@ -70,13 +70,17 @@ def parse(body: bytes) -> Asked:
     _check(request)
     tools = offered(request.tools or ())
     shown, use = chosen(request.tool_choice, tools)
+    use = replace(use, parallel=request.parallel_tool_calls is not False, schema_field="tools[{}].parameters")
     conversation = Conversation((), shown_tools(shown), _variables(request), tool_use=use, thinking=_thinking(request))
     include = request.include or ()
     logprobs = (request.top_logprobs or 0) if _SCORES in include or request.top_logprobs else None
     asked = asked_of(request, conversation, request.max_output_tokens, logprobs, thoughts=True)
+    constraint = _constraint(request)
+    further = asked.constraint.field if asked.constraint is not None else ""
+    require(constraint is None or not further, further, "cannot be combined with text.format")
     return replace(
         asked,
-        constraint=_constraint(request),
+        constraint=constraint or asked.constraint,
         hints=replace(asked.hints, gateway=_keeper(request)),
         origin=Origin(request, tools, _ENCRYPTED in include),
     )
