@@ -25,6 +25,8 @@ def modernise(request: ChatRequest) -> bool:
     for place, function in enumerate(request.functions):
         require(isinstance(function.get("name"), str), f"functions[{place}].name", "must be a name")
     request.tools = [{"type": "function", "function": function} for function in request.functions]
+    # Their words have place for one call.
+    request.parallel_tool_calls = False
     request.tool_choice = _choice(request.function_call, {function["name"] for function in request.functions})
     return True
 

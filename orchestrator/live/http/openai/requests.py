@@ -84,10 +84,7 @@ def parse_chat(body: bytes) -> Asked:
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    conversation = conversation_of(request)
-    if functions:
-        conversation = replace(conversation, tool_use=replace(conversation.tool_use, parallel=False, field="function_call"))
-    asked = asked_of(request, conversation, most, logprobs, request.include_reasoning is not False)
+    asked = asked_of(request, conversation_of(request), most, logprobs, request.include_reasoning is not False)
     return replace(asked, origin=FUNCTIONS) if functions else asked
 
 
@@ -302,14 +299,15 @@ def _check_tools(request: ChatRequest) -> None:
 
 def _tool_use(request: ChatRequest) -> ToolUse:
     """Return what is to be done with tools. Raises `Invalid`."""
+    parallel = request.parallel_tool_calls is not False
     match request.tool_choice:
         case None | "none" | "auto":
-            return ToolUse()
+            return ToolUse(parallel=parallel)
         case "required":
-            return ToolUse(forced=True)
+            return ToolUse(forced=True, parallel=parallel)
         case {"type": "function", "function": {"name": str(name)}}:
             require(name in tool_parameters(request.tools), "tool_choice", f"{name!r} is none of the tools")
-            return ToolUse(forced=True, name=name)
+            return ToolUse(forced=True, name=name, parallel=parallel)
         case _:
             raise Invalid("tool_choice: must be auto, none, required or a function's name", "invalid_value", "tool_choice")
 

@@ -13,7 +13,6 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
-    parallel_tool_calls: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -33,7 +32,6 @@ class Unserved(msgspec.Struct, kw_only=True):
 
 #: What a field may say besides null, because it is what happens anyway.
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "parallel_tool_calls": (True,),
     "modalities": (["text"], []),
     "length_penalty": (1,),
     "use_beam_search": (False,),
