@@ -17,14 +17,15 @@ from typing import Any, assert_never
 from orchestrator.core.blocks import TOKEN_BYTES, hash_root
 from orchestrator.core.config import ClusterConfig, Named
 from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts, ToolUse
+from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts
+from orchestrator.live.binding import bound
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.checks import Checks
 from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
-from orchestrator.live.text.grammars import Grammar, Thoughts, Unkeepable, answer_part, whole
+from orchestrator.live.text.grammars import Unkeepable
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
@@ -32,6 +33,7 @@ from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
 from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
+from orchestrator.live.text.tools import ToolParser
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
@@ -187,11 +189,12 @@ class Intake:
                 prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
                 parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
-                bound = _bound(asked, conversation, text, model.text)
+                opened = _opened(conversation, text, model.text.reasoning_style)
+                grammar = await self._checked(asked, model.text, text, opened)
             case Texts(texts, prefixed):
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
                 parser, ends = _no_parser, model.text.eos_token_ids
-                bound = _bound(asked, None, "", model.text)
+                grammar = await self._checked(asked, model.text)
             case _:
                 assert_never(asked.prompt)
         prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
@@ -203,8 +206,8 @@ class Intake:
             _check_scores(prompt, asked.sampling)
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
-        if bound is not None:
-            sampling = replace(sampling, grammar=await self._checked(bound, asked, ends))
+        if grammar:
+            sampling = replace(sampling, grammar=grammar)
         if asked.limits.forbidden_words:
             sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
         sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
@@ -298,17 +301,18 @@ class Intake:
         require(min(text) >= 0 and max(text) < size, "prompt", f"token ids must be from 0 to {size - 1}")
         return prompts.adopt(array("I", text).tobytes(), root)
 
-    async def _checked(self, grammar: Grammar, asked: Asked, ends: frozenset[int]) -> str:
-        """Return a grammar that an answer can be kept to as engines read it. Raises `Invalid`."""
-        require(not asked.limits.ignores_ends, "ignore_eos", "an answer that is kept to a grammar ends where that does")
-        require(asked.sampling.output_tokens_min == 0, "min_tokens", "an answer that is kept to a grammar ends where that does")
-        require(
-            bool(ends),
-            grammar.parts[0].field,
-            "this model names no token that ends an answer, so that none can be kept to a grammar",
-        )
+    async def _checked(self, asked: Asked, model: ModelText, prompt: str = "", opened: bool = False) -> str:
+        """Return the grammar that an answer is kept to, as engines read it; empty for none. Raises `Invalid`.
+
+        Args:
+            asked: the whole request.
+            model: whose answer.
+            prompt: a conversation's; empty for a text.
+            opened: the answer begins with thoughts.
+        """
         try:
-            return await self._checks.check(grammar)
+            grammar = bound(asked, model, prompt, opened)
+            return await self._checks.check(grammar) if grammar is not None else ""
         except Unkeepable as error:
             raise Invalid(str(error), "invalid_value", error.field) from error
 
@@ -371,42 +375,19 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     parameters = tool_parameters(tools)
     opened = _opened(conversation, text, style)
 
+    def make_calls() -> ToolParser | None:
+        return make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
+
     def make() -> AnswerParser | None:
         if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
             offered = parameters if tools else None
             return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
-        calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
-        return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
+        if style is ReasoningStyle.NONE:
+            return make_calls()
+        openings = model.tool_style.openings if tools else ()
+        return ThinkParser(opened, make_calls(), asked.report.thoughts, openings, make_calls)
 
     return make
-
-
-def _bound(asked: Asked, conversation: Conversation | None, text: str, model: ModelText) -> Grammar | None:
-    """Return what an answer must be, None if it may be anything. Raises `Invalid`.
-
-    Args:
-        asked: the whole request.
-        conversation: what it goes on with; None if that is a text.
-        text: the conversation's prompt.
-        model: whose answer.
-    """
-    use = conversation.tool_use if conversation is not None else ToolUse()
-    require(not use.forced, use.field, "a call cannot be forced")
-    if asked.constraint is None:
-        return None
-    try:
-        part = answer_part(asked.constraint)
-    except Unkeepable as error:
-        raise Invalid(str(error), "invalid_value", error.field) from error
-    thoughts = _thoughts(conversation, text, model) if conversation is not None else Thoughts()
-    return whole("@answer", (), (part,), thoughts, model.vocabulary.marks)
-
-
-def _thoughts(conversation: Conversation, text: str, model: ModelText) -> Thoughts:
-    """Return what an answer to a conversation whose prompt is `text` may begin with."""
-    style = model.reasoning_style
-    known = bool(style.marks) and model.tokenizer.token_to_id(style.marks[0]) is not None
-    return Thoughts.after(text, style, _opened(conversation, text, style), known)
 
 
 def _opened(conversation: Conversation, text: str, style: ReasoningStyle) -> bool:
