@@ -13,6 +13,7 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
+    thinking_token_budget: Any = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
