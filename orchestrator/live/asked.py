@@ -50,6 +50,8 @@ class ToolUse:
     parallel: bool = True
     #: Where the client wrote it.
     field: str = "tool_choice"
+    #: Where the client wrote the schema of a tool's arguments, by the tool's place.
+    schema_field: str = "tools[{}].function.parameters"
 
 
 class Effort(StrEnum):

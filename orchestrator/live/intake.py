@@ -11,19 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from hmac import compare_digest
+from types import MappingProxyType
 from typing import Any, assert_never
 
 from orchestrator.core.blocks import TOKEN_BYTES, hash_root
-from orchestrator.core.config import ClusterConfig
-from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts, ToolUse
+from orchestrator.core.config import ClusterConfig, Named
+from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
+from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts
+from orchestrator.live.binding import bound
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
 from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.checks import Checks
 from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
-from orchestrator.live.text.grammars import Grammar, Thoughts, Unkeepable, answer_part, whole
+from orchestrator.live.text.grammars import Unkeepable
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
@@ -39,6 +41,7 @@ _SESSION_CHARS_MAX = 256
 #: Log probabilities of one prompt: a hundred megabytes of JSON.
 PROMPT_SCORES_MAX = 1 << 20
 
+NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 ParserMaker = Callable[[], AnswerParser | None]
 
 
@@ -46,7 +49,14 @@ ParserMaker = Callable[[], AnswerParser | None]
 class ServedModel:
     """A model that clients may ask for."""
 
+    #: The model whose pools compute it.
     name: ModelName
+    #: The LoRA adapter that it is changed by; None: none.
+    adapter: AdapterName | None
+    #: What it is called, whichever alias was asked for.
+    label: ModelName
+    #: Names the weights, adapter included; block hashes start from it.
+    fingerprint: str
     text: ModelText
     #: Each tenant's own, so that nobody's prompts push out another's.
     prompts: Mapping[TenantId, PromptTokeniser]
@@ -90,9 +100,16 @@ class Intake:
         config: the cluster's.
         texts: the text side of every model in `config`.
         secret: keys block hashes; the same in all gateways.
+        adapters: the fingerprints of all adapters in `config`.
     """
 
-    def __init__(self, config: ClusterConfig, texts: Mapping[ModelName, ModelText], secret: bytes) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        texts: Mapping[ModelName, ModelText],
+        secret: bytes,
+        adapters: Mapping[str, str] = NO_ADAPTERS,
+    ) -> None:
         self._config = config
         self._secret = secret
         self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
@@ -102,7 +119,12 @@ class Intake:
         #: What prompts were made of lately.
         self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
         self._block_tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in texts}
-        self.models = {name: ServedModel(name, text, _prompts(config, name, text, tenants)) for name, text in texts.items()}
+        self.models = {
+            name: ServedModel(name, None, name, text.fingerprint, text, _prompts(config, name, text, tenants))
+            for name, text in texts.items()
+        }
+        #: By every name that clients may use as it is.
+        self._served = {name: self._serving(named, adapters) for name, named in config.names().items()}
 
     # --- names --------------------------------------------------------------------------------------------------------
 
@@ -125,10 +147,12 @@ class Intake:
 
     def model_named(self, name: str) -> ServedModel:
         """Return the model of that name, or else of the longest alias that matches. Raises `ModelUnknown`."""
-        served = self._config.model_named(name)
-        if served is None:
+        if (served := self._served.get(name)) is not None:
+            return served
+        named = self._config.named(name)
+        if named is None:
             raise ModelUnknown(name)
-        return self.models[ModelName(served)]
+        return self._served[named.label]
 
     def model_or_only(self, name: str) -> ServedModel:
         """Return the model of that name; without a name the one that is served, if there is no other. Raises `Refused`."""
@@ -137,8 +161,13 @@ class Intake:
 
     def model_names(self) -> list[str]:
         """Return the names clients may ask for; aliases that match by their beginning are left out."""
-        aliases = (alias for model in self._config.models.values() for alias in model.aliases)
-        return [*self.models, *(alias for alias in aliases if not alias.endswith("*"))]
+        return list(self._served)
+
+    def _serving(self, named: Named, adapters: Mapping[str, str]) -> ServedModel:
+        model = self.models[named.model]
+        if named.adapter is None:
+            return model
+        return replace(model, adapter=named.adapter, label=named.label, fingerprint=adapters[named.adapter])
 
     def session_named(self, name: str | None) -> SessionId | None:
         """Return the session that clients call so; None for none, or for an empty name."""
@@ -160,11 +189,12 @@ class Intake:
                 prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
                 parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
-                bound = _bound(asked, conversation, text, model.text)
+                opened = _opened(conversation, text, model.text.reasoning_style)
+                grammar = await self._checked(asked, model.text, text, opened)
             case Texts(texts, prefixed):
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
                 parser, ends = _no_parser, model.text.eos_token_ids
-                bound = _bound(asked, None, "", model.text)
+                grammar = await self._checked(asked, model.text)
             case _:
                 assert_never(asked.prompt)
         prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
@@ -176,10 +206,11 @@ class Intake:
             _check_scores(prompt, asked.sampling)
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
-        if bound is not None:
-            sampling = replace(sampling, grammar=await self._checked(bound, asked, ends))
+        if grammar:
+            sampling = replace(sampling, grammar=grammar)
         if asked.limits.forbidden_words:
             sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
+        sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
         service_class = asked.hints.service_class or self._config.class_for(tenant)
         if asked.hints.retention_s:  # a session's last prompt goes on from those before
             kept = prompts[-1:] if session is not None else prompts
@@ -270,17 +301,18 @@ class Intake:
         require(min(text) >= 0 and max(text) < size, "prompt", f"token ids must be from 0 to {size - 1}")
         return prompts.adopt(array("I", text).tobytes(), root)
 
-    async def _checked(self, grammar: Grammar, asked: Asked, ends: frozenset[int]) -> str:
-        """Return a grammar that an answer can be kept to as engines read it. Raises `Invalid`."""
-        require(not asked.limits.ignores_ends, "ignore_eos", "an answer that is kept to a grammar ends where that does")
-        require(asked.sampling.output_tokens_min == 0, "min_tokens", "an answer that is kept to a grammar ends where that does")
-        require(
-            bool(ends),
-            grammar.parts[0].field,
-            "this model names no token that ends an answer, so that none can be kept to a grammar",
-        )
+    async def _checked(self, asked: Asked, model: ModelText, prompt: str = "", opened: bool = False) -> str:
+        """Return the grammar that an answer is kept to, as engines read it; empty for none. Raises `Invalid`.
+
+        Args:
+            asked: the whole request.
+            model: whose answer.
+            prompt: a conversation's; empty for a text.
+            opened: the answer begins with thoughts.
+        """
         try:
-            return await self._checks.check(grammar)
+            grammar = bound(asked, model, prompt, opened)
+            return await self._checks.check(grammar) if grammar is not None else ""
         except Unkeepable as error:
             raise Invalid(str(error), "invalid_value", error.field) from error
 
@@ -298,7 +330,7 @@ class Intake:
         )
 
     def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
-        return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
+        return hash_root(self._secret, model.fingerprint, f"{tenant}\0{salt}")
 
     def _check_generations(self, asked: Asked) -> None:
         """Refuse a request that is too many in one, before any of them begins."""
@@ -356,34 +388,6 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
         return ThinkParser(opened, make_calls(), asked.report.thoughts, openings, make_calls)
 
     return make
-
-
-def _bound(asked: Asked, conversation: Conversation | None, text: str, model: ModelText) -> Grammar | None:
-    """Return what an answer must be, None if it may be anything. Raises `Invalid`.
-
-    Args:
-        asked: the whole request.
-        conversation: what it goes on with; None if that is a text.
-        text: the conversation's prompt.
-        model: whose answer.
-    """
-    use = conversation.tool_use if conversation is not None else ToolUse()
-    require(not use.forced, use.field, "a call cannot be forced")
-    if asked.constraint is None:
-        return None
-    try:
-        part = answer_part(asked.constraint)
-    except Unkeepable as error:
-        raise Invalid(str(error), "invalid_value", error.field) from error
-    thoughts = _thoughts(conversation, text, model) if conversation is not None else Thoughts()
-    return whole("@answer", (), (part,), thoughts, model.vocabulary.marks)
-
-
-def _thoughts(conversation: Conversation, text: str, model: ModelText) -> Thoughts:
-    """Return what an answer to a conversation whose prompt is `text` may begin with."""
-    style = model.reasoning_style
-    known = bool(style.marks) and model.tokenizer.token_to_id(style.marks[0]) is not None
-    return Thoughts.after(text, style, _opened(conversation, text, style), known)
 
 
 def _opened(conversation: Conversation, text: str, style: ReasoningStyle) -> bool:

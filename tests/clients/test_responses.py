@@ -24,6 +24,7 @@ def call(name: str, **arguments: Any) -> str:
 
 #: What the model says to the first of these that its prompt holds.
 ANSWERS = {
+    "CONTEXT CHECKPOINT COMPACTION": "So far: weft-42.",
     "weft-42": "It printed weft-42.",
     "say what it prints": "<think>\nI run it.\n</think>\n\nI will run it.\n" + call("exec_command", cmd="echo weft-$((6*7))"),
     "plain": "Hello world",
@@ -32,6 +33,7 @@ ANSWERS = {
     "thoughts": "<think>\nHm.\n</think>\n\nYes.",
     "You hand over.": call("transfer_to_weather"),
     "agent": call("get_weather", city="London"),
+    "a form": '{"name": "Oslo", "people": 717710}',
 }
 
 
@@ -40,11 +42,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
     return make_model(tmp_path_factory.mktemp("model"), CONTEXT_TOKENS)
 
 
+def prompt_of(text: ModelText, turn: Turn) -> str:
+    return text.tokenizer.decode(list(memoryview(turn.prompt.tokens).cast("I")))
+
+
 def script(served: Served, text: ModelText) -> None:
     """Let the model answer by what its prompt holds."""
 
     def answer(turn: Turn) -> Script:
-        prompt = text.tokenizer.decode(list(memoryview(turn.prompt.tokens).cast("I")))
+        prompt = prompt_of(text, turn)
         return Script([*next(said for word, said in ANSWERS.items() if word in prompt)], cached_tokens=7)
 
     served.driver.script = answer
@@ -65,6 +71,7 @@ def test_the_agents_sdk(text: ModelText, tmp_path: Path) -> None:
         assert told["deltas"] == "It is warm."
         assert told["usage"] == [3, 21]
         assert told["kept"] == ["It is warm.", "Hello world"]
+        assert told["form"] == ["Oslo", 717710]
 
     play(text, talk)
 
@@ -96,6 +103,19 @@ def test_openais_node_client(text: ModelText, tmp_path: Path) -> None:
     play(text, talk)
 
 
+def test_vercels_ai_sdk(text: ModelText, tmp_path: Path) -> None:
+    async def talk(served: Served) -> None:
+        script(served, text)
+        told = await run_program("ai_sdk.mjs", served.url, MODEL, home=tmp_path)
+        assert told["whole"] == told["streamed"] == ["Hello world", 7]
+        assert told["agent"] == ["It is warm.", CALLS]
+        assert told["thoughts"] == ["Hm.", "Yes."]
+        assert told["form"] == {"name": "Oslo", "people": 717710}
+        assert told["refused"] == 400
+
+    play(text, talk)
+
+
 def test_codex_runs_a_command_and_tells_what_it_printed(text: ModelText, tmp_path: Path) -> None:
     async def talk(served: Served) -> None:
         script(served, text)
@@ -112,5 +132,20 @@ def test_codex_runs_a_command_and_tells_what_it_printed(text: ModelText, tmp_pat
         assert first.session is not None
         assert second.session == first.session
         assert second.prompt.hashes[: len(first.prompt.hashes)] == first.prompt.hashes
+
+    play(text, talk)
+
+
+def test_codex_compacts_its_context_and_goes_on(text: ModelText, tmp_path: Path) -> None:
+    async def talk(served: Served) -> None:
+        script(served, text)
+        told = await run_program("codex.mjs", served.url, MODEL, "20000", home=tmp_path)
+        assert told["code"] == 0
+        assert told["failures"] == []
+        assert told["messages"][-1] == "It printed weft-42."
+        asked, compacted, last = served.driver.turns
+        assert {turn.session for turn in (asked, compacted, last)} == {asked.session}
+        assert "CONTEXT CHECKPOINT COMPACTION" in prompt_of(text, compacted)
+        assert "So far: weft-42." in prompt_of(text, last)
 
     play(text, talk)

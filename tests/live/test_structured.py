@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from openai import AsyncOpenAI
+from tokenizers import Tokenizer
 
 from orchestrator.core.config import ClusterConfig, ModelConfig
 from orchestrator.core.types import GatewayId, ModelName
@@ -123,5 +124,63 @@ def test_answers_are_of_every_kind_that_can_be_asked_for(model_dir: Path, kind: 
         assert completion.choices[0].finish_reason == "stop"
         assert texts[0] == texts[1]
         assert all(right(text) for text in (*texts, completion.choices[0].text))
+
+    play(model_dir, talk)
+
+
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}},
+    {"type": "function", "function": {"name": "now"}},
+]
+CHOICES: list[Any] = ["required", {"type": "function", "function": {"name": "weather"}}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("choice", CHOICES, ids=["required", "named"])
+def test_calls_that_are_forced_are_made(model_dir: Path, choice: Any, streams: bool) -> None:
+    async def talk(client: AsyncOpenAI) -> None:
+        asked: dict[str, Any] = {
+            "model": MODEL,
+            "messages": USER,
+            "tools": TOOLS,
+            "tool_choice": choice,
+            "seed": 2,
+            "max_tokens": 900,
+        }
+        if streams:
+            async with client.chat.completions.stream(**asked, parallel_tool_calls=False) as stream:
+                answer = await stream.get_final_completion()
+        else:
+            answer = await client.chat.completions.create(**asked, parallel_tool_calls=False)
+        calls = answer.choices[0].message.tool_calls
+        assert answer.choices[0].finish_reason == "tool_calls"
+        assert not answer.choices[0].message.content
+        assert calls is not None
+        assert len(calls) == 1
+        assert calls[0].type == "function"
+        wanted = {"weather": SCHEMA, "now": {"const": {}}} if choice == "required" else {"weather": SCHEMA}
+        jsonschema.validate(json.loads(calls[0].function.arguments), wanted[calls[0].function.name])
+
+    play(model_dir, talk)
+
+
+@pytest.mark.slow
+def test_an_answer_in_a_form_may_call_tools_instead(model_dir: Path) -> None:
+    [tag] = Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode("<").ids
+
+    async def talk(client: AsyncOpenAI) -> None:
+        for bias, end in ((-100, "stop"), (100, "tool_calls")):
+            answer = await client.chat.completions.create(
+                model=MODEL, messages=USER, tools=TOOLS, response_format=schema_format(SCHEMA), max_tokens=900, seed=3,
+                parallel_tool_calls=False, logit_bias={str(tag): bias},
+            )  # fmt: skip
+            message = answer.choices[0].message
+            assert answer.choices[0].finish_reason == end
+            if end == "stop":
+                jsonschema.validate(json.loads(message.content or ""), SCHEMA)
+            else:
+                assert message.tool_calls
+                assert not message.content
 
     play(model_dir, talk)

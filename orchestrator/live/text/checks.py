@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, cast
 
@@ -41,40 +42,39 @@ class Checks:
     """One gateway's. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        #: What is in the way of a grammar, None for nothing; least recently asked first.
-        self._found: OrderedDict[bytes, Unkeepable | None] = OrderedDict()
-        self._running: dict[bytes, asyncio.Future[Unkeepable | None]] = {}
+        #: Grammars as engines read them, or what is in the way; least recently asked first.
+        self._found: OrderedDict[bytes, str | Unkeepable] = OrderedDict()
+        self._running: dict[bytes, asyncio.Future[str | Unkeepable]] = {}
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     async def check(self, grammar: Grammar) -> str:
         """Return a grammar as engines read it. Raises `Unkeepable`, or `TurnFailed` if too much waits to be checked."""
         text = grammar.text
         if len(text) > WHOLE_CHARS_MAX:
-            largest = max(grammar.parts, key=lambda part: len(json.dumps(part.written)))
-            raise Unkeepable(largest.field, f"is too large: with all around it {len(text)} characters, {WHOLE_CHARS_MAX} at most")
+            raise Unkeepable(grammar.field, f"is too large: {len(text)} characters with all around it, {WHOLE_CHARS_MAX} at most")
         fields = "\0".join(part.field for part in grammar.parts)
         key = blake2b(f"{fields}\0{text}".encode(), digest_size=16).digest()
         if key in self._found:
             self._found.move_to_end(key)
-            problem = self._found[key]
+            found = self._found[key]
         else:
-            problem = await self._ask(key, grammar)
-        if problem is not None:
-            raise Unkeepable(problem.field, problem.problem)
-        return text
+            found = await self._ask(key, grammar)
+        if isinstance(found, Unkeepable):
+            raise Unkeepable(found.field, found.problem)
+        return found
 
-    async def _ask(self, key: bytes, grammar: Grammar) -> Unkeepable | None:
+    async def _ask(self, key: bytes, grammar: Grammar) -> str | Unkeepable:
         running = self._running.get(key)
         if running is None:
             if len(self._running) >= WAITING_MAX:
                 raise TurnFailed(529, "overloaded", "too many grammars wait to be checked", 1.0)
-            running = asyncio.get_running_loop().run_in_executor(self._thread, _problem_of, grammar)
+            running = asyncio.get_running_loop().run_in_executor(self._thread, keepable, grammar)
             self._running[key] = running
             running.add_done_callback(lambda done: self._done(key, done))
         # Others may wait for it as well.
         return await asyncio.shield(running)
 
-    def _done(self, key: bytes, done: "asyncio.Future[Unkeepable | None]") -> None:
+    def _done(self, key: bytes, done: "asyncio.Future[str | Unkeepable]") -> None:
         del self._running[key]
         if not done.cancelled() and done.exception() is None:
             self._found[key] = done.result()
@@ -82,14 +82,18 @@ class Checks:
                 self._found.popitem(last=False)
 
 
-def _problem_of(grammar: Grammar) -> Unkeepable | None:
-    """Return what of a grammar cannot be kept to."""
+def keepable(grammar: Grammar) -> str | Unkeepable:
+    """Return a grammar as engines read it, or what of it cannot be kept to."""
+    parts: list[Part] = []
     for part in grammar.parts:
-        if (problem := _problem(part.written)) is not None:
+        problem = _problem(part.written)
+        if problem is not None and part.otherwise is None:
             return Unkeepable(part.field + _where(part, problem), problem)
+        parts.append(part if problem is None or part.otherwise is None else replace(part, written=part.otherwise))
+    text = grammar.text_of(parts)
     # Our own rules may name tokens, of which is warned.
-    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar.text, limits=_LIMITS)
-    return Unkeepable(grammar.parts[0].field, messages[0].strip()[:_PROBLEM_CHARS_MAX]) if wrong else None
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(text, limits=_LIMITS)
+    return Unkeepable(grammar.field, messages[0].strip()[:_PROBLEM_CHARS_MAX]) if wrong else text
 
 
 def _problem(written: Mapping[str, Any]) -> str | None:

@@ -282,6 +282,11 @@ def typed(value: str, schema: object) -> Any:
     return _structure(value)
 
 
+def is_text(schema: object) -> bool:
+    """Tell whether a value is read as a text, or as nothing where that is allowed; others are read as JSON."""
+    return _kind_of(_kinds(_object(schema))) in _TEXTS
+
+
 def _structure(value: str) -> Any:
     """Return the object or list that a text is in JSON, or in Python's way, which models fall into."""
     for read in (json.loads, literal):

@@ -55,6 +55,8 @@ class Part:
     written: Mapping[str, Any]
     #: Where the client wrote it.
     field: str
+    #: What it is replaced by if it cannot be kept to; None: that is refused.
+    otherwise: Mapping[str, Any] | None = None
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
@@ -69,12 +71,18 @@ class Grammar:
     #: Our rules; the first is `start`.
     rules: str
     parts: Sequence[Part]
+    #: What asks for it.
+    field: str
 
     @property
     def text(self) -> str:
         """As engines read it; the same for equal grammars."""
-        parts = [{"name": part.name, **part.written} for part in self.parts]
-        return json.dumps({"grammars": [{"name": "whole", "lark_grammar": self.rules}, *parts]}, separators=(",", ":"))
+        return self.text_of(self.parts)
+
+    def text_of(self, parts: Sequence[Part]) -> str:
+        """Return it with such parts in the place of its own."""
+        written = [{"name": part.name, **part.written} for part in parts]
+        return json.dumps({"grammars": [{"name": "whole", "lark_grammar": self.rules}, *written]}, separators=(",", ":"))
 
 
 # --- what clients write -----------------------------------------------------------------------------------------------
@@ -95,14 +103,18 @@ def answer_part(constraint: Constraint) -> Part:
             return Part("answer", {"lark_grammar": _lark(text, field)}, field)
 
 
-def schema_part(name: str, schema: object, field: str) -> Part:
-    """Return a JSON schema as a part. Raises `Unkeepable`."""
+def schema_part(name: str, schema: object, field: str, otherwise: Mapping[str, Any] | None = None) -> Part:
+    """Return a JSON schema as a part; `otherwise` is one to keep to if it cannot be. Raises `Unkeepable`."""
     if not isinstance(schema, Mapping):
         raise Unkeepable(field, "must be an object, a JSON schema")
     found = cast("Mapping[str, Any]", schema)
     references = len(_REFERENCE.findall(json.dumps(found)))
     _require(references <= RULES_MAX, field, f"must have at most {RULES_MAX} references, has {references}")
-    return Part(name, {"json_schema": {**found, "x-guidance": LAYOUT}}, field)
+    return Part(name, _laid_out(found), field, None if otherwise is None else _laid_out(otherwise))
+
+
+def _laid_out(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"json_schema": {**schema, "x-guidance": LAYOUT}}
 
 
 def _read(text: str, field: str) -> object:
@@ -181,26 +193,30 @@ class Thoughts:
         return Thoughts(style.marks, opened) if opened or (known and not closed) else Thoughts()
 
 
-def whole(rule: str, rules: Sequence[str], parts: Sequence[Part], thoughts: Thoughts, marks: Mapping[str, int]) -> Grammar:
+def whole(
+    rule: str, rules: Sequence[str], parts: Sequence[Part], field: str, thoughts: Thoughts, marks: Mapping[str, int]
+) -> Grammar:
     """Return a whole answer's grammar.
 
     Args:
         rule: what comes after thoughts.
         rules: those that it needs, a line each.
         parts: those that they need.
+        field: what asks for it.
         thoughts: what it begins with.
         marks: numbers of the marks that are no text.
     """
     if thoughts.in_channels:
         start, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
         spoken = f'({channel} "analysis" {message} thought {start} "assistant")? {channel} "final" {message} {rule}'
-        return Grammar("\n".join((f"start: {spoken}", up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought"), *rules)), parts)
+        thought = up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought")
+        return Grammar("\n".join((f"start: {spoken}", thought, *rules)), parts, field)
     if not thoughts.marks:
-        return Grammar("\n".join((f"start: {rule}", *rules)), parts)
+        return Grammar("\n".join((f"start: {rule}", *rules)), parts, field)
     first, last = thoughts.marks
     opening = "thoughts" if thoughts.opened else f"({mark(first, marks)} thoughts)?"
     lines = (f"start: {opening} {rule}", r"thoughts: thought /[ \t\n]{0,8}/", up_to(last, marks.get(last), "thought"), *rules)
-    return Grammar("\n".join(lines), parts)
+    return Grammar("\n".join(lines), parts, field)
 
 
 def mark(text: str, marks: Mapping[str, int]) -> str:

@@ -62,6 +62,10 @@ DEEP = {
 INNER = {"properties": {"a": {"items": {"anyOf": [{"type": "string"}, {"type": "array", "uniqueItems": True}]}}}}
 
 
+def strictly(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+
+
 def named(schema: object) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
@@ -126,11 +130,13 @@ def test_arguments_of_earlier_calls_may_be_anything_a_model_wrote(text: ModelTex
         ({"guided_json": '{"type": '}, "guided_json"),
         ({"guided_json": [1]}, "guided_json"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "zzz"}}}, "tool_choice"),
-        ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice"),
-        ({"tools": [NOW], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [strictly({"not": {}})], "tool_choice": "required"}, "tools[0].function.parameters"),
+        ({"tools": [NOW, strictly({"properties": {"a": {"not": {}}}})]}, "tools[1].function.parameters.properties.a"),
+        ({"tools": [NOW], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
         ({"tool_choice": "bogus"}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-        ({"tools": [NOW], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [NOW], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"functions": [{"name": "x"}]}, "functions"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"logits_processors": ["x"]}, "logits_processors"),

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
@@ -132,7 +133,7 @@ def _conversation(request: MessagesRequest) -> Conversation:
     return Conversation(
         messages=drafts.shown(),
         tools=drafts.tools or None if use is not None else None,
-        tool_use=use or ToolUse(),
+        tool_use=replace(use or ToolUse(), schema_field="tools.{}.input_schema"),
         thinking=_thinking(request),
         opens_answer=not (continues := _continues(request.messages, drafts)),
         continues=continues,

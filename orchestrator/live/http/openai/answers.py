@@ -16,6 +16,7 @@ from orchestrator.live.asked import Asked, Texts
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.http.openai.prompts import Echo, scored_prompt
+from orchestrator.live.intake import ServedModel
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, PromptTold, Scored, ScoredToken, Taken
 from orchestrator.live.text.reasoning import Reasoning
@@ -66,15 +67,16 @@ def write_completion(asked: Asked, vocabulary: Vocabulary) -> "CompletionWriter"
     return CompletionWriter(_answer("cmpl", asked, vocabulary), asked)
 
 
-def model_card(name: str, root: str, created_unix_s: int, context_tokens_max: int) -> dict[str, Any]:
-    """Return a model as clients may name it; `root` is its own name."""
+def model_card(name: str, model: ServedModel, created_unix_s: int) -> dict[str, Any]:
+    """Return a model as clients may name it; `root` is the model's own name, and the `parent` of an adapter as well."""
     return {
         "id": name,
         "object": "model",
         "created": created_unix_s,
         "owned_by": "weft",
-        "root": root,
-        "max_model_len": context_tokens_max,
+        "root": model.name,
+        "parent": model.name if model.adapter is not None else None,
+        "max_model_len": model.text.context_tokens_max,
     }
 
 

@@ -145,6 +145,8 @@ class GenerationRequest(Unserved, kw_only=True):
     cache_control: Any = None
     cache_salt: str | None = None
     nvext: Extension | None = None
+    #: Of no consequence where there are no tools.
+    parallel_tool_calls: bool | None = None
     response_format: Any = None
     # What vLLM has beyond.
     structured_outputs: Any = None

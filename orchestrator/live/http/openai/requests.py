@@ -311,14 +311,15 @@ def _check_tools(request: ChatRequest) -> None:
 
 def _tool_use(request: ChatRequest) -> ToolUse:
     """Return what is to be done with tools. Raises `Invalid`."""
+    parallel = request.parallel_tool_calls is not False
     match request.tool_choice:
         case None | "none" | "auto":
-            return ToolUse()
+            return ToolUse(parallel=parallel)
         case "required":
-            return ToolUse(forced=True)
+            return ToolUse(forced=True, parallel=parallel)
         case {"type": "function", "function": {"name": str(name)}}:
             require(name in tool_parameters(request.tools), "tool_choice", f"{name!r} is none of the tools")
-            return ToolUse(forced=True, name=name)
+            return ToolUse(forced=True, name=name, parallel=parallel)
         case _:
             raise Invalid("tool_choice: must be auto, none, required or a function's name", "invalid_value", "tool_choice")
 

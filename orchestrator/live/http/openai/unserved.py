@@ -13,8 +13,6 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
-    thinking_token_budget: Any = None
-    parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -22,6 +20,7 @@ class Unserved(msgspec.Struct, kw_only=True):
     prediction: Any = None
     web_search_options: Any = None
     # What vLLM, SGLang and TGI have beyond.
+    thinking_token_budget: Any = None
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None
@@ -36,7 +35,6 @@ class Unserved(msgspec.Struct, kw_only=True):
 
 #: What a field may say besides null, because it is what happens anyway.
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "modalities": (["text"], []),

@@ -70,6 +70,7 @@ def parse(body: bytes) -> Asked:
     _check(request)
     tools = offered(request.tools or ())
     shown, use = chosen(request.tool_choice, tools)
+    use = replace(use, parallel=request.parallel_tool_calls is not False, schema_field="tools[{}].parameters")
     conversation = Conversation((), shown_tools(shown), _variables(request), tool_use=use, thinking=_thinking(request))
     include = request.include or ()
     logprobs = (request.top_logprobs or 0) if _SCORES in include or request.top_logprobs else None
@@ -106,6 +107,8 @@ def _check(request: ResponsesRequest) -> None:
     for name, harmless in _UNSERVED.items():
         value = getattr(request, name)
         require(value is None or value in harmless, name, "is not served here; leave it out")
+    if not request.tools:
+        request.parallel_tool_calls = None  # Codex says so when it compacts, and means nothing by it.
     check_common(request)
     given = request.input is not None or request.previous_response_id is not None
     require(given, "input", "must be text or a list of items")

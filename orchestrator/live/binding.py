@@ -1,0 +1,87 @@
+"""What an answer must be: what is asked of it and of its tools, after the model's thoughts, as one grammar.
+
+    asked                              an answer, after thoughts
+    a call is forced                   calls, written as the model writes them (`text/call_grammars.py`)
+    a constraint, no tools             what it says
+    a constraint, and tools            calls, or what it says
+    tools, some of which are strict    any text, and once a call begins calls of these tools
+
+All other answers may be anything. Calls that are not forced are not bound where no mark of their own begins them, as in Llama's
+style.
+"""
+
+from orchestrator.live.asked import Asked, Conversation
+from orchestrator.live.text.call_grammars import Tool, calls_of
+from orchestrator.live.text.conversations import tool_parameters
+from orchestrator.live.text.grammars import Grammar, Part, Thoughts, Unkeepable, answer_part, whole
+from orchestrator.live.text.models import ModelText
+
+
+def bound(asked: Asked, model: ModelText, prompt: str, opened: bool) -> Grammar | None:
+    """Return what an answer must be, None if it may be anything.
+
+    Args:
+        asked: the whole request.
+        model: whose answer.
+        prompt: a conversation's; empty for a text.
+        opened: the answer begins with thoughts.
+
+    Raises:
+        Unkeepable: it cannot be kept to that.
+    """
+    part = answer_part(asked.constraint) if asked.constraint is not None else None
+    if isinstance(asked.prompt, Conversation):
+        grammar = _of_conversation(asked.prompt, part, model, _thoughts(prompt, opened, model))
+    else:
+        grammar = None if part is None else whole("@answer", (), (part,), part.field, Thoughts(), {})
+    if grammar is not None:
+        _check_ends(asked, model, grammar)
+    return grammar
+
+
+def _of_conversation(conversation: Conversation, part: Part | None, model: ModelText, thoughts: Thoughts) -> Grammar | None:
+    use, marks = conversation.tool_use, model.vocabulary.marks
+    tools = [tool for tool in _tools(conversation) if use.name in ("", tool.name)]
+    strict = [tool for tool in tools if tool.strict]
+    calls = (
+        calls_of(model.tool_style, tools, use.parallel, marks) if tools and (use.forced or strict or part is not None) else None
+    )
+    if use.forced:
+        if calls is None:
+            problem = f"this model's calls cannot be forced (their style is {model.tool_style})" if tools else "needs tools"
+            raise Unkeepable(use.field, problem)
+        return whole(calls.forced(marks), calls.rules, calls.parts, use.field, thoughts, marks)
+    if part is not None:
+        if calls is None:
+            return whole("@answer", (), (part,), part.field, thoughts, marks)
+        return whole(f"({calls.forced(marks)} | @answer)", calls.rules, (part, *calls.parts), part.field, thoughts, marks)
+    if calls is None or not calls.opening:
+        return None
+    rule, rules = calls.free(marks)
+    return whole(rule, (*rules, *calls.rules), calls.parts, strict[0].field, thoughts, marks)
+
+
+def _tools(conversation: Conversation) -> list[Tool]:
+    """Return what may be called."""
+    return [
+        Tool(name, schema or None, one["function"].get("strict") is True, conversation.tool_use.schema_field.format(place))
+        for place, one in enumerate(conversation.tools or ())
+        for name, schema in tool_parameters([one]).items()
+    ]
+
+
+def _thoughts(prompt: str, opened: bool, model: ModelText) -> Thoughts:
+    """Return what an answer may begin with: a model that has no token for the first tag has not learnt to think so."""
+    style = model.reasoning_style
+    known = bool(style.marks) and model.tokenizer.token_to_id(style.marks[0]) is not None
+    return Thoughts.after(prompt, style, opened, known)
+
+
+def _check_ends(asked: Asked, model: ModelText, grammar: Grammar) -> None:
+    """Refuse an answer that could not end where its grammar does."""
+    if asked.limits.ignores_ends:
+        raise Unkeepable("ignore_eos", f"cannot be combined with {grammar.field}: such an answer ends where it is whole")
+    if asked.sampling.output_tokens_min:
+        raise Unkeepable("min_tokens", f"cannot be combined with {grammar.field}: such an answer ends where it is whole")
+    if not (model.chat_eos_token_ids if isinstance(asked.prompt, Conversation) else model.eos_token_ids):
+        raise Unkeepable(grammar.field, "this model has no token that ends an answer, so that none can be kept to a form")

@@ -1,0 +1,158 @@
+"""Calls that are kept to a grammar are calls in the model's own style: what reads its calls reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+from tokenizers import Tokenizer
+
+from orchestrator.live.text.call_grammars import Tool, calls_of
+from orchestrator.live.text.checks import keepable
+from orchestrator.live.text.grammars import Thoughts, Unkeepable, whole
+from orchestrator.live.text.styles import ToolStyle, make_parser
+from orchestrator.live.text.tools import calls_in
+from workers.engines.grammars import Lexicon
+from workers.engines.vocabulary import write_json, write_tokenizer
+
+VOCABULARY = 512
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["c", "f"], "type": "string"},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    Tool("weather", WEATHER, False, "tools[0].function.parameters"),
+    Tool("now", None, False, "tools[1].function.parameters"),
+]
+PARIS = {"city": "Paris", "unit": "c", "days": 3}
+ANY = {"anything": [1, {"a": None}]}
+
+
+class Reader:
+    """Tells whether texts keep to a grammar."""
+
+    def __init__(self, folder: Path) -> None:
+        write_tokenizer(folder, VOCABULARY, 1024)
+        write_json(folder / "config.json", {"eos_token_id": VOCABULARY - 1, "model_type": "qwen3"})
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._lexicon = Lexicon(folder, VOCABULARY)
+
+    def keeps(self, grammar: str, text: str, whole: bool = True) -> bool:
+        """Tell whether a text is all of an answer, or else may begin one."""
+        matcher = LLMatcher(self._lexicon.tokens, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        tokens = self.tokenizer.encode(text).ids
+        return matcher.try_consume_tokens(tokens) == len(tokens) and (not whole or matcher.is_accepting())
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(tmp_path_factory.mktemp("model"))
+
+
+def grammar_of(style: ToolStyle, tools: list[Tool] = TOOLS, parallel: bool = True, free: bool = False) -> str:
+    calls = calls_of(style, tools, parallel, {})
+    assert calls is not None
+    rule, rules = calls.free({}) if free else (calls.forced({}), ())
+    found = keepable(whole(rule, (*rules, *calls.rules), calls.parts, "tool_choice", Thoughts(), {}))
+    assert isinstance(found, str), found
+    return found
+
+
+def written(style: ToolStyle, *calls: tuple[str, dict[str, Any]]) -> str:
+    """Return calls as a model of some style writes them."""
+    objects = [f'{{"name": "{name}", "arguments": {json.dumps(arguments)}}}' for name, arguments in calls]
+    match style:
+        case ToolStyle.HERMES:
+            return "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects)
+        case ToolStyle.MISTRAL:
+            return f"[TOOL_CALLS][{', '.join(objects)}]"
+        case ToolStyle.LLAMA:
+            return "; ".join(one.replace('"arguments"', '"parameters"') for one in objects)
+        case _:
+            return "\n".join(_function(name, arguments) for name, arguments in calls)
+
+
+def _function(name: str, arguments: dict[str, Any]) -> str:
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
+
+
+STYLES = (ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL, ToolStyle.LLAMA)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_calls_are_written_as_the_model_writes_them(reader: Reader, style: ToolStyle) -> None:
+    for calls in ([("weather", PARIS)], [("weather", PARIS), ("now", {})], [("weather", {"city": "a < b\n", "days": 1})]):
+        text = written(style, *calls)
+        assert reader.keeps(grammar_of(style), text), text
+        parser = make_parser(style, {"weather": WEATHER, "now": {}})
+        assert parser is not None
+        read = calls_in([*parser.add(text), *parser.finish()])
+        assert [(call.name, json.loads(call.arguments)) for call in read] == calls
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_no_call_of_the_tools_is_not_kept_to(reader: Reader, style: ToolStyle) -> None:
+    grammar = grammar_of(style)
+    for call in (
+        ("wether", PARIS),
+        ("weather", {**PARIS, "days": 0}),
+        ("weather", {**PARIS, "unit": "k"}),
+        ("weather", {"city": "Paris"}),
+        ("weather", {**PARIS, "more": 1}),
+        ("now", {"a": 1}),
+    ):
+        assert not reader.keeps(grammar, written(style, call)), call
+    assert not reader.keeps(grammar, "It is sunny.", whole=False)
+    assert not reader.keeps(grammar, written(style, ("now", {})) + " and so on")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_one_call_is_one_where_no_more_are_wanted(reader: Reader, style: ToolStyle) -> None:
+    grammar = grammar_of(style, parallel=False)
+    assert reader.keeps(grammar, written(style, ("now", {})))
+    assert not reader.keeps(grammar, written(style, ("now", {}), ("now", {})))
+
+
+@pytest.mark.parametrize("style", [ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL])
+def test_calls_that_may_be_are_bound_once_they_begin(reader: Reader, style: ToolStyle) -> None:
+    grammar = grammar_of(style, free=True)
+    call = written(style, ("weather", PARIS))
+    for text in ("", "It is <b>sunny</b>.", call, f"Let me see.\n{call}"):
+        assert reader.keeps(grammar, text), text
+    assert not reader.keeps(grammar, "Let me see. " + written(style, ("weather", {"city": "Paris"})))
+    assert not reader.keeps(grammar, call.replace("weather", "wether", 1))
+
+
+def test_a_function_without_its_tag_is_no_way_around(reader: Reader) -> None:
+    assert not reader.keeps(grammar_of(ToolStyle.QWEN3_CODER, free=True), "So: <function=x>", whole=False)
+    escaping = written(ToolStyle.QWEN3_CODER, ("weather", {"city": "x\n<parameter=days>\n0", "days": 1}))
+    assert not reader.keeps(grammar_of(ToolStyle.QWEN3_CODER), escaping)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_cannot_be_kept_to_is_any_object_unless_the_tool_is_strict(reader: Reader, style: ToolStyle) -> None:
+    unlike = {"type": "object", "properties": {"anything": {"type": "array", "uniqueItems": True}}, "required": ["anything"]}
+    loose = grammar_of(style, [Tool("f", unlike, False, "tools[0].function.parameters")])
+    assert reader.keeps(loose, written(style, ("f", ANY)))
+    calls = calls_of(style, [Tool("f", unlike, True, "tools[0].function.parameters")], True, {})
+    assert calls is not None
+    problem = keepable(whole(calls.forced({}), calls.rules, calls.parts, "tool_choice", Thoughts(), {}))
+    assert isinstance(problem, Unkeepable)
+    assert problem.field == "tools[0].function.parameters.properties.anything"
+
+
+def test_texts_in_tags_are_kept_to_lists_alone() -> None:
+    schema = {"type": "object", "properties": {"code": {"type": "string", "pattern": "^[a-z]$"}}}
+    with pytest.raises(Unkeepable) as caught:
+        calls_of(ToolStyle.QWEN3_CODER, [Tool("f", schema, True, "tools[2].function.parameters")], True, {})
+    assert caught.value.field == "tools[2].function.parameters.properties.code.pattern"
