@@ -74,9 +74,9 @@ from orchestrator.wire.journal import NodeJournalWriter, recorded
 from orchestrator.wire.logs import REQUEST
 from orchestrator.wire.trust import Refused
 from workers.beginnings import Beginnings
-from workers.engines.base import Engine, EngineDescription, SliceOutput, broken_promise
+from workers.engines.base import Engine, EngineDescription, PromptScores, SliceOutput, broken_promise
 from workers.memory import Copier, PeerMemory, TransferFailed, TransferLimits
-from workers.outbox import Outbox
+from workers.outbox import SCORES_MAX, Outbox
 from workers.runner import open_runner
 from workers.tiers import Moved, StorePlace, Tiers
 from workers.transfer import Channels, Exports, Fetches, Stream, WholeWrites
@@ -292,6 +292,8 @@ class NodeDriver:
             if sequence is None:
                 results.append(SliceResult(request, len(tokens), (), output.stopped, output.failure, drafted))
                 continue
+            if output.scores is not None:
+                self._tell_scores(sequence.outbox, request, output.scores)
             if tokens:
                 outbox = sequence.outbox
                 outbox.requests.append(request)
@@ -307,6 +309,13 @@ class NodeDriver:
             completed = self._completed(sequence)
             results.append(SliceResult(request, len(tokens), completed, output.stopped, output.failure, drafted))
         self.handle(StepFinished(command.step, tuple(results), seconds))
+
+    def _tell_scores(self, outbox: Outbox, request: RequestId, scores: PromptScores) -> None:
+        """Let the gateway know how likely a prompt's tokens were, in as many frames as that takes."""
+        for start in range(0, len(scores), SCORES_MAX):
+            outbox.add_scores(request, scores.part(start, start + SCORES_MAX))
+            if outbox.full:
+                outbox.seal(self._pending_frame(outbox))
 
     def _completed(self, sequence: _Sequence) -> tuple[BlockHash, ...]:
         """Hash the blocks whose KV is complete now, and cut them off the tail; the newest token's KV comes with the next step."""

@@ -12,12 +12,14 @@ from orchestrator.core.blocks import HASH_BYTES
 from orchestrator.core.types import GatewayId, KvBatch, Load, RequestId
 from orchestrator.wire import codec, node_pb2
 from orchestrator.wire.leases import LeaseMessage, LeaseNews
-from workers.engines.base import TokenLogprobs
+from workers.engines.base import PromptScores, TokenLogprobs
 
 #: Seconds between two heartbeats at least, whatever a gateway asks for.
 HEARTBEAT_S_MIN = 0.005
 #: Bytes of a frame that a token takes with its request at most, and that a token's log probabilities take, and each of them.
 TOKEN_BYTES, LOGPROBS_BYTES, LOGPROB_BYTES = 20, 24, 9
+#: Tokens of a prompt whose log probabilities go into one message at most.
+SCORES_MAX = 4096
 
 
 class Outbox:
@@ -25,8 +27,9 @@ class Outbox:
 
     __slots__ = (
         "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_leases", "_logprobs", "_moves", "_pages",
-        "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received", "frames_sent",
-        "gateway", "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer", "tokens",
+        "_scores", "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received",
+        "frames_sent", "gateway", "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, gateway: GatewayId, incarnation: int) -> None:
@@ -57,6 +60,7 @@ class Outbox:
         self.counts: list[int] = []
         self.tokens: list[int] = []
         self._logprobs: list[node_pb2.TokenLogprobs] = []
+        self._scores: list[node_pb2.PromptScores] = []
         self._first_tokens: list[node_pb2.FirstToken] = []
         self._ended: list[node_pb2.Ended] = []
         #: Pages of the one snapshot under way, before all else; no messages yet, so that they share their hashes with the pool.
@@ -77,6 +81,7 @@ class Outbox:
     def pending(self) -> bool:
         """True while there is something that must go out now."""
         told = self.requests or self._ended or self._kv or self._pages or self._first_tokens or self._moves or self._leases
+        told = told or self._scores
         return bool(told or self._sealed)
 
     @property
@@ -92,7 +97,8 @@ class Outbox:
     @property
     def unsent(self) -> int:
         """Tokens and block hashes that wait. A snapshot does not count: there is one at a time, of what the node holds."""
-        return len(self.tokens) + self._sealed_tokens + self._weight
+        scored = sum([len(scores.logprobs) for scores in self._scores])
+        return len(self.tokens) + scored + self._sealed_tokens + self._weight
 
     @property
     def full(self) -> bool:
@@ -111,6 +117,20 @@ class Outbox:
                     top_logprobs=[logprob for _, logprob in entry.top],
                 )
             )
+
+    def add_scores(self, request: RequestId, scores: PromptScores) -> None:
+        """Add log probabilities of a prompt's tokens, of `SCORES_MAX` at most."""
+        self._bytes += LOGPROBS_BYTES + LOGPROB_BYTES * (len(scores) + len(scores.top_tokens))
+        self._scores.append(
+            node_pb2.PromptScores(
+                request=request,
+                first=scores.first,
+                logprobs=scores.logprobs,
+                ranks=scores.ranks,
+                top_tokens=scores.top_tokens,
+                top_logprobs=scores.top_logprobs,
+            )
+        )
 
     def add_first_token(self, message: node_pb2.FirstToken) -> None:
         self._first_tokens.append(message)
@@ -175,14 +195,14 @@ class Outbox:
     def seal(self, frame: node_pb2.NodeFrame) -> None:
         """Keep a frame made of all that was pending: it is full, and what comes up next goes into another."""
         self._sealed.append(frame)
-        self._sealed_tokens += len(frame.tokens)
+        self._sealed_tokens += _tokens(frame)
 
     def next_sealed(self) -> node_pb2.NodeFrame | None:
         """Take the oldest full frame out, to be sent; None if there is none."""
         if not self._sealed:
             return None
         frame = self._sealed.popleft()
-        self._sealed_tokens -= len(frame.tokens)
+        self._sealed_tokens -= _tokens(frame)
         self._wake.set()
         return frame
 
@@ -204,6 +224,9 @@ class Outbox:
         if self._logprobs:
             frame.logprobs.extend(self._logprobs)
             self._logprobs.clear()
+        if self._scores:
+            frame.prompt_scores.extend(self._scores)
+            self._scores.clear()
         if self._ended:
             frame.ended.extend(self._ended)
             self._ended.clear()
@@ -234,6 +257,11 @@ class Outbox:
         del self._kv[:taken]
         if self._kv:
             self._wake.set()
+
+
+def _tokens(frame: node_pb2.NodeFrame) -> int:
+    """Return the tokens that a frame brings, and those of prompts that it tells of."""
+    return len(frame.tokens) + sum([len(scores.logprobs) for scores in frame.prompt_scores])
 
 
 def _weight(message: node_pb2.KvBatch) -> int:

@@ -385,6 +385,30 @@ class RouterConfig:
         require(least is None or least >= 0, "disaggregation_tokens_min", f"must be 0 or more tokens, is {least}")
 
 
+#: Names of parsers for tool calls, and the style each stands for: ours, and what vLLM and SGLang call the same.
+TOOL_PARSERS: Mapping[str, str] = {
+    "auto": "auto",
+    "hermes": "hermes", "qwen": "hermes", "qwen25": "hermes", "qwen3_json": "hermes",
+    "qwen3_coder": "qwen3_coder", "qwen3_xml": "qwen3_coder",
+    "llama": "llama", "llama3": "llama", "llama3_json": "llama", "llama4_json": "llama",
+    "pythonic": "pythonic", "llama4_pythonic": "pythonic",
+    "mistral": "mistral",
+    "deepseek": "deepseek", "deepseek_v3": "deepseek", "deepseek_v31": "deepseek", "deepseekv3": "deepseek",
+    "deepseekv31": "deepseek",
+    "kimi_k2": "kimi_k2",
+    "harmony": "harmony", "openai": "harmony", "gpt_oss": "harmony", "gpt-oss": "harmony",
+    "none": "none",
+}  # fmt: skip
+#: The same of parsers for thoughts.
+REASONING_PARSERS: Mapping[str, str] = {
+    "auto": "auto",
+    "think": "think", "qwen3": "think", "qwen3_thinking": "think", "deepseek_r1": "think", "deepseek_v3": "think",
+    "deepseek-r1": "think", "deepseek-v3": "think", "kimi_k2": "think", "glm45": "think",
+    "harmony": "harmony", "openai_gptoss": "harmony", "gpt_oss": "harmony", "gpt-oss": "harmony",
+    "none": "none",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """[models.NAME]: one model and the names it answers to."""
@@ -394,21 +418,20 @@ class ModelConfig:
     path: str = ""
     #: Other names clients may use; a trailing * matches any ending.
     aliases: tuple[str, ...] = ()
-    #: Parser for tool calls in the output: auto (by the chat template), hermes, qwen3_coder, llama, mistral or none.
+    #: Parser for tool calls in the output: auto (by the chat template), or one of `TOOL_PARSERS`.
     tool_parser: str = "auto"
-    #: How thoughts are told from answers: auto or think (<think> tags at the beginning, the template's or the model's), none.
+    #: How thoughts are told from answers: auto (by the chat template), or one of `REASONING_PARSERS`.
     reasoning_parser: str = "auto"
     #: For pools with hardware: a built-in model shape (kimi-k2, deepseek-v3, ...) or the path of a config.json. Empty: that in
     #: `path`.
     shape: str = ""
 
     def __post_init__(self) -> None:
-        known = ("auto", "hermes", "qwen3_coder", "llama", "mistral", "none")
-        require(self.tool_parser in known, "tool_parser", f"must be one of {', '.join(known)}, is {self.tool_parser!r}")
-        known = ("auto", "think", "none")
-        require(
-            self.reasoning_parser in known, "reasoning_parser", f"must be one of {', '.join(known)}, is {self.reasoning_parser!r}"
-        )
+        for name, value, known in (
+            ("tool_parser", self.tool_parser, TOOL_PARSERS),
+            ("reasoning_parser", self.reasoning_parser, REASONING_PARSERS),
+        ):
+            require(value in known, name, f"must be one of {', '.join(dict.fromkeys(known.values()))}, is {value!r}")
 
 
 class KvFormat(StrEnum):

@@ -160,6 +160,8 @@ class Request:
     name: str = ""
     #: Of class cadence: the longest beat, in seconds, that serves it; 0: any.
     beat_s_max: float = 0.0
+    #: Log probabilities of its prompt are wanted: all of it is computed for this request, whatever is cached.
+    scored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,8 @@ class Sampling:
     #: What the output must be to the letter, as engines read it (`live/text/grammars.py` writes it); empty for anything. An end
     #: is a token that may come exactly where the grammar may end.
     grammar: str = ""
+    #: Most likely tokens to report at each position of the prompt but the first, beside its token; None for none at all.
+    prompt_logprobs: int | None = None
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""
@@ -254,6 +258,9 @@ class Assignment:
     #: Tokens of the output that were generated elsewhere. `hashes` name their full blocks as well, and "prompt" in what is to be
     #: loaded, fetched or held means both.
     generated_tokens: int = 0
+    #: Log probabilities of the prompt are wanted: it takes nothing of it from what is cached, but for what was computed for this
+    #: very request. What is computed is cached for others as ever.
+    scored: bool = False
 
     @property
     def given_tokens(self) -> int:

@@ -148,7 +148,7 @@ class Texts:
 class Limits:
     """How much is asked for, and what ends it."""
 
-    #: Tokens to generate at most; None for as many as the context has room for; 0: the prompt is to be cached, and no more.
+    #: Tokens to generate at most; None for as many as the context has room for; 0: none, only the prompt counts.
     output_tokens_max: int | None = None
     #: Strings that end the output; no earlier than `Sampling.output_tokens_min` lets tokens end it.
     stop_strings: Sequence[str] = ()
@@ -198,12 +198,22 @@ class Report:
     special_tokens: bool = False
     #: Tokens are told beside their text: the prompt's, and the answer's as they come.
     token_ids: bool = False
+    #: An answer's text begins with the prompt's, and its log probabilities, if there are any, with those of the prompt.
+    echoes: bool = False
+    #: The prompt's log probabilities are told apart.
+    prompt_scores: bool = False
     #: Where tokens have log probabilities, they are named by their numbers.
     tokens_by_id: bool = False
     #: A stream has its usage with each event.
     usage_each: bool = False
     #: A stream's events are padded, so that their sizes do not tell what is in them.
     padded: bool = False
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether more than an answer's text is to be told of it and of its prompt."""
+        return self.token_ids or self.usage_each or self.echoes or self.prompt_scores
+
     #: But not what they say.
     withholds_thoughts: bool = False
 

@@ -163,7 +163,8 @@ class Choices:
             scored=sampling.logprobs is not None,
             includes_ends=limits.includes_ends,
             tokens_min=sampling.output_tokens_min,
-            told=prompt if report.token_ids or report.usage_each else None,
+            told=prompt if report.tells_tokens else None,
+            silent=limits.output_tokens_max == 0,
         )
 
     def __len__(self) -> int:

@@ -86,7 +86,7 @@ from orchestrator.core.types import (
 )
 from orchestrator.live.links import NodeLink
 from orchestrator.live.stores import StoreLink
-from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
+from orchestrator.live.turns import Delta, PromptScores, TokenLogprob, Turn, TurnFailed
 from orchestrator.wire import codec, node_pb2, store_codec, store_pb2
 from orchestrator.wire.clock import Timers
 from orchestrator.wire.journal import ClusterJournalWriter, recorded
@@ -151,6 +151,8 @@ class TurnStream:
         "output_tokens",
         "request",
         "sampling",
+        "scorer",
+        "scores",
         "tokens",
         "turn",
         "waiter",
@@ -165,6 +167,10 @@ class TurnStream:
         self.attempt: RequestId | None = None
         #: The node whose tokens count; others' are late ones of an assignment that was given up.
         self.node: NodeId | None = None
+        #: What has come of its prompt's log probabilities, if they are wanted, until the reader has got them; and the node that
+        #: still brings some, None while there is none.
+        self.scores = _scores_of(turn)
+        self.scorer: NodeId | None = None
         #: Not yet read; the driver appends to both.
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -181,15 +187,32 @@ class TurnStream:
 
     async def read(self) -> Delta:
         """Wait for more and return all there is. Raises `TurnFailed`. Not to be called after a delta with `finish`."""
-        if not self.tokens and self._finish is None and self._failure is None:
+        while self._waits:
             self.waiter = waiter = self._driver.loop.create_future()
             await waiter
-        if not self.tokens and self._failure is not None:
+        if self._failure is not None and (not self.tokens or self._lacks_scores):
             raise self._failure
-        delta = Delta(self.tokens, self.logprobs, self._finish, self.cached_tokens)
+        if self._lacks_scores:
+            self.cancel()
+            raise TurnFailed(502, "scores_lost", "the node that computed the prompt is lost, with some of its log probabilities")
+        delta = Delta(self.tokens, self.logprobs, self._finish, self.cached_tokens, self.scores)
+        self.scores = None
         self._read.extend(self.tokens)
         self.tokens, self.logprobs = [], []
         return delta
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is nothing to read yet."""
+        if self._failure is not None:
+            return False
+        nothing = not self.tokens and self._finish is None
+        # Another node than the one that generates may have computed the prompt: then what it tells of it may come later.
+        return nothing or (self._lacks_scores and self.scorer is not None)
+
+    @property
+    def _lacks_scores(self) -> bool:
+        return self.scores is not None and not self.scores.complete
 
     def answered(self, tool: str) -> None:
         """Let the core know what the session waits for now."""
@@ -318,6 +341,7 @@ class ClusterDriver:
             timeout_s=self._config.limits.request_s_max,
             name=turn.name,
             beat_s_max=turn.beat_s_max,
+            scored=turn.sampling.prompt_logprobs is not None,
         )
 
     def answered(self, stream: TurnStream, tool: str) -> None:
@@ -415,7 +439,12 @@ class ClusterDriver:
         """Give a node up."""
         log.warning("node %s is lost: %s", node, reason)
         self._known.pop(node, None)
+        bereft = [stream for stream in self._streams.values() if stream.scorer == node]
+        for stream in bereft:
+            stream.scorer = None
         self._handle(NodeLost(node, reason))
+        for stream in bereft:
+            stream.wake()
 
     def node_draining(self, node: NodeId) -> None:
         """Start nothing new on a node."""
@@ -475,11 +504,15 @@ class ClusterDriver:
         """
         codec.check_frame(frame)
         slow: list[TurnStream] = []
+        for scores in frame.prompt_scores:
+            self._deliver_scores(scores)
         if frame.requests:
             self._deliver(node, frame, slow)
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
             self._observer.fetched(node, request_of(RequestId(move.request)), move.began_s_ago)
+        for ended in frame.ended:
+            self._expect_no_scores(node, request_of(RequestId(ended.request)))
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
             if self._follows:
@@ -491,6 +524,25 @@ class ClusterDriver:
             named = {REQUEST: stream.turn.name, "number": stream.request}
             log.warning("%d tokens unread, cancelled", len(stream.tokens), extra=named)
             self._give_up(stream, TurnFailed(408, "slow_client", f"more than {UNREAD_TOKENS_MAX} tokens were left unread"))
+
+    def _deliver_scores(self, told: node_pb2.PromptScores) -> None:
+        """Take in log probabilities of a prompt, whichever node computed them, and in whichever attempt."""
+        stream = self._streams.get(request_of(RequestId(told.request)))
+        if stream is None or stream.scores is None:
+            return
+        try:
+            stream.scores.add(told.first, told.logprobs, told.ranks, told.top_tokens, told.top_logprobs)
+        except ValueError as error:
+            raise codec.MalformedMessage(str(error)) from error
+        if stream.scores.complete:
+            stream.wake()
+
+    def _expect_no_scores(self, node: NodeId, request: RequestId) -> None:
+        """Note that a node has told all that it will of a prompt; another that went on with it tells before its first token."""
+        stream = self._streams.get(request)
+        if stream is not None and stream.scorer == node:
+            stream.scorer = None
+            stream.wake()
 
     def _tell_computed(self, node: NodeId, frame: node_pb2.NodeFrame) -> None:
         for part in (*frame.first_tokens, *frame.ended):
@@ -654,6 +706,8 @@ class ClusterDriver:
         if source is not None:
             message.source_address = source.spec.address
             message.source_host = source.spec.host
+        if assignment.scored and not assignment.source_pending:
+            stream.scorer = command.node
         if assignment.role is Role.GENERATE:
             stream.node, stream.attempt = command.node, assignment.request
             self._fed[assignment.request] = stream
@@ -718,6 +772,12 @@ class ClusterDriver:
             await asyncio.wait((*closing, *self._closing))
         if self._journal is not None:
             await self.loop.run_in_executor(None, self._journal.close)
+
+
+def _scores_of(turn: Turn) -> PromptScores | None:
+    """Return where log probabilities of a turn's prompt gather; None if none are wanted."""
+    tops = turn.sampling.prompt_logprobs
+    return None if tops is None else PromptScores(turn.prompt.count, tops)
 
 
 def _seeded(sampling: Sampling) -> Sampling:

@@ -20,6 +20,7 @@ from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Tex
 from orchestrator.live.binding import bound
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
+from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.checks import Checks
 from orchestrator.live.text.conversations import tool_parameters, without_late_systems
 from orchestrator.live.text.generation import AnswerParser
@@ -28,13 +29,15 @@ from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
-from orchestrator.live.text.styles import make_parser
+from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
 _SESSION_CHARS_MAX = 256
+#: Log probabilities of one prompt: a hundred megabytes of JSON.
+PROMPT_SCORES_MAX = 1 << 20
 
 ParserMaker = Callable[[], AnswerParser | None]
 
@@ -170,6 +173,8 @@ class Intake:
             _check_length(model.text, prompt)
         if session is not None:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
+        for prompt in prompts:
+            _check_scores(prompt, asked.sampling)
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         if grammar:
@@ -341,6 +346,9 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     opened = _opened(conversation, text, style)
 
     def make() -> AnswerParser | None:
+        if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
+            offered = parameters if tools else None
+            return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
         calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
         return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
 
@@ -367,6 +375,14 @@ def _check_length(model: ModelText, prompt: Prompt) -> None:
         raise Invalid(problem, "context_length_exceeded", "messages")
     if prompt.count == 0:
         raise Invalid("the prompt is empty", "invalid_value", "messages")
+
+
+def _check_scores(prompt: Prompt, sampling: Sampling) -> None:
+    """Refuse more log probabilities of a prompt than one request may have."""
+    if sampling.prompt_logprobs is not None:
+        count = prompt.count * (1 + sampling.prompt_logprobs)
+        problem = f"a prompt of {prompt.count} tokens would have {count} log probabilities, it may have {PROMPT_SCORES_MAX}"
+        require(count <= PROMPT_SCORES_MAX, "prompt_logprobs", problem)
 
 
 def _check_tokens(model: ModelText, sampling: Sampling) -> None:

@@ -4,6 +4,8 @@ The gateway (`choices.py` and above) knows text and HTTP; the driver (`driver.py
 all they share, so that either can be tested against a small stand-in for the other.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +51,67 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
 
+class PromptScores:
+    """Log probabilities of a prompt's tokens, each given those before it; the first has none.
+
+    They come in runs, in any order, perhaps twice.
+
+    Args:
+        count: the prompt's tokens.
+        tops: most likely tokens told beside each.
+    """
+
+    __slots__ = ("_logprobs", "_missing", "_ranks", "_top_logprobs", "_top_tokens", "tops")
+
+    def __init__(self, count: int, tops: int) -> None:
+        self.tops = tops
+        self._logprobs = array("f", bytes(4 * count))
+        #: 0 where nothing has come.
+        self._ranks = array("I", bytes(4 * count))
+        self._top_tokens = array("I", bytes(4 * count * tops))
+        self._top_logprobs = array("f", bytes(4 * count * tops))
+        self._missing = count - 1
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def complete(self) -> bool:
+        """True once all have come."""
+        return not self._missing
+
+    def add(
+        self,
+        first: int,
+        logprobs: Sequence[float],
+        ranks: Sequence[int],
+        top_tokens: Sequence[int],
+        top_logprobs: Sequence[float],
+    ) -> None:
+        """Take those of the tokens from place `first` on.
+
+        Raises:
+            ValueError: they are beyond the prompt, or other tokens stand beside each than were asked for.
+        """
+        count, tops = len(logprobs), len(logprobs) * self.tops
+        end = first + count
+        if not (1 <= first < end <= len(self)) or (len(ranks), len(top_tokens), len(top_logprobs)) != (count, tops, tops):
+            problem = f"{len(ranks)} tokens from {first} on, and {len(top_tokens)} beside them"
+            raise ValueError(f"{problem}, for a prompt of {len(self)} with {self.tops} beside each")
+        self._missing -= self._ranks[first:end].count(0)
+        self._logprobs[first:end] = array("f", logprobs)
+        self._ranks[first:end] = array("I", ranks)
+        self._top_tokens[first * self.tops : end * self.tops] = array("I", top_tokens)
+        self._top_logprobs[first * self.tops : end * self.tops] = array("f", top_logprobs)
+
+    def at(self, place: int) -> tuple[float, int, list[tuple[int, float]]]:
+        """Return a token's log probability, its rank from 1 on, and the most likely tokens there; not of the first token."""
+        assert 0 < place < len(self._ranks), f"place {place} of a prompt of {len(self._ranks)} tokens"
+        wide = slice(place * self.tops, (place + 1) * self.tops)
+        top = list(zip(self._top_tokens[wide], self._top_logprobs[wide], strict=True))
+        return self._logprobs[place], self._ranks[place], top
+
+
 @dataclass(slots=True)
 class Delta:
     """Everything that came since the last read; never empty, except that the last may hold only the end."""
@@ -60,6 +123,8 @@ class Delta:
     finish: FinishReason | None = None
     #: Prompt tokens that were not computed again; known from the first token on.
     cached_tokens: int = 0
+    #: If they were asked for: of the whole prompt, on the first delta.
+    prompt_scores: PromptScores | None = None
 
 
 class TurnFailed(Exception):

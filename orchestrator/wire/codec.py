@@ -112,6 +112,11 @@ def check_frame(frame: node_pb2.NodeFrame) -> None:
     for entry in frame.logprobs:
         if len(entry.top_tokens) != len(entry.top_logprobs):
             raise MalformedMessage(f"log probabilities of {len(entry.top_tokens)} tokens and {len(entry.top_logprobs)} values")
+    for scores in frame.prompt_scores:
+        tokens, tops = len(scores.logprobs), len(scores.top_tokens)
+        if not scores.first or not tokens or len(scores.ranks) != tokens or tops % tokens or len(scores.top_logprobs) != tops:
+            counts = f"{len(scores.ranks)} ranks, {tops} likely tokens, {len(scores.top_logprobs)} values of these"
+            raise MalformedMessage(f"log probabilities of {tokens} tokens of a prompt from {scores.first} on, with {counts}")
 
 
 def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
@@ -134,6 +139,8 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         message.seed = sampling.seed
     if sampling.logprobs is not None:
         message.logprobs = sampling.logprobs
+    if sampling.prompt_logprobs is not None:
+        message.prompt_logprobs = sampling.prompt_logprobs
     if sampling.logit_bias:
         message.logit_bias.update(sampling.logit_bias)
     return message
@@ -156,6 +163,7 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         output_tokens_min=sampling.output_tokens_min,
         forbidden_runs=tuple([tuple(run.tokens) for run in sampling.forbidden_runs if run.tokens]),
         allowed_token_ids=tuple(sampling.allowed_token_ids),
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         grammar=sampling.grammar,
     )
 
@@ -181,6 +189,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         share=assignment.share,
         stored_tokens=assignment.stored_tokens,
         generated_tokens=assignment.generated_tokens,
+        scored=assignment.scored,
     )
 
 
@@ -215,6 +224,7 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
         share=submit.share or 1.0,
         stored_tokens=submit.stored_tokens,
         generated_tokens=submit.generated_tokens,
+        scored=submit.scored,
     )
 
 

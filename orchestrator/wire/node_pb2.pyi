@@ -115,7 +115,7 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[int] = ..., incarnation: _Optional[int] = ..., frames_sent: _Optional[int] = ..., frames_received: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "name", "tenant", "share", "timed", "source_incarnation", "stored_tokens", "outlook", "generated_tokens")
+    __slots__ = ("request", "role", "tokens", "hashes", "hash_root", "output_tokens_max", "priority", "source", "source_address", "source_host", "source_tokens", "source_pending", "sampling", "name", "tenant", "share", "timed", "source_incarnation", "stored_tokens", "outlook", "generated_tokens", "scored")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class Submit(_message.Message):
     STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTLOOK_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     request: int
     role: Role
     tokens: bytes
@@ -158,10 +159,11 @@ class Submit(_message.Message):
     stored_tokens: int
     outlook: Outlook
     generated_tokens: int
-    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+    scored: bool
+    def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ..., generated_tokens: _Optional[int] = ..., scored: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids", "prompt_logprobs")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +186,7 @@ class Sampling(_message.Message):
     OUTPUT_TOKENS_MIN_FIELD_NUMBER: _ClassVar[int]
     FORBIDDEN_RUNS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -199,7 +202,8 @@ class Sampling(_message.Message):
     output_tokens_min: int
     forbidden_runs: _containers.RepeatedCompositeFieldContainer[TokenRun]
     allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class TokenRun(_message.Message):
     __slots__ = ("tokens",)
@@ -214,7 +218,7 @@ class Resync(_message.Message):
     def __init__(self, after: _Optional[int] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls", "leases", "ended_leases")
+    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls", "leases", "ended_leases", "prompt_scores")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -229,6 +233,7 @@ class NodeFrame(_message.Message):
     REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     ENDED_LEASES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     requests: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
@@ -243,7 +248,24 @@ class NodeFrame(_message.Message):
     refused_calls: int
     leases: _containers.RepeatedCompositeFieldContainer[Lease]
     ended_leases: _containers.RepeatedCompositeFieldContainer[EndedLease]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ...) -> None: ...
+    prompt_scores: _containers.RepeatedCompositeFieldContainer[PromptScores]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., prompt_scores: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
+
+class PromptScores(_message.Message):
+    __slots__ = ("request", "first", "logprobs", "ranks", "top_tokens", "top_logprobs")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    first: int
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    top_tokens: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request: _Optional[int] = ..., first: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[_Iterable[int]] = ..., top_tokens: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Move(_message.Message):
     __slots__ = ("source", "target", "bytes", "seconds", "request", "began_s_ago")

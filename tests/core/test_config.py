@@ -94,7 +94,8 @@ def test_values_find_their_fields() -> None:
         ({"tenants": [{"name": "a", "priority_max": 1 << 40}]}, "tenants[0].priority_max: must be -2147483647 to 2147483647"),
         (
             {"models": {"default": {"tool_parser": "x"}}},
-            "models.default.tool_parser: must be one of auto, hermes, qwen3_coder, llama, mistral, none",
+            "models.default.tool_parser: must be one of "
+            "auto, hermes, qwen3_coder, llama, pythonic, mistral, deepseek, kimi_k2, harmony, none",
         ),
         ({"pools": []}, "pools: at least one [[pools]] table is needed"),
         ({"pools": {}}, "pools: must be a list, is dict"),

@@ -12,7 +12,7 @@ from orchestrator.live.http.gateway import Gateway
 from orchestrator.live.intake import Intake, Keep
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.text.models import ModelText
-from orchestrator.live.turns import Delta, TokenLogprob, Turn, TurnFailed
+from orchestrator.live.turns import Delta, PromptScores, TokenLogprob, Turn, TurnFailed
 from workers.engines.vocabulary import write_json, write_tokenizer
 
 MODEL = ModelName("tiny")
@@ -42,6 +42,7 @@ class ScriptedStream:
         self._driver = driver
         self._script = script
         self._steps = [driver.tokens(step) for step in script.steps]
+        self._prompt_scores = _prompt_scores(turn)
 
     async def read(self) -> Delta:
         """Return the next step's tokens."""
@@ -53,7 +54,8 @@ class ScriptedStream:
                 await asyncio.Event().wait()
             wanted = self.turn.sampling.logprobs is not None
             scores = [self._logprob(token) for token in tokens or ()] if wanted else []
-            return Delta(list(tokens or ()), scores, cached_tokens=self._script.cached_tokens)
+            told, self._prompt_scores = self._prompt_scores, None
+            return Delta(list(tokens or ()), scores, cached_tokens=self._script.cached_tokens, prompt_scores=told)
         if self._script.failure is not None:
             raise self._script.failure
         return Delta([], [], self._script.finish, self._script.cached_tokens)
@@ -69,6 +71,19 @@ class ScriptedStream:
     def _logprob(self, token: int) -> TokenLogprob:
         top = [(token, -0.5), (token + 1, -1.5), (token + 2, -2.5)]
         return TokenLogprob(-0.5, top[: self.turn.sampling.logprobs or 0])
+
+
+def _prompt_scores(turn: Turn) -> PromptScores | None:
+    """Return scores of a turn's prompt, if they are wanted: each token as likely as its place in the prompt is early."""
+    tops = turn.sampling.prompt_logprobs
+    if tops is None:
+        return None
+    scores = PromptScores(turn.prompt.count, tops)
+    for place, token in enumerate(memoryview(turn.prompt.tokens).cast("I")):
+        if place:
+            top = [(token + number, -place - number / 8) for number in range(tops)]
+            scores.add(place, [-place], [1], [one for one, _ in top], [value for _, value in top])
+    return scores
 
 
 @dataclass
@@ -122,9 +137,12 @@ class Lives:
 
     blocks_max: int = 1 << 30
     asked: list[Keep] = field(default_factory=list)
+    #: Sessions and what they forked from.
+    begun: list[tuple[SessionId, SessionId]] = field(default_factory=list)
 
     def begins(self, model: ModelName, tenant: TenantId, session: SessionId, parent: SessionId) -> None:
-        """Take note of nothing."""
+        """Take note of it."""
+        self.begun.append((session, parent))
 
     def kept(self, model: ModelName, tenant: TenantId, session: SessionId | None, keep: Keep) -> int:
         """Keep some of it."""

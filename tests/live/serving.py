@@ -18,6 +18,7 @@ from orchestrator.live.turns import Delta, Prompt, Turn
 from orchestrator.wire.journal import cluster_header, open_journal
 from orchestrator.wire.trust import Trust
 from tests.builders import TRUST
+from workers.engines.base import SplitPlaces
 from workers.server import NodeServer
 from workers.store.models import model_blocks
 from workers.store.server import StoreServer
@@ -130,6 +131,8 @@ class Cluster:
     #: The host's store and where it serves, if the cluster has them.
     store: StoreServer | None = None
     place: StorePlace | None = None
+    #: The FFN ranks of pools of split decode.
+    places: SplitPlaces | None = None
 
     async def ready(self) -> None:
         await self.observed.until(lambda: set(self.observed.loads) >= set(self.servers) and self.driver.ready)
@@ -148,7 +151,15 @@ class Cluster:
         journal = self.config.cluster.journal
         stores = self.place is not None
         server = self.servers[node] = NodeServer(
-            settings, [node], incarnation, self.model_dir, self.trust, objects=objects, journal=journal, stores=stores
+            settings,
+            [node],
+            incarnation,
+            self.model_dir,
+            self.trust,
+            objects=objects,
+            journal=journal,
+            stores=stores,
+            places=self.places if settings.split is not None else None,
         )
         self.addresses[node] = await server.start()
         if stores:
@@ -175,7 +186,11 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    config: ClusterConfig, model_dir: Path, objects: ObjectStore | None = None, trust: Trust = TRUST
+    config: ClusterConfig,
+    model_dir: Path,
+    objects: ObjectStore | None = None,
+    trust: Trust = TRUST,
+    places: SplitPlaces | None = None,
 ) -> AsyncIterator[Cluster]:
     """Start a cluster; fails the test if a core or a driver broke its own rules."""
     observed = Observed()
@@ -183,7 +198,7 @@ async def cluster(
     gateway = GatewayId(0)
     journal = open_journal(config.cluster.journal, "gateway-0", cluster_header(gateway, config))
     driver = ClusterDriver(gateway, config, trust, observed, failures.append, journal)
-    started = Cluster(driver, {}, {}, observed, config, model_dir, failures, trust)
+    started = Cluster(driver, {}, {}, observed, config, model_dir, failures, trust, places=places)
     try:
         if config.store is not None:
             await started.start_store()
@@ -214,11 +229,11 @@ def turn(tokens: Sequence[int], output_tokens: int, sampling: Sampling | None = 
     )
 
 
-async def finish(stream: TurnStream) -> Delta:
-    """Read a turn to its end and return all of it as one delta."""
+async def finish(stream: TurnStream, within_s: float = 20) -> Delta:
+    """Read a turn to its end and return all of it as one delta; each read may take so long."""
     whole = Delta([], [])
     while whole.finish is None:
-        delta = await asyncio.wait_for(stream.read(), 20)
+        delta = await asyncio.wait_for(stream.read(), within_s)
         whole.tokens += delta.tokens
         whole.logprobs += delta.logprobs
         whole.finish, whole.cached_tokens = delta.finish, delta.cached_tokens

@@ -134,6 +134,37 @@ def test_a_model_that_always_thinks_is_not_asked_not_to(text: ModelText, thinkin
         assert prepare(make_intake(quiet), Asked(MODEL, replace(TALK, thinking=thinking))).prompts[0].count > 0
 
 
+def told_late(text: str) -> str:
+    """Return what the system says later than at the beginning, as the user's."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+@pytest.mark.parametrize(
+    ("roles", "shown"),
+    [
+        ("s0 u1", "s:0|u:1|"),
+        ("s0 s1 u2", "s:0\n\n1|u:2|"),
+        ("s0 s1 u2 a3 s4 u5", f"s:0\n\n1|u:2|a:3|u:{told_late('4')}\n5|"),
+        ("u0 s1 u2", f"u:0\n{told_late('1')}\n2|"),
+    ],
+)
+def test_a_template_that_takes_one_system_message_first_gets_it_so(text: ModelText, roles: str, shown: str) -> None:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    talk = Conversation([{"role": names[word[0]], "content": word[1:]} for word in roles.split()])
+    each = "{% for message in messages %}%s{{ message.role[0] + ':' + message.content + '|' }}{% endfor %}"
+    strict = "{% if message.role == 'system' and not loop.first %}{{ raise_exception('first') }}{% endif %}"
+    assert worded(text, each.replace("%s", strict), talk) == shown
+    as_it_is = "".join(f"{word[0]}:{word[1:]}|" for word in roles.split())
+    assert worded(text, each.replace("%s", ""), talk) == as_it_is
+
+
+def worded(text: ModelText, template: str, talk: Conversation) -> str:
+    """Return a conversation's prompt as a template makes it."""
+    model = replace(text, template=ChatTemplate({"default": template}, {}))
+    prompt = prepare(make_intake(model), Asked(MODEL, talk)).prompts[0]
+    return text.tokenizer.decode(list(memoryview(prompt.tokens).cast("I")))
+
+
 # --- generations --------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from orchestrator.wire import codec, node_pb2
 
 #: Fractions are such that 32 bits hold them.
 ALL = Sampling(
-    0.5, 0.25, 3, 0.125, 1.5, -0.5, SEED_MASK, (5, 6), 0, {7: 2.0, 8: -100.0}, 1.25, 9, ((3,), (4, 5)), (1, 2), "start: /a+/"
+    0.5, 0.25, 3, 0.125, 1.5, -0.5, SEED_MASK, (5, 6), 0, {7: 2.0, 8: -100.0}, 1.25, 9, ((3,), (4, 5)), (1, 2), "start: /a+/", 3
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engines import paged
+from workers.engines import paged, tiles
 from workers.engines.attention import accelerated_way
 from workers.engines.decodes import DecodeSequence, DecodeWay
 from workers.engines.gathered import GatheredWay
@@ -135,6 +135,21 @@ def test_parts_of_long_contexts_add_up(block_tokens: int) -> None:
     close(case.attend(WAYS["paged"](case.pool)), case.expected())
 
 
+@pytest.mark.skipif(not tiles.usable(), reason="needs AMX")
+@pytest.mark.parametrize("shared", [4, 7, 20])
+@pytest.mark.parametrize("sizes", [(64, 32), (192, 64)])
+def test_tiles_compute_what_the_definition_says(shared: int, sizes: tuple[int, int]) -> None:
+    wanted = [(PART_TOKENS + 65, 3), (200, 1), (66, 3), (64, 1), (1, 1)]
+    case = Case(slab(2, *sizes, "bfloat16"), wanted, shared)
+    close(case.attend(PagedWay(case.pool, threads=2)), case.expected())
+
+
+@pytest.mark.skipif(not tiles.usable(), reason="needs AMX")
+def test_tiles_read_latents() -> None:
+    case = Case(slab(1, 64, 96, "bfloat16", latent=True), [(300, 1), (11, 2)], shared=24, value_dim=64)
+    close(case.attend(PagedWay(case.pool, threads=2)), case.expected())
+
+
 def test_a_row_is_the_same_whoever_computes_it_and_whatever_is_beside_it() -> None:
     case = Case(slab(2, 64, 32), [(2 * PART_TOKENS + 50, 1), (700, 2), (PART_TOKENS + 9, 2), (600, 1)])
     assert 2 * 2 * 32 * 4 * (3 * PART_TOKENS + 1300) > SHARED_BYTES_MIN
@@ -164,15 +179,15 @@ def test_layers_are_read_one_after_the_other_by_one_plan() -> None:
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_context_that_is_not_a_number_shows_in_its_row_alone(dtype: str, kind: str) -> None:
-    case = Case(slab(2, 16, 16, dtype), [(70, 1), (33, 1)])
+@pytest.mark.parametrize(("dtype", "size", "shared"), [("float32", 16, 2), ("bfloat16", 16, 2), ("bfloat16", 64, 4)])
+def test_a_context_that_is_not_a_number_shows_in_its_row_alone(dtype: str, size: int, shared: int, kind: str) -> None:
+    case = Case(slab(2, size, size, dtype), [(70, 1), (33, 1)], shared)
     before = case.attend(PagedWay(case.pool, threads=1))
-    stored = case.stored.view(-1, LAYERS, 2, 2, 16, 16)
+    stored = case.stored.view(-1, LAYERS, 2, 2, size, size)
     stored[case.sequences[0].table[1], LAYER, 0 if kind == "key" else 1, 1, 3, 2] = math.nan
     after = case.attend(PagedWay(case.pool, threads=1))
-    assert after[0, 2:].isnan().any(-1).all()
-    assert torch.equal(after[0, :2], before[0, :2])
+    assert after[0, shared:].isnan().any(-1).all()
+    assert torch.equal(after[0, :shared], before[0, :shared])
     assert torch.equal(after[1], before[1])
 
 

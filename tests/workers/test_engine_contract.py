@@ -427,6 +427,24 @@ def test_another_engine_goes_on_with_what_would_have_come(make: Make, sampling: 
         assert expected[:count] + found == expected
 
 
+def test_a_prompt_is_scored_once_however_it_is_cut(engine: Engine) -> None:
+    tokens = prompt(11, 50)
+    for chunks in ((50,), (49, 1), (20, 30), (1, 1, 48)):
+        engine.add(RequestId(1), tokens, Sampling(prompt_logprobs=2))
+        start, places = 0, list[int]()
+        for size in chunks:
+            told = blocks_for(60) if start == 0 else ()
+            [output] = engine.step([Slice(RequestId(1), start, size, 0, told, start + size == 50)])
+            scores, start = output.scores, start + size
+            if scores is not None:
+                places += range(scores.first, scores.first + len(scores))
+                assert len(scores.ranks) == len(scores.logprobs) == len(scores.top_tokens) // 2 == len(scores.top_logprobs) // 2
+        assert places == list(range(1, 50))
+        [output] = engine.step([Slice(RequestId(1), 50, 1, 0, (), True)])
+        assert output.scores is None
+        engine.forget(RequestId(1))
+
+
 def test_stop_tokens_end_a_sequence_and_are_included(engine: Engine) -> None:
     tokens = prompt(13, 20)
     free = generate(engine, 1, tokens, 8)

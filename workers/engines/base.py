@@ -69,6 +69,30 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Natural log probabilities of a run of a prompt's tokens, each given those before it."""
+
+    #: The first one's place in the prompt; never 0.
+    first: int
+    logprobs: "array[float]"
+    #: How many tokens are as likely or likelier, itself included.
+    ranks: "array[int]"
+    #: As many for each token, most likely first.
+    top_tokens: "array[int]"
+    top_logprobs: "array[float]"
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def part(self, start: int, end: int) -> "PromptScores":
+        """Return the entries [start, end)."""
+        tops = len(self.top_tokens) // len(self)
+        wide = slice(start * tops, end * tops)
+        narrow = self.logprobs[start:end], self.ranks[start:end]
+        return PromptScores(self.first + start, *narrow, self.top_tokens[wide], self.top_logprobs[wide])
+
+
+@dataclass(frozen=True, slots=True)
 class SliceOutput:
     """What one slice of a step brought."""
 
@@ -82,6 +106,8 @@ class SliceOutput:
     failure: str | None = None
     #: Tokens that were drafted and verified, accepted or not: no more than the slice allowed.
     drafted: int = 0
+    #: Of the prompt's tokens that follow those of the slice, if the request wants them; of each token once.
+    scores: PromptScores | None = None
 
 
 def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | None:

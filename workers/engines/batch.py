@@ -34,6 +34,16 @@ class PromptChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredRun:
+    """Rows that tell how likely the next tokens of a prompt were."""
+
+    slice_number: int
+    #: The place in the prompt of the token that follows the first of the rows.
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """Everything about a step that does not depend on the layer."""
 
@@ -47,10 +57,14 @@ class StepBatch:
     decodes: Decodes | None
     #: All others that compute several.
     chunks: tuple[PromptChunk, ...]
-    #: Rows whose next token is wanted, in the order of `sampled_slices`; None: all, in order.
+    #: Rows whose next token is wanted, in the order of `sampled_slices`, then those of `scored`; None: all, in order.
     sampled_rows: Tensor | None
+    #: How many of them are there for their next token.
+    sampled: int
     #: Indexes of the slices that sample, in the order of `sampled_rows`: one row each, and one more for each draft.
     sampled_slices: tuple[int, ...]
+    #: Runs of rows that are there for log probabilities of prompts.
+    scored: tuple[ScoredRun, ...]
 
     @property
     def decode_rows(self) -> int:
@@ -81,7 +95,9 @@ class BatchBuilder:
         if rows > tokens:
             token_ids, positions = (np.pad(values, (0, rows - tokens)) for values in (token_ids, positions))
         sampled = self._sampled_rows(slices, sequences, decodes, chunks)
-        everything = len(sampled) == rows
+        scored, runs = _scored_rows(slices, sequences, [*decodes, *chunks])
+        everything = len(sampled) == rows and not scored
+        wanted = [*(row for row, _ in sampled), *scored]
         return StepBatch(
             rows=rows,
             tokens=tokens,
@@ -91,8 +107,10 @@ class BatchBuilder:
             write_index=self._to_device(write_index),
             decodes=self._decodes(slices, sequences, decodes + few),
             chunks=self._prompt_chunks(slices, sequences, chunks[len(few) :], tokens),
-            sampled_rows=None if everything else self._to_device(np.array([row for row, _ in sampled], dtype=np.int64)),
+            sampled_rows=None if everything else self._to_device(np.array(wanted, dtype=np.int64)),
+            sampled=len(sampled),
             sampled_slices=tuple(dict.fromkeys(number for _, number in sampled)),
+            scored=runs,
         )
 
     def _rows(
@@ -166,3 +184,20 @@ class BatchBuilder:
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _scored_rows(
+    slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: Sequence[int]
+) -> tuple[list[int], tuple[ScoredRun, ...]]:
+    """Return the rows after which a token of a prompt comes that has no log probability yet, all and run by run."""
+    rows: list[int] = []
+    runs: list[ScoredRun] = []
+    first_row = 0
+    for number in members:
+        start, count, sequence = slices[number].start, slices[number].count, sequences[number]
+        first, end = max(start + 1, sequence.scored), min(start + count + 1, sequence.prompt_tokens)
+        if first < end:
+            rows += range(first_row + first - start - 1, first_row + end - start - 1)
+            runs.append(ScoredRun(number, first, end - first))
+        first_row += count
+    return rows, tuple(runs)

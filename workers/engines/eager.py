@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig
@@ -18,15 +19,15 @@ from orchestrator.core.types import RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
 from workers.engines.attention import decode_way
-from workers.engines.base import EngineDescription, ExpertRouting, SliceOutput, SplitPlaces
-from workers.engines.batch import BatchBuilder
+from workers.engines.base import EngineDescription, ExpertRouting, PromptScores, SliceOutput, SplitPlaces
+from workers.engines.batch import BatchBuilder, StepBatch
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
-from workers.engines.grammars import Grammars
+from workers.engines.grammars import Grammars, Masks
 from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.linear import rows_min
 from workers.engines.models import Model
-from workers.engines.sampler import sample
+from workers.engines.sampler import sample, score
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import SplitGroup
@@ -164,17 +165,32 @@ class EagerEngine(PooledBlocks):
         batches = [self._batches.build(slices, sequences, part) for part in parts]
         small = sum(batch.rows for batch in batches) * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
         torch.set_num_threads(1 if small else self._threads)
-        sampled = [number for batch in batches for number in batch.sampled_slices]
-        choosing = [sequences[number] for number in sampled]
-        masks = self._grammars.begin(choosing)
+        masks = self._grammars.begin([sequences[number] for batch in batches for number in batch.sampled_slices])
         logits = self._model.logits(batches, self._pool)
         if logits is not None:
-            chosen = sample(logits, choosing, masks)
-            for number, output in zip(sampled, chosen, strict=True):
-                outputs[number] = output
+            self._choose(logits, batches, sequences, masks, outputs)
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         torch.set_num_threads(self._threads)
+
+    @staticmethod
+    def _choose(
+        logits: Tensor,
+        batches: Sequence[StepBatch],
+        sequences: Sequence[TokenSequence],
+        masks: Masks | None,
+        outputs: list[SliceOutput],
+    ) -> None:
+        """Fill in the tokens that come next, and what prompts' tokens score."""
+        scores = _scores(logits, batches, sequences)
+        if scores:
+            logits = _sampled(logits, batches)
+            for number, found in scores.items():
+                outputs[number] = SliceOutput(scores=found)
+        sampled = [number for batch in batches for number in batch.sampled_slices]
+        chosen = sample(logits, [sequences[number] for number in sampled], masks) if sampled else []
+        for number, output in zip(sampled, chosen, strict=True):
+            outputs[number] = replace(output, scores=scores[number]) if number in scores else output
 
     def pause_s(self, slices: Sequence[Slice], decoding: int) -> float:
         """Return 0: the time a step takes is the time it takes."""
@@ -187,6 +203,24 @@ class EagerEngine(PooledBlocks):
         if self.split is not None:
             self.split.close()
         del self._model, self._batches, self._pool
+
+
+def _scores(logits: Tensor, batches: Sequence[StepBatch], sequences: Sequence[TokenSequence]) -> dict[int, PromptScores]:
+    """Return the log probabilities of prompts' tokens that are wanted, by the number of the slice."""
+    scores: dict[int, PromptScores] = {}
+    end = 0
+    for batch in batches:
+        end += batch.sampled
+        for run in batch.scored:
+            start, end = end, end + run.count
+            scores[run.slice_number] = score(logits[start:end], sequences[run.slice_number], run.first)
+    return scores
+
+
+def _sampled(logits: Tensor, batches: Sequence[StepBatch]) -> Tensor:
+    """Return the rows that are there for their next token."""
+    sizes = [size for batch in batches for size in (batch.sampled, sum(run.count for run in batch.scored))]
+    return torch.cat(logits.split(sizes)[::2])
 
 
 def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device: torch.device, rows_max: int) -> SplitGroup:

@@ -19,11 +19,13 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engines import threads, vectors
+from workers.engines import threads, tiles, vectors
 from workers.engines.decodes import DecodeSequence
 from workers.engines.kvpool import KvPool
+from workers.engines.stored import Slab
 from workers.engines.threads import Kernel, pointer, take
-from workers.engines.vectors import LANES, TOKENS, add_weighted, dots, fetch
+from workers.engines.tiles import pack_query, place_of
+from workers.engines.vectors import LANES, LINE_BYTES, TOKENS, add_weighted, dots, fetch
 
 #: Rows of one sequence in a step up to which this is for it: a longer chunk of a prompt is bounded by arithmetic, not memory.
 ROWS_MAX = 16
@@ -34,10 +36,13 @@ SHARED_BYTES_MIN = 1 << 20
 #: What may be reordered in sums. Infinities and NaNs keep their meaning: a row that has them must show them.
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 FLOAT_BYTES = 4
+#: Query heads to a KV head from which tiles are faster than vectors: 7 take a quarter of the time from caches, 2 the same.
+TILED_SHARED_MIN = 4
+#: Of a query there are its values' sum, its highest score, its weights' sum, and what fills a line of memory.
+KEPT = 16
 #: A score below any.
 LOWEST = np.float32(-1e30)
-#: Chebyshev's interpolation of 2 to the x + 1/2 on [-1/2, 1/2], off by 2.5e-9 at most, constant term first.
-EXP2 = tuple(np.float32(term) for term in (1.41421356, 0.98025818, 0.33973159, 0.07849348, 0.01360199, 0.00189511, 0.00021866))
+EXP2 = tuple(np.float32(term) for term in tiles.EXP2)
 
 #: What a kernel is told; addresses, sizes and strides, these in values.
 RECORD = np.dtype(
@@ -67,12 +72,13 @@ RECORD = np.dtype(
         ("facts", np.int64),
         ("tables", np.int64),
         ("table_width", np.int64),
-        ("count_max", np.int64),
+        # Queries of a sequence and a KV head at most, filled up to what the kernel takes at a time.
+        ("each", np.int64),
         # Each part: its sequence, and its place in that.
         ("parts", np.int64),
         ("part_list", np.int64),
         ("part_tokens", np.int64),
-        # Sums of the parts of sequences that have several: [parts, heads, rows x shared, value dimension + 2].
+        # Sums of the parts of sequences that have several: [parts, heads, queries, value dimension + `KEPT`].
         ("partials", np.int64),
         ("partial_parts", np.int64),
         # Parts that are done: [sequences, heads].
@@ -90,7 +96,8 @@ class PagedWay:
         """Compile for the pool's dtype, which takes seconds, once a machine; `threads` may compute a layer together."""
         self._pool = pool
         self._threads = threads
-        _kernel(pool.slab.dtype)
+        for tiled in {False, _tiled(pool.slab, TILED_SHARED_MIN, pool.slab.head_dim)}:
+            _kernel(pool.slab.dtype, tiled)
 
     def plan(self, sequences: Sequence[DecodeSequence]) -> "PagedDecodes":
         """See `DecodeWay.plan`."""
@@ -138,14 +145,16 @@ class PagedDecodes:
         record["attended"] = attended.data_ptr()
         assert queries.stride(1) == 1, queries.stride()
         assert attended.is_contiguous(), attended.stride()
-        _kernel(slab.dtype).run(record, self._threads if self._bytes >= SHARED_BYTES_MIN else 1)
+        kernel = _kernel(slab.dtype, _tiled(slab, attended.shape[1] // slab.kv_heads, attended.shape[2]))
+        kernel.run(record, self._threads if self._bytes >= SHARED_BYTES_MIN else 1)
 
     def _describe(self, attended: Tensor, scale: float) -> NDArray[np.void]:
         """Return the record with all that is the same in every layer."""
         slab, facts, part_list = self._pool.slab, self._arrays["facts"], self._arrays["part_list"]
         rows, heads, value_dim = attended.shape
         shared = heads // slab.kv_heads
-        sums = self._partial_parts * heads * self._count_max * (value_dim + 2)
+        each = -(-self._count_max * shared // tiles.ROWS) * tiles.ROWS
+        sums = self._partial_parts * slab.kv_heads * each * (value_dim + KEPT)
         self._arrays["partials"] = np.empty(sums, dtype=np.float32)
         self._arrays["done"] = np.zeros((len(facts), slab.kv_heads), dtype=np.int64)
         record = np.zeros(1, dtype=RECORD)
@@ -161,7 +170,7 @@ class PagedDecodes:
             "rows": rows,
             "sequences": len(facts),
             "table_width": self._arrays["tables"].shape[1],
-            "count_max": self._count_max,
+            "each": each,
             "parts": len(part_list),
             "part_tokens": max(1, PART_TOKENS // slab.block_tokens) * slab.block_tokens,
             "partial_parts": self._partial_parts,
@@ -173,10 +182,16 @@ class PagedDecodes:
         return record
 
 
+def _tiled(slab: Slab, shared: int, value_dim: int) -> bool:
+    """Whether a pool's blocks are read by tiles."""
+    sizes = (slab.block_tokens, slab.head_dim, value_dim)
+    return slab.dtype == "bfloat16" and shared >= TILED_SHARED_MIN and tiles.fit(*sizes) and tiles.usable()
+
+
 @cache
-def _kernel(dtype: str) -> Kernel:
+def _kernel(dtype: str, tiled: bool) -> Kernel:
     """Return the kernel for a pool's dtype: compiled once, and kept beside this file or in the user's cache directory."""
-    compiled = _compile(_entry(np.float32 if dtype == "float32" else np.uint16, _sources()))
+    compiled = _compile(_entry(np.float32 if dtype == "float32" else np.uint16, True if tiled else None, _sources()))
     return Kernel(compiled.address, compiled)
 
 
@@ -190,19 +205,22 @@ def _compile(entry: Callable[[int], None]) -> Any:
 
 def _sources() -> int:
     """Return a number that changes with the other files that a kernel is made of."""
-    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (threads, vectors)))
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (threads, tiles, vectors)))
 
 
-def _entry(dtype: Any, sources: int) -> Callable[[int], None]:
-    """Return what is compiled. Numba's cache sees when this file changes; of others it sees what the function closes over."""
+def _entry(dtype: Any, tiled: bool | None, sources: int) -> Callable[[int], None]:
+    """Return what is compiled, with tiles unless `tiled` is None, which is a type of its own where functions are chosen by types.
+
+    Numba's cache sees when this file changes; of others it sees what the function closes over.
+    """
 
     def entry(address: int) -> None:
-        _work(address, dtype, sources)
+        _work(address, dtype, tiled, sources)
 
     return entry
 
 
-def _wide(value):
+def _wide(value: Any) -> Any:
     """Return a pool's value as float32; bfloat16 comes as uint16."""
 
 
@@ -236,7 +254,7 @@ def _to_bfloat16(value):
 
 
 @_compiled
-def _work(address, dtype, _sources):
+def _work(address, dtype, tiled, _sources):
     """Take pieces, a head in a part of a sequence each, until there are none."""
     known = carray(pointer(address), 1, RECORD)[0]  # pyright: ignore[reportCallIssue]
     pool = carray(pointer(known.pool), (known.blocks, known.slab_rows, known.block_tokens, known.head_dim), dtype)
@@ -246,28 +264,22 @@ def _work(address, dtype, _sources):
     tables = carray(pointer(known.tables), (known.sequences, known.table_width), np.int64)
     part_list = carray(pointer(known.part_list), (known.parts, 2), np.int64)
     done = carray(pointer(known.done), (known.sequences, known.heads), np.int64)
-    each = known.count_max * known.shared
-    partials = carray(pointer(known.partials), (known.partial_parts, known.heads, each, known.value_dim + 2), np.float32)
-    scaled = np.empty((each, known.head_dim), np.float32)
-    own = np.empty((each, known.value_dim + 2), np.float32)
-    scores = np.empty((known.shared, known.block_tokens), np.float32)
+    pitch = known.value_dim + KEPT
+    partials = carray(pointer(known.partials), (known.partial_parts, known.heads, known.each, pitch), np.float32)
+    own = _lines((1, known.each, pitch))[0]
+    scratch = _begun(tiled, known)
     while True:
         piece = take(address)
         if piece >= known.parts * known.heads:
-            return
+            break
         sequence, part = part_list[piece // known.heads]
         head = piece % known.heads
         row, count, start, parts, partial = facts[sequence]
-        for query in range(count * known.shared):
-            first = (head * known.shared + query % known.shared) * known.head_dim
-            for dim in range(known.head_dim):
-                scaled[query, dim] = _wide(queries[row + query // known.shared, first + dim]) * np.float32(known.scale)
         sums = own if parts == 1 else partials[partial + part, head]
         begin = part * known.part_tokens
         end = min(begin + known.part_tokens, start + count)
-        table = tables[sequence]
-        keys, values = known.key_row + head, known.value_row + head
-        _read(scaled, pool, table, keys, values, begin, end, start, count, known.shared, scores, sums)
+        of_head = queries[row : row + count, head * known.shared * known.head_dim :]
+        _read(tiled, known, of_head, pool, tables[sequence], head, begin, end, start, scratch, sums)
         if parts > 1:
             if take(done[sequence, head:].ctypes.data) < parts - 1:
                 continue
@@ -277,33 +289,147 @@ def _work(address, dtype, _sources):
             place = attended[row + query // known.shared, head * known.shared + query % known.shared]
             share = np.float32(1) / own[query, known.value_dim + 1]
             for dim in range(known.value_dim):
-                place[dim] = _narrow(own[query, dim] * share, place[dim])
+                place[dim] = _narrow(own[query, _summed(tiled, dim)] * share, place[dim])
+    _ended(tiled)
 
 
-@_compiled
-def _read(scaled, pool, table, key_row, value_row, begin, end, start, count, shared, scores, sums):
-    """Attend to the tokens from begin to end. Leaves of each query its values' sum, its highest score, its weights' sum."""
-    width = sums.shape[1] - 2
+def _begun(tiled, known):
+    """Return memory for pieces."""
+
+
+@overload(_begun)
+def _begun_of(tiled, known):
+    return _begun_vectors if isinstance(tiled, types.NoneType) else _begun_tiles
+
+
+def _read(tiled, known, queries, pool, table, head, begin, end, start, scratch, sums):
+    """Attend to the tokens from begin to end. Leaves of each query its values' sum, its highest score, its weights' sum.
+
+    `queries` has a row for each of the sequence's, whose first values are those of the query heads that share `head`.
+    """
+
+
+@overload(_read)
+def _read_of(tiled, known, queries, pool, table, head, begin, end, start, scratch, sums):
+    return _read_by_vectors if isinstance(tiled, types.NoneType) else _read_by_tiles
+
+
+def _summed(tiled, dim):
+    """Return where a dimension's sum is."""
+
+
+@overload(_summed)
+def _summed_of(tiled, dim):
+    return (lambda tiled, dim: dim) if isinstance(tiled, types.NoneType) else (lambda tiled, dim: place_of(dim))
+
+
+def _ended(tiled):
+    """Leave the thread as it was."""
+
+
+@overload(_ended)
+def _ended_of(tiled):
+    return (lambda tiled: None) if isinstance(tiled, types.NoneType) else (lambda tiled: tiles.end())
+
+
+def _begun_vectors(tiled, known):
+    scaled = np.empty((known.each, known.head_dim), np.float32)
+    return scaled, np.empty((known.shared, known.block_tokens), np.float32)
+
+
+def _read_by_vectors(tiled, known, queries, pool, table, head, begin, end, start, scratch, sums):
+    scaled, scores = scratch
+    shared, size, count = known.shared, known.block_tokens, len(queries)
     for query in range(count * shared):
-        sums[query, :width] = np.float32(0)
-        sums[query, width] = LOWEST
-        sums[query, width + 1] = np.float32(0)
-    size = pool.shape[2]
+        first = query % shared * known.head_dim
+        for dim in range(known.head_dim):
+            scaled[query, dim] = _wide(queries[query // shared, first + dim]) * np.float32(known.scale)
+    _clear(sums[: count * shared])
+    keys, values = known.key_row + head, known.value_row + head
     for first in range(begin, end, size):
         block = table[first // size]
         following = table[first // size + 1] if first + size < end else block
-        ahead = pool[following, key_row].ctypes.data, pool[following, value_row].ctypes.data
+        ahead = pool[following, keys].ctypes.data, pool[following, values].ctypes.data
         for row in range(count):
             tokens = min(first + size, start + row + 1) - first
             if tokens > 0:
                 part = slice(row * shared, row * shared + shared)
-                _read_block(scaled[part], pool[block, key_row], pool[block, value_row], tokens, scores, sums[part], ahead)
+                _read_block(scaled[part], pool[block, keys], pool[block, values], tokens, scores, sums[part], ahead)
+
+
+def _begun_tiles(tiled, known):
+    tiles.begin()
+    packed = _lines((known.each // tiles.ROWS * known.head_dim // tiles.DEPTH, tiles.ROWS, tiles.ROWS)).view(np.uint32)
+    states = _lines((known.each // tiles.ROWS, 3, tiles.ROWS))
+    weights = _lines((tiles.ROWS, tiles.TOKENS // 2, 1))
+    return packed, states, _lines((tiles.TOKENS, tiles.ROWS, 1)), weights, _lines((tiles.TOKENS // 2, known.value_dim, 1))
+
+
+def _read_by_tiles(tiled, known, queries, pool, table, head, begin, end, start, scratch, sums):
+    packed, states, scores, weights, paired = scratch
+    shared, dims, width, count = known.shared, known.head_dim, known.value_dim, len(queries)
+    depths, row_bytes = dims // tiles.DEPTH, 2 * dims
+    tile_count = (count * shared + tiles.ROWS - 1) // tiles.ROWS
+    packed[:] = 0
+    for query in range(count * shared):
+        first = query % shared * dims
+        pack_query(queries[query // shared, first : first + dims], query % tiles.ROWS, packed[query // tiles.ROWS * depths :])
+    sums[:, :width] = np.float32(0)
+    states[:, 0], states[:, 1] = LOWEST, np.float32(0)
+    keys, values = known.key_row + head, known.value_row + head
+    for first in range(begin, end, tiles.TOKENS):
+        key_place, value_place = _places(pool, table, keys, values, first)
+        if first + tiles.TOKENS < end:
+            next_keys, next_values = _places(pool, table, keys, values, first + tiles.TOKENS)
+            fetch(next_keys, tiles.TOKENS * row_bytes)
+            fetch(next_values, tiles.TOKENS * row_bytes)
+        tiles.pair_values(value_place, row_bytes, width, paired.ctypes.data)
+        for tile in range(tile_count):
+            lowest = tile * tiles.ROWS
+            several = min(count * shared - lowest, tiles.ROWS)
+            tiles.score(key_place, row_bytes, depths, packed[tile * depths :].ctypes.data, scores.ctypes.data)
+            if first + tiles.TOKENS > start + 1:
+                for query in range(several):
+                    for token in range(max(0, start + (lowest + query) // shared + 1 - first), tiles.TOKENS):
+                        scores[token, query] = -np.inf
+            tiles.weigh(scores.ctypes.data, np.float32(known.scale), states[tile].ctypes.data, weights.ctypes.data)
+            for query in range(several):
+                if states[tile, 2, query] != np.float32(1):
+                    for dim in range(width):
+                        sums[lowest + query, dim] *= states[tile, 2, query]
+            tiles.add_weighted(weights.ctypes.data, paired.ctypes.data, width, sums[lowest:].ctypes.data, sums.strides[0])
+    for query in range(count * shared):
+        sums[query, width : width + 2] = states[query // tiles.ROWS, :2, query % tiles.ROWS]
+
+
+@_compiled
+def _places(pool, table, keys, values, token):
+    """Return where keys and values of a token are."""
+    block, place = table[token // pool.shape[2]], token % pool.shape[2]
+    return pool[block, keys, place:].ctypes.data, pool[block, values, place:].ctypes.data
+
+
+@_compiled
+def _lines(shape):
+    """Return memory that begins with a line."""
+    memory = np.empty(shape[0] * shape[1] * shape[2] + LINE_BYTES // FLOAT_BYTES, np.float32)
+    first = -memory.ctypes.data % LINE_BYTES // FLOAT_BYTES
+    return memory[first:][: shape[0] * shape[1] * shape[2]].reshape(shape)
+
+
+@_compiled
+def _clear(sums):
+    width = sums.shape[1] - KEPT
+    for query in range(len(sums)):
+        sums[query, :width] = np.float32(0)
+        sums[query, width] = LOWEST
+        sums[query, width + 1] = np.float32(0)
 
 
 @_compiled
 def _read_block(queries, keys, values, tokens, scores, sums, ahead):
     """Attend one row's queries to the first tokens of a block; `ahead` is where the next one's keys and values are."""
-    width = sums.shape[1] - 2
+    width = sums.shape[1] - KEPT
     if len(keys) % TOKENS == 0 and queries.shape[1] % LANES == 0 and width % LANES == 0:
         _read_block_by_vectors(queries, keys, values, tokens, scores, sums, ahead)
         return
@@ -322,7 +448,7 @@ def _read_block(queries, keys, values, tokens, scores, sums, ahead):
 @_compiled
 def _read_block_by_vectors(queries, keys, values, tokens, scores, sums, ahead):
     """Do the same four tokens at a time, by addresses; of keys those behind the last one are read, and go nowhere."""
-    count, dims, width = len(queries), queries.shape[1], sums.shape[1] - 2
+    count, dims, width = len(queries), queries.shape[1], sums.shape[1] - KEPT
     stride, pitch, row = keys.shape[1], scores.shape[1], sums.shape[1]
     query_place, key_place, score_place = queries.ctypes.data, keys.ctypes.data, scores.ctypes.data
     step = TOKENS * keys.strides[0]
@@ -389,13 +515,13 @@ def _highest(scores, highest):
 @_compiled
 def _merge(parts, queries, merged):
     """Add up a sequence's parts, in their order."""
-    width = merged.shape[1] - 2
+    width = merged.shape[1] - KEPT
     for query in range(queries):
         highest = LOWEST
         for part in range(len(parts)):
             score = parts[part, query, width]
             highest = highest if score <= highest else score
-        merged[query, :] = np.float32(0)
+        merged[query, : width + 2] = np.float32(0)
         for part in range(len(parts)):
             sums = parts[part, query]
             share = _exp2(sums[width] - highest)

@@ -11,6 +11,7 @@ import mmap
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.core.commands import Slice
@@ -21,7 +22,7 @@ from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
 from orchestrator.profiles.fields import COUNT_MAX, read_fields
 from orchestrator.profiles.model_config import model_fields, read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
-from workers.engines.base import EngineDescription, SliceOutput, TokenLogprobs
+from workers.engines.base import EngineDescription, PromptScores, SliceOutput, TokenLogprobs
 from workers.engines.stored import StoredForm
 
 #: Bytes of a block: enough to tell any two apart. A block repeats its name, so that a part of it names it as well.
@@ -38,14 +39,17 @@ _NOTHING = SliceOutput()
 class _Turn:
     """One request: what its tokens are made from."""
 
-    __slots__ = ("covered", "digest", "ending", "logprobs", "prefix", "prompt", "table")
+    __slots__ = ("covered", "digest", "ending", "logprobs", "prefix", "prompt", "scored", "table", "tops")
 
-    def __init__(self, prompt: bytes, ending: frozenset[int], logprobs: int | None) -> None:
+    def __init__(self, prompt: bytes, ending: frozenset[int], logprobs: int | None, tops: int | None) -> None:
         self.prompt = prompt
         #: Names the whole prompt.
         self.digest = zlib.crc32(prompt)
         self.ending = ending
         self.logprobs = logprobs
+        #: Tokens of the prompt whose log probabilities need not be told any more, and how many likely ones go with each.
+        self.scored = len(prompt) // 4 if tops is None else 1
+        self.tops = tops or 0
         self.table: list[BlockId] = []
         #: CRC of the prompt's first `covered` tokens.
         self.prefix = 0
@@ -119,7 +123,8 @@ class ProfiledEngine:
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         ending = frozenset(sampling.stop_token_ids) - self._special
-        self._turns[request] = _Turn(tokens[: len(tokens) - generated].tobytes(), ending, sampling.logprobs)
+        prompt = tokens[: len(tokens) - generated].tobytes()
+        self._turns[request] = _Turn(prompt, ending, sampling.logprobs, None if generated else sampling.prompt_logprobs)
 
     def forget(self, request: RequestId) -> None:
         self._turns.pop(request, None)
@@ -137,6 +142,10 @@ class ProfiledEngine:
             end = piece.start + piece.count
             if piece.count > 1 or end % size == 0:
                 self._fill(turn, piece.start, end)
+            if turn.scored * 4 < len(turn.prompt) and (scores := self._scores(turn, piece.start, end)) is not None:
+                output = self._special_output(turn, allowed[_hash(turn.digest, end) % choices]) if piece.sample else _NOTHING
+                results.append(replace(output, scores=scores))
+                continue
             if not piece.sample:
                 results.append(_NOTHING)
                 continue
@@ -208,11 +217,28 @@ class ProfiledEngine:
     def _special_output(self, turn: _Turn, token: int) -> SliceOutput:
         logprobs: tuple[TokenLogprobs, ...] = ()
         if turn.logprobs is not None:
-            # Certain of its token; the others are there to fill the list.
-            others = [other for other in self._allowed[: turn.logprobs + 1] if other != token]
-            ranked = ((token, 0.0), *((other, -100.0) for other in others))
-            logprobs = (TokenLogprobs(0.0, ranked[: turn.logprobs]),)
+            logprobs = (TokenLogprobs(0.0, self._ranked(token, turn.logprobs)),)
         return SliceOutput((token,), logprobs, token in turn.ending)
+
+    def _scores(self, turn: _Turn, start: int, end: int) -> PromptScores | None:
+        """Return the log probabilities of the prompt's tokens that follow the tokens [start, end): it is certain of them."""
+        first, last = max(start + 1, turn.scored), min(end + 1, len(turn.prompt) // 4)
+        if first >= last:
+            return None
+        turn.scored = last
+        ranked = [self._ranked(token, turn.tops) for token in memoryview(turn.prompt).cast("I")[first:last]]
+        return PromptScores(
+            first,
+            array("f", bytes(4 * len(ranked))),
+            array("I", [1] * len(ranked)),
+            array("I", [token for top in ranked for token, _ in top]),
+            array("f", [logprob for top in ranked for _, logprob in top]),
+        )
+
+    def _ranked(self, token: int, most: int) -> tuple[tuple[int, float], ...]:
+        """Return a token that is certain, with others to fill the list."""
+        others = [other for other in self._allowed[: most + 1] if other != token]
+        return ((token, 0.0), *((other, -100.0) for other in others))[:most]
 
     def _fill(self, turn: _Turn, start: int, end: int) -> None:
         """Write the blocks that tokens [start, end) touch: each names everything up to its last token."""

@@ -7,6 +7,7 @@ in its batch, and when it is computed again.
 """
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.core.types import Sampling
-from workers.engines.base import SliceOutput, TokenLogprobs
+from workers.engines.base import PromptScores, SliceOutput, TokenLogprobs
 from workers.engines.grammars import Masks
 from workers.engines.sequences import TokenSequence
 
 #: Most likely tokens that truncation looks at before it sorts the whole vocabulary.
 RANKED_TOKENS = 1024
+#: Rows of a prompt whose log probabilities are made at once: each takes some copies of its logits.
+SCORED_ROWS = 128
 _MASK = (1 << 64) - 1
 
 
@@ -234,6 +237,24 @@ def uniform(seed: int, position: int) -> float:
     for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         state = ((state ^ state >> 30) * multiplier) & _MASK
     return ((state ^ state >> 31) >> 11) * 2.0**-53
+
+
+def score(logits: Tensor, sequence: TokenSequence, first: int) -> PromptScores:
+    """Return the log probabilities of tokens of a prompt from `first` on, from the logits [tokens, vocabulary] before each."""
+    most = min(sequence.sampling.prompt_logprobs or 0, logits.shape[1])
+    logprobs, ranks, top_tokens, top_logprobs = array("f"), array("I"), array("I"), array("f")
+    for rows in logits.split(SCORED_ROWS):
+        start = first + len(logprobs)
+        tokens = torch.tensor(sequence.tokens[start : start + len(rows)].tolist(), device=rows.device)
+        chances = rows.float().log_softmax(-1)
+        chosen = chances.gather(1, tokens[:, None])
+        values, ids = chances.topk(most, dim=-1)
+        logprobs.extend(chosen[:, 0].tolist())
+        ranks.extend((chances >= chosen).sum(-1).tolist())
+        top_tokens.extend(ids.flatten().tolist())
+        top_logprobs.extend(values.flatten().tolist())
+    sequence.scored = first + len(logprobs)
+    return PromptScores(first, logprobs, ranks, top_tokens, top_logprobs)
 
 
 def _logprobs(raw: Tensor, tokens: list[int], sequences: Sequence[TokenSequence]) -> list[tuple[TokenLogprobs, ...]]:

@@ -17,8 +17,8 @@ class TokenSequence:
     """One request in an engine."""
 
     __slots__ = (
-        "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "seed", "seen",
-        "table", "tokens", "walk",
+        "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "scored", "seed",
+        "seen", "table", "tokens", "walk",
     )  # fmt: skip
 
     def __init__(
@@ -34,6 +34,8 @@ class TokenSequence:
         #: Through its grammar, if it has one.
         self.walk = walk
         self.sampling = sampling
+        #: Tokens of the prompt that need no log probabilities any more: all, where none are wanted.
+        self.scored = 1 if sampling.prompt_logprobs is not None and not generated else self.prompt_tokens
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
         self.ending = frozenset(sampling.stop_token_ids)

@@ -723,7 +723,7 @@ class Cluster:
             reason = FinishReason.STOP if event.stopped else FinishReason.LENGTH
             self._complete(flight, _as_first(Ended(request.id, reason, tokens, 0), flight))
             return
-        flight.given = replace(request, prompt_tokens=request.prompt_tokens + tokens, hashes=event.hashes)
+        flight.given = replace(request, prompt_tokens=request.prompt_tokens + tokens, hashes=event.hashes, scored=False)
         self._start_or_wait(flight)
 
     def _abort(self, flight: Flight, status: int, code: str, message: str) -> None:
@@ -953,6 +953,7 @@ def _part(
         tenant=request.tenant,
         share=share,
         generated_tokens=given.prompt_tokens - request.prompt_tokens,
+        scored=given.scored,
     )
 
 

@@ -12,6 +12,7 @@ from orchestrator.core.cluster.kvindex import KvIndex, Matches, PredictedKv
 from orchestrator.core.cluster.segments import SegmentIndex
 from orchestrator.core.cluster.stores import StoreView, holder
 from orchestrator.core.types import (
+    BlockHash,
     KvBatch,
     NodeId,
     NodeSpec,
@@ -207,27 +208,29 @@ class ModelPools:
         if excluded:
             generators = [candidate for candidate in generators if candidate.spec.id not in excluded] or generators
             prefillers = [candidate for candidate in prefillers if candidate.spec.id not in excluded]
-        found = self.index.find(request.hashes)
+        # Nobody has anything for a request whose whole prompt is to be computed.
+        hashes = () if request.scored else request.hashes
+        found = self.index.find(hashes)
         present = found.by_column(self.index.columns)
         matches, cmx_blocks = found, 0
         if self._stores:
-            matches, cmx_blocks = self._stored(request, found, present)
+            matches, cmx_blocks = self._stored(hashes, found, present)
         for node in self._stale:
             column = self._candidates[node].column
             present[column] = int(present[column] * STALE_CREDIT)
         for node in self.predicted.nodes:
             column = self._candidates[node].column
-            present[column] = self.predicted.extend(node, request.hashes, present[column])
+            present[column] = self.predicted.extend(node, hashes, present[column])
         stores = bool(self._stores)
         return Options(generators, prefillers, self._peers, present, matches, sticky, prefillers_full, stores, cmx_blocks)
 
-    def _stored(self, request: Request, found: Matches, present: list[int]) -> tuple[Matches, int]:
+    def _stored(self, hashes: Sequence[BlockHash], found: Matches, present: list[int]) -> tuple[Matches, int]:
         """Return what nodes have of a prompt, and how many of its blocks are in the storage that the stores share."""
         for view in self._stores.values():
             if self.index.trust(view.holder) is Trust.STALE:
                 present[view.column] = int(present[view.column] * STALE_CREDIT)
         segment_blocks = min(view.model.segment_blocks for view in self._stores.values())
-        return found.within(~self._store_columns), self.segments.blocks(request.hashes, segment_blocks)
+        return found.within(~self._store_columns), self.segments.blocks(hashes, segment_blocks)
 
     def validate(self) -> None:
         """Raise `AssertionError` unless all parts agree on which nodes there are."""

@@ -36,6 +36,7 @@ class ReprefillReason(StrEnum):
         "not_stored"  # computed before on the same nodes, which did not keep them, or lost them long ago or with a restart
     )
     MOVED = "moved"  # computed before, on other nodes
+    SCORED = "scored"  # computed before, and again because the prompt's log probabilities were wanted
 
 
 class Session:
@@ -193,10 +194,11 @@ class Sessions:
         last = min(before.blocks * block_tokens, end)
         repeated = min(before.repeated_blocks(request.hashes) * block_tokens, last)
         lost_tokens = max(0, repeated - start)
-        evicted_tokens = min(lost_tokens, regretted_tokens) if stayed else 0
+        evicted_tokens = min(lost_tokens, regretted_tokens) if stayed and not request.scored else 0
         self._reprefilled[ReprefillReason.NEW] += end - max(start, last)
         self._reprefilled[ReprefillReason.REWRITTEN] += max(0, last - max(start, repeated))
         self._reprefilled[ReprefillReason.EVICTED] += evicted_tokens
-        self._reprefilled[ReprefillReason.NOT_STORED if stayed else ReprefillReason.MOVED] += lost_tokens - evicted_tokens
+        unkept = ReprefillReason.NOT_STORED if stayed else ReprefillReason.MOVED
+        self._reprefilled[ReprefillReason.SCORED if request.scored else unkept] += lost_tokens - evicted_tokens
         if session is not None:
             session.marks = Marks.of(request.hashes)

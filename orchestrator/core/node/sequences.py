@@ -159,8 +159,14 @@ class Sequence:
 
     @property
     def hit_blocks_max(self) -> int:
-        """Blocks that may come from the cache: a sequence that samples computes at least one token."""
-        return (self.target if self.assignment.role is Role.PREFILL else self.target - 1) // self.block_tokens
+        """Blocks that may come from the cache: a sequence that samples computes at least one token.
+
+        Of a prompt that is scored only what this sequence has computed itself, before it was preempted.
+        """
+        most = (self.target if self.assignment.role is Role.PREFILL else self.target - 1) // self.block_tokens
+        if self.assignment.scored and self.present_tokens < self.assignment.prompt_tokens:
+            return min(most, self.present_tokens // self.block_tokens)
+        return most
 
     @property
     def computed_tokens(self) -> int:

@@ -32,7 +32,7 @@ from orchestrator.live.http.responses.dialect import PATH as RESPONSES
 from orchestrator.live.http.responses.dialect import Responses
 from orchestrator.live.http.responses.retrieval import Retrieval
 from orchestrator.live.http.responses.stored import StoredResponses
-from orchestrator.live.http.retention import PARENT_HEADERS, is_final
+from orchestrator.live.http.retention import is_final, parent_of
 from orchestrator.live.http.routes import ASKED, MODELS, PROBED, Calls, make_routes
 from orchestrator.live.http.sending import send_events, send_whole
 from orchestrator.live.http.server import HttpServer
@@ -282,7 +282,7 @@ class Gateway:
 
     def _parent_of(self, exchange: Exchange) -> SessionId | None:
         """Return the session that a request's session forked from, if a header says so."""
-        named = next((value for name in PARENT_HEADERS if (value := exchange.headers.get(name))), None)
+        named = parent_of(exchange.headers)
         return self._intake.session_named(named.decode("latin-1")) if named is not None else None
 
     def _check_draining(self, exchange: Exchange) -> None:

@@ -182,11 +182,19 @@ def _request(exchange: Exchange, body: bytes, host: str) -> bytes:
     return b"POST %s HTTP/1.1\r\n" % exchange.path.encode() + b"".join(lines) + b"\r\n" + body
 
 
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """Return what comes next; nothing once the peer has closed the connection, or is gone without having done so."""
+    try:
+        return await reader.read(_READ_BYTES)
+    except OSError:
+        return b""
+
+
 async def _relay(reader: asyncio.StreamReader, exchange: Exchange, peer: str) -> None:
     reply = _Reply()
     parser = cast(_Parser, cast(Any, httptools).HttpResponseParser(reply))
     while not reply.complete:
-        data = await reader.read(_READ_BYTES)
+        data = await _read(reader)
         if not data and not reply.headed:
             raise PeerUnreachable(f"{peer}: closed before its answer")
         if not data:

@@ -12,6 +12,8 @@ _TTL = re.compile(r"([0-9]{1,9})(s|m|h)", re.ASCII)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 #: Headers that name the session which one forked from, and that say that a request is a session's last.
 PARENT_HEADERS = (b"x-dynamo-parent-session-id", b"x-claude-code-parent-agent-id", b"x-parent-session-id")
+#: Claude Code's agents name themselves and the session that they work for, which the first of them have no other parent than.
+_AGENT_HEADER, _MAIN_HEADER = b"x-claude-code-agent-id", b"x-claude-code-session-id"
 FINAL_HEADERS = (b"x-dynamo-session-final",)
 
 
@@ -39,6 +41,12 @@ def marked_s(marker: Any) -> float:
     ttl = fields.get("ttl")
     found = _TTL.fullmatch(ttl) if isinstance(ttl, str) else None
     return float(found[1]) * _UNITS[found[2]] if found is not None else EPHEMERAL_S
+
+
+def parent_of(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """Return what names the session that a request's session forked from, if anything does."""
+    named = next((value for name in PARENT_HEADERS if (value := headers.get(name))), None)
+    return headers.get(_MAIN_HEADER) if named is None and _AGENT_HEADER in headers else named
 
 
 def is_final(headers: Mapping[bytes, bytes]) -> bool:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 from orchestrator.live.asked import Conversation
-from orchestrator.live.text.templates import decoded_arguments
+from orchestrator.live.text.templates import Arguments, decoded_arguments
 
 #: Claude Code's first system line differs from request to request; kept, it would end every shared prefix there.
 _BILLING_HEADER = "x-anthropic-billing-header"
 _REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+#: Between messages of the system's that become one.
+_BETWEEN = "\n\n"
 #: Moves on with the conversation.
 _CACHE_MARKER = "cache_control"
 
@@ -54,16 +56,23 @@ def without_billing(text: str) -> str:
 
 
 def without_late_systems(conversation: Conversation) -> Conversation:
-    """Return a conversation in which what the system says later than at its start stands in messages of the user's.
+    """Return a conversation that opens with one message of the system's at most; later ones stand in messages of the user's.
 
-    For templates that would refuse it, or leave it out. It is told from what users say by tags that models know from harnesses.
+    For templates that would refuse them, or leave them out. What the system says later is told from what users say by tags that
+    models know from harnesses.
     """
     messages: list[dict[str, Any]] = []
     #: Of each former message: which one it is now, and where its content begins there.
     now: list[tuple[int, int]] = []
-    late_before = False
-    for place, message in enumerate(conversation.messages):
-        late, start = place > 0 and message["role"] == "system", 0
+    opens, late_before = True, False
+    for message in conversation.messages:
+        opens = opens and message["role"] == "system"
+        if opens and messages:
+            start = len(messages[0]["content"]) + len(_BETWEEN)
+            now.append((0, start))
+            messages[0]["content"] += _BETWEEN + message["content"]
+            continue
+        late, start = not opens and message["role"] == "system", 0
         shown = {**message, "role": "user", "content": _REMINDER.format(message["content"])} if late else dict(message)
         if messages and (late or late_before) and messages[-1]["role"] == shown["role"] == "user":
             start = len(messages[-1]["content"]) + 1
@@ -80,9 +89,7 @@ def without_late_systems(conversation: Conversation) -> Conversation:
 
 def shown_call(name: str, arguments: str | Mapping[str, Any] | None, call_id: str | None, kind: str) -> dict[str, Any]:
     """Return a call of an earlier turn as templates read it; arguments may be JSON text, or whatever a model wrote instead."""
-    decoded: Any = arguments or {}
-    if isinstance(decoded, str):
-        decoded = decoded_arguments(decoded)
+    decoded = decoded_arguments(arguments) if isinstance(arguments, str) and arguments else Arguments(arguments or {})
     return {"id": call_id, "type": kind, "function": {"name": name, "arguments": decoded}}
 
 

@@ -61,6 +61,11 @@ class CallFinder:
         #: Some of a line has come out.
         self._begun = False
 
+    @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
+        return self._reader is not None and self._reader.calling
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now."""
         self._kept += text
@@ -75,7 +80,7 @@ class CallFinder:
         if self._reader is not None:
             parts += self._reader.finish(cut)
             if not self._reader.told:
-                return [*parts, *_content(self._space + self._shown_tag + "".join(self._raw))]
+                return [*parts, *_content(self._shown(self._space + self._tag + "".join(self._raw)))]
             self._kept, self._called = self._reader.rest, True
         self._drop_closes()
         kept, self._kept = self._kept, ""
@@ -136,9 +141,10 @@ class CallFinder:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    @property
-    def _shown_tag(self) -> str:
-        return "" if self._tag in self._silent else self._tag
+    def _shown(self, text: str) -> str:
+        for tag in self._silent:
+            text = text.replace(tag, "")
+        return text
 
     def _go_on(self, parts: list[AnswerPart]) -> bool:
         """Let the reader read on; True if it is over."""
@@ -168,7 +174,7 @@ class CallFinder:
         if read <= _AGAIN_MAX:
             read = 0 if self._tag else 1
         self._kept = raw[read:]
-        self._say(self._space + self._shown_tag + raw[:read], parts)
+        self._say(self._shown(self._space + self._tag + raw[:read]), parts)
 
 
 def _content(text: str) -> list[AnswerPart]:

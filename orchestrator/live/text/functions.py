@@ -80,6 +80,10 @@ class FunctionsReader:
         self.over = False
         self.rest: str = ""
 
+    @property
+    def calling(self) -> bool:
+        return self._at is not _At.FUNCTION
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now of the calls."""
         self._kept += text

@@ -8,15 +8,16 @@ to a stop string.
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from orchestrator.core.types import FinishReason
+from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.detokenise import Detokeniser
 from orchestrator.live.text.reasoning import Reasoning, ThinkParser
 from orchestrator.live.text.stops import StopStrings
 from orchestrator.live.text.tools import AnswerPart, ToolCall, ToolParser
-from orchestrator.live.turns import Delta, TokenLogprob
+from orchestrator.live.turns import Delta, PromptScores, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class PromptTold:
     """What a generation goes on from; comes first, where tokens are to be told."""
 
     tokens: tuple[int, ...]
+    #: Log probabilities of them, if they were asked for.
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Taken:
 
 Piece = Scored | AnswerPart | Reasoning | PromptTold | Taken
 
-AnswerParser = ToolParser | ThinkParser
+AnswerParser = ToolParser | ThinkParser | ChannelParser
 
 
 class AnswerEnd(StrEnum):
@@ -83,11 +86,13 @@ class Generation:
         includes_ends: what ends the answer is part of it.
         tokens_min: strings that end in the first so many tokens do not end the answer.
         told: the prompt, if tokens are to be told (uint32, packed).
+        silent: there is no answer, whatever tokens come.
     """
 
     __slots__ = (
-        "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_stops", "_tells", "_text_chars", "_tokens_min",
-        "_untold", "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
+        "_cut_off", "_detokeniser", "_ends", "_out_chars", "_parser", "_scored", "_scores", "_silent", "_stops", "_tells",
+        "_text_chars", "_tokens_min", "_untold",
+        "cached_tokens", "finish_reason", "reasoning_tokens", "stopped", "tokens", "tool",
     )  # fmt: skip
 
     def __init__(
@@ -100,11 +105,13 @@ class Generation:
         includes_ends: bool = False,
         tokens_min: int = 0,
         told: bytes | None = None,
+        silent: bool = False,
     ) -> None:
         self._detokeniser = detokeniser
         self._stops = StopStrings(stops, includes_ends) if stops else None
         self._tokens_min = tokens_min
         self._tells = told is not None
+        self._silent = silent
         #: The prompt, until it is told.
         self._untold = told
         #: Tokens that are no part of it.
@@ -114,6 +121,8 @@ class Generation:
         #: Tokens whose text is not out yet, each after the number of characters up to its end.
         self._scores: deque[tuple[int, ScoredToken]] = deque()
         self._text_chars = 0
+        #: It ended within the arguments of a call, and not by the model's will.
+        self._cut_off = False
         self._out_chars = 0
         #: Tokens generated, the ending one included.
         self.tokens = 0
@@ -143,6 +152,9 @@ class Generation:
     def take(self, delta: Delta) -> list[Piece]:
         """Return what is ready after some more tokens; `finish_reason` is set once there will be no more."""
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        if self._silent:
+            finish = delta.finish and FinishReason.LENGTH
+            delta = replace(delta, tokens=[], logprobs=[], finish=finish)
         before = self.tokens
         if self._stops is None and self._parser is None and not self._scored:
             pieces = self._take_plain(delta.tokens)
@@ -155,17 +167,17 @@ class Generation:
             self.finish_reason = _ENDS.get(delta.finish, AnswerEnd.STOP)
         if self.stopped:
             self.finish_reason = AnswerEnd.STOP
-        if self.tool and self.finish_reason is AnswerEnd.STOP:
+        if self.tool and not self._cut_off and self.finish_reason is AnswerEnd.STOP:
             self.finish_reason = AnswerEnd.TOOL_CALLS
         if self._tells:
-            return [*self._told(delta.tokens[: self.tokens - before]), *pieces]
+            return [*self._told(delta.tokens[: self.tokens - before], delta.prompt_scores), *pieces]
         return pieces
 
-    def _told(self, tokens: Sequence[int]) -> list[Piece]:
+    def _told(self, tokens: Sequence[int], scores: PromptScores | None) -> list[Piece]:
         """Return what tells of new tokens, and of the prompt before the first."""
         told: list[Piece] = [Taken(tuple(tokens), self.cached_tokens)] if tokens else []
         if self._untold is not None:
-            told.insert(0, PromptTold(tuple(memoryview(self._untold).cast("I"))))
+            told.insert(0, PromptTold(tuple(memoryview(self._untold).cast("I")), scores))
             self._untold = None
         return told
 
@@ -197,7 +209,7 @@ class Generation:
 
     @property
     def _thinking(self) -> bool:
-        return isinstance(self._parser, ThinkParser) and self._parser.thinking
+        return isinstance(self._parser, ThinkParser | ChannelParser) and self._parser.thinking
 
     def _flush(self, cut: bool) -> list[Piece]:
         """Return what was kept back when the tokens ended; `cut`: not because the model ended them."""
@@ -216,7 +228,10 @@ class Generation:
         return self._dressed(parts, scores)
 
     def _end_parser(self, cut: bool) -> list[Piece]:
-        return self._dressed([*self._parser.finish(cut)], ()) if self._parser is not None else []
+        if self._parser is None:
+            return []
+        self._cut_off = cut and self._parser.calling
+        return self._dressed([*self._parser.finish(cut)], ())
 
     def _dressed(self, parts: list[AnswerPart | Reasoning], scores: tuple[ScoredToken, ...]) -> list[Piece]:
         if not self.tool:

@@ -16,7 +16,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from orchestrator.live.asked import Constraint, ConstraintKind
-from orchestrator.live.text.reasoning import ReasoningStyle
+from orchestrator.live.text.reasoning import CHANNEL_END, CHANNEL_MARKS, ReasoningStyle
 
 #: Characters of what a client wrote of a grammar.
 CHARS_MAX = 1 << 17
@@ -174,6 +174,8 @@ class Thoughts:
     marks: Sequence[str] = ()
     #: The prompt has opened them.
     opened: bool = False
+    #: The answer has channels, one for thoughts and one for what is said: how gpt-oss writes both.
+    in_channels: bool = False
 
     @staticmethod
     def after(prompt: str, style: ReasoningStyle, opened: bool, known: bool) -> "Thoughts":
@@ -185,8 +187,8 @@ class Thoughts:
             opened: whether the answer begins with thoughts.
             known: whether the first tag is a token of the model's: others have not learnt to think so.
         """
-        if not style.marks:
-            return Thoughts()
+        if not style.marks or style is ReasoningStyle.HARMONY:
+            return Thoughts(in_channels=style is ReasoningStyle.HARMONY)
         closed = prompt.rstrip().endswith(style.marks[1])
         return Thoughts(style.marks, opened) if opened or (known and not closed) else Thoughts()
 
@@ -204,6 +206,12 @@ def whole(
         thoughts: what it begins with.
         marks: numbers of the marks that are no text.
     """
+    if thoughts.in_channels:
+        start, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
+        spoken = f'({channel} "analysis" {message} thought {start} "assistant")? {channel} "final" {message} {rule}'
+        return Grammar(
+            "\n".join((f"start: {spoken}", up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought"), *rules)), parts, field
+        )
     if not thoughts.marks:
         return Grammar("\n".join((f"start: {rule}", *rules)), parts, field)
     first, last = thoughts.marks

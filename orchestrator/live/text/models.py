@@ -84,7 +84,7 @@ class ModelText:
         template = load_template(folder, named)
         parsers = parsers or ModelConfig()
         style = style_of(parsers.tool_parser, template.sources.get("tool_use") or template.sources.get("default", ""))
-        reasoning = reasoning_style_of(parsers.reasoning_parser)
+        reasoning = reasoning_style_of(parsers.reasoning_parser, "".join(template.sources.values()))
         size = max(config.count("vocab_size", 1), tokenizer.get_vocab_size())
         eos = end_tokens(config, size)
         return ModelText(

@@ -114,6 +114,10 @@ class ObjectsReader:
         self.over = False
         self.rest: str = ""
 
+    @property
+    def calling(self) -> bool:
+        return self._at is _At.ARGUMENTS
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now of its calls."""
         self._kept += text
@@ -269,17 +273,20 @@ class NamedReader:
         make_id: returns an id for a call that has none.
     """
 
-    __slots__ = ("_ends", "_head", "_kept", "_make_id", "_value", "over", "rest", "told")
+    __slots__ = ("_head", "_kept", "_make_id", "_value", "over", "rest", "told")
 
     def __init__(self, head: re.Pattern[str], ends: Sequence[str], make_id: Callable[[], str]) -> None:
         self._head = head
-        self._ends = ends
         self._make_id = make_id
         self._kept: str = ""
         self._value = ValueReader(ends)
         self.told = False
         self.over = False
         self.rest: str = ""
+
+    @property
+    def calling(self) -> bool:
+        return self.told and not self.over
 
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now of the call."""
@@ -291,7 +298,7 @@ class NamedReader:
             self.told = True
             groups = head.groupdict()
             return [ToolCall(groups.get("id") or self._make_id(), groups["name"], ""), *self._read(self._kept[head.end() :])]
-        if len(self._kept) >= HEAD_CHARS_MAX or any(end in self._kept for end in self._ends):
+        if len(self._kept) >= HEAD_CHARS_MAX:
             self.over, self.rest = True, self._kept
         return []
 

@@ -1,30 +1,42 @@
 """Tells what a model thinks from what it answers, while the text still comes in.
 
     think    <think> thoughts </think> answer       Qwen3, DeepSeek-R1 and most others; some prompts end with the first tag
+    harmony  <|channel|>analysis<|message|> thoughts <|end|> ...    gpt-oss; see `channels.py`
 
-Only an answer's beginning is looked at: a tag further on is text. White space next to the tags belongs to them.
+Of tags only those at an answer's beginning count: one further on is text. White space next to the tags belongs to them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orchestrator.core.config import REASONING_PARSERS
 from orchestrator.live.text.stops import partial_match
 from orchestrator.live.text.tools import AnswerPart, ToolParser
 
 _OPEN, _CLOSE = "<think>", "</think>"
+#: Of the Harmony format: what begins a message and tells what it is, what ends it.
+CHANNEL, CHANNEL_END = "<|channel|>", "<|end|>"
+CHANNEL_MARKS = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", CHANNEL_END, "<|call|>", "<|return|>")
 
 
 class ReasoningStyle(StrEnum):
     """How a model marks its thoughts."""
 
     THINK = "think"
+    HARMONY = "harmony"
     NONE = "none"
 
     @property
     def marks(self) -> tuple[str, ...]:
         """Special tokens the parser must see."""
-        return (_OPEN, _CLOSE) if self is ReasoningStyle.THINK else ()
+        match self:
+            case ReasoningStyle.THINK:
+                return (_OPEN, _CLOSE)
+            case ReasoningStyle.HARMONY:
+                return CHANNEL_MARKS
+            case ReasoningStyle.NONE:
+                return ()
 
     def opened_by(self, prompt: str, continued: str | None = None) -> bool:
         """Tell whether an answer begins with thoughts.
@@ -33,7 +45,7 @@ class ReasoningStyle(StrEnum):
             prompt: what it follows: opened by the tag it ends in, which is the template's; those of clients stand further ahead.
             continued: the message that it continues, if it continues one: opened by a tag in it that is not closed.
         """
-        if self is ReasoningStyle.NONE:
+        if self is not ReasoningStyle.THINK:
             return False
         if continued is not None:
             return continued.rfind(_OPEN) > continued.rfind(_CLOSE)
@@ -47,12 +59,16 @@ class Reasoning:
     text: str
 
 
-def reasoning_style_of(reasoning_parser: str) -> ReasoningStyle:
+def reasoning_style_of(reasoning_parser: str, template: str) -> ReasoningStyle:
     """Return the style a cluster file names.
 
-    `auto` is `think`: an answer that begins with the tag has begun its thoughts, whether or not the chat template knows of them.
+    `auto` is `harmony` where the chat template has channels, else `think`: an answer that begins with the tag has begun its
+    thoughts, whether or not the template knows of them.
     """
-    return ReasoningStyle.THINK if reasoning_parser == "auto" else ReasoningStyle(reasoning_parser)
+    named = REASONING_PARSERS[reasoning_parser]
+    if named != "auto":
+        return ReasoningStyle(named)
+    return ReasoningStyle.HARMONY if CHANNEL in template else ReasoningStyle.THINK
 
 
 class ThinkParser:
@@ -85,6 +101,11 @@ class ThinkParser:
     def idle(self) -> bool:
         """All that follows is the answer, word for word."""
         return self._phase is _Phase.ANSWER and self._tools is None
+
+    @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
+        return self._tools is not None and self._tools.calling
 
     def add(self, text: str) -> list[AnswerPart | Reasoning]:
         """Take more text; return what is certain now."""

@@ -3,9 +3,14 @@
     hermes        text <tool_call>{"name": "f", "arguments": {...}}</tool_call> ...     Hermes, Qwen
     qwen3_coder   text <tool_call><function=f><parameter=x>1</parameter></function></tool_call> ...     Qwen3-Coder
     llama         text {"name": "f", "parameters": {...}}, at a line's beginning or after <|python_tag|>     Llama 3
+    pythonic      text [f(x=1), g()], at a line's beginning     Llama 3.2 and 4, where their templates teach it
     mistral       text [TOOL_CALLS][{"name": "f", "arguments": {...}}], or [TOOL_CALLS]f[ARGS]{...}     Mistral
+    deepseek      text CALLS CALL f SEP {...} END ...; V3 and R1 write  CALL function SEP f, and a block of JSON     DeepSeek-V3.1
+    kimi_k2       text SECTION CALL functions.f:0 ARGUMENTS {...} END ...     Kimi-K2
+    harmony       channels, see `channels.py`     gpt-oss
 
-See also: `finding.py`, which tells calls from the text around them; `objects.py` and `functions.py`, which read them.
+Capitals stand for special tokens here. See also: `finding.py`, which tells calls from the text around them; `objects.py`,
+`functions.py` and `pythonic.py`, which read them.
 """
 
 import re
@@ -14,9 +19,12 @@ from enum import StrEnum
 from secrets import choice, token_hex
 from string import ascii_letters, digits
 
+from orchestrator.core.config import TOOL_PARSERS
 from orchestrator.live.text.finding import CallFinder
 from orchestrator.live.text.functions import FUNCTION_OPEN, FunctionsReader, Tools
 from orchestrator.live.text.objects import NamedReader, ObjectsReader
+from orchestrator.live.text.pythonic import PythonReader
+from orchestrator.live.text.reasoning import CHANNEL, CHANNEL_MARKS
 from orchestrator.live.text.tools import AnswerPart, CallReader, ToolCall, ToolParser
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -26,6 +34,19 @@ _TOOL_CALLS, _ARGUMENTS, _CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _BRACKETS = ("}", "]")
 _MISTRAL_HEAD = re.compile(r"\s*(?P<name>[^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\[\]{}]*)?(?:\[ARGS\])?\s*(?=\{)")
 
+_DEEPSEEK = tuple(
+    f"<\uff5ctool\u2581{words}\uff5c>"
+    for words in ("calls\u2581begin", "calls\u2581end", "call\u2581begin", "call\u2581end", "sep")
+)
+_DEEPSEEK_HEAD = re.compile(
+    rf"\s*(?:{_DEEPSEEK[2]}\s*)?(?:function{_DEEPSEEK[4]}(?=[^\n{{]+\n))?"
+    rf"(?P<name>[^\s{{<]+)\s*(?:{_DEEPSEEK[4]}|```(?:json)?)\s*(?=\{{)"
+)
+_KIMI = tuple(f"<|tool_call{words}|>" for words in ("s_section_begin", "s_section_end", "_begin", "_end", "_argument_begin"))
+_KIMI_HEAD = re.compile(
+    r"\s*(?:<\|tool_call_begin\|>\s*)?(?P<id>(?:functions\.)?(?P<name>[^\s:<{]+)(?::\d+)?)\s*<\|tool_call_argument_begin\|>\s*(?=\{)"
+)
+
 
 class ToolStyle(StrEnum):
     """How a model writes tool calls."""
@@ -33,7 +54,11 @@ class ToolStyle(StrEnum):
     HERMES = "hermes"
     QWEN3_CODER = "qwen3_coder"
     LLAMA = "llama"
+    PYTHONIC = "pythonic"
     MISTRAL = "mistral"
+    DEEPSEEK = "deepseek"
+    KIMI_K2 = "kimi_k2"
+    HARMONY = "harmony"
     NONE = "none"
 
     @property
@@ -46,21 +71,38 @@ class ToolStyle(StrEnum):
                 return (_PYTHON_TAG,)
             case ToolStyle.MISTRAL:
                 return (_TOOL_CALLS, _ARGUMENTS, _CALL_ID)
-            case ToolStyle.NONE:
+            case ToolStyle.DEEPSEEK:
+                return _DEEPSEEK
+            case ToolStyle.KIMI_K2:
+                return _KIMI
+            case ToolStyle.HARMONY:
+                return CHANNEL_MARKS
+            case ToolStyle.PYTHONIC | ToolStyle.NONE:
                 return ()
+
+
+#: What templates say that teach a style.
+_TAUGHT = {
+    CHANNEL: ToolStyle.HARMONY,
+    _DEEPSEEK[0]: ToolStyle.DEEPSEEK,
+    _KIMI[0]: ToolStyle.KIMI_K2,
+    _TOOL_CALLS: ToolStyle.MISTRAL,
+    "[func_name1(": ToolStyle.PYTHONIC,
+    _PYTHON_TAG: ToolStyle.LLAMA,
+}
 
 
 def style_of(tool_parser: str, template: str) -> ToolStyle:
     """Return the style a cluster file names; for `auto` the one that the chat template teaches."""
-    if tool_parser != "auto":
-        return ToolStyle(tool_parser)
+    named = TOOL_PARSERS[tool_parser]
+    if named != "auto":
+        return ToolStyle(named)
     if _OPEN in template:
         return ToolStyle.QWEN3_CODER if FUNCTION_OPEN in template else ToolStyle.HERMES
-    if _TOOL_CALLS in template:
-        return ToolStyle.MISTRAL
-    if _PYTHON_TAG in template or ('"parameters"' in template and "tools" in template):
-        return ToolStyle.LLAMA
-    return ToolStyle.NONE
+    for mark, style in _TAUGHT.items():
+        if mark in template:
+            return style
+    return ToolStyle.LLAMA if '"parameters"' in template and "tools" in template else ToolStyle.NONE
 
 
 def make_parser(style: ToolStyle, tools: Tools, parallel: bool = True) -> ToolParser | None:
@@ -81,18 +123,29 @@ def _finder(style: ToolStyle, tools: Tools) -> CallFinder | None:
             return CallFinder(lambda _: _tagged(tools), (_OPEN,), (_CLOSE, *_BRACKETS))
         case ToolStyle.QWEN3_CODER:
             return CallFinder(
-                lambda tag: _tagged(tools) if tag == _OPEN else FunctionsReader(tools, _id, tagged=False),
+                lambda tag: _tagged(tools) if tag == _OPEN else FunctionsReader(tools, call_id, tagged=False),
                 opens=(_OPEN, FUNCTION_OPEN),
                 closes=(_CLOSE, *_BRACKETS),
                 parts=(FUNCTION_OPEN,),
             )
         case ToolStyle.LLAMA:
             return CallFinder(
-                lambda _: ObjectsReader((), _id, tools), (_PYTHON_TAG,), _BRACKETS, lines="{[", silent=(_PYTHON_TAG,)
+                lambda _: ObjectsReader((), call_id, tools), (_PYTHON_TAG,), _BRACKETS, lines="{[", silent=(_PYTHON_TAG,)
             )
         case ToolStyle.MISTRAL:
             return CallFinder(lambda _: EitherReader(_listed_or_named), (_TOOL_CALLS,), _BRACKETS)
-        case ToolStyle.NONE:
+        case ToolStyle.PYTHONIC:
+            return CallFinder(lambda _: PythonReader(tools, call_id), (), _BRACKETS, lines="[")
+        case ToolStyle.DEEPSEEK:
+            calls, ended, call, *ends, _ = _DEEPSEEK
+            return CallFinder(
+                lambda _: NamedReader(_DEEPSEEK_HEAD, (*ends, call, ended), call_id), (calls, call), ("```", *ends, ended)
+            )
+        case ToolStyle.KIMI_K2:
+            section, ended, call, *ends, _ = _KIMI
+            return CallFinder(lambda _: NamedReader(_KIMI_HEAD, (*ends, call, ended), call_id), (section, call), (*ends, ended))
+        case ToolStyle.HARMONY | ToolStyle.NONE:
+            # Channels are told apart before calls are looked for.
             return None
 
 
@@ -101,8 +154,8 @@ def _tagged(tools: Tools) -> "EitherReader":
 
     def choose(first: str) -> CallReader | None:
         if first in "{[":
-            return ObjectsReader((_CLOSE, _OPEN), _id)
-        return FunctionsReader(tools, _id, tagged=True) if first == "<" else None
+            return ObjectsReader((_CLOSE, _OPEN), call_id)
+        return FunctionsReader(tools, call_id, tagged=True) if first == "<" else None
 
     return EitherReader(choose)
 
@@ -114,7 +167,8 @@ def _listed_or_named(first: str) -> CallReader | None:
     return NamedReader(_MISTRAL_HEAD, (_TOOL_CALLS,), _short_id)
 
 
-def _id() -> str:
+def call_id() -> str:
+    """Return an id for a call."""
     return f"call_{token_hex(12)}"
 
 
@@ -136,6 +190,10 @@ class EitherReader:
     @property
     def told(self) -> bool:
         return self._reader is not None and self._reader.told
+
+    @property
+    def calling(self) -> bool:
+        return self._reader is not None and self._reader.calling
 
     @property
     def rest(self) -> str:
@@ -170,6 +228,11 @@ class FirstCall:
     def __init__(self, parser: ToolParser) -> None:
         self._parser = parser
         self._calls = 0
+
+    @property
+    def calling(self) -> bool:
+        """The arguments of the first call are being written."""
+        return self._calls == 1 and self._parser.calling
 
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now."""

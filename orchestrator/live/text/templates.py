@@ -22,6 +22,8 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from orchestrator.live.text.reasoning import CHANNEL
+from orchestrator.live.text.splitting import one_by_one
 from orchestrator.profiles.fields import CheckpointError, Fields, read_text
 from orchestrator.profiles.specials import special_tokens
 
@@ -141,11 +143,21 @@ class _TemplateNamespace(Namespace):
 
 
 class Arguments(dict[str, Any]):
-    """A tool call's arguments, with the JSON text that templates most often ask for. Shared: templates cannot change it."""
+    """A tool call's arguments, with the JSON text that templates most often ask for. Shared: templates cannot change it.
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    Templates of DeepSeek take arguments for a text and put others before it: they get them as they were written.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], written: str = "") -> None:
         super().__init__(arguments)
         self.text = _PLAIN_JSON.encode(arguments)
+        self._written = written or self.text
+
+    def __add__(self, text: str) -> str:
+        return self._written + text
+
+    def __radd__(self, text: str) -> str:
+        return text + self._written
 
 
 def decoded_arguments(text: str) -> Any:
@@ -158,7 +170,7 @@ def _decoded(text: str) -> Any:
         arguments = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return text
-    return Arguments(cast("dict[str, Any]", arguments)) if isinstance(arguments, dict) else arguments
+    return Arguments(cast("dict[str, Any]", arguments), text) if isinstance(arguments, dict) else arguments
 
 
 _kept_arguments = lru_cache(_ARGUMENTS_KEPT_MAX)(_decoded)
@@ -211,6 +223,7 @@ class ChatTemplate:
         trees = [environment.parse(source) for source in sources.values()]
         #: What it reads of what it is told; its own variables are not among them.
         self.variables = frozenset(name for tree in trees for name in meta.find_undeclared_variables(tree))
+        self._has_channels = self.shows(CHANNEL)
 
     @cached_property
     def tells_late_systems(self) -> bool:
@@ -261,7 +274,7 @@ class ChatTemplate:
             **self._globals,
             **self._special_tokens,
             **(extra or {}),
-            "messages": messages,
+            "messages": one_by_one(messages) if self._has_channels else messages,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,

@@ -7,12 +7,12 @@ reasoning_effort   gpt-oss (low, medium, high) and others            thinking_bu
 from typing import Any
 
 from orchestrator.live.asked import Effort, Thinking
+from orchestrator.live.text.reasoning import CHANNEL
 from orchestrator.live.text.templates import ChatTemplate
 
 _SWITCHES = ("enable_thinking", "thinking")
 _EFFORT, _BUDGET = "reasoning_effort", "thinking_budget"
-#: Begins each part of an answer in the format of gpt-oss, whose models know three efforts and always think.
-_CHANNEL = "<|channel|>"
+#: Models whose answers have channels, gpt-oss, know three efforts and always think.
 _NEAREST = {Effort.NONE: Effort.LOW, Effort.MINIMAL: Effort.LOW, Effort.XHIGH: Effort.HIGH, Effort.MAX: Effort.HIGH}
 
 
@@ -23,7 +23,7 @@ def thinking_variables(thinking: Thinking, template: ChatTemplate) -> dict[str, 
         told |= dict.fromkeys(_SWITCHES, thinking.wanted)
     effort = Effort.NONE if thinking.unwanted else thinking.effort
     if effort is not None:
-        told[_EFFORT] = str(_NEAREST.get(effort, effort) if template.shows(_CHANNEL) else effort)
+        told[_EFFORT] = str(_NEAREST.get(effort, effort) if template.shows(CHANNEL) else effort)
     if thinking.budget_tokens is not None:
         told[_BUDGET] = thinking.budget_tokens
     return {name: value for name, value in told.items() if name in template.variables}

@@ -46,6 +46,11 @@ AnswerPart = str | ToolCall | MoreArguments
 class ToolParser(Protocol):
     """Splits one generation into content and calls, in order."""
 
+    @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
+        ...
+
     def add(self, text: str) -> list[AnswerPart]:
         """Take more text; return what is certain now."""
         ...
@@ -65,6 +70,11 @@ class CallReader(Protocol):
     @property
     def told(self) -> bool:
         """A call came out: the text is no content."""
+        ...
+
+    @property
+    def calling(self) -> bool:
+        """The arguments of a call are being written."""
         ...
 
     @property

@@ -116,6 +116,26 @@ def test_siblings_follow_the_first_before_any_holding_is_told(make_cluster: Make
     assert nodes[0] == nodes[1]
 
 
+def test_a_prompt_that_is_scored_is_found_nowhere(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("a0", "a1")
+    cluster.handle(reported("a1", stored("ab")), 1.0)
+    commands = without_timers(cluster.handle(arrived(scored=True), 2.0))
+    [assign] = commands
+    assert isinstance(assign, Assign)
+    assert assign.assignment == generate(scored=True)
+    assert assign.why is not None
+    assert assign.why.hit_tokens == 0
+
+
+def test_a_prompt_that_is_scored_is_computed_whole_on_the_prefill_node(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("p0", "d0", router=APART)
+    cluster.handle(reported("d0", stored("ab")), 0.0)
+    assert without_timers(cluster.handle(arrived(scored=True), 0.0)) == [
+        Assign(P0, generate(role=Role.PREFILL, scored=True)),
+        Assign(D0, generate(source=P0, source_tokens=9, source_pending=True, scored=True)),
+    ]
+
+
 def test_a_session_stays_where_it_ran(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("a0", "a1", "a2")
     first = nodes_of(cluster.handle(arrived(1, session="s"), 1.0))

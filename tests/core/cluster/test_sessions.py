@@ -13,9 +13,15 @@ A, B = NodeId("a"), NodeId("b")
 
 
 def turn(
-    sessions: Sessions, prompt: str, computed_tokens: int, stayed: bool = True, regretted: int = 0, session: str = "s"
+    sessions: Sessions,
+    prompt: str,
+    computed_tokens: int,
+    stayed: bool = True,
+    regretted: int = 0,
+    session: str = "s",
+    scored: bool = False,
 ) -> None:
-    request = make_request(prompt=prompt, session=SessionId(session))
+    request = make_request(prompt=prompt, session=SessionId(session), scored=scored)
     sessions.started(request, A, None, again=False, now=0.0)
     sessions.ended(request, computed_tokens, stayed, BLOCK_TOKENS, regretted)
 
@@ -118,6 +124,15 @@ def test_every_computed_token_has_one_reason(
         ReprefillReason(name): tokens for name, tokens in expected.items()
     }
     assert sum(sessions.reprefilled_tokens.values()) == 9 + computed
+
+
+@pytest.mark.parametrize(("stayed", "regretted"), [(True, 0), (True, 4), (False, 0)])
+def test_what_is_computed_again_to_be_scored_is_no_nodes_fault(stayed: bool, regretted: int) -> None:
+    sessions = Sessions(sessions_max=4)
+    turn(sessions, "uv", computed_tokens=9)
+    turn(sessions, "uvwx", 17, stayed, regretted, scored=True)
+    found = {str(reason): tokens for reason, tokens in sessions.reprefilled_tokens.items() if tokens}
+    assert found == {"new": 9 + 9, "scored": 8}
 
 
 def test_few_marks_tell_how_much_of_a_long_prompt_is_repeated() -> None:

@@ -117,6 +117,44 @@ def test_preemption_takes_the_last_in_rank_and_it_starts_over_with_what_is_cache
     assert bench.step() == [(2, 4, 2)]  # its first block is still cached; it goes on after 4 tokens of prompt and 2 of output
 
 
+def test_a_prompt_that_is_scored_is_computed_whole_and_then_found_by_others() -> None:
+    bench = Bench(blocks=16)
+    bench.enqueue(1, "ab", tail=1, output_tokens_max=1)
+    assert bench.admit() == [1]
+    bench.step()
+    bench.scheduler.remove(bench.sequences[0])
+    bench.enqueue(2, "abc", tail=1, scored=True)
+    assert bench.admit() == [2]
+    assert bench.step() == [(2, 0, 13)]  # its first two blocks are cached, and computed again
+    assert bench.sequences[1].computed_tokens == 13
+    bench.enqueue(3, "abc", tail=1)
+    assert bench.admit() == [3]
+    assert bench.step() == [(2, 13, 1), (3, 12, 1)]  # of the third block there is only what the second has computed
+
+
+def test_a_prompt_that_is_scored_waits_for_nobody_and_is_waited_for() -> None:
+    bench = Bench(step_tokens_max=8, blocks=16)
+    bench.enqueue(1, "ab", tail=1)
+    assert bench.admit() == [1]
+    bench.enqueue(2, "ab", tail=1, scored=True)
+    assert bench.step() == [(1, 0, 8)]
+    assert bench.admit() == [2]
+    assert bench.step() == [(1, 8, 1), (2, 0, 7)]
+
+
+def test_a_scored_prompt_that_gave_way_goes_on_with_what_it_has_computed_itself() -> None:
+    bench = Bench(blocks=4, step_tokens_max=8)
+    bench.enqueue(1, "a", tail=3, output_tokens_max=9)
+    bench.enqueue(2, "b", tail=0, output_tokens_max=9, scored=True)
+    assert bench.admit() == [1, 2]
+    assert bench.step() == [(1, 0, 7), (2, 0, 1)]  # of its only block one token is there
+    assert bench.step() == [(1, 7, 1), (2, 1, 3)]
+    assert bench.step() == [(1, 8, 1)]  # the first needs a block: the second gives way
+    bench.scheduler.remove(bench.sequences[0])
+    assert bench.admit() == [2]
+    assert bench.step() == [(2, 4, 1)]  # all of its prompt has been scored, and is found again
+
+
 def test_a_sequence_never_preempts_one_that_ranks_before_it() -> None:
     bench = Bench(blocks=4)
     bench.enqueue(1, "", tail=4, hashes=(b"a",), output_tokens_max=9)

@@ -617,6 +617,18 @@ def test_claude_code_names_its_session_within_its_user(text: ModelText, user: st
     play(text, talk)
 
 
+def test_agents_of_claude_code_work_for_their_session_or_for_another_agent(text: ModelText) -> None:
+    async def talk(client: AsyncAnthropic, served: Served) -> None:
+        session, agent = "x-claude-code-session-id", "x-claude-code-agent-id"
+        for named in ({}, {agent: "a"}, {agent: "b", "x-claude-code-parent-agent-id": "a"}):
+            headers = {session: "main", **named}
+            await client.messages.create(model=MODEL, max_tokens=9, messages=USER, extra_headers=headers)
+        assert [turn.session for turn in served.driver.turns] == ["main", "a", "b"]
+        assert served.lives.begun == [("a", "main"), ("b", "a")]
+
+    play(text, talk)
+
+
 def test_a_session_named_by_its_user_is_served_by_its_owner(text: ModelText) -> None:
     async def run() -> None:
         async with AsyncExitStack() as stack:

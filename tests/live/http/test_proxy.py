@@ -1,6 +1,8 @@
 """A request that another gateway owns goes there as it came, and its answer comes back as it is, whatever the peer does."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ class Peer:
     pieces: Sequence[bytes]
     #: After its pieces it closes the connection, or else waits for the other side to do so.
     closes: bool = True
+    #: Ends as a killed process does whose kernel still has something for it.
+    resets: bool = False
     url: str = ""
     head: bytes = b""
     body: bytes = b""
@@ -42,6 +46,8 @@ class Peer:
             writer.write(piece)
         if not self.closes and await reader.read() == b"":
             self.left.set()
+        if self.resets:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.close()
 
     @property
@@ -51,9 +57,9 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(*pieces: bytes, closes: bool = True) -> AsyncIterator[Peer]:
+async def peer(*pieces: bytes, closes: bool = True, resets: bool = False) -> AsyncIterator[Peer]:
     """Let a peer listen on a free port."""
-    one = Peer(pieces, closes)
+    one = Peer(pieces, closes, resets)
     server = await asyncio.start_server(one.serve, "127.0.0.1", 0)
     one.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
@@ -154,11 +160,12 @@ def test_a_stream_is_passed_on_part_by_part() -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize("resets", [False, True], ids=["closes", "resets"])
 @pytest.mark.parametrize("pieces", [(), (b"HTTP/1.1 200 OK\r\ncontent-le",)], ids=["nothing", "half a head"])
-def test_a_peer_that_closes_before_its_answer_is_unreachable(pieces: tuple[bytes, ...]) -> None:
+def test_a_peer_that_ends_before_its_answer_is_unreachable(pieces: tuple[bytes, ...], resets: bool) -> None:
     async def scenario() -> None:
         client = Client()
-        async with peer(*pieces) as one:
+        async with peer(*pieces, resets=resets) as one:
             with pytest.raises(PeerUnreachable):
                 await forward(client.exchange(), BODY, one.url)
         # The request can still be served here.

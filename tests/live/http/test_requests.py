@@ -169,6 +169,7 @@ def test_prompts_are_texts_or_tokens_one_or_many(prompt: Any, texts: list[Any]) 
         ({"truncate_prompt_tokens": 7}, "limits.prompt_tokens_max", 7),
         ({"truncate_prompt_tokens": -1}, "limits.prompt_tokens_max", 0),
         ({"min_tokens": 3, "max_tokens": 3}, "sampling.output_tokens_min", 3),
+        ({"prompt_logprobs": 3}, "sampling.prompt_logprobs", 3),
         ({"repetition_penalty": 1.25}, "sampling.repetition_penalty", 1.25),
         ({"allowed_token_ids": [7, 5]}, "sampling.allowed_token_ids", (7, 5)),
         ({"add_special_tokens": True}, "prompt.prefixed", True),

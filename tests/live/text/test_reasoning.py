@@ -73,8 +73,9 @@ def test_without_tools_the_answer_is_text_throughout() -> None:
 
 
 def test_thoughts_begin_where_the_prompt_or_the_answer_says_so() -> None:
-    assert [reasoning_style_of(name) for name in ("auto", "think")] == [ReasoningStyle.THINK] * 2
-    assert reasoning_style_of("none") is ReasoningStyle.NONE
+    assert [reasoning_style_of(name, "") for name in ("auto", "think", "qwen3")] == [ReasoningStyle.THINK] * 3
+    assert reasoning_style_of("none", "<|channel|>") is ReasoningStyle.NONE
+    assert [reasoning_style_of(name, "<|channel|>") for name in ("auto", "openai_gptoss")] == [ReasoningStyle.HARMONY] * 2
     assert ReasoningStyle.THINK.opened_by("<|im_start|>assistant\n<think>\n")
     assert not ReasoningStyle.THINK.opened_by("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not ReasoningStyle.NONE.opened_by("<think>")

@@ -151,7 +151,14 @@ def test_the_style_is_what_the_template_teaches() -> None:
     assert style_of("auto", "<tool_call>\\n<function=name>") is ToolStyle.QWEN3_CODER
     assert style_of("auto", "{{ '<|python_tag|>' }}") is ToolStyle.LLAMA
     assert style_of("auto", "{{ '[TOOL_CALLS]' }}") is ToolStyle.MISTRAL
+    assert style_of("auto", "{{ '<\uff5ctool\u2581calls\u2581begin\uff5c>' }}") is ToolStyle.DEEPSEEK
+    assert style_of("auto", "{{ '<|tool_calls_section_begin|>' }}") is ToolStyle.KIMI_K2
+    assert style_of("auto", "{{ '<|channel|>analysis<|message|>' }}") is ToolStyle.HARMONY
+    assert style_of("auto", "{{ 'calls like [func_name1(name=value)]' }}") is ToolStyle.PYTHONIC
     assert style_of("auto", "{{ messages }}") is ToolStyle.NONE
+    assert [style_of(name, "") for name in ("llama3_json", "qwen3_xml", "openai")] == [
+        ToolStyle.LLAMA, ToolStyle.QWEN3_CODER, ToolStyle.HARMONY,
+    ]  # fmt: skip
     assert style_of("llama", CHAT_TEMPLATE) is ToolStyle.LLAMA
     assert make_parser(ToolStyle.NONE, TOOLS) is None
 

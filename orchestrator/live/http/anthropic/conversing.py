@@ -76,8 +76,9 @@ class Drafts:
             require(bool(tool.name), f"{where}.name", "must be a name")
             require(tool.input_schema is not None, f"{where}.input_schema", "must be an object, a JSON schema")
             described = {"description": tool.description} if tool.description is not None else {}
-            strict = {"strict": True} if tool.strict else {}
-            function = {"name": tool.name, **described, "parameters": tool.input_schema, **strict}
+            function: dict[str, Any] = {"name": tool.name, **described, "parameters": tool.input_schema}
+            if tool.strict:
+                function["strict"] = True
             self.tools += shown_tools([{"type": "function", "function": function}]) or ()
             if seconds := marked_s(tool.cache_control):
                 self.breakpoints.append(Breakpoint(seconds, place))

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.live.asked import Asked
+from orchestrator.live.asked import Asked, Texts
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
+from orchestrator.live.http.openai.prompts import Echo, scored_prompt
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, PromptTold, Scored, ScoredToken, Taken
 from orchestrator.live.text.reasoning import Reasoning
@@ -105,6 +106,8 @@ class AnswerWriter(ABC):
     #: OpenAI's names for the streamed and for the whole object.
     chunk_object = ""
     whole_object = ""
+    #: Whether what is told of a prompt stands beside the choices, not within each.
+    prompt_tops = True
     text_before = b""
     text_after = b""
 
@@ -114,6 +117,8 @@ class AnswerWriter(ABC):
         self._samples = asked.limits.choices
         #: The usage so far; kept only if events tell it.
         self._usage = Usage(0, 0, 0)
+        #: Characters of the prompt before each choice's own text.
+        self.chars_before = [0] * asked.generations
         #: Tokens that the next event tells of.
         self._untold: Sequence[int] = ()
         head = {"id": answer.id, "object": self.chunk_object, "created": answer.created, "model": answer.model}
@@ -139,7 +144,7 @@ class AnswerWriter(ABC):
                 events += self._special(index, piece)
         if self._untold:
             events.append(self._event(index, self._said("")))
-        return [_padded(event) for event in events] if self._report.padded else events
+        return [padded(event) for event in events] if self._report.padded else events
 
     def opening(self, index: int, usage: Usage) -> bytes:
         """Return the event before a choice's first text; empty if there is none."""
@@ -161,15 +166,21 @@ class AnswerWriter(ABC):
 
     def whole(self, generations: Sequence[tuple[Generation, Sequence[Piece]]], usage: Usage) -> bytes:
         """Return the body of an answer that is not streamed."""
-        choices = [self._choice(index, done, pieces) for index, (done, pieces) in enumerate(generations)]
+        choices = [self.choice_of(index, done, pieces) for index, (done, pieces) in enumerate(generations)]
         answer = self._answer
         head = {"id": answer.id, "object": self.whole_object, "created": answer.created, "model": answer.model}
-        told = self.prompt_ids([piece for _, pieces in generations for piece in pieces if isinstance(piece, PromptTold)])
+        prompts = [piece for _, pieces in generations for piece in pieces if isinstance(piece, PromptTold)]
+        told = self.prompt_fields(prompts[0]) if prompts and self.prompt_tops else {}
         return _encode({**head, "choices": choices, **told, "usage": _usage(usage)})
 
-    def _choice(self, index: int, done: Generation, pieces: Sequence[Piece]) -> dict[str, Any]:
-        scores, reason = self._all_scores(pieces), _reason(done)
+    def choice_of(self, index: int, done: Generation, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return a whole answer's choice."""
+        scored = [piece for piece in pieces if isinstance(piece, Scored)]
+        scores = self.scores(scored, self.chars_before[index]) if scored else None
+        reason = _reason(done)
         choice = {"index": index, **self.message(pieces), "logprobs": scores, "finish_reason": reason}
+        if not self.prompt_tops and pieces and isinstance(pieces[0], PromptTold):
+            choice |= self.prompt_fields(pieces[0])
         if self._report.token_ids:
             choice["token_ids"] = [token for piece in pieces if isinstance(piece, Taken) for token in piece.tokens]
         return choice
@@ -185,24 +196,23 @@ class AnswerWriter(ABC):
         ...
 
     @abstractmethod
-    def scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        """Return log probabilities."""
+    def scores(self, scored: Sequence[Scored], chars_before: int) -> dict[str, Any]:
+        """Return log probabilities of text that so many characters of the prompt stand before."""
         ...
 
-    def prompt_ids(self, prompts: Sequence[PromptTold]) -> dict[str, Any]:
-        """Return the field of an answer that tells the tokens of its prompt, if that is asked for; empty if choices have it."""
-        return {"prompt_token_ids": prompts[0].tokens} if self._report.token_ids else {}
-
-    def _all_scores(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        scored = [piece for piece in pieces if isinstance(piece, Scored)]
-        return self.scores(scored) if scored else None
+    def prompt_fields(self, prompt: PromptTold) -> dict[str, Any]:
+        """Return the fields that tell of a prompt what is asked for."""
+        fields: dict[str, Any] = {"prompt_token_ids": prompt.tokens} if self._report.token_ids else {}
+        if self._report.prompt_scores and prompt.scores is not None:
+            fields["prompt_logprobs"] = scored_prompt(prompt.tokens, prompt.scores, self._answer.vocabulary)
+        return fields
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         """Return the events of a piece that is more than text."""
         match piece:
             case PromptTold(tokens):
                 self._count(len(tokens) if index % self._samples == 0 else 0, 0, 0)
-                return [self.prompt_event(index, tokens)] if self._report.token_ids else []
+                return self.prompt_events(index, piece)
             case Taken(tokens, cached_tokens):
                 self._count(0, len(tokens), cached_tokens)
                 self._untold = tokens if self._report.token_ids else ()
@@ -210,7 +220,8 @@ class AnswerWriter(ABC):
             case str(text):
                 return [self._event(index, self._said(text))]
             case Scored(text):
-                return [self._event(index, {**self.delta(text), "logprobs": self.scores([piece]), "finish_reason": None})]
+                scores = self.scores([piece], self.chars_before[index])
+                return [self._event(index, {**self.delta(text), "logprobs": scores, "finish_reason": None})]
             case _:
                 raise AssertionError(f"{type(piece).__name__} in a plain completion")
 
@@ -228,11 +239,10 @@ class AnswerWriter(ABC):
     def _said(self, text: str) -> dict[str, Any]:
         return {**self.delta(text), "logprobs": None, "finish_reason": None}
 
-    def prompt_event(self, index: int, tokens: Sequence[int]) -> bytes:
-        """Return the event that tells a prompt's tokens."""
-        return (
-            self._event(index, self._said(""))[: -len(self._tail)] + b'],"prompt_token_ids":' + _encode(tokens) + self._tail[1:]
-        )
+    @abstractmethod
+    def prompt_events(self, index: int, prompt: PromptTold) -> list[bytes]:
+        """Return the events that tell of a prompt what is asked for."""
+        ...
 
     def _event(self, index: int, fields: dict[str, Any]) -> bytes:
         if self._untold:
@@ -252,6 +262,13 @@ class ChatWriter(AnswerWriter):
         super().__init__(answer, asked)
         self._calls = [0] * asked.generations
 
+    def prompt_events(self, index: int, prompt: PromptTold) -> list[bytes]:
+        fields = self.prompt_fields(prompt)
+        if not fields:
+            return []
+        event, tail = self._event(index, self._said("")), self._tail
+        return [event[: -len(tail)] + b"]," + _encode(fields)[1:-1] + tail[1:]]
+
     def opening(self, index: int, usage: Usage) -> bytes:
         del usage
         fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -270,7 +287,8 @@ class ChatWriter(AnswerWriter):
             message["tool_calls"] = [_call(call, call.arguments) for call in calls]
         return {"message": message}
 
-    def scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
+    def scores(self, scored: Sequence[Scored], chars_before: int) -> dict[str, Any]:
+        del chars_before
         return {"content": [self._score(token) for piece in scored for token in piece.tokens]}
 
     def _score(self, scored: ScoredToken) -> dict[str, Any]:
@@ -305,32 +323,62 @@ class ChatWriter(AnswerWriter):
 class CompletionWriter(AnswerWriter):
     """/v1/completions."""
 
+    prompt_tops = False
+
     chunk_object = "text_completion"
     whole_object = "text_completion"
     text_before = b'"text":'
+
+    def __init__(self, answer: Answer, asked: Asked) -> None:
+        super().__init__(answer, asked)
+        self._tops = asked.sampling.logprobs
+        self._texts = asked.prompt.texts if isinstance(asked.prompt, Texts) else ()
 
     def delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def message(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        prompt = next((piece for piece in pieces if isinstance(piece, PromptTold)), None)
-        told = {"prompt_token_ids": prompt.tokens} if prompt is not None and self._report.token_ids else {}
-        return {"text": _joined(pieces), **told}
+        return {"text": _joined(pieces)}
 
-    def prompt_ids(self, prompts: Sequence[PromptTold]) -> dict[str, Any]:
-        del prompts
-        return {}
+    def choice_of(self, index: int, done: Generation, pieces: Sequence[Piece]) -> dict[str, Any]:
+        prompt = pieces[0] if pieces else None
+        echo = self._echo(index, prompt) if isinstance(prompt, PromptTold) else None
+        if echo is None or not isinstance(prompt, PromptTold):
+            return super().choice_of(index, done, pieces)
+        self.chars_before[index] = len(echo.text)
+        choice = super().choice_of(index, done, pieces)
+        choice["text"] = echo.text + choice["text"]
+        before, answered = self._echo_scores(echo, prompt), choice["logprobs"]
+        if before is not None:
+            choice["logprobs"] = {name: [*told, *(answered[name] if answered else ())] for name, told in before.items()}
+        return choice
 
-    def prompt_event(self, index: int, tokens: Sequence[int]) -> bytes:
-        return self._event(index, {**self._said(""), "prompt_token_ids": tokens})
+    def prompt_events(self, index: int, prompt: PromptTold) -> list[bytes]:
+        echo, fields = self._echo(index, prompt), self.prompt_fields(prompt)
+        if echo is not None:
+            self.chars_before[index] = len(echo.text)
+            return [self._event(index, {**self._said(echo.text), "logprobs": self._echo_scores(echo, prompt), **fields})]
+        return [self._event(index, {**self._said(""), **fields})] if fields else []
 
-    def scores(self, scored: Sequence[Scored]) -> dict[str, Any]:
+    def _echo(self, index: int, piece: Piece) -> Echo | None:
+        """Return what is to be echoed of a prompt; None for other pieces, and where nothing is."""
+        if not (self._report.echoes and isinstance(piece, PromptTold)):
+            return None
+        given = self._texts[index // self._samples]
+        return Echo(piece.tokens, self._answer.vocabulary, given if isinstance(given, str) else None)
+
+    def _echo_scores(self, echo: Echo, prompt: PromptTold) -> dict[str, Any] | None:
+        if self._tops is None or prompt.scores is None:
+            return None
+        return echo.logprobs(prompt.scores, self._tops, self._name)
+
+    def scores(self, scored: Sequence[Scored], chars_before: int) -> dict[str, Any]:
         tokens = [token for piece in scored for token in piece.tokens]
         return {
             "tokens": [self._name(token.token) for token in tokens],
             "token_logprobs": [token.logprob.logprob for token in tokens],
             "top_logprobs": [self._named(token.logprob.top) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
+            "text_offset": [chars_before + token.offset for token in tokens],
         }
 
     def _name(self, token: int) -> str:
@@ -351,7 +399,7 @@ class CompletionWriter(AnswerWriter):
         return named
 
 
-def _padded(event: bytes) -> bytes:
+def padded(event: bytes) -> bytes:
     """Return an event with OpenAI's field that makes its size one of few."""
     bare = event[: -len(b"}" + _END)] + b',"obfuscation":"'
     return bare + b"x" * (-len(bare) % PADDED_BYTES) + b'"}' + _END

@@ -125,6 +125,9 @@ class GenerationRequest(Unserved, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
+    #: Of completions; chats that ask for it are refused.
+    echo: bool | None = None
     priority: int | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None

@@ -44,28 +44,35 @@ def constraint_of(request: Constrained) -> Constraint | None:
     found = [_constraint(name, value, f"guided_{name}") for name, value in guided.items()]
     if request.structured_outputs is not None:
         found.append(_structured(request.structured_outputs))
-    if request.response_format is not None and (formatted := _formatted(request.response_format)) is not None:
-        found.append(formatted)
+    written = request.response_format
+    if written is not None and (form := formatted(written, "response_format", "json_schema")) is not None:
+        found.append(form)
     for one in found[1:]:
         require(False, one.field, f"cannot be combined with {found[0].field}: one of them says what the answer must be")
     return found[0] if found else None
 
 
-def _formatted(written: object) -> Constraint | None:
-    """Return what a `response_format` asks for."""
-    format = _object(written, "response_format")
+def formatted(written: object, field: str, describing: str = "") -> Constraint | None:
+    """Return what an answer's form must be, None for text. Raises `Invalid`.
+
+    Args:
+        written: OpenAI's object for that.
+        field: where it is.
+        describing: the field in it that has a schema's name and the schema; empty: it has them itself.
+    """
+    format = _object(written, field)
     kind = format.get("type")
     require(
         kind in ("text", "json_object", "json_schema"),
-        "response_format.type",
+        f"{field}.type",
         f"must be text, json_object or json_schema, is {_shown(kind)}",
     )
     if kind == "text":
         return None
     if kind == "json_object":
-        return Constraint(ConstraintKind.JSON_SCHEMA, _OBJECT, "response_format")
-    where = "response_format.json_schema"
-    described = _object(format.get("json_schema"), where)
+        return Constraint(ConstraintKind.JSON_SCHEMA, _OBJECT, field)
+    where = f"{field}.{describing}" if describing else field
+    described = _object(format.get(describing), where) if describing else format
     name, strict = described.get("name"), described.get("strict")
     named = isinstance(name, str) and _NAME.fullmatch(name) is not None
     require(named, f"{where}.name", f"must be 1 to 64 letters, digits, _ and -, is {_shown(name)}")

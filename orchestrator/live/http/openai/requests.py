@@ -44,7 +44,8 @@ _TOKEN_DIGITS_MAX = 10
 #: The least and the most of numbers in both kinds of bodies.
 _RANGES: Mapping[str, tuple[float, float | None]] = {
     "n": (1, CHOICES_MAX),
-    "max_tokens": (1, None),
+    "max_tokens": (0, None),
+    "prompt_logprobs": (0, TOP_LOGPROBS_MAX),
     "temperature": (0, 100),
     "top_p": (0, 1),
     "top_k": (-1, None),
@@ -74,6 +75,8 @@ def parse_chat(body: bytes) -> Asked:
     request = decode(_CHAT, body)
     check_common(request)
     check_range("max_completion_tokens", request.max_completion_tokens, 1)
+    check_range("max_tokens", request.max_tokens, 1)
+    require(not request.echo, "echo", "is not served in chats; leave it out")
     check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
@@ -91,6 +94,7 @@ def parse_completion(body: bytes) -> Asked:
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
     require(all(prompts), "prompt", "must not be empty")
     most = request.max_tokens if request.max_tokens is not None else COMPLETION_TOKENS_DEFAULT
+    require(most > 0 or bool(request.echo), "max_tokens", "must be 1 or more, unless the prompt is echoed")
     texts = Texts(prompts, prefixed=request.add_special_tokens is not False)
     return asked_of(request, texts, most, request.logprobs, thoughts=True)
 
@@ -140,6 +144,8 @@ def _report(request: GenerationRequest, thoughts: bool) -> Report:
         thoughts=thoughts,
         special_tokens=request.skip_special_tokens is False,
         token_ids=bool(request.return_token_ids),
+        echoes=bool(request.echo),
+        prompt_scores=request.prompt_logprobs is not None,
         tokens_by_id=bool(request.return_tokens_as_token_ids),
         usage_each=usage and bool(options.continuous_usage_stats),
         padded=bool(options.include_obfuscation),
@@ -162,7 +168,15 @@ def _sampling(request: GenerationRequest, logprobs: int | None) -> Sampling:
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         output_tokens_min=request.min_tokens or 0,
         allowed_token_ids=tuple(request.allowed_token_ids or ()),
+        prompt_logprobs=_prompt_logprobs(request, logprobs),
     )
+
+
+def _prompt_logprobs(request: GenerationRequest, logprobs: int | None) -> int | None:
+    """Return how many likely tokens of each of the prompt's to tell: what is echoed has as many as what is generated."""
+    echoed = logprobs if request.echo else None
+    asked = [count for count in (request.prompt_logprobs, echoed) if count is not None]
+    return max(asked, default=None)
 
 
 def _biases(written: Mapping[str, float]) -> dict[int, float]:
@@ -311,6 +325,8 @@ def check_common(request: GenerationRequest) -> None:
         if value is not None:
             check_range(param, value, least, most)
     require(request.top_p is None or request.top_p > 0, "top_p", "must be over 0")
+    scored = request.prompt_logprobs is not None
+    require(not (scored and request.stream), "prompt_logprobs", "cannot be combined with stream")
     require(request.repetition_penalty is None or request.repetition_penalty > 0, "repetition_penalty", "must be over 0")
     require(
         request.truncate_prompt_tokens != 0, "truncate_prompt_tokens", "must leave tokens; -1 is as many as there is room for"

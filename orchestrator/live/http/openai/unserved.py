@@ -25,11 +25,9 @@ class Unserved(msgspec.Struct, kw_only=True):
     ebnf: Any = None
     length_penalty: Any = None
     use_beam_search: Any = None
-    prompt_logprobs: Any = None
     prompt_embeds: Any = None
     spaces_between_special_tokens: Any = None
     chat_template: Any = None
-    echo: Any = None
     suffix: Any = None
     logits_processors: Any = None
 
@@ -42,7 +40,6 @@ _HARMLESS: Mapping[str, Sequence[Any]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "spaces_between_special_tokens": (True,),
-    "echo": (False,),
     "suffix": ("",),
 }
 _NAMES = Unserved.__struct_fields__

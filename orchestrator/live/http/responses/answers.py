@@ -13,6 +13,8 @@ from orchestrator.core.types import GatewayId
 from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
+from orchestrator.live.http.openai.answers import error_body as openai_error_body
+from orchestrator.live.http.openai.answers import padded
 from orchestrator.live.http.responses.ids import new_id
 from orchestrator.live.http.responses.output import Event, Output, Wording
 from orchestrator.live.http.responses.requests import Origin
@@ -30,6 +32,13 @@ _FAILURES = {429: "rate_limit_exceeded"}
 def count_body(tokens: int) -> bytes:
     """Return how many tokens a request's input has."""
     return _encode({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def error_body(error: HttpError, request: str = "") -> bytes:
+    """Return OpenAI's error object, in which messages are called input."""
+    if error.param == "messages":
+        error = HttpError(error.status, error.message, error.code, "input", error.retry_after_s)
+    return openai_error_body(error, request)
 
 
 def error_event(error: HttpError) -> bytes:
@@ -65,6 +74,7 @@ class ResponseWriter:
         self._head = _head(asked, origin)
         self._end = AnswerEnd.STOP
         self._events = 0
+        self._pads = asked.report.padded
 
     def opening(self, index: int, usage: Usage) -> bytes:
         """Return the two events that say which response this is."""
@@ -121,7 +131,8 @@ class ResponseWriter:
     def _written(self, events: Sequence[Event]) -> bytes:
         written: list[bytes] = []
         for kind, fields in events:
-            written.append(_event(kind, {"type": kind, **fields, "sequence_number": self._events}))
+            event = _event(kind, {"type": kind, **fields, "sequence_number": self._events})
+            written.append(padded(event) if self._pads and kind.endswith(".delta") else event)
             self._events += 1
         return b"".join(written)
 

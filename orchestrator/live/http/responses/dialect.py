@@ -10,8 +10,7 @@ from orchestrator.core.types import GatewayId, SessionId, TenantId
 from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError
-from orchestrator.live.http.openai.answers import error_body
-from orchestrator.live.http.responses.answers import ResponseWriter, count_body, error_event
+from orchestrator.live.http.responses.answers import ResponseWriter, count_body, error_body, error_event
 from orchestrator.live.http.responses.ids import new_id
 from orchestrator.live.http.responses.items import messages_of
 from orchestrator.live.http.responses.requests import Origin, items_of, parse, referred

@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 
 from orchestrator.core.types import GatewayId, SessionId, TenantId
-from orchestrator.live.asked import Asked, Constraint, ConstraintKind, Conversation, Effort, Thinking
+from orchestrator.live.asked import Asked, Constraint, Conversation, Effort, Thinking
+from orchestrator.live.http.openai.constraints import formatted
 from orchestrator.live.http.openai.requests import TOP_LOGPROBS_MAX, asked_of, check_common
 from orchestrator.live.http.reading import check_range, decode
 from orchestrator.live.http.responses.bodies import ResponsesRequest
 from orchestrator.live.http.responses.ids import gateway_of
 from orchestrator.live.http.responses.offered import Offered, chosen, offered
-from orchestrator.live.refusals import Invalid, require
+from orchestrator.live.refusals import require
 from orchestrator.live.text.conversations import shown_tools
 
 ITEMS_MAX = 100_000
@@ -28,9 +29,10 @@ _INCLUDED = frozenset({
     _SCORES, _ENCRYPTED, "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url",
 })  # fmt: skip
-#: Fields of chat requests, by what they are called here.
-_RENAMED = {
-    "n": "a response is one answer",
+#: Fields of other requests, and what to do about them here.
+_ELSEWHERE = {
+    "return_token_ids": "is not served here; leave it out",
+    "return_tokens_as_token_ids": "is not served here; leave it out",
     "max_tokens": "is called max_output_tokens here",
     "response_format": "is called text.format here",
 }
@@ -44,8 +46,6 @@ _UNSERVED: Mapping[str, Sequence[Any]] = {
 }
 _RESPONSES = msgspec.json.Decoder(ResponsesRequest, strict=True)
 _EFFORTS = tuple(Effort)
-#: An object of any kind.
-_ANY_OBJECT = '{"type": "object"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,9 @@ def parse(body: bytes) -> Asked:
     include = request.include or ()
     logprobs = (request.top_logprobs or 0) if _SCORES in include or request.top_logprobs else None
     asked = asked_of(request, conversation, request.max_output_tokens, logprobs, thoughts=True)
-    constraint = _constraint(request)
-    further = asked.constraint.field if asked.constraint is not None else ""
-    require(constraint is None or not further, further, "cannot be combined with text.format")
     return replace(
         asked,
-        constraint=constraint or asked.constraint,
+        constraint=_constraint(request, asked.constraint),
         hints=replace(asked.hints, gateway=_keeper(request)),
         origin=Origin(request, tools, _ENCRYPTED in include),
     )
@@ -101,8 +98,12 @@ def referred(item: Mapping[str, Any]) -> str | None:
 
 
 def _check(request: ResponsesRequest) -> None:
-    for name, problem in _RENAMED.items():
-        require(getattr(request, name) in (None, 1) if name == "n" else getattr(request, name) is None, name, problem)
+    for name, problem in _ELSEWHERE.items():
+        value = getattr(request, name)
+        require(value is None or value is False, name, problem)
+    require(request.n in (None, 1), "n", "a response is one answer")
+    each = request.stream_options is not None and request.stream_options.continuous_usage_stats
+    require(not each, "stream_options.continuous_usage_stats", "is not served here; leave it out")
     for name, harmless in _UNSERVED.items():
         value = getattr(request, name)
         require(value is None or value in harmless, name, "is not served here; leave it out")
@@ -149,16 +150,10 @@ def _thinking(request: ResponsesRequest) -> Thinking:
     return Thinking(effort=None if effort is None else Effort(effort), field=field)
 
 
-def _constraint(request: ResponsesRequest) -> Constraint | None:
-    """Return what binds the answer's text. Raises `Invalid`."""
-    match request.text.format if request.text is not None else None:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return Constraint(ConstraintKind.JSON_SCHEMA, _ANY_OBJECT, "text.format")
-        case {"type": "json_schema", "schema": schema}:
-            require(isinstance(schema, dict), "text.format.schema", "must be an object, a JSON schema")
-            return Constraint(ConstraintKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), "text.format.schema")
-        case _:
-            problem = "text.format: must be of type text, json_object or json_schema (with a schema)"
-            raise Invalid(problem, "invalid_value", "text.format")
+def _constraint(request: ResponsesRequest, otherwise: Constraint | None) -> Constraint | None:
+    """Return what binds the answer's text: its form, or what was said in the words of other servers. Raises `Invalid`."""
+    form = request.text.format if request.text is not None else None
+    found = formatted(form, "text.format") if form is not None else None
+    if found is not None and otherwise is not None:
+        require(False, otherwise.field, "cannot be combined with text.format: one of them says what the answer must be")
+    return found or otherwise

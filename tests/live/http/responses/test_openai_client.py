@@ -22,6 +22,7 @@ from openai.types.responses import (
     ResponseReasoningItem,
     ResponseStreamEvent,
 )
+from pydantic import BaseModel
 
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
@@ -398,11 +399,20 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"input": "x", "include": ["everything"]}, "include"),
         ({"input": "x", "truncation": "middle"}, "truncation"),
-        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.name"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a", "schema": []}}}, "text.format.schema"),
+        ({"input": "x", "text": {"format": {"type": "json_object"}}, "extra_body": {"guided_regex": "a"}}, "guided_regex"),
         ({"input": "x", "temperature": -1}, "temperature"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "metadata": {"k": "v" * 513}}, "metadata"),
         ({"input": "x", "extra_body": {"max_tokens": 5}}, "max_tokens"),
+        ({"input": "x", "extra_body": {"n": 2}}, "n"),
+        ({"input": "x", "extra_body": {"return_token_ids": True}}, "return_token_ids"),
+        (
+            {"input": "x", "extra_body": {"stream_options": {"continuous_usage_stats": True}}},
+            "stream_options.continuous_usage_stats",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(text: ModelText, asked: dict[str, Any], param: str) -> None:
@@ -411,6 +421,36 @@ def test_what_is_not_served_is_refused_by_name(text: ModelText, asked: dict[str,
             await client.responses.create(model=MODEL, **asked)
         assert refused.value.param == param
         assert served.driver.turns == []
+
+    play(text, talk)
+
+
+def test_what_the_template_refuses_and_what_is_too_long_is_the_inputs(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.responses.create(model=MODEL, input="word " * text.context_tokens_max)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+
+    play(text, talk)
+
+
+class City(BaseModel):
+    name: str
+    people: int
+
+
+def test_answers_are_kept_to_a_form_and_parsed(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        answering(served, '{"name": "Oslo", "people": 717710}', "{}", "aa")
+        answer = await client.responses.parse(model=MODEL, input="Where?", text_format=City)
+        assert answer.output_parsed == City(name="Oslo", people=717710)
+        assert '"people"' in served.driver.turns[0].sampling.grammar
+        await client.responses.create(model=MODEL, input="What?", text={"format": {"type": "json_object"}})
+        assert served.driver.turns[1].sampling.grammar not in ("", served.driver.turns[0].sampling.grammar)
+        await client.responses.create(
+            model=MODEL, input="So?", text={"format": {"type": "text"}}, extra_body={"guided_regex": "a+"}
+        )
+        assert "a+" in served.driver.turns[2].sampling.grammar
 
     play(text, talk)
 
@@ -486,6 +526,19 @@ def test_custom_tools_are_called_with_a_text(text: ModelText, stream: bool) -> N
         prompt = prompt_of(served, served.driver.turns[-1])
         assert json.dumps({"input": patch}, ensure_ascii=False) in prompt
         assert "<tool_response>\nok\n" in prompt
+
+    play(text, talk)
+
+
+def test_what_is_said_can_be_padded_so_that_sizes_do_not_tell_it(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        served.driver.script = lambda turn: Script(["a", " somewhat longer piece"])
+        asked: Any = {"model": MODEL, "input": "Hi", "stream": True, "stream_options": {"include_obfuscation": True}}
+        async with httpx.AsyncClient(base_url=served.url) as plain:
+            events = (await plain.post("/v1/responses", json=asked)).text.split("\n\n")
+        sizes = {len(event) for event in events if "output_text.delta" in event}
+        assert len(sizes) == 1
+        assert "obfuscation" not in events[-2]
 
     play(text, talk)
 
