@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,10 +15,10 @@ TIE = 1e-4
 Oracle = Callable[[list[int], int], list[int] | None]
 
 
-def oracle(path: Path) -> Oracle:
-    """Load a checkpoint into `transformers`."""
+def oracle(path: Path, adapted: Callable[[Any], Any] = lambda model: model) -> Oracle:
+    """Load a checkpoint into `transformers`; `adapted` returns what is to be asked instead."""
     torch.set_num_threads(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     # An end is a token like any other here: left to itself, `generate` would pass it over to write as many as are asked for.
     model.generation_config.eos_token_id = None
 

@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from orchestrator.core.config import PoolConfig
+from orchestrator.core.config import ModelConfig, PoolConfig
 from orchestrator.core.experts import ExpertBalance, Placement
 from orchestrator.core.types import Load, NodeId, NodeSpec, PoolKind
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
@@ -43,8 +43,10 @@ STOP_S = 0.5
 FRAME_S_MOST = 0.004
 
 
-def open_engine(pool: PoolConfig, model_dir: Path, share: Share, places: SplitPlaces | None = None) -> Engine:
-    """Open the engine a pool asks for, in a group if it has FFN ranks; only that one is imported."""
+def open_engine(
+    pool: PoolConfig, model_dir: Path, share: Share, places: SplitPlaces | None = None, model: ModelConfig | None = None
+) -> Engine:
+    """Open the engine a pool asks for, in a group if it has FFN ranks, with its model's adapters; only that one is imported."""
 
     def allocate(size: int) -> memoryview:
         return share(size).view
@@ -62,7 +64,8 @@ def open_engine(pool: PoolConfig, model_dir: Path, share: Share, places: SplitPl
             from workers.engines.eager import EagerEngine  # noqa: PLC0415
 
             scheduler = pool.scheduler
-            return EagerEngine(model_dir, pool.engine, scheduler.sequences_max, scheduler.step_tokens_max, allocate, places)
+            most = scheduler.sequences_max, scheduler.step_tokens_max
+            return EagerEngine(model_dir, pool.engine, *most, allocate, places, model=model)
 
 
 class NodeServer:
@@ -79,6 +82,7 @@ class NodeServer:
         journal: folder in which each node writes down what it is told and what it decides; empty for none.
         stores: whether this host has, or is to have, a store (`set_store`).
         places: the FFN ranks of the nodes' group; None: they compute whole layers.
+        model: the model's table in the cluster file, for its adapters; None: it has none.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class NodeServer:
         journal: str = "",
         stores: bool = False,
         places: SplitPlaces | None = None,
+        model: ModelConfig | None = None,
     ) -> None:
         assert nodes, "a process without nodes"
         # Before there are other threads: those of gRPC and the one that waits for the engine are as urgent as this one.
@@ -108,6 +113,7 @@ class NodeServer:
         self._journal = journal
         self._stores = stores
         self._places = places
+        self._model = model
         self._routings: list[ExpertRouting] = []
         given = limits or DriverLimits()
         # Nodes of one process share its time for frames.
@@ -199,7 +205,7 @@ class NodeServer:
             return arenas[-1]
 
         engine = await asyncio.get_running_loop().run_in_executor(
-            None, open_engine, self._pool, self._model_dir, share, self._places
+            None, open_engine, self._pool, self._model_dir, share, self._places, self._model
         )
         if engine.routing is not None:
             self._routings.append(engine.routing)

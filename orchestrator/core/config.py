@@ -3,8 +3,8 @@
 A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a parsed file into one frozen object or raises
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
-    [cluster]  [gateway]  [[tenants]]  [limits]  [leases]  [router]  [store]  [models.NAME]  [[pools]]  [pools.engine]
-    [pools.engine.speculation]  [pools.scheduler]  [pools.profile]  [pools.hardware]  [log]  [trace]
+    [cluster]  [gateway]  [[tenants]]  [limits]  [leases]  [router]  [store]  [models.NAME]  [models.NAME.adapters.NAME]
+    [[pools]]  [pools.engine]  [pools.engine.speculation]  [pools.scheduler]  [pools.profile]  [pools.hardware]  [log]  [trace]
 """
 
 import types
@@ -19,6 +19,7 @@ from orchestrator.core.types import (
     ATTEMPTS_MAX,
     SHARE_MAX,
     SHARE_MIN,
+    AdapterName,
     CostProfile,
     ModelName,
     NodeId,
@@ -51,6 +52,8 @@ SHOWN_MAX = 60
 TENANT_CHARS_MAX = 64
 #: Tokens that one step may verify for one sequence: a longer draft is not accepted as a whole often enough to be worth its rows.
 DRAFT_TOKENS_MAX = 64
+#: LoRA adapters of one model, all of which are in a node's memory, and the greatest rank that any may have.
+ADAPTERS_MAX, ADAPTER_RANK_MAX = 256, 512
 #: Longest that a lease may be let last: 30 days.
 LEASE_S_MAX = 30 * 86_400.0
 #: Highest priority that a request can have: what 32 bits hold.
@@ -247,6 +250,8 @@ class GatewayConfig:
         "x-dynamo-session-id",
         "x-claude-code-agent-id",
         "x-claude-code-session-id",
+        # Codex's agents, each with one of its own within their session-id.
+        "thread-id",
         "session-id",
         "session_id",
         "x-session-id",
@@ -410,6 +415,20 @@ REASONING_PARSERS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """[models.NAME.adapters.ADAPTER]: a LoRA adapter of the model, which clients ask for by its name as for any model."""
+
+    #: Directory as PEFT writes it (adapter_config.json, adapter_model.safetensors), the same on every host of a gateway or of the
+    #: model's nodes; adapters that differ are refused.
+    path: str
+    #: Other names clients may use; a trailing * matches any ending.
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path", "must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """[models.NAME]: one model and the names it answers to."""
 
@@ -425,8 +444,18 @@ class ModelConfig:
     #: For pools with hardware: a built-in model shape (kimi-k2, deepseek-v3, ...) or the path of a config.json. Empty: that in
     #: `path`.
     shape: str = ""
+    #: LoRA adapters by name. All of them are in every node's memory, and one step computes for several of them and for the model
+    #: itself. Tokenizer and chat template are the model's.
+    adapters: Mapping[str, AdapterConfig] = field(default_factory=lambda: {})
+    #: Greatest rank of an adapter: a node's memory for them is that of the greatest rank there is, for each.
+    adapter_rank_max: int = 64
 
     def __post_init__(self) -> None:
+        require(len(self.adapters) <= ADAPTERS_MAX, "adapters", f"must be {ADAPTERS_MAX} at most, are {len(self.adapters)}")
+        require(all(self.adapters), "adapters", "an adapter's name must not be empty")
+        most = ADAPTER_RANK_MAX
+        within = 1 <= self.adapter_rank_max <= most
+        require(within, "adapter_rank_max", f"must be 1 to {most}, is {self.adapter_rank_max}")
         for name, value, known in (
             ("tool_parser", self.tool_parser, TOOL_PARSERS),
             ("reasoning_parser", self.reasoning_parser, REASONING_PARSERS),
@@ -899,6 +928,19 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """What a client's name stands for: a model, or one with an adapter."""
+
+    model: ModelName
+    adapter: AdapterName | None = None
+
+    @property
+    def label(self) -> ModelName:
+        """Its own name, whichever alias was asked for."""
+        return ModelName(self.adapter or self.model)
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """A whole cluster file."""
 
@@ -929,6 +971,7 @@ class ClusterConfig:
             require(pool.model in self.models, f"pools[{index}].model", f"no [models.{pool.model}] table; there are: {known}")
         for model in self.models:
             self._check_model(model)
+        self._check_adapters()
         for model in self.store.shares if self.store is not None else ():
             require(
                 model in self.models, f"store.shares.{model}", f"no [models.{model}] table; there are: {', '.join(self.models)}"
@@ -966,21 +1009,51 @@ class ClusterConfig:
             problem = f"its pools differ in engine.{name}, so that they cannot share a store: {', '.join(found)}"
             require(len(found) == 1, f"models.{model}", problem)
 
+    def _check_adapters(self) -> None:
+        """See that each adapter's name is its own, and that all pools of its model can compute with it."""
+        aliases = {alias for named in self._aliases().values() for alias in named}
+        seen: set[str] = set()
+        for model, config in self.models.items():
+            for name in config.adapters:
+                where = f"models.{model}.adapters.{name}"
+                require(name not in self.models, where, f"[models.{name}] has that name already")
+                require(name not in seen, where, "an adapter of another model has that name already")
+                require(name not in aliases, where, "is an alias already")
+                seen.add(name)
+            kept = next((pool.name for pool in self.pools_of(model) if pool.kind is PoolKind.LPX), None)
+            problem = f"pool {kept} is of kind lpx, whose engine keeps its beat for the model alone"
+            require(not config.adapters or kept is None, f"models.{model}.adapters", problem)
+
+    def _aliases(self) -> dict[Named, tuple[str, ...]]:
+        """Return the further names of everything that clients may ask for."""
+        found = {Named(ModelName(model)): config.aliases for model, config in self.models.items()}
+        for model, config in self.models.items():
+            for name, adapter in config.adapters.items():
+                found[Named(ModelName(model), AdapterName(name))] = adapter.aliases
+        return found
+
+    def names(self) -> dict[str, Named]:
+        """Return the names clients may ask for, and what they stand for; aliases that match by their beginning are left out."""
+        aliases = self._aliases()
+        further = [alias for ones in aliases.values() for alias in ones if not alias.endswith("*")]
+        found = {name: self.named(name) for name in (*[named.label for named in aliases], *further)}
+        return {name: named for name, named in found.items() if named is not None}
+
     def pools_of(self, model: str) -> tuple[PoolConfig, ...]:
         """Return the pools that serve a model, in the file's order."""
         return tuple(pool for pool in self.pools if pool.model == model)
 
-    def model_named(self, name: str) -> str | None:
-        """Return the model that a client's name stands for: its own, or the longest alias that matches; None if none does."""
-        if name in self.models:
-            return name
+    def named(self, name: str) -> Named | None:
+        """Return what a client's name stands for: its own, or the longest alias that matches; None if none does."""
+        aliases = self._aliases()
+        own = next((named for named in aliases if named.label == name), None)
         matching = [
-            (len(alias), model)
-            for model, config in self.models.items()
-            for alias in config.aliases
+            (len(alias), named.label, named)
+            for named, ones in aliases.items()
+            for alias in ones
             if alias == name or (alias.endswith("*") and name.startswith(alias[:-1]))
         ]
-        return max(matching)[1] if matching else None
+        return own or (max(matching, key=lambda match: match[:2])[2] if matching else None)
 
     def class_for(self, tenant: TenantId) -> ServiceClass:
         """Return the class of a tenant's requests that name none."""

@@ -22,6 +22,8 @@ NodeId = NewType("NodeId", str)
 #: One host's store of KV below its nodes' memory.
 StoreId = NewType("StoreId", str)
 ModelName = NewType("ModelName", str)
+#: What clients call a model with a LoRA adapter; no model is called so.
+AdapterName = NewType("AdapterName", str)
 PoolName = NewType("PoolName", str)
 SessionId = NewType("SessionId", str)
 TenantId = NewType("TenantId", str)
@@ -166,7 +168,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a node chooses tokens, what ends them, and what it reports of the choice."""
+    """What a node computes tokens with, how it chooses them, what ends them, and what it reports of the choice."""
 
     #: 0 is greedy and ignores top_p, top_k, min_p and seed.
     temperature: float = 0.0
@@ -198,6 +200,8 @@ class Sampling:
     grammar: str = ""
     #: Most likely tokens to report at each position of the prompt but the first, beside its token; None for none at all.
     prompt_logprobs: int | None = None
+    #: The LoRA adapter that the model is changed by; None: none.
+    adapter: AdapterName | None = None
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""

@@ -29,6 +29,7 @@ from orchestrator.wire.logs import open_log
 from orchestrator.wire.trust import read_trust
 from workers.engines.base import SplitPlaces
 from workers.engines.checkpoint import default_model_path, fingerprint
+from workers.engines.peft import adapter_fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
 from workers.store.models import ModelBlocks, model_blocks
@@ -82,6 +83,13 @@ def model_folder(config: ClusterConfig, model: str) -> Path:
     """Return a model's checkpoint directory on this host; the built-in one is made if need be."""
     path = config.models[model].path
     return Path(path) if path else default_model_path()
+
+
+def fingerprints_of(config: ClusterConfig, model: str) -> dict[str, str]:
+    """Return what names a model's checkpoint on this host, and what names each of its adapters, by their names."""
+    own = fingerprint(model_folder(config, model), config.pools_of(model)[0].engine.weights)
+    adapters = config.models[model].adapters
+    return {model: own} | {name: adapter_fingerprint(own, Path(adapter.path)) for name, adapter in adapters.items()}
 
 
 class Lookout:
@@ -201,7 +209,7 @@ class NodeProcess(_Process):
         config = self._configure(config)
         pool = pool_of(config, self._part)
         folder = model_folder(config, pool.model)
-        self._fingerprints = {pool.model: fingerprint(folder, pool.engine.weights)}
+        self._fingerprints = fingerprints_of(config, pool.model)
         self._address = self._loop.run(self._serve(config, folder, store, places))
         serve_long()
         return self.describe()
@@ -264,6 +272,7 @@ class NodeProcess(_Process):
             journal,
             stores=config.store is not None,
             places=places,
+            model=config.models[pool.model],
         )
         address = await self._server.start()
         if store is not None:
@@ -330,9 +339,9 @@ class GatewayProcess(_Process):
         """Read the models' text sides, reach the nodes that are there, serve, and say where."""
         config = self._configure(config)
         folders = {model: model_folder(config, model) for model in config.models}
-        self._fingerprints = {
-            model: fingerprint(folder, config.pools_of(model)[0].engine.weights) for model, folder in folders.items()
-        }
+        self._fingerprints = {}
+        for model in config.models:
+            self._fingerprints |= fingerprints_of(config, model)
         self._address = self._loop.run(self._serve(config, http_port, folders, members))
         serve_long()
         return self.describe()

@@ -125,7 +125,7 @@ class Choices:
             for sample in range(self._prepared.asked.limits.choices):
                 turn = self._turn(prompt, sample)
                 generation = self._generation(turn)
-                watch = metrics.open_turn(turn.model, turn.service_class)
+                watch = metrics.open_turn(self._prepared.model.label, turn.service_class)
                 stream = driver.start(turn)
                 if recorder is not None:
                     watch = recorder.watch(turn, watch)

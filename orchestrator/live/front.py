@@ -65,7 +65,7 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class FrontAddress:
-    """Where a gateway serves, and what checkpoints it knows by their fingerprints."""
+    """Where a gateway serves, and what checkpoints and adapters it knows by their fingerprints."""
 
     url: str
     fingerprints: Mapping[str, str]
@@ -80,7 +80,7 @@ class Front:
         reach: this host's address for others, told to them when the gateway listens on all of its addresses.
         http_port: 0 for any.
         folders: checkpoint directory of every model.
-        fingerprints: of those checkpoints.
+        fingerprints: of those checkpoints, and of the models' adapters.
         pools: every node of the cluster and its pool.
         fatal: told of an error that leaves the gateway in an unknown state; the process should end.
 
@@ -123,7 +123,7 @@ class Front:
         page, status = self._metrics.render, self.status
         self._recorder = open_recorder(config, number)
         texts = {ModelName(name): self._text(name, folder) for name, folder in folders.items()}
-        intake = Intake(config, texts, config.cluster.secret.encode())
+        intake = Intake(config, texts, config.cluster.secret.encode(), fingerprints)
         driver, around = self._driver, self._traces.wrap if self._traces is not None else None
         self._gateway = Gateway(
             config, number, intake, driver, told, page, status, self._recorder, around, self._call, lambda: self._desk

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from hmac import compare_digest
+from types import MappingProxyType
 from typing import Any, assert_never
 
 from orchestrator.core.blocks import TOKEN_BYTES, hash_root
-from orchestrator.core.config import ClusterConfig
-from orchestrator.core.types import DEFAULT_TENANT, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
+from orchestrator.core.config import ClusterConfig, Named
+from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
 from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts
 from orchestrator.live.binding import bound
 from orchestrator.live.chains import Chain, Chains
@@ -32,6 +33,7 @@ from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
 from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
+from orchestrator.live.text.tools import ToolParser
 from orchestrator.live.turns import Prompt
 
 #: Longer session names are hashed down to this many characters.
@@ -39,6 +41,7 @@ _SESSION_CHARS_MAX = 256
 #: Log probabilities of one prompt: a hundred megabytes of JSON.
 PROMPT_SCORES_MAX = 1 << 20
 
+NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 ParserMaker = Callable[[], AnswerParser | None]
 
 
@@ -46,7 +49,14 @@ ParserMaker = Callable[[], AnswerParser | None]
 class ServedModel:
     """A model that clients may ask for."""
 
+    #: The model whose pools compute it.
     name: ModelName
+    #: The LoRA adapter that it is changed by; None: none.
+    adapter: AdapterName | None
+    #: What it is called, whichever alias was asked for.
+    label: ModelName
+    #: Names the weights, adapter included; block hashes start from it.
+    fingerprint: str
     text: ModelText
     #: Each tenant's own, so that nobody's prompts push out another's.
     prompts: Mapping[TenantId, PromptTokeniser]
@@ -90,9 +100,16 @@ class Intake:
         config: the cluster's.
         texts: the text side of every model in `config`.
         secret: keys block hashes; the same in all gateways.
+        adapters: the fingerprints of all adapters in `config`.
     """
 
-    def __init__(self, config: ClusterConfig, texts: Mapping[ModelName, ModelText], secret: bytes) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        texts: Mapping[ModelName, ModelText],
+        secret: bytes,
+        adapters: Mapping[str, str] = NO_ADAPTERS,
+    ) -> None:
         self._config = config
         self._secret = secret
         self._tenants = {_digest(key.encode()): TenantId(one.name) for one in config.tenants for key in one.keys}
@@ -102,7 +119,12 @@ class Intake:
         #: What prompts were made of lately.
         self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
         self._block_tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in texts}
-        self.models = {name: ServedModel(name, text, _prompts(config, name, text, tenants)) for name, text in texts.items()}
+        self.models = {
+            name: ServedModel(name, None, name, text.fingerprint, text, _prompts(config, name, text, tenants))
+            for name, text in texts.items()
+        }
+        #: By every name that clients may use as it is.
+        self._served = {name: self._serving(named, adapters) for name, named in config.names().items()}
 
     # --- names --------------------------------------------------------------------------------------------------------
 
@@ -125,10 +147,12 @@ class Intake:
 
     def model_named(self, name: str) -> ServedModel:
         """Return the model of that name, or else of the longest alias that matches. Raises `ModelUnknown`."""
-        served = self._config.model_named(name)
-        if served is None:
+        if (served := self._served.get(name)) is not None:
+            return served
+        named = self._config.named(name)
+        if named is None:
             raise ModelUnknown(name)
-        return self.models[ModelName(served)]
+        return self._served[named.label]
 
     def model_or_only(self, name: str) -> ServedModel:
         """Return the model of that name; without a name the one that is served, if there is no other. Raises `Refused`."""
@@ -137,8 +161,13 @@ class Intake:
 
     def model_names(self) -> list[str]:
         """Return the names clients may ask for; aliases that match by their beginning are left out."""
-        aliases = (alias for model in self._config.models.values() for alias in model.aliases)
-        return [*self.models, *(alias for alias in aliases if not alias.endswith("*"))]
+        return list(self._served)
+
+    def _serving(self, named: Named, adapters: Mapping[str, str]) -> ServedModel:
+        model = self.models[named.model]
+        if named.adapter is None:
+            return model
+        return replace(model, adapter=named.adapter, label=named.label, fingerprint=adapters[named.adapter])
 
     def session_named(self, name: str | None) -> SessionId | None:
         """Return the session that clients call so; None for none, or for an empty name."""
@@ -181,6 +210,7 @@ class Intake:
             sampling = replace(sampling, grammar=grammar)
         if asked.limits.forbidden_words:
             sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
+        sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
         service_class = asked.hints.service_class or self._config.class_for(tenant)
         if asked.hints.retention_s:  # a session's last prompt goes on from those before
             kept = prompts[-1:] if session is not None else prompts
@@ -300,7 +330,7 @@ class Intake:
         )
 
     def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
-        return hash_root(self._secret, model.text.fingerprint, f"{tenant}\0{salt}")
+        return hash_root(self._secret, model.fingerprint, f"{tenant}\0{salt}")
 
     def _check_generations(self, asked: Asked) -> None:
         """Refuse a request that is too many in one, before any of them begins."""
@@ -345,12 +375,17 @@ def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: Mo
     parameters = tool_parameters(tools)
     opened = _opened(conversation, text, style)
 
+    def make_calls() -> ToolParser | None:
+        return make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
+
     def make() -> AnswerParser | None:
         if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
             offered = parameters if tools else None
             return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
-        calls = make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
-        return calls if style is ReasoningStyle.NONE else ThinkParser(opened, calls, asked.report.thoughts)
+        if style is ReasoningStyle.NONE:
+            return make_calls()
+        openings = model.tool_style.openings if tools else ()
+        return ThinkParser(opened, make_calls(), asked.report.thoughts, openings, make_calls)
 
     return make
 

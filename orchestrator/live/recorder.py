@@ -249,7 +249,7 @@ class _Lines:
             "gap_ms": round((ended.arrived_s - before[1]) * 1e3, 3) if before is not None else 0,
             "ttft_ms": round((ended.first_token_s - ended.arrived_s) * 1e3, 3),
             "api_ms": round((ended.ended_s - ended.arrived_s) * 1e3, 3),
-            "model": turn.model,
+            "model": turn.sampling.adapter or turn.model,
             "tenant": turn.tenant,
             "stop": ended.stop,
         }

@@ -413,7 +413,8 @@ class World:
 
     def _model_of(self, turn: TracedTurn) -> ModelName:
         """Return the model that a turn goes to: the one that answers to the recorded name, else the cluster's first."""
-        return ModelName(self._config.model_named(turn.model) or next(iter(self._config.models)))
+        named = self._config.named(turn.model)
+        return named.model if named is not None else ModelName(next(iter(self._config.models)))
 
     def _abandon(self, request: RequestId) -> None:
         visit = self.visits.get(request)

@@ -15,6 +15,7 @@ from orchestrator.core.types import (
     DEFAULT_TENANT,
     SHARE_MAX,
     SHARE_MIN,
+    AdapterName,
     Assignment,
     BlockHash,
     CostProfile,
@@ -134,6 +135,7 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         forbidden_runs=[node_pb2.TokenRun(tokens=run) for run in sampling.forbidden_runs],
         allowed_token_ids=sampling.allowed_token_ids,
         grammar=sampling.grammar,
+        adapter=sampling.adapter or "",
     )
     if sampling.seed is not None:
         message.seed = sampling.seed
@@ -165,6 +167,7 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         allowed_token_ids=tuple(sampling.allowed_token_ids),
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         grammar=sampling.grammar,
+        adapter=AdapterName(sampling.adapter) if sampling.adapter else None,
     )
 
 

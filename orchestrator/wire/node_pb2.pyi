@@ -163,7 +163,7 @@ class Submit(_message.Message):
     def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ..., generated_tokens: _Optional[int] = ..., scored: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids", "prompt_logprobs")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids", "prompt_logprobs", "adapter")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +187,7 @@ class Sampling(_message.Message):
     FORBIDDEN_RUNS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -203,7 +204,8 @@ class Sampling(_message.Message):
     forbidden_runs: _containers.RepeatedCompositeFieldContainer[TokenRun]
     allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    adapter: str
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class TokenRun(_message.Message):
     __slots__ = ("tokens",)

@@ -23,6 +23,7 @@ from orchestrator.cli.cluster_file import (
     with_model,
 )
 from orchestrator.core.config import (
+    AdapterConfig,
     ClusterConfig,
     ClusterSettings,
     EngineConfig,
@@ -79,13 +80,13 @@ def test_the_default_file_names_every_field() -> None:
     text = LOCAL_CLUSTER.read_text()
     for table in TABLES:
         for name in (item.name for item in fields(table)):
-            assert re.search(rf"^(# )?({name} = |\[+(\w+\.)*{name}\])", text, re.MULTILINE), f"{table.__name__}.{name}"
+            assert re.search(rf"^(# )?({name} = |\[+(\w+\.)*{name}(\.NAME)?\])", text, re.MULTILINE), f"{table.__name__}.{name}"
 
 
 def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     text = re.sub(
         r"^# (?!session_headers|disaggregation|acceptance|service_class = \S+  # an example)"
-        r"(\w+ = |\[\[tenants|\[store|\[pools\.split|\[pools\.beat)",
+        r"(\w+ = |\[\[tenants|\[store|\[models\.default\.adapters|\[pools\.split|\[pools\.beat)",
         r"\1",
         LOCAL_CLUSTER.read_text(),
         flags=re.MULTILINE,
@@ -94,7 +95,8 @@ def test_the_defaults_shown_in_the_default_file_are_the_defaults() -> None:
     tenant = TenantConfig("team-a", ("env:TEAM_A_KEY",))  # what of it is shown as the default is the default
     plain = read_cluster(LOCAL_CLUSTER)
     pools = tuple(replace(pool, split=SplitConfig()) if pool.kind is PoolKind.DECODE else pool for pool in plain.pools)
-    whole = replace(plain, tenants=(tenant,), store=StoreConfig(), pools=pools)
+    models = {"default": replace(plain.models["default"], adapters={"NAME": AdapterConfig("/adapters/NAME")})}
+    whole = replace(plain, tenants=(tenant,), store=StoreConfig(), models=models, pools=pools)
     assert ClusterConfig.from_mapping(tomllib.loads(text)) == whole
 
 

@@ -15,8 +15,8 @@ from orchestrator.cli.main import main
 from orchestrator.cli.plan import add_plan
 from orchestrator.cli.report.plan import write_plan_report
 from orchestrator.cli.report.plan_text import Told, as_json, front_table, print_answer, pruned_table, reasons, shortfalls
-from orchestrator.core.config import DecodeMode, HardwareConfig, Precision
-from orchestrator.core.types import PoolKind
+from orchestrator.core.config import DecodeMode, HardwareConfig, Named, Precision
+from orchestrator.core.types import ModelName, PoolKind
 from orchestrator.plan.estimate import Reason
 from orchestrator.plan.goal import Budget, Price, Slo
 from orchestrator.plan.measure import Measured
@@ -187,7 +187,7 @@ def test_the_cluster_file_is_the_pick_and_says_why(search: Search) -> None:
     assert made == [(pool["kind"], pool["nodes"], pool["step_tokens_max"], pool["hardware"]) for pool in search.pick["pools"]]
     # The trace's blocks, and any name that it has for the model.
     assert {pool.engine.block_tokens for pool in config.pools} == {16}
-    assert config.model_named("whatever") == "default"
+    assert config.named("whatever") == Named(ModelName("default"))
     assert config.models["default"].shape == "gpt-oss-120b"
     text = (search.folder / "cluster.toml").read_text()
     assert all(f"# {reason}" in text.splitlines() for reason in some(search.found["why"]))

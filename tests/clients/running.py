@@ -52,7 +52,7 @@ async def run_program(name: str, *arguments: str, home: Path, environment: dict[
         if program.returncode is None:
             program.kill()
     assert program.returncode == 0, f"{name} ended with {program.returncode}\n{out.decode()}\n{err.decode()}"
-    return json.loads(out.splitlines()[-1])
+    return json.loads(out.strip().splitlines()[-1])
 
 
 def play(text: ModelText, talk: Callable[[Served], Awaitable[None]], **gateway: object) -> None:

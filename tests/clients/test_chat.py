@@ -48,6 +48,8 @@ def test_chat(text: ModelText, tmp_path: Path, program: str) -> None:
         told = await run_program(program, served.url, MODEL, home=tmp_path)
         assert told["whole"] == told["streamed"] == ["Hello world", 7]
         assert told["calls"] == CALLS
+        for way in ("message", "response"):
+            assert told.get(way) in (None, ["Hello world", 7])
         if "thoughts" in told:
             assert told["thoughts"] == ["Hm.", "Yes."]
         if "models" in told:

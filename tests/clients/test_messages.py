@@ -1,5 +1,6 @@
 """Clients of Anthropic's API that are not Anthropic's Python one, Claude Code among them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,28 @@ def test_claude_code_calls_a_tool_and_goes_on(text: ModelText, tmp_path: Path) -
         _check_usage(told["usage"], first, second)
         # It marks the system prompt and the last message that it has not written itself.
         assert [keep.seconds for keep in served.lives.asked] == [300.0, 300.0]
+
+    play(text, talk)
+
+
+def test_an_agent_of_claude_codes_forks_from_its_session(text: ModelText, tmp_path: Path) -> None:
+    call = {"name": "Agent", "arguments": {"description": "Help", "prompt": "Look.", "subagent_type": "general-purpose"}}
+
+    async def talk(served: Served) -> None:
+        def answer(turn: Turn) -> Script:
+            prompt = text.tokenizer.decode(list(memoryview(turn.prompt.tokens).cast("I")))
+            if any(before.session != turn.session for before in served.driver.turns[:1]):
+                return Script(["The helper has looked."])
+            if "The helper has looked." in prompt:
+                return Script(["All is well."])
+            return Script([*f"<tool_call>\n{json.dumps(call)}\n</tool_call>"])
+
+        served.driver.script = answer
+        told = await run_program("claude_code.mjs", served.url, "claude-opus-9", "Look around, please.", home=tmp_path)
+        assert (told["errors"], told["result"]) == (False, "All is well.")
+        main, helper, after = (turn.session for turn in served.driver.turns)
+        assert main == after != helper
+        assert served.lives.begun == [(helper, main)]
 
     play(text, talk)
 

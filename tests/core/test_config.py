@@ -7,6 +7,7 @@ import pytest
 from orchestrator.core.config import ClusterConfig, ConfigError, RouterPolicy, TenantConfig
 from orchestrator.core.types import PoolKind, ServiceClass
 
+ADAPTER = {"path": "/adapters/a"}
 POOL: dict[str, Any] = {"name": "all", "kind": "aggregated"}
 
 
@@ -96,6 +97,36 @@ def test_values_find_their_fields() -> None:
             {"models": {"default": {"tool_parser": "x"}}},
             "models.default.tool_parser: must be one of "
             "auto, hermes, qwen3_coder, llama, pythonic, mistral, deepseek, kimi_k2, harmony, none",
+        ),
+        ({"models": {"default": {"adapters": {"a": {}}}}}, "models.default.adapters.a.path: is missing"),
+        ({"models": {"default": {"adapters": {"a": {"path": ""}}}}}, "models.default.adapters.a.path: must not be empty"),
+        ({"models": {"default": {"adapters": {"": ADAPTER}}}}, "models.default.adapters: an adapter's name must not be empty"),
+        (
+            {"models": {"default": {"adapters": {str(number): ADAPTER for number in range(257)}}}},
+            "models.default.adapters: must be 256 at most, are 257",
+        ),
+        ({"models": {"default": {"adapter_rank_max": 513}}}, "models.default.adapter_rank_max: must be 1 to 512, is 513"),
+        (
+            {"models": {"default": {"adapters": {"default": ADAPTER}}}},
+            "models.default.adapters.default: [models.default] has that name already",
+        ),
+        (
+            {"models": {"default": {"aliases": ["a"], "adapters": {"a": ADAPTER}}}},
+            "models.default.adapters.a: is an alias already",
+        ),
+        (
+            {
+                "models": {"default": {"adapters": {"a": ADAPTER}}, "b": {"adapters": {"a": ADAPTER}}},
+                "pools": [POOL, {**POOL, "name": "other", "model": "b"}],
+            },
+            "models.b.adapters.a: an adapter of another model has that name already",
+        ),
+        (
+            {
+                "models": {"default": {"adapters": {"a": ADAPTER}}},
+                "pools": [POOL, {"name": "p", "kind": "prefill"}, {"name": "l", "kind": "lpx", "profile": {"beat_s": 0.01}}],
+            },
+            "models.default.adapters: pool l is of kind lpx, whose engine keeps its beat for the model alone",
         ),
         ({"pools": []}, "pools: at least one [[pools]] table is needed"),
         ({"pools": {}}, "pools: must be a list, is dict"),

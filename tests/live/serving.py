@@ -150,6 +150,8 @@ class Cluster:
         settings = next(entry for entry in self.config.pools if entry.name == name)
         journal = self.config.cluster.journal
         stores = self.place is not None
+        more: dict[str, Any] = {"journal": journal, "stores": stores, "model": self.config.models[settings.model]}
+        more["places"] = self.places if settings.split is not None else None
         server = self.servers[node] = NodeServer(
             settings,
             [node],
@@ -157,9 +159,7 @@ class Cluster:
             self.model_dir,
             self.trust,
             objects=objects,
-            journal=journal,
-            stores=stores,
-            places=self.places if settings.split is not None else None,
+            **more,
         )
         self.addresses[node] = await server.start()
         if stores:

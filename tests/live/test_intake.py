@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.core.config import AdapterConfig
 from orchestrator.core.types import DEFAULT_TENANT, GatewayId, Sampling, ServiceClass, SessionId, TenantId
 from orchestrator.live.asked import Asked, Conversation, Effort, Hints, Limits, Texts, Thinking
 from orchestrator.live.choices import Choices, Usage
@@ -52,6 +53,21 @@ def test_metrics_have_a_key_of_their_own_or_any_tenants(text: ModelText) -> None
     intake.check_metrics_key(b"page")
     with pytest.raises(KeyUnknown, match="metrics"):
         intake.check_metrics_key(b"sk-good")
+
+
+def test_adapters_are_found_by_name_and_alias_and_share_no_block_with_their_model(text: ModelText) -> None:
+    config = make_config(TENANTS)
+    adapters = {"sql": AdapterConfig("/sql", ("queries", "sql-*")), "prose": AdapterConfig("/prose")}
+    config = replace(config, models={MODEL: replace(config.models[MODEL], adapters=adapters)})
+    intake = Intake(config, {MODEL: text}, b"secret", {"sql": "a fingerprint", "prose": "another"})
+    assert intake.model_names() == [MODEL, "sql", "prose", "gpt-4o", "queries"]
+    found = [intake.model_named(name) for name in ("sql", "queries", "sql-2", "prose", "claude-opus", MODEL)]
+    assert [one.label for one in found] == ["sql", "sql", "sql", "prose", MODEL, MODEL]
+    assert {one.name for one in found} == {MODEL}
+    prepared = {one.label: prepare(intake, Asked(one.label, TALK)) for one in found}
+    assert {label: one.sampling.adapter for label, one in prepared.items()} == {"sql": "sql", "prose": "prose", MODEL: None}
+    assert len({one.prompts[0].hash_root for one in prepared.values()}) == 3
+    assert len({one.prompts[0].tokens for one in prepared.values()}) == 1
 
 
 def test_models_are_found_by_name_and_alias(text: ModelText) -> None:

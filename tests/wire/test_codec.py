@@ -10,6 +10,7 @@ from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, First
 from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
+    AdapterName,
     Assignment,
     BlockHash,
     CostProfile,
@@ -25,6 +26,7 @@ from orchestrator.core.types import (
     PoolName,
     RequestId,
     Role,
+    Sampling,
     SessionId,
     SplitLoad,
     StoredRun,
@@ -69,6 +71,13 @@ def test_assignment_survives(role: Role, source: NodeId | None, generated: int) 
     assert codec.assignment_from(parsed) == assignment
     assert parsed.hash_root == root
     assert parsed.sampling == sampling
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterName("sql")])
+def test_an_adapter_goes_with_how_tokens_are_chosen(adapter: AdapterName | None) -> None:
+    sampling = Sampling(temperature=0.5, adapter=adapter)
+    parsed = node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString())
+    assert codec.sampling_from(parsed) == sampling
 
 
 def test_an_assignment_without_a_prompt_is_malformed() -> None:

@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig
+from orchestrator.core.config import EngineConfig, ModelConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle
 from workers.engines.base import SplitPlaces, broken_promise
@@ -26,9 +26,9 @@ def without_ties(generate: Oracle, prompts: list[list[int]], count: int) -> tupl
     return [prompt for prompt, _ in kept], [tokens for _, tokens in kept]
 
 
-def engine_of(path: Path, blocks: int = 1024, split: SplitPlaces | None = None) -> EagerEngine:
+def engine_of(path: Path, blocks: int = 1024, split: SplitPlaces | None = None, model: ModelConfig | None = None) -> EagerEngine:
     config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks)
-    return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048, split=split)
+    return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048, split=split, model=model)
 
 
 class Conductor:
@@ -43,10 +43,18 @@ class Conductor:
         self._free = [BlockId(block) for block in range(engine.description.blocks)]
         self._random.shuffle(self._free)
 
-    def run(self, prompts: list[list[int]], count: int, together: int, guesses: list[list[int]] | None = None) -> list[list[int]]:
+    def run(
+        self,
+        prompts: list[list[int]],
+        count: int,
+        together: int,
+        guesses: list[list[int]] | None = None,
+        samplings: list[Sampling] | None = None,
+    ) -> list[list[int]]:
         """Return `count` tokens of each prompt, `together` at a time; with guesses of them, which are drafted."""
+        asked = samplings or [GREEDY] * len(prompts)
         self._drafts = {RequestId(number): prompts[number] + guess for number, guess in enumerate(guesses or ())}
-        waiting = [_Running(RequestId(number), prompt) for number, prompt in enumerate(prompts)]
+        waiting = [_Running(RequestId(number), *one) for number, one in enumerate(zip(prompts, asked, strict=True))]
         everything = list(waiting)
         running: list[_Running] = []
         while waiting or running:
@@ -62,7 +70,7 @@ class Conductor:
         return [each.output[:count] for each in everything]
 
     def _admit(self, new: "_Running") -> "_Running":
-        self._engine.add(new.request, array("I", new.tokens), GREEDY)
+        self._engine.add(new.request, array("I", new.tokens), new.sampling)
         if new.request in self._drafts:
             self._engine._sequences[new.request].lookup = Guesses(self._drafts[new.request], self._random)
         if len(new.tokens) > 2 * BLOCK_TOKENS and self._random.random() < 0.5:
@@ -74,7 +82,7 @@ class Conductor:
         size = BLOCK_TOKENS
         computed = self._random.randrange(1, len(new.tokens) // size + 1)
         told = tuple(BlockId(block) for block in range(computed))
-        self._donor.add(RequestId(0), array("I", new.tokens), GREEDY)
+        self._donor.add(RequestId(0), array("I", new.tokens), new.sampling)
         self._donor.step([Slice(RequestId(0), 0, computed * size, 0, told, False)])
         self._donor.forget(RequestId(0))
         slabs = memoryview(bytearray(computed * self._donor.description.block_bytes))
@@ -119,8 +127,9 @@ class Guesses(PromptLookup):
 
 
 class _Running:
-    def __init__(self, request: RequestId, prompt: list[int]) -> None:
+    def __init__(self, request: RequestId, prompt: list[int], sampling: Sampling) -> None:
         self.request = request
+        self.sampling = sampling
         self.tokens = list(prompt)
         self.output: list[int] = []
         self.blocks: list[BlockId] = []

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from orchestrator.profiles.model_config import Experts, GroupedRouting
 from workers.engines import experts as experts_file
+from workers.engines.adapters import AdaptedLinear
 from workers.engines.experts import ExpertBank, ExpertMlp, GroupedRouter, Router, SoftmaxRouter
 from workers.engines.linear import make_linear
 from workers.engines.mlp import GatedMlp
@@ -40,7 +41,7 @@ class Weights:
         shared = None
         if experts.shared_intermediate:
             gate_up, down = (make_linear(weight, None, dtype, CPU) for weight in (self.shared_gate_up, self.shared_down))
-            shared = GatedMlp(gate_up, down, experts.shared_intermediate)
+            shared = GatedMlp(AdaptedLinear(gate_up), AdaptedLinear(down), experts.shared_intermediate)
         return ExpertMlp(self.routing(experts, dtype), ExpertBank(self.gate_ups, self.downs, dtype, CPU), shared)
 
     def routing(self, experts: Experts, dtype: torch.dtype = torch.float32) -> Router:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
+from workers.engines.adapters import PLAIN, AdaptedRows, adapted_rows
 from workers.engines.decodes import Decodes, DecodeSequence, DecodeWay
 from workers.engines.kvpool import KvPool
 from workers.engines.sequences import TokenSequence
@@ -65,6 +66,9 @@ class StepBatch:
     sampled_slices: tuple[int, ...]
     #: Runs of rows that are there for log probabilities of prompts.
     scored: tuple[ScoredRun, ...]
+    #: Which rows have adapters; and which of the sampled ones, counted among these.
+    adapted: AdaptedRows = ()
+    adapted_sampled: AdaptedRows = ()
 
     @property
     def decode_rows(self) -> int:
@@ -98,6 +102,9 @@ class BatchBuilder:
         scored, runs = _scored_rows(slices, sequences, [*decodes, *chunks])
         everything = len(sampled) == rows and not scored
         wanted = [*(row for row, _ in sampled), *scored]
+        adapters = self._adapters(slices, sequences, decodes + chunks)
+        wanted_adapters = adapters[wanted] if adapters is not None else None
+        mixed = tokens - sum(slices[number].count for number in chunks[len(few) :])
         return StepBatch(
             rows=rows,
             tokens=tokens,
@@ -111,7 +118,21 @@ class BatchBuilder:
             sampled=len(sampled),
             sampled_slices=tuple(dict.fromkeys(number for _, number in sampled)),
             scored=runs,
+            adapted=self._adapted(adapters, mixed),
+            adapted_sampled=self._adapted(wanted_adapters, len(wanted)),
         )
+
+    @staticmethod
+    def _adapters(slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int]) -> NDArray[np.int64] | None:
+        """Return the rows' adapters; None if none has any."""
+        if all(sequences[number].adapter is None for number in members):
+            return None
+        own = [sequences[number].adapter for number in members]
+        numbers = np.array([PLAIN if adapter is None else adapter for adapter in own], np.int64)
+        return numbers.repeat([slices[number].count for number in members])
+
+    def _adapted(self, adapters: NDArray[np.int64] | None, mixed: int) -> AdaptedRows:
+        return () if adapters is None else adapted_rows(adapters, mixed, self._to_device)
 
     def _rows(
         self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int], chunks: list[int]
@@ -181,7 +202,7 @@ class BatchBuilder:
             first_row += count
         return tuple(found)
 
-    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
+    def _to_device(self, values: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 

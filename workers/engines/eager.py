@@ -7,6 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig
+from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig
 from orchestrator.core.types import RequestId, Sampling
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
+from workers.engines.adapters import Adapters
 from workers.engines.attention import decode_way
 from workers.engines.base import EngineDescription, ExpertRouting, PromptScores, SliceOutput, SplitPlaces
 from workers.engines.batch import BatchBuilder, StepBatch
@@ -58,8 +60,9 @@ class EagerEngine(PooledBlocks):
         allocate: Callable[[int], memoryview] | None = None,
         split: SplitPlaces | None = None,
         rows: int = 0,
+        model: ModelConfig | None = None,
     ) -> None:
-        """Load a model and take memory for its KV.
+        """Load a model and its adapters, and take memory for its KV.
 
         Args:
             model_dir: a Hugging Face checkpoint directory.
@@ -69,9 +72,10 @@ class EagerEngine(PooledBlocks):
             allocate: returns that many zeroed bytes for a pool in host memory; None: the engine's own.
             split: where the FFN ranks are that compute the layers' second halves; None: this process computes all.
             rows: rows that each step is filled up to, so that all take the same time.
+            model: the model's table in the cluster file, for its adapters; None: it has none.
 
         Raises:
-            CheckpointError: for a checkpoint that is incomplete or not supported.
+            CheckpointError: for a checkpoint or an adapter that is incomplete or not supported.
             ConfigError: for a device, a context or a memory size that cannot be had.
             RankLost: if an FFN rank cannot be reached.
         """
@@ -87,7 +91,12 @@ class EagerEngine(PooledBlocks):
             filled = max(rows, rows_min(dtype, device, weights.quantised))
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
-            self._model = Model(weights, shape, dtype, device, self.split)
+            self._adapters = Adapters(model or ModelConfig(), dtype, device)
+            with ExitStack() as failing:
+                if self.split is not None:
+                    failing.callback(self.split.close)
+                self._model = Model(weights, shape, dtype, device, self.split, self._adapters)
+                failing.pop_all()
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
@@ -119,7 +128,12 @@ class EagerEngine(PooledBlocks):
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
         walk = self._grammars.walk(sampling, len(tokens) - generated)
-        self._sequences[request] = TokenSequence(tokens, sampling, self.description.vocabulary, generated, walk)
+        known = self.description
+        sequence = self._sequences[request] = TokenSequence(tokens, sampling, known.vocabulary, generated, walk)
+        if sampling.adapter is not None:
+            sequence.adapter = self._adapters.number(sampling.adapter)
+            if sequence.adapter is None:
+                sequence.failure = f"this node has no adapter {sampling.adapter!r}"
 
     def forget(self, request: RequestId) -> None:
         self._sequences.pop(request, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.profiles.model_config import GROUP_BEST, Experts
+from workers.engines.adapters import AdaptedRows
 from workers.engines.linear import Linear, make_linear
 from workers.engines.mlp import Finish, GatedMlp
 from workers.engines.quantised import Matrix
@@ -154,12 +155,12 @@ class ExpertMlp:
         self._bank = bank
         self._shared = shared
 
-    def begin(self, rows: Tensor) -> Finish:
+    def begin(self, rows: Tensor, adapted: AdaptedRows) -> Finish:
         """See `Ffn.begin`: computes when finished."""
-        return partial(self.add_to, rows=rows)
+        return partial(self.add_to, rows=rows, adapted=adapted)
 
-    def add_to(self, state: Tensor, rows: Tensor) -> Tensor:
-        """Return state + experts(rows)."""
+    def add_to(self, state: Tensor, rows: Tensor, adapted: AdaptedRows = ()) -> Tensor:
+        """Return state + experts(rows); of adapters those of what all rows visit count."""
         weights, picked = self._router.route(rows)
         state = self._bank.add_to(state, rows, weights, picked)
-        return state if self._shared is None else self._shared.add_to(state, rows)
+        return state if self._shared is None else self._shared.add_to(state, rows, adapted)

@@ -23,7 +23,7 @@ class GroupedAttention:
     def attend(self, normed: Tensor, rotation: Tensor, batch: StepBatch, pool: KvPool, layer: int) -> Tensor:
         """Return [rows, heads x head dimension] of rows [rows, hidden]; their keys and values go into the pool."""
         shape = self._shape
-        rows = self._queries_keys_values(normed)
+        rows = self._queries_keys_values(normed, batch.adapted)
         # In float32 `turned` is a view, and rotating it in place is all there is to do.
         turned = rows[:, : self._queries_keys].float().view(batch.rows, -1, shape.head_dim)
         if self._head_norm is not None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestrator.core.config import ModelConfig
 from orchestrator.core.cost.shapes import Latent
 from orchestrator.profiles.model_config import Architecture, Experts
+from workers.engines.adapters import AdaptedLinear, Adapters, Part
 from workers.engines.experts import ExpertBank, GroupedRouter, Router, SoftmaxRouter
 from workers.engines.linear import Linear, make_linear
 from workers.engines.mlp import GatedMlp
@@ -39,8 +41,16 @@ class Share:
 class Loader:
     """Reads tensors and lays them out for the device."""
 
-    def __init__(self, weights: Weights, shape: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        shape: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.shape = shape
+        self._adapters = adapters or Adapters(ModelConfig(), dtype, device)
         self._weights = weights
         self._dtype = dtype
         self._device = device
@@ -66,21 +76,25 @@ class Loader:
         stacked = (torch.cat(gains).double() * math.sqrt(shape.head_dim)).float()
         return HeadNorm(stacked.to(self._device), math.sqrt(shape.head_dim * shape.norm_epsilon))
 
-    def linear(self, name: str, outputs: int, inputs: int, biased: bool) -> Linear:
+    def linear(self, name: str, outputs: int, inputs: int, biased: bool) -> AdaptedLinear:
         weight = self._weights.take_matrix(f"{name}.weight", (outputs, inputs))
-        return make_linear(weight, self._bias(name, outputs, biased), self._dtype, self._device)
+        linear = make_linear(weight, self._bias(name, outputs, biased), self._dtype, self._device)
+        return AdaptedLinear(linear, self._adapters.low_rank([Part(name, outputs)], inputs, None))
 
-    def queries_keys_values(self, prefix: str, gain: Tensor | None) -> Linear:
+    def queries_keys_values(self, prefix: str, gain: Tensor | None) -> AdaptedLinear:
         shape = self.shape
         weights: list[Matrix] = []
         biases: list[Tensor] = []
+        parts: list[Part] = []
         for name, width in (("q_proj", shape.queries_width), ("k_proj", shape.keys_width), ("v_proj", shape.keys_width)):
             weight, bias = self._taken(prefix + name, width, shape.attention_bias)
             order = torch.arange(width) if name == "v_proj" else _paired(width, shape.head_dim)
             weights.append(weight[order])
             biases.append(bias[order])
+            parts.append(Part(prefix + name, width, order))
         bias = torch.cat(biases)
-        return make_linear(_gained(stack(weights), gain), bias if bias.any() else None, self._dtype, self._device)
+        linear = make_linear(_gained(stack(weights), gain), bias if bias.any() else None, self._dtype, self._device)
+        return AdaptedLinear(linear, self._adapters.low_rank(parts, shape.hidden, gain))
 
     def latent_inputs(self, prefix: str, gain: Tensor | None) -> Linear:
         """Return the product to (compressed) queries, latents and the shared key, side by side."""
@@ -132,7 +146,10 @@ class Loader:
         down = columns(self._weights.take_matrix(f"{prefix}down_proj.weight", (self.shape.hidden, whole)), part)
         down_bias = self._bias(f"{prefix}down_proj", self.shape.hidden, biased)
         first = share.rank == 0  # a sum has its bias once
-        return GatedMlp(gate_up, make_linear(down, down_bias if first else None, self._dtype, self._device), width)
+        finish = make_linear(down, down_bias if first else None, self._dtype, self._device)
+        gates_ups_added = self._adapters.low_rank([Part(prefix + name, whole) for name in GATE_UP], self.shape.hidden, gain)
+        downs_added = self._adapters.low_rank([Part(f"{prefix}down_proj", self.shape.hidden)], whole, None)
+        return GatedMlp(AdaptedLinear(gate_up, gates_ups_added), AdaptedLinear(finish, downs_added), width)
 
     def router(self, prefix: str, gain: Tensor | None) -> Router:
         experts = self._experts()

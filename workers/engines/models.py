@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.profiles.model_config import Architecture
+from workers.engines.adapters import AdaptedRows, Adapters
 from workers.engines.batch import StepBatch
 from workers.engines.experts import ExpertMlp
 from workers.engines.grouped import GroupedAttention
@@ -41,10 +42,11 @@ class Model:
         dtype: torch.dtype,
         device: torch.device,
         split: SplitGroup | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """Load a model; with `split` its FFNs are left to the ranks of a group."""
+        """Load a model and what is added to it; with `split` its FFNs are left to the ranks of a group."""
         self._dtype = dtype
-        loader = Loader(weights, shape, dtype, device)
+        loader = Loader(weights, shape, dtype, device, adapters)
         embedding = weights.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
         self._embedding = embedding.to(device, dtype)
         self._layers = [_Layer(loader, number, split) for number in range(shape.layers)]
@@ -55,6 +57,8 @@ class Model:
         self._row_operations = _row_operations(shape)
         self._rotations = Rotations(shape.rope, shape.rotated_dim, device)
         weights.check_all_taken()
+        if adapters is not None:
+            adapters.check_all_taken()
 
     @property
     def row_operations(self) -> int:
@@ -73,8 +77,8 @@ class Model:
         for layer in self._layers:
             for place, batch in enumerate(batches):
                 state = finishes[place](states[place])
-                states[place], rows = layer.attend(state, rotations[place], batch, pool)
-                finishes[place] = layer.ffn.begin(rows) if len(rows) else _unchanged
+                states[place], rows, adapted = layer.attend(state, rotations[place], batch, pool)
+                finishes[place] = layer.ffn.begin(rows, adapted) if len(rows) else _unchanged
         states = [finish(state) for finish, state in zip(finishes, states, strict=True)]
         last = states[0] if len(states) == 1 else torch.cat(states)
         return self._head(self._norm(last)) if len(last) else None
@@ -104,14 +108,16 @@ class _Layer:
         self.ffn = _ffn(loader, number, prefix + "mlp.", gain, split)
         self._last = number == shape.layers - 1
 
-    def attend(self, state: Tensor, rotation: Tensor, batch: StepBatch, pool: KvPool) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after the first half, and the normalised rows that the second takes."""
+    def attend(self, state: Tensor, rotation: Tensor, batch: StepBatch, pool: KvPool) -> tuple[Tensor, Tensor, AdaptedRows]:
+        """Return the residual stream after the first half, and the normalised rows that the second takes, with their adapters."""
+        adapted = batch.adapted
         attended = self._attention.attend(self._attention_norm(state), rotation, batch, pool, self._number)
         if self._last and batch.sampled_rows is not None:
             # Nobody looks at the other rows any more; most of a prompt is spared the last MLP.
             state, attended = state[batch.sampled_rows], attended[batch.sampled_rows]
-        state = self._output.add_to(state, attended)
-        return state, self._mlp_norm(state)
+            adapted = batch.adapted_sampled
+        state = self._output.add_to(state, attended, adapted)
+        return state, self._mlp_norm(state), adapted
 
 
 def _ffn(loader: Loader, number: int, prefix: str, gain: Tensor | None, split: SplitGroup | None) -> Ffn:

@@ -17,8 +17,8 @@ class TokenSequence:
     """One request in an engine."""
 
     __slots__ = (
-        "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "scored", "seed",
-        "seen", "table", "tokens", "walk",
+        "adapter", "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "scored",
+        "seed", "seen", "table", "tokens", "walk",
     )  # fmt: skip
 
     def __init__(
@@ -36,6 +36,8 @@ class TokenSequence:
         self.sampling = sampling
         #: Tokens of the prompt that need no log probabilities any more: all, where none are wanted.
         self.scored = 1 if sampling.prompt_logprobs is not None and not generated else self.prompt_tokens
+        #: The number of its adapter; None: it has none.
+        self.adapter: int | None = None
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         #: Tokens that end the sequence.
         self.ending = frozenset(sampling.stop_token_ids)

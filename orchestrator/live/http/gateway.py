@@ -227,7 +227,7 @@ class Gateway:
             body = await exchange.body(self._body_bytes_max)
             asked = dialect.parse(body)
             model = self._intake.model_named(asked.model)
-            label = model.name
+            label = model.label
             session = self._session_of(exchange, asked)
             if await self.peers.pass_on(exchange, body, session, asked.hints.gateway):
                 return
@@ -328,6 +328,6 @@ def _with_origins(gateway: Gateway, origins: Sequence[str]) -> Any:
     """Return the application that web pages from some origins may call too."""
     if not origins:
         return gateway
-    exposed = ("x-request-id", "x-weft-gateway", "x-weft-refused", "retry-after")
+    exposed = ("x-request-id", "request-id", "x-weft-gateway", "x-weft-refused", "retry-after")
     methods = ("GET", "HEAD", "POST", "DELETE")
     return CORSMiddleware(gateway, origins, allow_methods=methods, allow_headers=("*",), expose_headers=exposed)

@@ -82,7 +82,7 @@ def make_routes(
         model = intake.model_named(name)
         if _anthropic(request):
             return anthropic.model_info(name, started_unix_s, model.text.context_tokens_max)
-        return model_card(name, model.name, started_unix_s, model.text.context_tokens_max)
+        return model_card(name, model, started_unix_s)
 
     def models(request: Request) -> Response:
         intake.tenant_of(_key(request))

@@ -209,9 +209,8 @@ def whole(
     if thoughts.in_channels:
         start, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
         spoken = f'({channel} "analysis" {message} thought {start} "assistant")? {channel} "final" {message} {rule}'
-        return Grammar(
-            "\n".join((f"start: {spoken}", up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought"), *rules)), parts, field
-        )
+        thought = up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought")
+        return Grammar("\n".join((f"start: {spoken}", thought, *rules)), parts, field)
     if not thoughts.marks:
         return Grammar("\n".join((f"start: {rule}", *rules)), parts, field)
     first, last = thoughts.marks

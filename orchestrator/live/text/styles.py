@@ -80,6 +80,17 @@ class ToolStyle(StrEnum):
             case ToolStyle.PYTHONIC | ToolStyle.NONE:
                 return ()
 
+    @property
+    def openings(self) -> tuple[str, ...]:
+        """Special tokens that calls begin with."""
+        match self:
+            case ToolStyle.HERMES | ToolStyle.QWEN3_CODER | ToolStyle.MISTRAL:
+                return self.marks[:1]
+            case ToolStyle.DEEPSEEK | ToolStyle.KIMI_K2:
+                return self.marks[:3:2]
+            case _:
+                return ()
+
 
 #: What templates say that teach a style.
 _TAUGHT = {
@@ -139,11 +150,15 @@ def _finder(style: ToolStyle, tools: Tools) -> CallFinder | None:
         case ToolStyle.DEEPSEEK:
             calls, ended, call, *ends, _ = _DEEPSEEK
             return CallFinder(
-                lambda _: NamedReader(_DEEPSEEK_HEAD, (*ends, call, ended), call_id), (calls, call), ("```", *ends, ended)
+                lambda _: NamedReader(_DEEPSEEK_HEAD, (*ends, call, ended), call_id),
+                (calls, call),
+                ("```", *ends, ended, *_BRACKETS),
             )
         case ToolStyle.KIMI_K2:
             section, ended, call, *ends, _ = _KIMI
-            return CallFinder(lambda _: NamedReader(_KIMI_HEAD, (*ends, call, ended), call_id), (section, call), (*ends, ended))
+            return CallFinder(
+                lambda _: NamedReader(_KIMI_HEAD, (*ends, call, ended), call_id), (section, call), (*ends, ended, *_BRACKETS)
+            )
         case ToolStyle.HARMONY | ToolStyle.NONE:
             # Channels are told apart before calls are looked for.
             return None

@@ -1,7 +1,7 @@
 """OpenAI's Agents SDK, whose models speak the Responses API: `agents_sdk.py URL MODEL`.
 
-One agent hands a question over to another, which calls a tool; then the same as a stream, and once more with the server keeping
-the conversation.
+One agent hands a question over to another, which calls a tool; then the same as a stream, once more with the server keeping the
+conversation, and an answer of a form.
 """
 
 import asyncio
@@ -12,6 +12,12 @@ from typing import Any
 from agents import Agent, ModelSettings, Runner, function_tool, set_default_openai_client, set_tracing_disabled
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseTextDeltaEvent
+from pydantic import BaseModel
+
+
+class City(BaseModel):
+    name: str
+    people: int
 
 
 @function_tool
@@ -37,6 +43,7 @@ async def main(url: str, model: str) -> dict[str, Any]:
             deltas += event.data.delta
     first = await Runner.run(weather, "both cities", previous_response_id=None, auto_previous_response_id=True)
     second = await Runner.run(weather, "plain", previous_response_id=first.last_response_id)
+    form = await Runner.run(Agent(name="Form", model=model, output_type=City), "a form")
     usage = whole.context_wrapper.usage
     return {
         "whole": [whole.final_output, whole.last_agent.name, [item.type for item in whole.new_items]],
@@ -44,6 +51,7 @@ async def main(url: str, model: str) -> dict[str, Any]:
         "deltas": deltas,
         "usage": [usage.requests, usage.input_tokens_details.cached_tokens],
         "kept": [first.final_output, second.final_output],
+        "form": [form.final_output.name, form.final_output.people],
     }
 
 

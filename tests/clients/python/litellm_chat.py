@@ -1,4 +1,4 @@
-"""LiteLLM as a library, by OpenAI's chat: `litellm_chat.py URL MODEL`."""
+"""LiteLLM as a library, by OpenAI's chat, Anthropic's messages and OpenAI's responses: `litellm_chat.py URL MODEL`."""
 
 import json
 import sys
@@ -22,6 +22,9 @@ def main(url: str, model: str) -> dict[str, Any]:
     streamed = litellm.stream_chunk_builder(chunks)
     thoughts = ask("thoughts").choices[0].message
     calls = ask("both cities", tools=[TOOL]).choices[0].message.tool_calls
+    messages = [{"role": "user", "content": "plain"}]
+    message = litellm.completion(f"anthropic/{model}", messages, api_base=url, api_key="any", num_retries=0)
+    response = litellm.responses("plain", f"openai/{model}", api_base=f"{url}/v1", api_key="any", num_retries=0)
     try:
         ask("plain", temperature=-1)
         refused = None
@@ -32,6 +35,8 @@ def main(url: str, model: str) -> dict[str, Any]:
         "streamed": [streamed.choices[0].message.content, streamed.usage.prompt_tokens_details.cached_tokens],
         "thoughts": [thoughts.reasoning_content, thoughts.content],
         "calls": [[call.function.name, json.loads(call.function.arguments)] for call in calls],
+        "message": [message.choices[0].message.content, message.usage.prompt_tokens_details.cached_tokens],
+        "response": [response.output_text, response.usage.input_tokens_details.cached_tokens],
         "refused": refused,
     }
 

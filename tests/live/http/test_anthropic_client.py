@@ -12,7 +12,7 @@ import httpx
 import pytest
 from anthropic import AsyncAnthropic
 
-from orchestrator.core.types import FinishReason
+from orchestrator.core.types import FinishReason, ServiceClass
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import TurnFailed
 from tests.live.http.test_gateway import foreign_session, peers_of
@@ -160,6 +160,23 @@ def test_results_of_tools_are_shown_as_the_template_has_them(text: ModelText) ->
             "<|im_start|>user\n<tool_response>\nError: no such city\n</tool_response><|im_end|>\n"
             "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n"
         )
+
+    play(text, talk)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "tier"),
+    [
+        ({}, ServiceClass.STANDARD, "standard"),
+        ({"service_tier": "standard_only"}, ServiceClass.STANDARD, "standard"),
+        ({"service_tier": "batch"}, ServiceClass.BATCH, "batch"),
+        ({"service_tier": "auto", "speed": "fast"}, ServiceClass.INTERACTIVE, "priority"),
+    ],
+)
+def test_tiers_name_classes(text: ModelText, asked: Any, wanted: ServiceClass, tier: str) -> None:
+    async def talk(client: AsyncAnthropic, served: Served) -> None:
+        message = await client.messages.create(model=MODEL, max_tokens=9, messages=USER, **asked)
+        assert (served.driver.turns[0].service_class, message.usage.service_tier) == (wanted, tier)
 
     play(text, talk)
 

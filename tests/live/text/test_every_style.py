@@ -229,14 +229,15 @@ STYLES = [style for style in ToolStyle if style is not ToolStyle.NONE]
     st.sampled_from(STYLES),
     st.booleans(),
     st.booleans(),
-    st.lists(st.sampled_from(FRAGMENTS), max_size=18).map("".join),
+    st.tuples(st.sampled_from(["", "<think>"]), st.lists(st.sampled_from(FRAGMENTS), max_size=18).map("".join)).map("".join),
     st.randoms(use_true_random=False),
 )
 @settings(deadline=None, max_examples=100, derandomize=True)
 def test_no_text_is_too_odd(style: ToolStyle, thinks: bool, cut: bool, text: str, source: Any) -> None:
     def found(pieces: Sequence[str]) -> tuple[str, str, list[tuple[str, str]]]:
         parser: Any = parser_of(style)
-        parser = ThinkParser(False, parser) if thinks and style is not ToolStyle.HARMONY else parser
+        if thinks and style is not ToolStyle.HARMONY:
+            parser = ThinkParser(False, parser, True, style.openings, lambda: make_parser(style, TOOLS))
         parts = [*(part for piece in pieces for part in parser.add(piece)), *parser.finish(cut)]
         return (
             "".join(part.text for part in parts if isinstance(part, Reasoning)),

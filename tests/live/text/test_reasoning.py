@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.live.text.reasoning import Reasoning, ReasoningStyle, ThinkParser, reasoning_style_of
 from orchestrator.live.text.styles import ToolStyle, make_parser
-from orchestrator.live.text.tools import ToolCall
+from orchestrator.live.text.tools import ToolCall, ToolParser
 
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
@@ -14,7 +14,11 @@ CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 def parse(text: str, seed: int, opened: bool = False, tools: bool = True) -> tuple[str, str, list[str]]:
     """Return the thoughts, the answer and the names of calls."""
     source = random.Random(seed)
-    parser = ThinkParser(opened, make_parser(ToolStyle.HERMES, {"f": {}}) if tools else None)
+
+    def make() -> ToolParser | None:
+        return make_parser(ToolStyle.HERMES, {"f": {}})
+
+    parser = ThinkParser(opened, make(), True, ToolStyle.HERMES.openings, make) if tools else ThinkParser(opened, None)
     parts: list[str | ToolCall | Reasoning] = []
     while text:
         count = source.randint(1, 7)
@@ -82,3 +86,26 @@ def test_thoughts_begin_where_the_prompt_or_the_answer_says_so() -> None:
     assert ReasoningStyle.THINK.opened_by("...", "<think>so far")
     assert not ReasoningStyle.THINK.opened_by("<think>", "<think>so far</think> it")
     assert not ReasoningStyle.NONE.opened_by("...", "<think>so far")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("text", "thoughts", "answer", "calls"),
+    [
+        (f"<think>so I ask.\n{CALL}", "so I ask.", "", ["f"]),
+        (f"<think>so I ask.\n{CALL}\n{CALL}\n", "so I ask.", "", ["f", "f"]),
+        (f"<think>so I ask.\n{CALL[:-13]}", "so I ask.", "", ["f"]),
+        # What goes on, or is no call, is thought.
+        (f"<think>{CALL} is one\n{CALL}", f"{CALL} is one", "", ["f"]),
+        (f"<think>{CALL}</think>\n\nYes", CALL, "Yes", []),
+        ("<think>with <tool_call> one calls</think>\n\nYes", "with <tool_call> one calls", "Yes", []),
+        ('<think>with \n<tool_call>{"name": "</think>Yes', 'with \n<tool_call>{"name": "', "Yes", []),
+        ('<think><tool_call>{"na', '<tool_call>{"na', "", []),
+        (f"<think>{'<tool_call> ' * 9}{CALL}", f"{'<tool_call> ' * 9}{CALL}", "", []),
+        (f"<think><tool_call>no</tool_call> {CALL}", "<tool_call>no</tool_call>", "", ["f"]),
+    ],
+)
+def test_calls_that_an_answer_ends_with_are_called_though_it_ends_in_thoughts(
+    text: str, thoughts: str, answer: str, calls: list[str], seed: int
+) -> None:
+    assert parse(text, seed) == (thoughts, answer, calls)

@@ -12,6 +12,7 @@ from torch import Tensor
 from orchestrator.core.experts import Placement, copies_of
 from orchestrator.core.types import SplitLoad
 from orchestrator.profiles.model_config import Architecture
+from workers.engines.adapters import AdaptedRows
 from workers.engines.experts import Router
 from workers.engines.mlp import Finish, GatedMlp
 from workers.engines.split.lanes import Header
@@ -130,11 +131,11 @@ class RemoteFfn:
         self._shared = shared
         self._turn = 0
 
-    def begin(self, rows: Tensor) -> Finish:
+    def begin(self, rows: Tensor, adapted: AdaptedRows) -> Finish:
         """Send rows to their ranks; see `Ffn.begin`."""
         sent = self._send_all(rows) if self._router is None else self._send_picked(rows, self._router)
         self._group.times.rows += len(rows)
-        return partial(self._finish, rows, sent)
+        return partial(self._finish, rows, adapted, sent)
 
     def _send_all(self, rows: Tensor) -> list[tuple[SharedLink, Tensor | None]]:
         for link in self._group.links:
@@ -164,10 +165,10 @@ class RemoteFfn:
             sent.append((link, chosen))
         return sent
 
-    def _finish(self, rows: Tensor, sent: list[tuple[SharedLink, Tensor | None]], state: Tensor) -> Tensor:
+    def _finish(self, rows: Tensor, adapted: AdaptedRows, sent: list[tuple[SharedLink, Tensor | None]], state: Tensor) -> Tensor:
         times, busiest = self._group.times, 0
         if self._shared is not None:
-            state = self._shared.add_to(state, rows)
+            state = self._shared.add_to(state, rows, adapted)
         for link, chosen in sent:
             began = time.perf_counter()
             header, lane = link.wait()

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from orchestrator.core.types import ServiceClass
 from orchestrator.live.asked import Asked
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.anthropic.signatures import signature_of
@@ -39,6 +40,8 @@ _ERROR_TYPES = {
 }
 #: Models of a list that says nothing of how many it wants, and of one that does.
 _PAGE_MODELS, _PAGE_MODELS_MAX = 20, 1000
+#: Anthropic's tiers; all other classes are its "priority".
+_TIERS = {ServiceClass.BATCH: "batch", ServiceClass.STANDARD: "standard"}
 #: Leases up to this long count as Anthropic's shorter kind, seconds.
 _SHORT_S_MAX = 300.0
 
@@ -219,7 +222,8 @@ class MessageWriter:
         return {**head, **_stop(done, self._asked), "usage": self._usage(usage)}
 
     def _usage(self, usage: Usage) -> dict[str, Any]:
-        return _usage(replace(usage, completion_tokens=0, reasoning_tokens=0) if self._silent else usage)
+        tier = _TIERS.get(self._asked.hints.service_class or ServiceClass.STANDARD, "priority")
+        return {"service_tier": tier} | _usage(replace(usage, completion_tokens=0, reasoning_tokens=0) if self._silent else usage)
 
     def _whole(self, block: _Block) -> dict[str, Any]:
         match block.kind:
@@ -278,7 +282,6 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "cache_creation": {"ephemeral_5m_input_tokens": short, "ephemeral_1h_input_tokens": long},
         "output_tokens": usage.completion_tokens,
         **thoughts,
-        "service_tier": "standard",
     }
 
 

@@ -77,6 +77,8 @@ class Message(msgspec.Struct):
     content: str | list[Part | str] | None = None
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = None
+    #: Older clients' one call.
+    function_call: FunctionCall | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     #: Some clients send an object here, which is none of ours.
@@ -91,9 +93,19 @@ class Message(msgspec.Struct):
 
 
 class ThinkingSwitch(msgspec.Struct):
-    """Whether to think before answering."""
+    """Whether to think before answering, as DeepSeek's and GLM's APIs ask for it."""
 
     type: str
+    budget_tokens: int | None = None
+
+
+class ReasoningWish(msgspec.Struct):
+    """How much to think and whether to tell of it, as OpenRouter's API asks for it."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+    max_tokens: int | None = None
+    exclude: bool | None = None
 
 
 class GenerationRequest(Unserved, kw_only=True):
@@ -170,13 +182,16 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    #: Older clients' tools, and the choice among them.
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     #: The switch, as Qwen's API has it.
     enable_thinking: bool | None = None
-    #: The switch, as DeepSeek's and GLM's APIs have it.
     thinking: ThinkingSwitch | None = None
+    reasoning: ReasoningWish | None = None
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -13,13 +13,12 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
-    functions: Any = None
-    function_call: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
     # What vLLM, SGLang and TGI have beyond.
+    thinking_token_budget: Any = None
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None
@@ -34,8 +33,6 @@ class Unserved(msgspec.Struct, kw_only=True):
 
 #: What a field may say besides null, because it is what happens anyway.
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "functions": ([],),
-    "function_call": ("auto", "none"),
     "modalities": (["text"], []),
     "length_penalty": (1,),
     "use_beam_search": (False,),

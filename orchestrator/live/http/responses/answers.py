@@ -71,7 +71,9 @@ class ResponseWriter:
         self._vocabulary = vocabulary
         self._keep = keep
         self._output = Output(wording)
-        self._head = _head(asked, origin)
+        self._frame = _frame(asked, origin)
+        #: The item that grew last, and how events begin that tell of more of it.
+        self._growing, self._head = "", b""
         self._end = AnswerEnd.STOP
         self._events = 0
         self._pads = asked.report.padded
@@ -85,7 +87,21 @@ class ResponseWriter:
     def events(self, index: int, pieces: Sequence[Piece]) -> list[bytes]:
         """Return the events of some more of its items."""
         del index
-        return [self._written(self._output.take(pieces))]
+        return [self._told(piece) for piece in pieces]
+
+    def _told(self, piece: Piece) -> bytes:
+        """Return the events of one piece; most are more of what came before, and told from bytes made once per item."""
+        grown = self._output.grown_by(piece)
+        if grown is None or self._pads:
+            return self._written(self._output.take((piece,)))
+        item, text = grown
+        if item.id != self._growing:
+            kind, fields = item.delta
+            self._growing = item.id
+            self._head = b"event: " + kind.encode() + b"\ndata: " + _encode({"type": kind, **fields})[:-1] + b',"delta":'
+        item.add(text)
+        self._events += 1
+        return self._head + _encode(text) + b',"sequence_number":%d}\n\n' % (self._events - 1)
 
     def ending(self, index: int, done: Generation) -> bytes:
         """Return the events with which its last item ends."""
@@ -126,7 +142,7 @@ class ResponseWriter:
         return done
 
     def _response(self, status: str) -> dict[str, Any]:
-        return {**self._head, "status": status, "output": [*self._output.items]}
+        return {**self._frame, "status": status, "output": [*self._output.items]}
 
     def _written(self, events: Sequence[Event]) -> bytes:
         written: list[bytes] = []
@@ -154,7 +170,7 @@ def _complete(end: AnswerEnd) -> bool:
     return end not in (AnswerEnd.LENGTH, AnswerEnd.FAILED)
 
 
-def _head(asked: Asked, origin: Origin) -> dict[str, Any]:
+def _frame(asked: Asked, origin: Origin) -> dict[str, Any]:
     """Return what a response says of its request, with what was not asked for as it is served."""
     request = origin.request
     text, reasoning, conversation = request.text, request.reasoning, asked.prompt

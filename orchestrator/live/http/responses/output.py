@@ -10,7 +10,7 @@ An item ends where the next begins, or with the answer.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -46,8 +46,11 @@ class Wording:
     carries: bool
 
 
-class _Item(ABC):
+class Growing(ABC):
     """An item that may still grow."""
+
+    #: The pieces that are more of it and nothing else; None: what more of it tells is not told at once.
+    grown_by: ClassVar[type | None] = None
 
     def __init__(self, name: str, place: int) -> None:
         self.id = name
@@ -61,6 +64,22 @@ class _Item(ABC):
     @property
     def _at(self) -> dict[str, Any]:
         return {"item_id": self.id, "output_index": self._place}
+
+    def add(self, text: str) -> None:
+        """Make it longer."""
+        self._texts.append(text)
+
+    @property
+    @abstractmethod
+    def delta(self) -> Event:
+        """The event that tells of more of it, without what is more."""
+        ...
+
+    def more(self, text: str) -> Event:
+        """Make it longer; return the event that tells so."""
+        self.add(text)
+        kind, fields = self.delta
+        return (kind, {**fields, "delta": text})
 
     def begin(self) -> list[Event]:
         """Return the events with which it begins."""
@@ -81,7 +100,9 @@ class _Item(ABC):
         ...
 
 
-class _Message(_Item):
+class _Message(Growing):
+    grown_by = str
+
     def __init__(self, name: str, place: int) -> None:
         super().__init__(name, place)
         self._scores: list[dict[str, Any]] = []
@@ -89,10 +110,15 @@ class _Message(_Item):
     def begin(self) -> list[Event]:
         return [*super().begin(), ("response.content_part.added", {**self._part, "part": self._content})]
 
-    def more(self, text: str, scores: list[dict[str, Any]]) -> Event:
-        self._texts.append(text)
+    @property
+    def delta(self) -> Event:
+        return ("response.output_text.delta", {**self._part, "logprobs": []})
+
+    def scored(self, text: str, scores: list[dict[str, Any]]) -> Event:
+        """Make it longer by text with its log probabilities; return the event that tells so."""
         self._scores += scores
-        return ("response.output_text.delta", {**self._part, "delta": text, "logprobs": scores})
+        kind, fields = self.more(text)
+        return (kind, {**fields, "logprobs": scores})
 
     def shown(self, status: str) -> dict[str, Any]:
         content = [self._content] if self._texts or status != "in_progress" else []
@@ -114,7 +140,9 @@ class _Message(_Item):
         return {"type": "output_text", "annotations": [], "logprobs": [*self._scores], "text": self.text}
 
 
-class _Thoughts(_Item):
+class _Thoughts(Growing):
+    grown_by = Reasoning
+
     def __init__(self, name: str, place: int, carries: bool) -> None:
         super().__init__(name, place)
         self._carries = carries
@@ -122,9 +150,9 @@ class _Thoughts(_Item):
     def begin(self) -> list[Event]:
         return [*super().begin(), ("response.content_part.added", {**self._part, "part": self._content})]
 
-    def more(self, text: str) -> Event:
-        self._texts.append(text)
-        return ("response.reasoning_text.delta", {**self._part, "delta": text})
+    @property
+    def delta(self) -> Event:
+        return ("response.reasoning_text.delta", self._part)
 
     def shown(self, status: str) -> dict[str, Any]:
         content = [self._content] if self._texts else []
@@ -151,11 +179,11 @@ class _Thoughts(_Item):
 
 class _Summary(_Thoughts):
     def begin(self) -> list[Event]:
-        return [*_Item.begin(self), ("response.reasoning_summary_part.added", {**self._part, "part": self._content})]
+        return [*Growing.begin(self), ("response.reasoning_summary_part.added", {**self._part, "part": self._content})]
 
-    def more(self, text: str) -> Event:
-        self._texts.append(text)
-        return ("response.reasoning_summary_text.delta", {**self._part, "delta": text})
+    @property
+    def delta(self) -> Event:
+        return ("response.reasoning_summary_text.delta", self._part)
 
     def shown(self, status: str) -> dict[str, Any]:
         summary = [self._content] if self._texts else []
@@ -176,16 +204,18 @@ class _Summary(_Thoughts):
         return {"type": "summary_text", "text": self.text}
 
 
-class _Call(_Item):
+class _Call(Growing):
+    grown_by = MoreArguments
+
     def __init__(self, name: str, place: int, call: ToolCall, tool: Named) -> None:
         super().__init__(name, place)
         self._called = {"call_id": call.id, "name": tool.name}
         if tool.namespace is not None:
             self._called["namespace"] = tool.namespace
 
-    def more(self, text: str) -> list[Event]:
-        self._texts.append(text)
-        return [("response.function_call_arguments.delta", {**self._at, "delta": text})]
+    @property
+    def delta(self) -> Event:
+        return ("response.function_call_arguments.delta", self._at)
 
     def shown(self, status: str) -> dict[str, Any]:
         return {"id": self.id, "type": "function_call", **self._called, "arguments": self.text, "status": status}
@@ -196,9 +226,7 @@ class _Call(_Item):
 
 
 class _CustomCall(_Call):
-    def more(self, text: str) -> list[Event]:
-        self._texts.append(text)
-        return []
+    grown_by = None
 
     def shown(self, status: str) -> dict[str, Any]:
         written = "" if status == "in_progress" else self._input
@@ -224,11 +252,23 @@ class Output:
 
     def __init__(self, wording: Wording) -> None:
         self._wording = wording
-        self._open: _Item | None = None
+        self._open: Growing | None = None
         #: Of tokens whose text is still to come; they may turn out to be no message's.
         self._scores: list[dict[str, Any]] = []
         #: Those that have ended.
         self.items: list[dict[str, Any]] = []
+
+    def grown_by(self, piece: Piece) -> tuple[Growing, str] | None:
+        """Return the item that a piece is merely more of, and what is more, if it is; `take` takes others."""
+        one = self._open
+        if (
+            one is None
+            or self._scores
+            or not isinstance(piece, str | Reasoning | MoreArguments)
+            or type(piece) is not one.grown_by
+        ):
+            return None
+        return one, piece if isinstance(piece, str) else piece.text
 
     def take(self, pieces: Sequence[Piece]) -> list[Event]:
         """Return the events of some more of the answer."""
@@ -244,8 +284,7 @@ class Output:
                 case ToolCall():
                     events += self._call(piece)
                 case MoreArguments(text):
-                    assert isinstance(self._open, _Call), "arguments go on after something that is no call"
-                    events += self._open.more(text)
+                    events += self._go_on(text)
                 case _:
                     pass  # what only other APIs tell of
         return events
@@ -257,7 +296,7 @@ class Output:
         if complete and not said:
             events += self._begin(_Message(self._wording.named("msg"), self._next))
         if isinstance(self._open, _Message) and self._scores:
-            events.append(self._open.more("", self._scores))
+            events.append(self._open.scored("", self._scores))
         return [*events, *self._end("completed" if complete else "incomplete")]
 
     @property
@@ -274,7 +313,7 @@ class Output:
             events += self._begin(_Message(self._wording.named("msg"), self._next))
             scores = _last_of(scores, len(text.encode()))
         assert isinstance(self._open, _Message), "text goes into a message"
-        return [*events, self._open.more(text, scores)]
+        return [*events, self._open.scored(text, scores)]
 
     def _think(self, text: str) -> list[Event]:
         self._scores = []
@@ -291,9 +330,17 @@ class Output:
         kind, short = (_CustomCall, "ctc") if tool.custom else (_Call, "fc")
         item = kind(self._wording.named(short), self._next, call, tool)
         events = self._begin(item)
-        return [*events, *item.more(call.arguments)] if call.arguments else events
+        return [*events, *self._go_on(call.arguments)] if call.arguments else events
 
-    def _begin(self, item: _Item) -> list[Event]:
+    def _go_on(self, arguments: str) -> list[Event]:
+        one = self._open
+        assert isinstance(one, _Call), "arguments go on after something that is no call"
+        if one.grown_by is not None:
+            return [one.more(arguments)]
+        one.add(arguments)
+        return []
+
+    def _begin(self, item: Growing) -> list[Event]:
         events = self._end("completed")
         self._open = item
         return [*events, *item.begin()]

@@ -107,6 +107,8 @@ def _check(request: ResponsesRequest) -> None:
     for name, harmless in _UNSERVED.items():
         value = getattr(request, name)
         require(value is None or value in harmless, name, "is not served here; leave it out")
+    if not request.tools:
+        request.parallel_tool_calls = None  # Codex says so when it compacts, and means nothing by it.
     check_common(request)
     given = request.input is not None or request.previous_response_id is not None
     require(given, "input", "must be text or a list of items")

@@ -18,6 +18,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
     return make_model(folder)
 
 
+@pytest.mark.slow
 def test_whichever_gateway_is_asked_finds_what_one_of_them_keeps(text: ModelText) -> None:
     async def run() -> None:
         async with serve(text, 0, TENANTS) as first, serve(text, 1, TENANTS) as second:
