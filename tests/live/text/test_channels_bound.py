@@ -37,7 +37,7 @@ def test_what_is_said_is_bound_and_thoughts_are_not(tokenizer: Tokenizer, text: 
     marks = {mark: tokenizer.token_to_id(mark) for mark in CHANNEL_MARKS}
     thoughts = Thoughts.after("<|start|>assistant", ReasoningStyle.HARMONY, False, True)
     part = answer_part(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(SCHEMA), "response_format"))
-    grammar = whole("@answer", (), (part,), thoughts, marks)
+    grammar = whole("@answer", (), (part,), part.field, thoughts, marks)
     ends = tokenizer.token_to_id("<|endoftext|>")
     matcher = LLMatcher(LLTokenizer(tokenizer.to_str(), n_vocab=tokenizer.get_vocab_size(), eos_token=ends), grammar.text)
     tokens = tokenizer.encode(text, add_special_tokens=False).ids

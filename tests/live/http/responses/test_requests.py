@@ -81,7 +81,8 @@ def test_functions_are_shown_as_chat_has_them() -> None:
 
 
 def test_without_tools_nothing_is_said_of_them() -> None:
-    assert conversation(parallel_tool_calls=False, tool_choice="auto").tool_use == ToolUse()
+    use = conversation(parallel_tool_calls=False, tool_choice="auto").tool_use
+    assert (use.forced, use.name, use.parallel) == (False, "", True)
 
 
 @pytest.mark.parametrize(
