@@ -87,7 +87,7 @@ async def evaluate(folder: Path, name: str, arguments: list[str]) -> dict[str, A
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        told, _ = await asyncio.wait_for(program.communicate(), 240)
+        told, _ = await asyncio.wait_for(program.communicate(), 500)
     finally:
         if program.returncode is None:
             program.kill()
@@ -111,7 +111,7 @@ def scores_of(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     model_dir = tmp_path / "model"
     create_checkpoint(model_dir, "llama", 5, layers=2, hidden=64, intermediate=96, dtype="float32")

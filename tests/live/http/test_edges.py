@@ -137,7 +137,6 @@ def test_arguments_of_earlier_calls_may_be_anything_a_model_wrote(text: ModelTex
         ({"tool_choice": "bogus"}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"tools": [NOW], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
-        ({"functions": [{"name": "x"}]}, "functions"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"logits_processors": ["x"]}, "logits_processors"),
         ({"suffix": "x"}, "suffix"),

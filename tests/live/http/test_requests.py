@@ -294,8 +294,6 @@ def test_a_value_out_of_range_is_refused_by_name(parse: Any, changes: dict[str, 
 #: What asks for what happens anyway.
 HARMLESS: list[dict[str, Any]] = [
     {"parallel_tool_calls": True},
-    {"functions": []},
-    {"function_call": "auto"},
     {"modalities": ["text"]},
     {"repetition_penalty": 1.0},
     {"length_penalty": 1},

@@ -15,6 +15,7 @@ import msgspec
 from orchestrator.live.asked import Asked, Texts
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
+from orchestrator.live.http.openai.legacy import FUNCTIONS
 from orchestrator.live.http.openai.prompts import Echo, scored_prompt
 from orchestrator.live.intake import ServedModel
 from orchestrator.live.text.detokenise import Vocabulary
@@ -155,7 +156,7 @@ class AnswerWriter(ABC):
 
     def ending(self, index: int, done: Generation) -> bytes:
         """Return the event that says why a choice ended."""
-        return self._event(index, {**self.delta(""), "logprobs": None, "finish_reason": _reason(done)})
+        return self._event(index, {**self.delta(""), "logprobs": None, "finish_reason": self.reason(done)})
 
     def closing(self, usage: Usage) -> bytes:
         """Return the last events of a stream: its usage if that was asked for, and the mark that it is complete."""
@@ -179,13 +180,18 @@ class AnswerWriter(ABC):
         """Return a whole answer's choice."""
         scored = [piece for piece in pieces if isinstance(piece, Scored)]
         scores = self.scores(scored, self.chars_before[index]) if scored else None
-        reason = _reason(done)
+        reason = self.reason(done)
         choice = {"index": index, **self.message(pieces), "logprobs": scores, "finish_reason": reason}
         if not self.prompt_tops and pieces and isinstance(pieces[0], PromptTold):
             choice |= self.prompt_fields(pieces[0])
         if self._report.token_ids:
             choice["token_ids"] = [token for piece in pieces if isinstance(piece, Taken) for token in piece.tokens]
         return choice
+
+    def reason(self, done: Generation) -> str:
+        """Return OpenAI's word for why an answer ended."""
+        assert done.finish_reason is not None, f"an answer is written after {done.tokens} tokens, and has not ended"
+        return _REASONS[done.finish_reason]
 
     @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
@@ -263,6 +269,12 @@ class ChatWriter(AnswerWriter):
     def __init__(self, answer: Answer, asked: Asked) -> None:
         super().__init__(answer, asked)
         self._calls = [0] * asked.generations
+        #: A call is told as older clients know it.
+        self._functions = asked.origin == FUNCTIONS
+
+    def reason(self, done: Generation) -> str:
+        reason = super().reason(done)
+        return "function_call" if self._functions and reason == "tool_calls" else reason
 
     def prompt_events(self, index: int, prompt: PromptTold) -> list[bytes]:
         fields = self.prompt_fields(prompt)
@@ -285,7 +297,9 @@ class ChatWriter(AnswerWriter):
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if thoughts:
             message |= _thoughts(thoughts)
-        if calls:
+        if calls and self._functions:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
             message["tool_calls"] = [_call(call, call.arguments) for call in calls]
         return {"message": message}
 
@@ -307,7 +321,9 @@ class ChatWriter(AnswerWriter):
             return [self._event(index, {"delta": _thoughts(piece.text), "logprobs": None, "finish_reason": None})]
         if isinstance(piece, ToolCall):
             self._calls[index] += 1
-            begun = self._call_event(index, _call(piece, ""))
+            begun = self._call_event(
+                index, {"function": {"name": piece.name, "arguments": ""}} if self._functions else _call(piece, "")
+            )
             return [begun, self._arguments_event(index, piece.arguments)] if piece.arguments else [begun]
         if isinstance(piece, MoreArguments):
             return [self._arguments_event(index, piece.text)]
@@ -318,7 +334,9 @@ class ChatWriter(AnswerWriter):
 
     def _call_event(self, index: int, call: dict[str, Any]) -> bytes:
         """Return an event about the last call that began."""
-        told = {"delta": {"tool_calls": [{"index": self._calls[index] - 1, **call}]}}
+        told: dict[str, Any] = {"delta": {"tool_calls": [{"index": self._calls[index] - 1, **call}]}}
+        if self._functions:
+            told = {"delta": {"function_call": call["function"]}}
         return self._event(index, {**told, "logprobs": None, "finish_reason": None})
 
 
@@ -417,11 +435,6 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         **thoughts,
     }
-
-
-def _reason(done: Generation) -> str:
-    assert done.finish_reason is not None, f"an answer is written after {done.tokens} tokens, and has not ended"
-    return _REASONS[done.finish_reason]
 
 
 def _joined(pieces: Sequence[Piece]) -> str:

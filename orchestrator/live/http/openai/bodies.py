@@ -77,6 +77,8 @@ class Message(msgspec.Struct):
     content: str | list[Part | str] | None = None
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = None
+    #: Older clients' one call.
+    function_call: FunctionCall | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     #: Some clients send an object here, which is none of ours.
@@ -180,6 +182,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    #: Older clients' tools, and the choice among them.
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None

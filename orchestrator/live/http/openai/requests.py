@@ -5,6 +5,7 @@ once, straight into the structures of `bodies.py`, which nobody else sees.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from operator import attrgetter
 from typing import Any, TypeVar, cast
@@ -25,6 +26,7 @@ from orchestrator.live.http.openai.bodies import (
     StreamOptions,
 )
 from orchestrator.live.http.openai.constraints import constraint_of
+from orchestrator.live.http.openai.legacy import FUNCTIONS, modernise
 from orchestrator.live.http.openai.unserved import unserved
 from orchestrator.live.http.reading import check_range, decode
 from orchestrator.live.http.retention import retention_s
@@ -76,6 +78,7 @@ _NO_OPTIONS = StreamOptions()
 def parse_chat(body: bytes) -> Asked:
     """Read and check a body of /v1/chat/completions. Raises `Invalid`."""
     request = decode(_CHAT, body)
+    functions = modernise(request)
     check_common(request)
     check_range("max_completion_tokens", request.max_completion_tokens, 1)
     check_range("max_tokens", request.max_tokens, 1)
@@ -85,7 +88,8 @@ def parse_chat(body: bytes) -> Asked:
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     hidden = request.include_reasoning is False or (request.reasoning is not None and request.reasoning.exclude)
-    return asked_of(request, conversation_of(request), most, logprobs, not hidden)
+    asked = asked_of(request, conversation_of(request), most, logprobs, not hidden)
+    return replace(asked, origin=FUNCTIONS) if functions else asked
 
 
 def parse_completion(body: bytes) -> Asked:

@@ -13,8 +13,6 @@ import msgspec
 class Unserved(msgspec.Struct, kw_only=True):
     """The fields, as they stand in a body; read only to see that they ask for nothing."""
 
-    functions: Any = None
-    function_call: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -35,8 +33,6 @@ class Unserved(msgspec.Struct, kw_only=True):
 
 #: What a field may say besides null, because it is what happens anyway.
 _HARMLESS: Mapping[str, Sequence[Any]] = {
-    "functions": ([],),
-    "function_call": ("auto", "none"),
     "modalities": (["text"], []),
     "length_penalty": (1,),
     "use_beam_search": (False,),
