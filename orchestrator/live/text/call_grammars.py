@@ -4,6 +4,7 @@
     mistral               [TOOL_CALLS] [item, item]
                           [TOOL_CALLS] item [TOOL_CALLS] item          if the model has the token [ARGS]
     llama                 item; item
+    deepseek, kimi_k2     SECTION item item END          an item is in marks of its own; of DeepSeek's forms that of V3.1
 
 Arguments are kept to a tool's schema. Of a tool that is not strict whose schema cannot be kept to, they are any object. In
 qwen3_coder a text stands for itself, up to its closing tag: it is kept to `enum` and `const`, and to nothing else.
@@ -98,6 +99,17 @@ def calls_of(style: ToolStyle, tools: Sequence[Tool], parallel: bool, marks: Map
         case ToolStyle.LLAMA:
             items = [_object_item(*one, "parameters") for one in enumerate(tools)]
             return Calls("", _several(literal("; "), parallel), _rules(items), _parts(items))
+        case ToolStyle.DEEPSEEK | ToolStyle.KIMI_K2:
+            opening, closing, call, end, arguments = style.marks
+            begun = mark(call, marks)
+            if style is ToolStyle.DEEPSEEK:
+                items = [_named_item(*one, mark(arguments, marks), begun) for one in enumerate(tools)]
+            else:
+                # An item is numbered; its name with the number is its id.
+                numbered = f"/[0-9]{{1,3}}/ {mark(arguments, marks)}"
+                items = [_named_item(*one, numbered, begun, "functions.{}:") for one in enumerate(tools)]
+            rest = f"{_several('', parallel)} {mark(closing, marks)}"
+            return Calls(opening, rest, _rules(items, f" {mark(end, marks)}"), _parts(items), (call,))
         case _:
             return None
 
@@ -132,10 +144,10 @@ def _object_item(number: int, tool: Tool, key: str, before: str = "", after: str
     return _Item(f"{literal(head)} @{part.name} {literal('}' + after)}", (), (part,))
 
 
-def _named_item(number: int, tool: Tool, arguments: str) -> _Item:
-    """Return a call as a name, a mark and an object."""
+def _named_item(number: int, tool: Tool, arguments: str, before: str = "", form: str = "{}") -> _Item:
+    """Return a call as a name in some form, a mark and an object."""
     part = _arguments_part(number, tool)
-    return _Item(f"{literal(tool.name)} {arguments} @{part.name}", (), (part,))
+    return _Item(f"{before} {literal(form.format(tool.name))} {arguments} @{part.name}", (), (part,))
 
 
 def _arguments_part(number: int, tool: Tool) -> Part:

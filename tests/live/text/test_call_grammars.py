@@ -76,6 +76,11 @@ def written(style: ToolStyle, *calls: tuple[str, dict[str, Any]]) -> str:
             return f"[TOOL_CALLS][{', '.join(objects)}]"
         case ToolStyle.LLAMA:
             return "; ".join(one.replace('"arguments"', '"parameters"') for one in objects)
+        case ToolStyle.DEEPSEEK | ToolStyle.KIMI_K2:
+            opening, closing, call, end, arguments = style.marks
+            form = "{}" if style is ToolStyle.DEEPSEEK else "functions.{}:0"
+            items = [f"{call}{form.format(name)}{arguments}{json.dumps(given)}{end}" for name, given in calls]
+            return f"{opening}{''.join(items)}{closing}"
         case _:
             return "\n".join(_function(name, arguments) for name, arguments in calls)
 
@@ -86,7 +91,9 @@ def _function(name: str, arguments: dict[str, Any]) -> str:
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
-STYLES = (ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL, ToolStyle.LLAMA)
+STYLES = (
+    ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL, ToolStyle.LLAMA, ToolStyle.DEEPSEEK, ToolStyle.KIMI_K2,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -123,7 +130,7 @@ def test_one_call_is_one_where_no_more_are_wanted(reader: Reader, style: ToolSty
     assert not reader.keeps(grammar, written(style, ("now", {}), ("now", {})))
 
 
-@pytest.mark.parametrize("style", [ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL])
+@pytest.mark.parametrize("style", [one for one in STYLES if one is not ToolStyle.LLAMA])
 def test_calls_that_may_be_are_bound_once_they_begin(reader: Reader, style: ToolStyle) -> None:
     grammar = grammar_of(style, free=True)
     call = written(style, ("weather", PARIS))
