@@ -10,9 +10,8 @@ blocks gives [KV head, token, dimension] matrices that batched products read wit
 """
 
 import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from orchestrator.core.config import KvFormat
 from orchestrator.core.types import BlockId
 from workers.engines.kvformats import KvCodec, check_format
+from workers.engines.pages import own_memory
 from workers.engines.stored import Slab, form_of
 
 
@@ -44,7 +44,7 @@ class KvPool:
         self.memory: memoryview | None = None
         size = blocks * self.block_bytes
         if device.type == "cpu":
-            self.memory = (allocate or _own_memory)(size).cast("B")
+            self.memory = (allocate or own_memory)(size).cast("B")
             self.slabs = torch.frombuffer(self.memory, dtype=torch.uint8)[:size].view(blocks, self.block_bytes)
         else:
             self.slabs = torch.zeros(blocks, self.block_bytes, dtype=torch.uint8, device=device)
@@ -159,15 +159,6 @@ class PooledBlocks:
     @torch.inference_mode()
     def decode_blocks(self, blocks: Sequence[BlockId], data: memoryview) -> None:
         self._pool.decode(blocks, data)
-
-
-def _own_memory(size: int) -> memoryview:
-    """Return zeroed memory of this process alone, in huge pages: with small ones, which page a block is in takes as long to find
-    out as the block to read (on a virtual machine, of blocks of 8 to 64 KB; `SharedArena` asks for them as well)."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 @contextmanager

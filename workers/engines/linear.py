@@ -2,7 +2,7 @@
 
 Measured on 2 AVX-512 cores: PyTorch's own bfloat16 product reads a 1024 x 4096 weight at 5 to 12 GB/s, oneDNN's with weights
 reordered beforehand at 20 to 34. In float32 the reordered form wins from about a million weights on (2.6 times at 8 rows);
-below, its call overhead of 15 microseconds is more than the product.
+below, its call overhead of 15 microseconds is more than the product. Where a processor has AMX, bfloat16 goes there (`tiled.py`).
 
 Quantised weights are multiplied by compiled kernels where there are some (`kernels.py`), and else decoded piece by piece. On one
 core, in NVFP4, a product of 1 row takes 0.28 of the time of bfloat16's, of 4 rows half, of 8 0.6; of 16 and more it is slower.
@@ -20,6 +20,7 @@ from torch import Tensor
 from orchestrator.core.config import WeightFormat
 from workers.engines.kernels import ROW_SCALES, UNIT, Kernels, Tiled, kernels_for, tile
 from workers.engines.quantised import Matrix, QuantisedMatrix, encode
+from workers.engines.tiled import TiledLinear, fits
 
 #: float32 weights from which oneDNN's reordered form is faster than the plain product.
 PACKED_WEIGHTS_MIN = 1 << 20
@@ -189,6 +190,8 @@ def make_linear(weight: Matrix, bias: Tensor | None, dtype: torch.dtype, device:
             return CompiledLinear(weight, bias, dtype, kernels)
         return DecodingLinear(weight.to(device), bias, dtype)
     weight = weight.to(device, dtype)
+    if fits(weight):
+        return TiledLinear(weight, bias)
     if _packs(weight):
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]
 from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,8 +23,8 @@ from workers.engines import threads, tiles, vectors
 from workers.engines.decodes import DecodeSequence
 from workers.engines.kvpool import KvPool
 from workers.engines.stored import Slab
-from workers.engines.threads import Kernel, pointer, take
-from workers.engines.tiles import pack_query, place_of
+from workers.engines.threads import Kernel, compiled, pointer, take
+from workers.engines.tiles import pack_query, place_of, to_bfloat16
 from workers.engines.vectors import LANES, LINE_BYTES, TOKENS, add_weighted, dots, fetch
 
 #: Rows of one sequence in a step up to which this is for it: a longer chunk of a prompt is bounded by arithmetic, not memory.
@@ -191,16 +191,7 @@ def _tiled(slab: Slab, shared: int, value_dim: int) -> bool:
 @cache
 def _kernel(dtype: str, tiled: bool) -> Kernel:
     """Return the kernel for a pool's dtype: compiled once, and kept beside this file or in the user's cache directory."""
-    compiled = _compile(_entry(np.float32 if dtype == "float32" else np.uint16, True if tiled else None, _sources()))
-    return Kernel(compiled.address, compiled)
-
-
-def _compile(entry: Callable[[int], None]) -> Any:
-    """Return a C function; where nothing can be written, it is compiled by every process."""
-    try:
-        return cfunc(types.void(types.int64), cache=True, error_model="numpy")(entry)
-    except RuntimeError:
-        return cfunc(types.void(types.int64), error_model="numpy")(entry)
+    return compiled(_entry(np.float32 if dtype == "float32" else np.uint16, True if tiled else None, _sources()))
 
 
 def _sources() -> int:
@@ -238,19 +229,11 @@ def _narrow(value, like):
 @overload(_narrow)
 def _narrow_of(value, like):
     if like == types.uint16:
-        return lambda value, like: _to_bfloat16(value)
+        return lambda value, like: to_bfloat16(value)
     return lambda value, like: value
 
 
 _compiled = njit(fastmath=REORDERED, error_model="numpy")
-
-
-@_compiled
-def _to_bfloat16(value):
-    bits = np.float32(value).view(np.uint32)
-    if math.isnan(value):
-        return np.uint16(0x7FC0)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @_compiled

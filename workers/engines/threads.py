@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch  # noqa: F401  (loads the OpenMP library that is looked for here)
 from llvmlite import ir
-from numba import types
+from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -43,6 +43,15 @@ class Kernel:
             _PARALLEL(self._address, record.ctypes.data, threads, 0)
         else:
             self._alone(record.ctypes.data)
+
+
+def compiled(entry: Callable[[int], None]) -> Kernel:
+    """Return a Python function of a record's address as a kernel; where nothing can be written, every process compiles it."""
+    try:
+        function: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")(entry)
+    except RuntimeError:
+        function = cfunc(types.void(types.int64), error_model="numpy")(entry)
+    return Kernel(function.address, function)
 
 
 @intrinsic

@@ -1,6 +1,6 @@
-"""Decode attention by AMX: products of whole tiles of bfloat16 with sums in float32, on processors that have them.
+"""AMX, for kernels: products of whole tiles of bfloat16 with sums in float32, on processors that have them.
 
-A tile is 16 rows of 64 bytes. 64 tokens of a head meet up to 16 queries at a time:
+A tile is 16 rows of 64 bytes. In decode attention 64 tokens of a head meet up to 16 queries at a time:
 
     scores [64 tokens, 16 queries]  keys [tokens, dimensions], as they lie in the pool, times queries [pairs of dimensions, 16, 2]
     sums [16 queries, dimensions]   weights [queries, tokens], rounded to bfloat16, times values [pairs of tokens, dimensions, 2]
@@ -10,6 +10,7 @@ dimensions the 16 even ones come out first (`place_of`): so a pair is made by ma
 """
 
 import ctypes
+import math
 import sys
 from functools import cache
 from typing import Any
@@ -225,6 +226,56 @@ def weigh(context: Any, scores: Any, scale: Any, state: Any, weights: Any) -> An
     return types.none(types.int64, types.float32, types.int64, types.int64), generate
 
 
+@_in_place
+def multiply(
+    context: Any, blocks: Any, columns: Any, ahead: Any, rows: Any, stride: Any, weights: Any, step: Any, depths: Any, into: Any
+) -> Any:
+    """Write the products of blocks of 16 rows with some columns of tiles: float32, rows as long as a group of weights.
+
+    Args:
+        context: the compiler's.
+        blocks: how many, 1 or 2, and
+        columns: how many, 4 or 2, and
+        ahead: bytes of weights that are asked for before they are needed, 0 if they are in caches: known when this is compiled.
+        rows: address of the first.
+        stride: bytes between two rows.
+        weights: address of the columns' first tiles, side by side.
+        step: bytes to their next ones.
+        depths: tiles that a column is long.
+        into: where products go.
+    """
+    known = (blocks, columns, ahead)
+    if not all(isinstance(number, types.IntegerLiteral) for number in known):
+        return None
+    block_count, column_count, ahead_bytes = (number.literal_value for number in known)
+    pairs = [(block, column) for block in range(block_count) for column in range(column_count)]
+
+    def generate(codegen: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        rows, stride, weights, step, depths, into = arguments[len(known) :]
+        width = _number(_GROUPS * ROW_BYTES)
+        for number in range(len(pairs)):
+            _call(builder, "tilezero", _tile(number))
+        with cgutils.for_range(builder, depths) as loop:
+            first = _behind(builder, rows, loop.index, ROW_BYTES)
+            for block in range(block_count):
+                _load(builder, 4 + block, _behind(builder, first, stride, block * ROWS), stride)
+            first = builder.add(weights, builder.mul(step, loop.index))
+            for column in range(column_count):
+                place = builder.add(first, _number(TILE_BYTES * column))
+                for line in range(0, TILE_BYTES if ahead_bytes else 0, ROW_BYTES):
+                    _fetch(builder, builder.add(place, _number(ahead_bytes + line)))
+                loaded = 6 + column % 2
+                _load(builder, loaded, place, _number(ROW_BYTES))
+                for block in range(block_count):
+                    _call(builder, "tdpbf16ps", _tile(pairs.index((block, column))), _tile(4 + block), _tile(loaded))
+        for number, (block, column) in enumerate(pairs):
+            place = builder.add(_behind(builder, into, width, block * ROWS), _number(ROW_BYTES * column))
+            _store(builder, number, place, width)
+        return codegen.get_dummy_value()
+
+    return types.none(*known, *[types.int64] * 6), generate
+
+
 _compiled = njit(error_model="numpy")
 
 
@@ -234,6 +285,15 @@ def pack_query(row, column, tiles):
     flat = tiles.reshape(-1, ROWS)
     for pair in range(len(row) // 2):
         flat[pair, column] = np.uint32(row[2 * pair]) | np.uint32(row[2 * pair + 1]) << np.uint32(16)
+
+
+@_compiled
+def to_bfloat16(value):
+    """Return a float32 rounded to even, its upper half."""
+    bits = np.float32(value).view(np.uint32)
+    if math.isnan(value):
+        return np.uint16(0x7FC0)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @_compiled
@@ -260,6 +320,13 @@ def _load(builder: Any, tile: int, address: Any, stride: Any) -> None:
 
 def _store(builder: Any, tile: int, address: Any, stride: Any) -> None:
     _call(builder, "tilestored64", _tile(tile), builder.inttoptr(address, cgutils.voidptr_t), stride)
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    flag = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+    ask = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+    builder.call(ask, [builder.inttoptr(address, cgutils.voidptr_t), flag(0), flag(2), flag(1)])
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:
