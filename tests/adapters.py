@@ -14,6 +14,7 @@ from workers.engines.peft import create_adapter
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
+SHARED_EXPERTS = tuple(f"shared_experts.{name}" for name in FFN)
 
 
 def write_adapter(

@@ -250,6 +250,8 @@ class GatewayConfig:
         "x-dynamo-session-id",
         "x-claude-code-agent-id",
         "x-claude-code-session-id",
+        # Codex's agents, each with one of its own within their session-id.
+        "thread-id",
         "session-id",
         "session_id",
         "x-session-id",

@@ -1,6 +1,7 @@
 """Clients of the Responses API: what they send is understood, and what they get they understand."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_vercels_ai_sdk(text: ModelText, tmp_path: Path) -> None:
 def test_codex_runs_a_command_and_tells_what_it_printed(text: ModelText, tmp_path: Path) -> None:
     async def talk(served: Served) -> None:
         script(served, text)
-        told = await run_program("codex.mjs", served.url, MODEL, home=tmp_path)
+        told = await run_program("codex.mjs", served.url, MODEL, "say what it prints", home=tmp_path)
         assert told == {
             "code": 0,
             "thoughts": ["I run it."],
@@ -139,7 +140,7 @@ def test_codex_runs_a_command_and_tells_what_it_printed(text: ModelText, tmp_pat
 def test_codex_compacts_its_context_and_goes_on(text: ModelText, tmp_path: Path) -> None:
     async def talk(served: Served) -> None:
         script(served, text)
-        told = await run_program("codex.mjs", served.url, MODEL, "20000", home=tmp_path)
+        told = await run_program("codex.mjs", served.url, MODEL, "say what it prints", "20000", home=tmp_path)
         assert told["code"] == 0
         assert told["failures"] == []
         assert told["messages"][-1] == "It printed weft-42."
@@ -147,5 +148,28 @@ def test_codex_compacts_its_context_and_goes_on(text: ModelText, tmp_path: Path)
         assert {turn.session for turn in (asked, compacted, last)} == {asked.session}
         assert "CONTEXT CHECKPOINT COMPACTION" in prompt_of(text, compacted)
         assert "So far: weft-42." in prompt_of(text, last)
+
+    play(text, talk)
+
+
+def test_an_agent_of_codexs_forks_from_the_one_that_spawned_it(text: ModelText, tmp_path: Path) -> None:
+    def answer(turn: Turn) -> Script:
+        prompt = prompt_of(text, turn)
+        if "ask a helper" not in prompt:
+            return Script([*"A helper's word."])
+        if "A helper's word." in prompt:
+            return Script([*"It said so."])
+        spawned = re.search(r'"agent_id":"([^"]*)"', prompt)
+        if spawned is None:
+            return Script([*call("multi_agent_v1__spawn_agent", message="give a word")])
+        return Script([*call("multi_agent_v1__wait_agent", targets=[spawned[1]])])
+
+    async def talk(served: Served) -> None:
+        served.driver.script = answer
+        told = await run_program("codex.mjs", served.url, MODEL, "ask a helper", home=tmp_path)
+        assert told["messages"] == ["It said so."]
+        main = served.driver.turns[0].session
+        [helper] = {turn.session for turn in served.driver.turns} - {main}
+        assert served.lives.begun == [(helper, main)]
 
     play(text, talk)

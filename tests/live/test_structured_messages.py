@@ -72,3 +72,40 @@ def test_a_schema_that_cannot_be_kept_to_is_refused_by_its_place(model_dir: Path
             await client.messages.create(model="default", max_tokens=9, messages=USER, output_config=wrong)
 
     talk_to(model_dir, talk)
+
+
+TOOLS: Any = [
+    {"name": "weather", "description": "Tells the weather.", "input_schema": SCHEMA},
+    {"name": "clock", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}},
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ({"type": "tool", "name": "weather"}, {"weather"}),
+        ({"type": "any"}, {"weather", "clock"}),
+        ({"type": "any", "disable_parallel_tool_use": True}, {"weather", "clock"}),
+    ],
+)
+def test_a_call_that_is_forced_is_made(model_dir: Path, choice: Any, names: set[str]) -> None:
+    async def talk(client: AsyncAnthropic) -> None:
+        asked: Any = {"model": "default", "max_tokens": 900, "messages": USER, "tools": TOOLS, "tool_choice": choice}
+        asked["extra_body"] = {"temperature": 0}
+        whole = await client.messages.create(**asked)
+        async with client.messages.stream(**asked) as stream:
+            streamed = await stream.get_final_message()
+        for message in (whole, streamed):
+            assert message.stop_reason == "tool_use"
+            calls = [block for block in message.content if block.type == "tool_use"]
+            assert {call.name for call in calls} <= names
+            assert len(calls) == 1 or (len(calls) > 1 and not choice.get("disable_parallel_tool_use"))
+            for call in calls:
+                jsonschema.validate(call.input, next(tool["input_schema"] for tool in TOOLS if tool["name"] == call.name))
+        # A turn with the results goes on from it.
+        results: Any = [{"type": "tool_result", "tool_use_id": block.id, "content": "Dry"} for block in whole.content]
+        messages = [*USER, {"role": "assistant", "content": whole.content}, {"role": "user", "content": results}]
+        after = await client.messages.create(**{**asked, "messages": messages, "tool_choice": {"type": "none"}, "max_tokens": 9})
+        assert after.usage.input_tokens + (after.usage.cache_read_input_tokens or 0) > whole.usage.input_tokens
+
+    talk_to(model_dir, talk)

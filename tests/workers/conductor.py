@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig
+from orchestrator.core.config import EngineConfig, ModelConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle
 from workers.engines.base import SplitPlaces, broken_promise
@@ -26,9 +26,9 @@ def without_ties(generate: Oracle, prompts: list[list[int]], count: int) -> tupl
     return [prompt for prompt, _ in kept], [tokens for _, tokens in kept]
 
 
-def engine_of(path: Path, blocks: int = 1024, split: SplitPlaces | None = None) -> EagerEngine:
+def engine_of(path: Path, blocks: int = 1024, split: SplitPlaces | None = None, model: ModelConfig | None = None) -> EagerEngine:
     config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks)
-    return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048, split=split)
+    return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048, split=split, model=model)
 
 
 class Conductor:

@@ -7,6 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,11 @@ class EagerEngine(PooledBlocks):
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._adapters = Adapters(model or ModelConfig(), dtype, device)
-            self._model = Model(weights, shape, dtype, device, self.split, self._adapters)
+            with ExitStack() as failing:
+                if self.split is not None:
+                    failing.callback(self.split.close)
+                self._model = Model(weights, shape, dtype, device, self.split, self._adapters)
+                failing.pop_all()
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)

@@ -11,7 +11,12 @@ _RETENTIONS = {"24h": 86_400.0}
 _TTL = re.compile(r"([0-9]{1,9})(s|m|h)", re.ASCII)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 #: Headers that name the session which one forked from, and that say that a request is a session's last.
-PARENT_HEADERS = (b"x-dynamo-parent-session-id", b"x-claude-code-parent-agent-id", b"x-parent-session-id")
+PARENT_HEADERS = (
+    b"x-dynamo-parent-session-id",
+    b"x-claude-code-parent-agent-id",
+    b"x-codex-parent-thread-id",
+    b"x-parent-session-id",
+)
 #: Claude Code's agents name themselves and the session that they work for, which the first of them have no other parent than.
 _AGENT_HEADER, _MAIN_HEADER = b"x-claude-code-agent-id", b"x-claude-code-session-id"
 FINAL_HEADERS = (b"x-dynamo-session-final",)

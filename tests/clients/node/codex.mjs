@@ -1,10 +1,10 @@
-// Codex, asked once and not again: codex.mjs URL MODEL [COMPACTED]. Its settings are in a home of its own, so that it asks nobody else.
+// Codex, asked once and not again: codex.mjs URL MODEL PROMPT [COMPACTED]. Its settings are in a home of its own, so that it asks nobody else.
 // COMPACTED is how many tokens of context it lets stand.
 import { spawn } from "node:child_process";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-const [url, model, compacted = 1_000_000] = process.argv.slice(2);
+const [url, model, prompt, compacted = 1_000_000] = process.argv.slice(2);
 const home = join(process.env.HOME, "codex");
 const work = join(process.env.HOME, "work");
 mkdirSync(home, { recursive: true });
@@ -32,7 +32,7 @@ stream_max_retries = 0
 
 const codex = spawn(
   join(import.meta.dirname, "node_modules", ".bin", "codex"),
-  ["exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access", "say what it prints"],
+  ["exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access", prompt],
   { cwd: work, env: { ...process.env, CODEX_HOME: home, WEFT_KEY: "any" }, stdio: ["ignore", "pipe", "inherit"] },
 );
 let out = "";

@@ -70,6 +70,13 @@ async def answers(client: AsyncOpenAI, **request: Any) -> list[dict[str, Any]]:
     return [found[0], streamed]
 
 
+DEEPSEEK = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+CHANNELS = (
+    "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Well.<|end|>"
+    '<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>{"city":"Paris"}'
+)
+
+
 @pytest.mark.parametrize(
     ("template", "written", "thoughts", "content", "calls"),
     [
@@ -78,6 +85,14 @@ async def answers(client: AsyncOpenAI, **request: Any) -> list[dict[str, Any]]:
         (OPENING, "it never ends", "it never ends", "", []),
         (CODING, f"<think>Paris?</think>{CODE}", "Paris?", "", [("get_weather", '{"city": "Paris"}')]),
         (CHAT_TEMPLATE, NULL, "", "", [("now", "{}")]),
+        (
+            "{{ messages[0].content }}{# <｜tool▁calls▁begin｜> #}",
+            f"<think>Hm.</think>Well.{DEEPSEEK}",
+            "Hm.",
+            "Well.",
+            [("now", "{}")],
+        ),
+        (f"{CHAT_TEMPLATE}{{# <|channel|> #}}", CHANNELS, "Hm.", "Well.", [("get_weather", '{"city":"Paris"}')]),
         (CHAT_TEMPLATE, "Shown: <think>no</think>", "", "Shown: <think>no</think>", []),
     ],
 )

@@ -419,11 +419,13 @@ def test_a_byte_order_mark_is_read_over() -> None:
     [
         ({}, Thinking()),
         ({"reasoning_effort": "none"}, Thinking(effort=Effort.NONE)),
-        ({"reasoning_effort": "xhigh", "enable_thinking": True}, Thinking(True, Effort.XHIGH)),
+        ({"reasoning_effort": "xhigh", "enable_thinking": True}, Thinking(True, Effort.XHIGH, field="enable_thinking")),
         ({"enable_thinking": False}, Thinking(False, field="enable_thinking")),
         ({"thinking": {"type": "disabled"}}, Thinking(False, field="thinking.type")),
-        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, Thinking(True, field="thinking.type")),
-        ({"thinking": {"type": "auto"}}, Thinking(field="thinking.type")),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, Thinking(True, None, 5, "thinking.type")),
+        ({"thinking": {"type": "auto"}}, Thinking()),
+        ({"reasoning": {"effort": "low", "max_tokens": 7}}, Thinking(None, Effort.LOW, 7, "reasoning.effort")),
+        ({"reasoning": {"enabled": False}, "enable_thinking": False}, Thinking(False, field="enable_thinking")),
     ],
 )
 def test_how_much_to_think_is_read_in_every_form(fields: dict[str, Any], thinking: Thinking) -> None:
@@ -434,10 +436,19 @@ def test_how_much_to_think_is_read_in_every_form(fields: dict[str, Any], thinkin
     ("fields", "param"),
     [
         ({"reasoning_effort": "much"}, "reasoning_effort"),
-        ({"reasoning_effort": "none", "enable_thinking": True}, "reasoning_effort"),
+        ({"reasoning_effort": "none", "enable_thinking": True}, "enable_thinking"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
+        ({"reasoning": {"enabled": False}, "enable_thinking": True}, "reasoning.enabled"),
+        ({"reasoning": {"effort": "low"}, "reasoning_effort": "high"}, "reasoning.effort"),
+        ({"thinking_token_budget": 100}, "thinking_token_budget"),
         ({"thinking": {"type": "on"}}, "thinking.type"),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, "thinking.type"),
     ],
 )
 def test_words_for_thinking_that_mean_nothing_or_two_things_are_refused(fields: dict[str, Any], param: str) -> None:
     assert refusal(chat, **fields).field == param
+
+
+def test_thoughts_are_left_out_in_either_form() -> None:
+    said = ({}, {"reasoning": {"exclude": True}}, {"include_reasoning": False})
+    assert [chat(**fields).report.thoughts for fields in said] == [True, False, False]

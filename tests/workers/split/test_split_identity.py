@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.core.config import AdapterConfig, ModelConfig
+from orchestrator.core.types import AdapterName, Sampling
+from orchestrator.profiles.fields import CheckpointError
+from tests.adapters import ATTENTION, SHARED_EXPERTS, merge, write_adapter
 from tests.oracle import oracle
 from tests.quantised import write_quantised
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
@@ -33,9 +37,11 @@ def ranks_of(path: Path, count: int, spare_slots: int = 0) -> Iterator[list[FfnR
             thread.join()
 
 
-def attention_of(path: Path, ranks: list[FfnRank], spare_slots: int = 0, microbatches: int = 0) -> EagerEngine:
+def attention_of(
+    path: Path, ranks: list[FfnRank], spare_slots: int = 0, microbatches: int = 0, model: ModelConfig | None = None
+) -> EagerEngine:
     places = SplitPlaces(tuple(rank.address for rank in ranks), spare_slots, microbatches)
-    return engine_of(path, split=places)
+    return engine_of(path, split=places, model=model)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +64,34 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, family: str, ffn: int,
         assert min(load.attention_s, load.ffn_s) > 0.0
         assert load.ffn_ranks == ffn
         engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "targets"), [("qwen3", ATTENTION), ("qwen3_moe", ATTENTION), ("deepseek_v3", SHARED_EXPERTS)])
+def test_attention_ranks_compute_adapters_of_what_is_theirs(tmp_path: Path, family: str, targets: tuple[str, ...]) -> None:
+    path = tmp_path / "model"
+    create_checkpoint(path, family, 11, layers=2)
+    adapter = write_adapter(tmp_path / "a", path, 1, targets)
+    model = ModelConfig(adapters={"a": AdapterConfig(str(adapter))})
+    plain, plain_tokens = without_ties(oracle(path), prompts_of(1, [1, 17, 90, 201]), 12)
+    # PEFT takes an adapter of DeepSeek-V3's shared experts for one of all its experts.
+    merged = oracle(merge(path, adapter, tmp_path / "merged"))
+    adapted, adapted_tokens = without_ties(merged, prompts_of(1, [1, 17, 90, 201]), 12)
+    assert adapted_tokens != plain_tokens
+    samplings = [Sampling()] * len(plain) + [Sampling(adapter=AdapterName("a"))] * len(adapted)
+    with ranks_of(path, 2) as ranks:
+        engine = attention_of(path, ranks, microbatches=2, model=model)
+        conductor = Conductor(engine, engine_of(path, model=model), seed=4)
+        assert conductor.run(plain + adapted, 12, 5, samplings=samplings) == plain_tokens + adapted_tokens
+        engine.close()
+
+
+def test_adapters_of_what_ffn_ranks_compute_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    create_checkpoint(path, "llama", 11, layers=1)
+    model = ModelConfig(adapters={"a": AdapterConfig(str(write_adapter(tmp_path / "a", path, 1)))})
+    with ranks_of(path, 1) as ranks, pytest.raises(CheckpointError, match=r"6 tensors change .*mlp.*that a node computes itself"):
+        attention_of(path, ranks, model=model)
 
 
 @pytest.mark.parametrize(

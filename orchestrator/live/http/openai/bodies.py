@@ -93,9 +93,19 @@ class Message(msgspec.Struct):
 
 
 class ThinkingSwitch(msgspec.Struct):
-    """Whether to think before answering."""
+    """Whether to think before answering, as DeepSeek's and GLM's APIs ask for it."""
 
     type: str
+    budget_tokens: int | None = None
+
+
+class ReasoningWish(msgspec.Struct):
+    """How much to think and whether to tell of it, as OpenRouter's API asks for it."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+    max_tokens: int | None = None
+    exclude: bool | None = None
 
 
 class GenerationRequest(Unserved, kw_only=True):
@@ -180,8 +190,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     reasoning_effort: str | None = None
     #: The switch, as Qwen's API has it.
     enable_thinking: bool | None = None
-    #: The switch, as DeepSeek's and GLM's APIs have it.
     thinking: ThinkingSwitch | None = None
+    reasoning: ReasoningWish | None = None
     include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -22,6 +22,7 @@ from orchestrator.live.http.openai.bodies import (
     GenerationRequest,
     Message,
     Part,
+    ReasoningWish,
     StreamOptions,
 )
 from orchestrator.live.http.openai.constraints import constraint_of
@@ -64,8 +65,10 @@ _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 #: OpenAI's tiers, and our classes by name; any other tier is the default's.
 _CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | {str(one): one for one in ServiceClass}
 _EFFORTS = tuple(Effort)
+_NO_WISH = ReasoningWish()
 _SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 
+Said = TypeVar("Said")
 _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest, strict=True)
 _NO_EXTENSION = Extension()
@@ -84,7 +87,8 @@ def parse_chat(body: bytes) -> Asked:
     require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    asked = asked_of(request, conversation_of(request), most, logprobs, request.include_reasoning is not False)
+    hidden = request.include_reasoning is False or (request.reasoning is not None and request.reasoning.exclude)
+    asked = asked_of(request, conversation_of(request), most, logprobs, not hidden)
     return replace(asked, origin=FUNCTIONS) if functions else asked
 
 
@@ -240,16 +244,28 @@ def conversation_of(request: ChatRequest) -> Conversation:
 
 
 def _thinking(request: ChatRequest) -> Thinking:
-    """Return how much the model is to think. Raises `Invalid`."""
-    effort, enabled = request.reasoning_effort, request.enable_thinking
-    field = "enable_thinking" if effort is None and enabled is not None else "reasoning_effort"
-    require(effort is None or effort in _EFFORTS, field, f"must be one of {', '.join(_EFFORTS)}, is {effort!r}")
-    if enabled is None and request.thinking is not None:
-        kind, field = request.thinking.type, "thinking.type"
-        require(kind in _SWITCHED, field, f"must be one of {', '.join(_SWITCHED)}, is {kind!r}")
-        enabled = _SWITCHED[kind]
-    require(not (enabled and effort == Effort.NONE), field, "thinking is switched on, and reasoning_effort is none")
-    return Thinking(enabled, None if effort is None else Effort(effort), field=field)
+    """Return how much the model is to think: by whichever fields say so. Raises `Invalid`."""
+    switch, wish = request.thinking, request.reasoning or _NO_WISH
+    require(switch is None or switch.type in _SWITCHED, "thinking.type", f"must be one of {', '.join(_SWITCHED)}")
+    switched = _SWITCHED[switch.type] if switch is not None else None
+    efforts = {"reasoning_effort": request.reasoning_effort, "reasoning.effort": wish.effort}
+    switches = {"enable_thinking": request.enable_thinking, "thinking.type": switched, "reasoning.enabled": wish.enabled}
+    for field, effort in efforts.items():
+        require(effort is None or effort in _EFFORTS, field, f"must be one of {', '.join(_EFFORTS)}, is {effort!r}")
+    effort_field, effort = _only(efforts, "reasoning_effort")
+    field, enabled = _only(switches, effort_field)
+    require(not (enabled and effort == Effort.NONE), field, f"thinking is switched on, and {effort_field} is none")
+    budget = wish.max_tokens if switch is None or switch.budget_tokens is None else switch.budget_tokens
+    return Thinking(enabled, None if effort is None else Effort(effort), budget, field)
+
+
+def _only(fields: Mapping[str, Said | None], default: str) -> tuple[str, Said | None]:
+    """Return which of several fields for one thing is there, and what it says. Raises `Invalid` if they say different things."""
+    said = {name: value for name, value in fields.items() if value is not None}
+    first = next(iter(said), default)
+    other = next((name for name, value in said.items() if value != said[first]), None)
+    require(other is None, other or "", f"contradicts {first}")
+    return first, said.get(first)
 
 
 def _message(message: Message) -> dict[str, Any]:
