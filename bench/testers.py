@@ -1,6 +1,7 @@
 """Compares what load testers of others measure of a served model with what its own metrics say of the same requests.
 
-    python -m bench.testers [--aiperf PROGRAM] [--guidellm PROGRAM] [--requests 60] [--clients 4] [--json FILE]
+    python -m bench.testers [--aiperf PROGRAM] [--guidellm PROGRAM] [--requests 60] [--clients 4]
+                           [--url URL --model FOLDER] [--json FILE]
 
 `weft serve` runs one profiled node, slow enough that a busy machine's delays are small beside its own. AIPerf loads chat,
 completions, messages and responses, GuideLLM chat, completions and responses; each in an environment of its own:
@@ -100,7 +101,7 @@ def totals(url: str, path: str) -> Totals:
 
 def run(command: list[str], folder: Path) -> None:
     """Run a tester. Raises `RuntimeError` with what it said if it fails."""
-    environment = {**os.environ, "HOME": str(folder), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "any"}
+    environment = {**os.environ, "HOME": str(folder), "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "any"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_S_MAX, check=False)
     if done.returncode:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -184,27 +185,39 @@ def table(rows: dict[str, tuple[Figures, Figures]]) -> Table:
     return shown
 
 
+def measure(url: str, model: Path, options: argparse.Namespace, place: Path) -> dict[str, tuple[Figures, Figures]]:
+    """Let each tester load each endpoint; return its figures and the gateway's."""
+    rows: dict[str, tuple[Figures, Figures]] = {}
+    for name, (tester, endpoints) in ENDPOINTS.items():
+        program = getattr(options, name)
+        for endpoint, path in endpoints.items() if program else ():
+            folder = Path(tempfile.mkdtemp(dir=place))
+            before = totals(url, path)
+            theirs = tester(program, url, endpoint, model, options, folder)
+            ours = totals(url, path).since(before)
+            rows[f"{name} {path}"] = theirs, ours
+            print(f"{name} {path}: {theirs} beside {ours}", flush=True)
+    return rows
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, print the table, write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.testers", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--aiperf", help="AIPerf's program (default: it is left out)")
     parser.add_argument("--guidellm", help="GuideLLM's program (default: it is left out)")
+    parser.add_argument("--url", help="of a gateway that serves already, and nobody else (default: one is started)")
+    parser.add_argument("--model", type=Path, help="the folder of its model, which it serves under the folder's name")
     parser.add_argument("--requests", type=int, default=60, help="to each endpoint (default 60)")
     parser.add_argument("--clients", type=int, default=4, help="at once (default 4)")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
-    rows: dict[str, tuple[Figures, Figures]] = {}
     with tempfile.TemporaryDirectory() as place:
-        model, _ = make_tiny_model(Path(place) / "tiny")
-        with weft_server(CLUSTER, model) as server:
-            for name, (tester, endpoints) in ENDPOINTS.items():
-                program = getattr(options, name)
-                for endpoint, path in endpoints.items() if program else ():
-                    folder = Path(tempfile.mkdtemp(dir=place))
-                    before = totals(server.url, path)
-                    theirs = tester(program, server.url, endpoint, model, options, folder)
-                    rows[f"{name} {path}"] = theirs, totals(server.url, path).since(before)
-                    print(f"{name} {path}: {theirs} beside {rows[f'{name} {path}'][1]}", flush=True)
+        if options.url:
+            rows = measure(options.url, options.model, options, Path(place))
+        else:
+            model, _ = make_tiny_model(Path(place) / "tiny")
+            with weft_server(CLUSTER, model) as server:
+                rows = measure(server.url, model, options, Path(place))
     Console(width=160).print(table(rows))
     if options.json:
         figures = {name: {"tester": asdict(theirs), "gateway": asdict(ours)} for name, (theirs, ours) in rows.items()}
