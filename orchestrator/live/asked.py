@@ -52,6 +52,8 @@ class ToolUse:
     field: str = "tool_choice"
     #: Where the client wrote the schema of a tool's arguments, by the tool's place.
     schema_field: str = "tools[{}].function.parameters"
+    #: The same for each tool, where their places do not tell it; empty where they do.
+    schema_fields: Sequence[str] = ()
 
 
 class Effort(StrEnum):

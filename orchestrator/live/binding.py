@@ -63,8 +63,10 @@ def _of_conversation(conversation: Conversation, part: Part | None, model: Model
 
 def _tools(conversation: Conversation) -> list[Tool]:
     """Return what may be called."""
+    use = conversation.tool_use
+    fields = use.schema_fields or [use.schema_field.format(place) for place in range(len(conversation.tools or ()))]
     return [
-        Tool(name, schema or None, one["function"].get("strict") is True, conversation.tool_use.schema_field.format(place))
+        Tool(name, schema or None, one["function"].get("strict") is True, fields[place])
         for place, one in enumerate(conversation.tools or ())
         for name, schema in tool_parameters([one]).items()
     ]

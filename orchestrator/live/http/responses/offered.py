@@ -31,6 +31,8 @@ class Named:
     namespace: str | None = None
     #: It is called with a text, not with arguments.
     custom: bool = False
+    #: Where the client wrote it.
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def offered(tools: Sequence[Mapping[str, Any]]) -> Offered:
         where, kind = f"tools[{place}]", tool.get("type")
         match kind:
             case "function" | "custom":
-                functions, namespace, about = [tool], None, ""
+                functions, namespace, about = {where: tool}, None, ""
             case "namespace":
                 functions, namespace, about = _grouped(tool, where)
             case str() if kind.startswith(_LEFT_OUT):
@@ -72,27 +74,28 @@ def offered(tools: Sequence[Mapping[str, Any]]) -> Offered:
                 problem = f"{where}: tools of type {kind!r} are not served; function, custom and namespace are"
                 raise Invalid(problem, "unsupported_tool", where)
         told.append(tool)
-        for function in functions:
-            one = _shown(function, namespace, about, where)
+        for spot, function in functions.items():
+            one = _shown(function, namespace, about, spot)
             about = ""
             name = one["function"]["name"]
-            require(name not in names, where, f"two tools are called {name!r}")
-            names[name] = Named(str(function["name"]), namespace, function["type"] == "custom")
+            require(name not in names, spot, f"two tools are called {name!r}")
+            names[name] = Named(str(function["name"]), namespace, function["type"] == "custom", spot)
             shown.append(one)
     require(len(shown) <= TOOLS_MAX, "tools", f"must be at most {TOOLS_MAX} tools")
     return Offered(told, shown, names)
 
 
-def _grouped(tool: Mapping[str, Any], where: str) -> tuple[list[Mapping[str, Any]], str, str]:
-    """Return a namespace's functions, its name, and what is said of it."""
+def _grouped(tool: Mapping[str, Any], where: str) -> tuple[dict[str, Mapping[str, Any]], str, str]:
+    """Return a namespace's tools by where they are, its name, and what is said of it."""
     name, functions, about = tool.get("name"), tool.get("tools"), tool.get("description")
     require(isinstance(name, str) and bool(name), f"{where}.name", "must be a name")
     require(isinstance(functions, list), f"{where}.tools", "must be a list of functions")
-    for number, function in enumerate(cast("list[Any]", functions)):
+    placed = {f"{where}.tools[{number}]": function for number, function in enumerate(cast("list[Any]", functions))}
+    for spot, function in placed.items():
         kind = cast("dict[str, Any]", function).get("type") if isinstance(function, dict) else None
         known = kind in ("function", "custom")
-        require(known, f"{where}.tools[{number}]", f"tools of type {kind!r} are not served; function and custom are")
-    return cast("list[Mapping[str, Any]]", functions), cast(str, name), about if isinstance(about, str) else ""
+        require(known, spot, f"tools of type {kind!r} are not served; function and custom are")
+    return placed, cast(str, name), about if isinstance(about, str) else ""
 
 
 def _shown(function: Mapping[str, Any], namespace: str | None, about: str, where: str) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def parse(body: bytes) -> Asked:
     _check(request)
     tools = offered(request.tools or ())
     shown, use = chosen(request.tool_choice, tools)
-    use = replace(use, parallel=request.parallel_tool_calls is not False, schema_field="tools[{}].parameters")
+    fields = [f"{tools.names[tool['function']['name']].field}.parameters" for tool in shown]
+    use = replace(use, parallel=request.parallel_tool_calls is not False, schema_fields=fields)
     conversation = Conversation((), shown_tools(shown), _variables(request), tool_use=use, thinking=_thinking(request))
     include = request.include or ()
     logprobs = (request.top_logprobs or 0) if _SCORES in include or request.top_logprobs else None

@@ -35,6 +35,8 @@ WEATHER: Any = {
     "strict": False,
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
+#: Its arguments would be kept to what no schema says.
+UNKEEPABLE: Any = {"type": "function", "name": "f", "strict": True, "parameters": {"type": "object", "$ref": "http://elsewhere"}}
 CALL = '<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
 
 
@@ -395,6 +397,9 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "tools": [{"type": "function", "name": ""}]}, "tools[0].name"),
         ({"input": "x", "tools": [{"type": "custom", "name": "c", "format": {"type": "grammar"}}]}, "tools[0].format"),
         ({"input": "x", "tools": [WEATHER, WEATHER]}, "tools[1]"),
+        ({"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]}, "tools[0].tools[0]"),
+        ({"input": "x", "tools": [{"type": "web_search"}, UNKEEPABLE]}, "tools[1].parameters"),
+        ({"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [UNKEEPABLE]}]}, "tools[0].tools[0].parameters"),
         ({"input": "x", "tool_choice": "sometimes"}, "tool_choice"),
         ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"input": "x", "include": ["everything"]}, "include"),
@@ -430,6 +435,20 @@ def test_what_the_template_refuses_and_what_is_too_long_is_the_inputs(text: Mode
         with pytest.raises(openai.BadRequestError) as refused:
             await client.responses.create(model=MODEL, input="word " * text.context_tokens_max)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+
+    play(text, talk)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+def test_a_call_can_be_forced_and_be_the_only_one(text: ModelText, choice: Any) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        answering(served, CALL.format("London"))
+        asked: Any = {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False}
+        answer = await client.responses.create(model=MODEL, input="Hi", **asked)
+        assert [item.type for item in answer.output] == ["function_call"]
+        assert answer.parallel_tool_calls is False
+        assert answer.tool_choice == choice or answer.tool_choice.model_dump() == choice  # type: ignore[union-attr]
+        assert "get_weather" in served.driver.turns[0].sampling.grammar
 
     play(text, talk)
 
