@@ -123,9 +123,10 @@ def aiperf(program: str, url: str, endpoint: str, model: Path, options: argparse
     errors = (found.get("error_request_count") or {"avg": 0})["avg"]
     if errors:
         raise RuntimeError(f"{errors} requests of AIPerf to {endpoint} failed")
-    requests = found["request_count"]["avg"]
-    ttft_ms, itl_ms = found["time_to_first_token"]["avg"], found["inter_token_latency"]["avg"]
-    return Figures(requests, found["output_sequence_length"]["avg"] * requests, ttft_ms / 1e3, itl_ms / 1e3)
+    names = ("request_count", "output_sequence_length", "time_to_first_token", "inter_token_latency")
+    # What it does not measure of an endpoint is not in its report.
+    requests, tokens, ttft_ms, itl_ms = (found.get(name, {"avg": 0.0})["avg"] for name in names)
+    return Figures(requests, tokens * requests, ttft_ms / 1e3, itl_ms / 1e3)
 
 
 def guidellm(program: str, url: str, endpoint: str, model: Path, options: argparse.Namespace, folder: Path) -> Figures:
