@@ -107,6 +107,11 @@ def run(command: list[str], folder: Path) -> None:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
+def _seed(endpoint: str) -> int:
+    """Return what each endpoint's prompts are drawn by: its own, none of which is cached by another's."""
+    return sum(endpoint.encode())
+
+
 def aiperf(program: str, url: str, endpoint: str, model: Path, options: argparse.Namespace, folder: Path) -> Figures:
     """Load one endpoint by AIPerf. Raises `RuntimeError` if a request failed."""
     run(
@@ -114,7 +119,15 @@ def aiperf(program: str, url: str, endpoint: str, model: Path, options: argparse
             *(program, "profile", "--model", model.name, "--tokenizer", str(model), "--url", url, "--endpoint-type", endpoint),
             *("--streaming", "--concurrency", str(options.clients), "--request-count", str(options.requests)),
             *("--isl", str(PROMPT_TOKENS), "--osl", str(OUTPUT_TOKENS), "--extra-inputs", "ignore_eos:true"),
-            *("--output-artifact-dir", str(folder / "aiperf"), "--ui", "none", "--random-seed", "7", "--use-server-token-count"),
+            *(
+                "--output-artifact-dir",
+                str(folder / "aiperf"),
+                "--ui",
+                "none",
+                "--random-seed",
+                str(_seed(endpoint)),
+                "--use-server-token-count",
+            ),
         ],
         folder,
     )
@@ -134,7 +147,7 @@ def guidellm(program: str, url: str, endpoint: str, model: Path, options: argpar
     output = folder / "guidellm.json"
     run(
         [
-            *(program, "run", "--disable-console", "--seed", "kind=static,value=7"),
+            *(program, "run", "--disable-console", "--seed", f"kind=static,value={_seed(endpoint)}"),
             *("--backend", f"kind=openai_http,target={url},model={model.name},request_format={endpoint}"),
             *("--profile", f"kind=concurrent,streams={options.clients}"),
             *("--constraint", f"kind=max_requests,count={options.requests}"),
