@@ -18,8 +18,8 @@ from enum import Enum, auto
 from math import isfinite
 from typing import Any, TypeAlias, cast
 
-from orchestrator.live.text.objects import literal
-from orchestrator.live.text.tools import AnswerPart, MoreArguments, ToolCall
+from orchestrator.live.text.objects import literal, value_of
+from orchestrator.live.text.tools import AnswerPart, MoreArguments, SteppingReader, ToolCall
 
 #: By the name of each tool the JSON schema of its parameters, empty if it has none.
 Tools: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -47,7 +47,7 @@ class _At(Enum):
     VALUE = auto()
 
 
-class FunctionsReader:
+class FunctionsReader(SteppingReader):
     """Reads functions after each other.
 
     Args:
@@ -56,17 +56,13 @@ class FunctionsReader:
         tagged: a closing tag follows the last function, so that a lone `</function>` may be part of a value.
     """
 
-    __slots__ = (
-        "_at", "_held", "_kept", "_make_id", "_members", "_over", "_properties", "_schema", "_streams", "_tagged", "_tools",
-        "over", "rest", "told",
-    )  # fmt: skip
+    __slots__ = ("_at", "_held", "_members", "_over", "_properties", "_schema", "_streams", "_tagged", "_tools")
 
     def __init__(self, tools: Tools, make_id: Callable[[], str], tagged: bool) -> None:
+        super().__init__(make_id)
         self._tools = tools
-        self._make_id = make_id
         self._tagged = tagged
         self._at = _At.FUNCTION
-        self._kept: str = ""
         self._properties: Mapping[str, Any] = {}
         #: Parameters of the function so far.
         self._members = 0
@@ -76,21 +72,10 @@ class FunctionsReader:
         self._held: list[str] = []
         #: No more text comes.
         self._over = False
-        self.told = False
-        self.over = False
-        self.rest: str = ""
 
     @property
     def calling(self) -> bool:
         return self._at is not _At.FUNCTION
-
-    def add(self, text: str) -> list[AnswerPart]:
-        """Take more text; return what is certain now of the calls."""
-        self._kept += text
-        parts: list[AnswerPart] = []
-        while not self.over and self._step(parts):
-            pass
-        return parts
 
     def finish(self, cut: bool) -> list[AnswerPart]:
         """Return what was still kept back."""
@@ -125,9 +110,7 @@ class FunctionsReader:
         found = _FUNCTION.match(self._kept)
         follows = self._follows(self._kept, found.end()) if found is not None else self._is_begun(self._kept, FUNCTION_OPEN)
         if found is None or not follows:
-            if follows is False:
-                self.over, self.rest = True, self._kept
-            return False
+            return self._end(self._kept) if follows is False else False
         self._kept = self._kept[found.end() :]
         name = found.group(1)
         self._properties = _object(self._tools.get(name, {}).get("properties"))
@@ -279,25 +262,13 @@ def typed(value: str, schema: object) -> Any:
             return int(number) if number.is_integer() else number if isfinite(number) else value
     except (ValueError, OverflowError):
         return value
-    return _structure(value)
+    # An object or list in JSON, or in Python's way, which models fall into.
+    return value_of(value, (json.loads, literal))
 
 
 def is_text(schema: object) -> bool:
     """Tell whether a value is read as a text, or as nothing where that is allowed; others are read as JSON."""
     return _kind_of(_kinds(_object(schema))) in _TEXTS
-
-
-def _structure(value: str) -> Any:
-    """Return the object or list that a text is in JSON, or in Python's way, which models fall into."""
-    for read in (json.loads, literal):
-        try:
-            found = read(value)
-            # Numbers that JSON has none for, text that is none, and sets would not reach the client.
-            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, TypeError, RecursionError, MemoryError):
-            continue
-        return found
-    return value
 
 
 def _kind_of(kinds: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from orchestrator.live.text.tools import AnswerPart, MoreArguments, ToolCall
+from orchestrator.live.text.tools import AnswerPart, MoreArguments, SteppingReader, ToolCall
 from orchestrator.live.text.values import ValueReader
 
 #: A tool's name and its arguments as JSON text.
@@ -62,6 +62,19 @@ def literal(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
+def value_of(text: str, ways: Sequence[Callable[[str], Any]]) -> Any:
+    """Return what a text says in the first of some ways to write values that says what JSON can; the text if none does."""
+    for read in ways:
+        try:
+            found = read(text)
+            # Numbers that JSON has none for, text that is none, and sets would not reach the client.
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            continue
+        return found
+    return text
+
+
 def _described(call: _Call) -> Described | None:
     """Return a call with its arguments as text. Raises `ValueError` or `RecursionError` for what cannot be read."""
     arguments = bytes(call.parameters or call.arguments).decode()
@@ -83,7 +96,7 @@ class _At(Enum):
     BETWEEN = auto()  # another object, or the end
 
 
-class ObjectsReader:
+class ObjectsReader(SteppingReader):
     """Reads calls that are objects, after each other or in a list.
 
     Args:
@@ -92,17 +105,13 @@ class ObjectsReader:
         known: the names of tools; an object that names none of them is no call. None: any name is one.
     """
 
-    __slots__ = (
-        "_at", "_ends", "_head", "_kept", "_known", "_listed", "_make_id", "_mended", "_value", "_written", "over", "rest",
-        "told",
-    )  # fmt: skip
+    __slots__ = ("_at", "_ends", "_head", "_known", "_listed", "_mended", "_value", "_written")
 
     def __init__(self, ends: Sequence[str], make_id: Callable[[], str], known: Collection[str] | None = None) -> None:
+        super().__init__(make_id)
         self._ends = ends
-        self._make_id = make_id
         self._known = known
         self._at = _At.FIRST
-        self._kept: str = ""
         self._listed = False
         #: What of an object's text its name and the beginning of its arguments are looked for in.
         self._head = ""
@@ -110,21 +119,10 @@ class ObjectsReader:
         self._written: list[str] = []
         self._mended: list[str] = []
         self._value = ValueReader()
-        self.told = False
-        self.over = False
-        self.rest: str = ""
 
     @property
     def calling(self) -> bool:
         return self._at is _At.ARGUMENTS
-
-    def add(self, text: str) -> list[AnswerPart]:
-        """Take more text; return what is certain now of its calls."""
-        self._kept += text
-        parts: list[AnswerPart] = []
-        while self._kept and not self.over and self._step(parts):
-            pass
-        return parts
 
     def finish(self, cut: bool) -> list[AnswerPart]:
         """Return what was still kept back."""
@@ -249,10 +247,6 @@ class ObjectsReader:
     def _reset(self) -> None:
         self._written.clear()
         self._mended.clear()
-
-    def _end(self, rest: str) -> bool:
-        self.over, self.rest = True, rest
-        return False
 
 
 def _is_another(head: str) -> bool:

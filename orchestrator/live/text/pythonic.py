@@ -13,8 +13,8 @@ from enum import Enum, auto
 from typing import Any, cast
 
 from orchestrator.live.text.functions import Tools
-from orchestrator.live.text.objects import literal
-from orchestrator.live.text.tools import AnswerPart, MoreArguments, ToolCall
+from orchestrator.live.text.objects import literal, value_of
+from orchestrator.live.text.tools import AnswerPart, MoreArguments, SteppingReader, ToolCall
 
 #: Characters within which a call's name and the first of its arguments begin.
 _HEAD_CHARS_MAX = 256
@@ -34,7 +34,7 @@ class _At(Enum):
     BETWEEN = auto()  # a comma and another call, or the end
 
 
-class PythonReader:
+class PythonReader(SteppingReader):
     """Reads the calls of a list.
 
     Args:
@@ -42,34 +42,20 @@ class PythonReader:
         make_id: returns an id for a call.
     """
 
-    __slots__ = (
-        "_at", "_kept", "_make_id", "_members", "_parameters", "_scan", "_tools", "over", "rest", "told",
-    )  # fmt: skip
+    __slots__ = ("_at", "_members", "_parameters", "_scan", "_tools")
 
     def __init__(self, tools: Tools, make_id: Callable[[], str]) -> None:
+        super().__init__(make_id)
         self._tools = tools
-        self._make_id = make_id
         self._at = _At.FIRST
-        self._kept: str = ""
         self._scan = _Scan()
         #: Arguments of the call so far, and the names of its parameters that were not given yet.
         self._members = 0
         self._parameters: list[str] = []
-        self.told = False
-        self.over = False
-        self.rest: str = ""
 
     @property
     def calling(self) -> bool:
         return self._at is _At.ARGUMENT
-
-    def add(self, text: str) -> list[AnswerPart]:
-        """Take more text; return what is certain now of the calls."""
-        self._kept += text
-        parts: list[AnswerPart] = []
-        while self._kept and not self.over and self._step(parts):
-            pass
-        return parts
 
     def finish(self, cut: bool) -> list[AnswerPart]:
         """Return what was still kept back."""
@@ -89,7 +75,7 @@ class PythonReader:
             case _At.FIRST:
                 found = _FIRST.match(self._kept)
                 if found is None:
-                    return self._end() if self._kept.strip() else False
+                    return self._end(self._kept) if self._kept.strip() else False
                 self._kept, self._at = self._kept[found.end() :], _At.CALL
                 return True
             case _At.CALL:
@@ -105,10 +91,10 @@ class PythonReader:
         if found is None:
             start = self._kept.lstrip()
             hopeless = len(self._kept) >= _HEAD_CHARS_MAX or (start and not (start[0].isalpha() or start[0] == "_"))
-            return self._end() if hopeless or not _may_begin(start) else False
+            return self._end(self._kept) if hopeless or not _may_begin(start) else False
         name = found.group(1)
         if name not in self._tools:
-            return self._end()
+            return self._end(self._kept)
         properties = self._tools[name].get("properties")
         self._parameters = [str(one) for one in cast("Mapping[str, Any]", properties)] if isinstance(properties, Mapping) else []
         self._members = 0
@@ -143,7 +129,8 @@ class PythonReader:
             self._parameters.remove(name)
         comma = ", " if self._members else ""
         self._members += 1
-        parts.append(MoreArguments(f"{comma}{json.dumps(name, ensure_ascii=False)}: {_as_json(value.strip())}"))
+        as_json = json.dumps(value_of(value.strip(), (literal, json.loads)), ensure_ascii=False)
+        parts.append(MoreArguments(f"{comma}{json.dumps(name, ensure_ascii=False)}: {as_json}"))
 
     def _go_on(self) -> bool:
         start = self._kept.lstrip()
@@ -152,11 +139,7 @@ class PythonReader:
             return True
         if start:
             self._kept = start[1:] if start.startswith("]") else self._kept
-            return self._end()
-        return False
-
-    def _end(self) -> bool:
-        self.over, self.rest = True, self._kept
+            return self._end(self._kept)
         return False
 
 
@@ -203,15 +186,3 @@ class _Scan:
 def _may_begin(start: str) -> bool:
     """Tell whether a call may begin with a text: a name, then a bracket, then an argument's name."""
     return re.fullmatch(r"(?:[A-Za-z_][\w.]*(?:\(\s*(?:[A-Za-z_]\w*\s*(?:=\s*)?)?)?)?", start) is not None
-
-
-def _as_json(written: str) -> str:
-    """Return a value as JSON."""
-    for read in (literal, json.loads):
-        try:
-            found = json.dumps(read(written), ensure_ascii=False, allow_nan=False)
-            found.encode()
-        except (ValueError, TypeError, RecursionError, MemoryError):
-            continue
-        return found
-    return json.dumps(written, ensure_ascii=False)

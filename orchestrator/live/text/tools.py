@@ -5,7 +5,8 @@
 See also: `styles.py` (how models write calls), `finding.py` (where calls are in a text).
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -94,3 +95,39 @@ class CallReader(Protocol):
     def finish(self, cut: bool) -> list[AnswerPart]:
         """Return what was still kept back, as parsers do; it is over then."""
         ...
+
+
+class SteppingReader(ABC):
+    """The part of a `CallReader` that goes through what it is given step by step.
+
+    Args:
+        make_id: returns an id for a call.
+    """
+
+    __slots__ = ("_kept", "_make_id", "over", "rest", "told")
+
+    def __init__(self, make_id: Callable[[], str]) -> None:
+        self._make_id = make_id
+        #: Text that is not read yet, or not certain.
+        self._kept: str = ""
+        self.told = False
+        self.over = False
+        self.rest: str = ""
+
+    def add(self, text: str) -> list[AnswerPart]:
+        """Take more text; return what is certain now of the calls."""
+        self._kept += text
+        parts: list[AnswerPart] = []
+        while self._kept and not self.over and self._step(parts):
+            pass
+        return parts
+
+    @abstractmethod
+    def _step(self, parts: list[AnswerPart]) -> bool:
+        """Read on in what is kept; True if there may be more to do."""
+        ...
+
+    def _end(self, rest: str) -> bool:
+        """Read nothing more; return that there is nothing more to do."""
+        self.over, self.rest = True, rest
+        return False
