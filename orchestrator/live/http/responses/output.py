@@ -100,19 +100,50 @@ class Growing(ABC):
         ...
 
 
-class _Message(Growing):
+class _Texted(Growing):
+    """An item whose text is in one part of it."""
+
+    #: Events about the text, and about the part, begin so; and the field that counts parts.
+    text_event: ClassVar[str]
+    part_event: ClassVar[str] = "response.content_part"
+    part_field: ClassVar[str] = "content_index"
+
+    def begin(self) -> list[Event]:
+        return [*super().begin(), (f"{self.part_event}.added", {**self._part, "part": self._content})]
+
+    @property
+    def delta(self) -> Event:
+        return (f"{self.text_event}.delta", self._part)
+
+    def _last(self) -> list[Event]:
+        return [
+            (f"{self.text_event}.done", {**self._part, "text": self.text}),
+            (f"{self.part_event}.done", {**self._part, "part": self._content}),
+        ]
+
+    @property
+    def _part(self) -> dict[str, Any]:
+        return {**self._at, self.part_field: 0}
+
+    @property
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """The part as it is now."""
+        ...
+
+
+class _Message(_Texted):
     grown_by = str
+    text_event = "response.output_text"
 
     def __init__(self, name: str, place: int) -> None:
         super().__init__(name, place)
         self._scores: list[dict[str, Any]] = []
 
-    def begin(self) -> list[Event]:
-        return [*super().begin(), ("response.content_part.added", {**self._part, "part": self._content})]
-
     @property
     def delta(self) -> Event:
-        return ("response.output_text.delta", {**self._part, "logprobs": []})
+        kind, fields = super().delta
+        return (kind, {**fields, "logprobs": []})
 
     def scored(self, text: str, scores: list[dict[str, Any]]) -> Event:
         """Make it longer by text with its log probabilities; return the event that tells so."""
@@ -125,79 +156,43 @@ class _Message(Growing):
         return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": content}
 
     def _last(self) -> list[Event]:
-        told = {**self._part, "text": self.text, "logprobs": [*self._scores]}
-        return [
-            ("response.output_text.done", told),
-            ("response.content_part.done", {**self._part, "part": self._content}),
-        ]
-
-    @property
-    def _part(self) -> dict[str, Any]:
-        return {**self._at, "content_index": 0}
+        (kind, told), part = super()._last()
+        return [(kind, {**told, "logprobs": [*self._scores]}), part]
 
     @property
     def _content(self) -> dict[str, Any]:
         return {"type": "output_text", "annotations": [], "logprobs": [*self._scores], "text": self.text}
 
 
-class _Thoughts(Growing):
+class _Thoughts(_Texted):
     grown_by = Reasoning
+    text_event = "response.reasoning_text"
 
     def __init__(self, name: str, place: int, carries: bool) -> None:
         super().__init__(name, place)
         self._carries = carries
 
-    def begin(self) -> list[Event]:
-        return [*super().begin(), ("response.content_part.added", {**self._part, "part": self._content})]
-
-    @property
-    def delta(self) -> Event:
-        return ("response.reasoning_text.delta", self._part)
-
     def shown(self, status: str) -> dict[str, Any]:
-        content = [self._content] if self._texts else []
-        return {"id": self.id, "type": "reasoning", "summary": [], "content": content, "status": status, **self._carried}
+        parts = [self._content] if self._texts else []
+        told: dict[str, Any] = {"id": self.id, "type": "reasoning", **self._parts(parts), "status": status}
+        return {**told, "encrypted_content": carried(self.text)} if self._carries and self._texts else told
 
-    def _last(self) -> list[Event]:
-        return [
-            ("response.reasoning_text.done", {**self._part, "text": self.text}),
-            ("response.content_part.done", {**self._part, "part": self._content}),
-        ]
-
-    @property
-    def _part(self) -> dict[str, Any]:
-        return {**self._at, "content_index": 0}
+    def _parts(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the fields that hold its parts."""
+        return {"summary": [], "content": parts}
 
     @property
     def _content(self) -> dict[str, Any]:
         return {"type": "reasoning_text", "text": self.text}
 
-    @property
-    def _carried(self) -> dict[str, Any]:
-        return {"encrypted_content": carried(self.text)} if self._carries and self._texts else {}
-
 
 class _Summary(_Thoughts):
-    def begin(self) -> list[Event]:
-        return [*Growing.begin(self), ("response.reasoning_summary_part.added", {**self._part, "part": self._content})]
+    text_event = "response.reasoning_summary_text"
+    part_event = "response.reasoning_summary_part"
+    part_field = "summary_index"
 
-    @property
-    def delta(self) -> Event:
-        return ("response.reasoning_summary_text.delta", self._part)
-
-    def shown(self, status: str) -> dict[str, Any]:
-        summary = [self._content] if self._texts else []
-        return {"id": self.id, "type": "reasoning", "summary": summary, "status": status, **self._carried}
-
-    def _last(self) -> list[Event]:
-        return [
-            ("response.reasoning_summary_text.done", {**self._part, "text": self.text}),
-            ("response.reasoning_summary_part.done", {**self._part, "part": self._content}),
-        ]
-
-    @property
-    def _part(self) -> dict[str, Any]:
-        return {**self._at, "summary_index": 0}
+    def _parts(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"summary": parts}
 
     @property
     def _content(self) -> dict[str, Any]:
