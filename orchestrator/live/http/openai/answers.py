@@ -16,7 +16,7 @@ from orchestrator.live.asked import Asked, Texts
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.http.openai.legacy import FUNCTIONS
-from orchestrator.live.http.openai.prompts import Echo, scored_prompt
+from orchestrator.live.http.openai.prompts import Echo, by_name, scored_prompt
 from orchestrator.live.intake import ServedModel
 from orchestrator.live.text.detokenise import Vocabulary
 from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, PromptTold, Scored, ScoredToken, Taken
@@ -305,16 +305,8 @@ class ChatWriter(AnswerWriter):
 
     def scores(self, scored: Sequence[Scored], chars_before: int) -> dict[str, Any]:
         del chars_before
-        return {"content": [self._score(token) for piece in scored for token in piece.tokens]}
-
-    def _score(self, scored: ScoredToken) -> dict[str, Any]:
-        top = [self._named(*entry) for entry in scored.logprob.top]
-        return {**self._named(scored.token, scored.logprob.logprob), "top_logprobs": top}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._answer.vocabulary.token_bytes(token)
-        name = f"token_id:{token}" if self._report.tokens_by_id else data.decode(errors="backslashreplace")
-        return {"token": name, "logprob": logprob, "bytes": list(data)}
+        vocabulary, by_id = self._answer.vocabulary, self._report.tokens_by_id
+        return {"content": [token_score(token, vocabulary, by_id) for piece in scored for token in piece.tokens]}
 
     def _special(self, index: int, piece: Piece) -> list[bytes]:
         if isinstance(piece, Reasoning):
@@ -397,7 +389,7 @@ class CompletionWriter(AnswerWriter):
         return {
             "tokens": [self._name(token.token) for token in tokens],
             "token_logprobs": [token.logprob.logprob for token in tokens],
-            "top_logprobs": [self._named(token.logprob.top) for token in tokens],
+            "top_logprobs": [by_name(token.logprob.top, self._name) for token in tokens],
             "text_offset": [chars_before + token.offset for token in tokens],
         }
 
@@ -411,12 +403,17 @@ class CompletionWriter(AnswerWriter):
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def _named(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """Return log probabilities by name; of tokens of one name (a special one may be called like another) the likeliest."""
-        named: dict[str, float] = {}
-        for token, logprob in top:
-            named.setdefault(self._name(token), logprob)
-        return named
+
+def token_score(scored: ScoredToken, vocabulary: Vocabulary, by_id: bool = False) -> dict[str, Any]:
+    """Return a token with its log probability and the likeliest beside it; named by their numbers or by their text."""
+
+    def named(token: int, logprob: float) -> dict[str, Any]:
+        data = vocabulary.token_bytes(token)
+        name = f"token_id:{token}" if by_id else data.decode(errors="backslashreplace")
+        return {"token": name, "logprob": logprob, "bytes": list(data)}
+
+    top = [named(*entry) for entry in scored.logprob.top]
+    return {**named(scored.token, scored.logprob.logprob), "top_logprobs": top}
 
 
 def padded(event: bytes) -> bytes:

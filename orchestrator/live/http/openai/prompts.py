@@ -35,7 +35,7 @@ class Echo:
         """Return OpenAI's log probabilities, with so many likely tokens beside each of the prompt's; the first has none."""
         found = [scores.at(place) for place in range(1, len(self._tokens))]
         top = [
-            _named([*top[:tops], (token, logprob)], name)
+            by_name([*top[:tops], (token, logprob)], name)
             for token, (logprob, _, top) in zip(self._tokens[1:], found, strict=True)
         ]
         return {
@@ -60,8 +60,8 @@ def _told(token: int, logprob: float, rank: int, vocabulary: Vocabulary) -> dict
     return {"logprob": logprob, "rank": rank, "decoded_token": vocabulary.token_bytes(token).decode(errors="replace")}
 
 
-def _named(likely: Sequence[tuple[int, float]], name: Callable[[int], str]) -> dict[str, float]:
-    """Return log probabilities by name; of tokens of one name the first one's."""
+def by_name(likely: Sequence[tuple[int, float]], name: Callable[[int], str]) -> dict[str, float]:
+    """Return log probabilities by name; of tokens of one name (a special one may be called like another) the first one's."""
     named: dict[str, float] = {}
     for token, logprob in likely:
         named.setdefault(name(token), logprob)

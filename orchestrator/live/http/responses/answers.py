@@ -14,12 +14,12 @@ from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.http.openai.answers import error_body as openai_error_body
-from orchestrator.live.http.openai.answers import padded
+from orchestrator.live.http.openai.answers import padded, token_score
 from orchestrator.live.http.responses.ids import new_id
 from orchestrator.live.http.responses.output import Event, Output, Wording
 from orchestrator.live.http.responses.requests import Origin
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.generation import AnswerEnd, Generation, Piece, ScoredToken
+from orchestrator.live.text.generation import AnswerEnd, Generation, Piece
 
 _encode = msgspec.json.encode
 _END = b"\n\n"
@@ -66,9 +66,12 @@ class ResponseWriter:
         reasoning = origin.request.reasoning
         summarises = reasoning is not None and reasoning.told_as_summary
         wording = Wording(
-            lambda kind: new_id(kind, gateway), self._scored, origin.tools.names, summarises, origin.carries_thoughts
+            lambda kind: new_id(kind, gateway),
+            lambda scored: token_score(scored, vocabulary),
+            origin.tools.names,
+            summarises,
+            origin.carries_thoughts,
         )
-        self._vocabulary = vocabulary
         self._keep = keep
         self._output = Output(wording)
         self._frame = _frame(asked, origin)
@@ -151,14 +154,6 @@ class ResponseWriter:
             written.append(padded(event) if self._pads and kind.endswith(".delta") else event)
             self._events += 1
         return b"".join(written)
-
-    def _scored(self, scored: ScoredToken) -> dict[str, Any]:
-        top = [self._named(*entry) for entry in scored.logprob.top]
-        return {**self._named(scored.token, scored.logprob.logprob), "top_logprobs": top}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._vocabulary.token_bytes(token)
-        return {"token": data.decode(errors="backslashreplace"), "logprob": logprob, "bytes": list(data)}
 
 
 def _end(done: Generation) -> AnswerEnd:
