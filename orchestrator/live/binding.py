@@ -10,6 +10,9 @@ All other answers may be anything. Calls that are not forced are not bound where
 style.
 """
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 from orchestrator.live.asked import Asked, Conversation
 from orchestrator.live.text.call_grammars import Tool, calls_of
 from orchestrator.live.text.conversations import tool_parameters
@@ -29,14 +32,31 @@ def bound(asked: Asked, model: ModelText, prompt: str, opened: bool) -> Grammar 
     Raises:
         Unkeepable: it cannot be kept to that.
     """
+    if not _binds(asked):  # as most are: then neither tools nor the prompt need be looked at
+        return None
     part = answer_part(asked.constraint) if asked.constraint is not None else None
     if isinstance(asked.prompt, Conversation):
         grammar = _of_conversation(asked.prompt, part, model, _thoughts(prompt, opened, model))
     else:
-        grammar = None if part is None else whole("@answer", (), (part,), part.field, Thoughts(), {})
+        assert part is not None, "a text is gone on with by what a constraint says alone"
+        grammar = whole("@answer", (), (part,), part.field, Thoughts(), {})
     if grammar is not None:
         _check_ends(asked, model, grammar)
     return grammar
+
+
+def _binds(asked: Asked) -> bool:
+    """Return whether anything is asked of the answer."""
+    if asked.constraint is not None:
+        return True
+    if not isinstance(asked.prompt, Conversation):
+        return False
+    return asked.prompt.tool_use.forced or any(_is_strict(tool) for tool in asked.prompt.tools or ())
+
+
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    function = tool.get("function")
+    return isinstance(function, Mapping) and cast("Mapping[str, Any]", function).get("strict") is True
 
 
 def _of_conversation(conversation: Conversation, part: Part | None, model: ModelText, thoughts: Thoughts) -> Grammar | None:
@@ -66,7 +86,7 @@ def _tools(conversation: Conversation) -> list[Tool]:
     use = conversation.tool_use
     fields = use.schema_fields or [use.schema_field.format(place) for place in range(len(conversation.tools or ()))]
     return [
-        Tool(name, schema or None, one["function"].get("strict") is True, fields[place])
+        Tool(name, schema or None, _is_strict(one), fields[place])
         for place, one in enumerate(conversation.tools or ())
         for name, schema in tool_parameters([one]).items()
     ]

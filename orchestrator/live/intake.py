@@ -188,8 +188,8 @@ class Intake:
                 text = _rendered(conversation, model, asked.report.thoughts)
                 prompts = [await self.encode(model, text, tenant, session, salt, conversation.prefixed)]
                 keeps = self._keeps(conversation, model, tenant, text, prompts[0])
-                parser, ends = _parser_maker(asked, conversation, text, model.text), model.text.chat_eos_token_ids
                 opened = _opened(conversation, text, model.text.reasoning_style)
+                parser, ends = _parser_maker(asked, conversation, opened, model.text), model.text.chat_eos_token_ids
                 grammar = await self._checked(asked, model.text, text, opened)
             case Texts(texts, prefixed):
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
@@ -363,17 +363,15 @@ def _rendered(conversation: Conversation, model: ServedModel, thoughts_told: boo
         text = model.text.template.render(one.messages, one.tools, variables, one.opens_answer, one.continues)
     except TemplateFailed as error:
         raise Invalid(str(error), "invalid_messages", "messages") from error
-    thinks = one.opens_answer and style.opened_by(text)
-    refused = thinks and thoughts_told and one.thinking.unwanted
+    refused = thoughts_told and one.thinking.unwanted and one.opens_answer and style.opened_by(text)
     require(not refused, one.thinking.field, "this model's chat template begins thoughts all the same: it has no switch for them")
     return text
 
 
-def _parser_maker(asked: Asked, conversation: Conversation, text: str, model: ModelText) -> ParserMaker:
-    """Return what makes parsers for answers to a conversation whose prompt is `text`."""
+def _parser_maker(asked: Asked, conversation: Conversation, opened: bool, model: ModelText) -> ParserMaker:
+    """Return what makes parsers for answers to a conversation; `opened`: they begin with thoughts."""
     style, tools = model.reasoning_style, conversation.tools
     parameters = tool_parameters(tools)
-    opened = _opened(conversation, text, style)
 
     def make_calls() -> ToolParser | None:
         return make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
