@@ -1,10 +1,13 @@
 """A driver whose turns say what the test wrote, and a gateway served over real sockets on top of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI
 
 from orchestrator.core.config import ClusterConfig, GatewayConfig, ModelConfig, PoolConfig, TenantConfig
 from orchestrator.core.types import FinishReason, GatewayId, ModelName, PoolKind, RequestId, SessionId, TenantId
@@ -180,3 +183,28 @@ async def serve(
         yield Served(one, intake, driver, metrics, f"{'https' if gateway.get('cert') else 'http'}://127.0.0.1:{port}", lives)
     finally:
         await one.stop()
+
+
+def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]], **gateway: object) -> None:
+    """Serve a gateway while `talk` asks it as any program does."""
+
+    async def run() -> None:
+        async with serve(text, **gateway) as served, httpx.AsyncClient(base_url=served.url) as client:
+            await talk(client, served)
+
+    asyncio.run(run())
+
+
+def play_openai(
+    text: ModelText, talk: Callable[[AsyncOpenAI, Served], Awaitable[None]], key: str = "sk-any", **gateway: object
+) -> None:
+    """Serve a gateway while `talk` asks it through OpenAI's client."""
+
+    async def run() -> None:
+        async with (
+            serve(text, **gateway) as served,
+            AsyncOpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0) as client,
+        ):
+            await talk(client, served)
+
+    asyncio.run(run())

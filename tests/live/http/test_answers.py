@@ -1,7 +1,5 @@
 """What comes out of the door is what the model wrote: spaces, bytes, thoughts and calls, whole as in a stream."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from openai import AsyncOpenAI
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
 from tests.builders import some
-from tests.live.scripted import MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, Script, Served, make_model, play_openai
 from tests.live.text.vocabularies import byte_level, llama
 from workers.engines.vocabulary import CHAT_TEMPLATE, write_json
 
@@ -22,14 +20,6 @@ THOUGHT = '<think>I could write <tool_call>{"name":"no","arguments":{}}</tool_ca
 CODE = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
 NULL = '<tool_call>{"name":"now","arguments":null}</tool_call>'
-
-
-def play(text: ModelText, talk: Callable[[AsyncOpenAI, Served], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with serve(text) as served, AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def chatting(folder: Path, template: str) -> ModelText:
@@ -108,7 +98,7 @@ def test_thoughts_and_calls(
         assert await answers(client, tools=[WEATHER]) == [expected] * 2
         assert [stream.wanted for stream in served.driver.streams] == [calls[0][0] if calls else ""] * 2
 
-    play(chatting(tmp_path, template), talk)
+    play_openai(chatting(tmp_path, template), talk)
 
 
 @pytest.mark.parametrize(("finish", "asked"), [(FinishReason.LENGTH, {}), (FinishReason.STOP, {"stop": ["END"]})])
@@ -121,7 +111,7 @@ def test_what_did_not_end_by_itself_tells_nothing_of_what_the_model_waits_for(
         assert plain["content"].startswith("I look at it")
         assert [stream.wanted for stream in served.driver.streams] == [None, None]
 
-    play(chatting(tmp_path, THINKING), talk)
+    play_openai(chatting(tmp_path, THINKING), talk)
 
 
 def test_thoughts_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -130,7 +120,7 @@ def test_thoughts_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
         found = await answers(client, tools=[WEATHER], extra_body={"include_reasoning": False})
         assert [(one["reasoning"], one["content"], one["calls"]) for one in found] == [("", "The answer and more", [])] * 2
 
-    play(chatting(tmp_path, THINKING), talk)
+    play_openai(chatting(tmp_path, THINKING), talk)
 
 
 def test_thoughts_are_counted(tmp_path: Path) -> None:
@@ -150,7 +140,7 @@ def test_thoughts_are_counted(tmp_path: Path) -> None:
         assert usage is not None
         assert usage.completion_tokens_details is None
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_a_message_that_is_continued_goes_on_thinking(tmp_path: Path) -> None:
@@ -161,7 +151,7 @@ def test_a_message_that_is_continued_goes_on_thinking(tmp_path: Path) -> None:
         found = await answers(client, messages=messages, extra_body=extra)
         assert [(one["reasoning"], one["content"]) for one in found] == [("is", "Yes")] * 2
 
-    play(chatting(tmp_path, THINKING), talk)
+    play_openai(chatting(tmp_path, THINKING), talk)
 
 
 def test_a_completion_keeps_its_space_and_its_tokens_their_bytes(tmp_path: Path) -> None:
@@ -185,7 +175,7 @@ def test_a_completion_keeps_its_space_and_its_tokens_their_bytes(tmp_path: Path)
         offsets = [offset for chunk in chunks if chunk.logprobs is not None for offset in chunk.logprobs.text_offset or ()]
         assert offsets == choice.logprobs.text_offset
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_bytes_in_a_chat_join_to_its_text(tmp_path: Path) -> None:
@@ -204,4 +194,4 @@ def test_bytes_in_a_chat_join_to_its_text(tmp_path: Path) -> None:
         assert not any("\ufffd" in entry.token for entry in some(entries))
         assert any("\\x" in entry.token for entry in entries)
 
-    play(text, talk)
+    play_openai(text, talk)

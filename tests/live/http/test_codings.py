@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import json
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import httpx
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from orchestrator.live.http.codings import reader
 from orchestrator.live.http.errors import HttpError
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, Served, make_model, serve
+from tests.live.scripted import MODEL, Served, play
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hi there " * 50}]}).encode()
@@ -32,19 +32,6 @@ WAYS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "deflate": ("deflate", zlib.compress),
     "bare deflate": ("deflate", bare),
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]], **gateway: object) -> None:
-    async def run() -> None:
-        async with serve(text, **gateway) as served, httpx.AsyncClient(base_url=served.url) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def read(coding: str, pieces: Sequence[bytes], most: int = MOST) -> bytes:

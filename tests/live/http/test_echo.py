@@ -10,17 +10,12 @@ import pytest
 
 from orchestrator.live.intake import PROMPT_SCORES_MAX
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, Script, Served, serve
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PROMPT = "Hi thére <|im_start|>, you"
 BODY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 9}
 TALK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}]}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]]) -> None:

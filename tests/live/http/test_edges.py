@@ -1,34 +1,19 @@
 """What is wrong, unserved or odd in a request gets one clear error that names the place; nothing is ignored silently."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, Script, Served, play
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "x"}]
 CHAT_BODY = {"model": MODEL, "messages": USER, "max_tokens": 4}
 TEXT_BODY = {"model": MODEL, "prompt": "x", "max_tokens": 4}
 NOW = {"type": "function", "function": {"name": "now"}}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]], **gateway: object) -> None:
-    async def run() -> None:
-        async with serve(text, **gateway) as served, httpx.AsyncClient(base_url=served.url) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def check_error(answer: httpx.Response, status: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,23 +16,10 @@ from orchestrator.live.http.exchange import CLIENT_GONE
 from orchestrator.live.text.models import ModelText
 from orchestrator.profiles.fields import CheckpointError
 from tests.builders import some
-from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, TENANTS, Script, Served, play, serve
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}]}
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]], **gateway: object) -> None:
-    async def run() -> None:
-        async with serve(text, **gateway) as served, httpx.AsyncClient(base_url=served.url) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def counted(served: Served, status: int) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import grpc
 import httpx
-import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -15,14 +14,9 @@ from orchestrator.core.cluster.sessions import owner_of
 from orchestrator.core.types import GatewayId, SessionId
 from orchestrator.live.health import HealthServer
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, make_model, serve
+from tests.live.scripted import MODEL, serve
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def files(folder: Path, authority: trustme.CA) -> dict[str, str]:

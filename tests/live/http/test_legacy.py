@@ -1,33 +1,18 @@
 """Clients that know functions and no tools: what they ask is understood, and they are answered in their words."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, Script, Served, play
 
 CHAT = "/v1/chat/completions"
 WEATHER = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "London"}}\n</tool_call>'
 BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi there"}], "functions": [WEATHER]}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with serve(text) as served, httpx.AsyncClient(base_url=served.url) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def prompt_of(served: Served, place: int) -> str:

@@ -1,9 +1,5 @@
 """The official `openai` client against a served gateway: what it sends is understood and what it gets it understands."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-
 import httpx
 import openai
 import pytest
@@ -14,30 +10,13 @@ from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import TurnFailed
 from tests.builders import some
-from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, TENANTS, Script, Served, play_openai
 
 USER = [{"role": "user", "content": "Hi there"}]
 WEATHER = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    folder: Path = tmp_path_factory.mktemp("model")
-    return make_model(folder)
-
-
-def play(text: ModelText, talk: Callable[[AsyncOpenAI, Served], Awaitable[None]], key: str = "sk-any", **gateway: object) -> None:
-    async def run() -> None:
-        async with (
-            serve(text, **gateway) as served,
-            AsyncOpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0) as client,
-        ):
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def test_chat_without_streaming(text: ModelText) -> None:
@@ -57,7 +36,7 @@ def test_chat_without_streaming(text: ModelText) -> None:
         assert turn.output_tokens_max == text.context_tokens_max - turn.prompt.count
         assert turn.sampling.temperature == 1.0
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_chat_with_streaming_and_usage(text: ModelText) -> None:
@@ -78,7 +57,7 @@ def test_chat_with_streaming_and_usage(text: ModelText) -> None:
         quiet = await client.chat.completions.create(model=MODEL, messages=USER, stream=True)
         assert all(chunk.usage is None and chunk.choices for chunk in some([chunk async for chunk in quiet]))
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -111,7 +90,7 @@ def test_tool_calls_are_parsed_back(text: ModelText, stream: bool) -> None:
         shown = text.tokenizer.decode(list(memoryview(served.driver.turns[0].prompt.tokens).cast("I")))
         assert "get_weather" in shown
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_tool_choice_none_hides_tools_and_calls_stay_text(text: ModelText) -> None:
@@ -123,7 +102,7 @@ def test_tool_choice_none_hides_tools_and_calls_stay_text(text: ModelText) -> No
         assert answer.choices[0].message.content == written
         assert "get_weather" not in text.tokenizer.decode(list(memoryview(served.driver.turns[0].prompt.tokens).cast("I")))
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_logprobs_of_chat(text: ModelText) -> None:
@@ -143,7 +122,7 @@ def test_logprobs_of_chat(text: ModelText) -> None:
         assert served.driver.turns[0].sampling.logprobs == 2
         assert served.driver.turns[1].sampling.logprobs == 0
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -162,7 +141,7 @@ def test_a_stop_string_ends_the_turn_and_is_cut_out(text: ModelText, stream: boo
         assert reason == "stop"
         assert served.driver.streams[0].cancelled.is_set()
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_sampling_parameters_reach_the_turn(text: ModelText) -> None:
@@ -189,7 +168,7 @@ def test_sampling_parameters_reach_the_turn(text: ModelText) -> None:
         assert dict(sampling.logit_bias) == {7: 2.0}
         assert list(sampling.stop_token_ids) == [5]
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -207,7 +186,7 @@ def test_several_choices(text: ModelText, stream: bool) -> None:
             assert answer.usage.prompt_tokens == served.driver.turns[0].prompt.count
         assert contents == ["seed 7", "seed 8", "seed 9"]
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_completions_of_text_and_of_tokens(text: ModelText) -> None:
@@ -226,7 +205,7 @@ def test_completions_of_text_and_of_tokens(text: ModelText) -> None:
         stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
         assert "".join([chunk.choices[0].text async for chunk in stream]) == "Hello world"
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_wrong_requests_are_refused_in_openais_words(text: ModelText) -> None:
@@ -257,7 +236,7 @@ def test_wrong_requests_are_refused_in_openais_words(text: ModelText) -> None:
                 await client.completions.create(**{"model": MODEL, "prompt": "x", **wrong})
         assert served.driver.turns == []
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_a_body_that_is_no_json_or_too_large(text: ModelText) -> None:
@@ -274,7 +253,7 @@ def test_a_body_that_is_no_json_or_too_large(text: ModelText) -> None:
 
             assert (await raw.post("/v1/chat/completions", content=pieces())).status_code == 413
 
-    play(text, talk, body_bytes_max=1500)
+    play_openai(text, talk, body_bytes_max=1500)
 
 
 def test_keys_stand_for_tenants(text: ModelText) -> None:
@@ -291,7 +270,7 @@ def test_keys_stand_for_tenants(text: ModelText) -> None:
         assert first.prompt.tokens == second.prompt.tokens
         assert first.prompt.hash_root != second.prompt.hash_root
 
-    play(text, talk, key="sk-good", tenants=TENANTS)
+    play_openai(text, talk, key="sk-good", tenants=TENANTS)
 
 
 def test_tenants_without_keys_open_no_door(text: ModelText) -> None:
@@ -300,7 +279,7 @@ def test_tenants_without_keys_open_no_door(text: ModelText) -> None:
             assert (await raw.get("/v1/models")).status_code == 401
             assert (await raw.get("/v1/models", headers={"authorization": "Bearer closed"})).status_code == 401
 
-    play(text, talk, tenants=(TenantConfig("closed"),))
+    play_openai(text, talk, tenants=(TenantConfig("closed"),))
 
 
 def test_a_bad_key_is_an_authentication_error(text: ModelText) -> None:
@@ -309,7 +288,7 @@ def test_a_bad_key_is_an_authentication_error(text: ModelText) -> None:
             await client.chat.completions.create(model=MODEL, messages=USER)
         assert refused.value.code == "invalid_api_key"
 
-    play(text, talk, key="sk-bad", tenants=TENANTS)
+    play_openai(text, talk, key="sk-bad", tenants=TENANTS)
 
 
 @pytest.mark.parametrize("status", [429, 503, 504, 529])
@@ -324,7 +303,7 @@ def test_refusals_keep_their_status_and_say_when_to_come_back(text: ModelText, s
         assert refused.value.response.headers["retry-after"] == "2"
         assert refused.value.code == "too_busy"
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_a_failure_after_the_first_token_ends_the_stream_with_an_error(text: ModelText) -> None:
@@ -341,7 +320,7 @@ def test_a_failure_after_the_first_token_ends_the_stream_with_an_error(text: Mod
             await listen()
         assert "some" in "".join(seen)
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_models_and_aliases(text: ModelText) -> None:
@@ -355,4 +334,4 @@ def test_models_and_aliases(text: ModelText) -> None:
             assert answer.model == name
         assert [turn.model for turn in served.driver.turns] == [MODEL, MODEL]
 
-    play(text, talk)
+    play_openai(text, talk)

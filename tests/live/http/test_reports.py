@@ -1,8 +1,6 @@
 """What clients may ask to be told beside an answer's text, and how: tokens, usage as it grows, special tokens, what ended it."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -12,7 +10,7 @@ from orchestrator.core.types import FinishReason
 from orchestrator.live.http.openai.answers import PADDED_BYTES
 from orchestrator.live.text.models import ModelText
 from tests.builders import some
-from tests.live.scripted import MODEL, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, Script, Served, play
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, dict[str, Any]] = {
@@ -20,19 +18,6 @@ BODIES: dict[str, dict[str, Any]] = {
     TEXT: {"model": MODEL, "prompt": "Hi there", "max_tokens": 100},
 }
 WRITTEN = ("Hello", " wörld ", "日", "本!")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with serve(text) as served, httpx.AsyncClient(base_url=served.url) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def events_of(answer: httpx.Response) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """Every path says what may be done with it: methods, trailing slashes, pages of other origins, what is not served; and tokens."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -9,7 +7,7 @@ import httpx
 import pytest
 
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, TENANTS, Served, make_model, serve
+from tests.live.scripted import MODEL, TENANTS, Served, play
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi there"}]
@@ -31,19 +29,6 @@ METHODS: dict[str, set[str]] = {
     "/status": GET,
     "/version": GET,
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def play(text: ModelText, talk: Callable[[httpx.AsyncClient, Served], Awaitable[None]], **gateway: Any) -> None:
-    async def run() -> None:
-        async with serve(text, **gateway) as served, httpx.AsyncClient(base_url=served.url) as client:
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def test_another_method_is_refused_with_those_that_there_are(text: ModelText) -> None:

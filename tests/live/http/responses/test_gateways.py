@@ -1,7 +1,6 @@
 """Several gateways: a kept response is found whichever is asked, and what one kept is gone with it."""
 
 import asyncio
-from pathlib import Path
 
 import openai
 import pytest
@@ -9,13 +8,7 @@ from openai import AsyncOpenAI
 
 from orchestrator.core.types import GatewayId
 from orchestrator.live.text.models import ModelText
-from tests.live.scripted import MODEL, TENANTS, make_model, serve
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    folder: Path = tmp_path_factory.mktemp("model")
-    return make_model(folder)
+from tests.live.scripted import MODEL, TENANTS, serve
 
 
 @pytest.mark.slow

@@ -1,10 +1,7 @@
 """The official `openai` client against /v1/responses: what it sends is understood and what it gets it understands."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,7 +24,7 @@ from pydantic import BaseModel
 from orchestrator.core.types import FinishReason
 from orchestrator.live.text.models import ModelText
 from orchestrator.live.turns import Turn, TurnFailed
-from tests.live.scripted import MODEL, TENANTS, Script, Served, make_model, serve
+from tests.live.scripted import MODEL, TENANTS, Script, Served, play_openai
 
 WEATHER: Any = {
     "type": "function",
@@ -38,23 +35,6 @@ WEATHER: Any = {
 #: Its arguments would be kept to what no schema says.
 UNKEEPABLE: Any = {"type": "function", "name": "f", "strict": True, "parameters": {"type": "object", "$ref": "http://elsewhere"}}
 CALL = '<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
-    folder: Path = tmp_path_factory.mktemp("model")
-    return make_model(folder)
-
-
-def play(text: ModelText, talk: Callable[[AsyncOpenAI, Served], Awaitable[None]], key: str = "sk-any", **gateway: object) -> None:
-    async def run() -> None:
-        async with (
-            serve(text, **gateway) as served,
-            AsyncOpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0) as client,
-        ):
-            await talk(client, served)
-
-    asyncio.run(run())
 
 
 def prompt_of(served: Served, turn: Turn) -> str:
@@ -97,7 +77,7 @@ def test_a_response_is_one_object(text: ModelText) -> None:
         assert answer.usage.output_tokens_details.reasoning_tokens == 0
         assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_a_stream_tells_of_every_item_and_ends_with_the_response(text: ModelText) -> None:
@@ -132,7 +112,7 @@ def test_a_stream_tells_of_every_item_and_ends_with_the_response(text: ModelText
         told = "".join(event.delta for event in events if event.type == "response.output_text.delta")
         assert told == "naïve 日本"
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_the_clients_own_stream_puts_the_response_together(text: ModelText) -> None:
@@ -146,7 +126,7 @@ def test_the_clients_own_stream_puts_the_response_together(text: ModelText) -> N
         assert answer.output[1].type == "function_call"
         assert answer.output[1].arguments == '{"city": "London"}'
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_arguments_come_while_they_are_written_and_may_break_off(text: ModelText) -> None:
@@ -165,7 +145,7 @@ def test_arguments_come_while_they_are_written_and_may_break_off(text: ModelText
         assert call.arguments == "".join(deltas) == '{"city": "Londo'
         assert call.status == "incomplete"
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_input_is_counted_as_it_would_be_served(text: ModelText) -> None:
@@ -178,7 +158,7 @@ def test_input_is_counted_as_it_would_be_served(text: ModelText) -> None:
         assert counted.input_tokens == second.usage.input_tokens
         assert len(served.driver.turns) == 2
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("summary", [None, "auto"])
@@ -206,7 +186,7 @@ def test_thoughts_are_an_item_of_their_own(text: ModelText, summary: Any, stream
         assert answer.usage is not None
         assert 0 < answer.usage.output_tokens_details.reasoning_tokens < answer.usage.output_tokens
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_an_answer_of_thoughts_alone_is_told_as_incomplete(text: ModelText) -> None:
@@ -223,7 +203,7 @@ def test_an_answer_of_thoughts_alone_is_told_as_incomplete(text: ModelText) -> N
         assert done.response.incomplete_details.reason == "max_output_tokens"
         assert [item.type for item in done.response.output] == ["reasoning"]
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_an_empty_answer_is_an_empty_message(text: ModelText) -> None:
@@ -233,7 +213,7 @@ def test_an_empty_answer_is_an_empty_message(text: ModelText) -> None:
         assert [item.type for item in answer.output] == ["message"]
         assert answer.output_text == ""
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -259,7 +239,7 @@ def test_log_probabilities_are_those_of_the_text(text: ModelText, stream: bool) 
         assert {score.logprob for score in said.logprobs} == {-0.5}
         assert {len(score.top_logprobs) for score in said.logprobs} == {2}
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_a_chain_of_turns_is_one_conversation_in_one_session(text: ModelText) -> None:
@@ -287,7 +267,7 @@ def test_a_chain_of_turns_is_one_conversation_in_one_session(text: ModelText) ->
         assert refused.value.code == "previous_response_not_found"
         assert refused.value.param == "previous_response_id"
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_a_session_that_the_client_names_is_the_chains(text: ModelText) -> None:
@@ -302,7 +282,7 @@ def test_a_session_that_the_client_names_is_the_chains(text: ModelText) -> None:
         assert turns[1].prompt.tokens.startswith(turns[0].prompt.tokens)
         assert turns[2].prompt.tokens.startswith(turns[1].prompt.tokens)
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_thoughts_come_back_by_way_of_a_client_that_keeps_the_conversation(text: ModelText) -> None:
@@ -322,7 +302,7 @@ def test_thoughts_come_back_by_way_of_a_client_that_keeps_the_conversation(text:
         second = await client.responses.create(model=MODEL, input=asked, tools=[WEATHER], store=False)
         assert second.output_text == "Warm."
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_kept_responses_are_shown_and_forgotten(text: ModelText) -> None:
@@ -357,7 +337,7 @@ def test_kept_responses_are_shown_and_forgotten(text: ModelText) -> None:
         with pytest.raises(openai.NotFoundError, match="Item with id"):
             await client.responses.create(model=MODEL, input=[reference])
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_no_tenant_sees_anothers(text: ModelText) -> None:
@@ -380,7 +360,7 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
                 await nobody.responses.retrieve(mine.id)
         assert (await client.responses.retrieve(mine.id)).output_text == "Hello world"
 
-    play(text, talk, "sk-good", tenants=TENANTS)
+    play_openai(text, talk, "sk-good", tenants=TENANTS)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +407,7 @@ def test_what_is_not_served_is_refused_by_name(text: ModelText, asked: dict[str,
         assert refused.value.param == param
         assert served.driver.turns == []
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_what_the_template_refuses_and_what_is_too_long_is_the_inputs(text: ModelText) -> None:
@@ -436,7 +416,7 @@ def test_what_the_template_refuses_and_what_is_too_long_is_the_inputs(text: Mode
             await client.responses.create(model=MODEL, input="word " * text.context_tokens_max)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
@@ -450,7 +430,7 @@ def test_a_call_can_be_forced_and_be_the_only_one(text: ModelText, choice: Any) 
         assert answer.tool_choice == choice or answer.tool_choice.model_dump() == choice  # type: ignore[union-attr]
         assert "get_weather" in served.driver.turns[0].sampling.grammar
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 class City(BaseModel):
@@ -471,7 +451,7 @@ def test_answers_are_kept_to_a_form_and_parsed(text: ModelText) -> None:
         )
         assert "a+" in served.driver.turns[2].sampling.grammar
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_failures_are_told_before_and_within_a_stream(text: ModelText) -> None:
@@ -493,7 +473,7 @@ def test_failures_are_told_before_and_within_a_stream(text: ModelText) -> None:
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(failed.response.id)
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_namespaces_and_choices_of_tools(text: ModelText) -> None:
@@ -517,7 +497,7 @@ def test_namespaces_and_choices_of_tools(text: ModelText) -> None:
         assert "get_weather" in prompt
         assert "agents__spawn" not in prompt
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -546,7 +526,7 @@ def test_custom_tools_are_called_with_a_text(text: ModelText, stream: bool) -> N
         assert json.dumps({"input": patch}, ensure_ascii=False) in prompt
         assert "<tool_response>\nok\n" in prompt
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_what_is_said_can_be_padded_so_that_sizes_do_not_tell_it(text: ModelText) -> None:
@@ -559,7 +539,7 @@ def test_what_is_said_can_be_padded_so_that_sizes_do_not_tell_it(text: ModelText
         assert len(sizes) == 1
         assert "obfuscation" not in events[-2]
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 def test_other_methods_and_paths(text: ModelText) -> None:
@@ -569,4 +549,4 @@ def test_other_methods_and_paths(text: ModelText) -> None:
             assert (await plain.post("/v1/responses/resp_1")).status_code == 405
             assert (await plain.post("/v1/responses/resp_1/cancel")).status_code == 404
 
-    play(text, talk)
+    play_openai(text, talk)
