@@ -253,7 +253,7 @@ def test_regret_is_counted_where_it_was_computed() -> None:
 def test_tokens_are_timed_one_by_one_and_an_exchange_of_several_shares_its_time() -> None:
     clock = Clock()
     metrics = cluster(clock)
-    watch = metrics.open_turn(MODEL, ServiceClass.STANDARD)
+    watch = metrics.open_turn(MODEL, ServiceClass.STANDARD, clock.now)
     metrics.observe(0.0, arrived(), [assign()])
     watch.assigned(RequestId(1))
     for seconds, tokens in ((2.0, 1), (0.3, 3), (0.0, 0)):
