@@ -27,8 +27,9 @@ AdapterName = NewType("AdapterName", str)
 PoolName = NewType("PoolName", str)
 SessionId = NewType("SessionId", str)
 TenantId = NewType("TenantId", str)
-#: 16 bytes naming a block's tokens and everything before them (see `blocks.py`).
-BlockHash = NewType("BlockHash", bytes)
+#: Names a block's tokens and everything before them: 16 bytes (see `blocks.py`), in simulations the numbers that traces give;
+#: decisions tell them apart and do nothing else with them.
+BlockHash = NewType("BlockHash", object)
 #: A slot of one node's paged KV pool, 0 to blocks - 1.
 BlockId = NewType("BlockId", int)
 StepId = NewType("StepId", int)
@@ -42,8 +43,6 @@ OfferId = NewType("OfferId", int)
 MoveId = NewType("MoveId", int)
 #: Unique in the cluster; made of what asked for the lease, so that the same asked twice is one.
 LeaseId = NewType("LeaseId", str)
-#: One node's offer of blocks to its host's store; unique on the node.
-OfferId = NewType("OfferId", int)
 
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")

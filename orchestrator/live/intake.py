@@ -230,6 +230,8 @@ class Intake:
         self, conversation: Conversation, model: ServedModel, tenant: TenantId, text: str, prompt: Prompt
     ) -> Sequence[Keep]:
         """Return the beginnings that a conversation's breakpoints mean: for each time the longest one."""
+        if not conversation.breakpoints:
+            return ()
         sought = list({one.seconds: one for one in conversation.breakpoints}.values())
         last = len(conversation.messages) - 1
         inner = [one for one in sought if not _ends(conversation, one, last)]

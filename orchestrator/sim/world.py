@@ -289,7 +289,7 @@ class World:
         starts = [served.arrived_s for served in self.served]
         ends = [served.ended_s for served in self.served if served.ended_s is not None]
         for simulated in self.nodes.values():
-            simulated.use.count(simulated.node.load())
+            simulated.use.count(simulated.load)
         return Outcome(
             served=self.served,
             pools=self.uses,
@@ -318,7 +318,7 @@ class World:
     def _sample(self, at: float, interval_s: float) -> float:
         """Note the pools' state; return the interval, which doubles whenever there are too many samples."""
         for name, use in self.uses.items():
-            loads = [simulated.node.load() for simulated in self.nodes.values() if simulated.spec.pool == name]
+            loads = [simulated.load for simulated in self.nodes.values() if simulated.spec.pool == name]
             use.samples.append(
                 PoolSample(
                     at_s=at,
@@ -744,7 +744,7 @@ class World:
         batches: Sequence[KvBatch],
     ) -> None:
         """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
-        spec, load, faults = simulated.spec, simulated.node.load(), self._options.faults
+        spec, load, faults = simulated.spec, simulated.load, self._options.faults
         several = len(self.clusters) > 1
         for gateway in gateways:
             kv = tuple(batches)
@@ -817,7 +817,7 @@ class World:
         simulated = self.nodes[node]
         if not simulated.alive:
             return False
-        simulated.use.count(simulated.node.load())
+        simulated.use.count(simulated.load)
         self._node_events += simulated.events
         simulated.events = 0
         simulated.crash()

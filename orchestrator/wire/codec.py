@@ -6,7 +6,7 @@ what it claims raises `MalformedMessage`, the only error here.
 
 from functools import lru_cache
 
-from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
+from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, hash_bytes, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
 from orchestrator.core.experts import ExpertBalance
@@ -178,7 +178,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         role=_ROLES[assignment.role],
         tokens=tokens,
         hashes=pack_hashes(assignment.hashes),
-        hash_root=hash_root,
+        hash_root=hash_bytes(hash_root),
         output_tokens_max=assignment.output_tokens_max,
         priority=assignment.priority,
         source=assignment.source or "",

@@ -76,11 +76,11 @@ class _Effect:
 
     def __init__(self, earned: Earned, hint: Hint, receipt: Receipt, now: float, former: "_Effect | None") -> None:
         self.earned = earned
-        self.session = hint.session if former is None else former.session
+        self.session: SessionId | None = hint.session if former is None else former.session
         self.lease: LeaseId | None = receipt.lease
         self.tier = receipt.tier
         #: What is kept of its chain.
-        self.marks = Marks.of(hint.hashes) if former is None else former.marks
+        self.marks: Marks = Marks.of(hint.hashes) if former is None else former.marks
         #: Of a prefetch: the blocks [first, end) that are being brought.
         self.brought = receipt.brought
         #: When what it is about was used last, as far as is known.

@@ -49,7 +49,8 @@ def test_the_time_to_the_first_token_counts_from_the_arrival_and_not_from_the_en
                 pass
 
             await served.gateway({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send)
-            assert f'weft_ttft_seconds_sum{{class="standard",model="{MODEL}",pool="none"}} 3.0' in served.metrics.render().decode()
+            shown = served.metrics.render().decode()
+            assert f'weft_ttft_seconds_sum{{class="standard",model="{MODEL}",pool="none"}} 3.0' in shown
 
     asyncio.run(run())
 

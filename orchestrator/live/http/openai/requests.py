@@ -66,6 +66,10 @@ _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 _CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | {str(one): one for one in ServiceClass}
 _EFFORTS = tuple(Effort)
 _NO_WISH = ReasoningWish()
+_thoughts = attrgetter("thinking", "reasoning", "reasoning_effort", "enable_thinking")
+#: What most requests say of thoughts.
+_NO_THOUGHTS = (None,) * 4
+_AS_IT_LIKES = Thinking()
 _SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 
 Said = TypeVar("Said")
@@ -245,6 +249,8 @@ def conversation_of(request: ChatRequest) -> Conversation:
 
 def _thinking(request: ChatRequest) -> Thinking:
     """Return how much the model is to think: by whichever fields say so. Raises `Invalid`."""
+    if _thoughts(request) == _NO_THOUGHTS:
+        return _AS_IT_LIKES
     switch, wish = request.thinking, request.reasoning or _NO_WISH
     require(switch is None or switch.type in _SWITCHED, "thinking.type", f"must be one of {', '.join(_SWITCHED)}")
     switched = _SWITCHED[switch.type] if switch is not None else None
