@@ -30,7 +30,7 @@ from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
-from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
+from orchestrator.live.text.styles import call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
 from orchestrator.live.text.tools import ToolParser
@@ -377,7 +377,7 @@ def _parser_maker(asked: Asked, conversation: Conversation, opened: bool, model:
         return make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
 
     def make() -> AnswerParser | None:
-        if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
+        if model.in_channels:
             offered = parameters if tools else None
             return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
         if style is ReasoningStyle.NONE:

@@ -52,12 +52,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def answering(config: ClusterConfig, model_dir: Path) -> AsyncIterator[AsyncOpenAI]:
+async def answering(config: ClusterConfig, model_dir: Path, model: ModelConfig) -> AsyncIterator[AsyncOpenAI]:
     """Serve a cluster behind a gateway, for the official client."""
-    config = replace(config, models={ModelName(MODEL): ModelConfig()})
+    config = replace(config, models={ModelName(MODEL): model})
     async with cluster(config, model_dir) as served:
         metrics = Metrics(GatewayId(0), 1, {})
-        texts = {ModelName(MODEL): ModelText.load(model_dir, "random")}
+        texts = {ModelName(MODEL): ModelText.load(model_dir, "random", model)}
         intake = Intake(config, texts, b"secret")
         gateway = Gateway(config, GatewayId(0), intake, served.driver, metrics, metrics.render, lambda: {"nodes": []})
         port = await gateway.start("127.0.0.1", 0)
@@ -69,9 +69,14 @@ async def answering(config: ClusterConfig, model_dir: Path) -> AsyncIterator[Asy
             await gateway.stop()
 
 
-def play(model_dir: Path, talk: Callable[[AsyncOpenAI], Awaitable[None]], config: ClusterConfig | None = None) -> None:
+def play(
+    model_dir: Path,
+    talk: Callable[[AsyncOpenAI], Awaitable[None]],
+    config: ClusterConfig | None = None,
+    model: ModelConfig | None = None,
+) -> None:
     async def run() -> None:
-        async with answering(config or together("eager"), model_dir) as client:
+        async with answering(config or together("eager"), model_dir, model or ModelConfig()) as client:
             await talk(client)
 
     asyncio.run(asyncio.wait_for(run(), 60))

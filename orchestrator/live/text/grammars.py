@@ -177,6 +177,11 @@ class Thoughts:
     #: The answer has channels, one for thoughts and one for what is said: how gpt-oss writes both.
     in_channels: bool = False
 
+    def said(self, rule: str, marks: Mapping[str, int]) -> str:
+        """Return the rule for an answer that is no call, in the channel for that where there are channels."""
+        _, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
+        return f'{channel} "final" {message} {rule}' if self.in_channels else rule
+
     @staticmethod
     def after(prompt: str, style: ReasoningStyle, opened: bool, known: bool) -> "Thoughts":
         """Return what an answer to a prompt may begin with.
@@ -187,8 +192,8 @@ class Thoughts:
             opened: whether the answer begins with thoughts.
             known: whether the first tag is a token of the model's: others have not learnt to think so.
         """
-        if not style.marks or style is ReasoningStyle.HARMONY:
-            return Thoughts(in_channels=style is ReasoningStyle.HARMONY)
+        if not style.marks:
+            return Thoughts()
         closed = prompt.rstrip().endswith(style.marks[1])
         return Thoughts(style.marks, opened) if opened or (known and not closed) else Thoughts()
 
@@ -208,9 +213,9 @@ def whole(
     """
     if thoughts.in_channels:
         start, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
-        spoken = f'({channel} "analysis" {message} thought {start} "assistant")? {channel} "final" {message} {rule}'
+        thinking = f'({channel} "analysis" {message} thought {start} "assistant")?'
         thought = up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought")
-        return Grammar("\n".join((f"start: {spoken}", thought, *rules)), parts, field)
+        return Grammar("\n".join((f"start: {thinking} ({rule})", thought, *rules)), parts, field)
     if not thoughts.marks:
         return Grammar("\n".join((f"start: {rule}", *rules)), parts, field)
     first, last = thoughts.marks

@@ -44,6 +44,11 @@ class ModelText:
     tool_style: ToolStyle
     reasoning_style: ReasoningStyle
 
+    @property
+    def in_channels(self) -> bool:
+        """Its answers are in channels, thoughts and calls among them (`channels.py`)."""
+        return self.reasoning_style is ReasoningStyle.HARMONY or self.tool_style is ToolStyle.HARMONY
+
     def spelled(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included. Raises `Invalid` if one is none of the model's."""
         size = self.vocabulary_size

@@ -1,0 +1,66 @@
+"""Calls that are forced, in every style that models write them in: computed by a random model, read by the official client."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from openai import AsyncOpenAI
+from tokenizers import AddedToken, Tokenizer
+
+from orchestrator.core.config import ModelConfig
+from orchestrator.live.text.reasoning import CHANNEL_END
+from orchestrator.live.text.styles import ToolStyle
+from tests.live.test_structured import CHOICES, MODEL, SCHEMA, TOOLS, USER, play
+from workers.engines.checkpoint import create_checkpoint
+from workers.engines.vocabulary import build_tokenizer, write_json
+
+pytestmark = pytest.mark.slow
+
+STYLES = [style for style in ToolStyle if style is not ToolStyle.NONE]
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a random model that has the marks of all styles as tokens."""
+    directory = tmp_path_factory.mktemp("model")
+    create_checkpoint(
+        directory, "qwen3", seed=3, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128,
+        context_tokens_max=2048, dtype="float32", vocabulary=VOCABULARY,
+    )  # fmt: skip
+    marks = list(dict.fromkeys(mark for style in STYLES for mark in style.marks))
+    tokenizer = build_tokenizer(VOCABULARY - len(marks))
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    ends = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>", "<|call|>", "<|return|>")]
+    for name in ("config.json", "generation_config.json"):
+        path = directory / name
+        write_json(path, json.loads(path.read_text()) | {"eos_token_id": ends, "pad_token_id": ends[1]})
+    return directory
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=["required", "named"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_call_that_is_forced_is_written_in_the_style_of_the_model(model_dir: Path, style: ToolStyle, choice: Any) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    asked: dict[str, Any] = {
+        "model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "seed": 2,
+        "max_tokens": 900, "logit_bias": {str(tokenizer.token_to_id(CHANNEL_END)): 100},
+    }  # fmt: skip
+
+    async def talk(client: AsyncOpenAI) -> None:
+        whole = await client.chat.completions.create(**asked)
+        async with client.chat.completions.stream(**asked) as stream:
+            streamed = await stream.get_final_completion()
+        for answer in (whole, streamed):
+            [told] = answer.choices
+            assert told.finish_reason == "tool_calls"
+            assert not told.message.content
+            [call] = told.message.tool_calls or ()
+            assert call.type == "function"
+            wanted = {"weather": SCHEMA, "now": {"const": {}}} if choice == "required" else {"weather": SCHEMA}
+            jsonschema.validate(json.loads(call.function.arguments), wanted[call.function.name])
+
+    play(model_dir, talk, model=ModelConfig(tool_parser=style.value))
