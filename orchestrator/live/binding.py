@@ -42,7 +42,7 @@ def bound(asked: Asked, model: ModelText, prompt: str, opened: bool) -> Grammar 
         assert part is not None, "a text is gone on with by what a constraint says alone"
         grammar = whole("@answer", (), (part,), part.field, Thoughts(), {})
     if grammar is not None:
-        _check_ends(asked, model, grammar)
+        _check_tokens(asked, model, grammar)
     return grammar
 
 
@@ -110,8 +110,11 @@ def _thoughts(conversation: Conversation, prompt: str, opened: bool, model: Mode
     return Thoughts.after(prompt, style, opened, known)
 
 
-def _check_ends(asked: Asked, model: ModelText, grammar: Grammar) -> None:
-    """Refuse an answer that could not end where its grammar does."""
+def _check_tokens(asked: Asked, model: ModelText, grammar: Grammar) -> None:
+    """Refuse an answer whose tokens could not keep to its grammar, or not end where that does."""
+    if not model.spells:
+        problem = "tokens of this model have no text of their own (`decoder` of its tokenizer.json): none can be kept to a form"
+        raise Unkeepable(grammar.field, problem)
     if asked.limits.ignores_ends:
         raise Unkeepable("ignore_eos", f"cannot be combined with {grammar.field}: such an answer ends where it is whole")
     if asked.sampling.output_tokens_min:

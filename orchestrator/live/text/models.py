@@ -16,6 +16,7 @@ from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.styles import ToolStyle, style_of
 from orchestrator.live.text.templates import ChatTemplate, load_template
+from orchestrator.profiles.decoders import local_steps
 from orchestrator.profiles.fields import CheckpointError, Fields, read_fields, read_text
 from orchestrator.profiles.model_config import read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
@@ -43,6 +44,8 @@ class ModelText:
     fingerprint: str
     tool_style: ToolStyle
     reasoning_style: ReasoningStyle
+    #: Each token has a text of its own, by which answers can be kept to a form.
+    spells: bool = True
 
     @property
     def in_channels(self) -> bool:
@@ -105,6 +108,7 @@ class ModelText:
             fingerprint=fingerprint,
             tool_style=style,
             reasoning_style=reasoning,
+            spells=local_steps(described.values.get("decoder")) is not None,
         )
 
 
