@@ -52,6 +52,14 @@ class ModelText:
         """Its answers are in channels, thoughts and calls among them (`channels.py`)."""
         return self.reasoning_style is ReasoningStyle.HARMONY or self.tool_style is ToolStyle.HARMONY
 
+    @property
+    def thought_tokens(self) -> tuple[int, int] | None:
+        """The tokens that begin and end its thoughts; None if it has no such."""
+        if self.in_channels or not self.reasoning_style.marks:
+            return None
+        begin, end = map(self.tokenizer.token_to_id, self.reasoning_style.marks)
+        return (begin, end) if begin is not None and end is not None else None
+
     def spelled(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included. Raises `Invalid` if one is none of the model's."""
         size = self.vocabulary_size
