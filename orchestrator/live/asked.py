@@ -48,6 +48,8 @@ class ToolUse:
     name: str = ""
     #: It may call several in one answer.
     parallel: bool = True
+    #: What the one argument of some tools, `input`, must be to the letter: an expression or a grammar, by a tool's name.
+    inputs: Mapping[str, Constraint] = field(default_factory=lambda: {})
     #: Where the client wrote it.
     field: str = "tool_choice"
     #: Where the client wrote the schema of a tool's arguments, by the tool's place.

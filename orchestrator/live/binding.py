@@ -52,7 +52,8 @@ def _binds(asked: Asked) -> bool:
         return True
     if not isinstance(asked.prompt, Conversation):
         return False
-    return asked.prompt.tool_use.forced or any(_is_strict(tool) for tool in asked.prompt.tools or ())
+    use = asked.prompt.tool_use
+    return use.forced or bool(use.inputs) or any(_is_strict(tool) for tool in asked.prompt.tools or ())
 
 
 def _is_strict(tool: Mapping[str, Any]) -> bool:
@@ -63,7 +64,7 @@ def _is_strict(tool: Mapping[str, Any]) -> bool:
 def _of_conversation(conversation: Conversation, part: Part | None, model: ModelText, thoughts: Thoughts) -> Grammar | None:
     use, marks = conversation.tool_use, model.vocabulary.marks
     tools = [tool for tool in _tools(conversation) if use.name in ("", tool.name)]
-    strict = [tool for tool in tools if tool.strict]
+    strict = [tool for tool in tools if tool.strict or tool.input is not None]
     calls = _calls(conversation, tools, model) if tools and (use.forced or strict or part is not None) else None
     said = thoughts.said("@answer", marks)
     if use.forced:
@@ -76,6 +77,10 @@ def _of_conversation(conversation: Conversation, part: Part | None, model: Model
             return whole(said, (), (part,), part.field, thoughts, marks)
         return whole(f"({calls.forced} | {said})", calls.rules, (part, *calls.parts), part.field, thoughts, marks)
     if calls is None or not calls.free:
+        for tool in strict:
+            if tool.input is not None:
+                problem = f"can be kept to in forced calls alone: nothing tells where this model's begin ({model.tool_style})"
+                raise Unkeepable(tool.input.field, problem)
         return None
     return whole(calls.free, (*calls.free_rules, *calls.rules), calls.parts, strict[0].field, thoughts, marks)
 
@@ -95,7 +100,7 @@ def _tools(conversation: Conversation) -> list[Tool]:
     use = conversation.tool_use
     fields = use.schema_fields or [use.schema_field.format(place) for place in range(len(conversation.tools or ()))]
     return [
-        Tool(name, schema or None, _is_strict(one), fields[place])
+        Tool(name, schema or None, _is_strict(one), fields[place], use.inputs.get(name))
         for place, one in enumerate(conversation.tools or ())
         for name, schema in tool_parameters([one]).items()
     ]

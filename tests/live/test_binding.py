@@ -76,3 +76,15 @@ def test_an_answer_that_goes_on_with_a_message_in_a_channel_is_bound_as_text_and
     assert grammar.rules == "start: @answer"
     with pytest.raises(Unkeepable, match="cannot be kept to calls"):
         bound(replace(FORCED, prompt=replace(going_on, tools=TOOLS, tool_use=ToolUse(forced=True))), one, "", False)
+
+
+def test_an_input_of_some_form_is_refused_where_calls_are_not_bound_unless_forced(model: ModelText) -> None:
+    form = Constraint(ConstraintKind.REGEX, "[a-z]+", "tools[0].format.definition")
+    may = Conversation(MESSAGES, TOOLS, tool_use=ToolUse(inputs={"f": form}))
+    must = replace(may, tool_use=replace(may.tool_use, forced=True))
+    assert bound(Asked(MODEL, may), model, "", False) is not None
+    for style in (ToolStyle.LLAMA, ToolStyle.PYTHONIC):
+        one = replace(model, tool_style=style)
+        assert bound(Asked(MODEL, must), one, "", False) is not None
+        with pytest.raises(Unkeepable, match="can be kept to in forced calls alone"):
+            bound(Asked(MODEL, may), one, "", False)

@@ -1,6 +1,7 @@
 """Calls that are forced, in every style that models write them in: computed by a random model, read by the official client."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from openai import AsyncOpenAI
 from tokenizers import AddedToken, Tokenizer
 
 from orchestrator.core.config import ModelConfig
+from orchestrator.live.text.expressions import expression_of
 from orchestrator.live.text.reasoning import CHANNEL_END
 from orchestrator.live.text.styles import ToolStyle
 from tests.live.test_structured import CHOICES, MODEL, SCHEMA, TOOLS, USER, play
@@ -62,5 +64,33 @@ def test_a_call_that_is_forced_is_written_in_the_style_of_the_model(model_dir: P
             assert call.type == "function"
             wanted = {"weather": SCHEMA, "now": {"const": {}}} if choice == "required" else {"weather": SCHEMA}
             jsonschema.validate(json.loads(call.function.arguments), wanted[call.function.name])
+
+    play(model_dir, talk, model=ModelConfig(tool_parser=style.value))
+
+
+FORMS = {
+    "lark": 'start: "add \\"" NAME "\\"" LF (NUMBER LF)~1..2\nNAME: /[a-c\\\\é]{1,4}/\nNUMBER: /[0-9]{1,3}/\n%import common.LF',
+    "regex": r'(say|add) "[a-c\\]{1,4}"\n[0-9]{1,3}',
+}
+
+
+@pytest.mark.parametrize("syntax", FORMS)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_custom_tool_is_called_with_a_text_of_its_form(model_dir: Path, style: ToolStyle, syntax: str) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    form = {"type": "grammar", "syntax": syntax, "definition": FORMS[syntax]}
+    asked: dict[str, Any] = {
+        "model": MODEL, "input": "Say something.", "tools": [{"type": "custom", "name": "note", "format": form}],
+        "tool_choice": {"type": "custom", "name": "note"}, "parallel_tool_calls": False, "max_output_tokens": 600,
+        "extra_body": {"seed": 4, "logit_bias": {str(tokenizer.token_to_id(CHANNEL_END)): 100}},
+    }  # fmt: skip
+
+    async def talk(client: AsyncOpenAI) -> None:
+        whole = await client.responses.create(**asked)
+        async with client.responses.stream(**asked) as stream:
+            streamed = await stream.get_final_response()
+        for answer in (whole, streamed):
+            [call] = [item for item in answer.output if item.type == "custom_tool_call"]
+            assert re.fullmatch(expression_of(FORMS[syntax]) if syntax == "lark" else FORMS[syntax], call.input), call.input
 
     play(model_dir, talk, model=ModelConfig(tool_parser=style.value))

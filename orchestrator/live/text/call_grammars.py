@@ -18,8 +18,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from orchestrator.live.asked import Constraint, ConstraintKind
+from orchestrator.live.text.expressions import NoExpression, expression_of
 from orchestrator.live.text.functions import FUNCTION_OPEN, is_text
-from orchestrator.live.text.grammars import Part, Unkeepable, literal, mark, schema_part
+from orchestrator.live.text.grammars import (
+    CHARS_MAX,
+    Part,
+    Unkeepable,
+    expression_literal,
+    inline_part,
+    literal,
+    mark,
+    schema_part,
+)
 from orchestrator.live.text.pythonic import NAME as PYTHON_NAME
 from orchestrator.live.text.reasoning import CHANNEL_MARKS
 from orchestrator.live.text.styles import ToolStyle
@@ -61,6 +72,8 @@ class Tool:
     strict: bool
     #: Where the client wrote the schema.
     field: str
+    #: What its one argument, `input`, must be to the letter; None: what the schema says.
+    input: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +206,27 @@ def _named_item(number: int, tool: Tool, arguments: str, before: str = "", form:
 
 
 def _arguments_part(number: int, tool: Tool) -> Part:
+    if tool.input is not None:
+        schema = {"type": "object", "properties": {"input": _input_schema(tool.input)}, "required": ["input"]}
+        return inline_part(f"tool_{number}", {**schema, "additionalProperties": False}, tool.input.field)
     return schema_part(f"tool_{number}", _object_schema(tool), tool.field, None if tool.strict else ANY_OBJECT)
+
+
+def _input_schema(form: Constraint) -> Mapping[str, Any]:
+    """Return what an input must be as a schema: an expression, since what is in a text of JSON is written as JSON has it."""
+    return {"type": "string", "pattern": f"^(?:{_expression(form)})$"}
+
+
+def _expression(form: Constraint) -> str:
+    """Return what an input must be as an expression. Raises `Unkeepable`."""
+    if len(form.text) > CHARS_MAX:
+        raise Unkeepable(form.field, f"must be at most {CHARS_MAX} characters, is {len(form.text)}")
+    if form.kind is ConstraintKind.REGEX:
+        return form.text
+    try:
+        return expression_of(form.text)
+    except NoExpression as error:
+        raise Unkeepable(form.field, f"{error}; a grammar of an input must come to one expression") from error
 
 
 def _object_schema(tool: Tool) -> Mapping[str, Any]:
@@ -260,6 +293,8 @@ def _properties(tool: Tool) -> list[_Property] | None:
 
 def _function_item(number: int, tool: Tool) -> _Item:
     """Return a call as tags: parameters in the schema's order, those that are not required or not."""
+    if tool.input is not None:
+        return _input_function(number, tool, tool.input)
     properties = _properties(tool)
     head, tail = literal(f"\n<function={tool.name}>\n"), literal("</function>\n")
     if properties is None:
@@ -278,6 +313,15 @@ def _function_item(number: int, tool: Tool) -> _Item:
             parts.append(one.part(rule, tool.strict))
             rules.append(f"{rule}: {opening} @{rule} {literal(_VALUE_END)}")
     return _Item(" ".join((head, *order, tail)), (*rules, *_TEXT), parts)
+
+
+def _input_function(number: int, tool: Tool, form: Constraint) -> _Item:
+    """Return a call with a text of some form."""
+    rule = f"value_{number}"
+    written = f"INPUT_{number}: {expression_literal(_expression(form))} & {_text_without(_TAGS)}"
+    value = f"{rule}[lazy]: INPUT_{number} {literal(_VALUE_END)}"
+    head = literal(f"\n<function={tool.name}>\n<parameter=input>\n")
+    return _Item(f"{head} {rule} {literal('</function>' + chr(10))}", (value, written), ())
 
 
 def _text_value(tool: Tool, one: _Property) -> str:
@@ -311,8 +355,11 @@ _TEXT = (f"text[lazy]: TEXT {literal(_VALUE_END)}", f"TEXT: {_text_without(_TAGS
 
 def _python_item(number: int, tool: Tool) -> _Item:
     """Return a call with named arguments, in the schema's order, those that are not required or not."""
-    properties = _properties(tool)
     head = literal(f"{tool.name}(")
+    if tool.input is not None:
+        part = inline_part(f"value_{number}", _input_schema(tool.input), tool.input.field)
+        return _Item(f'{head} "input=" @{part.name} ")"', (), (part,))
+    properties = _properties(tool)
     if properties is None:
         part = schema_part(f"any_{number}", {}, tool.field)
         argument = f"/{_ANY_PYTHON_NAME}=/ @{part.name}"

@@ -113,6 +113,11 @@ def schema_part(name: str, schema: object, field: str, otherwise: Mapping[str, A
     return Part(name, _laid_out(found), field, None if otherwise is None else _laid_out(otherwise))
 
 
+def inline_part(name: str, schema: Mapping[str, Any], field: str) -> Part:
+    """Return a schema of our own as a part: what is wrong in it is wrong as a whole."""
+    return Part(name, {"lark_grammar": f"start: %json {json.dumps({**schema, 'x-guidance': LAYOUT})}"}, field)
+
+
 def _laid_out(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"json_schema": {**schema, "x-guidance": LAYOUT}}
 
@@ -125,7 +130,7 @@ def _read(text: str, field: str) -> object:
 
 
 def _expression(text: str) -> str:
-    return json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+    return f"start: {expression_literal(text)}"
 
 
 def _choice(texts: object, field: str) -> str:
@@ -156,6 +161,11 @@ def _require(holds: bool, field: str, problem: str) -> None:
 def literal(text: str) -> str:
     """Return a text as Lark has it."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def expression_literal(text: str) -> str:
+    """Return an expression as Lark has it."""
+    return json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"].removeprefix("start: ")
 
 
 def up_to(mark: str, special: int | None, rule: str) -> str:

@@ -1,6 +1,7 @@
 """Calls that are kept to a grammar are calls in the model's own style: what reads its calls reads them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from orchestrator.live.asked import Constraint, ConstraintKind
 from orchestrator.live.text.call_grammars import Tool, calls_of
 from orchestrator.live.text.checks import keepable
 from orchestrator.live.text.grammars import Thoughts, Unkeepable, whole
@@ -233,3 +235,27 @@ def test_arguments_of_python_calls_may_be_left_out_where_they_are_not_required(r
 def test_an_argument_that_has_no_name_in_python_may_not_be_required() -> None:
     with pytest.raises(Unkeepable, match="'d e' is no name"):
         calls_of(ToolStyle.PYTHONIC, [Tool("f", {**OPTIONAL, "required": ["d e"]}, False, "tools[0]")], True, {})
+
+
+NOTE = Constraint(
+    ConstraintKind.GRAMMAR, 'start: "say " /[a-z"\\\\]+/ (LF | "<b>")\n%import common.LF', "tools[0].format.definition"
+)
+NOTED = Tool("note", {"type": "object", "properties": {"input": {"type": "string"}}}, False, NOTE.field, NOTE)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_input_of_some_form_is_bound_in_every_style(reader: Reader, style: ToolStyle) -> None:
+    grammar = grammar_of(style, [NOTED])
+    for text, kept in (('say a"\\b\n', True), ("say a<b>", True), ("say \n", False), ("say a", False), ("say a\nb", False)):
+        call = written(style, ("note", {"input": text}))
+        assert reader.keeps(grammar, call) is kept, call
+        parser = make_parser(style, {"note": {}})
+        assert parser is not None
+        [read] = calls_in([*parser.add(call), *parser.finish()])
+        assert json.loads(read.arguments) == {"input": text}
+
+
+def test_an_input_that_comes_to_no_expression_is_refused_where_it_stands() -> None:
+    nested = replace(NOTE, text='start: "(" start? ")"')
+    with pytest.raises(Unkeepable, match=r"tools\[0\]\.format\.definition: has a rule that refers to itself"):
+        calls_of(ToolStyle.HERMES, [replace(NOTED, input=nested)], True, {})
