@@ -138,9 +138,9 @@ LONG = {"type": "array", "items": {"enum": ["again and again", "once more"]}, "m
 
 @pytest.mark.slow
 def test_answers_that_lose_their_blocks_to_others_are_what_they_are_alone(model_dir: Path) -> None:
-    [both] = together("eager").pools
-    roomy = together("eager", engine=replace(both.engine, blocks=128))
-    cramped = together("eager", engine=replace(both.engine, blocks=24))
+    roomy = together("eager")
+    [both] = roomy.pools
+    cramped = replace(roomy, pools=(replace(both, engine=replace(both.engine, blocks=24)),))
 
     async def ask(config: ClusterConfig, at_once: bool) -> tuple[list[str], int]:
         async with answering(config, model_dir, ModelConfig()) as (client, served):

@@ -135,6 +135,7 @@ def test_what_goes_on_elsewhere_has_the_tokens_it_would_have_had(engine: EagerEn
         assert run(engine, [sampling], 200, [expected[:generated]]) == [expected]
 
 
+@pytest.mark.slow
 def test_what_loses_its_blocks_goes_on_as_if_nothing_had_happened(engine: EagerEngine) -> None:
     sampling = constrained(REPEATING, temperature=1.0, seed=5)
     [expected] = run(engine, [sampling], 200)
@@ -158,6 +159,7 @@ def test_what_loses_its_blocks_goes_on_as_if_nothing_had_happened(engine: EagerE
         assert found == expected
 
 
+@pytest.mark.slow
 def test_a_split_group_keeps_to_grammars(model_dir: Path, engine: EagerEngine) -> None:
     samplings = [constrained(REPEATING), constrained(REPEATING, temperature=1.0, seed=4), Sampling()]
     expected = run(engine, samplings, 60)

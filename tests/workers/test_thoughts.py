@@ -40,7 +40,7 @@ def test_the_end_comes_once_there_are_enough(engine: EagerEngine, most: int, tem
     assert output[most] == CLOSE
     assert CLOSE not in output[most + 1 :]
     assert run(engine, [asked], MOST, drafts=6) == [output]
-    for generated in (1, most, most + 1, most + 5):
+    for generated in (most, most + 1):
         assert run(engine, [asked], MOST, [output[:generated]]) == [output]
 
 

@@ -281,7 +281,7 @@ def _properties(tool: Tool) -> list[_Property] | None:
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     found: list[_Property] = []
     for name, inner in properties.items():
-        own = cast("Mapping[str, Any]", inner) if isinstance(inner, Mapping) else {}
+        own: Mapping[str, Any] = cast("Mapping[str, Any]", inner) if isinstance(inner, Mapping) else {}
         if inner is False:
             _refuse(tool, f".properties.{name}", "must not be false: leave it out")
         found.append(_Property(name, {**shared, **own}, name in required, f"{tool.field}.properties.{name}"))
@@ -400,7 +400,8 @@ def _python_words(schema: Mapping[str, Any]) -> str:
     named = schema.get("type")
     kinds = cast("list[Any]", named) if isinstance(named, list) else [named]
     plain = not schema.keys() & {"enum", "const", "not", "if", *_ELSEWHERE}
-    return " | ".join(_PYTHON_WORDS[kind] for kind in kinds) if plain and all(kind in _PYTHON_WORDS for kind in kinds) else ""
+    words = [_PYTHON_WORDS.get(str(kind), "") for kind in kinds]
+    return " | ".join(words) if plain and all(words) else ""
 
 
 # --- calls in channels ------------------------------------------------------------------------------------------------

@@ -519,7 +519,7 @@ def test_what_a_custom_tool_takes_is_told_and_bound(text: ModelText) -> None:
         assert json.dumps('start: "add " /[0-9]+/')[1:-1] in prompt_of(served, turn)
         assert "add [0-9]+" in turn.sampling.grammar.replace("(?:", "").replace(")", "")
 
-    play(text, talk)
+    play_openai(text, talk)
 
 
 @pytest.mark.parametrize("stream", [False, True])
