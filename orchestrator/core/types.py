@@ -166,6 +166,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtsLimit:
+    """How many of an output's tokens may be thoughts, and which tokens tell where those begin and end."""
+
+    tokens_max: int
+    #: Comes after so many tokens of thoughts, unless it has come before.
+    end: int
+    #: Comes among an output's first tokens (`THOUGHTS_WITHIN`) if it has thoughts; None: the output begins with them.
+    begin: int | None = None
+
+
+#: Tokens within which an output's thoughts begin: some models write white space before.
+THOUGHTS_WITHIN = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """What a node computes tokens with, how it chooses them, what ends them, and what it reports of the choice."""
 
@@ -201,6 +216,8 @@ class Sampling:
     prompt_logprobs: int | None = None
     #: The LoRA adapter that the model is changed by; None: none.
     adapter: AdapterName | None = None
+    #: None: it may think for as long as it likes.
+    thoughts: ThoughtsLimit | None = None
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""

@@ -37,6 +37,7 @@ from orchestrator.core.types import (
     StoredRun,
     TenantId,
     TenantLoad,
+    ThoughtsLimit,
     Tier,
 )
 from orchestrator.wire import node_pb2
@@ -145,6 +146,8 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         message.prompt_logprobs = sampling.prompt_logprobs
     if sampling.logit_bias:
         message.logit_bias.update(sampling.logit_bias)
+    if (limit := sampling.thoughts) is not None:
+        message.thoughts.CopyFrom(node_pb2.ThoughtsLimit(tokens_max=limit.tokens_max, end=limit.end, begin=limit.begin))
     return message
 
 
@@ -168,7 +171,12 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         grammar=sampling.grammar,
         adapter=AdapterName(sampling.adapter) if sampling.adapter else None,
+        thoughts=_thoughts_from(sampling.thoughts) if sampling.HasField("thoughts") else None,
     )
+
+
+def _thoughts_from(limit: node_pb2.ThoughtsLimit) -> ThoughtsLimit:
+    return ThoughtsLimit(limit.tokens_max, limit.end, limit.begin if limit.HasField("begin") else None)
 
 
 def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:

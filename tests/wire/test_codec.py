@@ -32,6 +32,7 @@ from orchestrator.core.types import (
     StoredRun,
     TenantId,
     TenantLoad,
+    ThoughtsLimit,
     Tier,
 )
 from orchestrator.wire import codec, node_pb2
@@ -71,6 +72,13 @@ def test_assignment_survives(role: Role, source: NodeId | None, generated: int) 
     assert codec.assignment_from(parsed) == assignment
     assert parsed.hash_root == root
     assert parsed.sampling == sampling
+
+
+@pytest.mark.parametrize("limit", [None, ThoughtsLimit(0, 7), ThoughtsLimit(512, 7, 0)])
+def test_a_limit_of_thoughts_goes_with_how_tokens_are_chosen(limit: ThoughtsLimit | None) -> None:
+    sampling = Sampling(thoughts=limit)
+    parsed = node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString())
+    assert codec.sampling_from(parsed) == sampling
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterName("sql")])
