@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orchestrator.core.config import PoolConfig
 from orchestrator.core.experts import ExpertBalancer, Placement
+from orchestrator.wire.trust import Trust
 from workers.engines.shape import read_architecture
 from workers.engines.split.places import first_placements, slots_of
 
@@ -13,15 +14,26 @@ from workers.engines.split.places import first_placements, slots_of
 class FfnServer:
     """Serves one FFN rank of a group."""
 
-    def __init__(self, pool: PoolConfig, model_dir: Path, rank: int, fatal: Callable[[BaseException], None]) -> None:
-        """Load the rank's part of the model; `fatal` is told, by the serving thread, of an error that ends it."""
+    def __init__(
+        self,
+        pool: PoolConfig,
+        model_dir: Path,
+        rank: int,
+        fatal: Callable[[BaseException], None],
+        network: tuple[str, Trust] | None = None,
+    ) -> None:
+        """Load the rank's part of the model.
+
+        `fatal` is told, by the serving thread, of an error that ends it. `network` is where, and from whom, it takes connections
+        of attention ranks on other hosts.
+        """
         split = pool.split
         assert split is not None, f"pool {pool.name} has no FFN ranks"
         engine = pool.engine
         from workers.engines.split.rank import FfnRank  # noqa: PLC0415
 
         self._rank = FfnRank(
-            model_dir, engine.dtype, engine.device, rank, split.ffn, split.spare_slots, split.threads, engine.weights
+            model_dir, engine.dtype, engine.device, rank, split.ffn, split.spare_slots, split.threads, engine.weights, network
         )
         self._fatal = fatal
         threading.Thread(target=self._run, name=f"ffn-{rank}", daemon=True).start()
@@ -30,6 +42,11 @@ class FfnServer:
     def address(self) -> str:
         """Where attention ranks of this host connect."""
         return self._rank.address
+
+    @property
+    def network_address(self) -> str | None:
+        """Where those of other hosts do; None if they may not."""
+        return self._rank.network_address
 
     def prepare(self, layer: int, version: int, placement: Placement) -> None:
         """Load what another placement has here."""

@@ -112,7 +112,7 @@ class NodeServer:
         self._objects = objects
         self._journal = journal
         self._stores = stores
-        self._places = places
+        self._places = replace(places, trust=trust) if places is not None else None
         self._model = model
         self._routings: list[ExpertRouting] = []
         given = limits or DriverLimits()

@@ -778,6 +778,9 @@ class SplitConfig:
     attention: int = 1
     #: FFN ranks of one group.
     ffn: int = 1
+    #: Whether the ranks of one group may be on different hosts: activations cross by shared memory within one, else by TCP.
+    #: False: a group is where one host has room for all of it.
+    across_hosts: bool = False
     #: Into how many micro-batches a step is cut, so that one half computes while the other does. 0: as measured steps say.
     microbatches: int = 0
     #: Slots of each FFN rank, and layer, for copies of experts that are asked for most.

@@ -1,9 +1,12 @@
-"""Two Ray nodes with different resources: pools land where they are asked for, and KV crosses between them by Ray."""
+"""Two Ray nodes with different resources: pools, and halves of one, land where they are asked for; KV and activations cross."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,26 @@ name = "workers"
 kind = "aggregated"
 {ENGINE}
 """
+#: Two attention ranks of which each host has room for one, with FFN ranks beside the one and away from the other.
+HALVES = f"""
+[cluster]
+name = "halves"
+[store]
+cpu_bytes = 33554432
+[[pools]]
+name = "halves"
+kind = "aggregated"
+nodes = 2
+cpus = 0.6
+{ENGINE}
+[pools.split]
+attention = 2
+ffn = 2
+across_hosts = true
+resources = {{ right = 1 }}
+"""
+#: Seconds within which a group must serve again.
+HEALED_S = 60
 NOWHERE = APART.replace('"apart"', '"nowhere"').replace("right = 1", "lpx = 1")
 
 
@@ -82,6 +105,26 @@ def moved_bytes(served: Served) -> float:
     return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("weft_kv_moved_bytes_total{"))
 
 
+def links(served: Served) -> dict[str, list[int]]:
+    """Return how many FFN ranks each node reaches, by either way."""
+    page = httpx.get(f"{served.url}/metrics", trust_env=False).text
+    found: dict[str, list[int]] = {"shm": [], "tcp": []}
+    for line in page.splitlines():
+        if line.startswith("weft_afd_links{"):
+            found["shm" if 'transport="shm"' in line else "tcp"].append(int(float(line.split()[-1])))
+    return {way: sorted(counts) for way, counts in found.items()}
+
+
+def ffn_ranks_on(raylet: int) -> list[int]:
+    """Return the processes of a host that are FFN ranks."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::FfnProcess") and parent_of(int(folder.name)) == raylet:
+                found.append(int(folder.name))
+    return found
+
+
 def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -102,6 +145,27 @@ def test_pools_land_where_they_are_asked_for_and_tokens_cross_unchanged(
     assert caught.value.code == 1
     assert caught.value.errors == 'weft: a cluster named "apart" runs there already; --attach takes it over\n'
     assert apart.stop() == 0
+    together = serve(write(tmp_path, "together", TOGETHER))
+    assert answers(together) == texts
+
+
+def test_halves_on_two_hosts_write_the_tokens_of_whole_layers_and_come_back_together(
+    serve: Callable[..., Served], hosts: dict[str, Any], tmp_path: Path
+) -> None:
+    halves = serve(write(tmp_path, "halves", HALVES), "--address", hosts["address"])
+    texts = answers(halves)
+    assert links(halves) == {"shm": [0, 2], "tcp": [0, 2]}
+    sides = [parent_of(owner_of_port(int(halves.node(f"halves-{node}")["address"].rpartition(":")[2]))) for node in range(2)]
+    assert sorted(sides) == sorted(hosts["raylets"].values())
+    assert {one["store"] for one in halves.status()["stores"]} == {"store-0", "store-1"}
+    ranks = ffn_ranks_on(hosts["raylets"]["right"])
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    halves.until(lambda status: not any(node["up"] for node in status["nodes"]), HEALED_S)
+    halves.until(lambda status: all(node["up"] for node in status["nodes"]), HEALED_S)
+    assert answers(halves) == texts
+    assert not set(ffn_ranks_on(hosts["raylets"]["right"])) & set(ranks)
+    assert halves.stop() == 0
     together = serve(write(tmp_path, "together", TOGETHER))
     assert answers(together) == texts
 

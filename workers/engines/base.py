@@ -17,6 +17,7 @@ from typing import Protocol
 from orchestrator.core.commands import Slice
 from orchestrator.core.experts import Placement
 from orchestrator.core.types import BlockId, RequestId, Sampling, SplitLoad
+from orchestrator.wire.trust import Trust
 
 
 class NotEncodable(ValueError):
@@ -132,7 +133,7 @@ def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | 
 class SplitPlaces:
     """What an attention rank is told of its group."""
 
-    #: Of the FFN ranks, in their order.
+    #: Of the FFN ranks, in their order: the name of one on this host, NAME@HOST:PORT of one on another.
     addresses: tuple[str, ...]
     spare_slots: int = 0
     #: 0: by measurement.
@@ -141,6 +142,8 @@ class SplitPlaces:
     silent_s: float = 10.0
     #: Attention ranks of the group.
     attention: int = 1
+    #: What ranks on other hosts are told and asked to be believed; None where there are none.
+    trust: Trust | None = None
 
 
 class ExpertRouting(Protocol):

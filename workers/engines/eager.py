@@ -33,8 +33,9 @@ from workers.engines.sampler import sample, score
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import SplitGroup
-from workers.engines.split.lanes import layout_for
+from workers.engines.split.lanes import LaneLayout, Link, layout_for
 from workers.engines.split.microbatches import Microbatches
+from workers.engines.split.network import NetworkLink
 from workers.engines.split.places import first_placements
 from workers.engines.split.shared import SharedLink
 from workers.engines.stored import Slab, engine_slab
@@ -240,9 +241,21 @@ def _sampled(logits: Tensor, batches: Sequence[StepBatch]) -> Tensor:
 def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device: torch.device, rows_max: int) -> SplitGroup:
     """Connect to a group's FFN ranks."""
     layout = layout_for(shape, dtype, MICROBATCHES_MAX, rows_max)
-    links = [SharedLink(address, layout, places.silent_s) for address in places.addresses]
-    placements = first_placements(shape, len(links), places.spare_slots)
+    placements = first_placements(shape, len(places.addresses), places.spare_slots)
+    with ExitStack() as failing:
+        links: list[Link] = []
+        for address in places.addresses:
+            links.append(_open_link(address, places, layout, device))
+            failing.callback(links[-1].close)
+        failing.pop_all()
     return SplitGroup(links, shape, placements, device, Microbatches(places.microbatches), places.attention)
+
+
+def _open_link(address: str, places: SplitPlaces, layout: LaneLayout, device: torch.device) -> Link:
+    if "@" not in address:
+        return SharedLink(address, layout, places.silent_s)
+    assert places.trust is not None, f"nothing is known of who may be believed, and {address} is on another host"
+    return NetworkLink(address, layout, places.silent_s, places.trust, device)
 
 
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
