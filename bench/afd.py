@@ -224,8 +224,8 @@ def measure(name: str, path: Path, layers: int, batch: int, seconds: float) -> P
 def table_of(points: list[Point]) -> Table:
     """Return what was measured as a table."""
     table = Table(title="split decode, one attention rank and one FFN rank: milliseconds a step")
-    heads = "model|batch|one process|with 2 threads|split|2 micro-batches|chosen|attention|FFN|hop, us|by TCP|split by TCP|hidden|predicted|off by"
-    for head in heads.split("|"):
+    heads = "model|batch|one process|with 2 threads|split|2 micro-batches|chosen|attention|FFN|hop, us|by TCP|split by TCP|hidden"
+    for head in (*heads.split("|"), "predicted", "off by"):
         table.add_column(head, justify="right")
     for point in points:
         off = point.predicted_ms / point.paired_ms - 1

@@ -1,5 +1,4 @@
-"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other, to their host's store and to
-FFN ranks on other hosts.
+"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other, to stores and to FFN ranks.
 
 Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node
 or store, so that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it

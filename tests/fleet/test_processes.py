@@ -17,8 +17,8 @@ from orchestrator.fleet.processes import (
     fits_nowhere,
     parts_of,
     pools_by_node,
-    unplaceable,
     strategy_of,
+    unplaceable,
 )
 from tests.fleet.clusters import crowded
 
