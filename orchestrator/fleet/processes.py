@@ -103,6 +103,8 @@ class Process:
     node_addresses: Mapping[NodeId, str] = field(default_factory=lambda: {})
     #: Names the checkpoint of each model it serves.
     fingerprints: Mapping[str, str] = field(default_factory=lambda: {})
+    #: What Ray keeps for it, and how it was placed; None where nothing is known to be kept.
+    kept: tuple[str, list[dict[str, float]]] | None = None
     #: Set while it drains or stops.
     then: Then | None = None
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import trustme
 
-from orchestrator.core.config import TlsConfig
 from orchestrator.core.types import RankName
 from orchestrator.wire.trust import Caller, Trust, read_trust
+from tests.live.test_trust import certificates
 from tests.oracle import oracle
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
 from tests.workers.split.test_split_identity import ranks_of
@@ -47,13 +46,7 @@ def trust(request: pytest.FixtureRequest, tmp_path: Path) -> Trust:
 
 def certified(folder: Path) -> Trust:
     """Return the same cluster with certificates of an authority of its own."""
-    folder.mkdir()
-    authority = trustme.CA()
-    signed = authority.issue_cert("weft.internal")
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    signed.private_key_and_cert_chain_pem.write_to_path(folder / "cert.pem")
-    both = str(folder / "cert.pem")
-    return read_trust("the cluster's", TlsConfig(str(folder / "ca.pem"), both, both, "weft.internal"))
+    return read_trust("the cluster's", certificates(folder))
 
 
 def over_network(rank: FfnRank, number: int) -> str:
