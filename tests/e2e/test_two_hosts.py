@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ name = "workers"
 kind = "aggregated"
 {ENGINE}
 """
-#: Two attention ranks of which each host has room for one, with FFN ranks beside the one and away from the other.
+#: Two attention ranks, in one group or two, of which each host has room for one: FFN ranks are beside the one and away from the
+#: other.
 HALVES = f"""
 [cluster]
 name = "halves"
@@ -61,13 +64,15 @@ nodes = 2
 cpus = 0.6
 {ENGINE}
 [pools.split]
-attention = 2
-ffn = 2
+attention = ATTENTION
+ffn = FFN
 across_hosts = true
 resources = {{ right = 1 }}
 """
-#: Seconds within which a group must serve again.
+#: Seconds within which a group must serve again, and answers come.
 HEALED_S = 60
+#: Answers that are under way when a rank is lost, and tokens of each.
+STREAMS, LONG_TOKENS = 8, 150
 NOWHERE = APART.replace('"apart"', '"nowhere"').replace("right = 1", "lpx = 1")
 
 
@@ -149,10 +154,41 @@ def test_pools_land_where_they_are_asked_for_and_tokens_cross_unchanged(
     assert answers(together) == texts
 
 
-def test_halves_on_two_hosts_write_the_tokens_of_whole_layers_and_come_back_together(
+def halves_of(attention: int, ffn: int) -> str:
+    return HALVES.replace("ATTENTION", str(attention)).replace("FFN", str(ffn))
+
+
+def stream(served: Served, number: int, begun: threading.Event) -> str:
+    """Return a long greedy continuation; `begun` is set once some of it has come."""
+    prompt = [64 + (number * 17 + index * 5) % 400 for index in range(40 + number)]
+    body = {"model": "default", "prompt": prompt, "max_tokens": LONG_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    text = ""
+    with (
+        httpx.Client(trust_env=False, timeout=HEALED_S) as client,
+        client.stream("POST", f"{served.url}/v1/completions", json=body) as answer,
+    ):
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                begun.set()
+    return text
+
+
+def streams(served: Served, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
+    """Return continuations that are written side by side, and do something once all have begun."""
+    begun = [threading.Event() for _ in range(STREAMS)]
+    with ThreadPoolExecutor(STREAMS) as pool:
+        writing = [pool.submit(stream, served, number, begun[number]) for number in range(STREAMS)]
+        for one in begun:
+            assert one.wait(HEALED_S)
+        meanwhile()
+        return [one.result() for one in writing]
+
+
+def test_a_group_of_two_hosts_writes_the_tokens_of_whole_layers_and_comes_back_whole(
     serve: Callable[..., Served], hosts: dict[str, Any], tmp_path: Path
 ) -> None:
-    halves = serve(write(tmp_path, "halves", HALVES), "--address", hosts["address"])
+    halves = serve(write(tmp_path, "halves", halves_of(2, 2)), "--address", hosts["address"])
     texts = answers(halves)
     assert links(halves) == {"shm": [0, 2], "tcp": [0, 2]}
     sides = [parent_of(owner_of_port(int(halves.node(f"halves-{node}")["address"].rpartition(":")[2]))) for node in range(2)]
@@ -168,6 +204,27 @@ def test_halves_on_two_hosts_write_the_tokens_of_whole_layers_and_come_back_toge
     assert halves.stop() == 0
     together = serve(write(tmp_path, "together", TOGETHER))
     assert answers(together) == texts
+
+
+def test_requests_of_a_group_that_loses_a_rank_on_another_host_go_on_in_another(
+    serve: Callable[..., Served], hosts: dict[str, Any], tmp_path: Path
+) -> None:
+    halves = serve(write(tmp_path, "halves", halves_of(1, 1)), "--address", hosts["address"])
+    halves.until(lambda status: status["ready"] and all(node["up"] for node in status["nodes"]), HEALED_S)
+    assert links(halves) == {"shm": [0, 1], "tcp": [0, 1]}
+    texts = streams(halves)
+    ranks = ffn_ranks_on(hosts["raylets"]["right"])
+    assert len(ranks) == 2
+    for number, rank in enumerate(ranks, start=1):
+        assert streams(halves, lambda lost=rank: os.kill(lost, signal.SIGKILL)) == texts
+        halves.until(lambda status: all(node["up"] for node in status["nodes"]), HEALED_S)
+        assert resumed(halves) >= number
+    assert halves.stop() == 0
+
+
+def resumed(served: Served) -> float:
+    page = httpx.get(f"{served.url}/metrics", trust_env=False).text
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("weft_resumed_requests_total{"))
 
 
 def test_what_no_node_offers_ends_with_one_clear_line(
