@@ -200,7 +200,7 @@ def test_messages_under_way_together_are_answered_in_their_order(trust: Trust) -
 
 def test_neither_side_waits_for_the_other_to_read(trust: Trust) -> None:
     # Both messages and both answers are more than connections hold: each side is still sending when the other one wants to.
-    large = LaneLayout(lanes=2, rows_max=8192, hidden=1024, picks=0, dtype=torch.float32)
+    large = LaneLayout(lanes=2, rows_max=8192, hidden=512, picks=0, dtype=torch.float32)
     with doubling(trust, large) as address:
         link = linked(address, trust, large)
         post_only_rows(link, 8192, 1.0)
@@ -217,7 +217,7 @@ def post_only_rows(link: NetworkLink, rows: int, value: float) -> None:
 
 
 def test_an_attention_rank_that_reads_nothing_or_ends_halfway_holds_up_nobody(trust: Trust) -> None:
-    large = LaneLayout(lanes=2, rows_max=8192, hidden=1024, picks=0, dtype=torch.float32)
+    large = LaneLayout(lanes=2, rows_max=8192, hidden=512, picks=0, dtype=torch.float32)
     with doubling(trust, large) as address:
         deaf, dying, other = (linked(address, trust, large) for _ in range(3))
         post_only_rows(deaf, 8192, 1.0)
