@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, family: str, ffn: int,
         engine.close()
 
 
+@pytest.mark.slow
 def test_two_attention_ranks_share_two_ffn_ranks_in_either_way_while_experts_move(tmp_path: Path, trust: Trust) -> None:
     path = tmp_path / "model"
     create_checkpoint(path, "qwen3_moe", 12, layers=2)
@@ -142,7 +143,7 @@ LAYOUT = LaneLayout(lanes=2, rows_max=8, hidden=16, picks=2, dtype=torch.bfloat1
 @contextmanager
 def doubling(trust: Trust, layout: LaneLayout = LAYOUT) -> Iterator[str]:
     """Have an inlet serve whose sums are the rows twice; yields its address."""
-    address, door = network_door("127.0.0.1", layout, trust, CPU)
+    address, door = network_door("127.0.0.1", trust, layout, CPU)
     inlet = Inlet([door])
 
     def serve() -> None:
@@ -198,6 +199,7 @@ def test_messages_under_way_together_are_answered_in_their_order(trust: Trust) -
         link.close()
 
 
+@pytest.mark.slow
 def test_neither_side_waits_for_the_other_to_read(trust: Trust) -> None:
     # Both messages and both answers are more than connections hold: each side is still sending when the other one wants to.
     large = LaneLayout(lanes=2, rows_max=8192, hidden=512, picks=0, dtype=torch.float32)
@@ -216,6 +218,7 @@ def post_only_rows(link: NetworkLink, rows: int, value: float) -> None:
     link.post(Header(number, 0, 0, rows))
 
 
+@pytest.mark.slow
 def test_an_attention_rank_that_reads_nothing_or_ends_halfway_holds_up_nobody(trust: Trust) -> None:
     large = LaneLayout(lanes=2, rows_max=8192, hidden=512, picks=0, dtype=torch.float32)
     with doubling(trust, large) as address:
@@ -232,7 +235,7 @@ def test_an_attention_rank_that_reads_nothing_or_ends_halfway_holds_up_nobody(tr
 
 
 def test_a_rank_that_is_silent_is_lost(trust: Trust) -> None:
-    address, door = network_door("127.0.0.1", LAYOUT, trust, CPU)
+    address, door = network_door("127.0.0.1", trust, LAYOUT, CPU)
     inlet = Inlet([door])  # takes connections, and nobody serves
     link = linked(address, trust, silent_s=0.05)
     post(link, 3, 1.0)
@@ -257,8 +260,9 @@ def answer_to(address: str, data: bytes) -> bytes:
     with socket.create_connection(place_of(address), LONG_S) as connection:
         connection.sendall(data)
         answer = b""
-        while piece := connection.recv(4096):
-            answer += piece
+        with suppress(ConnectionResetError):  # it was not read to its end
+            while piece := connection.recv(4096):
+                answer += piece
         return answer
 
 
@@ -356,7 +360,7 @@ FRAMES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
 def test_a_message_that_means_nothing_ends_its_connection_alone(frame: bytes) -> None:
-    address, door = network_door("127.0.0.1", LAYOUT, TRUST, CPU)
+    address, door = network_door("127.0.0.1", TRUST, LAYOUT, CPU)
     inlet = Inlet([door])
     with linked_pair(inlet, address) as (other, hostile):
         hostile._stream.drain([memoryview(frame)])
@@ -398,8 +402,7 @@ def test_a_layer_or_a_placement_that_a_rank_has_not_ends_the_asker_alone(tmp_pat
         engine, lost = attention_of(path, ranks, TRUST), attention_of(path, ranks, TRUST)
         assert lost.split is not None
         [link] = lost.split.links
-        number, lane = link.take()
-        lane.rows[0], lane.weights[0], lane.picks[0] = 0, 0, 0
+        number, _ = link.take()
         link.post(Header(number, layer, version, 1))
         with pytest.raises(RankLost, match="is gone: "):
             link.wait()
@@ -409,7 +412,7 @@ def test_a_layer_or_a_placement_that_a_rank_has_not_ends_the_asker_alone(tmp_pat
 
 
 def test_an_answer_to_something_else_is_none() -> None:
-    address, door = network_door("127.0.0.1", LAYOUT, TRUST, CPU)
+    address, door = network_door("127.0.0.1", TRUST, LAYOUT, CPU)
     inlet = Inlet([door])
 
     def serve() -> None:

@@ -232,11 +232,11 @@ class NetworkPeer:
 
 
 def lane_memory(layout: LaneLayout, device: torch.device) -> memoryview:
-    """Return memory for lanes that no other process sees; a GPU reads and writes it by itself."""
-    return torch.empty(layout.size, dtype=torch.uint8, pin_memory=device.type == "cuda").numpy().data
+    """Return memory for lanes that no other process sees, all zeros; a GPU reads and writes it by itself."""
+    return torch.zeros(layout.size, dtype=torch.uint8, pin_memory=device.type == "cuda").numpy().data
 
 
-def network_door(host: str, expected: LaneLayout, trust: Trust, device: torch.device) -> tuple[str, Door]:
+def network_door(host: str, trust: Trust, expected: LaneLayout, device: torch.device) -> tuple[str, Door]:
     """Return the address at which attention ranks of other hosts connect, and the door there. Raises `OSError`."""
     listener = socket.create_server((host, 0), family=_family(host), backlog=CONNECTIONS_MAX)
     name = RankName(f"weft-ffn-{os.getpid()}-{secrets.token_hex(4)}")
