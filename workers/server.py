@@ -59,7 +59,7 @@ def open_engine(
         case _ if pool.kind is PoolKind.LPX:
             from workers.engines.beat.engine import BeatEngine  # noqa: PLC0415
 
-            return BeatEngine(model_dir, pool, share)
+            return BeatEngine(model_dir, pool, share, places)
         case _:
             from workers.engines.eager import EagerEngine  # noqa: PLC0415
 

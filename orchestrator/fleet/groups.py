@@ -18,13 +18,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.core.config import ClusterConfig, SplitConfig
 from orchestrator.core.experts import ExpertBalancer, Placement
-from orchestrator.core.types import NodeId
+from orchestrator.core.types import NodeId, PoolKind
 from orchestrator.fleet.actors import Description, NodeProcess, asking, model_folder, remote
 from orchestrator.fleet.processes import Part, bundles_of, pool_of
 from orchestrator.fleet.vital import end_by
 from orchestrator.live.front import HostStore
 from workers.engines.base import SplitPlaces
-from workers.ranks import FfnServer, added_up, balancer_of
+from workers.ranks import BeatFfnServer, FfnServer, added_up, balancer_of, open_rank
 
 #: Ray's own annotations are too loose for the checker.
 ray = cast(Any, typed_ray)
@@ -43,18 +43,18 @@ class FfnProcess:
     """Actor: one FFN rank."""
 
     def __init__(self) -> None:
-        self._server: FfnServer | None = None
+        self._server: FfnServer | BeatFfnServer | None = None
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     def start(self, config: ClusterConfig, part: Part, rank: int) -> str:
         """Load the rank's weights, serve, and say where."""
         pool = pool_of(config, part)
-        self._server = FfnServer(pool, model_folder(config, pool.model), rank, end_by)
+        self._server = open_rank(pool, model_folder(config, pool.model), rank, end_by)
         return self._server.address
 
     def prepare(self, layer: int, version: int, placement: Placement) -> None:
         """Load what another placement has here; rows are computed meanwhile."""
-        assert self._server is not None, "not started"
+        assert isinstance(self._server, FfnServer), "not started, or its experts stay where they are"
         self._server.prepare(layer, version, placement)
 
     def alive(self) -> bool:
@@ -91,9 +91,11 @@ class GroupProcess(NodeProcess):
         self._followers = [
             self._actor(NodeProcess, bundles, place, part, self._incarnation) for place, part in enumerate(parts, start=1)
         ]
-        described: list[Description] = ray.get(
-            [actor.start.remote(config, store, places) for actor in self._followers], timeout=START_S
-        )
+        # Those that keep a beat measure their longest step as they start: one after the other, since they share FFN ranks.
+        waves = [[one] for one in self._followers] if pool.kind is PoolKind.LPX else [self._followers]
+        described: list[Description] = []
+        for wave in waves:
+            described += ray.get([actor.start.remote(config, store, places) for actor in wave], timeout=START_S)
         self._node_addresses = {one.part.nodes[0]: one.address for one in described if one.address is not None}
         super().start(config, store, places)
         threading.Thread(target=self._watch_ranks, args=(config.cluster.hung_s,), name="ranks", daemon=True).start()

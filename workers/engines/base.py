@@ -146,11 +146,6 @@ class SplitPlaces:
 class ExpertRouting(Protocol):
     """How an attention rank's rows find their FFN ranks: looked at and changed while it computes, by any thread."""
 
-    @property
-    def load(self) -> SplitLoad:
-        """What either half did since the engine began; of experts, nothing."""
-        ...
-
     def take_picks(self) -> list[list[int]]:
         """Return how many rows picked each expert, by layer, since the last call."""
         ...
@@ -173,7 +168,12 @@ class Engine(Protocol):
 
     @property
     def routing(self) -> ExpertRouting | None:
-        """None where an engine has no FFN ranks."""
+        """None where an engine has no FFN ranks whose experts may move."""
+        ...
+
+    @property
+    def halves(self) -> SplitLoad | None:
+        """What either half did since the engine began, of experts nothing; None where it has no FFN ranks."""
         ...
 
     @property

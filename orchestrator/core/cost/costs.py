@@ -10,6 +10,7 @@ the form has one bend, at the step in which attention becomes the longer one.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
 from orchestrator.core.types import CostProfile
@@ -96,6 +97,14 @@ def batch_seconds(profile: CostProfile, tokens: int) -> float:
         return profile.batch_s[0]
     before, after = profile.batch_s[place - 1], profile.batch_s[place]
     return before + (after - before) * (tokens - points[place - 1]) / (points[place] - points[place - 1])
+
+
+def full_batch(profile: CostProfile, sequences: int) -> CostProfile:
+    """Return a profile whose curve is level, as high as it is where so many sequences decode."""
+    if not profile.batch_tokens:
+        return profile
+    tokens = sequences * profile.pass_tokens
+    return replace(profile, batch_tokens=(tokens,), batch_s=(batch_seconds(profile, tokens),))
 
 
 def token_seconds(profile: CostProfile, step_tokens_max: int) -> float:

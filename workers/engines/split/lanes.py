@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from orchestrator.profiles.model_config import Architecture
+from workers.engines.base import EngineLost
 
 ALIGNMENT = 64
 
 
-class RankLost(RuntimeError):
+class RankLost(EngineLost):
     """A rank of the group does not answer any more: the group cannot go on."""
 
 
