@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from orchestrator.core.config import ConfigError, PoolConfig, require
@@ -26,12 +27,12 @@ class Child:
     def __init__(self, module: str, name: str) -> None:
         """Start the module, with the descriptor of its end of the socket as its argument; `name` is what errors call it."""
         self._name = name
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-m", module, str(theirs.fileno())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
-        self._link: Connection[object, object] = Connection(ours.detach())
+        self._link: Connection[object, object] = Connection(os.dup(self._socket.fileno()))
 
     def send(self, message: object) -> None:
         """Say something. Raises `EngineLost`."""
@@ -74,8 +75,10 @@ class Child:
         raise AssertionError(f"{message!r} from one that says nothing")
 
     def end(self) -> None:
-        """Have it end."""
-        self._link.close()
+        """Have it end; whoever waits for that hears of it."""
+        with suppress(OSError):  # it has ended before
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         try:
             self.process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:

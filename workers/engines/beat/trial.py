@@ -1,7 +1,7 @@
 """The longest step that a node which keeps a beat can be asked for: every slot taken, every context as long as allowed.
 
-Tokens pick experts as they like. Tried are the picks that ask for most: each expert as often as any other, which is the most work,
-and those of one FFN rank alone, which is the most for any rank. FFN ranks answer one message after the other, and a group's other
+Tokens pick experts as they like. Tried are picks that ask for most: each expert as often as any other, which is most work, and
+those of one FFN rank alone, which is most for any rank. FFN ranks answer one message after the other, and a group's other
 nodes may each have a step's rows before ours: what FFN ranks compute in a step counts once for every node of the group.
 """
 
