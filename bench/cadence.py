@@ -6,8 +6,8 @@
 keeps a beat. At the same time: streams of class cadence, as many of class standard, and agents
 whose long prompts arrive all the time, one after the other. Of both kinds of streams the times between two tokens are taken as
 they arrive, at the client. Printed are p50, p99, p99.9, the jitter (standard deviation), p99 over p50 of either, and what the
-node counted: its beats and those that it missed. `--realtime 0` is without priority, which shows what it brings. With `--split` the
-node that keeps the beat has its FFNs in another process.
+node counted: its beats and those that it missed. `--realtime 0` is without priority, which shows what it brings. With
+`--split` the node that keeps the beat has its FFNs in another process.
 """
 
 import argparse

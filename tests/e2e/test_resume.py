@@ -1,7 +1,7 @@
 """Processes killed at random moments under many streams: all end with exactly the tokens that they would have had.
 
-Nodes, FFN ranks, those that keep a beat, a store, and another gateway, whose own streams alone may break. ROUNDS=25 in the environment kills so many
-times instead of a few.
+Nodes, FFN ranks, those that keep a beat, a store, and another gateway, whose own streams alone may break. ROUNDS=25 in the
+environment kills so many times instead of a few.
 """
 
 import asyncio
