@@ -1,4 +1,4 @@
-"""An FFN rank as its actor has it: opened from a cluster file, serving in a thread or a process; and what decides when experts move."""
+"""An FFN rank as its actor has it: opened from a cluster file, served by a thread or a process; and what moves its experts."""
 
 import threading
 from collections.abc import Callable, Sequence
