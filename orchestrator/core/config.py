@@ -15,7 +15,6 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from orchestrator.core.cost.costs import full_batch
 from orchestrator.core.types import (
     ATTEMPTS_MAX,
     SHARE_MAX,
@@ -911,6 +910,7 @@ class PoolConfig:
         self,
         node: NodeId,
         incarnation: int,
+        profile: CostProfile,
         *,
         blocks: int,
         block_tokens: int,
@@ -920,14 +920,7 @@ class PoolConfig:
         host: str = "",
         stores: bool = False,
     ) -> NodeSpec:
-        """Return a node of the pool: what this file says of it, and the sizes that its engine has.
-
-        FFN ranks that keep a beat are counted with every slot taken: they compute as many rows whoever is there, and the slots of
-        a group's other nodes may be taken at any time.
-        """
-        profile, slots = self.profile, self.scheduler.sequences_max
-        if self.split is not None and self.kind is PoolKind.LPX:
-            profile = full_batch(profile, slots)
+        """Return a node of the pool: what this file says of it, what its steps cost, and the sizes that its engine has."""
         return NodeSpec(
             id=node,
             model=ModelName(self.model),
@@ -938,7 +931,7 @@ class PoolConfig:
             block_tokens=block_tokens,
             block_bytes=block_bytes,
             leased_blocks_max=int(blocks * self.scheduler.leased_share_max),
-            sequences_max=slots,
+            sequences_max=self.scheduler.sequences_max,
             step_tokens_max=self.scheduler.step_tokens_max,
             context_tokens_max=context_tokens_max,
             profile=profile,

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
-from orchestrator.core.types import CostProfile
+from orchestrator.core.config import PoolConfig
+from orchestrator.core.types import CostProfile, PoolKind
 
 #: Weight of the newest step in the smoothed scale: about the last 20 steps count.
 SCALE_WEIGHT = 0.05
@@ -99,11 +100,16 @@ def batch_seconds(profile: CostProfile, tokens: int) -> float:
     return before + (after - before) * (tokens - points[place - 1]) / (points[place] - points[place - 1])
 
 
-def full_batch(profile: CostProfile, sequences: int) -> CostProfile:
-    """Return a profile whose curve is level, as high as it is where so many sequences decode."""
-    if not profile.batch_tokens:
+def node_profile(pool: PoolConfig) -> CostProfile:
+    """Return what the steps of a pool's nodes cost: what its file says.
+
+    FFN ranks that keep a beat are counted with every slot taken: they compute as many rows whoever is there, and slots of other
+    nodes of the group may be taken at any time.
+    """
+    profile = pool.profile
+    if pool.split is None or pool.kind is not PoolKind.LPX or not profile.batch_tokens:
         return profile
-    tokens = sequences * profile.pass_tokens
+    tokens = pool.scheduler.sequences_max * profile.pass_tokens
     return replace(profile, batch_tokens=(tokens,), batch_s=(batch_seconds(profile, tokens),))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.core.commands import Fetch, ReportEnded, RunStep, Slice
 from orchestrator.core.config import PoolConfig, SchedulerConfig, SplitConfig
-from orchestrator.core.cost.costs import batch_seconds, decode_seconds, keeps_beat, step_seconds, work_seconds
+from orchestrator.core.cost.costs import batch_seconds, decode_seconds, keeps_beat, node_profile, step_seconds, work_seconds
 from orchestrator.core.events import Assigned, Cancelled, FetchEnded, SliceResult, StepFinished
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.cadence import CadenceScheduler
@@ -132,7 +132,7 @@ def half(number: int, split: SplitConfig | None = SHARED) -> NodeSpec:
     scheduler = SchedulerConfig(sequences_max=SLOTS, step_tokens_max=64)
     pool = PoolConfig("lpx", PoolKind.LPX, nodes=2, split=split, scheduler=scheduler, profile=HALVES)
     node = pool.node_id(number)
-    return pool.node_spec(node, 1, blocks=4096, block_tokens=4, block_bytes=64, context_tokens_max=1000)
+    return pool.node_spec(node, 1, node_profile(pool), blocks=4096, block_tokens=4, block_bytes=64, context_tokens_max=1000)
 
 
 def test_halves_are_counted_as_the_longer_of_them_hops_and_what_does_not_overlap() -> None:
