@@ -36,7 +36,7 @@ from orchestrator.core.config import EngineConfig
 from orchestrator.core.cost.overlap import ping_pong_seconds
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from orchestrator.wire.trust import Trust
-from workers.engines.base import SplitPlaces
+from workers.engines.base import NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split.rank import FfnRank
@@ -89,7 +89,7 @@ class Point:
 def serve_rank(path: str, core: int, said: Connection) -> None:
     """Be the FFN rank."""
     os.sched_setaffinity(0, {core})
-    rank = FfnRank(Path(path), "float32", "cpu", 0, 1, 0, threads=1, network=("127.0.0.1", TRUST))
+    rank = FfnRank(Path(path), "float32", "cpu", 0, 1, 0, threads=1, network=NetworkPlace("127.0.0.1", TRUST))
     said.send((rank.address, rank.network_address))
     rank.serve()
 

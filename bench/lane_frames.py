@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.frames import ANSWER_S_MAX, TRUST, Victim
+from workers.engines.base import NetworkPlace
 from workers.engines.device import dtype_of
 from workers.engines.shape import read_architecture
 from workers.engines.split.lanes import Header, RankLost, layout_for
@@ -34,7 +35,9 @@ class RankVictim(Victim):
         self.good = (self._make,)
 
     async def _start(self) -> None:
-        self._rank = await asyncio.to_thread(FfnRank, self._model, "float32", "cpu", 0, 1, 0, network=("127.0.0.1", TRUST))
+        self._rank = await asyncio.to_thread(
+            FfnRank, self._model, "float32", "cpu", 0, 1, 0, network=NetworkPlace("127.0.0.1", TRUST)
+        )
         self._address = self._rank.network_address or ""
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()

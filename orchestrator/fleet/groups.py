@@ -20,15 +20,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.core.config import ClusterConfig, SplitConfig
 from orchestrator.core.experts import ExpertBalancer, Placement
-from orchestrator.core.types import NodeId
+from orchestrator.core.types import NodeId, PoolKind
 from orchestrator.fleet.actors import Description, HostStores, NodeProcess, asking, model_folder, remote
 from orchestrator.fleet.processes import Part, bundles_of, pool_of
 from orchestrator.fleet.vital import end_by, own_vital
 from orchestrator.live.secret import with_secrets
 from orchestrator.wire.logs import open_log
-from orchestrator.wire.trust import Trust, read_trust
-from workers.engines.base import SplitPlaces
-from workers.ranks import FfnServer, added_up, balancer_of
+from orchestrator.wire.trust import read_trust
+from workers.engines.base import NetworkPlace, SplitPlaces
+from workers.ranks import BeatFfnServer, FfnServer, added_up, balancer_of, open_rank
 
 #: Ray's own annotations are too loose for the checker.
 ray = cast(Any, typed_ray)
@@ -62,7 +62,7 @@ class FfnProcess:
     """Actor: one FFN rank."""
 
     def __init__(self) -> None:
-        self._server: FfnServer | None = None
+        self._server: FfnServer | BeatFfnServer | None = None
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     def start(self, config: ClusterConfig, part: Part, rank: int) -> RankPlace:
@@ -70,16 +70,16 @@ class FfnProcess:
         pool = pool_of(config, part)
         assert pool.split is not None, f"{part.name} is no group"
         open_log(f"{part.name}-ffn-{rank}", config.log)
-        network: tuple[str, Trust] | None = None
+        network: NetworkPlace | None = None
         if pool.split.across_hosts:
             cluster = with_secrets(config).cluster
-            network = ray.util.get_node_ip_address(), read_trust(cluster.secret, cluster.tls)
-        self._server = FfnServer(pool, model_folder(config, pool.model), rank, end_by, network)
+            network = NetworkPlace(ray.util.get_node_ip_address(), read_trust(cluster.secret, cluster.tls))
+        self._server = open_rank(pool, model_folder(config, pool.model), rank, end_by, network)
         return RankPlace(own_vital().host, self._server.address, self._server.network_address)
 
     def prepare(self, layer: int, version: int, placement: Placement) -> None:
         """Load what another placement has here; rows are computed meanwhile."""
-        assert self._server is not None, "not started"
+        assert isinstance(self._server, FfnServer), "not started, or its experts stay where they are"
         self._server.prepare(layer, version, placement)
 
     def alive(self) -> bool:
@@ -118,10 +118,12 @@ class GroupProcess(NodeProcess):
         self._followers = [
             self._actor(NodeProcess, bundles, place, part, self._incarnation) for place, part in enumerate(parts, start=1)
         ]
-        described: list[Description] = ray.get(
-            [actor.start.remote(config, stores, sight) for actor, sight in zip(self._followers, sights[1:], strict=True)],
-            timeout=START_S,
-        )
+        # Those that keep a beat measure their longest step as they start: one after the other, since they share FFN ranks.
+        starting = [*zip(self._followers, sights[1:], strict=True)]
+        waves = [[one] for one in starting] if pool.kind is PoolKind.LPX else [starting]
+        described: list[Description] = []
+        for wave in waves:
+            described += ray.get([actor.start.remote(config, stores, sight) for actor, sight in wave], timeout=START_S)
         self._node_addresses = {one.part.nodes[0]: one.address for one in described if one.address is not None}
         super().start(config, stores, sights[0])
         for node, host in zip(self._part.nodes, hosts, strict=True):

@@ -130,6 +130,15 @@ def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | 
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkPlace:
+    """Where an FFN rank listens for attention ranks of other hosts, and whom it believes."""
+
+    #: An address of its host; the system chooses the port.
+    host: str
+    trust: Trust
+
+
+@dataclass(frozen=True, slots=True)
 class SplitPlaces:
     """What an attention rank is told of its group."""
 
@@ -148,11 +157,6 @@ class SplitPlaces:
 
 class ExpertRouting(Protocol):
     """How an attention rank's rows find their FFN ranks: looked at and changed while it computes, by any thread."""
-
-    @property
-    def load(self) -> SplitLoad:
-        """What either half did since the engine began; of experts, nothing."""
-        ...
 
     def take_picks(self) -> list[list[int]]:
         """Return how many rows picked each expert, by layer, since the last call."""
@@ -176,7 +180,12 @@ class Engine(Protocol):
 
     @property
     def routing(self) -> ExpertRouting | None:
-        """None where an engine has no FFN ranks."""
+        """None where an engine has no FFN ranks whose experts may move."""
+        ...
+
+    @property
+    def halves(self) -> SplitLoad | None:
+        """What either half did since the engine began, of experts nothing; None where it has no FFN ranks."""
         ...
 
     @property

@@ -7,7 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig
-from orchestrator.core.types import RequestId, Sampling
+from orchestrator.core.types import RequestId, Sampling, SplitLoad
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
 from workers.engines.adapters import Adapters
@@ -89,7 +89,8 @@ class EagerEngine(PooledBlocks):
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             weights = Weights(model_dir, config.weights)
-            filled = max(rows, rows_min(dtype, device, weights.quantised))
+            self._rows_min = rows_min(dtype, device, weights.quantised)
+            filled = max(rows, self._rows_min)
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._adapters = Adapters(model or ModelConfig(), dtype, device)
@@ -123,8 +124,22 @@ class EagerEngine(PooledBlocks):
         return self.split
 
     @property
+    def halves(self) -> SplitLoad | None:
+        return self.split.load if self.split is not None else None
+
+    @property
     def beats(self) -> None:
         return None
+
+    def cut(self, rows: int, microbatches: int) -> None:
+        """Have steps of up to so many rows cut into so many micro-batches from now on, each filled up to its share of them."""
+        assert self.split is not None, "one process computes all, at once"
+        self.split.microbatches = Microbatches(microbatches)
+        self._batches.rows_min = max(-(-rows // microbatches), self._rows_min)
+
+    def routed(self, experts: Sequence[int]) -> AbstractContextManager[None]:
+        """Send rows to these experts in turn, in every layer and until the context ends, whatever is in them."""
+        return self._model.routed(experts)
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""

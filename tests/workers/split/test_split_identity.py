@@ -16,7 +16,7 @@ from tests.adapters import ATTENTION, SHARED_EXPERTS, merge, write_adapter
 from tests.oracle import oracle
 from tests.quantised import write_quantised
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
-from workers.engines.base import SplitPlaces
+from workers.engines.base import NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split.lanes import RankLost
@@ -26,7 +26,7 @@ from workers.engines.split.rank import FfnRank
 @contextmanager
 def ranks_of(path: Path, count: int, spare_slots: int = 0, trust: Trust | None = None) -> Iterator[list[FfnRank]]:
     """Have FFN ranks serve, each in a thread of its own; with `trust` over the network as well."""
-    network = ("127.0.0.1", trust) if trust is not None else None
+    network = NetworkPlace("127.0.0.1", trust) if trust is not None else None
     ranks = [FfnRank(path, "float32", "cpu", rank, count, spare_slots, network=network) for rank in range(count)]
     threads = [threading.Thread(target=rank.serve) for rank in ranks]
     for thread in threads:

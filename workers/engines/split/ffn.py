@@ -107,7 +107,7 @@ class SplitGroup:
 
     @property
     def load(self) -> SplitLoad:
-        """What either half did; see `ExpertRouting.load`."""
+        """What either half did; see `Engine.halves`."""
         times, count = self.times, len(self.links)
         far = sum(link.crosses_network for link in self.links)
         return SplitLoad(
@@ -133,13 +133,13 @@ class RemoteFfn:
     def __init__(self, group: SplitGroup, layer: int, router: Router | None, shared: GatedMlp | None) -> None:
         self._group = group
         self._layer = layer
-        self._router = router
+        self.router = router
         self._shared = shared
         self._turn = 0
 
     def begin(self, rows: Tensor, adapted: AdaptedRows) -> Finish:
         """Send rows to their ranks; see `Ffn.begin`."""
-        sent = self._send_all(rows) if self._router is None else self._send_picked(rows, self._router)
+        sent = self._send_all(rows) if self.router is None else self._send_picked(rows, self.router)
         self._group.times.rows += len(rows)
         return partial(self._finish, rows, adapted, sent)
 

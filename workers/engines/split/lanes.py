@@ -21,13 +21,14 @@ from torch import Tensor
 
 from orchestrator.core.config import MICROBATCHES_MAX
 from orchestrator.profiles.model_config import Architecture
+from workers.engines.base import EngineLost
 
 ALIGNMENT = 64
 #: Rows of one lane at most: no step of a node has as many.
 ROWS_MAX = 1 << 16
 
 
-class RankLost(RuntimeError):
+class RankLost(EngineLost):
     """A rank of the group does not answer any more: the group cannot go on."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orchestrator.core.config import WeightFormat
 from orchestrator.core.experts import Placement
-from orchestrator.wire.trust import Trust
+from workers.engines.base import NetworkPlace
 from workers.engines.device import device_of, dtype_of
 from workers.engines.experts import ExpertBank
 from workers.engines.loader import Loader, Share
@@ -55,7 +55,7 @@ class FfnRank:
         spare_slots: int,
         threads: int = 0,
         weights: WeightFormat = WeightFormat.AUTO,
-        network: tuple[str, Trust] | None = None,
+        network: NetworkPlace | None = None,
     ) -> None:
         """Load the rank's part of a checkpoint.
 
@@ -67,7 +67,7 @@ class FfnRank:
             spare_slots: slots for copies of experts.
             threads: CPU threads; 0: as torch has them.
             weights: what linear weights are rounded to.
-            network: the address of this host at which attention ranks of others may connect, and who may; None: there are none.
+            network: where attention ranks of other hosts may connect; None: there are none.
 
         Raises:
             CheckpointError, ConfigError: as `EagerEngine` does.
@@ -90,7 +90,7 @@ class FfnRank:
         doors = [door]
         self.network_address: str | None = None
         if network is not None:
-            self.network_address, door = network_door(*network, layout, self._device)
+            self.network_address, door = network_door(network.host, network.trust, layout, self._device)
             doors.append(door)
         self._inlet = Inlet(doors)
 
