@@ -1,6 +1,7 @@
 """Lanes between hosts: the same tokens, ends that are seen at once, and nobody heard but the cluster's own."""
 
 import json
+import queue
 import socket
 import struct
 import threading
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.core.config import SplitConfig
 from orchestrator.core.types import RankName
 from orchestrator.wire.trust import Caller, Trust, read_trust
 from tests.live.test_trust import certificates
 from tests.oracle import oracle
+from tests.workers.beat.beating import beat_engine, lpx_pool
+from tests.workers.beat.test_beat_identity import OUTPUT_TOKENS, decode
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
 from tests.workers.split.test_split_identity import ranks_of
-from workers.engines.base import SplitPlaces
+from workers.engines.base import EngineLost, NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split import network
@@ -25,6 +29,7 @@ from workers.engines.split.inlet import Inlet
 from workers.engines.split.lanes import ROWS_MAX, Header, LaneLayout, RankLost
 from workers.engines.split.network import NetworkLink, framed, network_door, place_of
 from workers.engines.split.rank import FfnRank
+from workers.ranks import BeatFfnServer, open_rank
 
 CPU = torch.device("cpu")
 TRUST = Trust(b"the cluster's")
@@ -108,6 +113,25 @@ def test_two_attention_ranks_share_two_ffn_ranks_in_either_way_while_experts_mov
         for engine in engines:
             engine.close()
     assert found == {0: expected, 1: expected}
+
+
+@pytest.mark.slow
+def test_a_beat_is_kept_over_halves_on_two_hosts(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    create_checkpoint(path, "qwen3_moe", 11)
+    prompts, expected = without_ties(oracle(path), prompts_of(5, [5, 60, 200]), OUTPUT_TOKENS)
+    pool = lpx_pool(split=SplitConfig(imbalance_max=0.0, threads=1, across_hosts=True))
+    ended: queue.Queue[BaseException] = queue.Queue()
+    rank = open_rank(pool, path, 0, ended.put, NetworkPlace("127.0.0.1", TRUST))
+    assert isinstance(rank, BeatFfnServer)
+    assert rank.network_address is not None
+    target = beat_engine(path, places=SplitPlaces((rank.network_address,), trust=TRUST))
+    assert decode(engine_of(path), target, prompts, OUTPUT_TOKENS) == expected
+    assert target.halves is not None
+    assert (target.halves.links_shared, target.halves.links_network) == (0, 1)
+    target.close()
+    rank._child.end()
+    assert isinstance(ended.get(timeout=LONG_S), EngineLost)
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------

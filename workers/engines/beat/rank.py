@@ -1,8 +1,9 @@
 """The process of an FFN rank of a group that keeps a beat: it computes what attention ranks send it, and does nothing else.
 
 It is to answer as soon as it is asked, every time. So it has cores and a priority of its own (`beat.ffn_cores`, `beat.realtime`),
-its other threads sleep until somebody connects, or the end, garbage collection sees only what is young, and memory that a message's work gives back
-is kept for the next one. Messages have as many rows as a micro-batch, but those for experts: who picked none here is not sent.
+its other threads sleep until somebody connects, or the end, garbage collection sees only what is young, and memory that a
+message's work gives back is kept for the next one. Messages have as many rows as a micro-batch, but those for experts: who picked
+none here is not sent.
 
 It ends when the other end of the socket does.
 """
