@@ -72,7 +72,10 @@ class RankVictim(Victim):
                 answered = b""
                 while piece := connection.recv(1 << 16):
                     answered = piece
-            except ConnectionError:
+            except TimeoutError:
+                self.failures.append(f"nothing came, and no end, after {frame[:300]!r}")
+                return "silent"
+            except OSError:
                 return "ended"
         return "answered" if answered else "ended"
 
