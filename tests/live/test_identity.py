@@ -137,7 +137,7 @@ def drafting() -> Way:
 def beating(nodes: int = 1, ffn: int = 0) -> Way:
     """Return a way in which everybody is kept on a beat, as long as there is a slot; with FFN ranks their nodes are a group."""
     config = cramped(split("eager"))
-    shares = SplitConfig(attention=nodes, ffn=ffn, imbalance_max=0.0) if ffn else None
+    shares = SplitConfig(attention=nodes, ffn=ffn, microbatches=2, imbalance_max=0.0) if ffn else None
     lpx = pool("cadence", PoolKind.LPX, nodes, "eager", profile=CostProfile(beat_s=BEAT_S), split=shares)
     engine = replace(lpx.engine, blocks=2 * SLOTS * BLOCKS, context_tokens_max=TOKENS_MAX + OUTPUT_TOKENS)
     lpx = replace(lpx, engine=engine, scheduler=SchedulerConfig(sequences_max=SLOTS, step_tokens_max=64))
@@ -175,7 +175,8 @@ def test_tokens_are_those_of_transformers(model: tuple[Path, Expected], name: st
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of(path, way.ffn, way.spare)) if way.ffn else []
         addresses = tuple(rank.address for rank in ranks)
-        places = SplitPlaces(addresses, way.spare, silent_s=READ_S, attention=way.pool.nodes) if ranks else None
+        cut, nodes = way.pool.split.microbatches if way.pool.split is not None else 0, way.pool.nodes
+        places = SplitPlaces(addresses, way.spare, cut, silent_s=READ_S, attention=nodes) if ranks else None
 
         async def scenario() -> None:
             async with cluster(way.config, path, places=places) as served:

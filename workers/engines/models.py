@@ -70,13 +70,13 @@ class Model:
     def routed(self, experts: Sequence[int]) -> Iterator[None]:
         """Send rows to these experts in turn, in every layer and until the context ends, whatever is in them."""
         ffns = [layer.ffn for layer in self._layers if isinstance(layer.ffn, (ExpertMlp, RemoteFfn))]
-        routers = [ffn.router for ffn in ffns]
-        for ffn in ffns:
-            ffn.router = TurnRouter(ffn.router, experts) if ffn.router is not None else None
+        routers = [(ffn, ffn.router) for ffn in ffns if ffn.router is not None]
+        for ffn, router in routers:
+            ffn.router = TurnRouter(router, experts)
         try:
             yield
         finally:
-            for ffn, router in zip(ffns, routers, strict=True):
+            for ffn, router in routers:
                 ffn.router = router
 
     def logits(self, batches: Sequence[StepBatch], pool: KvPool) -> Tensor | None:

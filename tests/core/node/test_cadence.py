@@ -123,7 +123,7 @@ def test_what_can_never_keep_the_beat_is_refused() -> None:
 HALVES = CostProfile(
     step_s=1e-3, sequence_s=2e-4, context_token_s=5e-5, batch_tokens=(1, 8), batch_s=(5e-4, 4e-3), overlap=0.75, beat_s=10e-3
 )
-SLOTS, BEATS = 8, 600
+SLOTS, BEATS = 8, 120
 SHARED = SplitConfig(attention=2, imbalance_max=0.0)
 
 
@@ -169,10 +169,13 @@ class Group:
                 self.nodes[number].validate()
 
     def ask(self, number: int, now: float) -> None:
-        """Ask a node for a short answer after a long prompt or the other way round; the second likes prompts."""
+        """Ask the first node for long answers to short prompts, and the second one for short answers to long ones too.
+
+        The longest prompts leave so little of the beat that they are kept on it only as long as the other node has not many rows.
+        """
         self.requests += 1
-        long = number == 1 and self.random.random() < 0.5
-        prompt, output = ("abcdefghijklmnopqrst" if long else "ab"), self.random.randrange(2, 8 if long else 60)
+        blocks = self.random.choice((2, 20, 42)) if number else 2
+        prompt, output = blocks * "a", self.random.randrange(2, 60 if blocks == 2 else 5)
         self.obey(number, self.nodes[number].handle(handed(self.requests, prompt, output_tokens_max=output), now), now)
 
     def obey(self, number: int, commands: list[object], now: float) -> None:

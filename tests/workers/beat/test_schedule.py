@@ -59,8 +59,7 @@ def test_nodes_of_one_machine_have_their_beats_together(clock: FakeClock) -> Non
     second = Beat(BEAT_S, WORK_S, 0.0002, clock)
     # It would be done too late for the beat that is under way.
     assert step(second, clock, goes_on=False) == 40
-    assert [step(first, clock, goes_on=False), step(second, clock)] == [50, 60]
-    assert second.counts.missed == 0
+    assert [step(one, clock, goes_on=False) for one in (first, second)] == [50, 60]
 
 
 def test_steps_begin_on_the_beat_however_long_they_take(beat: Beat, clock: FakeClock) -> None:
