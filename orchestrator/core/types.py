@@ -21,6 +21,8 @@ GatewayId = NewType("GatewayId", int)
 NodeId = NewType("NodeId", str)
 #: One host's store of KV below its nodes' memory.
 StoreId = NewType("StoreId", str)
+#: One start of an FFN rank, as ranks on other hosts call it.
+RankName = NewType("RankName", str)
 ModelName = NewType("ModelName", str)
 #: What clients call a model with a LoRA adapter; no model is called so.
 AdapterName = NewType("AdapterName", str)
@@ -405,6 +407,9 @@ class SplitLoad:
     ffn_ranks: float = 0.0
     #: Of the node that speaks for its group, once experts' loads are known.
     experts: ExpertBalance | None = None
+    #: FFN ranks that it reaches by memory that it shares with them, and over the network.
+    links_shared: int = 0
+    links_network: int = 0
 
 
 @quickly_made

@@ -700,6 +700,7 @@ class Metrics(Collector):
         ranks: dict[Labels, float] = {}
         moves: dict[Labels, float] = {}
         uneven: dict[Labels, float] = {}
+        links: dict[Labels, float] = {}
         for node, state in self._exported():
             split, where = state.load.split, (node, state.pool)
             for part in (ATTENTION, FFN):
@@ -710,6 +711,7 @@ class Metrics(Collector):
             if split is None or not state.up:
                 continue
             ranks[*where, ATTENTION], ranks[*where, FFN] = 1, split.ffn_ranks
+            links[*where, "shm"], links[*where, "tcp"] = split.links_shared, split.links_network
             if split.experts is not None:
                 uneven[*where, "now"], uneven[*where, "first"] = split.experts.imbalance, split.experts.imbalance_first
         names = ("node", "pool")
@@ -718,6 +720,8 @@ class Metrics(Collector):
         yield _gauge(
             "weft_afd_ranks", "Ranks that may compute so; FFN ranks as its group has them a node.", (*names, "part"), ranks
         )
+        text = "FFN ranks that a node sends rows to, by memory that they share and by TCP."
+        yield _gauge("weft_afd_links", text, (*names, "transport"), links)
         text = "How much more than the mean the busiest FFN rank has to do, as experts are placed now and as they were at first."
         yield _gauge("weft_expert_imbalance", text, (*names, "placement"), uneven)
         yield _counter("weft_expert_moves", "Times that a layer's experts were placed anew.", names, moves)

@@ -57,6 +57,7 @@ from orchestrator.core.commands import (
     TellLeases,
 )
 from orchestrator.core.config import PoolConfig, StoreConfig
+from orchestrator.core.cost.costs import node_profile
 from orchestrator.core.events import (
     Answered,
     Assigned,
@@ -552,7 +553,8 @@ class World:
         for number in range(pool.nodes):
             spec = pool.node_spec(
                 pool.node_id(number),
-                incarnation=1,
+                1,
+                node_profile(pool),
                 blocks=blocks,
                 block_tokens=pool.engine.block_tokens,
                 block_bytes=known,

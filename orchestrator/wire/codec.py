@@ -531,7 +531,13 @@ def load_message(load: Load) -> node_pb2.Load:
 
 def _split_message(split: SplitLoad) -> node_pb2.SplitLoad:
     experts = split.experts
-    told = node_pb2.SplitLoad(attention_s=split.attention_s, ffn_s=split.ffn_s, ffn_ranks=split.ffn_ranks)
+    told = node_pb2.SplitLoad(
+        attention_s=split.attention_s,
+        ffn_s=split.ffn_s,
+        ffn_ranks=split.ffn_ranks,
+        links_shared=split.links_shared,
+        links_network=split.links_network,
+    )
     if experts is not None:
         told.experts.moves, told.experts.imbalance = experts.moves, experts.imbalance
         told.experts.imbalance_first = experts.imbalance_first
@@ -568,7 +574,8 @@ def load_from(message: node_pb2.Load) -> Load:
 def _split_from(message: node_pb2.SplitLoad) -> SplitLoad:
     told = message.experts
     experts = ExpertBalance(told.moves, told.imbalance, told.imbalance_first) if message.HasField("experts") else None
-    return SplitLoad(message.attention_s, message.ffn_s, message.ffn_ranks, experts)
+    links = message.links_shared, message.links_network
+    return SplitLoad(message.attention_s, message.ffn_s, message.ffn_ranks, experts, *links)
 
 
 def report_from(node: NodeId, frame: node_pb2.NodeFrame) -> NodeReported:

@@ -494,16 +494,20 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ...) -> None: ...
 
 class SplitLoad(_message.Message):
-    __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts")
+    __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts", "links_shared", "links_network")
     ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
     FFN_S_FIELD_NUMBER: _ClassVar[int]
     FFN_RANKS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_SHARED_FIELD_NUMBER: _ClassVar[int]
+    LINKS_NETWORK_FIELD_NUMBER: _ClassVar[int]
     attention_s: float
     ffn_s: float
     ffn_ranks: float
     experts: ExpertBalance
-    def __init__(self, attention_s: _Optional[float] = ..., ffn_s: _Optional[float] = ..., ffn_ranks: _Optional[float] = ..., experts: _Optional[_Union[ExpertBalance, _Mapping]] = ...) -> None: ...
+    links_shared: int
+    links_network: int
+    def __init__(self, attention_s: _Optional[float] = ..., ffn_s: _Optional[float] = ..., ffn_ranks: _Optional[float] = ..., experts: _Optional[_Union[ExpertBalance, _Mapping]] = ..., links_shared: _Optional[int] = ..., links_network: _Optional[int] = ...) -> None: ...
 
 class ExpertBalance(_message.Message):
     __slots__ = ("moves", "imbalance", "imbalance_first")

@@ -126,7 +126,7 @@ def test_spec_survives(kind: PoolKind) -> None:
         None,
         SplitLoad(1.5, 2.5, 0.5),
         SplitLoad(1.5, 2.5, 0.5, ExpertBalance(0, 0.0, 0.0)),
-        SplitLoad(experts=ExpertBalance(3, 0.25, 0.75)),
+        SplitLoad(experts=ExpertBalance(3, 0.25, 0.75), links_shared=2, links_network=3),
     ],
 )
 def test_report_survives(split: SplitLoad | None) -> None:
