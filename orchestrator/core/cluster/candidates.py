@@ -209,7 +209,7 @@ class Candidate:
             waiting[booking.tenant] = waiting.get(booking.tenant, 0) + 1
         own = waiting.pop(tenant, 0)
         share = self._share_of(tenant)
-        return own * (share + sum([self._share_of(other) for other in waiting])) < waiting_max * share
+        return own * (share + sum([self._share_of(other) for other in waiting], 0.0)) < waiting_max * share
 
     def keeps_beat(self, request: Request) -> bool:
         """Return whether the node has a slot for a request, keeps its beat with it, and the request is content with that beat.
@@ -280,13 +280,13 @@ class Candidate:
         if not queued or not total:
             return 1.0
         level = (own + self.spec.step_tokens_max) / self._share_of(tenant)
-        return (own + sum([min(tokens, level * self._share_of(other)) for other, tokens in queued.items()])) / total
+        return (own + sum([min(tokens, level * self._share_of(other)) for other, tokens in queued.items()], 0.0)) / total
 
     def _queued_token_s(self) -> float:
         """Return the seconds that a token reported as queued stands for: the average over what we gave the node."""
         uncomputed = self._uncomputed.values()
         tokens = sum([booking.queued_tokens for booking in uncomputed])
-        return sum([booking.seconds for booking in uncomputed]) / tokens if tokens else self._token_s
+        return sum([booking.seconds for booking in uncomputed], 0.0) / tokens if tokens else self._token_s
 
     def _slot_wait_s(self) -> float:
         over = self.sequences + 1 - self.spec.sequences_max
