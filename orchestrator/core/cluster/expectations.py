@@ -30,6 +30,8 @@ WEIGHT, WEIGHT_ANSWERED, WEIGHT_UNHINTED = 8.0, 32.0, 256.0
 EARLY, LATE, VERY_LATE = 0.95, 1.05, 4.0
 #: How likely it ends in time, and how likely ever.
 IN_TIME, EVER = 0.9, 0.99
+#: What comes back less likely than this after its first turn is no session.
+LIKELY = 0.5
 #: Seconds by which its end is uncertain at least.
 UNCERTAIN_S = 0.05
 #: Characters of a tool's name by which models' calls are told apart.
@@ -138,13 +140,15 @@ class Expectations:
     def outlook(self, context: Context | None, request: RequestId) -> Outlook | None:
         """Return what to expect after a turn of a context; of a request without session, what all have in common.
 
-        None where there are no sessions: what is used last is kept longest then, and that needs no telling.
+        None where there are no sessions, or hardly any comes back after its first turn (clients that name each request a session
+        of its own): what is used last is kept longest then, whoever asks for it again, and that needs no telling.
         """
         if context is None:
             if not self._paused:
                 return None
             return self._all.outlook(ContextId(request), _BASE, WEIGHT_UNHINTED)
-        return self._outlook(context)
+        outlook = self._outlook(context)
+        return outlook if context.turns > 1 or outlook.chances[-1] >= LIKELY else None
 
     def answered(self, line: Line, request: RequestId, tool: str, now: float) -> list[Told]:
         """Note what the model waits for after a turn; return what its nodes have to hear. Nothing if more is known by now."""

@@ -55,11 +55,18 @@ class Hazards:
             self.reached[earlier] = max(0.0, self.reached[earlier] - 1.0)
 
     def over(self, wider: Sequence[float], weight: float) -> list[float]:
-        """Return the hazard of each range, by this table as far as it knows and else by those of a wider one."""
-        return [
-            (returned + weight * hazard) / (max(reached, returned) + weight)
-            for reached, returned, hazard in zip(self.reached, self.returned, wider, strict=True)
-        ]
+        """Return the hazard of each range, by this table as far as it knows and else by those of a wider one.
+
+        What is known of younger ages counts at older ones too, which fewer have reached: those are as many times as likely to
+        come back as the wider table says. Else the old ones would be expected most of what never comes back.
+        """
+        hazards: list[float] = []
+        times = 1.0
+        for reached, returned, hazard in zip(self.reached, self.returned, wider, strict=True):
+            expected = min(times * hazard, 1.0)
+            hazards.append((returned + weight * expected) / (max(reached, returned) + weight))
+            times = hazards[-1] / hazard
+        return hazards
 
 
 def range_of(age_s: float) -> int | None:

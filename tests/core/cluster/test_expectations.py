@@ -114,6 +114,29 @@ def test_nothing_is_said_of_requests_without_session_where_there_are_no_sessions
     assert outlook.context == 3
 
 
+def test_nothing_is_said_of_first_turns_where_each_request_is_a_session_of_its_own() -> None:
+    expectations = Expectations()
+
+    def says(context: Context) -> bool:
+        return expectations.outlook(context, context.request) is not None
+
+    def first_turn(number: int) -> Context:
+        context, _ = expectations.started(Line(), RequestId(number), prompt_hashes("abcd"), (A,), False, 10.0 * number)
+        return context
+
+    said: list[bool] = []
+    for number in range(3000):
+        context = first_turn(number)
+        said.append(says(context))
+        expectations.paused(context, 10.0 * number + 1.0)
+    assert said[0]  # nothing is known of it
+    assert not said[-1]
+    line = Line()
+    for number in range(3000, 3002):
+        turn(expectations, line, number, "efgh" + "i" * number, 10.0 * number)
+    assert says(line.contexts[-1])  # one came back all the same
+
+
 def test_what_a_model_waits_for_says_nothing_where_more_is_known() -> None:
     expectations, line = Expectations(), Line()
     turn(expectations, line, 1, "ab", 0.0)
