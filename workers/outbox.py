@@ -63,6 +63,7 @@ class Outbox:
         self._scores: list[node_pb2.PromptScores] = []
         self._first_tokens: list[node_pb2.FirstToken] = []
         self._ended: list[node_pb2.Ended] = []
+        self._prefetches: list[node_pb2.PrefetchEnded] = []
         #: Pages of the one snapshot under way, before all else; no messages yet, so that they share their hashes with the pool.
         self._pages: deque[KvBatch] = deque()
         self._kv: list[node_pb2.KvBatch] = []
@@ -81,13 +82,13 @@ class Outbox:
     def pending(self) -> bool:
         """True while there is something that must go out now."""
         told = self.requests or self._ended or self._kv or self._pages or self._first_tokens or self._moves or self._leases
-        told = told or self._scores
+        told = told or self._scores or self._prefetches
         return bool(told or self._sealed)
 
     @property
     def telling(self) -> bool:
         """True while there is something for the gateway's core, which then wants the load with it."""
-        return bool(self._first_tokens or self._ended or self._kv or self._pages)
+        return bool(self._first_tokens or self._ended or self._kv or self._pages or self._prefetches)
 
     @property
     def urgent(self) -> bool:
@@ -138,6 +139,10 @@ class Outbox:
     def add_ended(self, message: node_pb2.Ended) -> None:
         self._ended.append(message)
         self._bytes += message.ByteSize()
+
+    def add_prefetch_ended(self, message: node_pb2.PrefetchEnded) -> None:
+        """Add what became of a prefetch; there are as many as the gateway asks for."""
+        self._prefetches.append(message)
 
     def start_over(self, pages: Sequence[KvBatch]) -> None:
         """Tell all that the node holds, in pages, in place of changes and of another snapshot that wait."""
@@ -230,6 +235,9 @@ class Outbox:
         if self._ended:
             frame.ended.extend(self._ended)
             self._ended.clear()
+        if self._prefetches:
+            frame.ended_prefetches.extend(self._prefetches)
+            self._prefetches.clear()
         if self._pages:
             frame.kv.append(codec.kv_message(self._pages.popleft()))
         if self._pages:

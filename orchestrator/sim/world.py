@@ -24,6 +24,7 @@ from orchestrator.core.commands import (
     AnswerHint,
     Assign,
     Cancel,
+    CancelPrefetch,
     ClearTimer,
     ClusterCommand,
     Complete,
@@ -38,11 +39,13 @@ from orchestrator.core.commands import (
     NodeCommand,
     Offer,
     PlaceLease,
+    PrefetchBlocks,
     PrefetchStored,
     PublishKv,
     Refuse,
     ReportEnded,
     ReportFirstToken,
+    ReportPrefetchEnded,
     ReportSourceLost,
     RequestResync,
     RequestStoreResync,
@@ -62,6 +65,7 @@ from orchestrator.core.events import (
     Assigned,
     BlocksRetained,
     BlocksRetired,
+    BlocksWanted,
     Cancelled,
     ClusterEvent,
     Ended,
@@ -78,6 +82,8 @@ from orchestrator.core.events import (
     NodeLost,
     NodeReported,
     PrefetchAsked,
+    PrefetchCancelled,
+    PrefetchEnded,
     RequestAbandoned,
     RequestArrived,
     Resumed,
@@ -522,6 +528,10 @@ class World:
                     self._network.send(gateway, node, self._tell_node, node, BlocksRetained(hashes, outlook))
             case PrefetchStored(model, hashes, blocks, stores):
                 self._tell_stores(gateway, stores, PrefetchAsked(model, hashes, blocks))
+            case PrefetchBlocks(node, prefetch):
+                self._network.send(gateway, node, self._tell_node, node, BlocksWanted(prefetch))
+            case CancelPrefetch(node, prefetch):
+                self._network.send(gateway, node, self._tell_node, node, PrefetchCancelled(prefetch))
             case EvictStored(model, hashes, first, end, tier, demote, stores):
                 self._tell_stores(gateway, stores, EvictAsked(model, hashes, first, end, tier, demote))
             case AnswerHint():
@@ -674,6 +684,7 @@ class World:
         first_tokens: list[FirstToken] = []
         ended: list[Ended] = []
         batches: list[KvBatch] = []
+        prefetches: list[PrefetchEnded] = []
         for command in commands:
             match command:
                 case RunStep():
@@ -693,6 +704,8 @@ class World:
                     first_tokens.append(report)
                 case ReportEnded(report):
                     ended.append(report)
+                case ReportPrefetchEnded(report):
+                    prefetches.append(report)
                 case Forget(request):
                     self._keep(simulated, request)
                 case SetTimer(key, fires_at):
@@ -719,7 +732,7 @@ class World:
                     assert_never(command)
         if simulated.node.news != simulated.news:
             simulated.news = simulated.node.news
-            self._report(simulated, tuple(self.clusters), first_tokens, ended, batches)
+            self._report(simulated, tuple(self.clusters), first_tokens, ended, batches, prefetches)
 
     def _keep(self, simulated: SimulatedNode, request: RequestId) -> None:
         """Let an engine forget a request; the tokens that it brought are its client's."""
@@ -742,6 +755,7 @@ class World:
         first_tokens: Sequence[FirstToken],
         ended: Sequence[Ended],
         batches: Sequence[KvBatch],
+        prefetches: Sequence[PrefetchEnded] = (),
     ) -> None:
         """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
         spec, load, faults = simulated.spec, simulated.node.load(), self._options.faults
@@ -758,6 +772,7 @@ class World:
                 tuple([first for first in first_tokens if gateway_of(first.request) == gateway] if several else first_tokens),
                 tuple([end for end in ended if gateway_of(end.request) == gateway] if several else ended),
                 kv,
+                tuple([end for end in prefetches if gateway_of(end.prefetch) == gateway]),
             )
             self._network.send(spec.id, gateway, self._on_report, gateway, report, spec.incarnation)
 

@@ -155,7 +155,7 @@ def test_a_request_is_prefilled_decoded_and_reported(make_node: MakeNode) -> Non
     ]
     # The second token is the last: blocks are given back before the end is reported.
     assert feed(node, finished(2, token(1))) == [Forget(R1), ended(1, FinishReason.LENGTH, output=2, computed=9)]
-    assert node.load() == Load(blocks_free=14, blocks_cached=2)
+    assert node.load() == Load(blocks_free=14, blocks_cached=2, prefetch_room_blocks=4)
 
 
 def test_a_request_that_comes_with_what_it_generated_goes_on_after_it(make_node: MakeNode) -> None:
@@ -287,7 +287,7 @@ def test_a_prefill_computes_all_but_the_last_token_and_is_held_for_a_while(make_
     ]
     assert node.load().blocks_used == 2
     assert feed(node, TimerFired(HoldTimer(RequestId(1))), now=35.0) == []
-    assert node.load() == Load(blocks_free=14, blocks_cached=2)
+    assert node.load() == Load(blocks_free=14, blocks_cached=2, prefetch_room_blocks=4)
 
 
 def test_a_prefill_that_is_cached_completely_needs_no_step_and_makes_room_for_the_next(make_node: MakeNode) -> None:
