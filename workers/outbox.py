@@ -97,9 +97,9 @@ class Outbox:
 
     @property
     def unsent(self) -> int:
-        """Tokens and block hashes that wait. A snapshot does not count: there is one at a time, of what the node holds."""
+        """Tokens, block hashes and ends of prefetches that wait. A snapshot does not count: there is one at a time, of what the node holds."""
         scored = sum([len(scores.logprobs) for scores in self._scores])
-        return len(self.tokens) + scored + self._sealed_tokens + self._weight
+        return len(self.tokens) + scored + self._sealed_tokens + self._weight + len(self._prefetches)
 
     @property
     def full(self) -> bool:
@@ -141,7 +141,7 @@ class Outbox:
         self._bytes += message.ByteSize()
 
     def add_prefetch_ended(self, message: node_pb2.PrefetchEnded) -> None:
-        """Add what became of a prefetch; there are as many as the gateway asks for."""
+        """Add what became of a prefetch."""
         self._prefetches.append(message)
 
     def start_over(self, pages: Sequence[KvBatch]) -> None:

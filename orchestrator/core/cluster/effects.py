@@ -165,11 +165,12 @@ class Effects:
                 self._close(known, place, oldest)
 
     def brought(self, node: NodeId, report: PrefetchEnded) -> None:
-        """Note what a node has brought for a prefetch that is over; unknown ones are late."""
+        """Note what a node has brought for a prefetch that is over."""
         effect = self._coming.pop(report.prefetch, None)
         if effect is not None:
-            effect.node, effect.brought = node, (report.first_block, report.end_block)
-            more = Earned(Verb.PREFETCH, size_bytes=(report.end_block - report.first_block) * effect.block_bytes)
+            first, end = min(report.first_block, effect.marks.blocks), min(report.end_block, effect.marks.blocks)
+            effect.node, effect.brought = node, (first, end)
+            more = Earned(Verb.PREFETCH, size_bytes=(end - first) * effect.block_bytes)
             effect.earned = replace(effect.earned.plus(more), ended=report.reason)
             self._add(Verb.PREFETCH, more)
 

@@ -323,7 +323,9 @@ class Hints:
         clipped = first > hint.first_block
         if clipped and first >= len(hint.hashes):
             return Receipt(Outcome.REJECTED, Reason.LEASED, "a lease covers all of it; unpin it first"), []
-        commands, blocks = self._evicting(hint, first)
+        commands = self._cancelling(hint, first) if hint.tier in (None, Tier.HBM) else []
+        evicting, blocks = self._evicting(hint, first)
+        commands += evicting
         if not commands:
             return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "nobody holds any of it there"), []
         reason = Reason.LEASED if clipped else None
@@ -335,7 +337,7 @@ class Hints:
         assert hint.model is not None, "the target is resolved to blocks of a model"
         held = [one for one in self.holdings(hint.model, hint.hashes) if one.blocks > first and hint.tier in (None, one.tier)]
         nodes = tuple(NodeId(one.holder) for one in held if one.tier is Tier.HBM)
-        commands = self._cancelling(hint, first) if hint.tier in (None, Tier.HBM) else []
+        commands: list[ClusterCommand] = []
         if nodes:
             commands.append(EvictBlocks(hint.model, hint.hashes, first, hint.verb is Verb.EVICT, nodes))
         for tier in (Tier.CPU, Tier.CMX):
@@ -459,8 +461,8 @@ class Hints:
 
     def prefetched(self, node: NodeId, report: PrefetchEnded) -> None:
         """Take in what became of a prefetch."""
-        self._prefetches.ended(report.prefetch)
-        self.effects.brought(node, report)
+        if self._prefetches.ended(report.prefetch, node):
+            self.effects.brought(node, report)
 
     def _recall(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
         """Have the store that has most of a chain bring what cmx has beyond; nodes load from there when they are asked."""
@@ -584,7 +586,7 @@ class Hints:
         """End the leases placed with a session, forget it, and let go what only it needs."""
         assert hint.model is not None, "a session is resolved to one of a model"
         assert hint.session is not None, "an end is that of a session"
-        commands: list[ClusterCommand] = []
+        commands = self._cancelling(hint, 0)
         for held in [held for held in self._leases_on(hint) if held.lease.session == hint.session]:
             commands += self._ending(held, LeaseChange.SESSION_ENDED, now)
         known = self._sessions.knows(hint.model, hint.tenant, hint.session)

@@ -94,9 +94,13 @@ class Prefetches:
             own = [one for one in own if one.session in (None, hint.session)]
         return [one for one in own if first < len(one.prefetch.hashes) <= common_blocks(one.prefetch.hashes, hint.hashes)]
 
-    def ended(self, prefetch: PrefetchId) -> None:
-        """Note that a node is done with one; unknown ones are late."""
-        self._asked.pop(prefetch, None)
+    def ended(self, prefetch: PrefetchId, node: NodeId) -> bool:
+        """Note that a node is done with one; False if it has no such, or none any more."""
+        asked = self._asked.get(prefetch)
+        if asked is None or asked.node != node:
+            return False
+        del self._asked[prefetch]
+        return True
 
     def lost(self, node: NodeId) -> list[PrefetchId]:
         """Forget those of a node that is gone, and return them."""

@@ -211,7 +211,7 @@ class Prefetches:
         if held.table:  # whoever was asked has no more
             self._pool.give_back(held.table[::-1])
             held.table = []
-            held.fetched, held.loaded = held.loaded, True
+            held.fetched, held.loaded = held.fetched or held.loaded, True
         elif self._spec.stores and held.loaded:
             self._offers.add(held.prefetch.hashes[: held.claim.depth])
         return self._end(held, held.ending) if held.ending is not None else self._settle(held)
