@@ -112,7 +112,9 @@ def _to_gateway(source: random.Random) -> bytes:
             )
         ],
         ended_prefetches=[
-            node_pb2.PrefetchEnded(id=prefetch_id(GatewayId(0), source.randrange(1, 9)), reason="used", end_block=source.randrange(9))
+            node_pb2.PrefetchEnded(
+                id=prefetch_id(GatewayId(0), source.randrange(1, 9)), reason="used", end_block=source.randrange(9)
+            )
         ],
         load=node_pb2.Load(running=source.randrange(9), blocks_free=source.randrange(BLOCKS), cost_scale=1.0),
     ).SerializeToString()

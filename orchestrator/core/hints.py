@@ -51,7 +51,9 @@ class Reason(StrEnum):
     QUOTA_BYTE_SECONDS = "quota_byte_s"  # for a shorter time; rejected if it would have been under a second
     LOWER_TIER = "lower_tier"  # on a lower tier than asked for
     TTL_MAX = "ttl_max"  # for the longest time that the cluster allows
-    NO_ROOM = "no_room"  # for fewer blocks than asked for: the node needs its memory for requests; rejected if there is room for none
+    NO_ROOM = (
+        "no_room"  # for fewer blocks than asked for: the node needs its memory for requests; rejected if there is room for none
+    )
     FEWER_COPIES = "fewer_copies"  # on fewer nodes than asked for: no more can have it
     LEASED = "leased"  # what a lease covers stays; rejected if that is all
     # deferred

@@ -74,6 +74,7 @@ from orchestrator.core.events import (
     FirstToken,
     GatewayHeard,
     GatewayLost,
+    HintAsked,
     LeaseEnded,
     LeasePlaced,
     LeasesTold,
@@ -97,6 +98,7 @@ from orchestrator.core.events import (
     TimerFired,
     ToolStarted,
 )
+from orchestrator.core.hints import Hint, Verb
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
@@ -115,6 +117,7 @@ from orchestrator.core.types import (
     StoreId,
     StoreSpec,
     TenantId,
+    Tier,
     gateway_of,
     request_id,
     request_of,
@@ -125,7 +128,7 @@ from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
 from orchestrator.sim.halves import split_use
-from orchestrator.sim.hints import TOOL, Agents, HintProgram, Pause
+from orchestrator.sim.hints import PREFETCH_KEPT_S, PREFETCH_LEAD_S, TOOL, Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import BeatUse, Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
@@ -235,6 +238,8 @@ class World:
         for model in map(ModelName, config.models):
             self._add_model(model)
         self._agents = Agents(turns, options.hints)
+        #: Blocks of each agent's last context, where agents have those brought back.
+        self._last_blocks: dict[tuple[str, str], int] = {}
         self._timers = Timers(self.agenda)
         #: By host, in a cluster that has them; and what is in the storage that they share.
         self.stores: dict[str, SimulatedStore] = {}
@@ -440,6 +445,8 @@ class World:
             self._progress(self._ended / len(self._turns))
         if failure is None and visit.turn.calls is not None:
             self._tell_of_answer(request, visit.turn)
+        if self._options.hints is HintProgram.PREFETCH:
+            self._last_blocks[visit.turn.session, visit.turn.agent] = len(visit.given())
         coming = self._agents.end(visit.turn)
         for turn in coming:
             self.agenda.at(visit.served.ended_s + turn.gap_s, self._arrive, turn)
@@ -448,8 +455,19 @@ class World:
             tenant = self._tenant_of(told.turn)
             if isinstance(told, Pause):
                 self._tell_cluster(gateway, ToolStarted(model, tenant, session, told.tool, told.expected_s))
+                if told.expected_s is not None and self._options.hints is HintProgram.PREFETCH:
+                    early_s = max(0.0, told.expected_s - PREFETCH_LEAD_S)
+                    self.agenda.at(self.agenda.now + early_s, self._prefetch, told.turn)
             else:
                 self._tell_cluster(gateway, SessionEnded(model, tenant, session))
+
+    def _prefetch(self, turn: TracedTurn) -> None:
+        """Have the context of an agent's last turn brought back, as far as its next turn goes on from it."""
+        gateway, session, model = self._place_of(turn)
+        hashes = self._prompts[model].of(turn)[: self._last_blocks.get((turn.session, turn.agent), 0)]
+        if hashes:
+            hint = Hint(Verb.PREFETCH, self._tenant_of(turn), f"before {turn.id}", "0", model, session, hashes)
+            self._tell_cluster(gateway, HintAsked(replace(hint, tier=Tier.HBM, ttl_s=PREFETCH_KEPT_S)))
 
     def _tell_of_answer(self, request: RequestId, turn: TracedTurn) -> None:
         """Let a gateway have understood what a turn's model waits for."""

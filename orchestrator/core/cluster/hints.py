@@ -401,11 +401,16 @@ class Hints:
         stored = self._stored_for(target, options)
         peer, peer_blocks = best_peer(options, target, 0) or (None, 0)
         lacking = max(stored, peer_blocks) - there
-        if lacking <= 0:
-            return Receipt(Outcome.APPLIED, blocks=there, size_bytes=self._size(hint, there), tier=Tier.HBM), []
+        # A prompt goes where its blocks are unless that costs more: what is held by a node that takes prompts need not be elsewhere.
+        takers = (*options.generators, *options.prefillers)
+        held = max(options.matches.blocks(taker.column) for taker in takers)
+        if held >= there + lacking:
+            return Receipt(Outcome.APPLIED, blocks=held, size_bytes=self._size(hint, held), tier=Tier.HBM), []
         blocks, why = self._allowed(hint, target, lacking, now)
         if not blocks:
-            message = f"{target.spec.id} has no room beside what it runs" if why is Reason.NO_ROOM else _CLIPPED[Reason.QUOTA_BYTES]
+            message = (
+                f"{target.spec.id} has no room beside what it runs" if why is Reason.NO_ROOM else _CLIPPED[Reason.QUOTA_BYTES]
+            )
             return Receipt(Outcome.REJECTED, why, message), []
         end, keep_s = there + blocks, min(hint.ttl_s or KEPT_S, KEPT_S_MAX)
         source = peer.spec if peer is not None and peer_blocks > stored else None

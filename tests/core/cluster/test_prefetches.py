@@ -218,7 +218,10 @@ def test_a_cancel_goes_before_the_eviction_it_makes_room_for(cluster: Cluster) -
     assert isinstance(asked, PrefetchBlocks)
     cluster.handle(reported(asked.node, stored(LONG), **ROOM), 2.0)
     _, others = ask(cluster, hint(Verb.EVICT, LONG, "1", tier=Tier.HBM))
-    assert others == [CancelPrefetch(asked.node, P1), EvictBlocks(hint().model or "", prompt_hashes(LONG), 0, True, (asked.node,))]  # type: ignore[arg-type]
+    assert others == [
+        CancelPrefetch(asked.node, P1),
+        EvictBlocks(hint().model or "", prompt_hashes(LONG), 0, True, (asked.node,)),
+    ]  # type: ignore[arg-type]
 
 
 def test_there_are_only_so_many_and_those_of_which_nothing_was_heard_count_no_more(
