@@ -27,6 +27,7 @@ class Outbox:
 
     __slots__ = (
         "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_leases", "_logprobs", "_moves", "_pages",
+        "_prefetches",
         "_scores", "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received",
         "frames_sent", "gateway", "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer",
         "tokens",
@@ -97,7 +98,10 @@ class Outbox:
 
     @property
     def unsent(self) -> int:
-        """Tokens, block hashes and ends of prefetches that wait. A snapshot does not count: there is one at a time, of what the node holds."""
+        """Tokens, block hashes and ends of prefetches that wait.
+
+        A snapshot does not count: there is one at a time, of what the node holds.
+        """
         scored = sum([len(scores.logprobs) for scores in self._scores])
         return len(self.tokens) + scored + self._sealed_tokens + self._weight + len(self._prefetches)
 

@@ -380,7 +380,7 @@ class Tiers:
                 await self._work.wait()
 
     async def _copy_for_load(self) -> bool:
-        """Copy the next piece of the load that has waited longest, of those of prefetches last. Returns False if there is none."""
+        """Copy the next piece of the load that has waited longest, prefetches' last. Returns False if there is none."""
         for load in sorted(self._loads.values(), key=lambda load: is_prefetch(load.command.request)):
             if load.stopped:
                 self._end_load(load, "stopped")

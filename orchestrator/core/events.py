@@ -336,8 +336,8 @@ class OfferWritten:
 class ReadOpened:
     """A node wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
 
-    `hashes` are the prompt's full-block hashes from its first block on. With `background` no request waits for them: others' reads
-    go before it.
+    `hashes` are the prompt's full-block hashes from its first block on. With `background` no request waits for them, and others'
+    reads go before it.
     """
 
     read: ExportId

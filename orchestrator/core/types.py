@@ -45,8 +45,8 @@ LeaseId = NewType("LeaseId", str)
 #: One node's offer of blocks to its host's store; unique on the node.
 OfferId = NewType("OfferId", int)
 
-#: A chain that a node brings into its memory for no request yet; unique in the cluster. Where nodes deal with who brings blocks it
-#: stands in a request's place: no request has its bit.
+#: A chain that a node brings into its memory for no request yet; unique in the cluster. Where nodes deal with who brings blocks
+#: it stands in a request's place: no request has its bit.
 PrefetchId = NewType("PrefetchId", RequestId)
 
 #: Whose requests are where no keys are asked for.

@@ -21,7 +21,6 @@ from tests.harness.test_harness import SERVICE, VERBS
 from tests.live.serving import run
 from tests.live.test_hints import LONG, Gateway, config_of, gateways
 
-
 README = Path(__file__).parents[2] / "orchestrator" / "README.md"
 
 

@@ -1,6 +1,5 @@
 """Prefetches into `hbm` over real gRPC: what a tenant has brought back is in a node's own memory when its next turn comes."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ def evict(name: str, tier: int) -> cache_pb2.Action:
 async def until(gateway: Gateway, name: str, done: Callable[[dict[int, int]], bool]) -> None:
     """Wait until as many of a session's blocks as are wanted are believed to be in each tier."""
     while not done({one.tier: one.blocks for one in (await gateway.lookup(session(name))).holdings}):
-        await asyncio.sleep(0)
+        pass
 
 
 async def sampled(gateway: Gateway, name: str, **labels: str) -> float:
@@ -106,10 +105,10 @@ def test_what_a_node_holds_that_leaves_is_brought_to_another_one() -> None:
             assert (await gateway.apply(prefetch("s")))[0].outcome == cache_pb2.OUTCOME_APPLIED  # it is where it would be
             await drained(served, leaving)
             while (asked := (await gateway.apply(prefetch("s")))[0]).outcome == cache_pb2.OUTCOME_APPLIED:
-                await asyncio.sleep(0)
+                pass
             assert (asked.outcome, asked.blocks) == (cache_pb2.OUTCOME_DEFERRED, held.blocks), asked
             while len((await gateway.lookup(session("s"))).holdings) < 2:
-                await asyncio.sleep(0)
+                pass
             assert await found_in_hbm(gateway, "s", LONG) >= (held.blocks - 1) * 16
 
     run(scenario)
@@ -132,7 +131,7 @@ def test_it_is_given_up_when_its_blocks_are_evicted_and_when_its_time_is_over() 
                     await until(gateway, "s", lambda held: held.get(HBM, 0) == blocks)
                     await gateway.apply(evict("s", HBM))
                 while await sampled(gateway, "weft_prefetches_ended_total", reason=ended) < 1:
-                    await asyncio.sleep(0)
+                    pass
             assert await sampled(gateway, "weft_kv_prefetched_blocks") == 0
 
     run(scenario)

@@ -8,9 +8,9 @@ A prompt's tokens, as it was served:
 
 Nobody sees what would have been. A pin, and a word of a tool that runs, count as having earned what had not been used for longer
 than what its holder forgot meanwhile for want of room (`core/idling.py`); a prefetch, what the next prompt loaded of the blocks
-that a store brought for it, or found of those that the node brought which computed it. What two actions earned counts for one of them: a session's own come first, then older ones. Seconds
-saved are the router's prices: computing those tokens, or loading them from a lower tier if that has them and is sooner, less what
-it took to get them as it was done.
+that a store brought for it, or found of those that the node brought which computed it. What two actions earned counts for one of
+them: a session's own come first, then older ones. Seconds saved are the router's prices: computing those tokens, or loading them
+from a lower tier if that has them and is sooner, less what it took to get them as it was done.
 
 Bounded by tenant: of more actions the oldest is forgotten, with what it earned; sums by verb stay.
 """

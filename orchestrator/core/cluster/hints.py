@@ -401,7 +401,7 @@ class Hints:
         stored = self._stored_for(target, options)
         peer, peer_blocks = best_peer(options, target, 0) or (None, 0)
         lacking = max(stored, peer_blocks) - there
-        # A prompt goes where its blocks are unless that costs more: what is held by a node that takes prompts need not be elsewhere.
+        # A prompt goes where its blocks are unless that costs more: what a node that takes prompts holds need not be elsewhere.
         takers = (*options.generators, *options.prefillers)
         held = max(options.matches.blocks(taker.column) for taker in takers)
         if held >= there + lacking:
@@ -433,7 +433,7 @@ class Hints:
         return receipt, [PrefetchBlocks(target.spec.id, prefetch)]
 
     def _next_node(self, hint: Hint) -> tuple[Candidate | None, Options | None]:
-        """Return the node that would compute a prompt which goes on from a target, as the router has it now, and what it chose from."""
+        """Return the node where the router would have a prompt computed that goes on from a target, and what it chose from."""
         assert hint.model is not None, "the target is resolved to blocks of a model"
         pools = self._pools[hint.model]
         spec = next((spec for spec in self._nodes.values() if spec.model == hint.model), None)

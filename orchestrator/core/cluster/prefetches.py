@@ -1,7 +1,7 @@
 """What this gateway has asked nodes to bring before a request asks for it, until each says what became of that.
 
-A node decides what it brings (`core/node/prefetches.py`); here is kept whose it is, so that a tenant stays within its quota, and can
-have it given up. Bounded: what a node should have ended long ago, and has not told, counts no more.
+A node decides what it brings (`core/node/prefetches.py`); here is kept whose it is, so that a tenant stays within its quota and
+can have it given up. Bounded: what a node should have ended long ago, and has not told, counts no more.
 """
 
 from collections.abc import Sequence

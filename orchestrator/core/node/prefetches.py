@@ -31,7 +31,7 @@ from orchestrator.core.types import BlockHash, BlockId, GatewayId, NodeSpec, Pre
 
 #: Prefetches at once; one more is refused.
 PREFETCHES_MAX = 64
-#: Bytes of a portion, and portions of a prefetch, about: a request that comes waits for one at most, and each names the whole chain.
+#: Bytes of a portion, and portions of a prefetch, about: a request waits for one at most, and each names the whole chain.
 PORTION_BYTES, PORTIONS = 32 << 20, 16
 
 
@@ -116,7 +116,7 @@ class Prefetches:
         return max(0, self._room(reserve, 0, 0))
 
     def _room(self, reserve: int, claimed: int, idle: int) -> int:
-        """Return the same for one that claims `claimed` more blocks, of which `idle` are anybody's; under 0 if those are too many."""
+        """Return the same for one that claims `claimed` more blocks, `idle` of them nobody's; under 0 if those are too many."""
         under_way = len(self.private)
         coming = sum(held.end - held.claim.depth for held in self._held.values()) - under_way
         share = self._blocks_max - self.blocks - coming - claimed
@@ -254,7 +254,7 @@ class Prefetches:
         return [command for one in ending for command in self.stop(one, PrefetchEnd.CANCELLED)]
 
     def give_way(self, blocks_short: int) -> list[NodeCommand]:
-        """End prefetches, those that came last first, until so many blocks more can be used, at once or when a portion has ended."""
+        """End prefetches, the last that came first, until so many blocks more can be used, now or once a portion has ended."""
         enough = self._pool.available_blocks + blocks_short
         commands: list[NodeCommand] = []
         for held in reversed(tuple(self._held.values())):

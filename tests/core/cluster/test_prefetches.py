@@ -1,4 +1,4 @@
-"""What becomes of a prefetch into `hbm`: which node brings it, from where, how much of it, what ends it, and what it has earned."""
+"""What becomes of a prefetch into `hbm`: which node brings it, from where, how much of it, what ends it, what it has earned."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a node brings before a request asks for it: while nobody waits, as far as there is room, and no longer than it is wanted."""
+"""What a node brings before a request asks for it: while nobody waits, as far as there is room, no longer than it is wanted."""
 
 from collections.abc import Callable
 

@@ -1,9 +1,8 @@
 """A store's rules as literals: what is told, what is asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
