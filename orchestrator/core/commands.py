@@ -95,7 +95,8 @@ class Fetch:
 
     `tokens` of the prompt (from its start) are wanted; the last block may be part filled. `hashes` are all the prompt's.
     `pending` and `incarnation` (of the source) as in `ExportOpened`. Answered by any number of `FetchProgressed` and ended by
-    exactly one `FetchEnded`. For a prefetch, whose id stands in the request's place, nobody waits: what requests wait for goes first.
+    exactly one `FetchEnded`. For a prefetch, whose id stands in the request's place, nobody waits: what requests wait for comes
+    first.
     """
 
     request: RequestId

@@ -100,7 +100,7 @@ class Hint:
     lease: LeaseId | None = None
     #: None: the best one, or all of them where a tier is to be left.
     tier: Tier | None = None
-    #: Seconds; 0: `TTL_S` of `core/cluster/leases.py`. Of a prefetch, until its blocks are wanted; 0: `KEPT_S` of `prefetches.py`.
+    #: Seconds; 0: `TTL_S` of `core/cluster/leases.py`. Of a prefetch, until it is wanted; 0: `KEPT_S` of `prefetches.py`.
     ttl_s: float = 0.0
     #: Of what is to be retained, 0 to 100: above `NEUTRAL` it is kept for longer, below it is forgotten first.
     priority: int = NEUTRAL

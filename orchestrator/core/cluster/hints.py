@@ -12,11 +12,11 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import assert_never
 
-from orchestrator.core.cluster.candidates import Candidate, Options, Router, best_peer
+from orchestrator.core.cluster.candidates import Router
 from orchestrator.core.cluster.effects import Effects
 from orchestrator.core.cluster.leases import REFIT_S, TTL_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
 from orchestrator.core.cluster.pools import ModelPools
-from orchestrator.core.cluster.prefetches import KEPT_S, KEPT_S_MAX, Asked, Prefetches
+from orchestrator.core.cluster.prefetches import KEPT_S, KEPT_S_MAX, Prefetches, Way
 from orchestrator.core.cluster.sessions import Sessions
 from orchestrator.core.cluster.stores import holder
 from orchestrator.core.commands import (
@@ -48,7 +48,6 @@ from orchestrator.core.types import (
     ModelName,
     NodeId,
     NodeSpec,
-    Prefetch,
     Request,
     RequestId,
     StoredModel,
@@ -391,75 +390,53 @@ class Hints:
         assert hint.model is not None, "the target is resolved to blocks of a model"
         same = self._prefetches.covering(hint.tenant, hint.model, hint.hashes, now)
         if same is not None:
-            blocks, left_s = len(hint.hashes), same.over_at - now
-            receipt = Receipt(Outcome.DEFERRED, Reason.NOT_RESIDENT, f"on their way to {same.node}", blocks=blocks, ttl_s=left_s)
-            return replace(receipt, size_bytes=self._size(hint, blocks), tier=Tier.HBM), []
-        target, options = self._next_node(hint)
-        if target is None or options is None:
+            left_s = same.over_at - now
+            return self._in_hbm(hint, len(hint.hashes), Outcome.DEFERRED, f"on their way to {same.node}", left_s), []
+        way = self._way_for(hint)
+        if way is None:
             return Receipt(Outcome.REJECTED, Reason.NO_NODE, "no node would take a prompt now"), []
-        there = options.matches.blocks(target.column)
-        stored = self._stored_for(target, options)
-        peer, peer_blocks = best_peer(options, target, 0) or (None, 0)
-        lacking = max(stored, peer_blocks) - there
-        # A prompt goes where its blocks are unless that costs more: what a node that takes prompts holds need not be elsewhere.
-        takers = (*options.generators, *options.prefillers)
-        held = max(options.matches.blocks(taker.column) for taker in takers)
-        if held >= there + lacking:
-            return Receipt(Outcome.APPLIED, blocks=held, size_bytes=self._size(hint, held), tier=Tier.HBM), []
-        blocks, why = self._allowed(hint, target, lacking, now)
+        if way.held >= way.reach:
+            return self._in_hbm(hint, way.held, Outcome.APPLIED), []
+        blocks, why = self._allowed(hint, way, now)
+        node = way.node.spec
         if not blocks:
-            message = (
-                f"{target.spec.id} has no room beside what it runs" if why is Reason.NO_ROOM else _CLIPPED[Reason.QUOTA_BYTES]
-            )
+            full = why is Reason.NO_ROOM
+            message = f"{node.id} has no room beside what it runs" if full else "the tenant has no bytes of hbm left"
             return Receipt(Outcome.REJECTED, why, message), []
-        end, keep_s = there + blocks, min(hint.ttl_s or KEPT_S, KEPT_S_MAX)
-        source = peer.spec if peer is not None and peer_blocks > stored else None
-        prefetch = Prefetch(
-            id=self._prefetches.next_id(),
-            hashes=hint.hashes[:end],
-            keep_s=keep_s,
-            stored_blocks=min(stored, end),
-            source=source.id if source is not None else None,
-            source_blocks=min(peer_blocks, end) if source is not None else 0,
-            source_incarnation=source.incarnation if source is not None else None,
-        )
-        size_bytes = blocks * target.spec.block_bytes
-        asked = Asked(prefetch, target.spec.id, hint.tenant, hint.model, hint.session, size_bytes, now + keep_s)
-        self._prefetches.add(asked)
+        keep_s = min(hint.ttl_s or KEPT_S, KEPT_S_MAX)
         why = why or (Reason.TTL_MAX if keep_s < hint.ttl_s else None)
-        outcome, message = (Outcome.CLIPPED, _CLIPPED[why]) if why else (Outcome.DEFERRED, f"on their way to {target.spec.id}")
-        receipt = Receipt(outcome, why or Reason.NOT_RESIDENT, message, blocks=end, tier=Tier.HBM, ttl_s=keep_s)
-        receipt = replace(receipt, size_bytes=self._size(hint, end), prefetch=prefetch.id)
-        return receipt, [PrefetchBlocks(target.spec.id, prefetch)]
+        prefetch = self._prefetches.ask(hint, way, blocks, keep_s, now)
+        receipt = self._in_hbm(hint, len(prefetch.hashes), Outcome.DEFERRED, f"on their way to {node.id}", keep_s)
+        if why is not None:
+            receipt = replace(receipt, outcome=Outcome.CLIPPED, reason=why, message=_CLIPPED[why])
+        return replace(receipt, prefetch=prefetch.id), [PrefetchBlocks(node.id, prefetch)]
 
-    def _next_node(self, hint: Hint) -> tuple[Candidate | None, Options | None]:
-        """Return the node where the router would have a prompt computed that goes on from a target, and what it chose from."""
+    def _in_hbm(self, hint: Hint, blocks: int, outcome: Outcome, message: str = "", ttl_s: float = 0.0) -> Receipt:
+        """Return what is said of blocks that are in hbm, or are on their way there."""
+        reason = Reason.NOT_RESIDENT if outcome is Outcome.DEFERRED else None
+        return Receipt(outcome, reason, message, None, blocks, self._size(hint, blocks), Tier.HBM, ttl_s)
+
+    def _way_for(self, hint: Hint) -> Way | None:
+        """Return how a target gets to where the router would have a prompt computed that goes on from it; None if nowhere."""
         assert hint.model is not None, "the target is resolved to blocks of a model"
-        pools = self._pools[hint.model]
         spec = next((spec for spec in self._nodes.values() if spec.model == hint.model), None)
         if spec is None:
-            return None, None
+            return None
         tokens = len(hint.hashes) * spec.block_tokens + 1
         request = Request(RequestId(0), hint.model, hint.tenant, tokens, hint.hashes, 1, hint.session)
         session = self._sessions.of(request)
-        options = pools.options(request, (), session.nodes if session is not None else ())
+        options = self._pools[hint.model].options(request, (), session.nodes if session is not None else ())
         placement = self._router.place(request, options) if options is not None else None
-        return (placement.computes if placement is not None else None), options
+        return Way.of(placement.computes, options) if placement is not None and options is not None else None
 
-    @staticmethod
-    def _stored_for(target: Candidate, options: Options) -> int:
-        """Return how many blocks of a chain the store of a node's host can bring it."""
-        if target.store is None or target.store_column is None:
-            return 0
-        return max(options.present[target.store_column], options.cmx_blocks if target.store.model.cmx else 0)
-
-    def _allowed(self, hint: Hint, target: Candidate, blocks: int, now: float) -> tuple[int, Reason | None]:
-        """Return how many of so many blocks a node may be asked to bring for a tenant, and why they are not all."""
-        room = target.load.prefetch_room_blocks if target.reported else blocks
+    def _allowed(self, hint: Hint, way: Way, now: float) -> tuple[int, Reason | None]:
+        """Return how many blocks a node may be asked to bring for a tenant, and why they are not all that it lacks."""
+        node, blocks = way.node, way.reach - way.there
+        room = node.load.prefetch_room_blocks if node.reported else blocks
         if self._prefetches.full(now):
             room = 0
         left = self.leases.bytes_left(hint.tenant, Tier.HBM) - self._prefetches.size_bytes(hint.tenant, now)
-        quota = max(0, left) // target.spec.block_bytes
+        quota = max(0, left) // node.spec.block_bytes
         if min(room, quota) >= blocks:
             return blocks, None
         return (room, Reason.NO_ROOM) if room <= quota else (quota, Reason.QUOTA_BYTES)

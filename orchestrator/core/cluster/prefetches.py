@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.core.blocks import common_blocks
+from orchestrator.core.cluster.candidates import Candidate, Options, best_peer
 from orchestrator.core.hints import Hint, Verb
 from orchestrator.core.types import (
     BlockHash,
     GatewayId,
     ModelName,
     NodeId,
+    NodeSpec,
     Prefetch,
     PrefetchId,
     SessionId,
@@ -27,6 +29,35 @@ KEPT_S, KEPT_S_MAX = 60.0, 600.0
 PREFETCHES_MAX = 1024
 #: Seconds by which a node's word of an end may be late.
 LATE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a chain's blocks would get to a node: from its host's store first, then from a peer."""
+
+    node: Candidate
+    #: Blocks that it holds, that its store can bring it, and that a peer has.
+    there: int
+    stored: int
+    peer: NodeSpec | None
+    peer_blocks: int
+    #: Blocks that any node holds which takes prompts: they go where that is, unless it costs more.
+    held: int
+
+    @property
+    def reach(self) -> int:
+        """Blocks that it can come to have."""
+        return max(self.there, self.stored, self.peer_blocks)
+
+    @staticmethod
+    def of(node: Candidate, options: Options) -> "Way":
+        """Return the way to a node."""
+        matches, store, stored = options.matches, node.store, 0
+        if store is not None and node.store_column is not None:
+            stored = max(options.present[node.store_column], options.cmx_blocks if store.model.cmx else 0)
+        peer, peer_blocks = best_peer(options, node, 0) or (None, 0)
+        held = max(matches.blocks(taker.column) for taker in (*options.generators, *options.prefillers))
+        return Way(node, matches.blocks(node.column), stored, peer.spec if peer is not None else None, peer_blocks, held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +85,31 @@ class Prefetches:
         self._serial = 0
         self._asked: dict[PrefetchId, Asked] = {}
 
-    def next_id(self) -> PrefetchId:
-        """Return the id of another one."""
-        self._serial += 1
-        return prefetch_id(self._gateway, self._serial)
-
     def full(self, now: float) -> bool:
         """Return whether there are as many as may be."""
         if len(self._asked) >= PREFETCHES_MAX:
             self._asked = {identity: one for identity, one in self._asked.items() if one.over_at + LATE_S > now}
         return len(self._asked) >= PREFETCHES_MAX
 
-    def add(self, asked: Asked) -> None:
-        """Note one that a node was asked for."""
-        self._asked[asked.prefetch.id] = asked
+    def ask(self, hint: Hint, way: Way, blocks: int, keep_s: float, now: float) -> Prefetch:
+        """Note that a node is asked for so many blocks beyond those it has, and return what it is asked for."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        self._serial += 1
+        end, source = way.there + blocks, way.peer if way.peer_blocks > way.stored else None
+        prefetch = Prefetch(
+            id=prefetch_id(self._gateway, self._serial),
+            hashes=hint.hashes[:end],
+            keep_s=keep_s,
+            stored_blocks=min(way.stored, end),
+            source=source.id if source is not None else None,
+            source_blocks=min(way.peer_blocks, end) if source is not None else 0,
+            source_incarnation=source.incarnation if source is not None else None,
+        )
+        node = way.node.spec
+        size_bytes = blocks * node.block_bytes
+        asked = Asked(prefetch, node.id, hint.tenant, hint.model, hint.session, size_bytes, now + keep_s)
+        self._asked[prefetch.id] = asked
+        return prefetch
 
     def size_bytes(self, tenant: TenantId, now: float) -> int:
         """Return the bytes that nodes bring, or keep, for a tenant."""

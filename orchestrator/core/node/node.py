@@ -350,7 +350,7 @@ class Node:
             self._commands.append(offer)
 
     def _admit(self) -> None:
-        """Admit until nobody else can be: one with nothing to compute makes room for the next, and so do prefetches and leases."""
+        """Admit until nobody else can be: one with nothing to compute makes room for the next; so do prefetches and leases."""
         while admitted := self._scheduler.admit() or self._admit_despite_prefetches() or self._admit_despite_leases():
             for sequence in admitted:
                 self._begin(sequence)
