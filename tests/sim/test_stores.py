@@ -100,24 +100,26 @@ def test_figures_without_stores_have_none() -> None:
     assert figures["hit_rate_by_tier"]["cpu"] == 0
 
 
-def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left() -> None:
-    check_faults(TOGETHER, seed=3, sessions=3)
+@pytest.mark.parametrize("hints", [HintProgram.NONE, HintProgram.PREFETCH])
+def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(hints: HintProgram) -> None:
+    check_faults(TOGETHER, seed=3, sessions=3, hints=hints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24))
 def test_with_everything_going_wrong_over_many_seeds(seed: int) -> None:
-    check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8)
+    hints = (HintProgram.NONE, HintProgram.PREFETCH)[seed // 2 % 2]
+    check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8, hints=hints)
 
 
-def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int) -> None:
+def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int, hints: HintProgram) -> None:
     faults = Faults(
         until_s=8.0, crashes=2, restart_s=0.5, hangs=1, gateway_hangs=1, store_crashes=3, damaged_share=0.2,
         late_share=0.2, lost_kv_share=0.1, broken_fetch_share=0.1, abandoned_share=0.1, slow_nodes=1,
     )  # fmt: skip
     resolved = cluster(layout, blocks=SHORT, gateways=2, store=below(400, cmx=True))
     trace = agents(sessions, 3, seed, context_tokens=600)
-    outcome = World(resolved, trace, WorldOptions(seed=seed, checks=True, faults=faults)).run()
+    outcome = World(resolved, trace, WorldOptions(seed=seed, checks=True, faults=faults, hints=hints)).run()
     assert all(served.ended_s is not None for served in some(outcome.served))
 
 

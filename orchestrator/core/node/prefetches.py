@@ -113,6 +113,8 @@ class Prefetches:
 
     def room_blocks(self, reserve: int) -> int:
         """Return how many blocks a further prefetch may bring, beside what was promised to others and a reserve."""
+        if not self._held:
+            return max(0, min(self._blocks_max, self._pool.available_blocks - reserve))
         return max(0, self._room(reserve, 0, 0))
 
     def _room(self, reserve: int, claimed: int, idle: int) -> int:
@@ -206,7 +208,8 @@ class Prefetches:
         held = self._moving
         if held is None or held.prefetch.id != event.request:
             return []
-        self.progress(event.request, event.tokens)
+        if held.ending is not PrefetchEnd.CANCELLED:  # what nobody wants any more need not be cached
+            self.progress(event.request, event.tokens)
         self._moving = None
         if held.table:  # whoever was asked has no more
             self._pool.give_back(held.table[::-1])
