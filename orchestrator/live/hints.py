@@ -593,7 +593,9 @@ class _Watch:
             if isinstance(command, PlaceLease | EndLease) and command.change is not None and command.lease.tenant == self._tenant:
                 self._changes.append((command.lease, command.change))
                 self.news.set()
-        if isinstance(event, NodeJoined | NodeLost) or (isinstance(event, NodeReported) and (event.kv or event.ended)):
+        if isinstance(event, NodeJoined | NodeLost) or (
+            isinstance(event, NodeReported) and (event.kv or event.ended or event.prefetches)
+        ):
             self.news.set()
 
     def take(self) -> Sequence[tuple[Lease, LeaseChange]]:
