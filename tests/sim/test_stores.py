@@ -52,14 +52,15 @@ def test_what_agents_have_brought_back_before_their_next_turn_need_not_be_loaded
     resolved = cluster(APART, blocks=SHORT, store=below(cpu_blocks, cmx=True))
     trace = agents(12, 4, 1, context_tokens=450)
     runs = [World(resolved, trace, WorldOptions(hints=program)).run() for program in (HintProgram.ORACLE, HintProgram.PREFETCH)]
-    assert all(served.completed for run in runs for served in some(run.served))
+    for run in runs:
+        assert all(served.completed for served in some(run.served))
     loaded = [sum(served.cpu_tokens + served.cmx_tokens for served in run.served) for run in runs]
     assert loaded[1] < loaded[0]
     prefetched, used_blocks = [
         sum(getattr(use, name) for use in runs[1].pools.values()) for name in ("prefetched_blocks", "prefetch_used_blocks")
     ]
     assert prefetched >= used_blocks > 0
-    assert all(use.prefetched_blocks == 0 for use in runs[0].pools.values())
+    assert sum(use.prefetched_blocks for use in runs[0].pools.values()) == 0
 
 
 def test_what_the_hosts_memory_forgot_comes_from_the_shared_storage() -> None:

@@ -140,8 +140,8 @@ class Prefetches:
         loaded = not self._spec.stores or prefetch.stored_blocks <= matched
         fetched = prefetch.source in (None, self._spec.id)
         held = self._held[prefetch.id] = Held(prefetch, pool.acquire(hashes, matched)[0], end, loaded, fetched)
-        timer = SetTimer(PrefetchTimer(prefetch.id), now + prefetch.keep_s)
-        return [timer, *self._settle(held)]
+        commands: list[NodeCommand] = [SetTimer(PrefetchTimer(prefetch.id), now + prefetch.keep_s)]
+        return commands + self._settle(held)
 
     def proceed(self, reserve: int) -> list[NodeCommand]:
         """Ask for the next portion of the first one that lacks something, if none is under way and there is room for it."""
