@@ -5,7 +5,8 @@
 One attention rank, here, and one FFN rank in a process of its own, one thread and one core each; beside them the same model
 in one process with one thread and with two. Three random models in float32, batches of 1, 8 and 32 sequences that decode after
 256 tokens. Contenders take turns, step by step, so that what else the machine does hits all; medians. The hop is one way: half
-of what a message takes beyond the FFN rank's computing, one micro-batch at a time.
+of what a message takes beyond the FFN rank's computing, one micro-batch at a time; over lanes in shared memory, as within a host,
+and over TCP, as between hosts, here by the loopback interface: what the network between two hosts takes comes on top.
 
 Predicted is `ping_pong_seconds` of the core: the halves as measured with one micro-batch, of half the rows, and the hop, give the
 time of a step with two.
@@ -34,11 +35,14 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import EngineConfig
 from orchestrator.core.cost.overlap import ping_pong_seconds
 from orchestrator.core.types import BlockId, RequestId, Sampling
-from workers.engines.base import SplitPlaces
+from orchestrator.wire.trust import Trust
+from workers.engines.base import NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split.rank import FfnRank
 
+#: Of the rank's process and of this one.
+TRUST = Trust(b"bench")
 CORES = os.sched_getaffinity(0)
 BLOCK_TOKENS = 64
 PROMPT_TOKENS = 256
@@ -74,6 +78,9 @@ class Point:
     attention_ms: float
     ffn_ms: float
     hop_us: float
+    #: The same by TCP, and a step with one micro-batch.
+    tcp_hop_us: float
+    tcp_serial_ms: float
     #: Of the shorter half and all hops, what two micro-batches hide.
     hidden: float
     predicted_ms: float
@@ -82,14 +89,14 @@ class Point:
 def serve_rank(path: str, core: int, said: Connection) -> None:
     """Be the FFN rank."""
     os.sched_setaffinity(0, {core})
-    rank = FfnRank(Path(path), "float32", "cpu", 0, 1, 0, threads=1)
-    said.send(rank.address)
+    rank = FfnRank(Path(path), "float32", "cpu", 0, 1, 0, threads=1, network=NetworkPlace("127.0.0.1", TRUST))
+    said.send((rank.address, rank.network_address))
     rank.serve()
 
 
 @contextmanager
-def rank_of(path: Path) -> Iterator[str]:
-    """Have an FFN rank serve in a process of its own; yields its address."""
+def rank_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Have an FFN rank serve in a process of its own; yields its addresses, within a host and between hosts."""
     context = multiprocessing.get_context("spawn")
     heard, said = context.Pipe()
     process = context.Process(target=serve_rank, args=(str(path), max(CORES), said), daemon=True)
@@ -170,13 +177,14 @@ class Watched:
 
 def measure(name: str, path: Path, layers: int, batch: int, seconds: float) -> Point:
     """Have all contenders take turns for so many seconds."""
-    with rank_of(path) as address:
+    with rank_of(path) as (near, far):
 
-        def split(microbatches: int, sequences: int = batch) -> Subject:
-            return Subject(path, sequences, 1, SplitPlaces((address,), microbatches=microbatches))
+        def split(microbatches: int, sequences: int = batch, address: str = near) -> Subject:
+            return Subject(path, sequences, 1, SplitPlaces((address,), microbatches=microbatches, trust=TRUST))
 
         alone = {threads: Subject(path, batch, threads) for threads in (1, 2)}
         whole, half = Watched(split(1), layers), Watched(split(1, max(batch // 2, 1)), layers)
+        remote = Watched(split(1, address=far), layers)
         others = {2: split(2), 0: split(0)}
         found: dict[str, list[float]] = {"one": [], "two": [], "paired": [], "chosen": []}
         until = time.monotonic() + seconds
@@ -186,10 +194,11 @@ def measure(name: str, path: Path, layers: int, batch: int, seconds: float) -> P
             steps = {"one": alone[1].step(), "two": alone[2].step(), "paired": others[2].step(), "chosen": others[0].step()}
             whole.step()
             half.step()
+            remote.step()
             if turn >= WARM_STEPS:
                 for key, took in steps.items():
                     found[key].append(took)
-        serial, part = whole.serial(), half.serial()
+        serial, part, by_tcp = whole.serial(), half.serial(), remote.serial()
     count = min(2, batch)
     predicted = ping_pong_seconds(count * part.attention_s, count * part.ffn_s, part.hop_s, count, layers)
     paired = median(found["paired"])
@@ -205,6 +214,8 @@ def measure(name: str, path: Path, layers: int, batch: int, seconds: float) -> P
         1e3 * serial.attention_s,
         1e3 * serial.ffn_s,
         1e6 * serial.hop_s,
+        1e6 * by_tcp.hop_s,
+        1e3 * by_tcp.step_s,
         (serial.step_s - paired) / hideable,
         1e3 * predicted,
     )
@@ -213,8 +224,8 @@ def measure(name: str, path: Path, layers: int, batch: int, seconds: float) -> P
 def table_of(points: list[Point]) -> Table:
     """Return what was measured as a table."""
     table = Table(title="split decode, one attention rank and one FFN rank: milliseconds a step")
-    heads = "model|batch|one process|with 2 threads|split|2 micro-batches|chosen|attention|FFN|hop, us|hidden|predicted|off by"
-    for head in heads.split("|"):
+    heads = "model|batch|one process|with 2 threads|split|2 micro-batches|chosen|attention|FFN|hop, us|by TCP|split by TCP|hidden"
+    for head in (*heads.split("|"), "predicted", "off by"):
         table.add_column(head, justify="right")
     for point in points:
         off = point.predicted_ms / point.paired_ms - 1
@@ -224,6 +235,8 @@ def table_of(points: list[Point]) -> Table:
             *(f"{value:.2f}" for value in (point.one_thread_ms, point.two_threads_ms, point.serial_ms, point.paired_ms)),
             *(f"{value:.2f}" for value in (point.chosen_ms, point.attention_ms, point.ffn_ms)),
             f"{point.hop_us:.0f}",
+            f"{point.tcp_hop_us:.0f}",
+            f"{point.tcp_serial_ms:.2f}",
             f"{point.hidden:.0%}" if point.batch > 1 else "",
             f"{point.predicted_ms:.2f}",
             f"{off:+.0%}",

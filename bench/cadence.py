@@ -1,12 +1,13 @@
 """Measures how evenly tokens come from the pool that keeps a beat and from the one for throughput, under one mixed load.
 
-    python -m bench.cadence [--seconds 40] [--beat 0.05] [--realtime 10] [--json FILE]
+    python -m bench.cadence [--seconds 40] [--beat 0.05] [--realtime 10] [--split] [--json FILE]
 
 `weft serve` runs one prefill node, one node for throughput that computes prompts as well (as agents' turns have it) and one that
 keeps a beat. At the same time: streams of class cadence, as many of class standard, and agents
 whose long prompts arrive all the time, one after the other. Of both kinds of streams the times between two tokens are taken as
 they arrive, at the client. Printed are p50, p99, p99.9, the jitter (standard deviation), p99 over p50 of either, and what the
-node counted: its beats and those that it missed. `--realtime 0` is without priority, which shows what it brings.
+node counted: its beats and those that it missed. `--realtime 0` is without priority, which shows what it brings. With
+`--split` the node that keeps the beat has its FFNs in another process.
 """
 
 import argparse
@@ -52,6 +53,7 @@ CLUSTER = (
     f'{ENGINE}[[pools]]\nname = "cadence"\nkind = "lpx"\n'
     f"{ENGINE.replace('sequences_max = 32', f'sequences_max = {SLOTS}')}"
 )
+SPLIT = "[pools.split]\nthreads = 1\nimbalance_max = 0\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +148,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--beat", type=float, default=0.05, help="seconds")
     parser.add_argument("--realtime", type=int, default=10, help="priority of the node that keeps the beat; 0: none")
+    parser.add_argument("--split", action="store_true", help="FFNs of the pool that keeps the beat on a rank of their own")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cluster = f"{CLUSTER}[pools.profile]\nbeat_s = {options.beat}\n[pools.beat]\nrealtime = {options.realtime}\n"
+    cluster += SPLIT if options.split else ""
     with tempfile.TemporaryDirectory() as folder:
         create_checkpoint(Path(folder), "qwen3", 7, **MODEL)
         with weft_server(cluster, Path(folder)) as server:
@@ -157,7 +161,9 @@ def main() -> None:
     show(found, beats, options.beat)
     if options.json:
         pools = {pool: asdict(one) for pool, one in found.items()}
-        options.json.write_text(json.dumps({"beat_s": options.beat, "realtime": options.realtime, **beats, "pools": pools}))
+        options.json.write_text(
+            json.dumps({"beat_s": options.beat, "realtime": options.realtime, "split": options.split, **beats, "pools": pools})
+        )
 
 
 if __name__ == "__main__":

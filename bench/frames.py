@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from orchestrator.core.blocks import extend_hashes, hash_root
+from orchestrator.core.blocks import extend_hashes, hash_bytes, hash_root, pack_hashes
 from orchestrator.core.config import ClusterConfig, EngineConfig, PoolConfig
 from orchestrator.core.types import (
     CostProfile,
@@ -65,8 +65,8 @@ def _submit(source: random.Random) -> node_pb2.Submit:
         request=request_id(GatewayId(1), source.randrange(64)),
         role=source.choice((node_pb2.ROLE_GENERATE, node_pb2.ROLE_PREFILL)),
         tokens=tokens,
-        hashes=b"".join(extend_hashes(ROOT, tokens, BLOCK_TOKENS)),
-        hash_root=ROOT,
+        hashes=pack_hashes(extend_hashes(ROOT, tokens, BLOCK_TOKENS)),
+        hash_root=hash_bytes(ROOT),
         output_tokens_max=source.choice((1, 3, 1 << 31)),
         priority=source.randrange(-3, 3),
         sampling=node_pb2.Sampling(temperature=source.choice((0.0, 1.0)), top_p=1.0, stop_token_ids=[7]),
@@ -253,9 +253,14 @@ class NodeVictim(Victim):
         await call.write(node_pb2.GatewayFrame(hello=node_pb2.Hello(gateway=2, incarnation=1)).SerializeToString())
         tokens = array("I", range(40)).tobytes()
         request = request_id(GatewayId(2), 1)
-        hashes = b"".join(extend_hashes(ROOT, tokens, BLOCK_TOKENS))
+        hashes = pack_hashes(extend_hashes(ROOT, tokens, BLOCK_TOKENS))
         submit = node_pb2.Submit(
-            request=request, role=node_pb2.ROLE_GENERATE, tokens=tokens, hashes=hashes, hash_root=ROOT, output_tokens_max=3
+            request=request,
+            role=node_pb2.ROLE_GENERATE,
+            tokens=tokens,
+            hashes=hashes,
+            hash_root=hash_bytes(ROOT),
+            output_tokens_max=3,
         )
         await call.write(node_pb2.GatewayFrame(submits=[submit]).SerializeToString())
 

@@ -24,11 +24,12 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.frames import Victim
+from bench.frames import GatewayVictim, NodeVictim, SourceVictim, Victim
+from bench.lane_frames import DoorVictim, RankVictim
 from bench.model import make_tiny_model
 from bench.mutations import hostile_bodies, hostile_frames
 from bench.servers import family, resident, weft_server
-from bench.store_frames import VICTIMS
+from bench.store_frames import AdvisedVictim, StoreVictim
 
 CLUSTER = """
 [gateway]
@@ -45,6 +46,10 @@ blocks = 4096
 context_tokens_max = 4096
 [pools.profile]
 """
+#: Ends of wires that frames are thrown at.
+VICTIMS: tuple[type[Victim], ...] = (
+    NodeVictim, SourceVictim, GatewayVictim, StoreVictim, AdvisedVictim, RankVictim, DoorVictim,
+)  # fmt: skip
 #: Bodies under way at once, and seconds in which each must be answered.
 TOGETHER, ANSWER_S_MAX = 16, 30.0
 #: Inputs before memory is read for the first time: caches are full then.

@@ -5,7 +5,7 @@ import random
 import tempfile
 from typing import Any
 
-from bench.frames import TRUST, GatewayVictim, NodeVictim, SourceVictim, Victim, comes
+from bench.frames import TRUST, NodeVictim, comes
 from orchestrator.core.config import StoreConfig
 from orchestrator.core.types import ModelName, StoreId
 from orchestrator.wire import store_pb2
@@ -126,6 +126,3 @@ class AdvisedVictim(StoreVictim):
 
     async def _open(self, call: Any) -> None:
         await call.write(store_pb2.ToStore(hello=store_pb2.GatewayHello(gateway=1)).SerializeToString())
-
-
-VICTIMS: tuple[type[Victim], ...] = (NodeVictim, SourceVictim, GatewayVictim, StoreVictim, AdvisedVictim)

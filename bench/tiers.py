@@ -287,7 +287,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
     blocks = tokens // BLOCK_TOKENS // SEGMENT_BLOCKS * SEGMENT_BLOCKS
     size = TOKEN_BYTES * BLOCK_TOKENS
     total = blocks * size
-    names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
+    names = _names(blocks)
     trust, model = Trust(SECRET), ModelBlocks(ModelName("m"), "bytes", "plain bytes", BLOCK_TOKENS, size)
     plain = StoreConfig(cpu_bytes=total + (64 << 20), segment_blocks=SEGMENT_BLOCKS, cmx_bytes=2 * total)
     config = replace(plain, cmx=f"file://{folder}")
@@ -302,7 +302,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
         seconds["memcpy"] = min(_timed(lambda: copy_bytes(target.engine.pool, source.engine.pool)) for _ in range(3))
         # Much at once goes past the caches and is faster for it; moves go in pieces, so that they can be followed and stopped.
         seconds[PIECEWISE] = min(_timed(lambda: _copy_pieces(target.engine.pool, source.engine.pool)) for _ in range(3))
-        seconds["hbm to cpu, slots never used before"] = await source.offer([BlockHash(name[::-1]) for name in names])
+        seconds["hbm to cpu, slots never used before"] = await source.offer(_names(blocks, blocks))
         seconds["hbm to cpu"] = await source.offer(names)
         seconds["cpu to hbm"] = await target.load(names)
         assert bytes(target.engine.pool[-size:]) == bytes(source.engine.pool[-size:])
@@ -351,7 +351,7 @@ class Rates:
 async def measure_rates(block_tokens: int, block_bytes: int, blocks: int, folder: Path) -> Rates:
     """Measure loads of contexts of up to so many blocks: the median of several, by the line through two sizes."""
     blocks = blocks // SEGMENT_BLOCKS * SEGMENT_BLOCKS
-    names = [BlockHash(random.Random(number).randbytes(16)) for number in range(blocks)]
+    names = _names(blocks)
     model = ModelBlocks(ModelName("m"), "bytes", "plain bytes", block_tokens, block_bytes)
     trust, sizes = Trust(SECRET), (2 * SEGMENT_BLOCKS, blocks)
     cpu: dict[int, list[float]] = {size: [] for size in sizes}
@@ -374,6 +374,10 @@ async def measure_rates(block_tokens: int, block_bytes: int, blocks: int, folder
     cpu_bytes_per_s, cpu_latency_s = _line(cpu, block_bytes)
     cmx_bytes_per_s, cmx_latency_s = _line(cmx, block_bytes)
     return Rates(cpu_bytes_per_s, cpu_latency_s, cmx_bytes_per_s, max(cmx_latency_s - cpu_latency_s, 0.0))
+
+
+def _names(blocks: int, first: int = 0) -> list[BlockHash]:
+    return [BlockHash(random.Random(number).randbytes(16)) for number in range(first, first + blocks)]
 
 
 def _line(seconds: Mapping[int, Sequence[float]], block_bytes: int) -> tuple[float, float]:
@@ -436,6 +440,7 @@ async def _begin(start: int, config: StoreConfig, model: ModelBlocks, *movers: M
     for mover in movers:
         mover.tiers.use(StorePlace(StoreId("s"), store.address))
         assert await mover.tiers.wait_attached(10)
+        assert await mover.tiers.wait_mapped(WAIT_S)  # as it is some seconds after a start
     return store
 
 

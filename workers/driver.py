@@ -644,11 +644,11 @@ class NodeDriver:
     @property
     def load(self) -> Load:
         """The node's state now."""
-        load, beats, routing = self._core.load(), self._engine.beats, self._engine.routing
+        load, beats, halves = self._core.load(), self._engine.beats, self._engine.halves
         if beats is not None:
             load = replace(load, beats=beats.beats, beats_missed=beats.missed, beat_late_s=beats.late_s)
-        if routing is not None:
-            load = replace(load, split=replace(routing.load, experts=self.experts))
+        if halves is not None:
+            load = replace(load, split=replace(halves, experts=self.experts))
         return load
 
     @property

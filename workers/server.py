@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from orchestrator.core.config import ModelConfig, PoolConfig
+from orchestrator.core.cost.costs import node_profile
 from orchestrator.core.experts import ExpertBalance, Placement
 from orchestrator.core.types import Load, NodeId, NodeSpec, PoolKind
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
@@ -59,7 +60,7 @@ def open_engine(
         case _ if pool.kind is PoolKind.LPX:
             from workers.engines.beat.engine import BeatEngine  # noqa: PLC0415
 
-            return BeatEngine(model_dir, pool, share)
+            return BeatEngine(model_dir, pool, share, places)
         case _:
             from workers.engines.eager import EagerEngine  # noqa: PLC0415
 
@@ -112,7 +113,7 @@ class NodeServer:
         self._objects = objects
         self._journal = journal
         self._stores = stores
-        self._places = places
+        self._places = replace(places, trust=trust) if places is not None else None
         self._model = model
         self._routings: list[ExpertRouting] = []
         given = limits or DriverLimits()
@@ -232,6 +233,7 @@ class NodeServer:
         return self._pool.node_spec(
             node,
             self._incarnation,
+            node_profile(self._pool),
             blocks=description.blocks,
             block_tokens=description.block_tokens,
             block_bytes=description.block_bytes,

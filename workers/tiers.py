@@ -176,6 +176,8 @@ class Tiers:
         self._arena: _Arena | None = None
         #: Set while there is an arena.
         self._has_arena = asyncio.Event()
+        #: Set while all of it is mapped.
+        self._mapped = asyncio.Event()
         self._offers: dict[OfferId, _Offer] = {}
         #: Offers that ended before the store answered them: their grants are given back.
         self._unanswered: set[OfferId] = set()
@@ -200,6 +202,12 @@ class Tiers:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._has_arena.wait(), seconds)
         return self.attached
+
+    async def wait_mapped(self, seconds: float) -> bool:
+        """Wait until all of its memory is mapped, for which there is time while nothing is copied; returns whether it is."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._mapped.wait(), seconds)
+        return self._mapped.is_set()
 
     def use(self, place: StorePlace | None) -> None:
         """Take another store from now on, or none."""
@@ -301,6 +309,7 @@ class Tiers:
             finally:
                 self._arena = None
                 self._has_arena.clear()
+                self._mapped.clear()
                 await _ended(tasks)
                 self._lose_all(f"store {place.id} is gone")
                 # Nothing is copied any more; a call that is broken cannot be told anything.
@@ -377,6 +386,7 @@ class Tiers:
             if self._arena is not None and self._arena.fresh:
                 await self._copier.run_blocking(self._arena.touch)
             else:
+                self._mapped.set()
                 await self._work.wait()
 
     async def _copy_for_load(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from orchestrator.core.blocks import pack_hashes
 from orchestrator.core.commands import Fetch, SendBlocks
 from orchestrator.core.events import BlocksSent, ExportClosed, ExportOpened, FetchEnded, FetchProgressed, NodeEvent
 from orchestrator.core.types import BlockId, ExportId, RequestId
@@ -391,7 +392,7 @@ class Fetches:
     def _request(self, command: Fetch, names: list[str]) -> node_pb2.FetchRequest:
         return node_pb2.FetchRequest(
             request=command.request,
-            hashes=b"".join(command.hashes),
+            hashes=pack_hashes(command.hashes),
             first_block=command.first_block,
             tokens=command.tokens,
             pending=command.pending,

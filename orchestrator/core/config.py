@@ -773,18 +773,23 @@ class SplitConfig:
     """[pools.split]: attention and FFN of the pool's nodes in different processes.
 
     Each node is an attention rank; some of them and the FFN ranks that they share are a group: it is placed, started and lost as
-    one. FFN ranks hold what is behind attention in every layer, the experts above all.
+    one. FFN ranks hold what is behind attention in every layer, the experts above all. In a pool of kind lpx they keep its beat.
     """
 
     #: Nodes of one group; the pool's last group may have fewer.
     attention: int = 1
     #: FFN ranks of one group.
     ffn: int = 1
-    #: Into how many micro-batches a step is cut, so that one half computes while the other does. 0: as measured steps say.
+    #: Whether the ranks of one group may be on different hosts: activations cross by shared memory within one, else by TCP.
+    #: False: a group is where one host has room for all of it.
+    across_hosts: bool = False
+    #: Into how many micro-batches a step is cut, so that one half computes while the other does. 0: as measured steps say; in a
+    #: pool of kind lpx those at start, which decide once for all.
     microbatches: int = 0
     #: Slots of each FFN rank, and layer, for copies of experts that are asked for most.
     spare_slots: int = 0
-    #: Experts are placed anew, layer by layer, where the busiest rank has by so much more to do than the mean. 0: never.
+    #: Experts are placed anew, layer by layer, where the busiest rank has by so much more to do than the mean. 0: never, as in
+    #: pools of kind lpx.
     imbalance_max: float = 0.1
     #: Seconds between two looks at what experts had to do.
     balance_s: float = 10.0
@@ -794,7 +799,7 @@ class SplitConfig:
     resources: Mapping[str, float] = field(default_factory=lambda: {})
     cpus: float = 0.0
     gpus: float = 0.0
-    #: CPU threads of one FFN rank. 0: as torch chooses.
+    #: CPU threads of one FFN rank. 0: as torch chooses, or as many as `beat.ffn_cores`.
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -815,15 +820,19 @@ class BeatConfig:
     #: Cores of its host that a node's engine runs on, with as many threads unless `engine.threads` says otherwise; empty: any.
     #: Nodes of a pool that share a host share them.
     cores: tuple[int, ...] = ()
-    #: Priority of a node's engine, 1 to 99, before everything that has less or none; the process that it gets its orders from has
-    #: one less, at least 1 (SCHED_FIFO, which takes CAP_SYS_NICE). 0: none.
+    #: The same for FFN ranks (`split`).
+    ffn_cores: tuple[int, ...] = ()
+    #: Priority of a node's engine and of FFN ranks, 1 to 99, before everything that has less or none; the process that an engine
+    #: gets its orders from has one less, at least 1 (SCHED_FIFO, which takes CAP_SYS_NICE). 0: none.
     realtime: int = 0
     #: Seconds before each beat in which the engine looks at the clock all the time, because sleepers are woken late.
     spin_s: float = 0.0002
 
     def __post_init__(self) -> None:
-        distinct = len(set(self.cores)) == len(self.cores) and all(core >= 0 for core in self.cores)
-        require(distinct, "cores", f"must be different numbers from 0 on, are {list(self.cores)}")
+        for name in ("cores", "ffn_cores"):
+            cores = getattr(self, name)
+            distinct = len(set(cores)) == len(cores) and all(core >= 0 for core in cores)
+            require(distinct, name, f"must be different numbers from 0 on, are {list(cores)}")
         require(0 <= self.realtime <= REALTIME_MAX, "realtime", f"must be 0 to {REALTIME_MAX}, is {self.realtime}")
         require(0 <= self.spin_s <= SPIN_S_MAX, "spin_s", f"must be 0 to {SPIN_S_MAX} seconds, is {self.spin_s}")
 
@@ -886,7 +895,15 @@ class PoolConfig:
 
     def _check_beating(self) -> None:
         """Raise `ConfigError` for what a node that keeps a beat has not."""
-        require(self.split is None, "split", "is not for pools of kind lpx: their nodes compute whole layers")
+        split = self.split
+        halves = split is not None or not self.beat.ffn_cores
+        require(halves, "beat.ffn_cores", "is for pools with a [pools.split] table: others have no FFN ranks")
+        if split is not None:
+            # The beat holds wherever experts are; loading others would take time from it.
+            stay = "must be 0 in a pool of kind lpx, whose experts stay where they are"
+            for name in ("imbalance_max", "spare_slots"):
+                value = getattr(split, name)
+                require(not value, f"split.{name}", f"{stay}; is {value}")
         one = not self.engine.speculation.tokens_max
         require(one, "engine.speculation.method", "must be off in a pool of kind lpx: each beat brings one token")
 
@@ -898,6 +915,7 @@ class PoolConfig:
         self,
         node: NodeId,
         incarnation: int,
+        profile: CostProfile,
         *,
         blocks: int,
         block_tokens: int,
@@ -907,7 +925,7 @@ class PoolConfig:
         host: str = "",
         stores: bool = False,
     ) -> NodeSpec:
-        """Return a node of the pool: what this file says of it, and the sizes that its engine has."""
+        """Return a node of the pool: what this file says of it, what its steps cost, and the sizes that its engine has."""
         return NodeSpec(
             id=node,
             model=ModelName(self.model),
@@ -921,7 +939,7 @@ class PoolConfig:
             sequences_max=self.scheduler.sequences_max,
             step_tokens_max=self.scheduler.step_tokens_max,
             context_tokens_max=context_tokens_max,
-            profile=self.profile,
+            profile=profile,
             address=address,
             host=host,
             stores=stores,

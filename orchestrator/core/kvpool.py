@@ -97,6 +97,7 @@ class BlockPool:
         "_root",
         "_serial",
         "_untold",
+        "_unused",
         "blocks",
         "idle_blocks",
         "idling",
@@ -112,8 +113,10 @@ class BlockPool:
         #: What was forgotten for want of room.
         self.idling = Idling()
         self._caching = caching
-        #: Blocks without content; the last is handed out first.
-        self._free: list[BlockId] = cast(list[BlockId], list(range(blocks - 1, -1, -1)))
+        #: Blocks that were in use and have no content; the last is handed out first.
+        self._free: list[BlockId] = []
+        #: Blocks from this one on were never in use; they are handed out when no other is free.
+        self._unused = 0
         #: Private blocks that readers use beside their owner, and how many do.
         self._lent: dict[BlockId, int] = {}
         #: Stands before the first block of every prompt; held for ever.
@@ -130,12 +133,12 @@ class BlockPool:
 
     @property
     def free_blocks(self) -> int:
-        return len(self._free)
+        return len(self._free) + self.blocks - self._unused
 
     @property
     def available_blocks(self) -> int:
         """Blocks that `allocate` could hand out now."""
-        return len(self._free) + self.idle_blocks
+        return self.free_blocks + self.idle_blocks
 
     # --- looking things up ------------------------------------------------------------------------------------------------
 
@@ -269,7 +272,8 @@ class BlockPool:
     def tail(self, claim: Claim, count: int) -> tuple[list[BlockHash], list[BlockId]]:
         """Return the last `count` blocks of a claimed chain, first block first: their names and where they are."""
         assert count <= claim.depth, f"{count} blocks are wanted of a chain of {claim.depth}"
-        run, end = claim.run, claim.depth
+        run: Run | None = claim.run
+        end = claim.depth
         names: list[list[BlockHash]] = []
         blocks: list[list[BlockId]] = []
         while count:
@@ -322,8 +326,7 @@ class BlockPool:
         new = names[copies:] if copies else names
         run.names += new
         run.blocks += blocks[copies:] if copies else blocks
-        for name in new:
-            place[name] = run
+        place.update(dict.fromkeys(new, run))
         self._untold[run] = None
         return copies
 
@@ -398,9 +401,7 @@ class BlockPool:
         upper.children[run.names[0]] = run
         parent.children[upper.names[0]] = upper
         run.parent, run.start = upper, depth
-        place = self._place
-        for name in upper.names:
-            place[name] = upper
+        self._place.update(dict.fromkeys(upper.names, upper))
         return upper
 
     def _move(self, claim: Claim, run: Run) -> None:
@@ -438,10 +439,12 @@ class BlockPool:
 
         At least that many must be available.
         """
-        assert count <= self.available_blocks, f"{count} blocks wanted, free {len(self._free)} + idle {self.idle_blocks}"
+        assert count <= self.available_blocks, f"{count} blocks wanted, free {self.free_blocks} + idle {self.idle_blocks}"
         free = self._free
         blocks = free[: -count - 1 : -1] if count else []
         del free[len(free) - len(blocks) :]
+        first, self._unused = self._unused, min(self._unused + count - len(blocks), self.blocks)
+        blocks += cast(Iterable[BlockId], range(first, self._unused))
         while len(blocks) < count:
             blocks += self._evict(count - len(blocks))
         return blocks
@@ -614,8 +617,8 @@ class BlockPool:
         idle = sum(len(run.names) for run in runs if not run.claims)
         assert idle == self.idle_blocks, f"{idle} blocks idle, {self.idle_blocks} are counted"
         cached = [block for run in runs for block in run.blocks]
-        everything = sorted([*self._free, *cached, *users])
-        total = f"free {len(self._free)} + cached {len(cached)} + private {len(users)}"
+        everything = sorted([*self._free, *range(self._unused, self.blocks), *cached, *users])
+        total = f"free {self.free_blocks} + cached {len(cached)} + private {len(users)}"
         assert everything == list(range(self.blocks)), f"{total} are not the {self.blocks} blocks"
         assert len(cached) == len(self._place), f"{len(cached)} blocks are cached, {len(self._place)} hashes have a place"
         assert self._caching or not cached, f"{len(cached)} blocks are cached though caching is off"

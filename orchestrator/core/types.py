@@ -21,14 +21,17 @@ GatewayId = NewType("GatewayId", int)
 NodeId = NewType("NodeId", str)
 #: One host's store of KV below its nodes' memory.
 StoreId = NewType("StoreId", str)
+#: One start of an FFN rank, as ranks on other hosts call it.
+RankName = NewType("RankName", str)
 ModelName = NewType("ModelName", str)
 #: What clients call a model with a LoRA adapter; no model is called so.
 AdapterName = NewType("AdapterName", str)
 PoolName = NewType("PoolName", str)
 SessionId = NewType("SessionId", str)
 TenantId = NewType("TenantId", str)
-#: 16 bytes naming a block's tokens and everything before them (see `blocks.py`).
-BlockHash = NewType("BlockHash", bytes)
+#: Names a block's tokens and everything before them: 16 bytes (see `blocks.py`), in simulations the numbers that traces give;
+#: decisions tell them apart and do nothing else with them.
+BlockHash = NewType("BlockHash", object)
 #: A slot of one node's paged KV pool, 0 to blocks - 1.
 BlockId = NewType("BlockId", int)
 StepId = NewType("StepId", int)
@@ -42,8 +45,6 @@ OfferId = NewType("OfferId", int)
 MoveId = NewType("MoveId", int)
 #: Unique in the cluster; made of what asked for the lease, so that the same asked twice is one.
 LeaseId = NewType("LeaseId", str)
-#: One node's offer of blocks to its host's store; unique on the node.
-OfferId = NewType("OfferId", int)
 
 #: A chain that a node brings into its memory for no request yet; unique in the cluster. Where nodes deal with who brings blocks
 #: it stands in a request's place: no request has its bit.
@@ -182,6 +183,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtsLimit:
+    """How many of an output's tokens may be thoughts, and which tokens tell where those begin and end."""
+
+    tokens_max: int
+    #: Comes after so many tokens of thoughts, unless it has come before.
+    end: int
+    #: Comes among an output's first tokens (`THOUGHTS_WITHIN`) if it has thoughts; None: the output begins with them.
+    begin: int | None = None
+
+
+#: Tokens within which an output's thoughts begin: some models write white space before.
+THOUGHTS_WITHIN = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """What a node computes tokens with, how it chooses them, what ends them, and what it reports of the choice."""
 
@@ -217,6 +233,8 @@ class Sampling:
     prompt_logprobs: int | None = None
     #: The LoRA adapter that the model is changed by; None: none.
     adapter: AdapterName | None = None
+    #: None: it may think for as long as it likes.
+    thoughts: ThoughtsLimit | None = None
 
     def ending_with(self, tokens: frozenset[int]) -> "Sampling":
         """Return the same with further tokens that end the output."""
@@ -437,6 +455,9 @@ class SplitLoad:
     ffn_ranks: float = 0.0
     #: Of the node that speaks for its group, once experts' loads are known.
     experts: ExpertBalance | None = None
+    #: FFN ranks that it reaches by memory that it shares with them, and over the network.
+    links_shared: int = 0
+    links_network: int = 0
 
 
 @quickly_made

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import ray as typed_ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -38,6 +38,9 @@ from workers.tiers import StorePlace
 
 #: Ray's own annotations are too loose for the checker.
 ray = cast(Any, typed_ray)
+
+#: Stores by their hosts, as Ray names those.
+HostStores: TypeAlias = Mapping[str, HostStore]
 
 NAMESPACE = "weft"
 #: Seconds a stopping process gets to close what it holds.
@@ -201,7 +204,7 @@ class NodeProcess(_Process):
         # Read when the engine's libraries are loaded: threads that wait for work by spinning take the cores of other nodes.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    def start(self, config: ClusterConfig, store: HostStore | None, places: SplitPlaces | None = None) -> Description | None:
+    def start(self, config: ClusterConfig, stores: HostStores, places: SplitPlaces | None = None) -> Description | None:
         """Open the engine, serve, with the host's store if that is there, and say where.
 
         `places` are the FFN ranks of a group of which the nodes are attention ranks.
@@ -210,7 +213,7 @@ class NodeProcess(_Process):
         pool = pool_of(config, self._part)
         folder = model_folder(config, pool.model)
         self._fingerprints = fingerprints_of(config, pool.model)
-        self._address = self._loop.run(self._serve(config, folder, store, places))
+        self._address = self._loop.run(self._serve(config, folder, own_store(stores), places))
         serve_long()
         return self.describe()
 
@@ -237,10 +240,10 @@ class NodeProcess(_Process):
         """The nodes that this process hosts itself."""
         return self._part.nodes
 
-    def set_store(self, store: HostStore | None) -> None:
-        """Tell the nodes which store their host has now."""
+    def set_stores(self, stores: HostStores) -> None:
+        """Tell the nodes which stores there are now: they use that of their host."""
         if self._server is not None:
-            self._loop.run(self._server.set_store(_place(store)))
+            self._loop.run(self._server.set_store(_place(own_store(stores))))
 
     def drain(self, seconds: float, lingers: bool) -> bool:
         """Take nothing new and let what runs end; False if some did not."""
@@ -378,6 +381,11 @@ class GatewayProcess(_Process):
         number, reach, pools = GatewayId(self._part.number), ray.util.get_node_ip_address(), pools_by_node(config)
         self._front = Front(config, number, reach, http_port, folders, self._fingerprints, pools, end_by)
         return (await self._front.start(members)).url
+
+
+def own_store(stores: HostStores) -> HostStore | None:
+    """Return the store of this process's host."""
+    return stores.get(own_vital().host)
 
 
 def _place(store: HostStore | None) -> StorePlace | None:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, assert_never, cast
@@ -32,7 +32,17 @@ from orchestrator.fleet import memory
 from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess, StoreProcess, asking, remote
 from orchestrator.fleet.controller import Controller
 from orchestrator.fleet.groups import GroupProcess
-from orchestrator.fleet.processes import Part, ProcessName, State, bundles_of, cannot_be_placed, parts_of, pool_of, unplaceable
+from orchestrator.fleet.processes import (
+    Part,
+    ProcessName,
+    State,
+    bundles_of,
+    cannot_be_placed,
+    parts_of,
+    pool_of,
+    strategy_of,
+    unplaceable,
+)
 from orchestrator.fleet.vital import Vital, end, end_by, own_vital
 from orchestrator.fleet.words import (
     Answer,
@@ -115,10 +125,10 @@ class _Life:
 
     part: Part
     incarnation: int
-    #: The host that it is on, as Ray names it; empty while it has no place.
-    host: str = ""
-    #: What its nodes were told last of their host's store.
-    told_store: HostStore | None = None
+    #: The hosts that its nodes are on, as Ray names them; that of the process comes first. None while it has no place.
+    hosts: tuple[str, ...] = ()
+    #: What its nodes were told last of their hosts' stores, by host.
+    told_stores: Mapping[str, HostStore] = field(default_factory=dict[str, HostStore])
     handle: Any = None
     vital: Vital | None = None
     version: str = ""
@@ -334,7 +344,7 @@ class ControllerProcess:
         life.version = problem.version
         self._handle_of(life, _serves(problem))
         if life.part.nodes:
-            await self._tell_store(life)
+            await self._tell_stores(life)
         await self._watch(life)
 
     def _handle_of(self, life: _Life, event: Event) -> None:
@@ -350,13 +360,12 @@ class ControllerProcess:
             problem = await self._place(life.part)
             if problem is not None:
                 return problem
-            life.host = life.part.host or self._host_of(life.part)
+            life.hosts = self._hosts_of(life.part)
             if life.part.nodes:
-                self._handle(HostUsed(life.host))
-                life.told_store = await self._store_of(life.host)
+                life.told_stores = await self._stores_of(life.hosts)
             life.handle = self._actor(life)
             config = self._effective_config()
-            more: tuple[Any, ...] = (life.told_store,) if life.part.nodes else ()
+            more: tuple[Any, ...] = (life.told_stores,) if life.part.nodes else ()
             if life.part.is_gateway:
                 more = (self._http_port(life.part, address), self._members)
             found: Description = await asyncio.wait_for(life.handle.start.remote(config, *more), START_S)
@@ -380,15 +389,19 @@ class ControllerProcess:
         group = self._groups.get(part.name)
         if group is None:
             unique = f"{self._cluster}/{part.name}"
-            group = self._groups[part.name] = placement_group(bundles, strategy="STRICT_PACK", name=unique, lifetime="detached")
+            strategy = strategy_of(machine.config, part)
+            group = self._groups[part.name] = placement_group(bundles, strategy=strategy, name=unique, lifetime="detached")
         if await asyncio.to_thread(group.wait, PLACEMENT_S):
             return None
         return cannot_be_placed(part.group, 1, bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
-    def _host_of(self, part: Part) -> str:
-        """Return the host on which a process has its place."""
+    def _hosts_of(self, part: Part) -> tuple[str, ...]:
+        """Return the hosts on which a process and its nodes have their places, that of the process first."""
+        if part.is_store:
+            return (part.host,)
         table: dict[str, Any] = ray.util.placement_group_table(self._groups[part.name])
-        return next(iter(table["bundles_to_node_id"].values()), "")
+        places: dict[int, str] = table["bundles_to_node_id"]
+        return tuple(dict.fromkeys(places[number] for number in range(part.size) if number in places))
 
     def _actor(self, life: _Life) -> Any:
         """Ask Ray for a process."""
@@ -503,7 +516,7 @@ class ControllerProcess:
         self._stores = {host: HostStore(store, address) for store, host, address in order.stores}
         for life in self._lives.values():
             if life.part.nodes and life.vital is not None:
-                self._spawn(self._tell_store(life), life)
+                self._spawn(self._tell_stores(life), life)
         telling = self._spawn(self._tell_gateways(self._members))
         self._tellings.add(telling)
         telling.add_done_callback(self._tellings.discard)
@@ -511,25 +524,27 @@ class ControllerProcess:
     async def _tell_gateways(self, members: Membership) -> None:
         await asyncio.gather(*(self._ask_life(life, "set_members", members) for life in self._gateways()))
 
-    async def _store_of(self, host: str) -> HostStore | None:
-        """Return a host's store; one that is being started is waited for, since it comes before the nodes of its host."""
+    async def _stores_of(self, hosts: Sequence[str]) -> dict[str, HostStore]:
+        """Return hosts' stores; one that is being started is waited for, since it comes before the nodes of its host."""
+        for host in hosts:
+            self._handle(HostUsed(host))
         for _ in range(int(STORE_S / SETTLE_EVERY_S)):
-            if host in self._stores or not self._store_starts(host):
+            if not any(self._store_starts(host) for host in hosts if host not in self._stores):
                 break
             await asyncio.sleep(SETTLE_EVERY_S)
-        return self._stores.get(host)
+        return {host: self._stores[host] for host in hosts if host in self._stores}
 
     def _store_starts(self, host: str) -> bool:
         processes = cast(Controller, self._machine).processes
         return any(process.part.host == host and process.state is State.STARTING for process in processes)
 
-    async def _tell_store(self, life: _Life) -> None:
-        """Tell a process with nodes of its host's store, if it was told otherwise before."""
-        store = self._stores.get(life.host)
-        if store == life.told_store:
+    async def _tell_stores(self, life: _Life) -> None:
+        """Tell a process with nodes of its hosts' stores, if it was told otherwise before."""
+        stores = {host: self._stores[host] for host in life.hosts if host in self._stores}
+        if stores == life.told_stores:
             return
-        life.told_store = store
-        await self._ask_life(life, "set_store", store)
+        life.told_stores = stores
+        await self._ask_life(life, "set_stores", stores)
 
     async def _in_order(self) -> None:
         """Wait until the gateways know what they were to be told up to now."""
@@ -567,7 +582,7 @@ class ControllerProcess:
                 self._lives[life.part.name] = life
                 self._find_group(life.part)
                 if life.part.name in self._groups:
-                    life.host = self._host_of(life.part)
+                    life.hosts = self._hosts_of(life.part)
             found = [
                 Found(one.part, one.incarnation, cast(str, one.address), one.fingerprints, one.draining, one.node_addresses)
                 for one in described
@@ -604,7 +619,7 @@ class ControllerProcess:
             if found is None or vital is None or found.address is None:
                 ray.kill(handle)
                 continue
-            lives.append(_Life(found.part, found.incarnation, vital.host, handle=handle, vital=vital, version=found.version))
+            lives.append(_Life(found.part, found.incarnation, (vital.host,), handle=handle, vital=vital, version=found.version))
             described.append(found)
         return lives, described
 

@@ -8,7 +8,18 @@ from typing import assert_never
 from orchestrator.core.commands import ClearTimer, SetTimer
 from orchestrator.core.config import GATEWAYS, STORES, ClusterConfig
 from orchestrator.core.types import PoolName, StoreId
-from orchestrator.fleet.processes import Part, Process, ProcessName, State, Then, node_parts, parts_of, pool_of
+from orchestrator.fleet.processes import (
+    Part,
+    Process,
+    ProcessName,
+    State,
+    Then,
+    bundles_of,
+    node_parts,
+    parts_of,
+    pool_of,
+    strategy_of,
+)
 from orchestrator.fleet.words import (
     BackoffTimer,
     Command,
@@ -80,7 +91,7 @@ class Lives:
         elif found.draining and then is None:
             then = Then.AGAIN
         process.incarnation, process.address, process.fingerprints = found.incarnation, found.address, found.fingerprints
-        process.node_addresses = found.node_addresses
+        process.node_addresses, process.kept = found.node_addresses, self._asks(found.part)
         self._last_incarnation = max(self._last_incarnation, found.incarnation)
         process.went_up(now)
         if then is not None:
@@ -114,6 +125,10 @@ class Lives:
         self._last_incarnation = max(self._last_incarnation + 1, int(now * 1000))
         process.incarnation = self._last_incarnation
         process.state, process.then = State.STARTING, None
+        asks = self._asks(process.part)
+        if process.kept not in (None, asks):  # the configuration has changed meanwhile: it is placed anew
+            self.order(Release(process.part.name))
+        process.kept = asks
         self.order(Start(process.part, process.incarnation, process.address))
 
     def drain(self, process: Process, then: Then, end_s: float | None = None) -> None:
@@ -157,6 +172,7 @@ class Lives:
             self.start(process, now)
             return
         self.order(Release(name))
+        process.kept = None
         if then is Then.OUT:
             process.state = State.DRAINED
         else:
@@ -234,6 +250,9 @@ class Lives:
         if self.config.store is None or any(part.host == host for part in stores):
             return None
         return self._add(Part(None, max((part.number for part in stores), default=-1) + 1, host=host))
+
+    def _asks(self, part: Part) -> tuple[str, list[dict[str, float]]]:
+        return strategy_of(self.config, part), bundles_of(self.config, part)
 
     def _add(self, part: Part) -> Process:
         process = self._processes[part.name] = Process(part)

@@ -103,6 +103,8 @@ class Process:
     node_addresses: Mapping[NodeId, str] = field(default_factory=lambda: {})
     #: Names the checkpoint of each model it serves.
     fingerprints: Mapping[str, str] = field(default_factory=lambda: {})
+    #: What Ray keeps for it, and how it was placed; None where nothing is known to be kept.
+    kept: tuple[str, list[dict[str, float]]] | None = None
     #: Set while it drains or stops.
     then: Then | None = None
 
@@ -175,6 +177,12 @@ def bundles_of(config: ClusterConfig, part: Part) -> list[dict[str, float]]:
     return [dict(own) for _ in part.nodes] + [dict(ffn) for _ in range(pool.split.ffn)]
 
 
+def strategy_of(config: ClusterConfig, part: Part) -> str:
+    """Return how Ray places what a process asks for: on one host, or, as close together as there is room, on several."""
+    split = pool_of(config, part).split if part.pool is not None else None
+    return "PACK" if split is not None and split.across_hosts else "STRICT_PACK"
+
+
 def unplaceable(config: ClusterConfig, parts: Sequence[Part], offers: Sequence[Mapping[str, float]]) -> str | None:
     """Return the line that tells the operator which processes no Ray node can host; None if each could be hosted by some.
 
@@ -193,7 +201,7 @@ def unplaceable(config: ClusterConfig, parts: Sequence[Part], offers: Sequence[M
 def cannot_be_placed(
     group: str, count: int, bundles: Sequence[Mapping[str, float]], offers: Sequence[Mapping[str, float]]
 ) -> str:
-    """Return the line that says what was asked for, one host having to have all of it, and what there is."""
+    """Return the line that says what was asked for, all of it together, and what there is."""
     total: dict[str, float] = {}
     for offer in offers:
         for name, amount in offer.items():

@@ -48,6 +48,8 @@ class ToolUse:
     name: str = ""
     #: It may call several in one answer.
     parallel: bool = True
+    #: What the one argument of some tools, `input`, must be to the letter: an expression or a grammar, by a tool's name.
+    inputs: Mapping[str, Constraint] = field(default_factory=lambda: {})
     #: Where the client wrote it.
     field: str = "tool_choice"
     #: Where the client wrote the schema of a tool's arguments, by the tool's place.
@@ -80,10 +82,12 @@ class Thinking:
     enabled: bool | None = None
     #: None: as its template has it.
     effort: Effort | None = None
-    #: Tokens of thoughts that the client would spend: advice, which few templates take.
+    #: Tokens of thoughts at most.
     budget_tokens: int | None = None
     #: Where the client wrote it.
     field: str = "reasoning_effort"
+    #: Where the client wrote `budget_tokens`, if they must be kept to; empty: they are advice where they cannot be.
+    budget_field: str = ""
 
     def __post_init__(self) -> None:
         if self.enabled and self.effort is Effort.NONE:

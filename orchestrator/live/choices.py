@@ -6,7 +6,7 @@ Does not know in whose words that is, nor over what it goes.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,8 +35,13 @@ class TurnWatch(Protocol):
 class TurnMetrics(Protocol):
     """Measures generations; see `metrics.py`."""
 
-    def open_turn(self, model: ModelName, service_class: ServiceClass, started: float | None = None) -> TurnWatch:
-        """One generation begins."""
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds, monotonic."""
+        ...
+
+    def open_turn(self, model: ModelName, service_class: ServiceClass, arrived_s: float) -> TurnWatch:
+        """One generation begins, of a request that arrived then on that clock."""
         ...
 
 
@@ -108,11 +113,13 @@ class Choices:
     Args:
         prepared: the request.
         name: what clients, logs and traces call it.
+        arrived_s: when it arrived, on the clock of what measures it.
     """
 
-    __slots__ = ("_choices", "_name", "_prepared", "kept")
+    __slots__ = ("_arrived_s", "_choices", "_name", "_prepared", "kept")
 
-    def __init__(self, prepared: Prepared, name: str) -> None:
+    def __init__(self, prepared: Prepared, name: str, arrived_s: float) -> None:
+        self._arrived_s = arrived_s
         self._prepared = prepared
         self._name = name
         self._choices: list[Choice] = []
@@ -125,7 +132,7 @@ class Choices:
             for sample in range(self._prepared.asked.limits.choices):
                 turn = self._turn(prompt, sample)
                 generation = self._generation(turn)
-                watch = metrics.open_turn(self._prepared.model.label, turn.service_class)
+                watch = metrics.open_turn(self._prepared.model.label, turn.service_class, self._arrived_s)
                 stream = driver.start(turn)
                 if recorder is not None:
                     watch = recorder.watch(turn, watch)

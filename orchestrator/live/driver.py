@@ -12,7 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from orchestrator.core.blocks import TOKEN_BYTES, extend_hashes
@@ -152,9 +152,9 @@ class TurnStream:
         "node",
         "output_tokens",
         "request",
-        "sampling",
         "scorer",
         "scores",
+        "seed",
         "tokens",
         "turn",
         "waiter",
@@ -163,8 +163,8 @@ class TurnStream:
     def __init__(self, driver: "ClusterDriver", request: RequestId, turn: Turn) -> None:
         self.request = request
         self.turn = turn
-        #: As asked; with a seed whatever was asked, so that another node goes on with the same numbers.
-        self.sampling = _seeded(turn.sampling)
+        #: That which was asked, or one all the same, so that another node goes on with the same numbers; None if none are drawn.
+        self.seed = _seed_of(turn.sampling)
         #: What nodes call it in the attempt whose tokens count; None while none does.
         self.attempt: RequestId | None = None
         #: The node whose tokens count; others' are late ones of an assignment that was given up.
@@ -706,7 +706,10 @@ class ClusterDriver:
         prompt, tokens = stream.turn.prompt, stream.turn.prompt.tokens
         if assignment.generated_tokens:
             tokens += stream.generated.tobytes()
-        message = codec.submit_message(assignment, tokens, prompt.hash_root, codec.sampling_message(stream.sampling))
+        sampling = codec.sampling_message(stream.turn.sampling)
+        if stream.seed is not None:
+            sampling.seed = stream.seed
+        message = codec.submit_message(assignment, tokens, prompt.hash_root, sampling)
         message.timed = self._observer.follows(stream.request)
         self._follows = self._follows or message.timed
         source = self._known.get(assignment.source) if assignment.source is not None else None
@@ -744,7 +747,7 @@ class ClusterDriver:
         parent = prompt.hashes[-1] if hashed else prompt.hash_root
         rest = prompt.tokens[hashed * block_tokens * TOKEN_BYTES :] + generated.tobytes()
         hashes = prompt.hashes + tuple(extend_hashes(parent, rest, block_tokens))
-        stopped = bool(generated) and generated[-1] in stream.sampling.stop_token_ids
+        stopped = bool(generated) and generated[-1] in stream.turn.sampling.stop_token_ids
         named = {REQUEST: turn.name, "number": stream.request}
         log.warning("goes on elsewhere after %d tokens: %s", len(generated), reason, extra=named)
         self._counted.append(Resumed(stream.request, len(generated), hashes, stopped))
@@ -795,8 +798,6 @@ def _scores_of(turn: Turn) -> PromptScores | None:
     return None if tops is None else PromptScores(turn.prompt.count, tops)
 
 
-def _seeded(sampling: Sampling) -> Sampling:
-    """Return the same with a seed, if it draws and none was asked for."""
-    if sampling.seed is not None or sampling.temperature <= 0.0:
-        return sampling
-    return replace(sampling, seed=random.getrandbits(64))
+def _seed_of(sampling: Sampling) -> int | None:
+    """Return the seed that was asked for, or another if tokens are drawn."""
+    return random.getrandbits(64) if sampling.seed is None and sampling.temperature > 0.0 else sampling.seed

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Protocol
 
-from orchestrator.core.blocks import HASH_BYTES, common_blocks
+from orchestrator.core.blocks import HASH_BYTES, common_blocks, hash_bytes
 from orchestrator.core.cluster.hints import Hints
 from orchestrator.core.cluster.leases import Held
 from orchestrator.core.commands import ClusterCommand, EndLease, PlaceLease
@@ -504,7 +504,7 @@ class HintDesk:
             blocks=blocks,
             tokens=blocks * tokens,
             bytes=blocks * self._driver.hints.block_bytes(target.model),
-            hashes=target.hashes if hashes else (),
+            hashes=map(hash_bytes, target.hashes) if hashes else (),
         )
         for holding in self._driver.hints.holdings(target.model, target.hashes):
             residency.holdings.append(_holding(holding, tokens))

@@ -16,8 +16,18 @@ from typing import Any, assert_never
 
 from orchestrator.core.blocks import TOKEN_BYTES, hash_root
 from orchestrator.core.config import ClusterConfig, Named
-from orchestrator.core.types import DEFAULT_TENANT, AdapterName, BlockHash, ModelName, Sampling, ServiceClass, SessionId, TenantId
-from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts
+from orchestrator.core.types import (
+    DEFAULT_TENANT,
+    AdapterName,
+    BlockHash,
+    ModelName,
+    Sampling,
+    ServiceClass,
+    SessionId,
+    TenantId,
+    ThoughtsLimit,
+)
+from orchestrator.live.asked import Asked, Breakpoint, Conversation, Limits, Texts, Thinking
 from orchestrator.live.binding import bound
 from orchestrator.live.chains import Chain, Chains
 from orchestrator.live.refusals import Invalid, KeyUnknown, ModelUnknown, require
@@ -30,7 +40,7 @@ from orchestrator.live.text.models import ModelText
 from orchestrator.live.text.places import places
 from orchestrator.live.text.prompts import PromptTokeniser
 from orchestrator.live.text.reasoning import ReasoningStyle, ThinkParser
-from orchestrator.live.text.styles import ToolStyle, call_id, make_parser
+from orchestrator.live.text.styles import call_id, make_parser
 from orchestrator.live.text.templates import TemplateFailed
 from orchestrator.live.text.thinking import thinking_variables
 from orchestrator.live.text.tools import ToolParser
@@ -191,10 +201,11 @@ class Intake:
                 opened = _opened(conversation, text, model.text.reasoning_style)
                 parser, ends = _parser_maker(asked, conversation, opened, model.text), model.text.chat_eos_token_ids
                 grammar = await self._checked(asked, model.text, text, opened)
+                thoughts = _thoughts_limit(conversation.thinking, opened, model.text)
             case Texts(texts, prefixed):
                 prompts = [await self.encode(model, text, tenant, session, salt, prefixed) for text in texts]
                 parser, ends = _no_parser, model.text.eos_token_ids
-                grammar = await self._checked(asked, model.text)
+                grammar, thoughts = await self._checked(asked, model.text), None
             case _:
                 assert_never(asked.prompt)
         prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
@@ -208,6 +219,8 @@ class Intake:
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         if grammar:
             sampling = replace(sampling, grammar=grammar)
+        if thoughts is not None:
+            sampling = replace(sampling, thoughts=thoughts)
         if asked.limits.forbidden_words:
             sampling = replace(sampling, forbidden_runs=model.text.runs_of(asked.limits.forbidden_words))
         sampling = sampling if model.adapter is None else replace(sampling, adapter=model.adapter)
@@ -230,6 +243,8 @@ class Intake:
         self, conversation: Conversation, model: ServedModel, tenant: TenantId, text: str, prompt: Prompt
     ) -> Sequence[Keep]:
         """Return the beginnings that a conversation's breakpoints mean: for each time the longest one."""
+        if not conversation.breakpoints:
+            return ()
         sought = list({one.seconds: one for one in conversation.breakpoints}.values())
         last = len(conversation.messages) - 1
         inner = [one for one in sought if not _ends(conversation, one, last)]
@@ -377,7 +392,7 @@ def _parser_maker(asked: Asked, conversation: Conversation, opened: bool, model:
         return make_parser(model.tool_style, parameters, conversation.tool_use.parallel) if tools else None
 
     def make() -> AnswerParser | None:
-        if style is ReasoningStyle.HARMONY or model.tool_style is ToolStyle.HARMONY:
+        if model.in_channels:
             offered = parameters if tools else None
             return ChannelParser(offered, call_id, asked.report.thoughts, conversation.tool_use.parallel, conversation.continues)
         if style is ReasoningStyle.NONE:
@@ -392,6 +407,19 @@ def _opened(conversation: Conversation, text: str, style: ReasoningStyle) -> boo
     """Tell whether an answer begins with thoughts."""
     continued = str(conversation.messages[-1]["content"]) if conversation.continues else None
     return style.opened_by(text, continued)
+
+
+def _thoughts_limit(thinking: Thinking, opened: bool, model: ModelText) -> ThoughtsLimit | None:
+    """Return how long an answer may think. Raises `Invalid` if that must be kept and the model has no token for its end."""
+    if thinking.budget_tokens is None:
+        return None
+    marks = model.thought_tokens
+    if marks is None:
+        problem = "this model's thoughts are not between tokens of their own, so that they cannot be limited"
+        require(not thinking.budget_field, thinking.budget_field, problem)
+        return None
+    begin, end = marks
+    return ThoughtsLimit(thinking.budget_tokens, end, None if opened else begin)
 
 
 def _no_parser() -> None:

@@ -214,15 +214,15 @@ class NodeState:
 class Watch:
     """Times one generation: from the request's arrival over its tokens to its end."""
 
-    __slots__ = ("_class", "_clock", "_flight", "_itl", "_last", "_metrics", "_model", "_started", "_tokens")
+    __slots__ = ("_arrived_s", "_class", "_clock", "_flight", "_itl", "_last", "_metrics", "_model", "_tokens")
 
-    def __init__(self, metrics: "Metrics", model: ModelName, service_class: ServiceClass, started: float) -> None:
+    def __init__(self, metrics: "Metrics", model: ModelName, service_class: ServiceClass, arrived_s: float) -> None:
         self._metrics = metrics
         self._clock = metrics.clock
         self._model = model
         self._class = str(service_class)
-        self._started = started
-        self._last = started
+        self._arrived_s = arrived_s
+        self._last = arrived_s
         self._tokens = 0
         self._flight: _Flight | None = None
         self._itl: Distribution | None = None
@@ -240,7 +240,7 @@ class Watch:
                 self._last = now
         elif tokens:
             labels = self._labels()
-            self._metrics.ttft.child(*labels).observe(now - self._started)
+            self._metrics.ttft.child(*labels).observe(now - self._arrived_s)
             self._itl = self._metrics.itl.child(*labels)
             if tokens > 1:
                 self._itl.observe(0.0, tokens - 1)
@@ -249,7 +249,7 @@ class Watch:
 
     def ended(self, reason: FinishReason, wanted: str | None = None) -> None:
         """Observe the end; nothing is called afterwards."""
-        self._metrics.request.child(*self._labels()).observe(self._clock() - self._started)
+        self._metrics.request.child(*self._labels()).observe(self._clock() - self._arrived_s)
         model, pool, _ = self._labels()
         self._metrics.finished[model, pool, FINISHED[reason]] += 1
         self._metrics.output_tokens[model, pool] += self._tokens
@@ -345,9 +345,9 @@ class Metrics(Collector):
         """Count one HTTP answer. `model` is a served name or "unknown", never what the client wrote."""
         self._requests[model, endpoint, str(status), tenant] += 1
 
-    def open_turn(self, model: ModelName, service_class: ServiceClass, started: float | None = None) -> Watch:
-        """Return the watch of one generation that started at `started` on this object's clock (now, if not given)."""
-        return Watch(self, model, service_class, self.clock() if started is None else started)
+    def open_turn(self, model: ModelName, service_class: ServiceClass, arrived_s: float) -> Watch:
+        """Return the watch of one generation of a request that arrived at `arrived_s` on this object's clock."""
+        return Watch(self, model, service_class, arrived_s)
 
     @property
     def nodes(self) -> Mapping[NodeId, NodeState]:
@@ -720,6 +720,7 @@ class Metrics(Collector):
         ranks: dict[Labels, float] = {}
         moves: dict[Labels, float] = {}
         uneven: dict[Labels, float] = {}
+        links: dict[Labels, float] = {}
         for node, state in self._exported():
             split, where = state.load.split, (node, state.pool)
             for part in (ATTENTION, FFN):
@@ -730,6 +731,7 @@ class Metrics(Collector):
             if split is None or not state.up:
                 continue
             ranks[*where, ATTENTION], ranks[*where, FFN] = 1, split.ffn_ranks
+            links[*where, "shm"], links[*where, "tcp"] = split.links_shared, split.links_network
             if split.experts is not None:
                 uneven[*where, "now"], uneven[*where, "first"] = split.experts.imbalance, split.experts.imbalance_first
         names = ("node", "pool")
@@ -738,6 +740,8 @@ class Metrics(Collector):
         yield _gauge(
             "weft_afd_ranks", "Ranks that may compute so; FFN ranks as its group has them a node.", (*names, "part"), ranks
         )
+        text = "FFN ranks that a node sends rows to, by memory that they share and by TCP."
+        yield _gauge("weft_afd_links", text, (*names, "transport"), links)
         text = "How much more than the mean the busiest FFN rank has to do, as experts are placed now and as they were at first."
         yield _gauge("weft_expert_imbalance", text, (*names, "placement"), uneven)
         yield _counter("weft_expert_moves", "Times that a layer's experts were placed anew.", names, moves)

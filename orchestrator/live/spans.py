@@ -258,9 +258,14 @@ class Spans:
             span.set_attribute("error.type", str(status))
             span.set_status(StatusCode.ERROR)
 
-    def open_turn(self, model: ModelName, service_class: ServiceClass, started: float | None = None) -> Watch:
+    @property
+    def clock(self) -> Callable[[], float]:
+        """That of the metrics."""
+        return self._metrics.clock
+
+    def open_turn(self, model: ModelName, service_class: ServiceClass, arrived_s: float) -> Watch:
         """Pass on: tokens are counted, not traced."""
-        return self._metrics.open_turn(model, service_class, started)
+        return self._metrics.open_turn(model, service_class, arrived_s)
 
     # --- from the driver ----------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Checks:
 
     def _check_wakeup(self, simulated: SimulatedNode) -> None:
         """A node with sequences runs a step, or waits for blocks that are on their way."""
-        load = simulated.node.load()
+        load = simulated.load
         if load.running and simulated.run is None:
             bringing = len(self._world.transfers) + sum(store.unfinished for store in self._world.stores.values())
             assert bringing, f"{simulated.spec.id} has {load.running} sequences, no step and nothing to fetch or load"
@@ -89,7 +89,7 @@ class Checks:
                 used = store.store.load(stored.model).slots_used
                 assert used == 0, f"{store.spec.id} still uses {used} slots"
         for simulated in world.nodes.values():
-            load = simulated.node.load()
+            load = simulated.load
             assert load.running + load.waiting == 0, f"{simulated.spec.id} still has {load.running} + {load.waiting} requests"
             assert load.blocks_used == 0, f"{simulated.spec.id} still uses {load.blocks_used} blocks"
 
@@ -98,5 +98,5 @@ class Checks:
         simulated = self._world.nodes[node]
         unaware = self._world.unaware.get((gateway, node), False)
         if trust is Trust.EXACT and not simulated.node.untold and not unaware:
-            present = simulated.node.load().blocks_cached
+            present = simulated.load.blocks_cached
             assert believed_blocks == present, f"gateway {gateway} believes that {node} has {believed_blocks} blocks: {present}"

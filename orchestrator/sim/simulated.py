@@ -24,7 +24,7 @@ from orchestrator.core.cost.costs import decode_seconds, step_seconds, steps_wit
 from orchestrator.core.events import Expected, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
 from orchestrator.core.node.speculation import accepted_drafts
-from orchestrator.core.types import BlockHash, NodeSpec, RequestId
+from orchestrator.core.types import BlockHash, Load, NodeSpec, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.outcome import BeatUse, Distribution, PoolUse
 
@@ -79,8 +79,8 @@ class SimulatedNode:
     """
 
     __slots__ = (
-        "_acceptance", "_agenda", "_answer", "_gaps_s", "_obey", "_pace", "_progress", "_run", "_slowness", "_stepwise", "alive",
-        "context_tokens", "events", "news", "node", "run", "spec", "started_s", "steps", "use",
+        "_acceptance", "_agenda", "_answer", "_gaps_s", "_load", "_obey", "_pace", "_progress", "_run", "_slowness", "_stepwise",
+        "alive", "context_tokens", "events", "news", "node", "run", "spec", "started_s", "steps", "use",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +121,15 @@ class SimulatedNode:
         self._acceptance = acceptance
         self._stepwise = stepwise
         self._progress: dict[RequestId, _Progress] = {}
+        #: As `load` told it last, until something happens.
+        self._load: Load | None = None
+
+    @property
+    def load(self) -> Load:
+        """The node's state now."""
+        if self._load is None:
+            self._load = self.node.load()
+        return self._load
 
     def tell(self, event: NodeEvent) -> None:
         """Let something happen to the node now."""
@@ -257,6 +266,7 @@ class SimulatedNode:
 
     def _handle(self, event: NodeEvent, at: float) -> None:
         self.events += 1
+        self._load = None
         self._obey(self, self.node.handle(event, at), at)
 
     # --- answers ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ from orchestrator.core.commands import (
     TellLeases,
 )
 from orchestrator.core.config import PoolConfig, StoreConfig
+from orchestrator.core.cost.costs import node_profile
 from orchestrator.core.events import (
     Answered,
     Assigned,
@@ -300,7 +301,7 @@ class World:
         starts = [served.arrived_s for served in self.served]
         ends = [served.ended_s for served in self.served if served.ended_s is not None]
         for simulated in self.nodes.values():
-            simulated.use.count(simulated.node.load())
+            simulated.use.count(simulated.load)
         return Outcome(
             served=self.served,
             pools=self.uses,
@@ -329,7 +330,7 @@ class World:
     def _sample(self, at: float, interval_s: float) -> float:
         """Note the pools' state; return the interval, which doubles whenever there are too many samples."""
         for name, use in self.uses.items():
-            loads = [simulated.node.load() for simulated in self.nodes.values() if simulated.spec.pool == name]
+            loads = [simulated.load for simulated in self.nodes.values() if simulated.spec.pool == name]
             use.samples.append(
                 PoolSample(
                     at_s=at,
@@ -580,7 +581,8 @@ class World:
         for number in range(pool.nodes):
             spec = pool.node_spec(
                 pool.node_id(number),
-                incarnation=1,
+                1,
+                node_profile(pool),
                 blocks=blocks,
                 block_tokens=pool.engine.block_tokens,
                 block_bytes=known,
@@ -776,7 +778,7 @@ class World:
         prefetches: Sequence[PrefetchEnded] = (),
     ) -> None:
         """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
-        spec, load, faults = simulated.spec, simulated.node.load(), self._options.faults
+        spec, load, faults = simulated.spec, simulated.load, self._options.faults
         several = len(self.clusters) > 1
         for gateway in gateways:
             kv = tuple(batches)
@@ -850,7 +852,7 @@ class World:
         simulated = self.nodes[node]
         if not simulated.alive:
             return False
-        simulated.use.count(simulated.node.load())
+        simulated.use.count(simulated.load)
         self._node_events += simulated.events
         simulated.events = 0
         simulated.crash()

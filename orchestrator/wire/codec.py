@@ -6,7 +6,7 @@ what it claims raises `MalformedMessage`, the only error here.
 
 from functools import lru_cache
 
-from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, pack_hashes, split_hashes
+from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, hash_bytes, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
 from orchestrator.core.events import (
     BlocksRetained,
@@ -49,6 +49,7 @@ from orchestrator.core.types import (
     StoredRun,
     TenantId,
     TenantLoad,
+    ThoughtsLimit,
     Tier,
     is_prefetch,
 )
@@ -158,6 +159,8 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
         message.prompt_logprobs = sampling.prompt_logprobs
     if sampling.logit_bias:
         message.logit_bias.update(sampling.logit_bias)
+    if (limit := sampling.thoughts) is not None:
+        message.thoughts.CopyFrom(node_pb2.ThoughtsLimit(tokens_max=limit.tokens_max, end=limit.end, begin=limit.begin))
     return message
 
 
@@ -181,7 +184,12 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         grammar=sampling.grammar,
         adapter=AdapterName(sampling.adapter) if sampling.adapter else None,
+        thoughts=_thoughts_from(sampling.thoughts) if sampling.HasField("thoughts") else None,
     )
+
+
+def _thoughts_from(limit: node_pb2.ThoughtsLimit) -> ThoughtsLimit:
+    return ThoughtsLimit(limit.tokens_max, limit.end, limit.begin if limit.HasField("begin") else None)
 
 
 def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:
@@ -191,7 +199,7 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         role=_ROLES[assignment.role],
         tokens=tokens,
         hashes=pack_hashes(assignment.hashes),
-        hash_root=hash_root,
+        hash_root=hash_bytes(hash_root),
         output_tokens_max=assignment.output_tokens_max,
         priority=assignment.priority,
         source=assignment.source or "",
@@ -592,7 +600,13 @@ def load_message(load: Load) -> node_pb2.Load:
 
 def _split_message(split: SplitLoad) -> node_pb2.SplitLoad:
     experts = split.experts
-    told = node_pb2.SplitLoad(attention_s=split.attention_s, ffn_s=split.ffn_s, ffn_ranks=split.ffn_ranks)
+    told = node_pb2.SplitLoad(
+        attention_s=split.attention_s,
+        ffn_s=split.ffn_s,
+        ffn_ranks=split.ffn_ranks,
+        links_shared=split.links_shared,
+        links_network=split.links_network,
+    )
     if experts is not None:
         told.experts.moves, told.experts.imbalance = experts.moves, experts.imbalance
         told.experts.imbalance_first = experts.imbalance_first
@@ -634,7 +648,8 @@ def load_from(message: node_pb2.Load) -> Load:
 def _split_from(message: node_pb2.SplitLoad) -> SplitLoad:
     told = message.experts
     experts = ExpertBalance(told.moves, told.imbalance, told.imbalance_first) if message.HasField("experts") else None
-    return SplitLoad(message.attention_s, message.ffn_s, message.ffn_ranks, experts)
+    links = message.links_shared, message.links_network
+    return SplitLoad(message.attention_s, message.ffn_s, message.ffn_ranks, experts, *links)
 
 
 def report_from(node: NodeId, frame: node_pb2.NodeFrame) -> NodeReported:

@@ -189,7 +189,7 @@ class Submit(_message.Message):
     def __init__(self, request: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tokens: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., output_tokens_max: _Optional[int] = ..., priority: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_tokens: _Optional[int] = ..., source_pending: bool = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., share: _Optional[float] = ..., timed: bool = ..., source_incarnation: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., outlook: _Optional[_Union[Outlook, _Mapping]] = ..., generated_tokens: _Optional[int] = ..., scored: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids", "prompt_logprobs", "adapter")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "logprobs", "logit_bias", "grammar", "repetition_penalty", "output_tokens_min", "forbidden_runs", "allowed_token_ids", "prompt_logprobs", "adapter", "thoughts")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +214,7 @@ class Sampling(_message.Message):
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    THOUGHTS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -231,7 +232,18 @@ class Sampling(_message.Message):
     allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: int
     adapter: str
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
+    thoughts: ThoughtsLimit
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ..., adapter: _Optional[str] = ..., thoughts: _Optional[_Union[ThoughtsLimit, _Mapping]] = ...) -> None: ...
+
+class ThoughtsLimit(_message.Message):
+    __slots__ = ("tokens_max", "end", "begin")
+    TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    tokens_max: int
+    end: int
+    begin: int
+    def __init__(self, tokens_max: _Optional[int] = ..., end: _Optional[int] = ..., begin: _Optional[int] = ...) -> None: ...
 
 class TokenRun(_message.Message):
     __slots__ = ("tokens",)
@@ -532,16 +544,20 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ..., prefetch_room_blocks: _Optional[int] = ..., blocks_prefetched: _Optional[int] = ..., prefetched: _Optional[int] = ..., prefetch_used: _Optional[int] = ..., prefetch_wasted: _Optional[int] = ...) -> None: ...
 
 class SplitLoad(_message.Message):
-    __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts")
+    __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts", "links_shared", "links_network")
     ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
     FFN_S_FIELD_NUMBER: _ClassVar[int]
     FFN_RANKS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_SHARED_FIELD_NUMBER: _ClassVar[int]
+    LINKS_NETWORK_FIELD_NUMBER: _ClassVar[int]
     attention_s: float
     ffn_s: float
     ffn_ranks: float
     experts: ExpertBalance
-    def __init__(self, attention_s: _Optional[float] = ..., ffn_s: _Optional[float] = ..., ffn_ranks: _Optional[float] = ..., experts: _Optional[_Union[ExpertBalance, _Mapping]] = ...) -> None: ...
+    links_shared: int
+    links_network: int
+    def __init__(self, attention_s: _Optional[float] = ..., ffn_s: _Optional[float] = ..., ffn_ranks: _Optional[float] = ..., experts: _Optional[_Union[ExpertBalance, _Mapping]] = ..., links_shared: _Optional[int] = ..., links_network: _Optional[int] = ...) -> None: ...
 
 class ExpertBalance(_message.Message):
     __slots__ = ("moves", "imbalance", "imbalance_first")

@@ -1,4 +1,4 @@
-"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other and to their host's store.
+"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other, to stores and to FFN ranks.
 
 Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node
 or store, so that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it
@@ -10,6 +10,9 @@ See also: `codec.py` for what is said on the channels.
 
 import hashlib
 import hmac
+import os
+import socket
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +22,7 @@ import grpc
 import grpc.aio
 
 from orchestrator.core.config import ConfigError, TlsConfig
-from orchestrator.core.types import NodeId, StoreId
+from orchestrator.core.types import NodeId, RankName, StoreId
 from orchestrator.wire import codec
 
 #: Raised by every change after which an older process would misunderstand a newer one.
@@ -39,6 +42,8 @@ class Caller(StrEnum):
     #: A node, and a gateway, to a store.
     ATTACHED = "attached node"
     STORE_GATEWAY = "store's gateway"
+    #: An attention rank, to an FFN rank.
+    RANK = "attention rank"
 
 
 class Refused(StrEnum):
@@ -60,6 +65,21 @@ class Certificates:
     #: The name that every process's certificate bears; empty: the host's own.
     name: str
 
+    def context(self, server: bool) -> ssl.SSLContext:
+        """Return either side's settings for connections that are no gRPC channels."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=self.ca.decode())
+        # Python reads a key from files alone: this one is in memory, and gone at once.
+        descriptor = os.memfd_create("weft-tls", os.MFD_CLOEXEC)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(self.key + b"\n" + self.chain)
+            context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+        return context
+
 
 class Trust:
     """What a process knows of its cluster; the same in all of them.
@@ -74,8 +94,8 @@ class Trust:
         self._secret = secret
         self._certificates = certificates
 
-    def metadata(self, caller: Caller, node: NodeId | StoreId) -> Metadata:
-        """Return what a call to a node, or to a store, must carry."""
+    def metadata(self, caller: Caller, node: NodeId | StoreId | RankName) -> Metadata:
+        """Return what a call to a node, to a store or to an FFN rank must carry."""
         return (
             (codec.NODE_METADATA, node),
             (PROTOCOL_METADATA, str(PROTOCOL)),
@@ -83,9 +103,9 @@ class Trust:
         )
 
     def problem(
-        self, caller: Caller, node: NodeId | StoreId, metadata: Iterable[tuple[str, str | bytes]]
+        self, caller: Caller, node: NodeId | StoreId | RankName, metadata: Iterable[tuple[str, str | bytes]]
     ) -> tuple[Refused, str] | None:
-        """Return why a call is not to be served by a node or store, None if it is. Takes as long for any wrong token."""
+        """Return why a call is not to be served by who was called, None if it is. Takes as long for any wrong token."""
         given = {name: value for name, value in metadata if isinstance(value, str)}
         expected = self._token(caller, node)
         if not hmac.compare_digest(given.get(TOKEN_METADATA, "").encode(), expected.encode()):
@@ -115,6 +135,18 @@ class Trust:
         credentials = grpc.ssl_server_credentials([(shown.key, shown.chain)], shown.ca, require_client_auth=True)
         return server.add_secure_port(address, credentials)
 
+    def secured(self, connection: socket.socket, called: str | None = None) -> socket.socket:
+        """Return a connection, no gRPC channel, as those are: with certificates both sides show theirs, without it is plain.
+
+        `called` is the address that was connected to; None: the other side connected. Raises `OSError`.
+        """
+        if self._certificates is None:
+            return connection
+        name = None if called is None else self._certificates.name or called
+        return self._certificates.context(server=called is None).wrap_socket(
+            connection, server_side=called is None, server_hostname=name
+        )
+
     def sealed(self, data: bytes) -> bytes:
         """Return bytes with a seal in front that only this cluster's processes can make."""
         return self._seal(data) + data
@@ -127,7 +159,7 @@ class Trust:
     def _seal(self, data: bytes) -> bytes:
         return hmac.new(self._secret, b"weft seal\0" + data, hashlib.sha256).digest()
 
-    def _token(self, caller: Caller, node: NodeId | StoreId) -> str:
+    def _token(self, caller: Caller, node: NodeId | StoreId | RankName) -> str:
         return hmac.new(self._secret, _LABEL + f"{caller}\0{node}".encode(), hashlib.sha256).hexdigest()
 
 

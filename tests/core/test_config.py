@@ -9,6 +9,7 @@ from orchestrator.core.types import PoolKind, ServiceClass
 
 ADAPTER = {"path": "/adapters/a"}
 POOL: dict[str, Any] = {"name": "all", "kind": "aggregated"}
+BEATING: dict[str, Any] = {"name": "beating", "kind": "lpx", "profile": {"beat_s": 0.01}}
 
 
 def problem(**file: Any) -> str:
@@ -127,6 +128,26 @@ def test_values_find_their_fields() -> None:
                 "pools": [POOL, {"name": "p", "kind": "prefill"}, {"name": "l", "kind": "lpx", "profile": {"beat_s": 0.01}}],
             },
             "models.default.adapters: pool l is of kind lpx, whose engine keeps its beat for the model alone",
+        ),
+        (
+            {"pools": [POOL, {**BEATING, "split": {"spare_slots": 1, "imbalance_max": 0}}]},
+            "pools[1].split.spare_slots: must be 0 in a pool of kind lpx, whose experts stay where they are; is 1",
+        ),
+        (
+            {"pools": [POOL, {**BEATING, "split": {}}]},
+            "pools[1].split.imbalance_max: must be 0 in a pool of kind lpx, whose experts stay where they are; is 0.1",
+        ),
+        (
+            {"pools": [POOL, {**BEATING, "beat": {"ffn_cores": [1]}}]},
+            "pools[1].beat.ffn_cores: is for pools with a [pools.split] table: others have no FFN ranks",
+        ),
+        (
+            {"pools": [POOL, {**BEATING, "beat": {"ffn_cores": [1, 1]}}]},
+            "pools[1].beat.ffn_cores: must be different numbers from 0 on, are [1, 1]",
+        ),
+        (
+            {"pools": [POOL, {**BEATING, "split": {"imbalance_max": 0}, "engine": {"name": "profiled"}}]},
+            'pools[1].split: needs engine.name = "eager": others have no halves',
         ),
         ({"pools": []}, "pools: at least one [[pools]] table is needed"),
         ({"pools": {}}, "pools: must be a list, is dict"),

@@ -346,7 +346,7 @@ def hold_once_more(pool: BlockPool) -> None:
 
 
 def lose_a_block(pool: BlockPool) -> None:
-    pool._free.pop()
+    pool._unused += 1
 
 
 def forget_a_parent(pool: BlockPool) -> None:

@@ -1,7 +1,7 @@
 """Processes killed at random moments under many streams: all end with exactly the tokens that they would have had.
 
-Nodes, FFN ranks, a store, and another gateway, whose own streams alone may break. ROUNDS=25 in the environment kills so many
-times instead of a few.
+Nodes, FFN ranks, those that keep a beat, a store, and another gateway, whose own streams alone may break. ROUNDS=25 in the
+environment kills so many times instead of a few.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ OUTPUT_TOKENS = 96
 PIECES_MAX = STREAMS * OUTPUT_TOKENS // 4
 #: Seconds within which a killed node must be back, and in which a round must be over.
 HEALED_S, ROUND_S = 60.0, 120.0
-ROUNDS = {"decode": 3, "prefill": 3, "aggregated": 3, "attention": 2, "ffn": 2, "store": 3, "gateway": 3}
+ROUNDS = {"decode": 3, "prefill": 3, "aggregated": 3, "attention": 2, "ffn": 2, "beat": 2, "store": 3, "gateway": 3}
 ROUNDS_ASKED = int(os.environ.get("ROUNDS", "0"))
 #: Victims whose streams go on elsewhere.
-RESUMED = ("decode", "aggregated", "attention", "ffn")
+RESUMED = ("decode", "aggregated", "attention", "ffn", "beat")
 #: Streams that must at least have been other gateways' when one was killed.
 SURVIVORS_MIN = STREAMS // 8
 
@@ -55,6 +55,28 @@ prefill_token_s = 0.0001
 SPLIT = """
 [pools.split]
 threads = 1
+"""
+#: An attention rank and an FFN rank that keep a beat, long enough for a machine that has other things to do, for whoever there is
+#: a slot; all others have their tokens from the decode pool.
+BEAT = """
+[limits]
+service_class = "cadence"
+[[pools]]
+name = "cadence"
+kind = "lpx"
+[pools.engine]
+block_tokens = 16
+blocks = 1024
+threads = 1
+context_tokens_max = 1024
+[pools.scheduler]
+step_tokens_max = 64
+sequences_max = 8
+[pools.profile]
+beat_s = 0.1
+[pools.split]
+threads = 1
+imbalance_max = 0
 """
 HEAD = """
 [gateway]
@@ -84,6 +106,7 @@ LAYOUTS = {
     "aggregated": ONE + pool("aggregated", "aggregated", 2),
     "attention": GROUPS,
     "ffn": GROUPS,
+    "beat": APART + BEAT,
     "store": ONE + STORE + pool("aggregated", "aggregated", 2, blocks=256),
     "gateway": HEAD.format(gateways=2) + pool("aggregated", "aggregated", 2),
 }
@@ -191,11 +214,14 @@ def resumed(served: Served) -> float:
 
 
 def process_of(served: Served, victim: str) -> int:
-    """Return a process that has most to do: of a pool's nodes, or the FFN rank of such a node; the store; the other gateway."""
+    """Return a process that has most to do: of a pool's nodes, or an FFN rank of such a node; the store; the other gateway."""
     if victim == "gateway":
         return owner_of_port(int(served.urls[1].rpartition(":")[2]))
     if victim == "store":
         return store_of(served)
+    if victim == "beat":
+        [rank] = [pid for pid in descendants(served.process.pid) if "workers.engines.beat.rank" in command_of(pid)]
+        return rank
     pool = "attention" if victim == "ffn" else victim
     node = max((node for node in served.status()["nodes"] if node["pool"] == pool), key=lambda node: node["running"])
     process = owner_of_port(int(node["address"].rpartition(":")[2]))
@@ -269,7 +295,8 @@ def await_gateways(served: Served) -> None:
 
 @pytest.mark.timeout(600 + 150 * ROUNDS_ASKED)
 @pytest.mark.parametrize(
-    "victim", ["decode", "prefill", "aggregated", "attention", pytest.param("ffn", marks=pytest.mark.ray), "store", "gateway"]
+    "victim",
+    ["decode", "prefill", "aggregated", "attention", pytest.param("ffn", marks=pytest.mark.ray), "beat", "store", "gateway"],
 )
 def test_no_stream_loses_or_changes_a_token_when_a_process_is_killed(
     serve: Callable[..., Served], tmp_path: Path, victim: str

@@ -3,11 +3,12 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from orchestrator.core.commands import ClearTimer, SetTimer
-from orchestrator.core.config import GATEWAYS, LimitsConfig, TenantConfig
+from orchestrator.core.config import GATEWAYS, LimitsConfig, SchedulerConfig, SplitConfig, TenantConfig
 from orchestrator.core.events import TimerFired
 from orchestrator.core.types import NodeId, PoolName
 from orchestrator.fleet.controller import Controller
@@ -355,6 +356,35 @@ def test_sizes_are_applied_and_other_changes_only_when_restarts_are_wanted() -> 
     assert answers(orders) == [Answer(3)]
     assert run.controller.config == given
     assert brief(run.tell(ConfigGiven(4, replace(given, pools=small().pools)))) == ["drain decode-2", "stop decode-2"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "placed_anew"),
+    [
+        ({"cpus": 2.0}, True),
+        ({"resources": {"lpx": 1.0}}, True),
+        ({"split": SplitConfig(ffn=2)}, True),
+        ({"split": SplitConfig(across_hosts=True)}, True),
+        ({"scheduler": SchedulerConfig(sequences_max=7)}, False),
+    ],
+)
+def test_a_process_that_asks_for_something_else_now_is_placed_anew(
+    changed: dict[str, Any], placed_anew: bool, resumed: bool
+) -> None:
+    prefill, decode = small().pools
+    before = replace(small(), pools=(prefill, replace(decode, split=SplitConfig())))
+    run = booted(before)
+    if resumed:
+        run, found = Run(Controller(before, last_kept(run))), found_of(run)
+        run.tell(Resumed(found))
+    given = replace(before, pools=(prefill, replace(before.pools[1], **changed)))
+    orders = run.tell(ConfigGiven(3, given, restart=True))
+    assert [order for order in orders if isinstance(order, Release)] == [Release(D0), Release(D1)] * placed_anew
+    # Its place is given up only once it has stopped, and again only if something changes again.
+    kinds = [type(order) for order in orders if isinstance(order, Stop | Release | Start) and D0 in str(order)]
+    assert kinds[-2:] == ([Release, Start] if placed_anew else [Stop, Start])
+    assert Release(D0) not in run.tell(RestartAsked(4, ("decode",)))
 
 
 # --- the controller's own lives -----------------------------------------------------------------------------------------

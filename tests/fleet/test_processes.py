@@ -17,6 +17,7 @@ from orchestrator.fleet.processes import (
     fits_nowhere,
     parts_of,
     pools_by_node,
+    strategy_of,
     unplaceable,
 )
 from tests.fleet.clusters import crowded
@@ -55,6 +56,14 @@ def test_a_group_asks_for_each_of_its_ranks_and_one_machine_must_have_all() -> N
     assert cannot_be_placed("halves", 1, bundles_of(config, groups[0]), [{"CPU": 3.0}]) == (
         "pool halves: 1 process asking for {CPU: 4} each cannot be placed; the cluster offers {CPU: 3}"
     )
+
+
+@pytest.mark.parametrize(("across", "strategy"), [(False, "STRICT_PACK"), (True, "PACK")])
+def test_only_a_group_that_may_is_placed_on_several_hosts(across: bool, strategy: str) -> None:
+    halves = PoolConfig("halves", PoolKind.DECODE, split=SplitConfig(across_hosts=across))
+    config = ClusterConfig(pools=(halves, PoolConfig("whole", PoolKind.PREFILL)))
+    found = {part.group: strategy_of(config, part) for part in parts_of(config)}
+    assert found == {"halves": strategy, "whole": "STRICT_PACK", "gateways": "STRICT_PACK"}
 
 
 def test_nodes_of_a_group_have_addresses_of_their_own_while_it_serves() -> None:

@@ -10,9 +10,8 @@ import httpx
 import pytest
 
 from bench.frames import Victim
-from bench.fuzz import problem_of
+from bench.fuzz import VICTIMS, problem_of
 from bench.mutations import hostile_bodies, hostile_frames, mangled
-from bench.store_frames import VICTIMS
 from orchestrator.live.text.models import ModelText
 from tests.live.scripted import MODEL, make_model, serve
 from workers.engines.checkpoint import default_model_path

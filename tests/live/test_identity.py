@@ -134,13 +134,15 @@ def drafting() -> Way:
     return Way(replace(config, pools=(replace(both, engine=replace(both.engine, speculation=speculation)),)))
 
 
-def beating() -> Way:
-    """Return a way in which everybody is kept on a beat, as long as there is a slot."""
+def beating(nodes: int = 1, ffn: int = 0) -> Way:
+    """Return a way in which everybody is kept on a beat, as long as there is a slot; with FFN ranks their nodes are a group."""
     config = cramped(split("eager"))
-    lpx = pool("cadence", PoolKind.LPX, 1, "eager", profile=CostProfile(beat_s=BEAT_S))
+    shares = SplitConfig(attention=nodes, ffn=ffn, microbatches=2, imbalance_max=0.0) if ffn else None
+    lpx = pool("cadence", PoolKind.LPX, nodes, "eager", profile=CostProfile(beat_s=BEAT_S), split=shares)
     engine = replace(lpx.engine, blocks=2 * SLOTS * BLOCKS, context_tokens_max=TOKENS_MAX + OUTPUT_TOKENS)
     lpx = replace(lpx, engine=engine, scheduler=SchedulerConfig(sequences_max=SLOTS, step_tokens_max=64))
-    return Way(replace(config, pools=(*config.pools, lpx)), SLOTS, BEAT_TOKENS, service_class=ServiceClass.CADENCE)
+    everything = replace(config, pools=(*config.pools, lpx))
+    return Way(everything, nodes * SLOTS, BEAT_TOKENS, ffn=ffn, service_class=ServiceClass.CADENCE)
 
 
 WAYS = {
@@ -155,6 +157,7 @@ WAYS = {
     "experts with copies that move": apart(2, 2, spare=2),
     "drafted": drafting(),
     "on a beat": beating(),
+    "on a beat, attention and FFN 2:2": beating(2, 2),
 }
 
 
@@ -171,7 +174,9 @@ def test_tokens_are_those_of_transformers(model: tuple[Path, Expected], name: st
     torch.set_num_threads(1)
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of(path, way.ffn, way.spare)) if way.ffn else []
-        places = SplitPlaces(tuple(rank.address for rank in ranks), way.spare, silent_s=READ_S) if ranks else None
+        addresses = tuple(rank.address for rank in ranks)
+        cut, nodes = way.pool.split.microbatches if way.pool.split is not None else 0, way.pool.nodes
+        places = SplitPlaces(addresses, way.spare, cut, silent_s=READ_S, attention=nodes) if ranks else None
 
         async def scenario() -> None:
             async with cluster(way.config, path, places=places) as served:
@@ -228,15 +233,16 @@ def check_way(name: str, way: Way, served: Cluster, moves: int) -> None:
     """See that tokens were computed in the way that is meant."""
     loads = served.observed.loads
     last = loads[way.pool.node_id(0)]
+    if way.service_class is ServiceClass.CADENCE:
+        beats = sum(loads[way.pool.node_id(number)].beats for number in range(way.pool.nodes))
+        assert beats >= PROMPTS * way.tokens / SLOTS / 2, f"{beats} beats"
     if way.ffn:
         halves = [loads[way.pool.node_id(number)].split for number in range(way.pool.nodes)]
         assert all(half is not None and half.attention_s > 0 and half.ffn_s > 0 for half in some(halves)), halves
         assert (moves > 0) == (way.spare > 0), f"{moves} moves"
-    elif way.service_class is ServiceClass.CADENCE:
-        assert last.beats >= PROMPTS * way.tokens / SLOTS / 2, f"{last.beats} beats"
     elif name == "drafted":
         assert last.drafted_tokens > last.accepted_tokens > 0, "nothing was drafted"
-    else:
+    elif way.service_class is not ServiceClass.CADENCE:
         assert (len(served.observed.moves) > 0) == name.startswith("disaggregated")
         preempted = sum(load.preemptions for load in loads.values())
         assert (preempted > 0) == (way.together > 1), f"{preempted} preemptions"

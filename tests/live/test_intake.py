@@ -188,7 +188,7 @@ def play(text: ModelText, asked: Asked, script: Script, talk: Callable[[Choices,
     async def run() -> None:
         intake, driver = make_intake(text), ScriptedDriver(text, lambda turn: script)
         prepared = await intake.prepare(asked, intake.model_named(asked.model), ACME, SessionId("one"))
-        choices = Choices(prepared, "name")
+        choices = Choices(prepared, "name", 0.0)
         choices.start(driver, Metrics(GatewayId(0), 1, {}), None)
         await talk(choices, driver)
 

@@ -170,15 +170,18 @@ def test_halves_of_split_decode_and_moves_of_experts_are_counted_over_restarts()
     # It is lost for a moment and is the same; then its group is another one, which counts from 0.
     metrics.observe(0.3, NodeLost(NodeId("decode-0"), "gone"), [])
     assert value(metrics, "weft_expert_imbalance", placement="now", **where) is None
+    assert value(metrics, "weft_afd_links", transport="shm", **where) is None
     metrics.observe(0.4, NodeJoined(spec("decode-0")), [])
     metrics.observe(0.5, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(5.0, 3.0, 0.5, balance))), [])
     assert value(metrics, "weft_expert_imbalance", placement="now", **where) == 0.0
     assert value(metrics, "weft_expert_imbalance", placement="first", **where) == 0.75
     metrics.observe(0.6, NodeJoined(spec("decode-0", 1)), [])
-    metrics.observe(0.7, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(1.0, 1.0, 0.5, ExpertBalance(1, 0.1, 0.2)))), [])
+    balance = ExpertBalance(1, 0.1, 0.2)
+    metrics.observe(0.7, NodeReported(NodeId("decode-0"), Load(split=SplitLoad(1.0, 1.0, 0.5, balance, 1, 3))), [])
     assert value(metrics, "weft_afd_seconds_total", part="attention", **where) == 6.0
     assert value(metrics, "weft_afd_seconds_total", part="ffn", **where) == 4.0
     assert [value(metrics, "weft_afd_ranks", part=part, **where) for part in ("attention", "ffn")] == [1, 0.5]
+    assert [value(metrics, "weft_afd_links", transport=way, **where) for way in ("shm", "tcp")] == [1, 3]
     assert value(metrics, "weft_expert_moves_total", **where) == 4
 
 
@@ -253,7 +256,7 @@ def test_regret_is_counted_where_it_was_computed() -> None:
 def test_tokens_are_timed_one_by_one_and_an_exchange_of_several_shares_its_time() -> None:
     clock = Clock()
     metrics = cluster(clock)
-    watch = metrics.open_turn(MODEL, ServiceClass.STANDARD)
+    watch = metrics.open_turn(MODEL, ServiceClass.STANDARD, clock.now)
     metrics.observe(0.0, arrived(), [assign()])
     watch.assigned(RequestId(1))
     for seconds, tokens in ((2.0, 1), (0.3, 3), (0.0, 0)):

@@ -113,7 +113,7 @@ def test_turns_that_name_no_seed_keep_the_one_they_got(model_dir: Path, monkeypa
     async def scenario() -> None:
         async with cluster(together("eager", nodes=2), model_dir) as served:
             streams = [served.driver.start(one) for one in turns]
-            seeds = [stream.sampling.seed for stream in streams]
+            seeds = [stream.seed for stream in streams]
             assert len(set(seeds)) == 3, "choices of one prompt draw the same numbers"
             watched = Interrupted(served, [(20, Role.GENERATE)])
             found = await asyncio.gather(watched.read(streams[0]), *[finish(stream) for stream in streams[1:]])

@@ -20,7 +20,7 @@ from orchestrator.live.http.gateway import Gateway
 from orchestrator.live.intake import Intake
 from orchestrator.live.metrics import Metrics
 from orchestrator.live.text.models import ModelText
-from tests.live.serving import cluster, together
+from tests.live.serving import Cluster, cluster, together
 from workers.engines.checkpoint import create_checkpoint
 
 MODEL = "default"
@@ -52,26 +52,31 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def answering(config: ClusterConfig, model_dir: Path) -> AsyncIterator[AsyncOpenAI]:
+async def answering(config: ClusterConfig, model_dir: Path, model: ModelConfig) -> AsyncIterator[tuple[AsyncOpenAI, Cluster]]:
     """Serve a cluster behind a gateway, for the official client."""
-    config = replace(config, models={ModelName(MODEL): ModelConfig()})
+    config = replace(config, models={ModelName(MODEL): model})
     async with cluster(config, model_dir) as served:
         metrics = Metrics(GatewayId(0), 1, {})
-        texts = {ModelName(MODEL): ModelText.load(model_dir, "random")}
+        texts = {ModelName(MODEL): ModelText.load(model_dir, "random", model)}
         intake = Intake(config, texts, b"secret")
         gateway = Gateway(config, GatewayId(0), intake, served.driver, metrics, metrics.render, lambda: {"nodes": []})
         port = await gateway.start("127.0.0.1", 0)
         try:
             async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client:
-                yield client
+                yield client, served
             await served.idle()
         finally:
             await gateway.stop()
 
 
-def play(model_dir: Path, talk: Callable[[AsyncOpenAI], Awaitable[None]], config: ClusterConfig | None = None) -> None:
+def play(
+    model_dir: Path,
+    talk: Callable[[AsyncOpenAI], Awaitable[None]],
+    config: ClusterConfig | None = None,
+    model: ModelConfig | None = None,
+) -> None:
     async def run() -> None:
-        async with answering(config or together("eager"), model_dir) as client:
+        async with answering(config or together("eager"), model_dir, model or ModelConfig()) as (client, _):
             await talk(client)
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -126,6 +131,30 @@ def test_answers_are_of_every_kind_that_can_be_asked_for(model_dir: Path, kind: 
         assert all(right(text) for text in (*texts, completion.choices[0].text))
 
     play(model_dir, talk)
+
+
+LONG = {"type": "array", "items": {"enum": ["again and again", "once more"]}, "minItems": 12, "maxItems": 12}
+
+
+@pytest.mark.slow
+def test_answers_that_lose_their_blocks_to_others_are_what_they_are_alone(model_dir: Path) -> None:
+    roomy = together("eager")
+    [both] = roomy.pools
+    cramped = replace(roomy, pools=(replace(both, engine=replace(both.engine, blocks=24)),))
+
+    async def ask(config: ClusterConfig, at_once: bool) -> tuple[list[str], int]:
+        async with answering(config, model_dir, ModelConfig()) as (client, served):
+            asked = [content(client, response_format=schema_format(LONG), temperature=1.0, seed=seed) for seed in range(4)]
+            texts = await asyncio.gather(*asked) if at_once else [await one for one in asked]
+            await served.idle()
+            return texts, sum(load.preemptions for load in served.observed.loads.values())
+
+    alone, _ = asyncio.run(asyncio.wait_for(ask(roomy, at_once=False), 60))
+    crowded, preemptions = asyncio.run(asyncio.wait_for(ask(cramped, at_once=True), 60))
+    assert preemptions > 0
+    assert crowded == alone
+    for text in alone:
+        jsonschema.validate(json.loads(text), LONG)
 
 
 TOOLS: list[dict[str, Any]] = [

@@ -18,6 +18,7 @@ import pytest
 import workers.runner
 from orchestrator.core.commands import Assign, ClusterCommand, Complete
 from orchestrator.core.config import ClusterConfig, EngineConfig, PoolConfig, RouterConfig, RouterPolicy, SchedulerConfig
+from orchestrator.core.cost.costs import node_profile
 from orchestrator.core.events import ClusterEvent, RequestArrived
 from orchestrator.core.types import (
     BlockHash,
@@ -183,7 +184,8 @@ def simulated(config: ClusterConfig, turns: Sequence[TracedTurn]) -> Decided:
 def spec(node: NodeId, settings: PoolConfig) -> NodeSpec:
     return settings.node_spec(
         node,
-        incarnation=1,
+        1,
+        node_profile(settings),
         blocks=settings.engine.blocks,
         block_tokens=BLOCK_TOKENS,
         block_bytes=BLOCK_BYTES,

@@ -50,8 +50,11 @@ def test_each_shipped_file_resolves_to_complete_pools(path: Path) -> None:
         assert resolved.hardware[PoolName(pool.name)].usd_per_hour > 0
 
 
-def test_the_six_clusters_are_there() -> None:
-    names = {"gb200-nvl72", "gb300-nvl72", "h200", "vr-nvl72", "vr-nvl72-lpx", "vr-nvl72-lpx-cadence"}
+def test_the_clusters_are_there() -> None:
+    names = {"gb200-nvl72", "gb300-nvl72", "h200", "vr-nvl72", "vr-nvl72-lpx"} | {
+        "vr-nvl72-lpx-cadence",
+        "vr-nvl72-lpx-afd-cadence",
+    }
     assert {path.stem for path in FILES} == names
 
 

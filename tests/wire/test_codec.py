@@ -44,6 +44,7 @@ from orchestrator.core.types import (
     StoredRun,
     TenantId,
     TenantLoad,
+    ThoughtsLimit,
     Tier,
     prefetch_id,
 )
@@ -85,6 +86,13 @@ def test_assignment_survives(role: Role, source: NodeId | None, generated: int) 
     assert codec.assignment_from(parsed) == assignment
     assert parsed.hash_root == root
     assert parsed.sampling == sampling
+
+
+@pytest.mark.parametrize("limit", [None, ThoughtsLimit(0, 7), ThoughtsLimit(512, 7, 0)])
+def test_a_limit_of_thoughts_goes_with_how_tokens_are_chosen(limit: ThoughtsLimit | None) -> None:
+    sampling = Sampling(thoughts=limit)
+    parsed = node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString())
+    assert codec.sampling_from(parsed) == sampling
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterName("sql")])
@@ -132,7 +140,7 @@ def test_spec_survives(kind: PoolKind) -> None:
         None,
         SplitLoad(1.5, 2.5, 0.5),
         SplitLoad(1.5, 2.5, 0.5, ExpertBalance(0, 0.0, 0.0)),
-        SplitLoad(experts=ExpertBalance(3, 0.25, 0.75)),
+        SplitLoad(experts=ExpertBalance(3, 0.25, 0.75), links_shared=2, links_network=3),
     ],
 )
 def test_report_survives(split: SplitLoad | None) -> None:

@@ -21,6 +21,7 @@ from orchestrator.live.text.checks import keepable
 from orchestrator.live.text.grammars import Thoughts, Unkeepable, answer_part, whole
 from tests.schemas import Schemas
 from tests.workers.beat.beating import beat_engine
+from tests.workers.split.test_split_identity import attention_of, ranks_of
 from workers.engines.base import Engine
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
@@ -65,8 +66,17 @@ def constrained(schema: dict[str, Any], **more: Any) -> Sampling:
     return Sampling(stop_token_ids=(END,), grammar=grammar, **more)
 
 
+def blocks_from(first: int) -> tuple[BlockId, ...]:
+    return tuple(BlockId(first + place) for place in range(BLOCKS // ROWS))
+
+
 def run(
-    engine: Engine, samplings: Sequence[Sampling], most: int, given: Sequence[list[int]] | None = None, drafts: int = 0
+    engine: Engine,
+    samplings: Sequence[Sampling],
+    most: int,
+    given: Sequence[list[int]] | None = None,
+    drafts: int = 0,
+    first: int = 1,
 ) -> list[list[int]]:
     """Return the outputs of requests that run together, up to `most` tokens each, after those that are `given`."""
     outputs = [list(one) for one in given or [[] for _ in samplings]]
@@ -74,21 +84,21 @@ def run(
     open_ones: list[int] = []
     for number, sampling in enumerate(samplings):
         tokens = array("I", [7, 8, 9, *outputs[number]])
-        engine.add(RequestId(number + 1), tokens, sampling, len(outputs[number]))
+        engine.add(RequestId(number + first), tokens, sampling, len(outputs[number]))
         blocks = tuple(BlockId(number * each + place) for place in range(each))
-        [output] = engine.step([Slice(RequestId(number + 1), 0, len(tokens), 0, blocks, True)])
+        [output] = engine.step([Slice(RequestId(number + first), 0, len(tokens), 0, blocks, True)])
         assert output.failure is None, output.failure
         outputs[number] += output.tokens
         open_ones += [] if output.stopped else [number]
     while open_ones:
-        slices = [Slice(RequestId(one + 1), 2 + len(outputs[one]), 1, 0, (), True, drafts) for one in open_ones]
+        slices = [Slice(RequestId(one + first), 2 + len(outputs[one]), 1, 0, (), True, drafts) for one in open_ones]
         for one, output in zip(list(open_ones), engine.step(slices), strict=True):
             assert output.failure is None, output.failure
             outputs[one] += output.tokens
             if output.stopped or len(outputs[one]) >= most:
                 open_ones.remove(one)
     for number in range(len(samplings)):
-        engine.forget(RequestId(number + 1))
+        engine.forget(RequestId(number + first))
     return outputs
 
 
@@ -123,6 +133,41 @@ def test_what_goes_on_elsewhere_has_the_tokens_it_would_have_had(engine: EagerEn
     [expected] = run(engine, [sampling], 200)
     for generated in (1, 7, len(expected) - 1):
         assert run(engine, [sampling], 200, [expected[:generated]]) == [expected]
+
+
+@pytest.mark.slow
+def test_what_loses_its_blocks_goes_on_as_if_nothing_had_happened(engine: EagerEngine) -> None:
+    sampling = constrained(REPEATING, temperature=1.0, seed=5)
+    [expected] = run(engine, [sampling], 200)
+    prompt = array("I", [7, 8, 9])
+    for after in (1, 6, 20):
+        engine.add(RequestId(1), prompt, sampling)
+        found = list(engine.step([Slice(RequestId(1), 0, 3, 0, blocks_from(0), True)])[0].tokens)
+        while len(found) < after:
+            found += engine.step([Slice(RequestId(1), 2 + len(found), 1, 0, (), True, 3)])[0].tokens
+        # Another has its blocks in the meantime; prompt and output are computed again elsewhere, in parts.
+        assert run(engine, [sampling], 200, first=2) == [expected]
+        known = 3 + len(found)
+        for start in range(0, known, 5):
+            told = blocks_from(100) if start == 0 else ()
+            [output] = engine.step([Slice(RequestId(1), start, min(5, known - start), 0, told, start + 5 >= known)])
+        found += output.tokens
+        while not output.stopped:
+            [output] = engine.step([Slice(RequestId(1), 2 + len(found), 1, 0, (), True)])
+            found += output.tokens
+        engine.forget(RequestId(1))
+        assert found == expected
+
+
+@pytest.mark.slow
+def test_a_split_group_keeps_to_grammars(model_dir: Path, engine: EagerEngine) -> None:
+    samplings = [constrained(REPEATING), constrained(REPEATING, temperature=1.0, seed=4), Sampling()]
+    expected = run(engine, samplings, 60)
+    with ranks_of(model_dir, 2) as ranks:
+        split = attention_of(model_dir, ranks, microbatches=2)
+        assert run(split, samplings, 60) == expected
+        assert run(split, samplings, 60, drafts=4) == expected
+        split.close()
 
 
 def test_company_changes_nothing(engine: EagerEngine) -> None:

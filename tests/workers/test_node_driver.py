@@ -47,6 +47,7 @@ class ScriptedEngine:
         self.description = EngineDescription(BLOCKS, BLOCK_TOKENS, 64, 64, "plain", VOCABULARY, 64, "weights", "cpu", computes)
         self.pool = None
         self.routing = None
+        self.halves = None
         self.beats: BeatCounts | None = None
         self.counts: dict[RequestId, int] = {}
         self.sampling: dict[RequestId, Sampling] = {}

@@ -17,6 +17,7 @@ from typing import Protocol
 from orchestrator.core.commands import Slice
 from orchestrator.core.experts import Placement
 from orchestrator.core.types import BlockId, RequestId, Sampling, SplitLoad
+from orchestrator.wire.trust import Trust
 
 
 class NotEncodable(ValueError):
@@ -129,10 +130,19 @@ def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | 
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkPlace:
+    """Where an FFN rank listens for attention ranks of other hosts, and whom it believes."""
+
+    #: An address of its host; the system chooses the port.
+    host: str
+    trust: Trust
+
+
+@dataclass(frozen=True, slots=True)
 class SplitPlaces:
     """What an attention rank is told of its group."""
 
-    #: Of the FFN ranks, in their order.
+    #: Of the FFN ranks, in their order: the name of one on this host, NAME@HOST:PORT of one on another.
     addresses: tuple[str, ...]
     spare_slots: int = 0
     #: 0: by measurement.
@@ -141,15 +151,12 @@ class SplitPlaces:
     silent_s: float = 10.0
     #: Attention ranks of the group.
     attention: int = 1
+    #: What ranks on other hosts are told and asked to be believed; None where there are none.
+    trust: Trust | None = None
 
 
 class ExpertRouting(Protocol):
     """How an attention rank's rows find their FFN ranks: looked at and changed while it computes, by any thread."""
-
-    @property
-    def load(self) -> SplitLoad:
-        """What either half did since the engine began; of experts, nothing."""
-        ...
 
     def take_picks(self) -> list[list[int]]:
         """Return how many rows picked each expert, by layer, since the last call."""
@@ -173,7 +180,12 @@ class Engine(Protocol):
 
     @property
     def routing(self) -> ExpertRouting | None:
-        """None where an engine has no FFN ranks."""
+        """None where an engine has no FFN ranks whose experts may move."""
+        ...
+
+    @property
+    def halves(self) -> SplitLoad | None:
+        """What either half did since the engine began, of experts nothing; None where it has no FFN ranks."""
         ...
 
     @property

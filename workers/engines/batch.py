@@ -81,7 +81,8 @@ class BatchBuilder:
 
     def __init__(self, pool: KvPool, rows_min: int, way: DecodeWay, device: torch.device) -> None:
         self._pool = pool
-        self._rows_min = rows_min
+        #: Batches of fewer rows are filled up.
+        self.rows_min = rows_min
         self._way = way
         self._device = device
 
@@ -93,7 +94,7 @@ class BatchBuilder:
         chunks = few + [number for number in numbers if slices[number].count > 1 and not self._is_few(slices[number])]
         token_ids, positions, blocks = self._rows(slices, sequences, decodes, chunks)
         tokens = len(token_ids)
-        rows = max(tokens, self._rows_min)
+        rows = max(tokens, self.rows_min)
         positions_max = int(positions.max())
         write_index = self._pool.write_index(blocks, positions % self._pool.block_tokens)
         if rows > tokens:

@@ -7,7 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig
-from orchestrator.core.types import RequestId, Sampling
+from orchestrator.core.types import RequestId, Sampling, SplitLoad
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
 from workers.engines.adapters import Adapters
@@ -33,8 +33,9 @@ from workers.engines.sampler import sample, score
 from workers.engines.sequences import TokenSequence
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import SplitGroup
-from workers.engines.split.lanes import layout_for
+from workers.engines.split.lanes import LaneLayout, Link, layout_for
 from workers.engines.split.microbatches import Microbatches
+from workers.engines.split.network import NetworkLink
 from workers.engines.split.places import first_placements
 from workers.engines.split.shared import SharedLink
 from workers.engines.stored import Slab, engine_slab
@@ -88,7 +89,8 @@ class EagerEngine(PooledBlocks):
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             weights = Weights(model_dir, config.weights)
-            filled = max(rows, rows_min(dtype, device, weights.quantised))
+            self._rows_min = rows_min(dtype, device, weights.quantised)
+            filled = max(rows, self._rows_min)
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._adapters = Adapters(model or ModelConfig(), dtype, device)
@@ -122,8 +124,22 @@ class EagerEngine(PooledBlocks):
         return self.split
 
     @property
+    def halves(self) -> SplitLoad | None:
+        return self.split.load if self.split is not None else None
+
+    @property
     def beats(self) -> None:
         return None
+
+    def cut(self, rows: int, microbatches: int) -> None:
+        """Have steps of up to so many rows cut into so many micro-batches from now on, each filled up to its share of them."""
+        assert self.split is not None, "one process computes all, at once"
+        self.split.microbatches = Microbatches(microbatches)
+        self._batches.rows_min = max(-(-rows // microbatches), self._rows_min)
+
+    def routed(self, experts: Sequence[int]) -> AbstractContextManager[None]:
+        """Send rows to these experts in turn, in every layer and until the context ends, whatever is in them."""
+        return self._model.routed(experts)
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         """Take a request's prompt; one that cannot be computed fails at its first slice."""
@@ -240,9 +256,21 @@ def _sampled(logits: Tensor, batches: Sequence[StepBatch]) -> Tensor:
 def _reach(places: SplitPlaces, shape: Architecture, dtype: torch.dtype, device: torch.device, rows_max: int) -> SplitGroup:
     """Connect to a group's FFN ranks."""
     layout = layout_for(shape, dtype, MICROBATCHES_MAX, rows_max)
-    links = [SharedLink(address, layout, places.silent_s) for address in places.addresses]
-    placements = first_placements(shape, len(links), places.spare_slots)
+    placements = first_placements(shape, len(places.addresses), places.spare_slots)
+    with ExitStack() as failing:
+        links: list[Link] = []
+        for address in places.addresses:
+            links.append(_open_link(address, places, layout, device))
+            failing.callback(links[-1].close)
+        failing.pop_all()
     return SplitGroup(links, shape, placements, device, Microbatches(places.microbatches), places.attention)
+
+
+def _open_link(address: str, places: SplitPlaces, layout: LaneLayout, device: torch.device) -> Link:
+    if "@" not in address:
+        return SharedLink(address, layout, places.silent_s)
+    assert places.trust is not None, f"nothing is known of who may be believed, and {address} is on another host"
+    return NetworkLink(address, layout, places.silent_s, places.trust, device)
 
 
 def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:

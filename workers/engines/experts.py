@@ -86,6 +86,22 @@ class GroupedRouter:
         return weights.mul_(self._grouped.scale), picked
 
 
+class TurnRouter:
+    """Does what a router does, and then picks some experts in turn: no way of picking among them asks for more."""
+
+    __slots__ = ("_experts", "_router")
+
+    def __init__(self, router: Router, experts: Sequence[int]) -> None:
+        self._router = router
+        self._experts = torch.tensor(experts)
+
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Router.route`."""
+        weights, picked = self._router.route(rows)
+        turns = torch.arange(picked.numel()) % len(self._experts)
+        return weights, self._experts[turns].view_as(picked).to(picked.device)
+
+
 class ExpertBank:
     """Some experts of one layer, in slots: what rows they are given they compute, whoever picked."""
 
@@ -147,11 +163,11 @@ class ExpertBank:
 class ExpertMlp:
     """A layer's router and all its experts, in one process."""
 
-    __slots__ = ("_bank", "_router", "_shared")
+    __slots__ = ("_bank", "_shared", "router")
 
     def __init__(self, router: Router, bank: ExpertBank, shared: GatedMlp | None = None) -> None:
         """Take the experts that rows are routed to, and those that all of them visit."""
-        self._router = router
+        self.router = router
         self._bank = bank
         self._shared = shared
 
@@ -161,6 +177,6 @@ class ExpertMlp:
 
     def add_to(self, state: Tensor, rows: Tensor, adapted: AdaptedRows = ()) -> Tensor:
         """Return state + experts(rows); of adapters those of what all rows visit count."""
-        weights, picked = self._router.route(rows)
+        weights, picked = self.router.route(rows)
         state = self._bank.add_to(state, rows, weights, picked)
         return state if self._shared is None else self._shared.add_to(state, rows, adapted)

@@ -10,13 +10,14 @@ A walk goes on with what the sequence has in the meantime, whichever way it came
 generated elsewhere before.
 """
 
+import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from orchestrator.core.types import Sampling
+from orchestrator.profiles.decoders import falls_back_to_bytes, is_byte_level, local_steps, lone_bytes
 from orchestrator.profiles.model_config import read_config
 from orchestrator.profiles.specials import end_tokens, read_named, special_names
 
@@ -45,7 +47,7 @@ class Lexicon:
         vocabulary: the model's; token ids are below it.
 
     Raises:
-        ValueError: if there is no tokenizer, or one whose tokens have no bytes of their own.
+        ValueError: if there is no tokenizer, or one whose tokens have no text of their own.
     """
 
     def __init__(self, model_dir: Path, vocabulary: int) -> None:
@@ -62,13 +64,56 @@ class Lexicon:
             tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (*sorted(names), _END)])
             end = tokenizer.token_to_id(_END)
             assert end is not None, "what was added is there"
-            self.tokens = LLTokenizer(tokenizer.to_str(), n_vocab=max(vocabulary, end + 1), eos_token=end)
+            self.tokens = _read(tokenizer, max(vocabulary, end + 1), end)
         except Exception as error:  # Neither library has a narrower class.
             raise ValueError(f"{model_dir / 'tokenizer.json'} cannot be used with grammars: {error}") from error
         #: Stands for the end in masks.
         self.end = end
         #: Of 32 tokens each, in a mask.
         self.words = -(-self.tokens.vocab_size // 32)
+        #: A bit for each token that reads as the text that it writes; None: all do.
+        self.right: NDArray[np.uint32] | None = None
+        if misread := _misread(tokenizer, self.tokens):
+            self.right = np.full(self.words, ~np.uint32(0))
+            for token in misread:
+                self.right[token >> 5] &= ~np.uint32(1 << (token & 31))
+
+
+def _read(tokenizer: Tokenizer, size: int, end: int) -> LLTokenizer:
+    """Return a tokenizer as grammars read it. Raises `ValueError`."""
+    description = json.loads(tokenizer.to_str())
+    decoder = description["decoder"]
+    steps = local_steps(decoder)
+    if steps is None:
+        raise ValueError("its tokens have no text of their own")
+    if is_byte_level(decoder):
+        return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=end)
+    # The library knows one way in which tokens that are no bytes may be written.
+    description["decoder"] = {"type": "Sequence", "decoders": [*map(_replacing, steps), {"type": "ByteFallback"}]}
+    for part in (description["pre_tokenizer"], *((description["pre_tokenizer"] or {}).get("pretokenizers") or ())):
+        if part is not None and part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+    return LLTokenizer(json.dumps(description), n_vocab=size, eos_token=end)
+
+
+def _replacing(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step of a decoder with what makes spaces written out."""
+    if step["type"] != "Metaspace":
+        return step
+    return {"type": "Replace", "pattern": {"String": step["replacement"]}, "content": " "}
+
+
+def _misread(tokenizer: Tokenizer, tokens: LLTokenizer) -> list[int]:
+    """Return tokens that are not read as the text that they write."""
+    decoder = json.loads(tokenizer.to_str())["decoder"]
+    if is_byte_level(decoder):
+        return []
+    known = lone_bytes(tokenizer) if falls_back_to_bytes(decoder) else {}
+    asked = [token for token in tokenizer.get_vocab().values() if token not in known and not tokens.is_special_token(token)]
+    # The first token of a text may lose a space: a second one does not.
+    once, twice = (tokenizer.decode_batch([[token] * count for token in asked], skip_special_tokens=False) for count in (1, 2))
+    written = zip(asked, once, twice, strict=True)
+    return [token for token, one, both in written if both[len(one) :].encode() != tokens.decode_bytes([token])]
 
 
 class Walk:
@@ -242,6 +287,8 @@ class Grammars:
             self._executor.unsafe_compute_mask_ptr(plain, *place)
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *place)
+        if lexicon.right is not None:
+            words &= lexicon.right
         row = 0
         for one in wanted:
             one.walk.look()

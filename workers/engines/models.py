@@ -11,7 +11,8 @@ A layer is two halves. The first (`_Layer.attend`) ends with the rows that the s
 finished, so that it may be computed elsewhere while the first half of other rows is computed here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn import functional
 from orchestrator.profiles.model_config import Architecture
 from workers.engines.adapters import AdaptedRows, Adapters
 from workers.engines.batch import StepBatch
-from workers.engines.experts import ExpertMlp
+from workers.engines.experts import ExpertMlp, TurnRouter
 from workers.engines.grouped import GroupedAttention
 from workers.engines.kvpool import KvPool
 from workers.engines.latent import LatentAttention
@@ -64,6 +65,19 @@ class Model:
     def row_operations(self) -> int:
         """Multiply-adds of one row, attention aside."""
         return self._row_operations
+
+    @contextmanager
+    def routed(self, experts: Sequence[int]) -> Iterator[None]:
+        """Send rows to these experts in turn, in every layer and until the context ends, whatever is in them."""
+        ffns = [layer.ffn for layer in self._layers if isinstance(layer.ffn, (ExpertMlp, RemoteFfn))]
+        routers = [(ffn, ffn.router) for ffn in ffns if ffn.router is not None]
+        for ffn, router in routers:
+            ffn.router = TurnRouter(router, experts)
+        try:
+            yield
+        finally:
+            for ffn, router in routers:
+                ffn.router = router
 
     def logits(self, batches: Sequence[StepBatch], pool: KvPool) -> Tensor | None:
         """Compute a step; return [sampled rows, vocabulary] in the model's dtype, None if none is sampled.

@@ -118,6 +118,10 @@ class ProfiledEngine:
         return None
 
     @property
+    def halves(self) -> None:
+        return None
+
+    @property
     def beats(self) -> None:
         return None
 

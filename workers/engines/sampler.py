@@ -1,9 +1,9 @@
 """Chooses tokens from logits: greedy at once for a whole step, everything else vectorised over the rows that need it.
 
 Order: logit bias, repetition penalty (over prompt and generated tokens), presence and frequency penalties (over generated
-ones), what must not come, what a grammar lets come, temperature, top-k, top-p (of what top-k left), min-p. Log probabilities are
-those of the raw logits. Randomness is a function of (seed, position) alone, so that a sequence draws the same numbers whatever is
-in its batch, and when it is computed again.
+ones), what must not come, what a grammar lets come, temperature, top-k, top-p (of what top-k left), min-p. Where thoughts are as
+long as they may be their end comes, whatever else might. Log probabilities are those of the raw logits. Randomness is a function
+of (seed, position) alone, so that a sequence draws the same numbers whatever is in its batch, and when it is computed again.
 """
 
 import math
@@ -70,6 +70,7 @@ def sample(logits: Tensor, sequences: Sequence[TokenSequence], masks: Masks | No
     if all(sequence.plain for sequence in sequences):
         logits = masks.apply(logits) if masks is not None else logits
         best, tokens = (found.tolist() for found in logits.max(-1))
+        _end_thoughts(tokens, sequences)
         return _finish_all(sequences, tokens, best)
     raw = logits.float()
     rows = [_Row(sequence, ahead) for sequence in sequences for ahead in range(1 + sequence.drafted)]
@@ -82,7 +83,19 @@ def sample(logits: Tensor, sequences: Sequence[TokenSequence], masks: Masks | No
     if drawn:
         for number, token in zip(drawn, _draw(adjusted[drawn], [rows[number] for number in drawn]), strict=True):
             tokens[number] = token
+    _end_thoughts(tokens, sequences)
     return _finish_all(sequences, tokens, best, _logprobs(raw, tokens, [row.sequence for row in rows]))
+
+
+def _end_thoughts(tokens: list[int], sequences: Sequence[TokenSequence]) -> None:
+    """Put what ends thoughts in the place of tokens with which they would be longer than they may be."""
+    row = 0
+    for sequence in sequences:
+        if sequence.sampling.thoughts is not None:
+            for ahead in range(1 + sequence.drafted):
+                if (end := sequence.thoughts_end(ahead)) is not None:
+                    tokens[row + ahead] = end
+        row += 1 + sequence.drafted
 
 
 def _finish_all(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.core.types import BlockId, Sampling
+from orchestrator.core.types import THOUGHTS_WITHIN, BlockId, Sampling, ThoughtsLimit
 from workers.engines.grammars import Walk
 from workers.engines.lookup import PromptLookup
 
@@ -59,7 +59,7 @@ class TokenSequence:
         #: Block of each run of `block_tokens` tokens; what lies behind the last block told is void.
         self.table: NDArray[np.int64] = np.zeros(8, dtype=np.int64)
         #: Why it cannot be computed at all.
-        self.failure = _unknown_token(self.tokens, vocabulary)
+        self.failure = _unknown_token(self.tokens, vocabulary, sampling.thoughts)
 
     def place(self, first: int, blocks: Sequence[BlockId]) -> None:
         """Enter blocks into the table from index `first` on."""
@@ -89,6 +89,20 @@ class TokenSequence:
         self.drafted = 0
         return drafts
 
+    def thoughts_end(self, ahead: int) -> int | None:
+        """Return the token that ends its thoughts if it must come next, after so many of its drafts; None if any may."""
+        limit = self.sampling.thoughts
+        if limit is None:
+            return None
+        position, begun = len(self.tokens) - self.drafted + ahead, self.prompt_tokens
+        if limit.begin is not None:
+            head = self.tokens[begun : min(position, begun + THOUGHTS_WITHIN)]
+            if limit.begin not in head:
+                return None
+            begun += head.index(limit.begin) + 1
+        due = position == begun + limit.tokens_max and limit.end not in self.tokens[begun:position]
+        return limit.end if due else None
+
     def append(self, token: int) -> None:
         """Take a generated token."""
         self.tokens.append(token)
@@ -104,8 +118,8 @@ def _is_limited(sampling: Sampling) -> bool:
     return bool(changed or sampling.output_tokens_min or sampling.forbidden_runs or sampling.allowed_token_ids)
 
 
-def _unknown_token(tokens: "array[int]", vocabulary: int) -> str | None:
+def _unknown_token(tokens: "array[int]", vocabulary: int, thoughts: ThoughtsLimit | None) -> str | None:
     if not tokens:
         return "the prompt is empty"
-    highest = int(np.frombuffer(tokens, dtype=np.uint32).max())
+    highest = max(int(np.frombuffer(tokens, dtype=np.uint32).max()), thoughts.end if thoughts is not None else 0)
     return None if highest < vocabulary else f"token {highest} is not in the model's vocabulary of {vocabulary}"

@@ -32,7 +32,7 @@ import xxhash
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore
 
-from orchestrator.core.blocks import HASH_BYTES
+from orchestrator.core.blocks import HASH_BYTES, hash_bytes
 from orchestrator.core.types import BlockHash
 from orchestrator.wire.buckets import Bucket, first_line
 
@@ -290,7 +290,7 @@ class Cmx:
         return _CLAIM.pack(_MAGIC, self._model, segment, count, each, count * each)
 
     def _path(self, segment: BlockHash) -> str:
-        name = segment.hex()
+        name = hash_bytes(segment).hex()
         return f"{self._folder}/{name[:2]}/{name}"
 
 

@@ -165,7 +165,7 @@ class Admission:
         for queue in self._queues.values():
             for tenant in queue.tenants:
                 counts[tenant] = counts.get(tenant, 0) + queue.waiting(tenant)
-        unit = self._limits.waiting_max / sum(self.share(tenant) for tenant in counts)
+        unit = self._limits.waiting_max / sum([self.share(tenant) for tenant in counts])
         parts = {tenant: max(1.0, unit * self.share(tenant)) for tenant in counts}
         over = [(count / parts[tenant], tenant) for tenant, count in counts.items() if count > parts[tenant]]
         if counts[request.tenant] + 1 > parts[request.tenant] or not over:

@@ -909,9 +909,9 @@ class Cluster:
                 assert node in self._flights[request].nodes, f"{node} has a part in request {request} that does not know of it"
         for pools in self._pools.values():
             pools.validate()
-        for known in self._stores.values():
-            for model, part in known.parts.items():
-                assert part.resync.awaited or part.exact, f"{known.spec.id} is believed in part of {model}, and is not asked"
+        for store in self._stores.values():
+            for model, part in store.parts.items():
+                assert part.resync.awaited or part.exact, f"{store.spec.id} is believed in part of {model}, and is not asked"
         self._hints.validate()
 
     def _validate_flight(self, request: RequestId, flight: Flight) -> None:

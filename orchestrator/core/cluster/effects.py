@@ -78,11 +78,11 @@ class _Effect:
 
     def __init__(self, earned: Earned, hint: Hint, receipt: Receipt, now: float, former: "_Effect | None") -> None:
         self.earned = earned
-        self.session = hint.session if former is None else former.session
+        self.session: SessionId | None = hint.session if former is None else former.session
         self.lease: LeaseId | None = receipt.lease
         self.tier = receipt.tier
         #: What is kept of its chain.
-        self.marks = Marks.of(hint.hashes) if former is None else former.marks
+        self.marks: Marks = Marks.of(hint.hashes) if former is None else former.marks
         #: Of a prefetch: the blocks [first, end) that a store is bringing, or that a node has brought, and that node.
         self.brought = receipt.brought
         self.node: NodeId | None = None

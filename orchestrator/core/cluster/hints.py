@@ -12,6 +12,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import assert_never
 
+from orchestrator.core.blocks import hash_bytes
 from orchestrator.core.cluster.candidates import Router
 from orchestrator.core.cluster.effects import Effects
 from orchestrator.core.cluster.leases import REFIT_S, TTL_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
@@ -362,7 +363,7 @@ class Hints:
         ttl_s = hint.ttl_s or TTL_S
         chance = (hint.priority - NEUTRAL) / (PRIORITY_MAX - NEUTRAL)
         # A context of its own, apart from all that requests have (`_CHAIN`): the same target said again is the same.
-        context = ContextId(int.from_bytes(hint.hashes[-1][:8], "little") | _CHAIN)
+        context = ContextId(int.from_bytes(hash_bytes(hint.hashes[-1])[:8], "little") | _CHAIN)
         outlook = Outlook(context, (ttl_s,), (chance,)) if chance else Outlook(context)
         blocks = held[0].blocks
         receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=Tier.HBM, ttl_s=ttl_s)
@@ -554,6 +555,7 @@ class Hints:
         assert hint.session is not None, "a pause is that of a session"
         if not self._sessions.knows(hint.model, hint.tenant, hint.session):
             return Receipt(Outcome.MISSING, Reason.NO_SESSION, "this tenant has no such session here"), []
+        event: ToolStarted | ToolFinished
         if hint.verb is Verb.TOOL_STARTED:
             event = ToolStarted(hint.model, hint.tenant, hint.session, hint.tool_class, hint.expected_s)
         else:

@@ -105,7 +105,7 @@ class Leases:
     def __init__(self, config: LeasesConfig, tenants: Sequence[TenantConfig] = (), gateways: int = 1) -> None:
         self._config = config
         self._tenants = {TenantId(tenant.name): tenant for tenant in tenants}
-        self._shares = sum(tenant.share for tenant in tenants) or 1.0
+        self._shares = sum([tenant.share for tenant in tenants]) or 1.0
         self._gateways = gateways
         self._buckets = {
             name: Bucket(tenant.pinned_byte_s_per_s / gateways, SAVED_S)

@@ -247,7 +247,8 @@ class ModelPools:
             assert view.column == column, f"{store} is in column {column}, not {view.column}"
             assert self._store_columns >> column & 1, f"column {column} of {store} is taken for a node's"
         for candidate in self._candidates.values():
-            store = candidate.store
-            assert store is None or self._stores.get(store.spec.id) is store, f"{candidate.spec.id} loads from one that left"
+            loads_from = candidate.store
+            known = loads_from is None or self._stores.get(loads_from.spec.id) is loads_from
+            assert known, f"{candidate.spec.id} loads from one that left"
         for node in (*self._stale, *self.predicted.nodes):
             assert node in self._candidates, f"{node} is remembered after it left"

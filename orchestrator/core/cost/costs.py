@@ -10,9 +10,11 @@ the form has one bend, at the step in which attention becomes the longer one.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
-from orchestrator.core.types import CostProfile
+from orchestrator.core.config import PoolConfig
+from orchestrator.core.types import CostProfile, PoolKind
 
 #: Weight of the newest step in the smoothed scale: about the last 20 steps count.
 SCALE_WEIGHT = 0.05
@@ -96,6 +98,19 @@ def batch_seconds(profile: CostProfile, tokens: int) -> float:
         return profile.batch_s[0]
     before, after = profile.batch_s[place - 1], profile.batch_s[place]
     return before + (after - before) * (tokens - points[place - 1]) / (points[place] - points[place - 1])
+
+
+def node_profile(pool: PoolConfig) -> CostProfile:
+    """Return what the steps of a pool's nodes cost: what its file says.
+
+    FFN ranks that keep a beat are counted with every slot taken: they compute as many rows whoever is there, and slots of other
+    nodes of the group may be taken at any time.
+    """
+    profile = pool.profile
+    if pool.split is None or pool.kind is not PoolKind.LPX or not profile.batch_tokens:
+        return profile
+    tokens = pool.scheduler.sequences_max * profile.pass_tokens
+    return replace(profile, batch_tokens=(tokens,), batch_s=(batch_seconds(profile, tokens),))
 
 
 def token_seconds(profile: CostProfile, step_tokens_max: int) -> float:

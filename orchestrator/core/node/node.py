@@ -416,6 +416,7 @@ class Node:
         assignment, first_block = sequence.assignment, sequence.registered
         tokens = sequence.wanted_tokens
         blocks = tuple(sequence.table[first_block : -(-tokens // self.spec.block_tokens)])
+        command: LoadBlocks | Fetch
         if not sequence.loaded:
             command = LoadBlocks(sequence.request, assignment.hashes, first_block, blocks, tokens)
         else:

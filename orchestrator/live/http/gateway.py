@@ -219,6 +219,7 @@ class Gateway:
 
     async def _serve(self, exchange: Exchange, dialect: Dialect) -> None:
         """Take a request to its end, whatever that is, and count it. One that another gateway serves is counted there."""
+        arrived_s = self._metrics.clock()
         tenant, label = DEFAULT_TENANT, UNKNOWN_MODEL
         try:
             _check_method(exchange)
@@ -234,7 +235,7 @@ class Gateway:
             if dialect.complete is not None:
                 asked = dialect.complete(asked, tenant, session)
                 session = self._session_of(exchange, asked)
-            await self._answer(exchange, dialect, asked, model, tenant, session)
+            await self._answer(exchange, dialect, asked, model, tenant, session, arrived_s)
         except HttpError as error:
             await exchange.refuse(error)
         except (Refused, TurnFailed) as error:
@@ -254,6 +255,7 @@ class Gateway:
         model: ServedModel,
         tenant: TenantId,
         session: SessionId | None,
+        arrived_s: float,
     ) -> None:
         """Start what is asked for and send what it brings; whatever happens, no turn stays behind."""
         if dialect.count is not None:
@@ -264,7 +266,7 @@ class Gateway:
         if lives is not None and session is not None and parent is not None:
             lives.begins(model.name, tenant, session, parent)
         prepared = await self._intake.prepare(asked, model, tenant, session)
-        choices = Choices(prepared, exchange.request_id.decode())
+        choices = Choices(prepared, exchange.request_id.decode(), arrived_s)
         writer = dialect.writer(asked, model.text.vocabulary)
         with exchange.watch(choices.cancel):
             try:

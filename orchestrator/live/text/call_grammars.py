@@ -5,6 +5,8 @@
                           [TOOL_CALLS] item [TOOL_CALLS] item          if the model has the token [ARGS]
     llama                 item; item
     deepseek, kimi_k2     SECTION item item END          an item is in marks of its own; of DeepSeek's forms that of V3.1
+    pythonic              [item, item]                   values as JSON has them, but for True, False and None
+    harmony               item                           a message in a channel: an answer ends with its first call
 
 Arguments are kept to a tool's schema. Of a tool that is not strict whose schema cannot be kept to, they are any object. In
 qwen3_coder a text stands for itself, up to its closing tag: it is kept to `enum` and `const`, and to nothing else.
@@ -16,8 +18,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from orchestrator.live.asked import Constraint, ConstraintKind
+from orchestrator.live.text.expressions import NoExpression, expression_of
 from orchestrator.live.text.functions import FUNCTION_OPEN, is_text
-from orchestrator.live.text.grammars import Part, Unkeepable, literal, mark, schema_part
+from orchestrator.live.text.grammars import (
+    CHARS_MAX,
+    Part,
+    Unkeepable,
+    expression_literal,
+    inline_part,
+    literal,
+    mark,
+    schema_part,
+)
+from orchestrator.live.text.pythonic import NAME as PYTHON_NAME
+from orchestrator.live.text.reasoning import CHANNEL_MARKS
 from orchestrator.live.text.styles import ToolStyle
 
 #: Calls in one answer.
@@ -28,6 +43,23 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _TAGS = ("<parameter=", "</parameter>", "<function=", "</function>", "<tool_call>", "</tool_call>")
 #: What says elsewhere what an object is.
 _ELSEWHERE = {"$ref", "anyOf", "oneOf", "allOf"}
+#: What else binds an object that is not written as one.
+_UNHEEDED = (
+    "minProperties", "maxProperties", "patternProperties", "propertyNames", "dependentRequired", "dependentSchemas",
+    "dependencies", "enum", "const", "not", "if",
+)  # fmt: skip
+#: Names that are read in calls, where not all are.
+_NAMES = {
+    ToolStyle.QWEN3_CODER: r"[^<>{}\"'\s]+",
+    ToolStyle.MISTRAL: r"[^\s\[\]{}]+",
+    ToolStyle.DEEPSEEK: r"[^\s{<]+",
+    ToolStyle.KIMI_K2: r"[^\s:<{]+",
+    ToolStyle.PYTHONIC: PYTHON_NAME,
+    ToolStyle.HARMONY: r"[^\s<]+",
+}
+#: Values as Python writes them where JSON does not.
+_PYTHON_WORDS = {"boolean": '"True" | "False"', "null": '"None"'}
+_ANY_PYTHON_NAME = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +72,23 @@ class Tool:
     strict: bool
     #: Where the client wrote the schema.
     field: str
+    #: What its one argument, `input`, must be to the letter; None: what the schema says.
+    input: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Calls as rules: `calls` is one or several, and nothing else."""
+    """Calls as rules."""
 
-    #: What begins them; empty where nothing does.
-    opening: str
-    #: The rule for what follows that.
-    rest: str
-    #: Further rules, a line each.
+    #: The rule for an answer that is calls: one or several, and nothing else.
+    forced: str
+    #: Further rules that it needs, a line each.
     rules: Sequence[str]
     parts: Sequence[Part]
-    #: What is read as the beginning of a call besides.
-    also_open: Sequence[str] = ()
-
-    def forced(self, marks: Mapping[str, int]) -> str:
-        """Return the rule for an answer that is calls."""
-        return f"{mark(self.opening, marks)} {self.rest}" if self.opening else self.rest
-
-    def free(self, marks: Mapping[str, int]) -> tuple[str, Sequence[str]]:
-        """Return the rule, and those that it needs, for a text that calls may follow."""
-        special = marks.get(self.opening)
-        silent = (*self.also_open, *(() if special is not None else (self.opening,)))
-        opened = f"opened: BEFORE <[{special}]>" if special is not None else f"opened[lazy]: BEFORE {literal(self.opening)}"
-        rules = (opened, f"BEFORE: {_text_without(self.also_open)}", "last: LAST", f"LAST: {_text_without(silent)}")
-        return f"(last | opened {self.rest})", rules
+    #: The rule for a text that calls may follow; empty where nothing tells that they begin.
+    free: str = ""
+    #: Rules that it needs besides.
+    free_rules: Sequence[str] = ()
 
 
 def calls_of(style: ToolStyle, tools: Sequence[Tool], parallel: bool, marks: Mapping[str, int]) -> Calls | None:
@@ -79,8 +101,9 @@ def calls_of(style: ToolStyle, tools: Sequence[Tool], parallel: bool, marks: Map
         marks: numbers of the marks that are no text.
 
     Raises:
-        Unkeepable: a strict tool's schema cannot be kept to in this style.
+        Unkeepable: a strict tool's schema cannot be kept to in this style, or a name cannot be written in it.
     """
+    _check_names(style, tools)
     match style:
         case ToolStyle.HERMES | ToolStyle.QWEN3_CODER:
             opening, closing = style.marks
@@ -88,17 +111,21 @@ def calls_of(style: ToolStyle, tools: Sequence[Tool], parallel: bool, marks: Map
             items = [_function_item(*one) if tagged else _object_item(*one, "arguments", "\n", "\n") for one in enumerate(tools)]
             rest = _several(f"{literal(chr(10))} {mark(opening, marks)}", parallel)
             rules = _rules(items, f" {mark(closing, marks)}")
-            return Calls(opening, rest, rules, _parts(items), (FUNCTION_OPEN,) if tagged else ())
+            return _marked(opening, rest, rules, _parts(items), marks, (FUNCTION_OPEN,) if tagged else ())
         case ToolStyle.MISTRAL:
             opening, arguments, _ = style.marks
             if arguments in marks:
                 items = [_named_item(*one, mark(arguments, marks)) for one in enumerate(tools)]
-                return Calls(opening, _several(mark(opening, marks), parallel), _rules(items), _parts(items))
+                return _marked(opening, _several(mark(opening, marks), parallel), _rules(items), _parts(items), marks)
             items = [_object_item(*one, "arguments") for one in enumerate(tools)]
-            return Calls(opening, f'"[" {_several(literal(", "), parallel)} "]"', _rules(items), _parts(items))
+            rest = f'"[" {_several(literal(", "), parallel)} "]"'
+            return _marked(opening, rest, _rules(items), _parts(items), marks)
         case ToolStyle.LLAMA:
             items = [_object_item(*one, "parameters") for one in enumerate(tools)]
-            return Calls("", _several(literal("; "), parallel), _rules(items), _parts(items))
+            return Calls(_several(literal("; "), parallel), _rules(items), _parts(items))
+        case ToolStyle.PYTHONIC:
+            items = [_python_item(*one) for one in enumerate(tools)]
+            return Calls(f'"[" {_several(literal(", "), parallel)} "]"', _rules(items), _parts(items))
         case ToolStyle.DEEPSEEK | ToolStyle.KIMI_K2:
             opening, closing, call, end, arguments = style.marks
             begun = mark(call, marks)
@@ -109,9 +136,37 @@ def calls_of(style: ToolStyle, tools: Sequence[Tool], parallel: bool, marks: Map
                 numbered = f"/[0-9]{{1,3}}/ {mark(arguments, marks)}"
                 items = [_named_item(*one, numbered, begun, "functions.{}:") for one in enumerate(tools)]
             rest = f"{_several('', parallel)} {mark(closing, marks)}"
-            return Calls(opening, rest, _rules(items, f" {mark(end, marks)}"), _parts(items), (call,))
-        case _:
+            return _marked(opening, rest, _rules(items, f" {mark(end, marks)}"), _parts(items), marks, (call,))
+        case ToolStyle.HARMONY:
+            return _in_channels(tools, marks)
+        case ToolStyle.NONE:
             return None
+
+
+def _check_names(style: ToolStyle, tools: Sequence[Tool]) -> None:
+    for tool in tools:
+        if style in _NAMES and re.fullmatch(_NAMES[style], tool.name) is None:
+            raise Unkeepable(tool.field, f"{tool.name!r} is no name that calls have in this model's style ({style})")
+
+
+def _marked(
+    opening: str, rest: str, rules: Sequence[str], parts: Sequence[Part], marks: Mapping[str, int], also_open: Sequence[str] = ()
+) -> Calls:
+    """Return calls that a mark begins.
+
+    Args:
+        opening: the mark.
+        rest: the rule for what follows it.
+        rules: those that it needs.
+        parts: those that they need.
+        marks: numbers of the marks that are no text.
+        also_open: what is read as the beginning of a call besides.
+    """
+    special = marks.get(opening)
+    silent = (*also_open, *(() if special is not None else (opening,)))
+    opened = f"opened: BEFORE <[{special}]>" if special is not None else f"opened[lazy]: BEFORE {literal(opening)}"
+    free_rules = (opened, f"BEFORE: {_text_without(also_open)}", "last: LAST", f"LAST: {_text_without(silent)}")
+    return Calls(f"{mark(opening, marks)} {rest}", rules, parts, f"(last | opened {rest})", free_rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +206,27 @@ def _named_item(number: int, tool: Tool, arguments: str, before: str = "", form:
 
 
 def _arguments_part(number: int, tool: Tool) -> Part:
+    if tool.input is not None:
+        schema = {"type": "object", "properties": {"input": _input_schema(tool.input)}, "required": ["input"]}
+        return inline_part(f"tool_{number}", {**schema, "additionalProperties": False}, tool.input.field)
     return schema_part(f"tool_{number}", _object_schema(tool), tool.field, None if tool.strict else ANY_OBJECT)
+
+
+def _input_schema(form: Constraint) -> Mapping[str, Any]:
+    """Return what an input must be as a schema: an expression, since what is in a text of JSON is written as JSON has it."""
+    return {"type": "string", "pattern": f"^(?:{_expression(form)})$"}
+
+
+def _expression(form: Constraint) -> str:
+    """Return what an input must be as an expression. Raises `Unkeepable`."""
+    if len(form.text) > CHARS_MAX:
+        raise Unkeepable(form.field, f"must be at most {CHARS_MAX} characters, is {len(form.text)}")
+    if form.kind is ConstraintKind.REGEX:
+        return form.text
+    try:
+        return expression_of(form.text)
+    except NoExpression as error:
+        raise Unkeepable(form.field, f"{error}; a grammar of an input must come to one expression") from error
 
 
 def _object_schema(tool: Tool) -> Mapping[str, Any]:
@@ -171,45 +246,94 @@ def _refuse(tool: Tool, where: str, problem: str) -> None:
         raise Unkeepable(tool.field + where, problem)
 
 
+@dataclass(frozen=True, slots=True)
+class _Property:
+    """One of an object's."""
+
+    name: str
+    #: With what it may refer to.
+    schema: Mapping[str, Any]
+    required: bool
+    field: str
+
+    def part(self, name: str, strict: bool) -> Part:
+        """Return its values as JSON; of a tool that is not strict any, where they cannot be kept to."""
+        return schema_part(name, self.schema, self.field, None if strict else {})
+
+
+def _properties(tool: Tool) -> list[_Property] | None:
+    """Return all arguments that a call may have, for styles that write each by itself; None: any.
+
+    Raises:
+        Unkeepable: a strict tool asks for something else.
+    """
+    schema = _object_schema(tool)
+    listed = schema.get("properties", {} if schema.get("additionalProperties") is False else None)
+    if schema.keys() & _ELSEWHERE or not isinstance(listed, Mapping):
+        _refuse(tool, "", "in this model's style of calls only the properties of an object can be kept to")
+        return None
+    for key in _UNHEEDED:
+        if key in schema:
+            _refuse(tool, f".{key}", "cannot be kept to in this model's style of calls")
+    properties, required = cast("Mapping[str, Any]", listed), schema.get("required", ())
+    if any(name not in properties for name in required):
+        _refuse(tool, ".required", "must be properties, in this model's style of calls")
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    found: list[_Property] = []
+    for name, inner in properties.items():
+        own: Mapping[str, Any] = cast("Mapping[str, Any]", inner) if isinstance(inner, Mapping) else {}
+        if inner is False:
+            _refuse(tool, f".properties.{name}", "must not be false: leave it out")
+        found.append(_Property(name, {**shared, **own}, name in required, f"{tool.field}.properties.{name}"))
+    return found
+
+
 # --- functions whose parameters are tags ------------------------------------------------------------------------------
 
 
 def _function_item(number: int, tool: Tool) -> _Item:
     """Return a call as tags: parameters in the schema's order, those that are not required or not."""
-    schema = _object_schema(tool)
-    properties = schema.get("properties")
+    if tool.input is not None:
+        return _input_function(number, tool, tool.input)
+    properties = _properties(tool)
     head, tail = literal(f"\n<function={tool.name}>\n"), literal("</function>\n")
-    if schema.keys() & _ELSEWHERE or not (isinstance(properties, Mapping) or schema.get("additionalProperties") is False):
-        _refuse(tool, "", "in this model's style of calls only the properties of an object can be kept to")
+    if properties is None:
         any_parameter = r"any_parameter: /<parameter=[\w.-]{1,64}>\n/ text"
         return _Item(f"{head} any_parameter{{0,{CALLS_MAX}}} {tail}", (any_parameter, *_TEXT), ())
     rules: list[str] = []
     parts: list[Part] = []
     order: list[str] = []
-    for place, (name, inner) in enumerate(cast("Mapping[str, Any]", properties or {}).items()):
+    for place, one in enumerate(properties):
         rule = f"value_{number}_{place}"
-        order.append(rule if name in schema.get("required", ()) else f"{rule}?")
-        opening = literal(f"<parameter={name}>\n")
-        if is_text(inner):
-            rules.append(f"{rule}: {opening} {_text_value(tool, name, inner)}")
+        order.append(rule if one.required else f"{rule}?")
+        opening = literal(f"<parameter={one.name}>\n")
+        if is_text(one.schema):
+            rules.append(f"{rule}: {opening} {_text_value(tool, one)}")
         else:
-            shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-            otherwise: Mapping[str, Any] | None = None if tool.strict else {}
-            parts.append(schema_part(rule, {**shared, **inner}, f"{tool.field}.properties.{name}", otherwise))
+            parts.append(one.part(rule, tool.strict))
             rules.append(f"{rule}: {opening} @{rule} {literal(_VALUE_END)}")
     return _Item(" ".join((head, *order, tail)), (*rules, *_TEXT), parts)
 
 
-def _text_value(tool: Tool, name: str, schema: object) -> str:
+def _input_function(number: int, tool: Tool, form: Constraint) -> _Item:
+    """Return a call with a text of some form."""
+    rule = f"value_{number}"
+    written = f"INPUT_{number}: {expression_literal(_expression(form))} & {_text_without(_TAGS)}"
+    value = f"{rule}[lazy]: INPUT_{number} {literal(_VALUE_END)}"
+    head = literal(f"\n<function={tool.name}>\n<parameter=input>\n")
+    return _Item(f"{head} {rule} {literal('</function>' + chr(10))}", (value, written), ())
+
+
+def _text_value(tool: Tool, one: _Property) -> str:
     """Return a text and the tag that closes it, as a rule."""
-    described: Mapping[str, Any] = cast("Mapping[str, Any]", schema) if isinstance(schema, Mapping) else {}
+    described = one.schema
     listed: object = described.get("enum", [described["const"]] if "const" in described else None)
     values = cast("list[object]", listed) if isinstance(listed, list) else []
     if values and all(isinstance(one, str | None) for one in values):
         return f"({' | '.join(literal('null' if one is None else str(one)) for one in values)}) {literal(_VALUE_END)}"
     for key in ("pattern", "format", "minLength", "maxLength"):
         if key in described:
-            _refuse(tool, f".properties.{name}.{key}", "cannot be kept to in this model's style of calls")
+            _refuse(tool, f".properties.{one.name}.{key}", "cannot be kept to in this model's style of calls")
     return "text"
 
 
@@ -224,3 +348,74 @@ def _text_without(tags: Sequence[str]) -> str:
 _VALUE_END = "\n</parameter>\n"
 #: Any text in a tag, with the tag that closes it.
 _TEXT = (f"text[lazy]: TEXT {literal(_VALUE_END)}", f"TEXT: {_text_without(_TAGS)}")
+
+
+# --- calls as Python has them -----------------------------------------------------------------------------------------
+
+
+def _python_item(number: int, tool: Tool) -> _Item:
+    """Return a call with named arguments, in the schema's order, those that are not required or not."""
+    head = literal(f"{tool.name}(")
+    if tool.input is not None:
+        part = inline_part(f"value_{number}", _input_schema(tool.input), tool.input.field)
+        return _Item(f'{head} "input=" @{part.name} ")"', (), (part,))
+    properties = _properties(tool)
+    if properties is None:
+        part = schema_part(f"any_{number}", {}, tool.field)
+        argument = f"/{_ANY_PYTHON_NAME}=/ @{part.name}"
+        return _Item(f'{head} ({argument} (", " {argument}){{0,{CALLS_MAX}}})? ")"', (), (part,))
+    rules: list[str] = []
+    parts: list[Part] = []
+    for place, one in enumerate(_written(tool, properties)):
+        rule = f"value_{number}_{place}"
+        words = _python_words(one.schema)
+        rules.append(f"{rule}: {literal(f'{one.name}=')} {f'({words})' if words else f'@{rule}'}")
+        parts += [] if words else [one.part(rule, tool.strict)]
+    return _Item(f'{head} first_{number}_0 ")"', (*rules, *_listed(number, _written(tool, properties))), parts)
+
+
+def _written(tool: Tool, properties: Sequence[_Property]) -> list[_Property]:
+    """Return those whose names can be written. Raises `Unkeepable` if one that cannot be is required."""
+    found: list[_Property] = []
+    for one in properties:
+        if re.fullmatch(PYTHON_NAME, one.name):
+            found.append(one)
+        elif one.required:
+            raise Unkeepable(one.field, f"{one.name!r} is no name that arguments have in this model's style of calls")
+    return found
+
+
+def _listed(number: int, properties: Sequence[_Property]) -> list[str]:
+    """Return rules for values with commas between them, of which those that are not required may be left out."""
+    rules = [f'first_{number}_{len(properties)}: ""', f'more_{number}_{len(properties)}: ""']
+    for place, one in enumerate(properties):
+        value, first, more = f"value_{number}_{place}", f"first_{number}_{place + 1}", f"more_{number}_{place + 1}"
+        rules.append(f"first_{number}_{place}: {value} {more}" + ("" if one.required else f" | {first}"))
+        rules.append(f'more_{number}_{place}: ", " {value} {more}' + ("" if one.required else f" | {more}"))
+    return rules
+
+
+def _python_words(schema: Mapping[str, Any]) -> str:
+    """Return all values that a schema allows, as Python has them; empty if they are not few and no others' than Python's."""
+    named = schema.get("type")
+    kinds = cast("list[Any]", named) if isinstance(named, list) else [named]
+    plain = not schema.keys() & {"enum", "const", "not", "if", *_ELSEWHERE}
+    words = [_PYTHON_WORDS.get(str(kind), "") for kind in kinds]
+    return " | ".join(words) if plain and all(words) else ""
+
+
+# --- calls in channels ------------------------------------------------------------------------------------------------
+
+
+def _in_channels(tools: Sequence[Tool], marks: Mapping[str, int]) -> Calls:
+    """Return a call as a message to a function; before one that is not forced thoughts may be, and what is said meanwhile."""
+    start, channel, message, constrain, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
+    parts = [_arguments_part(*one) for one in enumerate(tools)]
+    rules = [f"item: {' | '.join(f'item_{number}' for number in range(len(tools)))}"]
+    for number, (tool, part) in enumerate(zip(tools, parts, strict=True)):
+        to = f" to=functions.{tool.name}"
+        header = f'({channel} {literal(f"commentary{to}")} | {literal(to)} {channel} "commentary")'
+        rules.append(f'item_{number}: {header} (" " {constrain}? "json")? {message} @{part.name}')
+    aside = f'aside: {channel} ("analysis" | "commentary") {message} thought {start} "assistant"'
+    last = f'last: {channel} ("analysis" | "commentary" | "final") {message} /(?s:.*)/'
+    return Calls("item", rules, parts, "aside* (item | last)", (aside, last))

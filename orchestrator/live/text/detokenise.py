@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer
 
-from orchestrator.live.text.decoders import BYTE_OF, falls_back_to_bytes, is_byte_level, lone_bytes
+from orchestrator.profiles.decoders import BYTE_OF, falls_back_to_bytes, is_byte_level, lone_bytes
 
 _Utf8Decoder = getincrementaldecoder("utf-8")
 _REPLACEMENT = "\ufffd"

@@ -113,6 +113,11 @@ def schema_part(name: str, schema: object, field: str, otherwise: Mapping[str, A
     return Part(name, _laid_out(found), field, None if otherwise is None else _laid_out(otherwise))
 
 
+def inline_part(name: str, schema: Mapping[str, Any], field: str) -> Part:
+    """Return a schema of our own as a part: what is wrong in it is wrong as a whole."""
+    return Part(name, {"lark_grammar": f"start: %json {json.dumps({**schema, 'x-guidance': LAYOUT})}"}, field)
+
+
 def _laid_out(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"json_schema": {**schema, "x-guidance": LAYOUT}}
 
@@ -125,7 +130,7 @@ def _read(text: str, field: str) -> object:
 
 
 def _expression(text: str) -> str:
-    return json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+    return f"start: {expression_literal(text)}"
 
 
 def _choice(texts: object, field: str) -> str:
@@ -158,6 +163,11 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def expression_literal(text: str) -> str:
+    """Return an expression as Lark has it."""
+    return json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"].removeprefix("start: ")
+
+
 def up_to(mark: str, special: int | None, rule: str) -> str:
     """Return a rule for any text up to a mark, which is a token that is no text if it has a number of such."""
     if special is not None:
@@ -177,6 +187,11 @@ class Thoughts:
     #: The answer has channels, one for thoughts and one for what is said: how gpt-oss writes both.
     in_channels: bool = False
 
+    def said(self, rule: str, marks: Mapping[str, int]) -> str:
+        """Return the rule for an answer that is no call, in the channel for that where there are channels."""
+        _, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
+        return f'{channel} "final" {message} {rule}' if self.in_channels else rule
+
     @staticmethod
     def after(prompt: str, style: ReasoningStyle, opened: bool, known: bool) -> "Thoughts":
         """Return what an answer to a prompt may begin with.
@@ -187,8 +202,8 @@ class Thoughts:
             opened: whether the answer begins with thoughts.
             known: whether the first tag is a token of the model's: others have not learnt to think so.
         """
-        if not style.marks or style is ReasoningStyle.HARMONY:
-            return Thoughts(in_channels=style is ReasoningStyle.HARMONY)
+        if not style.marks:
+            return Thoughts()
         closed = prompt.rstrip().endswith(style.marks[1])
         return Thoughts(style.marks, opened) if opened or (known and not closed) else Thoughts()
 
@@ -208,9 +223,9 @@ def whole(
     """
     if thoughts.in_channels:
         start, channel, message, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
-        spoken = f'({channel} "analysis" {message} thought {start} "assistant")? {channel} "final" {message} {rule}'
+        thinking = f'({channel} "analysis" {message} thought {start} "assistant")?'
         thought = up_to(CHANNEL_END, marks.get(CHANNEL_END), "thought")
-        return Grammar("\n".join((f"start: {spoken}", thought, *rules)), parts, field)
+        return Grammar("\n".join((f"start: {thinking} ({rule})", thought, *rules)), parts, field)
     if not thoughts.marks:
         return Grammar("\n".join((f"start: {rule}", *rules)), parts, field)
     first, last = thoughts.marks

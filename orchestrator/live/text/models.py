@@ -16,6 +16,7 @@ from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.styles import ToolStyle, style_of
 from orchestrator.live.text.templates import ChatTemplate, load_template
+from orchestrator.profiles.decoders import local_steps
 from orchestrator.profiles.fields import CheckpointError, Fields, read_fields, read_text
 from orchestrator.profiles.model_config import read_config
 from orchestrator.profiles.positions import context_tokens_of, limited
@@ -43,6 +44,21 @@ class ModelText:
     fingerprint: str
     tool_style: ToolStyle
     reasoning_style: ReasoningStyle
+    #: Each token has a text of its own, by which answers can be kept to a form.
+    spells: bool = True
+
+    @property
+    def in_channels(self) -> bool:
+        """Its answers are in channels, thoughts and calls among them (`channels.py`)."""
+        return self.reasoning_style is ReasoningStyle.HARMONY or self.tool_style is ToolStyle.HARMONY
+
+    @property
+    def thought_tokens(self) -> tuple[int, int] | None:
+        """The tokens that begin and end its thoughts; None if it has no such."""
+        if self.in_channels or not self.reasoning_style.marks:
+            return None
+        begin, end = map(self.tokenizer.token_to_id, self.reasoning_style.marks)
+        return (begin, end) if begin is not None and end is not None else None
 
     def spelled(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included. Raises `Invalid` if one is none of the model's."""
@@ -100,6 +116,7 @@ class ModelText:
             fingerprint=fingerprint,
             tool_style=style,
             reasoning_style=reasoning,
+            spells=local_steps(described.values.get("decoder")) is not None,
         )
 
 

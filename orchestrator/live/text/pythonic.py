@@ -16,11 +16,13 @@ from orchestrator.live.text.functions import Tools
 from orchestrator.live.text.objects import literal, value_of
 from orchestrator.live.text.tools import AnswerPart, MoreArguments, SteppingReader, ToolCall
 
+#: A tool's or an argument's: those of tools that models are shown may have more letters than Python's own.
+NAME = r"[\w.-]+"
 #: Characters within which a call's name and the first of its arguments begin.
 _HEAD_CHARS_MAX = 256
 _FIRST = re.compile(r"\s*\[")
-_HEAD = re.compile(r"\s*([A-Za-z_][\w.]*)\(\s*(?=\)|[A-Za-z_]\w*\s*=\s*[^=\s])")
-_NAMED = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)\s*")
+_HEAD = re.compile(rf"\s*({NAME})\(\s*(?=\)|{NAME}\s*=\s*[^=\s])")
+_NAMED = re.compile(rf"\s*({NAME})\s*=(?!=)\s*")
 _QUOTES = ('"""', "'''", '"', "'")
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -90,8 +92,7 @@ class PythonReader(SteppingReader):
         found = _HEAD.match(self._kept, 0, _HEAD_CHARS_MAX)
         if found is None:
             start = self._kept.lstrip()
-            hopeless = len(self._kept) >= _HEAD_CHARS_MAX or (start and not (start[0].isalpha() or start[0] == "_"))
-            return self._end(self._kept) if hopeless or not _may_begin(start) else False
+            return self._end(self._kept) if len(self._kept) >= _HEAD_CHARS_MAX or not _may_begin(start) else False
         name = found.group(1)
         if name not in self._tools:
             return self._end(self._kept)
@@ -129,7 +130,7 @@ class PythonReader(SteppingReader):
             self._parameters.remove(name)
         comma = ", " if self._members else ""
         self._members += 1
-        as_json = json.dumps(value_of(value.strip(), (literal, json.loads)), ensure_ascii=False)
+        as_json = json.dumps(value_of(value.strip(), (json.loads, literal)), ensure_ascii=False)
         parts.append(MoreArguments(f"{comma}{json.dumps(name, ensure_ascii=False)}: {as_json}"))
 
     def _go_on(self) -> bool:
@@ -185,4 +186,4 @@ class _Scan:
 
 def _may_begin(start: str) -> bool:
     """Tell whether a call may begin with a text: a name, then a bracket, then an argument's name."""
-    return re.fullmatch(r"(?:[A-Za-z_][\w.]*(?:\(\s*(?:[A-Za-z_]\w*\s*(?:=\s*)?)?)?)?", start) is not None
+    return re.fullmatch(rf"(?:{NAME}(?:\(\s*(?:{NAME}\s*(?:=\s*)?)?)?)?", start) is not None

@@ -14,11 +14,15 @@ _SWITCHES = ("enable_thinking", "thinking")
 _EFFORT, _BUDGET = "reasoning_effort", "thinking_budget"
 #: Models whose answers have channels, gpt-oss, know three efforts and always think.
 _NEAREST = {Effort.NONE: Effort.LOW, Effort.MINIMAL: Effort.LOW, Effort.XHIGH: Effort.HIGH, Effort.MAX: Effort.HIGH}
+#: Nothing was said of thoughts.
+_AS_IT_LIKES = Thinking()
 
 
 def thinking_variables(thinking: Thinking, template: ChatTemplate) -> dict[str, Any]:
     """Return the variables that a template reads of those that say how much to think."""
     told: dict[str, Any] = {}
+    if thinking == _AS_IT_LIKES:
+        return told
     if thinking.unwanted or thinking.wanted:
         told |= dict.fromkeys(_SWITCHES, thinking.wanted)
     effort = Effort.NONE if thinking.unwanted else thinking.effort

@@ -1,13 +1,18 @@
 """A node that keeps a beat: who gets a slot, what it has from the start, and what it hands back."""
 
+from collections.abc import Callable
+from random import Random
+
+import pytest
+
 from orchestrator.core.commands import Fetch, ReportEnded, RunStep, Slice
-from orchestrator.core.config import SchedulerConfig
-from orchestrator.core.cost.costs import decode_seconds, keeps_beat, step_seconds
+from orchestrator.core.config import PoolConfig, SchedulerConfig, SplitConfig
+from orchestrator.core.cost.costs import batch_seconds, decode_seconds, keeps_beat, node_profile, step_seconds, work_seconds
 from orchestrator.core.events import Assigned, Cancelled, FetchEnded, SliceResult, StepFinished
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.cadence import CadenceScheduler
 from orchestrator.core.node.node import Node
-from orchestrator.core.types import CostProfile, FinishReason, NodeId, PoolKind, RequestId, Role
+from orchestrator.core.types import CostProfile, FinishReason, NodeId, NodeSpec, PoolKind, RequestId, Role
 from tests.builders import assignment, node_spec
 
 #: A pass takes 1 ms for each sequence and 0.1 ms for each token of context; 10 ms are a beat.
@@ -111,3 +116,101 @@ def test_what_can_never_keep_the_beat_is_refused() -> None:
     small = CadenceScheduler(spec, SchedulerConfig(), BlockPool(8))
     refused = small.refusal(assignment(output_tokens_max=30))
     assert refused == "a context of 38 tokens needs 10 blocks, the pool has 8"
+
+
+#: What is behind attention is computed by FFN ranks that two nodes of a group share: 0.25 ms for each row that either sends, so
+#: that a pass of n rows, as many at both, takes 0.5 n ms there. 1 ms are hops, and of the two halves three quarters overlap.
+HALVES = CostProfile(
+    step_s=1e-3, sequence_s=2e-4, context_token_s=5e-5, batch_tokens=(1, 8), batch_s=(5e-4, 4e-3), overlap=0.75, beat_s=10e-3
+)
+SLOTS, BEATS = 8, 120
+SHARED = SplitConfig(attention=2, imbalance_max=0.0)
+
+
+def half(number: int, split: SplitConfig | None = SHARED) -> NodeSpec:
+    """Return an attention rank of a pool that keeps a beat; one that computes all if there is no split."""
+    scheduler = SchedulerConfig(sequences_max=SLOTS, step_tokens_max=64)
+    pool = PoolConfig("lpx", PoolKind.LPX, nodes=2, split=split, scheduler=scheduler, profile=HALVES)
+    node = pool.node_id(number)
+    return pool.node_spec(node, 1, node_profile(pool), blocks=4096, block_tokens=4, block_bytes=64, context_tokens_max=1000)
+
+
+def test_halves_are_counted_as_the_longer_of_them_hops_and_what_does_not_overlap() -> None:
+    # 3 sequences of 100 tokens: attention 0.6 + 5 ms, FFNs 8 rows whoever is there, 4 ms.
+    profile = half(0).profile
+    assert work_seconds(profile, 3, 100) == pytest.approx(1e-3 + 0.75 * 5.6e-3 + 0.25 * (5.6e-3 + 4e-3))
+    assert work_seconds(profile, 1, 20) == pytest.approx(1e-3 + 0.75 * 4e-3 + 0.25 * (1.2e-3 + 4e-3))
+    # Without FFN ranks nothing is shared, and who is not there costs nothing.
+    assert half(0, split=None).profile == HALVES
+
+
+class Group:
+    """Two attention ranks on one beat, whose passes take as long as their contexts and both their rows ask for."""
+
+    def __init__(self, spec: Callable[[int], NodeSpec], seed: int) -> None:
+        self.nodes = [Node(spec(number), SchedulerConfig(), BlockPool(4096)) for number in range(2)]
+        self.random = Random(seed)
+        self.steps: list[RunStep | None] = [None, None]
+        self.requests = 0
+        self.beats, self.missed = 0, 0
+
+    def run(self) -> None:
+        for beat in range(BEATS):
+            now = beat * HALVES.beat_s
+            for number in range(2):
+                if self.random.random() < 0.2:
+                    self.ask(number, now)
+            self.count()
+            for number, step in enumerate(self.steps):
+                if step is not None:
+                    self.steps[number] = None
+                    results = tuple(SliceResult(part.request, 1) for part in step.slices)
+                    self.obey(number, self.nodes[number].handle(StepFinished(step.step, results, HALVES.beat_s), now), now)
+                self.nodes[number].validate()
+
+    def ask(self, number: int, now: float) -> None:
+        """Ask the first node for long answers to short prompts, and the second one for short answers to long ones too.
+
+        The longest prompts leave so little of the beat that they are kept on it only as long as the other node has not many rows.
+        """
+        self.requests += 1
+        blocks = self.random.choice((2, 20, 42)) if number else 2
+        prompt, output = blocks * "a", self.random.randrange(2, 60 if blocks == 2 else 5)
+        self.obey(number, self.nodes[number].handle(handed(self.requests, prompt, output_tokens_max=output), now), now)
+
+    def obey(self, number: int, commands: list[object], now: float) -> None:
+        for command in commands:
+            match command:
+                case Fetch():
+                    came = FetchEnded(command.request, command.tokens)
+                    self.obey(number, self.nodes[number].handle(came, now), now)
+                case RunStep():
+                    self.steps[number] = command
+                case _:
+                    pass
+
+    def count(self) -> None:
+        """See whether each node's pass is done within the beat."""
+        rows = [len(step.slices) if step is not None else 0 for step in self.steps]
+        for step in self.steps:
+            if step is None:
+                continue
+            attention_s = sum(HALVES.sequence_s + HALVES.context_token_s * part.start for part in step.slices)
+            ffn_s = batch_seconds(HALVES, 2) / 4 * sum(rows)
+            longer_s, both_s = max(attention_s, ffn_s), attention_s + ffn_s
+            self.beats += 1
+            self.missed += HALVES.step_s + HALVES.overlap * longer_s + (1 - HALVES.overlap) * both_s > HALVES.beat_s
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_beat_is_missed_over_two_halves_whatever_the_other_nodes_of_the_group_do(seed: int) -> None:
+    group = Group(half, seed)
+    group.run()
+    assert group.beats > BEATS
+    assert group.missed == 0
+
+
+def test_a_node_that_counted_its_own_rows_alone_would_miss_some() -> None:
+    group = Group(lambda number: half(number, split=None), 1)
+    group.run()
+    assert group.missed > 0

@@ -584,7 +584,7 @@ def test_a_gateway_gets_what_it_missed_or_all_that_is_held(make_store: MakeStore
 
 
 def lose_a_slot(store: Store) -> None:
-    store._shelves[MODEL].pool._free.pop()
+    store._shelves[MODEL].pool._unused += 1
 
 
 def forget_a_wakeup(store: Store) -> None:

@@ -33,6 +33,28 @@ def prompt_text(served: Served, place: int = 0) -> str:
     return served.driver.text.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
+def test_the_time_to_the_first_token_counts_from_the_arrival_and_not_from_the_end_of_what_is_asked(text: ModelText) -> None:
+    async def run() -> None:
+        async with serve(text) as served:
+            now, parts = [0.0], [json.dumps(BODY).encode(), b" "]
+            served.metrics.clock = lambda: now[0]
+
+            async def receive() -> dict[str, Any]:
+                if not parts:
+                    await asyncio.Event().wait()  # the client stays
+                now[0] += 1.5
+                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+            async def send(message: Any) -> None:
+                pass
+
+            await served.gateway({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send)
+            shown = served.metrics.render().decode()
+            assert f'weft_ttft_seconds_sum{{class="standard",model="{MODEL}",pool="none"}} 3.0' in shown
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("steps", [[None], ["some text", None]])
 def test_a_client_that_goes_away_frees_its_turns_at_once(text: ModelText, stream: bool, steps: list[str | None]) -> None:

@@ -1,6 +1,7 @@
 """Calls that are kept to a grammar are calls in the model's own style: what reads its calls reads them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from orchestrator.live.asked import Constraint, ConstraintKind
 from orchestrator.live.text.call_grammars import Tool, calls_of
 from orchestrator.live.text.checks import keepable
 from orchestrator.live.text.grammars import Thoughts, Unkeepable, whole
@@ -60,7 +62,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 def grammar_of(style: ToolStyle, tools: list[Tool] = TOOLS, parallel: bool = True, free: bool = False) -> str:
     calls = calls_of(style, tools, parallel, {})
     assert calls is not None
-    rule, rules = calls.free({}) if free else (calls.forced({}), ())
+    rule, rules = (calls.free, calls.free_rules) if free else (calls.forced, ())
     found = keepable(whole(rule, (*rules, *calls.rules), calls.parts, "tool_choice", Thoughts(), {}))
     assert isinstance(found, str), found
     return found
@@ -76,6 +78,9 @@ def written(style: ToolStyle, *calls: tuple[str, dict[str, Any]]) -> str:
             return f"[TOOL_CALLS][{', '.join(objects)}]"
         case ToolStyle.LLAMA:
             return "; ".join(one.replace('"arguments"', '"parameters"') for one in objects)
+        case ToolStyle.PYTHONIC:
+            items = [f"{name}({', '.join(f'{key}={json.dumps(one)}' for key, one in given.items())})" for name, given in calls]
+            return f"[{', '.join(items)}]"
         case ToolStyle.DEEPSEEK | ToolStyle.KIMI_K2:
             opening, closing, call, end, arguments = style.marks
             form = "{}" if style is ToolStyle.DEEPSEEK else "functions.{}:0"
@@ -92,8 +97,11 @@ def _function(name: str, arguments: dict[str, Any]) -> str:
 
 
 STYLES = (
-    ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL, ToolStyle.LLAMA, ToolStyle.DEEPSEEK, ToolStyle.KIMI_K2,
+    ToolStyle.HERMES, ToolStyle.QWEN3_CODER, ToolStyle.MISTRAL, ToolStyle.LLAMA, ToolStyle.PYTHONIC, ToolStyle.DEEPSEEK,
+    ToolStyle.KIMI_K2,
 )  # fmt: skip
+#: Those in which a mark of their own begins calls.
+MARKED = [style for style in STYLES if style not in (ToolStyle.LLAMA, ToolStyle.PYTHONIC)]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -130,7 +138,7 @@ def test_one_call_is_one_where_no_more_are_wanted(reader: Reader, style: ToolSty
     assert not reader.keeps(grammar, written(style, ("now", {}), ("now", {})))
 
 
-@pytest.mark.parametrize("style", [one for one in STYLES if one is not ToolStyle.LLAMA])
+@pytest.mark.parametrize("style", MARKED)
 def test_calls_that_may_be_are_bound_once_they_begin(reader: Reader, style: ToolStyle) -> None:
     grammar = grammar_of(style, free=True)
     call = written(style, ("weather", PARIS))
@@ -153,7 +161,7 @@ def test_what_cannot_be_kept_to_is_any_object_unless_the_tool_is_strict(reader: 
     assert reader.keeps(loose, written(style, ("f", ANY)))
     calls = calls_of(style, [Tool("f", unlike, True, "tools[0].function.parameters")], True, {})
     assert calls is not None
-    problem = keepable(whole(calls.forced({}), calls.rules, calls.parts, "tool_choice", Thoughts(), {}))
+    problem = keepable(whole(calls.forced, calls.rules, calls.parts, "tool_choice", Thoughts(), {}))
     assert isinstance(problem, Unkeepable)
     assert problem.field == "tools[0].function.parameters.properties.anything"
 
@@ -163,3 +171,91 @@ def test_texts_in_tags_are_kept_to_lists_alone() -> None:
     with pytest.raises(Unkeepable) as caught:
         calls_of(ToolStyle.QWEN3_CODER, [Tool("f", schema, True, "tools[2].function.parameters")], True, {})
     assert caught.value.field == "tools[2].function.parameters.properties.code.pattern"
+
+
+#: Styles that write each argument by itself.
+APART = (ToolStyle.QWEN3_CODER, ToolStyle.PYTHONIC)
+
+
+@pytest.mark.parametrize("style", APART)
+@pytest.mark.parametrize(
+    ("more", "where"),
+    [
+        ({"minProperties": 1}, ".minProperties"),
+        ({"patternProperties": {"^a": {"type": "null"}}}, ".patternProperties"),
+        ({"required": ["elsewhere"]}, ".required"),
+        ({"properties": {"a": False}}, ".properties.a"),
+        ({"anyOf": [{"required": ["a"]}]}, ""),
+    ],
+)
+def test_what_is_asked_of_an_object_as_a_whole_is_refused_where_it_is_not_written_as_one(
+    style: ToolStyle, more: dict[str, Any], where: str
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, **more}
+    with pytest.raises(Unkeepable) as caught:
+        calls_of(style, [Tool("f", schema, True, "tools[0].function.parameters")], True, {})
+    assert caught.value.field == f"tools[0].function.parameters{where}"
+    assert calls_of(style, [Tool("f", schema, False, "tools[0].function.parameters")], True, {}) is not None
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style not in (ToolStyle.HERMES, ToolStyle.LLAMA)])
+def test_a_name_that_would_not_be_read_is_refused(style: ToolStyle) -> None:
+    with pytest.raises(Unkeepable, match=r"'two \{words' is no name"):
+        calls_of(style, [Tool("two {words", None, False, "tools[0].function.parameters")], True, {})
+
+
+OPTIONAL = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "boolean"}, "b-2": {"type": ["boolean", "null"]}, "c": {"type": "array", "items": {"type": "boolean"}},
+        "d e": {"type": "integer"}, "f": {"type": "boolean", "const": True},
+    },
+    "required": ["c"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+def test_arguments_of_python_calls_may_be_left_out_where_they_are_not_required(reader: Reader) -> None:
+    grammar = grammar_of(ToolStyle.PYTHONIC, [Tool("mcp-server.f", OPTIONAL, True, "tools[0].function.parameters")])
+    for given, read in {
+        "c=[]": {"c": []},
+        "a=True, c=[true, false]": {"a": True, "c": [True, False]},
+        "b-2=None, c=[], f=true": {"b-2": None, "c": [], "f": True},
+        "a=False, b-2=False, c=[true], f=true": {"a": False, "b-2": False, "c": [True], "f": True},
+    }.items():
+        text = f"[mcp-server.f({given})]"
+        assert reader.keeps(grammar, text), text
+        parser = make_parser(ToolStyle.PYTHONIC, {"mcp-server.f": OPTIONAL})
+        assert parser is not None
+        assert [json.loads(call.arguments) for call in calls_in([*parser.add(text), *parser.finish()])] == [read]
+    for given in ("", "a=True", "a=true, c=[]", "c=[], a=True", "c=[],", "c=[], d e=3", "c=[], f=True"):
+        assert not reader.keeps(grammar, f"[mcp-server.f({given})]"), given
+
+
+def test_an_argument_that_has_no_name_in_python_may_not_be_required() -> None:
+    with pytest.raises(Unkeepable, match="'d e' is no name"):
+        calls_of(ToolStyle.PYTHONIC, [Tool("f", {**OPTIONAL, "required": ["d e"]}, False, "tools[0]")], True, {})
+
+
+NOTE = Constraint(
+    ConstraintKind.GRAMMAR, 'start: "say " /[a-z"\\\\]+/ (LF | "<b>")\n%import common.LF', "tools[0].format.definition"
+)
+NOTED = Tool("note", {"type": "object", "properties": {"input": {"type": "string"}}}, False, NOTE.field, NOTE)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_input_of_some_form_is_bound_in_every_style(reader: Reader, style: ToolStyle) -> None:
+    grammar = grammar_of(style, [NOTED])
+    for text, kept in (('say a"\\b\n', True), ("say a<b>", True), ("say \n", False), ("say a", False), ("say a\nb", False)):
+        call = written(style, ("note", {"input": text}))
+        assert reader.keeps(grammar, call) is kept, call
+        parser = make_parser(style, {"note": {}})
+        assert parser is not None
+        [read] = calls_in([*parser.add(call), *parser.finish()])
+        assert json.loads(read.arguments) == {"input": text}
+
+
+def test_an_input_that_comes_to_no_expression_is_refused_where_it_stands() -> None:
+    nested = replace(NOTE, text='start: "(" start? ")"')
+    with pytest.raises(Unkeepable, match=r"tools\[0\]\.format\.definition: has a rule that refers to itself"):
+        calls_of(ToolStyle.HERMES, [replace(NOTED, input=nested)], True, {})

@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_an_engine_whose_process_is_gone_is_lost(beating: BeatEngine) -> None:
     beating.add(RequestId(1), array("I", [1, 2]), GREEDY)
-    beating._process.kill()
+    beating._child.process.kill()
     with pytest.raises(EngineLost, match="is lost: exit code -9"):
         beating.step([Slice(RequestId(1), 0, 2, 0, (BlockId(0),), True)])
     with pytest.raises(EngineLost):

@@ -52,6 +52,16 @@ def step(beat: Beat, clock: FakeClock, seconds: float = 0.005, goes_on: bool = T
     return began
 
 
+def test_nodes_of_one_machine_have_their_beats_together(clock: FakeClock) -> None:
+    first = Beat(BEAT_S, WORK_S, 0.0002, clock)
+    assert step(first, clock) == 0
+    clock.time = 100.0 + 0.0375
+    second = Beat(BEAT_S, WORK_S, 0.0002, clock)
+    # It would be done too late for the beat that is under way.
+    assert step(second, clock, goes_on=False) == 40
+    assert [step(one, clock, goes_on=False) for one in (first, second)] == [50, 60]
+
+
 def test_steps_begin_on_the_beat_however_long_they_take(beat: Beat, clock: FakeClock) -> None:
     assert [step(beat, clock, seconds) for seconds in (0.001, 0.006, 0.003, 0.005)] == [0, 10, 20, 30]
     assert (beat.counts.beats, beat.counts.missed) == (4, 0)

@@ -11,11 +11,12 @@ import torch
 from orchestrator.core.config import AdapterConfig, ModelConfig
 from orchestrator.core.types import AdapterName, Sampling
 from orchestrator.profiles.fields import CheckpointError
+from orchestrator.wire.trust import Trust
 from tests.adapters import ATTENTION, SHARED_EXPERTS, merge, write_adapter
 from tests.oracle import oracle
 from tests.quantised import write_quantised
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
-from workers.engines.base import SplitPlaces
+from workers.engines.base import NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 from workers.engines.eager import EagerEngine
 from workers.engines.split.lanes import RankLost
@@ -23,9 +24,10 @@ from workers.engines.split.rank import FfnRank
 
 
 @contextmanager
-def ranks_of(path: Path, count: int, spare_slots: int = 0) -> Iterator[list[FfnRank]]:
-    """Have FFN ranks serve, each in a thread of its own."""
-    ranks = [FfnRank(path, "float32", "cpu", rank, count, spare_slots) for rank in range(count)]
+def ranks_of(path: Path, count: int, spare_slots: int = 0, trust: Trust | None = None) -> Iterator[list[FfnRank]]:
+    """Have FFN ranks serve, each in a thread of its own; with `trust` over the network as well."""
+    network = NetworkPlace("127.0.0.1", trust) if trust is not None else None
+    ranks = [FfnRank(path, "float32", "cpu", rank, count, spare_slots, network=network) for rank in range(count)]
     threads = [threading.Thread(target=rank.serve) for rank in ranks]
     for thread in threads:
         thread.start()

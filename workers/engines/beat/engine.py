@@ -3,22 +3,18 @@
 A step takes as long as it is until the next beat, and then the step itself: whoever calls `step` after each step keeps the beat.
 """
 
-import os
-import socket
-import subprocess
-import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import ConfigError, PoolConfig, require
-from orchestrator.core.types import RequestId, Sampling
-from workers.engines.base import BeatCounts, EngineLost, SliceOutput
+from orchestrator.core.config import PoolConfig
+from orchestrator.core.types import RequestId, Sampling, SplitLoad
+from workers.engines.base import BeatCounts, SliceOutput, SplitPlaces
+from workers.engines.beat.child import Child, check_device
 from workers.engines.beat.messages import (
     Add,
     Forget,
@@ -26,10 +22,8 @@ from workers.engines.beat.messages import (
     MemoryWanted,
     Opened,
     Opening,
-    Order,
     Step,
     Stepped,
-    Unopened,
     Unstepped,
 )
 from workers.engines.kvpool import KvPool, PooledBlocks
@@ -39,8 +33,6 @@ from workers.memory import SharedArena
 
 #: Seconds that opening a model, and then a step, may take before the process is given up: it hangs.
 OPEN_S_MAX, STEP_S_MAX = 600.0, 60.0
-#: Seconds in which it has to end once it is told so.
-CLOSE_S = 5.0
 
 
 class StepBroken(Exception):
@@ -48,57 +40,50 @@ class StepBroken(Exception):
 
 
 class BeatEngine(PooledBlocks):
-    """One model on CPUs, in a process that keeps a beat; see `base.Engine`."""
+    """One model on CPUs, or its attention, in a process that keeps a beat; see `base.Engine`."""
 
-    def __init__(self, model_dir: Path, pool: PoolConfig, share: Callable[[int], SharedArena]) -> None:
+    def __init__(
+        self, model_dir: Path, pool: PoolConfig, share: Callable[[int], SharedArena], places: SplitPlaces | None = None
+    ) -> None:
         """Start the process and wait until it has loaded the model and measured its longest step.
 
         Args:
             model_dir: a Hugging Face checkpoint directory.
             pool: beat, slots, cores and the engine's settings.
             share: makes the memory for KV.
+            places: where the FFN ranks are that compute the layers' second halves; None: the process computes all.
 
         Raises:
             ConfigError: for a beat that cannot be kept here, for another device, for cores and priorities that cannot be had,
                 and as `EagerEngine`.
             EngineLost: if the process ends or hangs.
-            RuntimeError: for a checkpoint that cannot be computed.
+            RuntimeError: for a checkpoint that cannot be computed, and for FFN ranks that are not there.
         """
-        device = pool.engine.device
-        fits, where = device in ("auto", "cpu"), f"pools.{pool.name}.engine.device"
-        require(fits, where, f"must be auto or cpu, is {device!r}: engines keep a beat on CPUs alone")
+        check_device(pool)
         config = replace(pool.engine, device="cpu", threads=pool.engine.threads or len(pool.beat.cores))
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "workers.engines.beat.process", str(theirs.fileno())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
-        theirs.close()
-        self._link: Connection[object, object] = Connection(ours.detach())
+        self._child = Child("workers.engines.beat.process", "the process that keeps the beat")
         self.beats: BeatCounts | None = BeatCounts()
+        self.halves: SplitLoad | None = None
         scheduler = pool.scheduler
-        opening = Opening(
-            model_dir, pool.name, config, pool.beat, pool.profile.beat_s, scheduler.sequences_max, scheduler.step_tokens_max
-        )
+        sizes = scheduler.sequences_max, scheduler.step_tokens_max
+        opening = Opening(model_dir, pool.name, config, pool.beat, pool.profile.beat_s, *sizes, places)
         try:
             self._open(opening, share)
         except BaseException:
-            self._end()
+            self._child.end()
             raise
 
     def _open(self, opening: Opening, share: Callable[[int], SharedArena]) -> None:
-        self._send(opening)
-        wanted = self._answer(OPEN_S_MAX)
-        if isinstance(wanted, Unopened):
-            raise _problem(wanted)
+        self._child.send(opening)
+        wanted = self._child.opened(OPEN_S_MAX)
         assert isinstance(wanted, MemoryWanted), f"{wanted!r} instead of what memory is wanted"
         arena = share(wanted.bytes)
-        self._send(MemoryGiven(arena.place(()).SerializeToString()))
-        opened = self._answer(OPEN_S_MAX)
-        if isinstance(opened, Unopened):
-            raise _problem(opened)
+        self._child.send(MemoryGiven(arena.place(()).SerializeToString()))
+        opened = self._child.opened(OPEN_S_MAX)
         assert isinstance(opened, Opened), f"{opened!r} instead of an engine"
         self.description = known = opened.description
         self.worst_step_s = opened.worst_s
+        self.halves = opened.halves
         shape, config = read_architecture(opening.model_dir), opening.engine
         cpu = torch.device("cpu")
         self._pool = KvPool(
@@ -110,17 +95,17 @@ class BeatEngine(PooledBlocks):
         return None
 
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
-        self._send(Add(request, tokens.tobytes(), sampling, generated))
+        self._child.send(Add(request, tokens.tobytes(), sampling, generated))
 
     def forget(self, request: RequestId) -> None:
-        self._send(Forget(request))
+        self._child.send(Forget(request))
 
     def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
         """Compute a step on the next beat; see `base.Engine.step`. Raises `StepBroken`, or `EngineLost` if none will follow."""
-        self._send(Step(slices))
-        match self._answer(STEP_S_MAX):
-            case Stepped(outputs, counts):
-                self.beats = counts
+        self._child.send(Step(slices))
+        match self._child.answer(STEP_S_MAX):
+            case Stepped(outputs, counts, halves):
+                self.beats, self.halves = counts, halves
                 return outputs
             case Unstepped(reason):
                 raise StepBroken(reason)
@@ -133,36 +118,5 @@ class BeatEngine(PooledBlocks):
 
     def close(self) -> None:
         """End the process and let go of the memory."""
-        self._end()
+        self._child.end()
         del self._pool
-
-    def _end(self) -> None:
-        self._link.close()
-        try:
-            self._process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _send(self, message: Order | Opening | MemoryGiven) -> None:
-        try:
-            self._link.send(message)
-        except OSError as error:
-            raise self._lost(str(error)) from error
-
-    def _answer(self, seconds: float) -> object:
-        """Return the next message. Raises `EngineLost`."""
-        try:
-            if not self._link.poll(seconds):
-                raise self._lost(f"no answer within {seconds:g} s")
-            return self._link.recv()
-        except (EOFError, OSError) as error:
-            self._end()
-            raise self._lost(f"exit code {self._process.returncode}") from error
-
-    def _lost(self, why: str) -> EngineLost:
-        return EngineLost(f"the process that keeps the beat (pid {self._process.pid}) is lost: {why}")
-
-
-def _problem(unopened: Unopened) -> Exception:
-    return RuntimeError(unopened.problem) if unopened.where is None else ConfigError(unopened.where, unopened.problem)

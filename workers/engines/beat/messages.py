@@ -1,4 +1,4 @@
-"""What a node's process and the one that keeps its beat say to each other. Both are ours: pickled, over a socket of their own."""
+"""What processes that keep a beat are told by those that start them, and answer. All ours: pickled, over sockets of their own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import BeatConfig, EngineConfig
-from orchestrator.core.types import RequestId, Sampling
-from workers.engines.base import BeatCounts, EngineDescription, SliceOutput
+from orchestrator.core.config import BeatConfig, EngineConfig, PoolConfig
+from orchestrator.core.types import RequestId, Sampling, SplitLoad
+from workers.engines.base import BeatCounts, EngineDescription, NetworkPlace, SliceOutput, SplitPlaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Opening:
     beat_s: float
     slots: int
     step_tokens_max: int
+    #: None: it computes whole layers.
+    places: SplitPlaces | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,16 @@ class MemoryGiven:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The engine runs; its longest step took `worst_s`."""
+    """The engine runs; its longest step takes `worst_s`, and took so much of either half if there are two."""
 
     description: EngineDescription
     worst_s: float
+    halves: SplitLoad | None
 
 
 @dataclass(frozen=True, slots=True)
 class Unopened:
-    """The engine cannot be had; `where` is the field of the cluster file that says so, if one does."""
+    """The engine, or the rank, cannot be had; `where` is the field of the cluster file that says so, if one does."""
 
     where: str | None
     problem: str
@@ -80,10 +83,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What a step brought, and how the beat is kept."""
+    """What a step brought, how the beat is kept, and what either half has done if there are two."""
 
     outputs: list[SliceOutput]
     counts: BeatCounts
+    halves: SplitLoad | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,25 @@ class Unstepped:
     """A step failed."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankOpening:
+    """First and last message to an FFN rank: what to open."""
+
+    model_dir: Path
+    pool: PoolConfig
+    rank: int
+    #: None: attention ranks are all on this host.
+    network: NetworkPlace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankOpened:
+    """The rank serves there; see `FfnRank`."""
+
+    address: str
+    network_address: str | None = None
 
 
 Order: TypeAlias = Add | Forget | Step

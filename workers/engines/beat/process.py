@@ -7,10 +7,9 @@ What must not vary from beat to beat does not: there is no event loop and no oth
 runs between beats alone and never looks at objects that stay, memory that a step gives back is kept for the next one, and a step
 has as many rows as there are slots, however many are taken.
 
-It ends when the other end of the socket does.
+It ends when the other end of the socket does, or when an FFN rank is lost that it has.
 """
 
-import ctypes
 import gc
 import sys
 import time
@@ -23,6 +22,7 @@ from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, require
 from orchestrator.core.types import RequestId
 from orchestrator.wire import node_pb2
+from workers.engines.base import EngineLost
 from workers.engines.beat.messages import (
     Add,
     Forget,
@@ -36,31 +36,21 @@ from workers.engines.beat.messages import (
     Unstepped,
 )
 from workers.engines.beat.schedule import Beat, SystemClock
-from workers.engines.beat.trial import worst_step_s
+from workers.engines.beat.trial import longest_step_s
 from workers.engines.eager import EagerEngine
 from workers.memory import map_memory
-from workers.realtime import bind, put_first
+from workers.realtime import bind, keep_memory, keep_objects, put_first
 
 #: Share of a beat that its longest step may take: the rest is for the way to the node's core and back, and for what this machine
 #: does besides.
 WORK_SHARE_MAX = 0.8
 #: Beats between two collections of the youngest garbage, and idle seconds after which there is time for all of it.
 COLLECT_BEATS, COLLECT_IDLE_S = 256, 1.0
-#: mallopt's names in glibc; and a size that no allocation of a step has.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, 1 << 30
-
-
-def keep_memory() -> None:
-    """Keep memory that is given back for the next allocation, where the C library can: steps then take none from the system."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def open_engine(opening: Opening, link: "Connection[object, object]") -> tuple[EagerEngine, float]:
     """Return the engine, over memory that the other end gives, and the seconds of its longest step. Raises `ConfigError`."""
-    bind(opening.beat.cores)
+    bind(opening.beat.cores, "beat.cores")
     put_first(opening.beat.realtime)
     keep_memory()
 
@@ -70,9 +60,9 @@ def open_engine(opening: Opening, link: "Connection[object, object]") -> tuple[E
         assert isinstance(given, MemoryGiven), f"{given} is no memory"
         return map_memory(node_pb2.SharedMemory.FromString(given.place), writable=True)
 
-    slots = opening.slots
-    engine = EagerEngine(opening.model_dir, opening.engine, slots, opening.step_tokens_max, allocate, rows=slots)
-    worst_s = worst_step_s(engine, slots, time.monotonic)
+    slots, places = opening.slots, opening.places
+    engine = EagerEngine(opening.model_dir, opening.engine, slots, opening.step_tokens_max, allocate, places, rows=slots)
+    worst_s = longest_step_s(engine, slots, opening.model_dir, places, time.monotonic)
     context, least_s = engine.description.context_tokens_max, worst_s / WORK_SHARE_MAX
     require(
         opening.beat_s >= least_s,
@@ -119,11 +109,13 @@ class BeatLoop:
         answer: Stepped | Unstepped
         try:
             outputs = self._engine.step(slices)
+        except EngineLost:
+            raise
         except Exception as error:  # An engine may fail in any way; that ends the step's sequences and not the node.
             answer = Unstepped(f"{type(error).__name__}: {error}")
         else:
             self._beat.done()
-            answer = Stepped(outputs, self._beat.counts)
+            answer = Stepped(outputs, self._beat.counts, self._engine.halves)
         self._link.send(answer)
         self._steps += 1
         if self._steps % COLLECT_BEATS == 0:
@@ -147,10 +139,9 @@ def serve(link: "Connection[object, object]") -> None:
     except Exception as error:  # Whatever it is, the other end says it, and nothing runs here.
         link.send(Unopened(None, f"{type(error).__name__}: {error}"))
         return
-    gc.collect()
-    gc.freeze()
+    keep_objects()
     gc.disable()
-    link.send(Opened(engine.description, worst_s))
+    link.send(Opened(engine.description, worst_s, engine.halves))
     BeatLoop(engine, Beat(opening.beat_s, worst_s, opening.beat.spin_s, SystemClock()), link).run()
 
 

@@ -5,10 +5,13 @@
 
 A step that comes late begins at once if it will still be done before the next beat; else it waits for that, and the beat is
 missed. So is one whose step is not done when the next one begins. While nobody waits for a token beats just pass.
+
+Beats are multiples of `beat_s` on the machine's clock, so that nodes which share FFN ranks have theirs together: from one beat to
+the next each of them asks these ranks for one step's rows.
 """
 
 import time
-from math import ceil
+from math import ceil, floor
 from typing import Protocol
 
 from workers.engines.base import BeatCounts
@@ -49,7 +52,7 @@ class Beat:
         self._spin_s = spin_s
         self._clock = clock
         #: The beat that the next step begins on.
-        self._due = clock.now()
+        self._due = floor(clock.now() / beat_s) * beat_s
         self._beats = self._missed = 0
         self._late_s = 0.0
 

@@ -15,9 +15,8 @@ from orchestrator.profiles.model_config import Architecture
 from workers.engines.adapters import AdaptedRows
 from workers.engines.experts import Router
 from workers.engines.mlp import Finish, GatedMlp
-from workers.engines.split.lanes import Header
+from workers.engines.split.lanes import Header, Link
 from workers.engines.split.microbatches import Microbatches
-from workers.engines.split.shared import SharedLink
 
 #: A slot that no rank has: what a rank is told of picks that are not its own.
 ELSEWHERE = 1 << 30
@@ -69,7 +68,7 @@ class SplitGroup:
 
     def __init__(
         self,
-        links: Sequence[SharedLink],
+        links: Sequence[Link],
         shape: Architecture,
         placements: Mapping[int, Placement],
         device: torch.device,
@@ -94,7 +93,7 @@ class SplitGroup:
         """Return the placement in use."""
         return self._routes[layer]
 
-    def post(self, link: SharedLink, header: Header) -> None:
+    def post(self, link: Link, header: Header) -> None:
         """Say that a lane is filled. Where cores are few, whoever is woken may well take this one's."""
         began = time.perf_counter()
         link.post(header)
@@ -108,9 +107,16 @@ class SplitGroup:
 
     @property
     def load(self) -> SplitLoad:
-        """What either half did; see `ExpertRouting.load`."""
-        times = self.times
-        return SplitLoad(times.step_s - times.waited_s, times.ffn_all_s, len(self.links) / self._attention)
+        """What either half did; see `Engine.halves`."""
+        times, count = self.times, len(self.links)
+        far = sum(link.crosses_network for link in self.links)
+        return SplitLoad(
+            times.step_s - times.waited_s,
+            times.ffn_all_s,
+            count / self._attention,
+            links_shared=count - far,
+            links_network=far,
+        )
 
     def close(self) -> None:
         """Let go of the ranks."""
@@ -127,30 +133,30 @@ class RemoteFfn:
     def __init__(self, group: SplitGroup, layer: int, router: Router | None, shared: GatedMlp | None) -> None:
         self._group = group
         self._layer = layer
-        self._router = router
+        self.router = router
         self._shared = shared
         self._turn = 0
 
     def begin(self, rows: Tensor, adapted: AdaptedRows) -> Finish:
         """Send rows to their ranks; see `Ffn.begin`."""
-        sent = self._send_all(rows) if self._router is None else self._send_picked(rows, self._router)
+        sent = self._send_all(rows) if self.router is None else self._send_picked(rows, self.router)
         self._group.times.rows += len(rows)
         return partial(self._finish, rows, adapted, sent)
 
-    def _send_all(self, rows: Tensor) -> list[tuple[SharedLink, Tensor | None]]:
+    def _send_all(self, rows: Tensor) -> list[tuple[Link, Tensor | None]]:
         for link in self._group.links:
             number, lane = link.take()
             lane.rows[: len(rows)] = rows
             self._group.post(link, Header(number, self._layer, 0, len(rows)))
         return [(link, None) for link in self._group.links]
 
-    def _send_picked(self, rows: Tensor, router: Router) -> list[tuple[SharedLink, Tensor | None]]:
+    def _send_picked(self, rows: Tensor, router: Router) -> list[tuple[Link, Tensor | None]]:
         weights, picked = router.route(rows)
         self._group.picks[self._layer] += torch.bincount(picked.view(-1), minlength=self._group.picks.shape[1]).numpy(force=True)
         routes = self._group.routes(self._layer)
         ranks, slots = routes.find(picked, self._turn)
         self._turn += len(rows)
-        sent: list[tuple[SharedLink, Tensor | None]] = []
+        sent: list[tuple[Link, Tensor | None]] = []
         for rank, link in enumerate(self._group.links):
             here = ranks == rank
             chosen = here.any(1).nonzero().view(-1)
@@ -165,7 +171,7 @@ class RemoteFfn:
             sent.append((link, chosen))
         return sent
 
-    def _finish(self, rows: Tensor, adapted: AdaptedRows, sent: list[tuple[SharedLink, Tensor | None]], state: Tensor) -> Tensor:
+    def _finish(self, rows: Tensor, adapted: AdaptedRows, sent: list[tuple[Link, Tensor | None]], state: Tensor) -> Tensor:
         times, busiest = self._group.times, 0
         if self._shared is not None:
             state = self._shared.add_to(state, rows, adapted)

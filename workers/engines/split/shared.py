@@ -7,27 +7,26 @@ alone. What crosses the socket is one `Header` a message.
 import json
 import os
 import secrets
-import selectors
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from orchestrator.wire import node_pb2
+from workers.engines.split.inlet import CONNECTIONS_MAX, Door
 from workers.engines.split.lanes import Header, Lane, LaneLayout, RankLost
 from workers.memory import PeerUnmappable, SharedArena, map_memory
 
 #: Seconds an FFN rank has to take a connection.
 CONNECT_S = 10.0
-#: Attention ranks of one group at most.
-CONNECTIONS_MAX = 64
 _HELLO_BYTES = 4096
 _CREDENTIALS = struct.Struct("3i")
 
 
 class SharedLink:
-    """An attention rank's end: lanes to one FFN rank of the same host."""
+    """An attention rank's end: lanes to one FFN rank of the same host. See `Link`."""
+
+    crosses_network = False
 
     def __init__(self, address: str, layout: LaneLayout, silent_s: float) -> None:
         """Connect to a rank that listens at `address`. Raises `RankLost` if it does not take the connection."""
@@ -39,14 +38,7 @@ class SharedLink:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(CONNECT_S)
         place = self._arena.place(())
-        hello = {
-            "path": place.path,
-            "size": place.size,
-            "cookie": place.cookie.hex(),
-            "lanes": layout.lanes,
-            "rows_max": layout.rows_max,
-            **layout.row,
-        }
+        hello = {"path": place.path, "size": place.size, "cookie": place.cookie.hex(), **layout.said}
         try:
             problem = self._greet(hello)
         except OSError as error:
@@ -65,19 +57,19 @@ class SharedLink:
         return None if answer == "ok" else answer or "it ended"
 
     def take(self) -> tuple[int, Lane]:
-        """Return a lane that is free, to be filled: at most as many are under way as there are."""
+        """See `Link.take`."""
         number = self._free.popleft()
         return number, self._lanes[number]
 
     def post(self, header: Header) -> None:
-        """Say that a lane is filled. Raises `RankLost`."""
+        """See `Link.post`."""
         try:
             self._socket.sendall(header.pack())
         except OSError as error:
             raise RankLost(f"FFN rank {self._name} is gone: {error}") from error
 
     def wait(self) -> tuple[Header, Lane]:
-        """Wait for the answer to the oldest message; its lane is good until `give`. Raises `RankLost`."""
+        """See `Link.wait`."""
         try:
             data = self._socket.recv(Header.LAYOUT.size + 1)
         except TimeoutError:
@@ -90,117 +82,65 @@ class SharedLink:
         return header, self._lanes[header.lane]
 
     def give(self, number: int) -> None:
-        """Have a lane back."""
+        """See `Link.give`."""
         self._free.append(number)
 
     def close(self) -> None:
-        """Let go of the connection and the memory."""
+        """See `Link.close`."""
         self._socket.close()
         self._lanes.clear()
         self._arena.close()
 
 
-@dataclass(slots=True)
-class _Peer:
-    """One attention rank that has connected."""
+class SharedPeer:
+    """An FFN rank's end of the lanes of one attention rank. See `inlet.Peer`."""
 
-    layout: LaneLayout
-    lanes: list[Lane]
+    waits = False
 
-
-class SharedInlet:
-    """An FFN rank's end: whoever of the group connects."""
-
-    def __init__(self) -> None:
-        self.address = f"weft-ffn-{os.getpid()}-{secrets.token_hex(4)}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind("\0" + self.address)
-        self._listener.listen(CONNECTIONS_MAX)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._waker, self._woken = os.pipe()
-        self._selector.register(self._waker, selectors.EVENT_READ)
-        self._peers: dict[socket.socket, _Peer] = {}
-
-    def messages(self, expected: LaneLayout) -> Iterator[tuple[socket.socket, Header, Lane]]:
-        """Yield messages until `close`, as they come; ranks whose rows are laid out otherwise are refused."""
-        while True:
-            for key, _ in self._selector.select():
-                if key.fd == self._waker:
-                    self._end()
-                    return
-                if key.fileobj is self._listener:
-                    self._accept(expected)
-                    continue
-                assert isinstance(key.fileobj, socket.socket)
-                message = self._receive(key.fileobj)
-                if message is not None:
-                    yield key.fileobj, *message
-
-    def answer(self, peer: socket.socket, header: Header) -> None:
-        """Say that a lane's sums are there; a rank that is gone does not hear it."""
+    def __init__(self, connection: socket.socket, expected: LaneLayout) -> None:
+        """Greet who connects and map its lanes. Raises `OSError` or `ValueError` if it is none of the group's."""
+        self.connection = connection
         try:
-            peer.sendall(header.pack())
-        except OSError:
-            self._drop(peer)
+            self._lanes = _mapped(connection, expected)
+        except (ValueError, KeyError, TypeError, AttributeError, PeerUnmappable) as error:
+            connection.sendall(str(error).encode()[:_HELLO_BYTES])
+            raise ValueError(str(error)) from error
+        connection.sendall(b"ok")
 
-    def close(self) -> None:
-        """Have `messages` end; may be called by another thread."""
-        os.write(self._woken, b"x")
+    def receive(self) -> tuple[Header, Lane] | None:
+        """See `Peer.receive`."""
+        header = Header.unpack(self.connection.recv(Header.LAYOUT.size + 1))
+        if header.lane >= len(self._lanes) or header.rows > len(self._lanes[header.lane].rows):
+            raise RankLost(f"a message speaks of lane {header.lane} and {header.rows} rows")
+        return header, self._lanes[header.lane]
 
-    def _end(self) -> None:
-        for peer in tuple(self._peers):
-            self._drop(peer)
-        self._selector.close()
-        self._listener.close()
-        os.close(self._waker)
-        os.close(self._woken)
+    def answer(self, header: Header) -> None:
+        """See `Peer.answer`."""
+        self.connection.sendall(header.pack())
 
-    def _accept(self, expected: LaneLayout) -> None:
-        peer, _ = self._listener.accept()
-        peer.settimeout(CONNECT_S)
-        try:
-            problem = self._greet(peer, expected)
-            peer.sendall((problem or "ok").encode())
-        except (OSError, ValueError, KeyError, TypeError, PeerUnmappable) as error:
-            problem = str(error)
-        if problem is not None:
-            self._peers.pop(peer, None)
-            peer.close()
-            return
-        self._selector.register(peer, selectors.EVENT_READ)
+    def flush(self) -> bool:
+        """See `Peer.flush`: nothing is ever left."""
+        return True
 
-    def _greet(self, peer: socket.socket, expected: LaneLayout) -> str | None:
-        """Map a new rank's lanes. Returns the problem, if it is none of the group's."""
-        _, user, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        if user != os.geteuid():
-            return "it is another user's"
-        said = json.loads(peer.recv(_HELLO_BYTES))
-        ours = expected.row
-        theirs = {name: said[name] for name in ours}
-        if theirs != ours:
-            return f"its rows are {theirs}, here they are {ours}"
-        layout = LaneLayout(int(said["lanes"]), int(said["rows_max"]), expected.hidden, expected.picks, expected.dtype)
-        if layout.size != said["size"]:
-            return f"its memory has {said['size']} bytes, its lanes take {layout.size}"
-        place = node_pb2.SharedMemory(path=said["path"], size=said["size"], cookie=bytes.fromhex(said["cookie"]))
-        memory = map_memory(place, writable=True)
-        self._peers[peer] = _Peer(layout, [layout.lane(memory, number) for number in range(layout.lanes)])
-        return None
 
-    def _receive(self, peer: socket.socket) -> tuple[Header, Lane] | None:
-        known = self._peers[peer]
-        try:
-            header = Header.unpack(peer.recv(Header.LAYOUT.size + 1))
-        except (OSError, RankLost):
-            self._drop(peer)
-            return None
-        if header.lane >= len(known.lanes) or header.rows > known.layout.rows_max:
-            self._drop(peer)
-            return None
-        return header, known.lanes[header.lane]
+def shared_door(expected: LaneLayout) -> tuple[str, Door]:
+    """Return the address at which attention ranks of this host connect, and the door there."""
+    address = f"weft-ffn-{os.getpid()}-{secrets.token_hex(4)}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("\0" + address)
+    listener.listen(CONNECTIONS_MAX)
+    return address, Door(listener, lambda connection: SharedPeer(connection, expected))
 
-    def _drop(self, peer: socket.socket) -> None:
-        if self._peers.pop(peer, None) is not None:
-            self._selector.unregister(peer)
-            peer.close()
+
+def _mapped(connection: socket.socket, expected: LaneLayout) -> list[Lane]:
+    """Map a new rank's lanes. Raises `ValueError` and others if it is none of the group's."""
+    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if user != os.geteuid():
+        raise ValueError("it is another user's")
+    said = json.loads(connection.recv(_HELLO_BYTES))
+    layout = expected.agreed(said)
+    if layout.size != said["size"]:
+        raise ValueError(f"its memory has {said['size']} bytes, its lanes take {layout.size}")
+    place = node_pb2.SharedMemory(path=said["path"], size=said["size"], cookie=bytes.fromhex(said["cookie"]))
+    memory = map_memory(place, writable=True)
+    return [layout.lane(memory, number) for number in range(layout.lanes)]

@@ -187,7 +187,7 @@ def _thinking(request: MessagesRequest) -> Thinking:
     asked, config, enabled, effort = request.thinking, request.output_config, None, None
     if asked is not None:
         require(asked.type in _THINKING, "thinking.type", f"must be one of {', '.join(_THINKING)}, is {asked.type!r}")
-        check_range("thinking.budget_tokens", asked.budget_tokens, 1)
+        check_range("thinking.budget_tokens", asked.budget_tokens, 1, TOP_K_MAX)
         enabled = _THINKING[asked.type]
     if config is not None and config.effort is not None:
         known = config.effort in _EFFORTS

@@ -127,6 +127,8 @@ class GenerationRequest(Unserved, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    #: vLLM's, kept or refused; -1 is none.
+    thinking_token_budget: int | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
@@ -188,8 +190,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    #: The switch, as Qwen's API has it.
+    #: The switch and tokens at most, as Qwen's API has them.
     enable_thinking: bool | None = None
+    thinking_budget: int | None = None
     thinking: ThinkingSwitch | None = None
     reasoning: ReasoningWish | None = None
     include_reasoning: bool | None = None

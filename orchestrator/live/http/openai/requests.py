@@ -66,6 +66,12 @@ _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 _CLASSES = {"flex": ServiceClass.BATCH, "priority": ServiceClass.INTERACTIVE} | {str(one): one for one in ServiceClass}
 _EFFORTS = tuple(Effort)
 _NO_WISH = ReasoningWish()
+#: Kept, or refused where it cannot be.
+KEPT_BUDGET = "thinking_token_budget"
+_thoughts = attrgetter("thinking", "reasoning", "reasoning_effort", "enable_thinking", "thinking_budget", KEPT_BUDGET)
+#: What most requests say of thoughts.
+_NO_THOUGHTS = (None,) * 6
+_AS_IT_LIKES = Thinking()
 _SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 
 Said = TypeVar("Said")
@@ -97,6 +103,7 @@ def parse_completion(body: bytes) -> Asked:
     request = decode(_COMPLETION, body)
     check_common(request)
     check_range("logprobs", request.logprobs, 0, TOP_LOGPROBS_MAX)
+    require(request.thinking_token_budget in (None, -1), KEPT_BUDGET, "limits the thoughts of conversations")
     require(request.best_of in (None, request.choices), "best_of", "only best_of equal to n is supported")
     prompts = request.prompts
     require(0 < len(prompts) <= PROMPTS_MAX, "prompt", f"must be 1 to {PROMPTS_MAX} prompts, is {len(prompts)}")
@@ -245,6 +252,8 @@ def conversation_of(request: ChatRequest) -> Conversation:
 
 def _thinking(request: ChatRequest) -> Thinking:
     """Return how much the model is to think: by whichever fields say so. Raises `Invalid`."""
+    if _thoughts(request) == _NO_THOUGHTS:
+        return _AS_IT_LIKES
     switch, wish = request.thinking, request.reasoning or _NO_WISH
     require(switch is None or switch.type in _SWITCHED, "thinking.type", f"must be one of {', '.join(_SWITCHED)}")
     switched = _SWITCHED[switch.type] if switch is not None else None
@@ -255,8 +264,24 @@ def _thinking(request: ChatRequest) -> Thinking:
     effort_field, effort = _only(efforts, "reasoning_effort")
     field, enabled = _only(switches, effort_field)
     require(not (enabled and effort == Effort.NONE), field, f"thinking is switched on, and {effort_field} is none")
-    budget = wish.max_tokens if switch is None or switch.budget_tokens is None else switch.budget_tokens
-    return Thinking(enabled, None if effort is None else Effort(effort), budget, field)
+    kept = kept_budget(request)
+    budgets = {
+        KEPT_BUDGET: kept,
+        "thinking_budget": request.thinking_budget,
+        "thinking.budget_tokens": switch.budget_tokens if switch is not None else None,
+        "reasoning.max_tokens": wish.max_tokens,
+    }
+    for name, tokens in budgets.items():
+        check_range(name, tokens, 0, TOP_K_MAX)
+    _, budget = _only(budgets, KEPT_BUDGET)
+    return Thinking(enabled, None if effort is None else Effort(effort), budget, field, KEPT_BUDGET if kept is not None else "")
+
+
+def kept_budget(request: GenerationRequest) -> int | None:
+    """Return how many tokens of thoughts there may be to the letter, None for any number. Raises `Invalid`."""
+    budget = request.thinking_token_budget
+    check_range(KEPT_BUDGET, budget, -1, TOP_K_MAX)
+    return budget if budget != -1 else None
 
 
 def _only(fields: Mapping[str, Said | None], default: str) -> tuple[str, Said | None]:

@@ -18,7 +18,6 @@ class Unserved(msgspec.Struct, kw_only=True):
     prediction: Any = None
     web_search_options: Any = None
     # What vLLM, SGLang and TGI have beyond.
-    thinking_token_budget: Any = None
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None

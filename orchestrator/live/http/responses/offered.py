@@ -1,6 +1,6 @@
 """Tools as the Responses API has them, made what chat templates read; and the names of calls, told back as the client has them.
 
-    function     as it is                       custom       a function of one text, `input`
+    function     as it is                       custom       a function of one text, `input`, with what that must be said of it
     namespace    its tools, each called by namespace and name in one
 
 Searches of the web, which OpenAI's servers would make themselves, are not made here: the model is not told of them, nor do an
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from orchestrator.live.asked import ToolUse
+from orchestrator.live.asked import Constraint, ConstraintKind, ToolUse
 from orchestrator.live.refusals import Invalid, require
 
 TOOLS_MAX = 4096
@@ -19,6 +19,8 @@ TOOLS_MAX = 4096
 _JOINT = "__"
 #: What the model is told of a custom tool's input.
 _INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+#: What it is told of a form of that.
+_FORMS = {ConstraintKind.GRAMMAR: "a grammar in Lark", ConstraintKind.REGEX: "a regular expression"}
 #: Offered by agents whether or not they are needed; anything else that servers run is what a client counts on.
 _LEFT_OUT = "web_search"
 
@@ -33,6 +35,13 @@ class Named:
     custom: bool = False
     #: Where the client wrote it.
     field: str = ""
+    #: What that text must be; None: anything.
+    input: Constraint | None = None
+
+    @property
+    def schema_field(self) -> str:
+        """Where the client wrote what arguments are."""
+        return self.input.field if self.input is not None else f"{self.field}.parameters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,8 @@ def offered(tools: Sequence[Mapping[str, Any]]) -> Offered:
             about = ""
             name = one["function"]["name"]
             require(name not in names, spot, f"two tools are called {name!r}")
-            names[name] = Named(str(function["name"]), namespace, function["type"] == "custom", spot)
+            custom = function["type"] == "custom"
+            names[name] = Named(str(function["name"]), namespace, custom, spot, _input(function, spot) if custom else None)
             shown.append(one)
     require(len(shown) <= TOOLS_MAX, "tools", f"must be at most {TOOLS_MAX} tools")
     return Offered(told, shown, names)
@@ -101,12 +111,15 @@ def _grouped(tool: Mapping[str, Any], where: str) -> tuple[dict[str, Mapping[str
 def _shown(function: Mapping[str, Any], namespace: str | None, about: str, where: str) -> dict[str, Any]:
     """Return a tool as templates read it; what its namespace says of itself stands with its first."""
     name, description = function.get("name"), function.get("description")
-    parameters = _input(function, where) if function.get("type") == "custom" else function.get("parameters")
+    custom = function.get("type") == "custom"
+    parameters = _INPUT if custom else function.get("parameters")
     require(isinstance(name, str) and bool(name), f"{where}.name", "must be a name")
     require(isinstance(parameters, dict | None), f"{where}.parameters", "must be an object, a JSON schema")
     require(isinstance(description, str | None), f"{where}.description", "must be text")
     shown: dict[str, Any] = {"name": shown_name(namespace, cast(str, name))}
-    if words := "\n\n".join(text for text in (about, description) if text):
+    form = _input(function, where) if custom else None
+    told = f"The input must be of this form, {_FORMS[form.kind]}:\n\n{form.text}" if form is not None else None
+    if words := "\n\n".join(text for text in (about, description, told) if text):
         shown["description"] = words
     if parameters is not None:
         shown["parameters"] = parameters
@@ -115,13 +128,16 @@ def _shown(function: Mapping[str, Any], namespace: str | None, about: str, where
     return {"type": "function", "function": shown}
 
 
-def _input(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return the parameters of a custom tool. Raises `Invalid` if its input must be of a kind."""
+def _input(tool: Mapping[str, Any], where: str) -> Constraint | None:
+    """Return what the input of a custom tool must be, None if anything. Raises `Invalid`."""
     match tool.get("format"):
         case None | {"type": "text"}:
-            return _INPUT
+            return None
+        case {"type": "grammar", "syntax": "lark" | "regex" as syntax, "definition": str(definition)}:
+            kind = ConstraintKind.GRAMMAR if syntax == "lark" else ConstraintKind.REGEX
+            return Constraint(kind, definition, f"{where}.format.definition")
         case _:
-            problem = "an input cannot be kept to a grammar here: leave it out, or say in the description what the input is"
+            problem = "must be of type text, or of type grammar with a definition whose syntax is lark or regex"
             raise Invalid(f"{where}.format: {problem}", "invalid_value", f"{where}.format")
 
 

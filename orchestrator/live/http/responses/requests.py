@@ -12,7 +12,7 @@ import msgspec
 from orchestrator.core.types import GatewayId, SessionId, TenantId
 from orchestrator.live.asked import Asked, Constraint, Conversation, Effort, Thinking
 from orchestrator.live.http.openai.constraints import formatted
-from orchestrator.live.http.openai.requests import TOP_LOGPROBS_MAX, asked_of, check_common
+from orchestrator.live.http.openai.requests import KEPT_BUDGET, TOP_LOGPROBS_MAX, asked_of, check_common, kept_budget
 from orchestrator.live.http.reading import check_range, decode
 from orchestrator.live.http.responses.bodies import ResponsesRequest
 from orchestrator.live.http.responses.ids import gateway_of
@@ -70,8 +70,9 @@ def parse(body: bytes) -> Asked:
     _check(request)
     tools = offered(request.tools or ())
     shown, use = chosen(request.tool_choice, tools)
-    fields = [f"{tools.names[tool['function']['name']].field}.parameters" for tool in shown]
-    use = replace(use, parallel=request.parallel_tool_calls is not False, schema_fields=fields)
+    fields = [tools.names[tool["function"]["name"]].schema_field for tool in shown]
+    inputs = {name: one.input for name, one in tools.names.items() if one.input is not None}
+    use = replace(use, parallel=request.parallel_tool_calls is not False, schema_fields=fields, inputs=inputs)
     conversation = Conversation((), shown_tools(shown), _variables(request), tool_use=use, thinking=_thinking(request))
     include = request.include or ()
     logprobs = (request.top_logprobs or 0) if _SCORES in include or request.top_logprobs else None
@@ -150,7 +151,8 @@ def _thinking(request: ResponsesRequest) -> Thinking:
     """Return how much the model is to think. Raises `Invalid`."""
     effort, field = request.reasoning.effort if request.reasoning is not None else None, "reasoning.effort"
     require(effort is None or effort in _EFFORTS, field, f"must be one of {', '.join(_EFFORTS)}, is {effort!r}")
-    return Thinking(effort=None if effort is None else Effort(effort), field=field)
+    budget = kept_budget(request)
+    return Thinking(None, None if effort is None else Effort(effort), budget, field, KEPT_BUDGET if budget is not None else "")
 
 
 def _constraint(request: ResponsesRequest, otherwise: Constraint | None) -> Constraint | None:

@@ -34,6 +34,13 @@ WEATHER: Any = {
 }
 #: Its arguments would be kept to what no schema says.
 UNKEEPABLE: Any = {"type": "function", "name": "f", "strict": True, "parameters": {"type": "object", "$ref": "http://elsewhere"}}
+
+
+def formed(syntax: str, definition: str) -> Any:
+    """Return a tool that takes a text of some form."""
+    return {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": syntax, "definition": definition}}
+
+
 CALL = '<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
 
 
@@ -376,6 +383,10 @@ def test_no_tenant_sees_anothers(text: ModelText) -> None:
         ({"input": "x", "tools": [{"type": "file_search", "vector_store_ids": ["v"]}]}, "tools[0]"),
         ({"input": "x", "tools": [{"type": "function", "name": ""}]}, "tools[0].name"),
         ({"input": "x", "tools": [{"type": "custom", "name": "c", "format": {"type": "grammar"}}]}, "tools[0].format"),
+        ({"input": "x", "tools": [formed("lark", 'start: "a" start?')]}, "tools[0].format.definition"),
+        ({"input": "x", "tools": [formed("regex", "(?<=a)b")]}, "tools[0].format.definition"),
+        ({"input": "x", "tools": [formed("peg", "a")]}, "tools[0].format"),
+        ({"input": "x", "extra_body": {"thinking_token_budget": 9}}, "thinking_token_budget"),
         ({"input": "x", "tools": [WEATHER, WEATHER]}, "tools[1]"),
         ({"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]}, "tools[0].tools[0]"),
         ({"input": "x", "tools": [{"type": "web_search"}, UNKEEPABLE]}, "tools[1].parameters"),
@@ -496,6 +507,17 @@ def test_namespaces_and_choices_of_tools(text: ModelText) -> None:
         prompt = prompt_of(served, served.driver.turns[2])
         assert "get_weather" in prompt
         assert "agents__spawn" not in prompt
+
+    play_openai(text, talk)
+
+
+def test_what_a_custom_tool_takes_is_told_and_bound(text: ModelText) -> None:
+    async def talk(client: AsyncOpenAI, served: Served) -> None:
+        answering(served, "Fine.")
+        await client.responses.create(model=MODEL, input="Hi", tools=[formed("lark", 'start: "add " /[0-9]+/')])
+        [turn] = served.driver.turns
+        assert json.dumps('start: "add " /[0-9]+/')[1:-1] in prompt_of(served, turn)
+        assert "add [0-9]+" in turn.sampling.grammar.replace("(?:", "").replace(")", "")
 
     play_openai(text, talk)
 

@@ -1,4 +1,7 @@
-"""What a tokenizer.json says of how its tokens become bytes."""
+"""What a tokenizer.json says of how its tokens become bytes.
+
+Gateways make text of answers by it, engines tell which tokens a grammar's text may go on with.
+"""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -26,6 +29,18 @@ def falls_back_to_bytes(decoder: Mapping[str, Any] | None) -> bool:
             return any(falls_back_to_bytes(part) for part in cast(list[dict[str, Any]], parts))
         case _:
             return False
+
+
+#: Steps of a decoder that take each token for itself, but for the first of a text.
+_LOCAL = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
+
+
+def local_steps(decoder: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """Return a decoder's steps, if each token has a text of its own whatever stands beside it; None if not."""
+    if decoder is None:
+        return None
+    parts = cast("list[dict[str, Any]]", decoder["decoders"]) if decoder.get("type") == "Sequence" else [dict(decoder)]
+    return parts if is_byte_level(decoder) or all(part["type"] in _LOCAL for part in parts) else None
 
 
 def lone_bytes(tokenizer: Tokenizer) -> dict[int, int]:

@@ -1,0 +1,82 @@
+"""Thoughts that are as long as they may be end, whichever way their tokens come: one by one, drafted, or generated elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from tokenizers import Tokenizer
+
+from orchestrator.core.types import Sampling, ThoughtsLimit
+from orchestrator.live.asked import Constraint, ConstraintKind
+from orchestrator.live.text.checks import keepable
+from orchestrator.live.text.grammars import Thoughts, answer_part, whole
+from tests.workers.test_grammars import END, REPEATING, engine, model_dir, run, tokenizer
+from workers.engines.eager import EagerEngine
+
+__all__ = ["engine", "model_dir", "tokenizer"]
+
+#: Special tokens of the random model that stand for tags here; it writes neither by itself in these tests.
+BEGIN, CLOSE = END - 2, END - 1
+MOST = 40
+
+
+def thinking(most: int, begin: int | None = None, **more: Any) -> Sampling:
+    return Sampling(stop_token_ids=(END,), logit_bias={CLOSE: -100.0}, thoughts=ThoughtsLimit(most, CLOSE, begin), **more)
+
+
+def free(**more: Any) -> Sampling:
+    return Sampling(stop_token_ids=(END,), logit_bias={CLOSE: -100.0}, **more)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("most", [0, 1, 17])
+def test_the_end_comes_once_there_are_enough(engine: EagerEngine, most: int, temperature: float) -> None:
+    asked = thinking(most, temperature=temperature, seed=3)
+    [output] = run(engine, [asked], MOST)
+    [as_ever] = run(engine, [free(temperature=temperature, seed=3)], MOST)
+    assert output[:most] == as_ever[:most]
+    assert output[most] == CLOSE
+    assert CLOSE not in output[most + 1 :]
+    assert run(engine, [asked], MOST, drafts=6) == [output]
+    for generated in (most, most + 1):
+        assert run(engine, [asked], MOST, [output[:generated]]) == [output]
+
+
+def test_a_plain_sequence_ends_its_thoughts_too(engine: EagerEngine) -> None:
+    plain = Sampling(stop_token_ids=(END,), thoughts=ThoughtsLimit(9, CLOSE))
+    outputs = run(engine, [plain, Sampling(stop_token_ids=(END,)), plain], MOST)
+    assert outputs[0] == outputs[2]
+    assert outputs[0][9] == CLOSE
+    assert outputs[0][:9] == outputs[1][:9]
+
+
+@pytest.mark.parametrize("before", [[], [20], [20, 21, 22]])
+def test_thoughts_that_the_output_begins_are_counted_from_there(engine: EagerEngine, before: list[int]) -> None:
+    [output] = run(engine, [thinking(5, BEGIN)], MOST, [[*before, BEGIN]])
+    assert output.index(CLOSE) == len(before) + 1 + 5
+
+
+@pytest.mark.parametrize("before", [[20], [20, 21, 22, 23, BEGIN], [BEGIN, 20, CLOSE]])
+def test_what_has_no_thoughts_or_has_ended_them_goes_on(engine: EagerEngine, before: list[int]) -> None:
+    [output] = run(engine, [thinking(5, BEGIN)], MOST, [before])
+    assert CLOSE not in output[len(before) :]
+
+
+def test_a_form_is_kept_to_after_thoughts_that_had_to_end(engine: EagerEngine, tokenizer: Tokenizer) -> None:
+    marks = {tokenizer.id_to_token(token): token for token in (BEGIN, CLOSE)}
+    part = answer_part(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(REPEATING), "response_format"))
+    grammar = keepable(whole("@answer", (), (part,), part.field, Thoughts(tuple(marks), opened=True), marks))
+    assert isinstance(grammar, str)
+    asked = thinking(12, grammar=grammar)
+    [output] = run(engine, [asked], 200)
+    assert output.index(CLOSE) == 12
+    jsonschema.validate(json.loads(tokenizer.decode(output[13:])), REPEATING)
+    assert run(engine, [asked], 200, drafts=5) == [output]
+    assert run(engine, [asked], 200, [output[:10]]) == [output]
+
+
+def test_an_end_that_is_no_token_fails_its_request_alone(model_dir: Path, engine: EagerEngine) -> None:
+    with pytest.raises(AssertionError, match="token 512 is not in the model's vocabulary of 512"):
+        run(engine, [Sampling(stop_token_ids=(END,), thoughts=ThoughtsLimit(3, END + 1))], MOST)
