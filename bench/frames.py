@@ -20,7 +20,18 @@ from google.protobuf.message import DecodeError, Message
 
 from orchestrator.core.blocks import extend_hashes, hash_bytes, hash_root, pack_hashes
 from orchestrator.core.config import ClusterConfig, EngineConfig, PoolConfig
-from orchestrator.core.types import CostProfile, GatewayId, ModelName, NodeId, NodeSpec, PoolKind, PoolName, TenantId, request_id
+from orchestrator.core.types import (
+    CostProfile,
+    GatewayId,
+    ModelName,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    PoolName,
+    TenantId,
+    prefetch_id,
+    request_id,
+)
 from orchestrator.live import links
 from orchestrator.live.asked import Sampling
 from orchestrator.live.driver import ClusterDriver
@@ -62,11 +73,26 @@ def _submit(source: random.Random) -> node_pb2.Submit:
     )
 
 
+def _prefetch(source: random.Random) -> node_pb2.Prefetch:
+    blocks = source.choice((1, 2, 40))
+    return node_pb2.Prefetch(
+        id=prefetch_id(GatewayId(1), source.randrange(64)),
+        hashes=b"".join(extend_hashes(ROOT, bytes(4 * BLOCK_TOKENS * blocks), BLOCK_TOKENS)),
+        keep_s=source.choice((0.01, 60.0)),
+        stored_blocks=source.choice((0, blocks)),
+        source=source.choice(("", "all-1")),
+        source_address="127.0.0.1:1",
+        source_blocks=source.choice((0, 1, blocks)),
+    )
+
+
 def _to_node(source: random.Random) -> bytes:
     cancels = [request_id(GatewayId(1), source.randrange(64)) for _ in range(source.choice((0, 1, 3)))]
     return node_pb2.GatewayFrame(
         submits=[_submit(source) for _ in range(source.choice((0, 1, 2)))],
         cancels=cancels,
+        prefetches=[_prefetch(source) for _ in range(source.choice((0, 0, 1)))],
+        cancelled_prefetches=[prefetch_id(GatewayId(1), source.randrange(64)) for _ in range(source.choice((0, 0, 1)))],
         frames_received=source.randrange(1000),
     ).SerializeToString()
 
@@ -83,6 +109,11 @@ def _to_gateway(source: random.Random) -> bytes:
         kv=[
             node_pb2.KvBatch(
                 sequence=source.randrange(5), stored=[node_pb2.StoredRun(hashes=hashes)], cleared=source.random() < 0.3
+            )
+        ],
+        ended_prefetches=[
+            node_pb2.PrefetchEnded(
+                id=prefetch_id(GatewayId(0), source.randrange(1, 9)), reason="used", end_block=source.randrange(9)
             )
         ],
         load=node_pb2.Load(running=source.randrange(9), blocks_free=source.randrange(BLOCKS), cost_scale=1.0),

@@ -39,7 +39,9 @@ def _from_node(source: random.Random) -> bytes:
         case 2:
             first = source.choice((0, 1))
             tokens = source.choice((BLOCK_TOKENS * 2, BLOCK_TOKENS * 4))
-            frame.reads.add(read=source.randrange(1 << 30), hashes=NAMES[: 16 * 4], first_block=first, tokens=tokens)
+            background = source.random() < 0.3
+            read = source.randrange(1 << 30)
+            frame.reads.add(read=read, hashes=NAMES[: 16 * 4], first_block=first, tokens=tokens, background=background)
         case 3:
             frame.copied.add(read=number, answers=source.choice((0, 1)))
         case _:

@@ -26,6 +26,7 @@ from orchestrator.core.commands import (
     PublishKv,
     ReportEnded,
     ReportFirstToken,
+    ReportPrefetchEnded,
     RunStep,
     SendBlocks,
     SetTimer,
@@ -36,6 +37,7 @@ from orchestrator.core.commands import (
 from orchestrator.core.config import GATEWAYS_MAX, SchedulerConfig
 from orchestrator.core.events import (
     Assigned,
+    BlocksWanted,
     Cancelled,
     DrainRequested,
     Ended,
@@ -44,6 +46,7 @@ from orchestrator.core.events import (
     GatewayLost,
     LeasePlaced,
     NodeEvent,
+    PrefetchCancelled,
     ResyncRequested,
     SliceResult,
     SourceLost,
@@ -63,9 +66,11 @@ from orchestrator.core.types import (
     Load,
     NodeId,
     NodeSpec,
+    PrefetchId,
     RequestId,
     Tier,
     gateway_of,
+    is_prefetch,
     request_of,
 )
 from orchestrator.wire import codec, node_pb2
@@ -181,6 +186,8 @@ class NodeDriver:
         self._timers: Timers[NodeTimer] = Timers(self.handle)
         self._outboxes: dict[GatewayId, Outbox] = {}
         self._sequences: dict[RequestId, _Sequence] = {}
+        #: Address and host of the sources of prefetches, as many as the core has taken on.
+        self._prefetched_from: dict[RequestId, tuple[str, str]] = {}
         self._beginnings = Beginnings()
         self._draining = False
         self._closed = False
@@ -226,6 +233,11 @@ class NodeDriver:
                 self._log_end(report)
                 self._report_ended(report)
                 self._sequences.pop(report.request, None)
+            case ReportPrefetchEnded(report):
+                self._prefetched_from.pop(report.prefetch, None)
+                outbox = self._outboxes.get(gateway_of(report.prefetch))
+                if outbox is not None:
+                    outbox.add_prefetch_ended(codec.prefetch_ended_message(report))
             case Forget(request):  # always followed by its end, which still needs to know its name
                 if request in self._sequences:
                     self._runner.forget(request)
@@ -234,8 +246,7 @@ class NodeDriver:
             case TellLeases():
                 self._tell_leases(command)
             case Fetch():
-                sequence = self._sequences[command.request]
-                self._fetches.start(command, sequence.source_address, sequence.source_host)
+                self._fetches.start(command, *self._source_of(command.request))
             case StopFetch(request):
                 if self._tiers is None or not self._tiers.stop(request):
                     self._fetches.stop(request)
@@ -258,6 +269,13 @@ class NodeDriver:
                 self._timers.clear(key)
             case _:
                 assert_never(command)
+
+    def _source_of(self, request: RequestId) -> tuple[str, str]:
+        """Return the address and the host of the node that a request, or a prefetch, fetches from."""
+        if is_prefetch(request):
+            return self._prefetched_from[request]
+        sequence = self._sequences[request]
+        return sequence.source_address, sequence.source_host
 
     def _log_end(self, report: Ended) -> None:
         if log.isEnabledFor(logging.DEBUG):
@@ -456,6 +474,10 @@ class NodeDriver:
             self.handle(LeasePlaced(codec.lease_from(lease)))
         for ended in frame.ended_leases:
             self.handle(codec.ended_lease_from(ended))
+        for prefetch in frame.prefetches:
+            self._on_prefetch(outbox, prefetch)
+        for number in frame.cancelled_prefetches:
+            self.handle(PrefetchCancelled(PrefetchId(RequestId(number))))
         for advice in frame.advice:
             self.handle(codec.advice_from(advice))
         if frame.HasField("resync"):
@@ -495,6 +517,13 @@ class NodeDriver:
             self._beginnings.watch(request)
         self._runner.add(request, tokens, codec.sampling_from(submit.sampling), assignment.generated_tokens)
         self.handle(Assigned(assignment))
+
+    def _on_prefetch(self, outbox: Outbox, message: node_pb2.Prefetch) -> None:
+        prefetch = codec.prefetch_from(message)
+        if gateway_of(prefetch.id) != outbox.gateway:
+            raise codec.MalformedMessage(f"prefetch {prefetch.id} is not gateway {outbox.gateway}'s")
+        self._prefetched_from.setdefault(prefetch.id, (message.source_address, message.source_host))
+        self.handle(BlocksWanted(prefetch))
 
     def _check(self, outbox: Outbox, assignment: Assignment, submit: node_pb2.Submit) -> None:
         """Raise `MalformedMessage` for what the engine would choke on."""
@@ -554,7 +583,7 @@ class NodeDriver:
             target=moved.target,
             bytes=moved.bytes,
             seconds=moved.seconds,
-            request=moved.request or 0,
+            request=0 if moved.request is None or is_prefetch(moved.request) else moved.request,
             began_s_ago=moved.began_s_ago,
         )
         for outbox in self._outboxes.values():
@@ -667,6 +696,8 @@ def _says_something(frame: node_pb2.GatewayFrame) -> bool:
         or frame.leases
         or frame.ended_leases
         or frame.advice
+        or frame.prefetches
+        or frame.cancelled_prefetches
     )
     return bool(waits or frame.HasField("resync"))
 

@@ -27,6 +27,7 @@ class Outbox:
 
     __slots__ = (
         "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_leases", "_logprobs", "_moves", "_pages",
+        "_prefetches",
         "_scores", "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received",
         "frames_sent", "gateway", "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer",
         "tokens",
@@ -63,6 +64,7 @@ class Outbox:
         self._scores: list[node_pb2.PromptScores] = []
         self._first_tokens: list[node_pb2.FirstToken] = []
         self._ended: list[node_pb2.Ended] = []
+        self._prefetches: list[node_pb2.PrefetchEnded] = []
         #: Pages of the one snapshot under way, before all else; no messages yet, so that they share their hashes with the pool.
         self._pages: deque[KvBatch] = deque()
         self._kv: list[node_pb2.KvBatch] = []
@@ -81,13 +83,13 @@ class Outbox:
     def pending(self) -> bool:
         """True while there is something that must go out now."""
         told = self.requests or self._ended or self._kv or self._pages or self._first_tokens or self._moves or self._leases
-        told = told or self._scores
+        told = told or self._scores or self._prefetches
         return bool(told or self._sealed)
 
     @property
     def telling(self) -> bool:
         """True while there is something for the gateway's core, which then wants the load with it."""
-        return bool(self._first_tokens or self._ended or self._kv or self._pages)
+        return bool(self._first_tokens or self._ended or self._kv or self._pages or self._prefetches)
 
     @property
     def urgent(self) -> bool:
@@ -96,9 +98,12 @@ class Outbox:
 
     @property
     def unsent(self) -> int:
-        """Tokens and block hashes that wait. A snapshot does not count: there is one at a time, of what the node holds."""
+        """Tokens, block hashes and ends of prefetches that wait.
+
+        A snapshot does not count: there is one at a time, of what the node holds.
+        """
         scored = sum([len(scores.logprobs) for scores in self._scores])
-        return len(self.tokens) + scored + self._sealed_tokens + self._weight
+        return len(self.tokens) + scored + self._sealed_tokens + self._weight + len(self._prefetches)
 
     @property
     def full(self) -> bool:
@@ -138,6 +143,10 @@ class Outbox:
     def add_ended(self, message: node_pb2.Ended) -> None:
         self._ended.append(message)
         self._bytes += message.ByteSize()
+
+    def add_prefetch_ended(self, message: node_pb2.PrefetchEnded) -> None:
+        """Add what became of a prefetch."""
+        self._prefetches.append(message)
 
     def start_over(self, pages: Sequence[KvBatch]) -> None:
         """Tell all that the node holds, in pages, in place of changes and of another snapshot that wait."""
@@ -230,6 +239,9 @@ class Outbox:
         if self._ended:
             frame.ended.extend(self._ended)
             self._ended.clear()
+        if self._prefetches:
+            frame.ended_prefetches.extend(self._prefetches)
+            self._prefetches.clear()
         if self._pages:
             frame.kv.append(codec.kv_message(self._pages.popleft()))
         if self._pages:

@@ -27,7 +27,7 @@ from orchestrator.core.commands import LoadBlocks, Offer
 from orchestrator.core.config import KvFormat
 from orchestrator.core.cost.costs import fetch_seconds
 from orchestrator.core.events import FetchEnded, FetchProgressed, NodeEvent, OfferEnded
-from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, RequestId, StoreId, Tier
+from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, RequestId, StoreId, Tier, is_prefetch
 from orchestrator.wire import store_pb2, store_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 from workers.engines.base import Engine, NotEncodable
@@ -245,7 +245,13 @@ class Tiers:
         self._reads_opened += 1
         load = self._loads[command.request] = self._reads[self._reads_opened] = _Load(command, self._reads_opened)
         hashes = pack_hashes(command.hashes)
-        self._frame.reads.add(read=load.read, hashes=hashes, first_block=command.first_block, tokens=command.tokens)
+        self._frame.reads.add(
+            read=load.read,
+            hashes=hashes,
+            first_block=command.first_block,
+            tokens=command.tokens,
+            background=is_prefetch(command.request),
+        )
         self._said.set()
 
     def stop(self, request: RequestId) -> bool:
@@ -384,8 +390,8 @@ class Tiers:
                 await self._work.wait()
 
     async def _copy_for_load(self) -> bool:
-        """Copy the next piece of the load that has waited longest. Returns False if there is none."""
-        for load in tuple(self._loads.values()):
+        """Copy the next piece of the load that has waited longest, prefetches' last. Returns False if there is none."""
+        for load in sorted(self._loads.values(), key=lambda load: is_prefetch(load.command.request)):
             if load.stopped:
                 self._end_load(load, "stopped")
             elif load.answers:

@@ -57,6 +57,9 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
             )
         if verb in ("pin", "retain", "quote"):
             one.add_argument("--ttl", type=float, default=0.0, metavar="SECONDS", help="how long (300)")
+        if verb == "prefetch":
+            text = "when the blocks are wanted: in hbm they are kept for so long (60)"
+            one.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help=text)
         if verb == "pin":
             one.add_argument("--renew", default="", metavar="LEASE", help="move this lease here instead of having another")
             one.add_argument("--message-id", default="", metavar="ID", help="the same again has no second effect")
@@ -196,7 +199,7 @@ _ANSWERS: dict[str, Callable[[CacheClient, Target, argparse.Namespace], int]] = 
     "unpin": _applied(lambda target, _: words.unpin(target)),
     "retain": _applied(lambda target, options: words.retain(target, options.priority, options.ttl)),
     "evict": _applied(lambda target, options: words.evict(target, Tier(options.tier) if options.tier else None)),
-    "prefetch": _applied(lambda target, options: words.prefetch(target, Tier(options.tier))),
+    "prefetch": _applied(lambda target, options: words.prefetch(target, Tier(options.tier), options.deadline)),
     "demote": _applied(lambda target, options: words.demote(target, Tier(options.tier))),
     "lookup": _lookup,
     "quote": _quote,
@@ -242,10 +245,10 @@ def _show_residency(residency: Residency) -> None:
             table.add_row(one.id, one.tier.value, str(one.blocks), str(one.size_bytes), f"{one.ttl_s:.0f}", one.session)
         console.print(table)
     if residency.effects:
-        table = Table("action", "bytes", "tokens found", "tokens earned", "seconds saved", "message")
+        table = Table("action", "bytes", "tokens found", "tokens earned", "seconds saved", "ended", "message")
         for one in residency.effects:
             counts = (str(one.size_bytes), str(one.found_tokens), str(one.earned_tokens), f"{one.saved_s:.3f}")
-            table.add_row(one.verb, *counts, f"{one.message_id} {one.action_id}")
+            table.add_row(one.verb, *counts, one.ended, f"{one.message_id} {one.action_id}")
         console.print(table)
 
 

@@ -7,7 +7,7 @@ that tests compare what is done and not why.
 from dataclasses import dataclass, field
 from typing import Generic
 
-from orchestrator.core.events import Ended, FirstToken, LeaseEnded
+from orchestrator.core.events import Ended, FirstToken, LeaseEnded, PrefetchEnded
 from orchestrator.core.hints import LeaseChange, Receipt, Verb
 from orchestrator.core.making import quickly_made
 from orchestrator.core.outlook import Outlook
@@ -24,6 +24,8 @@ from orchestrator.core.types import (
     MoveId,
     NodeId,
     OfferId,
+    Prefetch,
+    PrefetchId,
     RequestId,
     SlotId,
     StepId,
@@ -93,7 +95,8 @@ class Fetch:
 
     `tokens` of the prompt (from its start) are wanted; the last block may be part filled. `hashes` are all the prompt's.
     `pending` and `incarnation` (of the source) as in `ExportOpened`. Answered by any number of `FetchProgressed` and ended by
-    exactly one `FetchEnded`.
+    exactly one `FetchEnded`. For a prefetch, whose id stands in the request's place, nobody waits: what requests wait for comes
+    first.
     """
 
     request: RequestId
@@ -111,7 +114,7 @@ class LoadBlocks:
     """Copy a prompt's blocks from the host's store into this node's `blocks`, which stand for prompt blocks `first_block` on.
 
     All blocks up to `tokens` of the prompt (from its start) are wanted, whole ones only. `hashes` are all the prompt's. Answered,
-    ended and stopped as `Fetch` is; a request never fetches and loads at once.
+    ended and stopped as `Fetch` is, for prefetches too; a request never fetches and loads at once, nor does a prefetch.
     """
 
     request: RequestId
@@ -185,6 +188,13 @@ class ReportEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportPrefetchEnded:
+    """Tell the gateway that asked for a prefetch what became of it."""
+
+    report: PrefetchEnded
+
+
+@dataclass(frozen=True, slots=True)
 class DropGateway:
     """End the stream of a gateway that hangs: its requests have ended here, and it must learn so if it wakes. Nothing answers."""
 
@@ -219,6 +229,7 @@ NodeCommand = (
     | Forget
     | ReportFirstToken
     | ReportEnded
+    | ReportPrefetchEnded
     | PublishKv
     | TellLeases
     | DropGateway
@@ -508,6 +519,22 @@ class PrefetchStored:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchBlocks:
+    """Have a node bring a chain into its memory. Ended by a `PrefetchEnded` in a `NodeReported`, or by `NodeLost`."""
+
+    node: NodeId
+    prefetch: Prefetch
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPrefetch:
+    """Tell a node that a prefetch is no longer wanted. Still ended as `PrefetchBlocks` says."""
+
+    node: NodeId
+    prefetch: PrefetchId
+
+
+@dataclass(frozen=True, slots=True)
 class EvictStored:
     """Advise stores that blocks [first_block, end_block) of a chain are to leave a tier, see `EvictAsked`. Nothing answers."""
 
@@ -538,6 +565,8 @@ ClusterCommand = (
     | EvictBlocks
     | RetainBlocks
     | PrefetchStored
+    | PrefetchBlocks
+    | CancelPrefetch
     | EvictStored
     | SetTimer[ClusterTimer]
     | ClearTimer[ClusterTimer]

@@ -661,13 +661,15 @@ class SchedulerConfig:
     offered_share_max: float = 0.25
     #: Blocks kept for leases at most, as a share of the pool.
     leased_share_max: float = 0.5
+    #: Blocks brought before a request asks for them, and kept for it, at most, as a share of the pool; requests take them back.
+    prefetched_share_max: float = 0.25
 
     def __post_init__(self) -> None:
         for name in ("step_tokens_max", "sequences_max", "waiting_max", "resync_batches_max"):
             require(getattr(self, name) >= 1, name, f"must be 1 or more, is {getattr(self, name)}")
         for name in ("hold_s_max", "fetch_wait_s_max", "fetch_silent_s_max"):
             require(getattr(self, name) > 0, name, f"must be over 0 seconds, is {getattr(self, name)}")
-        for name in ("offered_share_max", "leased_share_max"):
+        for name in ("offered_share_max", "leased_share_max", "prefetched_share_max"):
             require(0 <= getattr(self, name) <= 1, name, f"must be a share, 0 to 1, is {getattr(self, name)}")
         require(
             self.step_tokens_max >= self.sequences_max,

@@ -28,6 +28,9 @@ from orchestrator.core.types import (
     NodeId,
     NodeSpec,
     OfferId,
+    Prefetch,
+    PrefetchEnd,
+    PrefetchId,
     Request,
     RequestId,
     SessionId,
@@ -247,6 +250,20 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksWanted:
+    """A gateway expects a prompt here. Answered by exactly one `ReportPrefetchEnded`, once the node is done with it."""
+
+    prefetch: Prefetch
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchCancelled:
+    """A gateway expects that prompt no longer. Unknown ids are ignored: the end may have crossed the cancel."""
+
+    prefetch: PrefetchId
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
     """No new assignments from now on; what runs may finish."""
 
@@ -270,6 +287,8 @@ NodeEvent = (
     | ResyncRequested
     | BlocksRetired
     | BlocksRetained
+    | BlocksWanted
+    | PrefetchCancelled
     | Expected
     | DrainRequested
     | TimerFired[NodeTimer]
@@ -317,7 +336,8 @@ class OfferWritten:
 class ReadOpened:
     """A node wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
 
-    `hashes` are the prompt's full-block hashes from its first block on.
+    `hashes` are the prompt's full-block hashes from its first block on. With `background` no request waits for them, and others'
+    reads go before it.
     """
 
     read: ExportId
@@ -326,6 +346,7 @@ class ReadOpened:
     hashes: tuple[BlockHash, ...] = field(repr=False)
     first_block: int
     tokens: int
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,6 +526,16 @@ class Ended:
     regretted_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PrefetchEnded:
+    """A node is done with a prefetch, for which it had brought blocks [first_block, end_block) of the chain."""
+
+    prefetch: PrefetchId
+    reason: PrefetchEnd
+    first_block: int = 0
+    end_block: int = 0
+
+
 @quickly_made
 @dataclass(frozen=True, slots=True)
 class NodeReported:
@@ -515,6 +546,7 @@ class NodeReported:
     first_tokens: tuple[FirstToken, ...] = ()
     ended: tuple[Ended, ...] = ()
     kv: tuple[KvBatch, ...] = ()
+    prefetches: tuple[PrefetchEnded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

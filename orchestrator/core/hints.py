@@ -6,7 +6,7 @@ Targets are resolved before: a hint names blocks by their hashes, whatever the h
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from orchestrator.core.types import BlockHash, LeaseId, ModelName, SessionId, TenantId, Tier
+from orchestrator.core.types import BlockHash, LeaseId, ModelName, PrefetchEnd, PrefetchId, SessionId, TenantId, Tier
 
 
 class Verb(StrEnum):
@@ -51,6 +51,9 @@ class Reason(StrEnum):
     QUOTA_BYTE_SECONDS = "quota_byte_s"  # for a shorter time; rejected if it would have been under a second
     LOWER_TIER = "lower_tier"  # on a lower tier than asked for
     TTL_MAX = "ttl_max"  # for the longest time that the cluster allows
+    NO_ROOM = (
+        "no_room"  # for fewer blocks than asked for: the node needs its memory for requests; rejected if there is room for none
+    )
     FEWER_COPIES = "fewer_copies"  # on fewer nodes than asked for: no more can have it
     LEASED = "leased"  # what a lease covers stays; rejected if that is all
     # deferred
@@ -97,7 +100,7 @@ class Hint:
     lease: LeaseId | None = None
     #: None: the best one, or all of them where a tier is to be left.
     tier: Tier | None = None
-    #: Seconds; 0: `TTL_S` of `core/cluster/leases.py`.
+    #: Seconds; 0: `TTL_S` of `core/cluster/leases.py`. Of a prefetch, until it is wanted; 0: `KEPT_S` of `prefetches.py`.
     ttl_s: float = 0.0
     #: Of what is to be retained, 0 to 100: above `NEUTRAL` it is kept for longer, below it is forgotten first.
     priority: int = NEUTRAL
@@ -127,8 +130,10 @@ class Receipt:
     ttl_s: float = 0.0
     #: With DUPLICATE: the outcome of the first time.
     first: Outcome | None = None
-    #: Blocks [first, end) of the chain that are being brought up.
+    #: Blocks [first, end) of the chain that a store is bringing up.
     brought: tuple[int, int] = (0, 0)
+    #: What a node is bringing up; how much of it has come is known at its end.
+    prefetch: PrefetchId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +152,8 @@ class Earned:
     earned_tokens: int = 0
     #: Seconds that those would have cost.
     saved_s: float = 0.0
+    #: How a prefetch into `hbm` has ended; None: it has not, or it is no such action.
+    ended: PrefetchEnd | None = None
 
     def plus(self, more: "Earned") -> "Earned":
         """Return this with what was earned since."""

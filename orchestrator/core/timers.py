@@ -7,7 +7,7 @@ own machine's.
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from orchestrator.core.types import ExportId, GatewayId, LeaseId, ModelName, MoveId, NodeId, RequestId, StoreId
+from orchestrator.core.types import ExportId, GatewayId, LeaseId, ModelName, MoveId, NodeId, PrefetchId, RequestId, StoreId
 
 #: The timers of one machine.
 TimerKey = TypeVar("TimerKey")
@@ -147,7 +147,17 @@ class GatewayTimer(Timer):
         return f"gateway:{self.gateway}"
 
 
-NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer | GatewayTimer | LeaseTimer
+@dataclass(frozen=True, slots=True, repr=False)
+class PrefetchTimer(Timer):
+    """A prefetch has had its time."""
+
+    prefetch: PrefetchId
+
+    def __str__(self) -> str:
+        return f"prefetch:{self.prefetch}"
+
+
+NodeTimer: TypeAlias = HoldTimer | FetchTimer | ExportTimer | GatewayTimer | PrefetchTimer | LeaseTimer
 
 
 def node_timer(text: str) -> NodeTimer:
@@ -162,6 +172,8 @@ def node_timer(text: str) -> NodeTimer:
             return ExportTimer(ExportId(_number(about, text)))
         case "gateway":
             return GatewayTimer(GatewayId(_number(about, text)))
+        case "prefetch":
+            return PrefetchTimer(PrefetchId(RequestId(_number(about, text))))
         case "lease":
             return LeaseTimer(LeaseId(about))
         case _:

@@ -46,6 +46,10 @@ MoveId = NewType("MoveId", int)
 #: Unique in the cluster; made of what asked for the lease, so that the same asked twice is one.
 LeaseId = NewType("LeaseId", str)
 
+#: A chain that a node brings into its memory for no request yet; unique in the cluster. Where nodes deal with who brings blocks
+#: it stands in a request's place: no request has its bit.
+PrefetchId = NewType("PrefetchId", RequestId)
+
 #: Whose requests are where no keys are asked for.
 DEFAULT_TENANT = TenantId("default")
 #: Seeds are whole numbers of 64 bits; greater ones, and negative ones, are cut to them.
@@ -58,6 +62,7 @@ _ATTEMPT_SHIFT = REQUEST_SERIAL_BITS + REQUEST_GATEWAY_BITS
 _GATEWAY_MASK, _REQUEST_MASK = (1 << REQUEST_GATEWAY_BITS) - 1, (1 << _ATTEMPT_SHIFT) - 1
 #: Attempts at a request beyond the first; ids so fit 60 bits.
 ATTEMPTS_MAX = 255
+_PREFETCH_BIT = 1 << 62
 
 
 def request_id(gateway: GatewayId, serial: int) -> RequestId:
@@ -80,6 +85,16 @@ def attempt_id(request: RequestId, attempt: int) -> RequestId:
 def request_of(attempt: RequestId) -> RequestId:
     """Return the request that an attempt's id is about."""
     return RequestId(attempt & _REQUEST_MASK)
+
+
+def prefetch_id(gateway: GatewayId, serial: int) -> PrefetchId:
+    """Return the cluster-wide id of a gateway's `serial`-th prefetch; `gateway_of` returns that one."""
+    return PrefetchId(RequestId(request_id(gateway, serial) | _PREFETCH_BIT))
+
+
+def is_prefetch(identity: RequestId) -> bool:
+    """Return whether an id is a prefetch's, not a request's."""
+    return bool(identity & _PREFETCH_BIT)
 
 
 class ServiceClass(StrEnum):
@@ -291,6 +306,39 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetch:
+    """A chain that a node is to bring into its memory before a request asks for it, and to keep there for a while.
+
+    Its blocks come from three runs, left to right, as a request's do; nothing is computed:
+
+        [0, hit)                 blocks the node holds already
+        [hit, stored_blocks)     blocks it loads from its host's store
+        [.., source_blocks)      blocks it fetches from `source`, if there is one
+    """
+
+    id: PrefetchId
+    #: From the prompt's first block to the last one that is wanted.
+    hashes: tuple[BlockHash, ...] = field(repr=False)
+    #: Seconds, from when this is told, after which it is given up, or kept no longer.
+    keep_s: float
+    stored_blocks: int = 0
+    source: NodeId | None = None
+    source_blocks: int = 0
+    #: Which start of the source is meant.
+    source_incarnation: int | None = None
+
+
+class PrefetchEnd(StrEnum):
+    """Why a node is done with a prefetch."""
+
+    USED = "used"  # a request came for all of it, which keeps it now
+    LAPSED = "lapsed"  # nobody came in its time
+    CANCELLED = "cancelled"  # who asked for it wants it no more, or is gone, or the node leaves
+    NO_ROOM = "no_room"  # the node needs the memory for requests, or has lent as much as it may
+    NOT_FOUND = "not_found"  # nobody brought anything of it
+
+
+@dataclass(frozen=True, slots=True)
 class CostProfile:
     """Step time of one kind of node, affine in context; see `costs.py` for the formula. All in seconds unless named otherwise.
 
@@ -450,6 +498,13 @@ class Load:
     beat_late_s: float = 0.0
     #: None of a node whose attention and FFN are not split.
     split: SplitLoad | None = None
+    #: Blocks that it would bring for prefetches now, and those that it keeps for them.
+    prefetch_room_blocks: int = 0
+    blocks_prefetched: int = 0
+    #: Blocks that prefetches have brought since its start; of those, found by a request before they went, and forgotten unused.
+    prefetched: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
 
 
 class MoveFailure(StrEnum):

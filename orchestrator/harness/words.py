@@ -87,6 +87,8 @@ class Effect:
     earned_tokens: int
     #: Seconds that those would have cost.
     saved_s: float
+    #: How a prefetch into hbm has ended: "used", "lapsed", "cancelled", "no_room", "not_found"; empty if it has not, or is none.
+    ended: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,7 @@ def evict(target: Target, tier: Tier | None = None) -> Action:
 
 
 def prefetch(target: Target, tier: Tier = Tier.HBM, deadline_s: float = 0.0) -> Action:
-    """Return: bring a target up to a tier, if possible within so many seconds."""
+    """Return: bring a target up to a tier, for a prompt that is expected within so many seconds (60 if it is not said)."""
     return Action(prefetch=cache_pb2.Prefetch(target=target, tier=TIERS_TOLD[tier]), deadline_s=deadline_s)
 
 
@@ -325,4 +327,5 @@ def _effect(message: cache_pb2.Effect) -> Effect:
         found_tokens=message.found_tokens,
         earned_tokens=message.earned_tokens,
         saved_s=message.saved_s,
+        ended=message.ended,
     )

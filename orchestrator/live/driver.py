@@ -24,6 +24,7 @@ from orchestrator.core.commands import (
     AnswerHint,
     Assign,
     Cancel,
+    CancelPrefetch,
     ClearTimer,
     ClusterCommand,
     Complete,
@@ -32,6 +33,7 @@ from orchestrator.core.commands import (
     EvictStored,
     Expect,
     PlaceLease,
+    PrefetchBlocks,
     PrefetchStored,
     Refuse,
     ReportSourceLost,
@@ -667,6 +669,11 @@ class ClusterDriver:
             case PrefetchStored():
                 for store_link in self._stores_at(command.stores):
                     store_link.advise(PrefetchAsked(command.model, command.hashes, command.blocks))
+            case PrefetchBlocks():
+                self._prefetch(command)
+            case CancelPrefetch(node, prefetch):
+                for link in self._links_to((node,)):
+                    link.cancel_prefetch(prefetch)
             case EvictStored(model, hashes, first, end, tier, demote, stores):
                 for store_link in self._stores_at(stores):
                     store_link.advise(EvictAsked(model, hashes, first, end, tier, demote))
@@ -715,6 +722,14 @@ class ClusterDriver:
             stream.node, stream.attempt = command.node, assignment.request
             self._fed[assignment.request] = stream
         self._links[command.node].submit(message)
+
+    def _prefetch(self, command: PrefetchBlocks) -> None:
+        message = codec.prefetch_message(command.prefetch)
+        source = self._known.get(command.prefetch.source) if command.prefetch.source is not None else None
+        if source is not None:
+            message.source_address = source.spec.address
+            message.source_host = source.spec.host
+        self._links[command.node].prefetch(message)
 
     def _stop_feeding(self, stream: TurnStream) -> None:
         """Let nothing that still comes of the attempt under way be the turn's."""

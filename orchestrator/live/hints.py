@@ -279,7 +279,8 @@ class HintDesk:
                 own = await self._own(retain.target, caller)
                 return _aimed(hint, own, lease=None, ttl_s=_seconds(retain.ttl_s, "ttl_s"), priority=priority)
             case Verb.PREFETCH:
-                return _aimed(hint, await self._own(action.prefetch.target, caller), tier=_tier(action.prefetch.tier))
+                own = await self._own(action.prefetch.target, caller)
+                return _aimed(hint, own, tier=_tier(action.prefetch.tier), ttl_s=action.deadline_s)
             case Verb.DEMOTE:
                 return _aimed(hint, await self._target(action.demote.target, caller), tier=_tier(action.demote.tier))
             case Verb.SHARE:
@@ -592,7 +593,9 @@ class _Watch:
             if isinstance(command, PlaceLease | EndLease) and command.change is not None and command.lease.tenant == self._tenant:
                 self._changes.append((command.lease, command.change))
                 self.news.set()
-        if isinstance(event, NodeJoined | NodeLost) or (isinstance(event, NodeReported) and (event.kv or event.ended)):
+        if isinstance(event, NodeJoined | NodeLost) or (
+            isinstance(event, NodeReported) and (event.kv or event.ended or event.prefetches)
+        ):
             self.news.set()
 
     def take(self) -> Sequence[tuple[Lease, LeaseChange]]:
@@ -704,6 +707,7 @@ def _effect(earned: Earned) -> cache_pb2.Effect:
         found_tokens=earned.found_tokens,
         earned_tokens=earned.earned_tokens,
         saved_s=earned.saved_s,
+        ended=earned.ended or "",
     )
 
 

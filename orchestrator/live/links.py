@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.silence import HEARTBEATS
-from orchestrator.core.types import GatewayId, NodeId, NodeSpec, RequestId
+from orchestrator.core.types import GatewayId, NodeId, NodeSpec, PrefetchId, RequestId
 from orchestrator.live.listening import RETRY_S_MAX, RETRY_S_MIN, WELCOME_S_MAX, listen, report_breakdown
 from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.leases import LeaseMessage, LeaseNews
@@ -93,6 +93,9 @@ class NodeLink:
         #: What was decided last of each lease, and what is to become of blocks, oldest first.
         self._leases = LeaseNews()
         self._advice: list[node_pb2.Advice] = []
+        #: As many as the cluster lets be under way.
+        self._prefetches: list[node_pb2.Prefetch] = []
+        self._cancelled_prefetches: list[PrefetchId] = []
         #: Frames that the node knows were read, and when it was last told anything.
         self._frames_told = 0
         self._told_s = 0.0
@@ -151,6 +154,16 @@ class NodeLink:
         del self._advice[:-ADVICE_MAX]
         self._wake.set()
 
+    def prefetch(self, message: node_pb2.Prefetch) -> None:
+        """Have blocks brought before a request asks for them."""
+        self._prefetches.append(message)
+        self._wake.set()
+
+    def cancel_prefetch(self, prefetch: PrefetchId) -> None:
+        """Tell that a prefetch is wanted no longer; it does not overtake that."""
+        self._cancelled_prefetches.append(prefetch)
+        self._wake.set()
+
     def give_up(self, reason: str) -> None:
         """Report the node lost at once, if it had joined."""
         if self._away is not None:
@@ -162,6 +175,8 @@ class NodeLink:
         self._lost_sources.clear()
         self._leases.clear()
         self._advice.clear()
+        self._prefetches.clear()
+        self._cancelled_prefetches.clear()
         self._outlooks.clear()
         self._resync = None
         if self.spec is not None:
@@ -263,8 +278,13 @@ class NodeLink:
     @property
     def _says_something(self) -> bool:
         """Whether anything waits to go out; bounded by the requests the cluster lets in."""
-        waits = self._submits or self._cancels or self._lost_sources or self._outlooks or self._leases or self._advice
-        return bool(waits or self._resync is not None)
+        waits = self._submits or self._cancels or self._lost_sources or self._outlooks or self._resync is not None
+        return bool(waits or self._hints)
+
+    @property
+    def _hints(self) -> bool:
+        """Whether anything waits to go out that harnesses asked for."""
+        return bool(self._leases or self._advice or self._prefetches or self._cancelled_prefetches)
 
     @property
     def _must_tell(self) -> bool:
@@ -293,7 +313,7 @@ class NodeLink:
                     resync=self._resync,
                     frames_received=read,
                 )
-                if self._leases or self._advice:
+                if self._hints:
                     self._add_hints(frame)
                 self._cancels.clear()
                 self._lost_sources.clear()
@@ -304,9 +324,16 @@ class NodeLink:
                 await call.write(frame)
 
     def _add_hints(self, frame: node_pb2.GatewayFrame) -> None:
-        """Put leases and advice into a frame, oldest first, one at least, as far as it goes."""
+        """Put leases, prefetches and advice into a frame, oldest first, one at least, as far as it goes."""
         size = self._leases.add_to(frame, frame.ByteSize())
-        while self._advice and not self._leases and size <= codec.FRAME_BYTES_MAX:
+        while self._prefetches and not self._leases and size <= codec.FRAME_BYTES_MAX:
+            size += self._prefetches[0].ByteSize()
+            frame.prefetches.append(self._prefetches.pop(0))
+        if self._leases or self._prefetches:
+            return
+        frame.cancelled_prefetches.extend(self._cancelled_prefetches)
+        self._cancelled_prefetches.clear()
+        while self._advice and size <= codec.FRAME_BYTES_MAX:
             size += self._advice[0].ByteSize()
             frame.advice.append(self._advice.pop(0))
 

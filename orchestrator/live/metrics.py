@@ -48,6 +48,7 @@ from orchestrator.core.types import (
     NodeId,
     NodeSpec,
     PoolName,
+    PrefetchEnd,
     RequestId,
     Role,
     ServiceClass,
@@ -316,6 +317,7 @@ class Metrics(Collector):
         #: By verb, outcome and reason; by verb what actions have brought; leases by tenant and tier.
         self._hints: Tally[Labels] = Tally()
         self._earned: Mapping[Verb, Earned] = {}
+        self._prefetches_ended: Tally[PrefetchEnd] = Tally()
         self._leased: Mapping[tuple[TenantId, Tier], int] = {}
         self._lease_byte_seconds: Callable[[], Mapping[tuple[TenantId, Tier], float]] = dict
         #: By node and pool: parts of this gateway's requests that ended there, and the tokens they computed.
@@ -511,6 +513,8 @@ class Metrics(Collector):
         state.pool, state.spec, state.up = spec.pool, spec, True
 
     def _on_report(self, event: NodeReported) -> None:
+        for prefetch in event.prefetches:
+            self._prefetches_ended[prefetch.reason] += 1
         state = self._nodes.get(event.node)
         if state is None:
             return
@@ -663,6 +667,7 @@ class Metrics(Collector):
         yield _gauge("weft_kv_blocks", "KV blocks of a node, or of a host's store, by state.", ("node", "tier", "state"), blocks)
         text = "KV blocks that leases keep on a node, and those for which they had no room there."
         yield _gauge("weft_kv_leased_blocks", text, ("node", "state"), leased)
+        yield from self._prefetch_families()
         yield self._step.family("weft_step_seconds", "Time of an engine step.", ("pool",))
         yield _counter("weft_speculation_tokens", "Tokens drafted and verified on a node.", ("node", "outcome"), drafted)
         yield from self._beat_families()
@@ -680,6 +685,21 @@ class Metrics(Collector):
         yield _counter(
             "weft_malformed_frames", "Frames of a node that meant nothing; its link started anew.", ("node",), self._malformed
         )
+
+    def _prefetch_families(self) -> Iterable[Metric]:
+        """Yield what nodes bring before a request asks for it, and what becomes of that."""
+        kept: dict[Labels, float] = {}
+        done: dict[Labels, float] = {}
+        for node, state in self._exported():
+            load = state.load
+            kept[node,] = load.blocks_prefetched
+            done[node, "brought"], done[node, "used"] = load.prefetched, load.prefetch_used
+            done[node, "wasted"] = load.prefetch_wasted
+        yield _gauge("weft_kv_prefetched_blocks", "Blocks that a node keeps for prefetches.", ("node",), kept)
+        text = "Blocks that a node brought for prefetches; of those, found by a request, and forgotten before one came."
+        yield _counter("weft_node_prefetch_blocks", text, ("node", "event"), done)
+        ended: dict[Labels, float] = {(str(reason),): count for reason, count in self._prefetches_ended.items()}
+        yield _counter("weft_prefetches_ended", "Prefetches into hbm, by why they ended.", ("reason",), ended)
 
     def _beat_families(self) -> Iterable[Metric]:
         """Yield how nodes keep their beat."""

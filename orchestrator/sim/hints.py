@@ -3,6 +3,7 @@
 none      nothing
 learned   that a tool runs or sub-agents do, and when a session is over; how long they take is the cluster's to learn
 oracle    how long each takes besides: what a harness says at best
+prefetch  and has its context brought back into nodes' memory a moment before a tool returns
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Generic, Protocol, TypeVar
 
 #: What an agent waits for: a tool (or a user, which traces do not tell apart), or other agents.
 TOOL, AGENTS = "tool", "agents"
+#: Seconds before a tool returns at which an agent has its context brought back, and seconds for which it wants it kept.
+PREFETCH_LEAD_S, PREFETCH_KEPT_S = 1.0, 10.0
 
 
 class HintProgram(StrEnum):
@@ -20,6 +23,12 @@ class HintProgram(StrEnum):
     NONE = "none"
     LEARNED = "learned"
     ORACLE = "oracle"
+    PREFETCH = "prefetch"
+
+    @property
+    def knows(self) -> bool:
+        """Whether agents tell how long their tools take."""
+        return self in (HintProgram.ORACLE, HintProgram.PREFETCH)
 
 
 class AgentTurn(Protocol):
@@ -110,5 +119,5 @@ class Agents(Generic[Turn]):
             yield self._pause(following, TOOL, following.arrival_s - now)
 
     def _pause(self, turn: Turn, tool: str, expected_s: float | None) -> Pause[Turn]:
-        known = self._program is HintProgram.ORACLE and expected_s is not None and expected_s > 0.0
+        known = self._program.knows and expected_s is not None and expected_s > 0.0
         return Pause(turn, tool, expected_s if known else None)

@@ -140,6 +140,10 @@ class PoolUse:
     #: Tokens drafted by `engine.speculation`, and how many of them were accepted.
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    #: Blocks that were brought before a request asked for them; of those, found by one, and forgotten before one came.
+    prefetched_blocks: int = 0
+    prefetch_used_blocks: int = 0
+    prefetch_wasted_blocks: int = 0
     #: None where the nodes do not split their passes.
     split: SplitUse | None = None
     #: None where the nodes keep no beat.
@@ -152,6 +156,9 @@ class PoolUse:
         self.preemptions += load.preemptions
         self.drafted_tokens += load.drafted_tokens
         self.accepted_tokens += load.accepted_tokens
+        self.prefetched_blocks += load.prefetched
+        self.prefetch_used_blocks += load.prefetch_used
+        self.prefetch_wasted_blocks += load.prefetch_wasted
 
 
 @dataclass(slots=True)

@@ -64,6 +64,7 @@ from orchestrator.core.types import (
     StoredModel,
     StoreId,
     StoreSpec,
+    is_prefetch,
 )
 from orchestrator.profiles.resolve import Below, Resolved
 from orchestrator.sim.agenda import Agenda, Timers
@@ -354,7 +355,9 @@ class SimulatedStore:
         reading = self._reads.get(number)
         if reading is not None:
             node, command = reading.node, reading.command
-            self.tell(ReadOpened(number, node.id, node.model, command.hashes, command.first_block, command.tokens))
+            background = is_prefetch(command.request)
+            read = ReadOpened(number, node.id, node.model, command.hashes, command.first_block, command.tokens, background)
+            self.tell(read)
 
     def _on_serve(self, command: ServeSlots) -> None:
         """Put slots on the node's link; an end without any does not overtake those before it."""

@@ -24,6 +24,7 @@ from orchestrator.core.commands import (
     AnswerHint,
     Assign,
     Cancel,
+    CancelPrefetch,
     ClearTimer,
     ClusterCommand,
     Complete,
@@ -38,11 +39,13 @@ from orchestrator.core.commands import (
     NodeCommand,
     Offer,
     PlaceLease,
+    PrefetchBlocks,
     PrefetchStored,
     PublishKv,
     Refuse,
     ReportEnded,
     ReportFirstToken,
+    ReportPrefetchEnded,
     ReportSourceLost,
     RequestResync,
     RequestStoreResync,
@@ -63,6 +66,7 @@ from orchestrator.core.events import (
     Assigned,
     BlocksRetained,
     BlocksRetired,
+    BlocksWanted,
     Cancelled,
     ClusterEvent,
     Ended,
@@ -71,6 +75,7 @@ from orchestrator.core.events import (
     FirstToken,
     GatewayHeard,
     GatewayLost,
+    HintAsked,
     LeaseEnded,
     LeasePlaced,
     LeasesTold,
@@ -79,6 +84,8 @@ from orchestrator.core.events import (
     NodeLost,
     NodeReported,
     PrefetchAsked,
+    PrefetchCancelled,
+    PrefetchEnded,
     RequestAbandoned,
     RequestArrived,
     Resumed,
@@ -92,6 +99,7 @@ from orchestrator.core.events import (
     TimerFired,
     ToolStarted,
 )
+from orchestrator.core.hints import Hint, Verb
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
@@ -110,6 +118,7 @@ from orchestrator.core.types import (
     StoreId,
     StoreSpec,
     TenantId,
+    Tier,
     gateway_of,
     request_id,
     request_of,
@@ -120,7 +129,7 @@ from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
 from orchestrator.sim.halves import split_use
-from orchestrator.sim.hints import TOOL, Agents, HintProgram, Pause
+from orchestrator.sim.hints import PREFETCH_KEPT_S, PREFETCH_LEAD_S, TOOL, Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import BeatUse, Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
@@ -230,6 +239,8 @@ class World:
         for model in map(ModelName, config.models):
             self._add_model(model)
         self._agents = Agents(turns, options.hints)
+        #: Blocks of each agent's last context, where agents have those brought back.
+        self._last_blocks: dict[tuple[str, str], int] = {}
         self._timers = Timers(self.agenda)
         #: By host, in a cluster that has them; and what is in the storage that they share.
         self.stores: dict[str, SimulatedStore] = {}
@@ -435,6 +446,8 @@ class World:
             self._progress(self._ended / len(self._turns))
         if failure is None and visit.turn.calls is not None:
             self._tell_of_answer(request, visit.turn)
+        if self._options.hints is HintProgram.PREFETCH:
+            self._last_blocks[visit.turn.session, visit.turn.agent] = len(visit.given())
         coming = self._agents.end(visit.turn)
         for turn in coming:
             self.agenda.at(visit.served.ended_s + turn.gap_s, self._arrive, turn)
@@ -443,8 +456,19 @@ class World:
             tenant = self._tenant_of(told.turn)
             if isinstance(told, Pause):
                 self._tell_cluster(gateway, ToolStarted(model, tenant, session, told.tool, told.expected_s))
+                if told.expected_s is not None and self._options.hints is HintProgram.PREFETCH:
+                    early_s = max(0.0, told.expected_s - PREFETCH_LEAD_S)
+                    self.agenda.at(self.agenda.now + early_s, self._prefetch, told.turn)
             else:
                 self._tell_cluster(gateway, SessionEnded(model, tenant, session))
+
+    def _prefetch(self, turn: TracedTurn) -> None:
+        """Have the context of an agent's last turn brought back, as far as its next turn goes on from it."""
+        gateway, session, model = self._place_of(turn)
+        hashes = self._prompts[model].of(turn)[: self._last_blocks.get((turn.session, turn.agent), 0)]
+        if hashes:
+            hint = Hint(Verb.PREFETCH, self._tenant_of(turn), f"before {turn.id}", "0", model, session, hashes)
+            self._tell_cluster(gateway, HintAsked(replace(hint, tier=Tier.HBM, ttl_s=PREFETCH_KEPT_S)))
 
     def _tell_of_answer(self, request: RequestId, turn: TracedTurn) -> None:
         """Let a gateway have understood what a turn's model waits for."""
@@ -523,6 +547,10 @@ class World:
                     self._network.send(gateway, node, self._tell_node, node, BlocksRetained(hashes, outlook))
             case PrefetchStored(model, hashes, blocks, stores):
                 self._tell_stores(gateway, stores, PrefetchAsked(model, hashes, blocks))
+            case PrefetchBlocks(node, prefetch):
+                self._network.send(gateway, node, self._tell_node, node, BlocksWanted(prefetch))
+            case CancelPrefetch(node, prefetch):
+                self._network.send(gateway, node, self._tell_node, node, PrefetchCancelled(prefetch))
             case EvictStored(model, hashes, first, end, tier, demote, stores):
                 self._tell_stores(gateway, stores, EvictAsked(model, hashes, first, end, tier, demote))
             case AnswerHint():
@@ -676,6 +704,7 @@ class World:
         first_tokens: list[FirstToken] = []
         ended: list[Ended] = []
         batches: list[KvBatch] = []
+        prefetches: list[PrefetchEnded] = []
         for command in commands:
             match command:
                 case RunStep():
@@ -695,6 +724,8 @@ class World:
                     first_tokens.append(report)
                 case ReportEnded(report):
                     ended.append(report)
+                case ReportPrefetchEnded(report):
+                    prefetches.append(report)
                 case Forget(request):
                     self._keep(simulated, request)
                 case SetTimer(key, fires_at):
@@ -721,7 +752,7 @@ class World:
                     assert_never(command)
         if simulated.node.news != simulated.news:
             simulated.news = simulated.node.news
-            self._report(simulated, tuple(self.clusters), first_tokens, ended, batches)
+            self._report(simulated, tuple(self.clusters), first_tokens, ended, batches, prefetches)
 
     def _keep(self, simulated: SimulatedNode, request: RequestId) -> None:
         """Let an engine forget a request; the tokens that it brought are its client's."""
@@ -744,6 +775,7 @@ class World:
         first_tokens: Sequence[FirstToken],
         ended: Sequence[Ended],
         batches: Sequence[KvBatch],
+        prefetches: Sequence[PrefetchEnded] = (),
     ) -> None:
         """Send a node's frame to gateways: each gets its own requests' reports, all get load and holdings."""
         spec, load, faults = simulated.spec, simulated.load, self._options.faults
@@ -760,6 +792,7 @@ class World:
                 tuple([first for first in first_tokens if gateway_of(first.request) == gateway] if several else first_tokens),
                 tuple([end for end in ended if gateway_of(end.request) == gateway] if several else ended),
                 kv,
+                tuple([end for end in prefetches if gateway_of(end.prefetch) == gateway]),
             )
             self._network.send(spec.id, gateway, self._on_report, gateway, report, spec.incarnation)
 

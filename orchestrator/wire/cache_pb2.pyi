@@ -308,7 +308,7 @@ class Residency(_message.Message):
     def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., model: _Optional[str] = ..., blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[LeaseState, _Mapping]]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., effects: _Optional[_Iterable[_Union[Effect, _Mapping]]] = ...) -> None: ...
 
 class Effect(_message.Message):
-    __slots__ = ("message_id", "action_id", "verb", "lease", "bytes", "found_tokens", "earned_tokens", "saved_s")
+    __slots__ = ("message_id", "action_id", "verb", "lease", "bytes", "found_tokens", "earned_tokens", "saved_s", "ended")
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     ACTION_ID_FIELD_NUMBER: _ClassVar[int]
     VERB_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +317,7 @@ class Effect(_message.Message):
     FOUND_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EARNED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     message_id: str
     action_id: str
     verb: str
@@ -325,7 +326,8 @@ class Effect(_message.Message):
     found_tokens: int
     earned_tokens: int
     saved_s: float
-    def __init__(self, message_id: _Optional[str] = ..., action_id: _Optional[str] = ..., verb: _Optional[str] = ..., lease: _Optional[str] = ..., bytes: _Optional[int] = ..., found_tokens: _Optional[int] = ..., earned_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ...) -> None: ...
+    ended: str
+    def __init__(self, message_id: _Optional[str] = ..., action_id: _Optional[str] = ..., verb: _Optional[str] = ..., lease: _Optional[str] = ..., bytes: _Optional[int] = ..., found_tokens: _Optional[int] = ..., earned_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ..., ended: _Optional[str] = ...) -> None: ...
 
 class Holding(_message.Message):
     __slots__ = ("tier", "holder", "blocks", "tokens")

@@ -8,7 +8,16 @@ from functools import lru_cache
 
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, hash_bytes, pack_hashes, split_hashes
 from orchestrator.core.config import TENANT_CHARS_MAX
-from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.events import (
+    BlocksRetained,
+    BlocksRetired,
+    Ended,
+    FirstToken,
+    LeaseEnded,
+    LeasesTold,
+    NodeReported,
+    PrefetchEnded,
+)
 from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
@@ -29,6 +38,9 @@ from orchestrator.core.types import (
     NodeSpec,
     PoolKind,
     PoolName,
+    Prefetch,
+    PrefetchEnd,
+    PrefetchId,
     RequestId,
     Role,
     Sampling,
@@ -39,6 +51,7 @@ from orchestrator.core.types import (
     TenantLoad,
     ThoughtsLimit,
     Tier,
+    is_prefetch,
 )
 from orchestrator.wire import node_pb2
 
@@ -494,6 +507,57 @@ def advice_from(message: node_pb2.Advice) -> BlocksRetired | BlocksRetained:
     return BlocksRetired(hashes, message.first_block, message.at_once)
 
 
+def prefetch_message(prefetch: Prefetch) -> node_pb2.Prefetch:
+    """Return the message for a prefetch; where its source is, is left to who knows nodes."""
+    return node_pb2.Prefetch(
+        id=prefetch.id,
+        hashes=pack_hashes(prefetch.hashes),
+        keep_s=prefetch.keep_s,
+        stored_blocks=prefetch.stored_blocks,
+        source=prefetch.source or "",
+        source_blocks=prefetch.source_blocks,
+        source_incarnation=prefetch.source_incarnation,
+    )
+
+
+def prefetch_from(message: node_pb2.Prefetch) -> Prefetch:
+    """Return the prefetch in a message."""
+    hashes = hashes_from(message.hashes)
+    most = max(message.stored_blocks, message.source_blocks)
+    if not hashes or most > len(hashes):
+        raise MalformedMessage(f"a prefetch of {most} blocks with {len(hashes)} hashes")
+    if not is_prefetch(RequestId(message.id)):
+        raise MalformedMessage(f"{message.id} is no prefetch's number")
+    if not 0 < message.keep_s <= LEASE_S_MAX:
+        raise MalformedMessage(f"a prefetch must be kept for over 0 and up to {LEASE_S_MAX:g} s, not for {message.keep_s} s")
+    return Prefetch(
+        id=PrefetchId(RequestId(message.id)),
+        hashes=hashes,
+        keep_s=message.keep_s,
+        stored_blocks=message.stored_blocks,
+        source=NodeId(message.source) if message.source else None,
+        source_blocks=message.source_blocks,
+        source_incarnation=message.source_incarnation if message.HasField("source_incarnation") else None,
+    )
+
+
+def prefetch_ended_message(report: PrefetchEnded) -> node_pb2.PrefetchEnded:
+    """Return the message for what became of a prefetch."""
+    blocks = {"first_block": report.first_block, "end_block": report.end_block}
+    return node_pb2.PrefetchEnded(id=report.prefetch, reason=report.reason, **blocks)
+
+
+def prefetch_ended_from(message: node_pb2.PrefetchEnded) -> PrefetchEnded:
+    """Return what became of a prefetch."""
+    try:
+        reason = PrefetchEnd(message.reason)
+    except ValueError:
+        raise MalformedMessage(f"a prefetch cannot end for the reason {message.reason!r}") from None
+    if message.end_block < message.first_block:
+        raise MalformedMessage(f"a prefetch of blocks {message.first_block} to {message.end_block}")
+    return PrefetchEnded(PrefetchId(RequestId(message.id)), reason, message.first_block, message.end_block)
+
+
 def leases_from(node: NodeId, frame: node_pb2.NodeFrame) -> LeasesTold:
     """Return what a frame tells of leases."""
     placed = tuple([lease_from(item) for item in frame.leases])
@@ -526,6 +590,11 @@ def load_message(load: Load) -> node_pb2.Load:
         beats_missed=load.beats_missed,
         beat_late_s=load.beat_late_s,
         split=_split_message(load.split) if load.split is not None else None,
+        prefetch_room_blocks=load.prefetch_room_blocks,
+        blocks_prefetched=load.blocks_prefetched,
+        prefetched=load.prefetched,
+        prefetch_used=load.prefetch_used,
+        prefetch_wasted=load.prefetch_wasted,
     )
 
 
@@ -568,6 +637,11 @@ def load_from(message: node_pb2.Load) -> Load:
         beats_missed=message.beats_missed,
         beat_late_s=message.beat_late_s,
         split=_split_from(message.split) if message.HasField("split") else None,
+        prefetch_room_blocks=message.prefetch_room_blocks,
+        blocks_prefetched=message.blocks_prefetched,
+        prefetched=message.prefetched,
+        prefetch_used=message.prefetch_used,
+        prefetch_wasted=message.prefetch_wasted,
     )
 
 
@@ -586,4 +660,5 @@ def report_from(node: NodeId, frame: node_pb2.NodeFrame) -> NodeReported:
         first_tokens=tuple([first_token_from(item) for item in frame.first_tokens]),
         ended=tuple([ended_from(item) for item in frame.ended]),
         kv=tuple([kv_from(item) for item in frame.kv]),
+        prefetches=tuple([prefetch_ended_from(item) for item in frame.ended_prefetches]),
     )

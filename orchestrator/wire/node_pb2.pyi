@@ -17,7 +17,7 @@ ROLE_PREFILL: Role
 ROLE_GENERATE: Role
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources", "leases", "ended_leases", "advice", "outlooks")
+    __slots__ = ("hello", "submits", "cancels", "resync", "frames_received", "lost_sources", "leases", "ended_leases", "advice", "outlooks", "prefetches", "cancelled_prefetches")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class GatewayFrame(_message.Message):
     ENDED_LEASES_FIELD_NUMBER: _ClassVar[int]
     ADVICE_FIELD_NUMBER: _ClassVar[int]
     OUTLOOKS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHES_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_PREFETCHES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancels: _containers.RepeatedScalarFieldContainer[int]
@@ -38,7 +40,31 @@ class GatewayFrame(_message.Message):
     ended_leases: _containers.RepeatedCompositeFieldContainer[EndedLease]
     advice: _containers.RepeatedCompositeFieldContainer[Advice]
     outlooks: _containers.RepeatedCompositeFieldContainer[Outlook]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., advice: _Optional[_Iterable[_Union[Advice, _Mapping]]] = ..., outlooks: _Optional[_Iterable[_Union[Outlook, _Mapping]]] = ...) -> None: ...
+    prefetches: _containers.RepeatedCompositeFieldContainer[Prefetch]
+    cancelled_prefetches: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., frames_received: _Optional[int] = ..., lost_sources: _Optional[_Iterable[_Union[LostSource, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., advice: _Optional[_Iterable[_Union[Advice, _Mapping]]] = ..., outlooks: _Optional[_Iterable[_Union[Outlook, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[Prefetch, _Mapping]]] = ..., cancelled_prefetches: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Prefetch(_message.Message):
+    __slots__ = ("id", "hashes", "keep_s", "stored_blocks", "source", "source_address", "source_host", "source_blocks", "source_incarnation")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    KEEP_S_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_HOST_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    hashes: bytes
+    keep_s: float
+    stored_blocks: int
+    source: str
+    source_address: str
+    source_host: str
+    source_blocks: int
+    source_incarnation: int
+    def __init__(self, id: _Optional[int] = ..., hashes: _Optional[bytes] = ..., keep_s: _Optional[float] = ..., stored_blocks: _Optional[int] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_host: _Optional[str] = ..., source_blocks: _Optional[int] = ..., source_incarnation: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("id", "tenant", "model", "hashes", "tier", "ttl_s", "size_bytes", "revision", "session")
@@ -232,7 +258,7 @@ class Resync(_message.Message):
     def __init__(self, after: _Optional[int] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls", "leases", "ended_leases", "prompt_scores")
+    __slots__ = ("welcome", "requests", "counts", "tokens", "logprobs", "first_tokens", "ended", "kv", "load", "draining", "moves", "refused_calls", "leases", "ended_leases", "prompt_scores", "ended_prefetches")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +274,7 @@ class NodeFrame(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     ENDED_LEASES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
+    ENDED_PREFETCHES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     requests: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
@@ -263,7 +290,20 @@ class NodeFrame(_message.Message):
     leases: _containers.RepeatedCompositeFieldContainer[Lease]
     ended_leases: _containers.RepeatedCompositeFieldContainer[EndedLease]
     prompt_scores: _containers.RepeatedCompositeFieldContainer[PromptScores]
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., prompt_scores: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
+    ended_prefetches: _containers.RepeatedCompositeFieldContainer[PrefetchEnded]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., requests: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., kv: _Optional[_Iterable[_Union[KvBatch, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., refused_calls: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., ended_leases: _Optional[_Iterable[_Union[EndedLease, _Mapping]]] = ..., prompt_scores: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ..., ended_prefetches: _Optional[_Iterable[_Union[PrefetchEnded, _Mapping]]] = ...) -> None: ...
+
+class PrefetchEnded(_message.Message):
+    __slots__ = ("id", "reason", "first_block", "end_block")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    END_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    reason: str
+    first_block: int
+    end_block: int
+    def __init__(self, id: _Optional[int] = ..., reason: _Optional[str] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ...) -> None: ...
 
 class PromptScores(_message.Message):
     __slots__ = ("request", "first", "logprobs", "ranks", "top_tokens", "top_logprobs")
@@ -448,7 +488,7 @@ class StoredRun(_message.Message):
     def __init__(self, parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased", "blocks_evicted", "evicted_idle_s", "drafted_tokens", "accepted_tokens", "beats", "beats_missed", "beat_late_s", "split")
+    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased", "blocks_evicted", "evicted_idle_s", "drafted_tokens", "accepted_tokens", "beats", "beats_missed", "beat_late_s", "split", "prefetch_room_blocks", "blocks_prefetched", "prefetched", "prefetch_used", "prefetch_wasted")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -470,6 +510,11 @@ class Load(_message.Message):
     BEATS_MISSED_FIELD_NUMBER: _ClassVar[int]
     BEAT_LATE_S_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_ROOM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_PREFETCHED_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHED_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_USED_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_WASTED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -491,7 +536,12 @@ class Load(_message.Message):
     beats_missed: int
     beat_late_s: float
     split: SplitLoad
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ...) -> None: ...
+    prefetch_room_blocks: int
+    blocks_prefetched: int
+    prefetched: int
+    prefetch_used: int
+    prefetch_wasted: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ..., prefetch_room_blocks: _Optional[int] = ..., blocks_prefetched: _Optional[int] = ..., prefetched: _Optional[int] = ..., prefetch_used: _Optional[int] = ..., prefetch_wasted: _Optional[int] = ...) -> None: ...
 
 class SplitLoad(_message.Message):
     __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts", "links_shared", "links_network")

@@ -121,7 +121,7 @@ def read_from(message: store_pb2.Read, read: ExportId, node: NodeId, model: Stor
     first, tokens, each = message.first_block, message.tokens, model.block_tokens
     if not first * each < tokens <= len(hashes) * each:
         raise MalformedMessage(f"a read of tokens {first * each} to {tokens} of {len(hashes)} blocks of {each}")
-    return ReadOpened(read, node, model.model, hashes, first, tokens)
+    return ReadOpened(read, node, model.model, hashes, first, tokens, message.background)
 
 
 def offer_from(message: store_pb2.Offer) -> tuple[BlockHash | None, tuple[BlockHash, ...]]:

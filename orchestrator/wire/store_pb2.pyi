@@ -64,16 +64,18 @@ class Written(_message.Message):
     def __init__(self, offer: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class Read(_message.Message):
-    __slots__ = ("read", "hashes", "first_block", "tokens")
+    __slots__ = ("read", "hashes", "first_block", "tokens", "background")
     READ_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BACKGROUND_FIELD_NUMBER: _ClassVar[int]
     read: int
     hashes: bytes
     first_block: int
     tokens: int
-    def __init__(self, read: _Optional[int] = ..., hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+    background: bool
+    def __init__(self, read: _Optional[int] = ..., hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[int] = ..., background: bool = ...) -> None: ...
 
 class Copied(_message.Message):
     __slots__ = ("read", "answers")

@@ -89,7 +89,7 @@ def test_a_session_rides_along_an_openai_client() -> None:
                     assert main_agent.compacted(16).reason == "leased"
                     assert main_agent.unpin().outcome is Outcome.APPLIED
                     assert main_agent.compacted(16).outcome is Outcome.APPLIED
-                    assert main_agent.prefetch().outcome is Outcome.UNSUPPORTED
+                    assert main_agent.prefetch().tier is Tier.HBM
                     assert main_agent.end().outcome is Outcome.APPLIED
                     assert main_agent.lookup().outcome is Outcome.MISSING
 
@@ -124,7 +124,7 @@ def test_a_session_on_asyncio_does_the_same() -> None:
             assert (change.lease.change, change.lease.reason) == ("ended", "unpinned")
             await events.aclose()  # type: ignore[attr-defined]
             assert (await session.compacted()).done
-            assert (await session.prefetch()).outcome is Outcome.UNSUPPORTED
+            assert (await session.prefetch()).tier is Tier.HBM
             assert (await session.end()).done
 
     run(scenario)
@@ -198,9 +198,9 @@ def test_a_generic_client_finds_every_verb_by_reflection() -> None:
             answer, again, lookup, quote = await aside(ask)
             outcomes = {one["action_id"]: one["outcome"] for one in answer["results"]}
             assert outcomes["pin"] in ("OUTCOME_APPLIED", "OUTCOME_DEFERRED")
-            done = ("fork", "tool_started", "tool_finished", "unpin", "evict", "end_session")
+            done = ("prefetch", "fork", "tool_started", "tool_finished", "unpin", "evict", "end_session")
             assert {outcomes[verb] for verb in done} == {"OUTCOME_APPLIED"}
-            unsupported = ("prefetch", "demote", "share")
+            unsupported = ("demote", "share")
             assert {outcomes[verb] for verb in unsupported} == {"OUTCOME_UNSUPPORTED"}
             # What was done is done once; the parent has ended meanwhile, and its targets with it.
             assert "OUTCOME_APPLIED" not in {one["outcome"] for one in again["results"]}
@@ -235,6 +235,8 @@ def test_the_command_asks_and_says_what_became_of_it(capsys: pytest.CaptureFixtu
             assert (await weft("lookup", "--blocks", ",".join(hashes)))[0] == 0
             code, out, _ = await weft("quote", "--session", "s", "--tokens", "0:32")
             assert "2 blocks, 32 tokens" in out
+            code, out, _ = await weft("prefetch", "--session", "s", "--tier", "hbm", "--deadline", "20")
+            assert (code, "on hbm" in out) == (0, True)
             code, _, err = await weft("evict", "--session", "s")
             assert (code, err) == (1, "weft: rejected: a lease covers all of it; unpin it first\n")
             assert (await weft("unpin", "--lease", pinned["lease"]))[0] == 0

@@ -1,6 +1,8 @@
 """The cache API with a certificate: by reflection, by the client that blocks and by the one for asyncio; and who is refused."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,6 +20,8 @@ from orchestrator.harness.words import Outcome, Tier
 from tests.harness.test_harness import SERVICE, VERBS
 from tests.live.serving import run
 from tests.live.test_hints import LONG, Gateway, config_of, gateways
+
+README = Path(__file__).parents[2] / "orchestrator" / "README.md"
 
 
 @asynccontextmanager
@@ -53,11 +57,43 @@ def test_a_generic_client_finds_every_verb_over_tls(tmp_path: Path) -> None:
             answer, child = await asyncio.to_thread(ask)
             outcomes = {one["action_id"]: one["outcome"] for one in answer["results"]}
             # There is no store, and no other node.
-            unsupported = {"prefetch", "demote", "share"}
+            unsupported = {"demote", "share"}
             assert {verb for verb, outcome in outcomes.items() if outcome == "OUTCOME_UNSUPPORTED"} == unsupported
-            done = {"pin", "fork", "tool_started", "tool_finished", "unpin", "evict", "end_session"}
+            done = {"pin", "prefetch", "fork", "tool_started", "tool_finished", "unpin", "evict", "end_session"}
             assert {outcomes[verb] for verb in done} <= {"OUTCOME_APPLIED", "OUTCOME_DEFERRED"}
             assert child["residencies"][0]["outcome"] == "OUTCOME_APPLIED"
+
+    run(scenario)
+
+
+def shown() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return the calls that the documentation shows with grpcurl: their header, method and message."""
+    calls = re.findall(r"grpcurl -plaintext -H '(.+?)' -d '(.+?)' \\\n\s+\S+ (\S+)\n", README.read_text(), re.DOTALL)
+    return [(header, method, json.loads(message)) for header, message, method in calls]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_the_documentation_asks_with_grpcurl_is_answered_over_tls(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as (gateway, address, believed):
+            await gateway.turn("my-session", LONG)
+
+            def ask() -> dict[str, Any]:
+                client = ReflectingClient.get_by_endpoint(address, ssl=True, credentials={"root_certificates": believed})
+                answers: dict[str, Any] = {}
+                for header, method, message in shown():
+                    name, _, value = header.replace("KEY", "sk-a").partition(": ")
+                    service, _, call = method.partition("/")
+                    answers[call] = client.request(service, call, message, metadata=[(name, value)])
+                return answers
+
+            answers = await asyncio.to_thread(ask)
+            (pinned,) = answers["Apply"]["results"]
+            assert (pinned["outcome"], pinned["tier"], pinned["ttl_s"]) == ("OUTCOME_APPLIED", "TIER_HBM", 600.0)
+            (found,) = answers["Lookup"]["residencies"]
+            assert [one["lease"] for one in found["leases"]] == [pinned["lease"]]
+            assert [one["tier"] for one in found["holdings"]] == ["TIER_HBM"]
 
     run(scenario)
 

@@ -8,6 +8,7 @@ from orchestrator.core.config import ConfigError, ModelConfig, RouterPolicy
 from orchestrator.core.types import PoolKind, PoolName
 from orchestrator.profiles.resolve import Resolved
 from orchestrator.sim.faults import Faults
+from orchestrator.sim.hints import HintProgram
 from orchestrator.sim.outcome import Outcome, StoreUse
 from orchestrator.sim.runs import CacheRule, simulate
 from orchestrator.sim.stores import store_specs
@@ -44,6 +45,22 @@ def test_what_nodes_forgot_comes_from_the_hosts_memory(layout: dict[PoolKind, in
     assert used(outcome).loaded_bytes > 0
     assert used(outcome).offered_bytes > 0
     assert used(outcome).cmx_written_bytes == 0
+
+
+@pytest.mark.parametrize("cpu_blocks", [4000, 250], ids=["cpu", "cmx"])
+def test_what_agents_have_brought_back_before_their_next_turn_need_not_be_loaded_then(cpu_blocks: int) -> None:
+    resolved = cluster(APART, blocks=SHORT, store=below(cpu_blocks, cmx=True))
+    trace = agents(12, 4, 1, context_tokens=450)
+    runs = [World(resolved, trace, WorldOptions(hints=program)).run() for program in (HintProgram.ORACLE, HintProgram.PREFETCH)]
+    for run in runs:
+        assert all(served.completed for served in some(run.served))
+    loaded = [sum(served.cpu_tokens + served.cmx_tokens for served in run.served) for run in runs]
+    assert loaded[1] < loaded[0]
+    prefetched, used_blocks = [
+        sum(getattr(use, name) for use in runs[1].pools.values()) for name in ("prefetched_blocks", "prefetch_used_blocks")
+    ]
+    assert prefetched >= used_blocks > 0
+    assert sum(use.prefetched_blocks for use in runs[0].pools.values()) == 0
 
 
 def test_what_the_hosts_memory_forgot_comes_from_the_shared_storage() -> None:
@@ -84,24 +101,26 @@ def test_figures_without_stores_have_none() -> None:
     assert figures["hit_rate_by_tier"]["cpu"] == 0
 
 
-def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left() -> None:
-    check_faults(TOGETHER, seed=3, sessions=3)
+@pytest.mark.parametrize("hints", [HintProgram.NONE, HintProgram.PREFETCH])
+def test_with_everything_going_wrong_every_turn_ends_and_nothing_is_left(hints: HintProgram) -> None:
+    check_faults(TOGETHER, seed=3, sessions=3, hints=hints)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24))
 def test_with_everything_going_wrong_over_many_seeds(seed: int) -> None:
-    check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8)
+    hints = (HintProgram.NONE, HintProgram.PREFETCH)[seed // 2 % 2]
+    check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8, hints=hints)
 
 
-def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int) -> None:
+def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int, hints: HintProgram) -> None:
     faults = Faults(
         until_s=8.0, crashes=2, restart_s=0.5, hangs=1, gateway_hangs=1, store_crashes=3, damaged_share=0.2,
         late_share=0.2, lost_kv_share=0.1, broken_fetch_share=0.1, abandoned_share=0.1, slow_nodes=1,
     )  # fmt: skip
     resolved = cluster(layout, blocks=SHORT, gateways=2, store=below(400, cmx=True))
     trace = agents(sessions, 3, seed, context_tokens=600)
-    outcome = World(resolved, trace, WorldOptions(seed=seed, checks=True, faults=faults)).run()
+    outcome = World(resolved, trace, WorldOptions(seed=seed, checks=True, faults=faults, hints=hints)).run()
     assert all(served.ended_s is not None for served in some(outcome.served))
 
 

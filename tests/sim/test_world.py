@@ -393,8 +393,8 @@ def test_canary_the_checks_notice_a_block_that_leaks_and_a_belief_that_is_wrong(
         leaking.run()
     lying = World(cluster(TOGETHER), agents(2, 2, seed=9), WorldOptions(checks=True))
     send = lying._report
-    lying._report = lambda simulated, gateways, firsts, ended, batches: send(  # type: ignore[method-assign]
-        simulated, gateways, firsts, ended, [replace(batch, stored=()) for batch in batches]
+    lying._report = lambda simulated, gateways, firsts, ended, batches, *others: send(  # type: ignore[method-assign]
+        simulated, gateways, firsts, ended, [replace(batch, stored=()) for batch in batches], *others
     )
     with pytest.raises(AssertionError, match="believes that"):
         lying.run()

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.events import BlocksRetained, BlocksRetired, Ended, FirstToken, LeaseEnded, LeasesTold, NodeReported
+from orchestrator.core.events import (
+    BlocksRetained,
+    BlocksRetired,
+    Ended,
+    FirstToken,
+    LeaseEnded,
+    LeasesTold,
+    NodeReported,
+    PrefetchEnded,
+)
 from orchestrator.core.experts import ExpertBalance
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.types import (
@@ -15,6 +24,7 @@ from orchestrator.core.types import (
     BlockHash,
     CostProfile,
     FinishReason,
+    GatewayId,
     KvBatch,
     Lease,
     LeaseId,
@@ -24,6 +34,8 @@ from orchestrator.core.types import (
     NodeSpec,
     PoolKind,
     PoolName,
+    Prefetch,
+    PrefetchEnd,
     RequestId,
     Role,
     Sampling,
@@ -34,11 +46,13 @@ from orchestrator.core.types import (
     TenantLoad,
     ThoughtsLimit,
     Tier,
+    prefetch_id,
 )
 from orchestrator.wire import codec, node_pb2
 
 NODE = NodeId("decode-0")
 REQUEST = RequestId(3 << 40 | 7)
+PREFETCH = prefetch_id(GatewayId(3), 7)
 
 
 def hashes(count: int) -> tuple[BlockHash, ...]:
@@ -131,7 +145,7 @@ def test_spec_survives(kind: PoolKind) -> None:
 )
 def test_report_survives(split: SplitLoad | None) -> None:
     tenants = (TenantLoad(TenantId("team"), 2, 300), TenantLoad(TenantId("other"), 0, 1 << 40))
-    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants, 11, 12, 13, 14.5, 15, 16, 17, 18, 0.5, split)
+    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants, 11, 12, 13, 14.5, 15, 16, 17, 18, 0.5, split, 19, 20, 21, 22, 23)
     batches = (
         KvBatch(sequence=0, cleared=True, snapshot=9, more=True),
         KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),
@@ -143,8 +157,50 @@ def test_report_survives(split: SplitLoad | None) -> None:
     frame.kv.extend(codec.kv_message(batch) for batch in batches)
     frame.ended.extend(codec.ended_message(end) for end in ends)
     frame.first_tokens.extend(codec.first_token_message(report) for report in first)
+    over = tuple(PrefetchEnded(PREFETCH, reason, 3, 9) for reason in PrefetchEnd)
+    frame.ended_prefetches.extend(codec.prefetch_ended_message(report) for report in over)
     parsed = node_pb2.NodeFrame.FromString(frame.SerializeToString())
-    assert codec.report_from(NODE, parsed) == NodeReported(NODE, load, first, ends, batches)
+    assert codec.report_from(NODE, parsed) == NodeReported(NODE, load, first, ends, batches, over)
+
+
+@pytest.mark.parametrize("source", [None, NodeId("prefill-1")])
+def test_a_prefetch_survives(source: NodeId | None) -> None:
+    wanted = Prefetch(PREFETCH, hashes(3), 12.5, 2)
+    if source is not None:
+        wanted = replace(wanted, source=source, source_blocks=3, source_incarnation=0)
+    assert codec.prefetch_from(node_pb2.Prefetch.FromString(codec.prefetch_message(wanted).SerializeToString())) == wanted
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"hashes": b""}, "a prefetch of 2 blocks with 0 hashes"),
+        ({"stored_blocks": 4}, "a prefetch of 4 blocks with 3 hashes"),
+        ({"source_blocks": 1 << 31}, "a prefetch of 2147483648 blocks with 3 hashes"),
+        ({"id": REQUEST}, "is no prefetch's number"),
+        ({"keep_s": float("nan")}, "not for nan s"),
+        ({"keep_s": 0.0}, "not for 0.0 s"),
+        ({"keep_s": 1e300}, "not for 1e\\+300 s"),
+    ],
+)
+def test_a_prefetch_that_means_nothing_is_refused(wrong: dict[str, Any], problem: str) -> None:
+    message = codec.prefetch_message(Prefetch(PREFETCH, hashes(3), 12.5, 2))
+    for name, value in wrong.items():
+        setattr(message, name, value)
+    with pytest.raises(codec.MalformedMessage, match=problem):
+        codec.prefetch_from(message)
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        (node_pb2.PrefetchEnded(reason="why"), "for the reason 'why'"),
+        (node_pb2.PrefetchEnded(reason="used", first_block=2, end_block=1), "a prefetch of blocks 2 to 1"),
+    ],
+)
+def test_an_end_of_a_prefetch_that_means_nothing_is_refused(message: node_pb2.PrefetchEnded, problem: str) -> None:
+    with pytest.raises(codec.MalformedMessage, match=problem):
+        codec.prefetch_ended_from(message)
 
 
 LEASE = Lease(LeaseId("l"), TenantId("t"), ModelName("m"), hashes(3), Tier.CPU, 12.5, 1 << 40, 3, SessionId("s"))

@@ -18,7 +18,16 @@ from orchestrator.core.config import (
     StoreConfig,
     TenantConfig,
 )
-from orchestrator.core.events import Assigned, ExportOpened, NodeEvent, SliceResult, StepFinished, TimerFired
+from orchestrator.core.events import (
+    Assigned,
+    BlocksWanted,
+    ExportOpened,
+    FetchEnded,
+    NodeEvent,
+    SliceResult,
+    StepFinished,
+    TimerFired,
+)
 from orchestrator.core.node.node import Node
 from orchestrator.core.timers import (
     ClusterTimer,
@@ -31,6 +40,7 @@ from orchestrator.core.timers import (
     LeaseTimer,
     MoveTimer,
     NodeTimer,
+    PrefetchTimer,
     RequestTimer,
     ResyncTimer,
     StoreResyncTimer,
@@ -50,10 +60,12 @@ from orchestrator.core.types import (
     MoveId,
     NodeId,
     PoolKind,
+    Prefetch,
     RequestId,
     Role,
     StepId,
     StoreId,
+    prefetch_id,
     request_id,
 )
 from orchestrator.wire.journal import (
@@ -81,10 +93,12 @@ def assigned(serial: int) -> Assigned:
 
 
 def life(path: Path) -> list[tuple[float, NodeEvent, list[NodeCommand]]]:
-    """Write the journal of a node that serves a request; return what is in it."""
+    """Write the journal of a node that serves a request, and is to have blocks for another; return what is in it."""
     core, told = Node(HEADER.spec, HEADER.scheduler), []
     one = SliceResult(request_id(GatewayId(0), 1), 1)
     events: list[NodeEvent] = [assigned(1), *(StepFinished(StepId(step), (one,), 0.1 + step / 7) for step in (1, 2, 3))]
+    wanted = Prefetch(prefetch_id(GatewayId(0), 1), (BlockHash(bytes(16)),), 1 / 3, source=NodeId("peer"), source_blocks=1)
+    events += [BlocksWanted(wanted), TimerFired(PrefetchTimer(wanted.id)), FetchEnded(wanted.id, 0)]
     writer = NodeJournalWriter(path, HEADER)
     for number, event in enumerate(events):
         now = 100 + number / 3
@@ -235,7 +249,14 @@ def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:
 
 
 @pytest.mark.parametrize(
-    "timer", [HoldTimer(RequestId(5)), FetchTimer(RequestId(5)), ExportTimer(ExportId(5)), GatewayTimer(GatewayId(5))]
+    "timer",
+    [
+        HoldTimer(RequestId(5)),
+        FetchTimer(RequestId(5)),
+        ExportTimer(ExportId(5)),
+        GatewayTimer(GatewayId(5)),
+        PrefetchTimer(prefetch_id(GatewayId(5), 5)),
+    ],
 )
 def test_the_text_of_a_nodes_timer_names_it(timer: NodeTimer) -> None:
     assert node_timer(str(timer)) == timer

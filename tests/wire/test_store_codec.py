@@ -93,6 +93,13 @@ def test_a_message_that_means_nothing_is_refused(call: Callable[[Any], object], 
         call(message)
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_read_says_whether_a_request_waits_for_it(background: bool) -> None:
+    read = store_pb2.Read(read=1, hashes=PACKED, first_block=1, tokens=12, background=background)
+    opened = store_codec.read_from(store_pb2.Read.FromString(read.SerializeToString()), ExportId(7), NodeId("n"), MODEL)
+    assert opened == ReadOpened(ExportId(7), NodeId("n"), MODEL.model, HASHES, 1, 12, background)
+
+
 @pytest.mark.parametrize(("first_block", "tokens"), [(0, 0), (1, 4), (0, 13), (3, 13), (1 << 31, 12)])
 def test_a_read_of_what_is_no_part_of_its_prompt_is_refused(first_block: int, tokens: int) -> None:
     read = store_pb2.Read(read=1, hashes=PACKED, first_block=first_block, tokens=tokens)

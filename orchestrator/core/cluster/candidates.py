@@ -8,9 +8,10 @@ a report has come that must include it:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
-from orchestrator.core.cluster.kvindex import Matches
+from orchestrator.core.cluster.kvindex import Matches, columns_in
 from orchestrator.core.cluster.stores import StoreView
 from orchestrator.core.commands import Scores
 from orchestrator.core.cost.costs import decode_seconds, keeps_beat, token_seconds
@@ -32,6 +33,8 @@ DELAY_WEIGHT = 0.25
 WORK_WEIGHT = {PoolKind.PREFILL: 1.0, PoolKind.AGGREGATED: 1.0, PoolKind.DECODE: 2.0, PoolKind.LPX: 2.0}
 #: Chance that a cached block which a new prompt pushes out would have been asked for again: then it is computed again.
 EVICTION_WEIGHT = 0.5
+#: Peers with the longest prefix that are compared before one of them is fetched from.
+PEERS_COMPARED_MAX = 8
 
 
 @quickly_made
@@ -321,6 +324,24 @@ class Options:
     stores: bool = False
     #: Blocks of the prompt that are in the storage which all stores share.
     cmx_blocks: int = 0
+
+
+def best_peer(options: Options, reader: Candidate, turn: int) -> tuple[Candidate, int] | None:
+    """Return the node to fetch from of those that hold most of a prompt, and how many blocks; None if no other has any.
+
+    The session's comes first, then one of the reader's host, then the idlest; with the turn others are asked.
+    """
+    if not options.matches.levels:
+        return None
+    blocks, mask = options.matches.levels[-1]
+    # Half of the time the search starts in the middle, and so on: nobody is asked always.
+    upper = mask >> (start := turn % len(options.present)) << start
+    columns = (column for part in (upper, mask & ~upper) for column in columns_in(part) if column != reader.column)
+    peers = [options.peers[column] for column in islice(columns, PEERS_COMPARED_MAX)]
+    if not peers:
+        return None
+    host = reader.spec.host
+    return min(peers, key=lambda peer: (peer.spec.id not in options.sticky, peer.spec.host != host, peer.work_s)), blocks
 
 
 @quickly_made

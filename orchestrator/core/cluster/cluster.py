@@ -343,7 +343,7 @@ class Cluster:
         gateways = max(config.gateway.count, gateway + 1)
         self._admission = Admission(config.limits, models, config.tenants, gateways, place=gateway)
         self._pools = {model: ModelPools(config.limits.node_waiting_max, self._admission.share) for model in models}
-        self._hints = Hints(config.leases, config.tenants, gateways, self._pools, self._sessions, config.store)
+        self._hints = Hints(gateway, config, gateways, self._pools, self._sessions, self._router)
         self._known: dict[NodeId, KnownNode] = {}
         self._stores: dict[StoreId, KnownStore] = {}
         self._flights: dict[RequestId, Flight] = {}
@@ -627,6 +627,8 @@ class Cluster:
             self._apply(known, event.kv)
         candidate = known.candidate
         candidate.report(event.load, self._now)
+        for report in event.prefetches:  # what they brought may be what a request that ends here has found
+            self._hints.prefetched(event.node, report)
         for first in event.first_tokens:
             flight = self._attempted(first.request)
             if flight is not None and flight.generate == event.node:

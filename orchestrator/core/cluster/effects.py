@@ -8,25 +8,27 @@ A prompt's tokens, as it was served:
 
 Nobody sees what would have been. A pin, and a word of a tool that runs, count as having earned what had not been used for longer
 than what its holder forgot meanwhile for want of room (`core/idling.py`); a prefetch, what the next prompt loaded of the blocks
-that were brought for it. What two actions earned counts for one of them: a session's own come first, then older ones. Seconds
-saved are the router's prices: computing those tokens, or loading them from a lower tier if that has them and is sooner, less what
-it took to get them as it was done.
+that a store brought for it, or found of those that the node brought which computed it. What two actions earned counts for one of
+them: a session's own come first, then older ones. Seconds saved are the router's prices: computing those tokens, or loading them
+from a lower tier if that has them and is sooner, less what it took to get them as it was done.
 
 Bounded by tenant: of more actions the oldest is forgotten, with what it earned; sums by verb stay.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.core.blocks import common_blocks
 from orchestrator.core.cluster.candidates import Candidate
 from orchestrator.core.cluster.contexts import Marks
 from orchestrator.core.cluster.leases import Leases
 from orchestrator.core.cluster.pools import ModelPools
+from orchestrator.core.cluster.prefetches import PREFETCHES_MAX
 from orchestrator.core.cost.costs import prompt_seconds
+from orchestrator.core.events import PrefetchEnded
 from orchestrator.core.hints import Earned, Hint, Receipt, Verb
-from orchestrator.core.types import BlockHash, LeaseId, ModelName, Request, SessionId, TenantId, Tier
+from orchestrator.core.types import BlockHash, LeaseId, ModelName, NodeId, PrefetchId, Request, SessionId, TenantId, Tier
 
 #: Actions of a tenant whose effects are known; those of one session, or of none, that may still earn something.
 EFFECTS_MAX, OPEN_MAX = 1024, 32
@@ -72,7 +74,7 @@ class _Credit:
 class _Effect:
     """One action, and what it has earned so far."""
 
-    __slots__ = ("brought", "earned", "lease", "marks", "session", "tier", "used_at")
+    __slots__ = ("block_bytes", "brought", "earned", "lease", "marks", "node", "prefetch", "session", "tier", "used_at")
 
     def __init__(self, earned: Earned, hint: Hint, receipt: Receipt, now: float, former: "_Effect | None") -> None:
         self.earned = earned
@@ -81,8 +83,12 @@ class _Effect:
         self.tier = receipt.tier
         #: What is kept of its chain.
         self.marks: Marks = Marks.of(hint.hashes) if former is None else former.marks
-        #: Of a prefetch: the blocks [first, end) that are being brought.
+        #: Of a prefetch: the blocks [first, end) that a store is bringing, or that a node has brought, and that node.
         self.brought = receipt.brought
+        self.node: NodeId | None = None
+        #: Of one into a node's memory.
+        self.prefetch = receipt.prefetch
+        self.block_bytes = receipt.size_bytes // max(1, receipt.blocks)
         #: When what it is about was used last, as far as is known.
         self.used_at = now
 
@@ -104,12 +110,14 @@ class _Tenant:
 class Effects:
     """What all actions of one gateway's tenants have earned."""
 
-    __slots__ = ("_leases", "_sums", "_tenants")
+    __slots__ = ("_coming", "_leases", "_sums", "_tenants")
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
         self._tenants: dict[TenantId, _Tenant] = {}
         self._sums: dict[Verb, Earned] = {}
+        #: Of prefetches whose end nodes have not told yet.
+        self._coming: dict[PrefetchId, _Effect] = {}
 
     @property
     def sums(self) -> Mapping[Verb, Earned]:
@@ -145,12 +153,30 @@ class Effects:
             former = next((one for one in reversed(known.effects.values()) if one.lease == receipt.lease), None)
         effect = known.effects[hint.message, hint.action] = _Effect(earned, hint, receipt, now, former)
         self._add(hint.verb, Earned(hint.verb, size_bytes=size_bytes))
+        if receipt.prefetch is not None:
+            self._coming[receipt.prefetch] = effect
+            if len(self._coming) > PREFETCHES_MAX:  # the node has not told, and will not
+                del self._coming[next(iter(self._coming))]
         if hint.model is not None:
             self._open(known, hint, effect)
         while len(known.effects) > EFFECTS_MAX:
             _, oldest = known.effects.popitem(last=False)
             for place in [place for place, effects in known.open.items() if oldest in effects]:
                 self._close(known, place, oldest)
+
+    def brought(self, node: NodeId, report: PrefetchEnded) -> None:
+        """Note what a node has brought for a prefetch that is over."""
+        effect = self._coming.pop(report.prefetch, None)
+        if effect is not None:
+            first, end = min(report.first_block, effect.marks.blocks), min(report.end_block, effect.marks.blocks)
+            effect.node, effect.brought = node, (first, end)
+            more = Earned(Verb.PREFETCH, size_bytes=(end - first) * effect.block_bytes)
+            effect.earned = replace(effect.earned.plus(more), ended=report.reason)
+            self._add(Verb.PREFETCH, more)
+
+    def lost(self, prefetch: PrefetchId) -> None:
+        """Note that the node is gone which was to bring something."""
+        self._coming.pop(prefetch, None)
 
     def _open(self, known: _Tenant, hint: Hint, effect: _Effect) -> None:
         """Let later prompts show what an action earns, if they can."""
@@ -161,7 +187,7 @@ class Effects:
                 places.append((hint.model, hint.session))
                 for former in [one for one in known.open.get(places[0], ()) if one.lease == effect.lease]:  # it was renewed
                     self._close(known, places[0], former)
-            case Verb.PREFETCH if effect.brought[1]:
+            case Verb.PREFETCH if effect.brought[1] or effect.prefetch is not None:
                 places.append((hint.model, hint.session))
             case Verb.TOOL_STARTED | Verb.TOOL_FINISHED:
                 places.append((hint.model, hint.session))
@@ -219,7 +245,10 @@ class Effects:
         hbm = cpu = (0, 0)
         if verb is Verb.PREFETCH:
             first, end = (block * block_tokens for block in effect.brought)
-            cpu = max(first, credit.cpu_end), min(end, serving.cpu_end)
+            if effect.prefetch is None:
+                cpu = max(first, credit.cpu_end), min(end, serving.cpu_end)
+            elif effect.node == serving.by.spec.id:
+                hbm = max(first, credit.hbm_end), min(end, serving.hbm_end)
         elif verb is not Verb.FORK:
             idle_s = serving.came_at - effect.used_at
             if (verb is not Verb.PIN or effect.tier is Tier.HBM) and _outlasted(serving.by, idle_s):

@@ -13,13 +13,16 @@ from hashlib import blake2b
 from typing import assert_never
 
 from orchestrator.core.blocks import hash_bytes
+from orchestrator.core.cluster.candidates import Router
 from orchestrator.core.cluster.effects import Effects
 from orchestrator.core.cluster.leases import REFIT_S, TTL_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
 from orchestrator.core.cluster.pools import ModelPools
+from orchestrator.core.cluster.prefetches import KEPT_S, KEPT_S_MAX, Prefetches, Way
 from orchestrator.core.cluster.sessions import Sessions
 from orchestrator.core.cluster.stores import holder
 from orchestrator.core.commands import (
     AnswerHint,
+    CancelPrefetch,
     ClearTimer,
     ClusterCommand,
     EndLease,
@@ -27,23 +30,27 @@ from orchestrator.core.commands import (
     EvictStored,
     Expect,
     PlaceLease,
+    PrefetchBlocks,
     PrefetchStored,
     RetainBlocks,
     SetTimer,
 )
-from orchestrator.core.config import LeasesConfig, StoreConfig, TenantConfig
+from orchestrator.core.config import ClusterConfig
 from orchestrator.core.cost.costs import prompt_seconds
-from orchestrator.core.events import LeasesTold, SessionEnded, ToolFinished, ToolStarted
+from orchestrator.core.events import LeasesTold, PrefetchEnded, SessionEnded, ToolFinished, ToolStarted
 from orchestrator.core.hints import NEUTRAL, PRIORITY_MAX, Hint, Holding, LeaseChange, Outcome, Price, Reason, Receipt, Verb
 from orchestrator.core.outlook import ContextId, Outlook
 from orchestrator.core.timers import LeaseTimer, RefitTimer
 from orchestrator.core.types import (
     BlockHash,
+    GatewayId,
     Lease,
     LeaseId,
     ModelName,
     NodeId,
     NodeSpec,
+    Request,
+    RequestId,
     StoredModel,
     StoreId,
     StoreSpec,
@@ -53,7 +60,6 @@ from orchestrator.core.types import (
 
 #: What nobody can be asked for, by verb, where there is no store.
 _NO_STORE = {
-    Verb.PREFETCH: "there is no tier below hbm to bring blocks up from",
     Verb.DEMOTE: "there is no tier below hbm for blocks to sink to",
     Verb.SHARE: "there is no tier below hbm that several nodes have blocks from",
 }
@@ -69,6 +75,7 @@ _CLIPPED = {
     Reason.QUOTA_BYTE_SECONDS: "the tenant has no byte-seconds left for longer",
     Reason.TTL_MAX: "no lease lasts longer here",
     Reason.LEASED: "a lease covers the first part of it",
+    Reason.NO_ROOM: "the node has room for a part of it beside what it runs",
 }
 
 
@@ -82,6 +89,8 @@ class Hints:
         "_fits",
         "_nodes",
         "_pools",
+        "_prefetches",
+        "_router",
         "_sessions",
         "_stored",
         "_stores",
@@ -91,18 +100,20 @@ class Hints:
 
     def __init__(
         self,
-        config: LeasesConfig,
-        tenants: Sequence[TenantConfig],
+        gateway: GatewayId,
+        config: ClusterConfig,
         gateways: int,
         pools: dict[ModelName, ModelPools],
         sessions: Sessions,
-        stored: StoreConfig | None = None,
+        router: Router,
     ) -> None:
-        self._config = config
-        self._stored = stored
+        self._config = config.leases
+        self._stored = config.store
         self._pools = pools
         self._sessions = sessions
-        self.leases = Leases(config, tenants, gateways)
+        self._router = router
+        self._prefetches = Prefetches(gateway)
+        self.leases = Leases(config.leases, config.tenants, gateways)
         self.effects = Effects(self.leases)
         #: Nodes that have joined, in that order.
         self._nodes: dict[NodeId, NodeSpec] = {}
@@ -196,7 +207,7 @@ class Hints:
             case Verb.EVICT | Verb.SUPERSEDE:
                 return self._evict(hint)
             case Verb.PREFETCH:
-                return self._prefetch(hint)
+                return self._prefetch(hint, now)
             case Verb.DEMOTE:
                 return self._demote(hint, now)
             case Verb.FORK:
@@ -268,13 +279,14 @@ class Hints:
         return Receipt(outcome, reason, message, lease, granted.blocks, granted.size_bytes, granted.tier, granted.ttl_s)
 
     def _unpin(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
-        ending = self._meant(hint)
-        if not ending:
+        ending, cancelling = self._meant(hint), self._cancelling(hint, 0)
+        if not (ending or cancelling):
             return Receipt(Outcome.MISSING, Reason.NO_LEASE, "this tenant has no lease on that"), []
-        blocks, size_bytes = max(len(held.lease.hashes) for held in ending), sum(held.lease.size_bytes for held in ending)
+        blocks = max((len(held.lease.hashes) for held in ending), default=0)
+        size_bytes = sum(held.lease.size_bytes for held in ending)
         only = ending[0].lease.id if len(ending) == 1 else None
         commands = [command for held in ending for command in self._ending(held, LeaseChange.UNPINNED, now)]
-        return Receipt(Outcome.APPLIED, lease=only, blocks=blocks, size_bytes=size_bytes), commands
+        return Receipt(Outcome.APPLIED, lease=only, blocks=blocks, size_bytes=size_bytes), [*cancelling, *commands]
 
     def _meant(self, hint: Hint) -> list[Held]:
         """Return the tenant's leases that a target means: that one, or those placed with the session, or with these blocks."""
@@ -311,7 +323,9 @@ class Hints:
         clipped = first > hint.first_block
         if clipped and first >= len(hint.hashes):
             return Receipt(Outcome.REJECTED, Reason.LEASED, "a lease covers all of it; unpin it first"), []
-        commands, blocks = self._evicting(hint, first)
+        commands = self._cancelling(hint, first) if hint.tier in (None, Tier.HBM) else []
+        evicting, blocks = self._evicting(hint, first)
+        commands += evicting
         if not commands:
             return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "nobody holds any of it there"), []
         reason = Reason.LEASED if clipped else None
@@ -333,6 +347,10 @@ class Hints:
                 commands.append(EvictStored(hint.model, hint.hashes, first, end, tier, False, stores))
         return commands, max((one.blocks for one in held), default=first) - first
 
+    def _cancelling(self, hint: Hint, first: int) -> list[ClusterCommand]:
+        """Return what ends the prefetches that bring a target's blocks from `first` on, or were asked for with its session."""
+        return [CancelPrefetch(asked.node, asked.prefetch.id) for asked in self._prefetches.meant(hint, first)]
+
     def _size(self, hint: Hint, blocks: int) -> int:
         return blocks * self._block_bytes.get(hint.model, 0) if hint.model is not None else 0
 
@@ -353,16 +371,90 @@ class Hints:
 
     # --- blocks between tiers ---------------------------------------------------------------------------------------------
 
-    def _prefetch(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
+    def _prefetch(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        """Have blocks brought into `cpu`, or to the node where a prompt that goes on from them would be computed."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        if not self.holdings(hint.model, hint.hashes):
+            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "nobody holds any of it"), []
+        if hint.tier not in (None, Tier.HBM):
+            return self._recall(hint)
+        receipt, commands = self._bring(hint, now)
+        if receipt.outcome is Outcome.REJECTED and self._stores:
+            recalled, others = self._recall(hint)
+            if recalled.tier is Tier.CPU:
+                message = f"brought up to cpu, no further: {receipt.message}"
+                return replace(recalled, outcome=Outcome.CLIPPED, reason=Reason.LOWER_TIER, message=message), others
+        return receipt, commands
+
+    def _bring(self, hint: Hint, now: float) -> tuple[Receipt, list[ClusterCommand]]:
+        """Have the node bring blocks that would compute the next prompt, as far as it has room and the tenant's quota goes."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        same = self._prefetches.covering(hint.tenant, hint.model, hint.hashes, now)
+        if same is not None:
+            left_s = same.over_at - now
+            return self._in_hbm(hint, len(hint.hashes), Outcome.DEFERRED, f"on their way to {same.node}", left_s), []
+        way = self._way_for(hint)
+        if way is None:
+            return Receipt(Outcome.REJECTED, Reason.NO_NODE, "no node would take a prompt now"), []
+        if way.held >= way.reach:
+            return self._in_hbm(hint, way.held, Outcome.APPLIED), []
+        blocks, why = self._allowed(hint, way, now)
+        node = way.node.spec
+        if not blocks:
+            full = why is Reason.NO_ROOM
+            message = f"{node.id} has no room beside what it runs" if full else "the tenant has no bytes of hbm left"
+            return Receipt(Outcome.REJECTED, why, message), []
+        keep_s = min(hint.ttl_s or KEPT_S, KEPT_S_MAX)
+        why = why or (Reason.TTL_MAX if keep_s < hint.ttl_s else None)
+        prefetch = self._prefetches.ask(hint, way, blocks, keep_s, now)
+        receipt = self._in_hbm(hint, len(prefetch.hashes), Outcome.DEFERRED, f"on their way to {node.id}", keep_s)
+        if why is not None:
+            receipt = replace(receipt, outcome=Outcome.CLIPPED, reason=why, message=_CLIPPED[why])
+        return replace(receipt, prefetch=prefetch.id), [PrefetchBlocks(node.id, prefetch)]
+
+    def _in_hbm(self, hint: Hint, blocks: int, outcome: Outcome, message: str = "", ttl_s: float = 0.0) -> Receipt:
+        """Return what is said of blocks that are in hbm, or are on their way there."""
+        reason = Reason.NOT_RESIDENT if outcome is Outcome.DEFERRED else None
+        return Receipt(outcome, reason, message, None, blocks, self._size(hint, blocks), Tier.HBM, ttl_s)
+
+    def _way_for(self, hint: Hint) -> Way | None:
+        """Return how a target gets to where the router would have a prompt computed that goes on from it; None if nowhere."""
+        assert hint.model is not None, "the target is resolved to blocks of a model"
+        spec = next((spec for spec in self._nodes.values() if spec.model == hint.model), None)
+        if spec is None:
+            return None
+        tokens = len(hint.hashes) * spec.block_tokens + 1
+        request = Request(RequestId(0), hint.model, hint.tenant, tokens, hint.hashes, 1, hint.session)
+        session = self._sessions.of(request)
+        options = self._pools[hint.model].options(request, (), session.nodes if session is not None else ())
+        placement = self._router.place(request, options) if options is not None else None
+        return Way.of(placement.computes, options) if placement is not None and options is not None else None
+
+    def _allowed(self, hint: Hint, way: Way, now: float) -> tuple[int, Reason | None]:
+        """Return how many blocks a node may be asked to bring for a tenant, and why they are not all that it lacks."""
+        node, blocks = way.node, way.reach - way.there
+        room = node.load.prefetch_room_blocks if node.reported else blocks
+        if self._prefetches.full(now):
+            room = 0
+        left = self.leases.bytes_left(hint.tenant, Tier.HBM) - self._prefetches.size_bytes(hint.tenant, now)
+        quota = max(0, left) // node.spec.block_bytes
+        if min(room, quota) >= blocks:
+            return blocks, None
+        return (room, Reason.NO_ROOM) if room <= quota else (quota, Reason.QUOTA_BYTES)
+
+    def prefetched(self, node: NodeId, report: PrefetchEnded) -> None:
+        """Take in what became of a prefetch."""
+        if self._prefetches.ended(report.prefetch, node):
+            self.effects.brought(node, report)
+
+    def _recall(self, hint: Hint) -> tuple[Receipt, list[ClusterCommand]]:
         """Have the store that has most of a chain bring what cmx has beyond; nodes load from there when they are asked."""
         assert hint.model is not None, "the target is resolved to blocks of a model"
         held = self.holdings(hint.model, hint.hashes)
         stores = {StoreId(one.holder): one.blocks for one in held if one.tier is Tier.CPU}
         here = max(stores.values(), default=0)
         there = max((one.blocks for one in held if one.tier is Tier.CMX), default=0)
-        if not held:
-            return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, "nobody holds any of it"), []
-        if held[0].tier is Tier.HBM and held[0].blocks >= max(here, there):
+        if held and held[0].tier is Tier.HBM and held[0].blocks >= max(here, there):
             blocks, tier = held[0].blocks, Tier.HBM
             return Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=self._size(hint, blocks), tier=tier), []
         commands: list[ClusterCommand] = []
@@ -373,9 +465,6 @@ class Hints:
         blocks = max(here, there)
         size_bytes, brought = self._size(hint, blocks), (here, there) if commands else (0, 0)
         receipt = Receipt(Outcome.APPLIED, blocks=blocks, size_bytes=size_bytes, tier=Tier.CPU, brought=brought)
-        if hint.tier in (None, Tier.HBM):
-            message = "brought up to cpu: a node takes blocks only for a request that it is given"
-            return replace(receipt, outcome=Outcome.CLIPPED, reason=Reason.LOWER_TIER, message=message), commands
         if commands:
             return replace(receipt, outcome=Outcome.DEFERRED, reason=Reason.NOT_RESIDENT, message="on their way"), commands
         return receipt, []
@@ -438,7 +527,7 @@ class Hints:
         stored = max((one.blocks for one in held if one.tier is not Tier.HBM), default=0)
         if stored <= first:
             return Receipt(Outcome.MISSING, Reason.NOT_RESIDENT, f"{tier.value} has none of it that may leave what is above"), []
-        commands: list[ClusterCommand] = []
+        commands = self._cancelling(hint, first)
         nodes = tuple(NodeId(one.holder) for one in held if one.tier is Tier.HBM and one.blocks > first)
         if nodes:
             commands.append(EvictBlocks(hint.model, hint.hashes[:stored], first, True, nodes))
@@ -481,7 +570,7 @@ class Hints:
         """End the leases placed with a session, forget it, and let go what only it needs."""
         assert hint.model is not None, "a session is resolved to one of a model"
         assert hint.session is not None, "an end is that of a session"
-        commands: list[ClusterCommand] = []
+        commands = self._cancelling(hint, 0)
         for held in [held for held in self._leases_on(hint) if held.lease.session == hint.session]:
             commands += self._ending(held, LeaseChange.SESSION_ENDED, now)
         known = self._sessions.knows(hint.model, hint.tenant, hint.session)
@@ -504,6 +593,8 @@ class Hints:
     def node_lost(self, node: NodeId, now: float) -> list[ClusterCommand]:
         """Count a node's memory no more."""
         del self._nodes[node]
+        for prefetch in self._prefetches.lost(node):
+            self.effects.lost(prefetch)
         self._measure()
         return self._watch_fit(now)
 
@@ -582,6 +673,7 @@ class Hints:
         """Raise `AssertionError` unless the books agree."""
         self.leases.validate()
         self.effects.validate()
+        self._prefetches.validate()
         for tenant, done in self._done.items():
             assert len(done) <= self._config.actions_remembered_max, f"{len(done)} actions of {tenant} are remembered"
         assert self._fits or self.leases.exceeded, "leases fit, and are waited for"

@@ -18,13 +18,19 @@ See also `baselines.py` for other policies of the same interface.
 """
 
 from collections.abc import Sequence
-from itertools import islice
 from math import inf
 
 from orchestrator.core.blocks import blocks_for
 from orchestrator.core.cluster.baselines import make_baseline
-from orchestrator.core.cluster.candidates import STEPS_GUESSED, Candidate, Options, Placement, Router, computes_in_no_time
-from orchestrator.core.cluster.kvindex import columns_in
+from orchestrator.core.cluster.candidates import (
+    STEPS_GUESSED,
+    Candidate,
+    Options,
+    Placement,
+    Router,
+    best_peer,
+    computes_in_no_time,
+)
 from orchestrator.core.commands import Scores
 from orchestrator.core.config import RouterConfig, RouterPolicy
 from orchestrator.core.cost.costs import fetch_seconds, prompt_seconds
@@ -39,8 +45,6 @@ DECODE_WEIGHT = {
 }
 #: Added to the score of an overloaded node: it is chosen only among others of its kind.
 PASSED_OVER_S = 1e9
-#: Peers with the longest prefix that are compared before one of them is fetched from.
-PEERS_COMPARED_MAX = 8
 
 
 def make_router(config: RouterConfig) -> Router:
@@ -329,17 +333,10 @@ class PredictedTimeRouter:
 
     def _source(self, prompt: _Prompt, options: Options, choice: _Choice) -> tuple[NodeId | None, int]:
         """Return the peer to fetch from and the prompt tokens it has; (None, 0) if recomputing is as good."""
-        if not choice.fetches:
+        found = best_peer(options, choice.candidate, self._turn) if choice.fetches else None
+        if found is None:
             return None, 0
-        blocks, mask = options.matches.levels[-1]
-        # Half of the time the search starts in the middle, and so on: nobody is asked always.
-        upper = mask >> (start := self._turn % len(options.present)) << start
-        columns = (column for part in (upper, mask & ~upper) for column in columns_in(part) if column != choice.candidate.column)
-        peers = [options.peers[column] for column in islice(columns, PEERS_COMPARED_MAX)]
-        if not peers:
-            return None, 0
-        host = choice.candidate.spec.host
-        peer = min(peers, key=lambda peer: (peer.spec.id not in options.sticky, peer.spec.host != host, peer.work_s))
+        peer, blocks = found
         return peer.spec.id, min(blocks * peer.spec.block_tokens, prompt.tokens)
 
 

@@ -19,6 +19,11 @@ Leases keep what is cached of their chains, and what comes to be:
 
     LeasePlaced, SetTimer, TellLeases .. LeasePlaced (a later revision) .. LeaseEnded: ClearTimer, TellLeases; or TimerFired
 
+Chains that gateways expect prompts of are brought while nobody waits, and kept for a while (`prefetches.py`):
+
+    BlocksWanted, SetTimer .. [LoadBlocks .. FetchEnded] .. [Fetch .. FetchEnded] .. a request uses it, PrefetchCancelled,
+                   requests need the blocks, or TimerFired: ReportPrefetchEnded
+
 to a gateway that promised signs of life:
 
     GatewayHeard, SetTimer .. GatewayHeard .. TimerFired, SetTimer .. it was silent for too long: its requests end, DropGateway
@@ -62,6 +67,7 @@ from orchestrator.core.events import (
     BlocksRetained,
     BlocksRetired,
     BlocksSent,
+    BlocksWanted,
     Cancelled,
     DrainRequested,
     Ended,
@@ -77,6 +83,7 @@ from orchestrator.core.events import (
     LeasePlaced,
     NodeEvent,
     OfferEnded,
+    PrefetchCancelled,
     ResyncRequested,
     SourceLost,
     StepFailed,
@@ -88,11 +95,12 @@ from orchestrator.core.kvpool import BlockPool, Claim, KvJournal
 from orchestrator.core.node.cadence import make_scheduler
 from orchestrator.core.node.leases import Leases
 from orchestrator.core.node.offers import Offers
+from orchestrator.core.node.prefetches import Prefetches
 from orchestrator.core.node.regret import Regret
 from orchestrator.core.node.scheduler import StepOutcome
 from orchestrator.core.node.sequences import Phase, Sequence
 from orchestrator.core.silence import Silence
-from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, LeaseTimer, NodeTimer
+from orchestrator.core.timers import ExportTimer, FetchTimer, GatewayTimer, HoldTimer, LeaseTimer, NodeTimer, PrefetchTimer
 from orchestrator.core.types import (
     Assignment,
     BlockId,
@@ -102,9 +110,11 @@ from orchestrator.core.types import (
     Lease,
     Load,
     NodeSpec,
+    PrefetchEnd,
     RequestId,
     Role,
     gateway_of,
+    is_prefetch,
 )
 
 #: Peers that may read at once; each holds blocks, and one more than this computes its prompt itself.
@@ -150,6 +160,8 @@ class Node:
         self._scheduler = make_scheduler(spec, config, self._pool)
         self._offers = Offers(self._pool, int(spec.blocks * config.offered_share_max) if spec.stores else 0)
         self._leases = Leases(self._pool, int(spec.blocks * config.leased_share_max))
+        prefetched_share_max = config.prefetched_share_max if config.prefix_caching else 0.0
+        self._prefetches = Prefetches(self._pool, self._offers, spec, int(spec.blocks * prefetched_share_max))
         self._regret = Regret(spec.blocks)
         #: Everything assigned here that still has or wants blocks.
         self._sequences: dict[RequestId, Sequence] = {}
@@ -210,11 +222,16 @@ class Node:
                 self._pool.expect_chain(hashes, outlook)
             case BlocksRetired():
                 self._on_blocks_retired(event)
+            case BlocksWanted():
+                self._on_blocks_wanted(event)
+            case PrefetchCancelled(prefetch):
+                self._commands += self._prefetches.stop(prefetch, PrefetchEnd.CANCELLED)
             case Expected(outlook):
                 self._pool.expect(outlook)
                 return []  # nothing follows from it until something must be forgotten
             case DrainRequested():
                 self._draining = True
+                self._commands += self._prefetches.stop_all()
             case _:
                 assert_never(event)
         self._proceed()
@@ -228,7 +245,7 @@ class Node:
 
     def load(self) -> Load:
         """Return the counts that the next frame to each gateway carries."""
-        scheduler, pool = self._scheduler, self._pool
+        scheduler, pool, prefetches = self._scheduler, self._pool, self._prefetches
         return Load(
             running=scheduler.running,
             waiting=scheduler.waiting,
@@ -247,6 +264,11 @@ class Node:
             evicted_idle_s=pool.idling.idle_s,
             drafted_tokens=scheduler.drafted_tokens,
             accepted_tokens=scheduler.accepted_tokens,
+            prefetch_room_blocks=0 if self._draining else prefetches.room_blocks(scheduler.reserve_blocks),
+            blocks_prefetched=prefetches.blocks,
+            prefetched=prefetches.prefetched,
+            prefetch_used=prefetches.used,
+            prefetch_wasted=prefetches.wasted,
         )
 
     def _proceed(self) -> None:
@@ -257,6 +279,8 @@ class Node:
         """
         self._admit()
         preemptions = self._scheduler.preemptions
+        if len(self._prefetches):
+            self._proceed_with_prefetches()
         if self._scheduler.plan is None:
             plan = self._scheduler.plan_step()
             if plan is None and self._scheduler.waiting:  # the last one may have given way to itself; it starts over
@@ -274,6 +298,15 @@ class Node:
         if self._pool.untold:
             self._tell_holdings()
 
+    def _proceed_with_prefetches(self) -> None:
+        """Let prefetches give way to what decodes, or bring more while no request waits for anything."""
+        scheduler = self._scheduler
+        short = scheduler.decoding - self._pool.available_blocks
+        if short > 0:
+            self._commands += self._prefetches.give_way(short)
+        elif not (scheduler.waiting or scheduler.fetching):
+            self._commands += self._prefetches.proceed(scheduler.reserve_blocks)
+
     def _tell_holdings(self) -> None:
         """Tell all gateways what changed in the holdings."""
         batches = self._journal.record()
@@ -281,6 +314,7 @@ class Node:
             self._commands.append(PublishKv(batches))
         for batch in batches:
             self._regret.forgot(batch.removed)
+            self._prefetches.forgot(batch.removed)
             for run in batch.stored:
                 self._leases.note(run.hashes)
 
@@ -316,17 +350,27 @@ class Node:
             self._commands.append(offer)
 
     def _admit(self) -> None:
-        """Admit until nobody else can be: one with nothing to compute makes room for the next, and so do leases if need be."""
-        while admitted := self._scheduler.admit() or self._admit_despite_leases():
+        """Admit until nobody else can be: one with nothing to compute makes room for the next; so do prefetches and leases."""
+        while admitted := self._scheduler.admit() or self._admit_despite_prefetches() or self._admit_despite_leases():
             for sequence in admitted:
                 self._begin(sequence)
         for sequence in self._scheduler.stranded():
             missing = sequence.remaining_tokens
             self._end(sequence, FinishReason.FAILED, f"{missing} tokens of the prompt did not come, and this node computes none")
 
+    def _admit_despite_prefetches(self) -> list[Sequence]:
+        """Let prefetches give way to who waits for blocks."""
+        short = self._scheduler.short_blocks
+        if not short or not len(self._prefetches):
+            return []
+        self._commands += self._prefetches.give_way(short)
+        return self._scheduler.admit()
+
     def _admit_despite_leases(self) -> list[Sequence]:
         """Let leases give way if nothing runs that could make room for who waits."""
         admitted: list[Sequence] = []
+        if self._prefetches.moving:  # what that has taken comes back
+            return admitted
         while (short := self._scheduler.short_blocks) and not self._scheduler.running and self._leases.give_way(short):
             admitted = self._scheduler.admit()
         return admitted
@@ -362,6 +406,7 @@ class Node:
 
     def _begin(self, sequence: Sequence) -> None:
         """Let an admitted sequence load or fetch, or hold it if everything is here already."""
+        self._commands += self._prefetches.admitted(sequence.hashes, sequence.registered)
         self._advance(sequence)
         if sequence.phase is Phase.FETCHING:
             self._bring(sequence)
@@ -410,6 +455,7 @@ class Node:
         if self._silences.pop(gateway, None) is not None:
             self._timers.remove(GatewayTimer(gateway))
             self._commands.append(ClearTimer(GatewayTimer(gateway)))
+        self._commands += self._prefetches.stop_all(gateway)
         for request in [request for request in self._sequences if gateway_of(request) == gateway]:
             self._on_cancelled(request)
 
@@ -577,6 +623,9 @@ class Node:
             self._scheduler.forgo_fetch(sequence)
 
     def _on_fetch_progressed(self, event: FetchProgressed) -> None:
+        if is_prefetch(event.request):
+            self._prefetches.progress(event.request, event.tokens)
+            return
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.phase is not Phase.FETCHING or sequence.ending is not None:
             return
@@ -590,6 +639,9 @@ class Node:
 
     def _on_fetch_ended(self, event: FetchEnded) -> None:
         """Fetch or compute what did not come, or end a request that was cancelled meanwhile."""
+        if is_prefetch(event.request):
+            self._commands += self._prefetches.end_portion(event)
+            return
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.phase is not Phase.FETCHING:
             return
@@ -622,6 +674,11 @@ class Node:
             self._timers.remove(key)
             self._commands.append(ClearTimer(key))
         self._commands.append(TellLeases(ended=(event,)))
+
+    def _on_blocks_wanted(self, event: BlocksWanted) -> None:
+        """Bring blocks before a request asks for them, unless the node is about to leave."""
+        reserve = self._pool.blocks if self._draining else self._scheduler.reserve_blocks
+        self._commands += self._prefetches.take(event.prefetch, reserve, self._now)
 
     def _on_blocks_retired(self, event: BlocksRetired) -> None:
         """Let what only a dead chain has be forgotten first, or now."""
@@ -754,6 +811,9 @@ class Node:
 
     def _on_timer_fired(self, key: NodeTimer) -> None:
         """Stop holding a prompt that nobody fetched, give a silent source up, or answer a peer whose request never came."""
+        if isinstance(key, PrefetchTimer):
+            self._commands += self._prefetches.stop(key.prefetch, PrefetchEnd.LAPSED)
+            return
         if key not in self._timers:
             return
         self._timers.remove(key)
@@ -788,9 +848,11 @@ class Node:
             private += export.lent
             claims += [export.claim] if export.claim is not None else []
             assert export.in_flight <= export.sent, f"export {export.id}: {export.in_flight} in flight of {export.sent} sent"
-        claims += [*self._offers.claims, *self._leases.claims]
+        claims += [*self._offers.claims, *self._leases.claims, *self._prefetches.claims]
+        private += self._prefetches.private
         self._offers.validate()
         self._leases.validate()
+        self._prefetches.validate()
         self._pool.validate(claims, private)
         self._scheduler.validate()
         self._validate_wakeups()
@@ -818,6 +880,7 @@ class Node:
                 assert not export.final, f"export {export.id} is final but reads on"
         running = self._scheduler.running
         pinned = held + sum(1 for export in self._exports.values() if export.claim is not None) + len(self._offers.claims)
+        pinned += self._prefetches.moving
         assert running or pinned or not waiting, f"{waiting} requests wait though none runs and nothing is pinned"
 
 

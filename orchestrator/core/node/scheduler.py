@@ -139,6 +139,21 @@ class Scheduler:
         return len(self._decoding) + len(self._prefilling) + len(self._fetching)
 
     @property
+    def fetching(self) -> int:
+        """Sequences that load or fetch."""
+        return len(self._fetching)
+
+    @property
+    def decoding(self) -> int:
+        """Sequences that decode."""
+        return len(self._decoding)
+
+    @property
+    def reserve_blocks(self) -> int:
+        """Blocks that who comes beside others leaves available: one more for each that decodes, and some for more of those."""
+        return max(self._watermark, len(self._decoding))
+
+    @property
     def drafted_tokens(self) -> int:
         """Tokens drafted since the start."""
         return self._speculation.drafted_tokens if self._speculation is not None else 0
@@ -318,7 +333,7 @@ class Scheduler:
         """Return how many blocks the pool lacks for a sequence and, beside others, one more for each that decodes."""
         needed = self._blocks_of(sequence) - hit
         if self.running:
-            needed += max(self._watermark, len(self._decoding))
+            needed += self.reserve_blocks
         short = needed - self._pool.available_blocks
         return short if short > 0 else short + self._pool.idle_of(sequence.hashes, hit)
 

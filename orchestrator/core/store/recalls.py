@@ -4,6 +4,7 @@
                   .. ReadCmx for each segment behind it, in order, as far as bytes under way and slots allow
                   .. CmxRead: the segment is cached after the one before it, served
                   .. the last one, or the first that failed: ServeSlots(final) .. ReadClosed: the claim is given up
+                  of those in the background nothing more is asked for while another waits its turn
     PrefetchAsked the same, served to nobody, for segments that are known to be in cmx; not while a read waits its turn
 
 Rules for editors.
@@ -264,13 +265,14 @@ class Recalls:
         """Return a recall that waits though nothing runs that would let it go on (rule 3)."""
         if self._moves.running:
             return None
-        return next((recall for recall in self._waiting or self._prefetches if not recall.moves and not recall.shelf.users), None)
+        waiting = sorted(self._waiting or self._prefetches, key=lambda recall: recall.background)
+        return next((recall for recall in waiting if not recall.moves and not recall.shelf.users), None)
 
     def _ask_all(self, now: float) -> None:
-        for recall in list(self._waiting):
+        for recall in [recall for recall in self._waiting if not recall.background]:
             self._ask(recall, False, now)
-        if all(self._all_asked(recall) for recall in self._waiting):
-            for recall in list(self._prefetches):
+        if all(self._all_asked(recall) for recall in self._waiting if not recall.background):
+            for recall in [*(recall for recall in self._waiting if recall.background), *self._prefetches]:
                 self._ask(recall, True, now)
 
     @staticmethod
@@ -354,8 +356,8 @@ class Recalls:
     # --- what others ask --------------------------------------------------------------------------------------------------
 
     def waiting(self, shelf: Shelf) -> tuple[int, int]:
-        """Return how many reads of a model wait for blocks from cmx, and for how many blocks."""
-        waiting = [recall for recall in self._waiting if recall.shelf is shelf]
+        """Return how many reads of a model that requests wait for wait for blocks from cmx, and for how many blocks."""
+        waiting = [recall for recall in self._waiting if recall.shelf is shelf and not recall.background]
         return len(waiting), sum(recall.end - recall.depth for recall in waiting)
 
     def held(self) -> tuple[list[tuple[Shelf, Claim]], list[tuple[Shelf, BlockId]]]:

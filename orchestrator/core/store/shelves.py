@@ -108,6 +108,11 @@ class Recall:
         self.final = False
 
     @property
+    def background(self) -> bool:
+        """Whether no request waits for it."""
+        return self.read is None or self.read.background
+
+    @property
     def depth(self) -> int:
         """Blocks of the chain that are in the arena."""
         return self.claim.depth

@@ -268,7 +268,7 @@ def test_what_is_to_be_retained_is_expected_where_it_is_or_forgotten_first(make_
     assert ask(cluster, hint(Verb.RETAIN, "xy", action="3", priority=100))[0].reason is Reason.NOT_RESIDENT
 
 
-@pytest.mark.parametrize("verb", [Verb.PREFETCH, Verb.DEMOTE, Verb.SHARE])
+@pytest.mark.parametrize("verb", [Verb.DEMOTE, Verb.SHARE])
 def test_what_nobody_could_do_is_said_to_be_so(make_cluster: MakeCluster, verb: Verb) -> None:
     receipt, others = ask(make_cluster("a0"), hint(verb))
     assert (receipt.outcome, receipt.reason, others) == (Outcome.UNSUPPORTED, Reason.NO_HOLDER, [])

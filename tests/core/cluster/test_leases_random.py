@@ -13,14 +13,46 @@ import pytest
 
 from orchestrator.core.cluster.cluster import Cluster
 from orchestrator.core.cluster.leases import REFIT_S, TTL_S, TTL_S_MIN
-from orchestrator.core.commands import AnswerHint, ClearTimer, ClusterCommand, EndLease, EvictBlocks, PlaceLease, SetTimer
+from orchestrator.core.commands import (
+    AnswerHint,
+    CancelPrefetch,
+    ClearTimer,
+    ClusterCommand,
+    EndLease,
+    EvictBlocks,
+    PlaceLease,
+    PrefetchBlocks,
+    SetTimer,
+)
 from orchestrator.core.config import ClusterConfig, LeasesConfig, TenantConfig
-from orchestrator.core.events import ClusterEvent, HintAsked, LeaseEnded, LeasesTold, NodeJoined, NodeLost, TimerFired
+from orchestrator.core.events import (
+    ClusterEvent,
+    HintAsked,
+    LeaseEnded,
+    LeasesTold,
+    NodeJoined,
+    NodeLost,
+    PrefetchEnded,
+    TimerFired,
+)
 from orchestrator.core.hints import Hint, Outcome, Reason, Receipt, Verb
 from orchestrator.core.timers import ClusterTimer
-from orchestrator.core.types import GatewayId, KvBatch, Lease, LeaseId, ModelName, NodeId, SessionId, TenantId
+from orchestrator.core.types import (
+    GatewayId,
+    KvBatch,
+    Lease,
+    LeaseId,
+    ModelName,
+    NodeId,
+    Prefetch,
+    PrefetchEnd,
+    PrefetchId,
+    SessionId,
+    TenantId,
+    Tier,
+)
 from tests.builders import prompt_hashes
-from tests.core.cluster.cluster_builders import cluster_config, reported, spec_of, stored
+from tests.core.cluster.cluster_builders import cluster_config, join_store, reported, spec_of, stored
 
 BLOCK_BYTES = 64
 BLOCKS = 40
@@ -158,6 +190,11 @@ class World:
         self.batches: dict[NodeId, int] = {}
         self.answers: list[Receipt] = []
         self.done: list[tuple[int, Hint, Receipt]] = []
+        #: What nodes were asked to bring and are not done with, by gateway; and for whom, once that was told.
+        self.prefetches: list[dict[PrefetchId, tuple[NodeId, Prefetch]]] = [{}, {}]
+        self.wanted: list[dict[PrefetchId, tuple[str, SessionId | None]]] = [{}, {}]
+        for number in range(2):
+            join_store(self.clusters[number], "s0", *PROMPTS[:3])
         for name in ("a0", "a1"):
             self.join(NodeId(name), {})
 
@@ -182,6 +219,12 @@ class World:
             case EvictBlocks(_, hashes, first_block, _, nodes):
                 assert set(nodes) <= set(self.nodes), f"{nodes} are told, there are {list(self.nodes)}"
                 assert first_block < len(hashes)
+            case PrefetchBlocks(node, prefetch):
+                assert node in self.nodes, f"{node} is asked to bring something, there are {list(self.nodes)}"
+                self.prefetches[gateway][prefetch.id] = node, prefetch
+            case CancelPrefetch(node, prefetch):
+                assert self.prefetches[gateway][prefetch][0] == node
+                self.end_prefetch(gateway, prefetch, PrefetchEnd.CANCELLED)
             case SetTimer(key, at):
                 self.timers[gateway][key] = at
             case ClearTimer(key):
@@ -209,8 +252,8 @@ class World:
         holder.kept = dict(kept)
         self.plain.nodes = len(self.nodes)
         for number in range(2):
-            self.tell(number, NodeJoined(spec_of(node, blocks=BLOCKS, incarnation=self.incarnation)))
-            self.tell(number, reported(node, KvBatch(0, cleared=True)))
+            self.tell(number, NodeJoined(spec_of(node, blocks=BLOCKS, incarnation=self.incarnation, stores=True, host="h0")))
+            self.tell(number, reported(node, KvBatch(0, cleared=True), prefetch_room_blocks=self.random.choice((0, 3, 20))))
             self.tell(number, LeasesTold(node, holder.told(self.now)))
         self.batches[node] = 0
 
@@ -219,7 +262,16 @@ class World:
         self.plain.nodes = len(self.nodes)
         for number in range(2):
             self.tell(number, NodeLost(node, "killed"))
+            self.prefetches[number] = {name: one for name, one in self.prefetches[number].items() if one[0] != node}
         return lost
+
+    def end_prefetch(self, gateway: int, prefetch: PrefetchId, reason: PrefetchEnd) -> None:
+        """A node is done with a prefetch, as all of it, none of it, or something in between has come."""
+        node, asked = self.prefetches[gateway].pop(prefetch)
+        first = self.random.randint(0, len(asked.hashes))
+        ended = PrefetchEnded(prefetch, reason, first, self.random.randint(first, len(asked.hashes)))
+        room = self.random.choice((0, 3, 20))
+        self.tell(gateway, replace(reported(node, prefetch_room_blocks=room), prefetches=(ended,)))
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
@@ -276,9 +328,11 @@ class World:
     def step_end_session(self) -> None:
         tenant, gateway = self.who()
         session = SessionId(self.random.choice(SESSIONS))
+        brought = [name for name in self.prefetches[gateway] if self.wanted[gateway][name] == (tenant, session)]
         receipt = self.ask(gateway, self.hint(Verb.END_SESSION, tenant, session=session))
         ending = [name for name, one in self.plain.leases.items() if (one.tenant, one.session) == (tenant, session)]
-        assert (receipt.outcome is Outcome.APPLIED) == bool(ending)
+        assert (receipt.outcome is Outcome.APPLIED) == bool(ending or brought)
+        assert not set(brought) & set(self.prefetches[gateway])
         for name in ending:
             self.plain.end(name, self.now)
 
@@ -287,6 +341,28 @@ class World:
         tenant, gateway = self.who()
         hashes = prompt_hashes(self.random.choice(PROMPTS[:-1]))
         self.ask(gateway, self.hint(Verb.EVICT, tenant, hashes=hashes))
+
+    def step_prefetch(self) -> None:
+        """Have something brought into hbm, within the quota; no lease becomes another by it."""
+        tenant, gateway = self.who()
+        hashes = prompt_hashes(self.random.choice(PROMPTS[:-1]))
+        session = SessionId(self.random.choice(SESSIONS)) if self.random.random() < 0.5 else None
+        ttl_s = self.random.choice((0.0, 1.0, 50.0, 5000.0))
+        hint = self.hint(Verb.PREFETCH, tenant, hashes=hashes, session=session, tier=Tier.HBM, ttl_s=ttl_s)
+        receipt = self.ask(gateway, hint)
+        if receipt.prefetch is not None:
+            _, asked = self.prefetches[gateway][receipt.prefetch]
+            assert asked.hashes == hashes[: receipt.blocks]
+            assert receipt.ttl_s == asked.keep_s
+            self.wanted[gateway][receipt.prefetch] = tenant, session
+            brought = self.clusters[gateway].hints._prefetches.size_bytes(TenantId(tenant), self.now)
+            assert 0 < brought < (self.plain.room(tenant, None) + 1) * BLOCK_BYTES, (receipt, brought)
+
+    def step_prefetch_ended(self) -> None:
+        gateway = self.random.randrange(2)
+        if self.prefetches[gateway]:
+            prefetch = self.random.choice(list(self.prefetches[gateway]))
+            self.end_prefetch(gateway, prefetch, self.random.choice(list(PrefetchEnd)))
 
     def step_again(self) -> None:
         """Send something again: nothing may come of it."""
@@ -303,7 +379,7 @@ class World:
             batch = replace(batch, sequence=self.batches[node] + 1)
         self.batches[node] = batch.sequence
         for number in range(2):
-            self.tell(number, reported(node, batch))
+            self.tell(number, reported(node, batch, prefetch_room_blocks=self.random.choice((0, 3, 20))))
 
     def step_restart(self) -> None:
         """A node is lost and comes back at once, with nothing, or as it was: it was only unreachable."""
@@ -316,9 +392,11 @@ class World:
         """The second gateway dies and another takes its place: what it knew of leases it has again from nodes."""
         self.clusters[1] = Cluster(GatewayId(1), CONFIG)
         self.timers[1] = {}
+        self.prefetches[1], self.wanted[1] = {}, {}
+        join_store(self.clusters[1], "s0", *PROMPTS[:3])
         self.done = [one for one in self.done if one[0] == 0]
         for node, holder in self.nodes.items():
-            self.tell(1, NodeJoined(spec_of(node, blocks=BLOCKS, incarnation=holder.incarnation)))
+            self.tell(1, NodeJoined(spec_of(node, blocks=BLOCKS, incarnation=holder.incarnation, stores=True, host="h0")))
             self.tell(1, reported(node, KvBatch(self.batches[node], cleared=True)))
             self.tell(1, LeasesTold(node, holder.told(self.now)))
 
@@ -353,6 +431,8 @@ def run(seed: int, steps: int, broken: Callable[[World], None] | None = None) ->
         + [world.step_unpin] * 3
         + [world.step_wait] * 3
         + [world.step_turn] * 2
+        + [world.step_prefetch] * 2
+        + [world.step_prefetch_ended]
         + [world.step_end_session, world.step_evict, world.step_again, world.step_restart, world.step_gateway]
     )
     for number in range(steps):

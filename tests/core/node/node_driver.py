@@ -19,6 +19,7 @@ from orchestrator.core.commands import (
     PublishKv,
     ReportEnded,
     ReportFirstToken,
+    ReportPrefetchEnded,
     RunStep,
     SendBlocks,
     SetTimer,
@@ -39,6 +40,7 @@ from orchestrator.core.events import (
     FirstToken,
     NodeEvent,
     OfferEnded,
+    PrefetchEnded,
     SliceResult,
     StepFailed,
     StepFinished,
@@ -251,6 +253,7 @@ class NodeDriver:
         self.now = 0.0
         self.events = 0
         self.ended: list[tuple[NodeId, Ended]] = []
+        self.prefetches_ended: list[tuple[NodeId, PrefetchEnded]] = []
         self.first_tokens: list[tuple[NodeId, FirstToken]] = []
         self.beliefs = {node: Belief() for node in nodes}
         #: Seconds from a frame's sending to its arrival.
@@ -372,6 +375,8 @@ class NodeDriver:
                 self.first_tokens.append((node, command.report))
             case ReportEnded():
                 self.ended.append((node, command.report))
+            case ReportPrefetchEnded():
+                self.prefetches_ended.append((node, command.report))
             case PublishKv():
                 for batch in command.batches:
                     self.beliefs[node].apply(batch)

@@ -155,7 +155,7 @@ def test_a_request_is_prefilled_decoded_and_reported(make_node: MakeNode) -> Non
     ]
     # The second token is the last: blocks are given back before the end is reported.
     assert feed(node, finished(2, token(1))) == [Forget(R1), ended(1, FinishReason.LENGTH, output=2, computed=9)]
-    assert node.load() == Load(blocks_free=14, blocks_cached=2)
+    assert node.load() == Load(blocks_free=14, blocks_cached=2, prefetch_room_blocks=4)
 
 
 def test_a_request_that_comes_with_what_it_generated_goes_on_after_it(make_node: MakeNode) -> None:
@@ -287,7 +287,7 @@ def test_a_prefill_computes_all_but_the_last_token_and_is_held_for_a_while(make_
     ]
     assert node.load().blocks_used == 2
     assert feed(node, TimerFired(HoldTimer(RequestId(1))), now=35.0) == []
-    assert node.load() == Load(blocks_free=14, blocks_cached=2)
+    assert node.load() == Load(blocks_free=14, blocks_cached=2, prefetch_room_blocks=4)
 
 
 def test_a_prefill_that_is_cached_completely_needs_no_step_and_makes_room_for_the_next(make_node: MakeNode) -> None:
@@ -311,7 +311,7 @@ def test_an_export_follows_a_prefill_and_sends_the_unfilled_block_last(make_node
     # Sent and closed: the prompt is not held any longer.
     assert feed(node, BlocksSent(E1, blocks(0)), BlocksSent(E1, blocks(1))) == []
     assert feed(node, ExportClosed(E1)) == [ClearTimer(HoldTimer(RequestId(1)))]
-    assert node.load() == Load(blocks_free=15, blocks_cached=1)
+    assert node.load() == Load(blocks_free=15, blocks_cached=1, prefetch_room_blocks=4)
 
 
 def test_an_export_closed_before_it_was_sent_leaves_the_prompt_held_for_another(make_node: MakeNode) -> None:
@@ -478,7 +478,7 @@ def test_a_cancel_during_a_step_waits_for_its_end_and_drops_its_result(make_node
     assert feed(node, Cancelled(R1), Cancelled(R1)) == []
     assert node.load().blocks_used == 3
     assert feed(node, finished(1, token(1))) == [Forget(R1), ended(1, FinishReason.CANCELLED)]
-    assert node.load() == Load(blocks_free=16)
+    assert node.load() == Load(blocks_free=16, prefetch_room_blocks=4)
 
 
 def test_a_cancel_during_a_fetch_stops_it_and_waits_for_its_end(make_node: MakeNode) -> None:
@@ -673,7 +673,8 @@ def test_the_load_counts_what_is_there_now(make_node: MakeNode) -> None:
     feed(node, Assigned(assignment(1, "", tail=2)), finished(1, token(1)), Assigned(assignment(2, "ab", tail=1)))
     feed(node, Assigned(assignment(3, "xy", tail=1)))
     # One decodes two tokens of context, one is being prefilled, one waits; nothing of the nine tokens each is computed yet.
-    assert node.load() == Load(running=2, waiting=1, queued_tokens=18, context_tokens=2, blocks_free=12, blocks_used=4)
+    load = Load(running=2, waiting=1, queued_tokens=18, context_tokens=2, blocks_free=12, blocks_used=4, prefetch_room_blocks=4)
+    assert node.load() == load
 
 
 def test_tokens_that_a_source_will_bring_are_not_queued_work(make_node: MakeNode) -> None:

@@ -14,10 +14,12 @@ from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import (
     BlocksRetained,
     BlocksRetired,
+    BlocksWanted,
     Cancelled,
     GatewayLost,
     LeaseEnded,
     LeasePlaced,
+    PrefetchCancelled,
     ResyncRequested,
     SourceLost,
 )
@@ -30,11 +32,15 @@ from orchestrator.core.types import (
     GatewayId,
     LeaseId,
     NodeId,
+    Prefetch,
+    PrefetchEnd,
+    PrefetchId,
     RequestId,
     Role,
     TenantId,
     Tier,
     gateway_of,
+    prefetch_id,
     request_id,
 )
 from tests.builders import BLOCK_TOKENS, lease, node_spec
@@ -71,6 +77,7 @@ class Scenario:
         self.random = Random(seed)
         self.prompts: dict[RequestId, list[int]] = {}
         self.assigned: list[tuple[NodeId, RequestId]] = []
+        self.wanted: list[tuple[NodeId, PrefetchId]] = []
         caching = self.random.random() < 0.9
         config = SchedulerConfig(
             step_tokens_max=24,
@@ -81,6 +88,7 @@ class Scenario:
             fetch_silent_s_max=0.4,
             resync_batches_max=8,
             prefix_caching=caching,
+            prefetched_share_max=self.random.choice((0.25, 0.5, 1.0)),
         )
         specs = [
             node_spec(
@@ -130,6 +138,8 @@ class Scenario:
                 part = Assignment(request, Role.GENERATE, len(tokens), hashes, output, OTHER, source_tokens, False, priority)
                 self.assign(DECODE, part)
         self.disturb(request)
+        if random.random() < 0.4:
+            self.driver.later(random.uniform(0.0, 2.0), lambda: self.prefetch(random.choice((DECODE, OTHER)), request))
 
     def assign(self, node: NodeId, part: Assignment) -> None:
         if part.request % 4 == 3:  # it has generated its last tokens elsewhere, and goes on
@@ -181,6 +191,22 @@ class Scenario:
             outlook = Outlook(ContextId(self.random.randrange(8)), (self.random.uniform(0.1, 4.0),), (self.random.random(),))
             retained = BlocksRetained(block_hashes(self.prompts[request], BLOCK_TOKENS), outlook)
             driver.later(delay_s, lambda: driver.tell(node, retained))
+
+    def prefetch(self, node: NodeId, request: RequestId) -> None:
+        """Have some first blocks of a request's prompt brought, from anywhere, and perhaps give that up again."""
+        random = self.random
+        hashes = block_hashes(self.prompts[request], BLOCK_TOKENS)
+        hashes = hashes[: random.randint(1, len(hashes))] if hashes else ()
+        if not hashes:
+            return
+        identity = prefetch_id(gateway_of(request), len(self.wanted))
+        held, had = random.randint(0, len(hashes)), random.randint(0, len(hashes))
+        source = random.choice((None, PREFILL, OTHER))
+        prefetch = Prefetch(identity, hashes, random.uniform(0.05, 3.0), held, source, had)
+        self.wanted.append((node, identity))
+        self.driver.tell(node, BlocksWanted(prefetch))
+        if random.random() < 0.3:
+            self.driver.later(random.uniform(0.0, 0.5), lambda: self.driver.tell(node, PrefetchCancelled(identity)))
 
     def lease(self, node: NodeId, request: RequestId) -> None:
         """Lease some first blocks of a request's prompt, anew or in the place of what the lease was on."""
@@ -243,6 +269,18 @@ def test_random_load_loads_from_the_store_and_stops_offers_for_room() -> None:
     assert stopped > 0
 
 
+def test_random_load_uses_what_was_brought_before_it_was_asked_for() -> None:
+    reasons: set[PrefetchEnd] = set()
+    used = 0
+    for seed in range(12):
+        scenario = Scenario(seed, requests=40)
+        scenario.driver.run()
+        reasons.update(report.reason for _, report in scenario.driver.prefetches_ended)
+        used += sum(node.load().prefetch_used for node in scenario.driver.nodes.values())
+    assert reasons == set(PrefetchEnd)
+    assert used > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 160))
 def test_random_load_for_longer(seed: int) -> None:
@@ -280,13 +318,15 @@ def check_scenario(seed: int, requests: int) -> None:
     scenario.driver.run()
     ended = sorted((node, report.request) for node, report in scenario.driver.ended)
     assert ended == sorted(scenario.assigned), f"seed {seed}"
+    told = sorted((node, report.prefetch) for node, report in scenario.driver.prefetches_ended)
+    assert told == sorted(scenario.wanted), f"seed {seed}"
     for name, node in scenario.driver.nodes.items():
         load = node.load()
         assert (load.running, load.waiting, load.queued_tokens, load.context_tokens, load.blocks_used) == (0, 0, 0, 0, 0), name
         assert load.blocks_free + load.blocks_cached == node.spec.blocks
         scenario.check_belief(name)
         assert scenario.driver.engines[name].outputs == {}, "the engine was not told to forget"
-        assert load.blocks_leased == 0
+        assert (load.blocks_leased, load.blocks_prefetched) == (0, 0)
     assert not scenario.driver.offers
     assert not scenario.driver.loads
     for _, report in scenario.driver.ended:

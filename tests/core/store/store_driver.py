@@ -179,13 +179,19 @@ class StoreDriver:
         return offer
 
     def read(
-        self, node: NodeId, model: ModelName, chain: tuple[BlockHash, ...], first: int = 0, blocks: int | None = None
+        self,
+        node: NodeId,
+        model: ModelName,
+        chain: tuple[BlockHash, ...],
+        first: int = 0,
+        blocks: int | None = None,
+        background: bool = False,
     ) -> ExportId:
         """Read the blocks of a chain."""
         read = ExportId(next(self._identities))
         self.learn(chain, model)
         end = len(chain) if blocks is None else blocks
-        opened = ReadOpened(read, node, model, chain, first, end * self.models[model].block_tokens)
+        opened = ReadOpened(read, node, model, chain, first, end * self.models[model].block_tokens, background)
         self.reads[read] = Reading(opened, first)
         self.tell(opened)
         return read

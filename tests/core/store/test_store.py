@@ -1,6 +1,7 @@
 """A store's rules as literals: what is told, what is asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -351,6 +352,25 @@ def test_a_prompt_that_waits_goes_before_advice_and_bytes_under_way_are_bounded(
     assert moves(store.handle(CmxRead(MoveId(3)), 0.3)) == []
     assert len(moves(store.handle(CmxRead(MoveId(4)), 0.4))) == 1
     assert store.load(MODEL).counts.prefetched == 2
+
+
+def test_a_read_in_the_background_goes_behind_one_that_a_request_waits_for(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(moves_bytes_max=4 * 64), cmx=True)
+    in_cmx(store, "abcdef")
+    in_cmx(store, "uvwxyz")
+    b, d, f = prompt_hashes("abcdef")[1::2]
+    v, x, z = prompt_hashes("uvwxyz")[1::2]
+    early = replace(opened("abcdef"), background=True)
+    # It has half of the bytes at most.
+    assert moves(store.handle(early, 0.0)) == [ReadCmx(MoveId(1), MODEL, b, slots(0, 1))]
+    assert moves(store.handle(opened("uvwxyz", number=2), 0.0)) == [ReadCmx(MoveId(2), MODEL, v, slots(2, 3))]
+    assert (store.load(MODEL).reads_waiting, store.load(MODEL).waiting_bytes) == (1, 6 * 64)
+    assert moves(store.handle(CmxRead(MoveId(1)), 0.1)) == [ReadCmx(MoveId(3), MODEL, x, slots(4, 5))]
+    assert moves(store.handle(CmxRead(MoveId(2)), 0.2)) == [ReadCmx(MoveId(4), MODEL, z, slots(6, 7))]
+    # Whatever the other wants is on its way, and half of the bytes are free.
+    assert moves(store.handle(CmxRead(MoveId(3)), 0.3)) == []
+    assert moves(store.handle(CmxRead(MoveId(4)), 0.4)) == [ReadCmx(MoveId(5), MODEL, d, slots(8, 9))]
+    assert moves(store.handle(CmxRead(MoveId(5)), 0.5)) == [ReadCmx(MoveId(6), MODEL, f, slots(10, 11))]
 
 
 def test_what_was_brought_on_advice_is_read_or_wasted(make_store: MakeStore) -> None:

@@ -89,7 +89,7 @@ class Scenario:
 
     def read(self, node: NodeId, model: ModelName, chain: tuple[BlockHash, ...]) -> None:
         first = self.random.choice((0, 0, self.random.randrange(len(chain))))
-        read = self.driver.read(node, model, chain, first, self.random.randint(0, len(chain)))
+        read = self.driver.read(node, model, chain, first, self.random.randint(0, len(chain)), self.random.random() < 0.3)
         if self.random.random() < 0.2:
             self.driver.later(self.random.uniform(0, 0.1), lambda: self.driver.close(read))
 
