@@ -110,7 +110,7 @@ def properties_of(tool: Tool) -> list[Property] | None:
             refuse(tool, f".{key}", "cannot be kept to in this model's style of calls")
     properties, named = cast("Mapping[str, Any]", listed), schema.get("required")
     required = cast("list[Any]", named) if isinstance(named, list) else []
-    if (named is not None and not isinstance(named, list)) or any(name not in properties for name in required):
+    if (named is not None and not isinstance(named, list)) or any(str(name) not in properties for name in required):
         refuse(tool, ".required", "must be a list of properties, in this model's style of calls")
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     found: list[Property] = []

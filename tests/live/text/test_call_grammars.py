@@ -186,6 +186,7 @@ APART = (ToolStyle.QWEN3_CODER, ToolStyle.PYTHONIC)
         ({"patternProperties": {"^a": {"type": "null"}}}, ".patternProperties"),
         ({"required": ["elsewhere"]}, ".required"),
         ({"required": True}, ".required"),
+        ({"required": [["a"]]}, ".required"),
         ({"properties": {"a": False}}, ".properties.a"),
         ({"anyOf": [{"required": ["a"]}]}, ""),
     ],
