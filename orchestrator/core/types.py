@@ -187,14 +187,13 @@ class ThoughtsLimit:
     """How many of an output's tokens may be thoughts, and which tokens tell where those begin and end."""
 
     tokens_max: int
-    #: Comes after so many tokens of thoughts, unless it has come before.
+    #: Ends thoughts; comes after so many tokens of them, unless it has come before.
     end: int
-    #: Comes among an output's first tokens (`THOUGHTS_WITHIN`) if it has thoughts; None: the output begins with them.
-    begin: int | None = None
-
-
-#: Tokens within which an output's thoughts begin: some models write white space before.
-THOUGHTS_WITHIN = 4
+    #: Begin thoughts, one after the other, if there are any; empty: the output begins with them.
+    begin: tuple[int, ...] = ()
+    #: They may begin again, and where they must not, this comes in the place of the second that begins them (there are two at
+    #: least); None: they begin once, with the output.
+    instead: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

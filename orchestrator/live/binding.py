@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from orchestrator.live.asked import Asked, Conversation
-from orchestrator.live.text.call_grammars import Calls, Tool, calls_of
+from orchestrator.live.text.arguments import Tool
+from orchestrator.live.text.call_grammars import Calls, calls_of
 from orchestrator.live.text.conversations import tool_parameters
 from orchestrator.live.text.grammars import Grammar, Part, Thoughts, Unkeepable, answer_part, whole
 from orchestrator.live.text.models import ModelText

@@ -413,13 +413,10 @@ def _thoughts_limit(thinking: Thinking, opened: bool, model: ModelText) -> Thoug
     """Return how long an answer may think. Raises `Invalid` if that must be kept and the model has no token for its end."""
     if thinking.budget_tokens is None:
         return None
-    marks = model.thought_tokens
-    if marks is None:
-        problem = "this model's thoughts are not between tokens of their own, so that they cannot be limited"
-        require(not thinking.budget_field, thinking.budget_field, problem)
-        return None
-    begin, end = marks
-    return ThoughtsLimit(thinking.budget_tokens, end, None if opened else begin)
+    limit = model.limit_of_thoughts(thinking.budget_tokens, opened)
+    problem = "this model's thoughts are not between tokens of their own, so that they cannot be limited"
+    require(limit is not None or not thinking.budget_field, thinking.budget_field, problem)
+    return limit
 
 
 def _no_parser() -> None:

@@ -160,7 +160,8 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
     if sampling.logit_bias:
         message.logit_bias.update(sampling.logit_bias)
     if (limit := sampling.thoughts) is not None:
-        message.thoughts.CopyFrom(node_pb2.ThoughtsLimit(tokens_max=limit.tokens_max, end=limit.end, begin=limit.begin))
+        thoughts = node_pb2.ThoughtsLimit(tokens_max=limit.tokens_max, end=limit.end, begin=limit.begin, instead=limit.instead)
+        message.thoughts.CopyFrom(thoughts)
     return message
 
 
@@ -189,7 +190,10 @@ def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
 
 
 def _thoughts_from(limit: node_pb2.ThoughtsLimit) -> ThoughtsLimit:
-    return ThoughtsLimit(limit.tokens_max, limit.end, limit.begin if limit.HasField("begin") else None)
+    if limit.HasField("instead") and len(limit.begin) < 2:
+        raise MalformedMessage(f"thoughts that begin again, with {len(limit.begin)} tokens")
+    instead = limit.instead if limit.HasField("instead") else None
+    return ThoughtsLimit(limit.tokens_max, limit.end, tuple(limit.begin), instead)
 
 
 def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:

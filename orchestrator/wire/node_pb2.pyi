@@ -236,14 +236,16 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., grammar: _Optional[str] = ..., repetition_penalty: _Optional[float] = ..., output_tokens_min: _Optional[int] = ..., forbidden_runs: _Optional[_Iterable[_Union[TokenRun, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ..., adapter: _Optional[str] = ..., thoughts: _Optional[_Union[ThoughtsLimit, _Mapping]] = ...) -> None: ...
 
 class ThoughtsLimit(_message.Message):
-    __slots__ = ("tokens_max", "end", "begin")
+    __slots__ = ("tokens_max", "end", "begin", "instead")
     TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
+    INSTEAD_FIELD_NUMBER: _ClassVar[int]
     tokens_max: int
     end: int
-    begin: int
-    def __init__(self, tokens_max: _Optional[int] = ..., end: _Optional[int] = ..., begin: _Optional[int] = ...) -> None: ...
+    begin: _containers.RepeatedScalarFieldContainer[int]
+    instead: int
+    def __init__(self, tokens_max: _Optional[int] = ..., end: _Optional[int] = ..., begin: _Optional[_Iterable[int]] = ..., instead: _Optional[int] = ...) -> None: ...
 
 class TokenRun(_message.Message):
     __slots__ = ("tokens",)

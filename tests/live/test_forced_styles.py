@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from orchestrator.core.config import ModelConfig
 from orchestrator.live.text.expressions import expression_of
-from orchestrator.live.text.reasoning import CHANNEL_END
+from orchestrator.live.text.reasoning import CHANNEL_END, FINAL, THOUGHTS
 from orchestrator.live.text.styles import ToolStyle
-from tests.live.test_structured import CHOICES, MODEL, SCHEMA, TOOLS, USER, play
+from tests.live.test_structured import CHOICES, MODEL, SCHEMA, TOOLS, USER, play, schema_format
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.vocabulary import build_tokenizer, write_json
 
@@ -33,14 +33,34 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         context_tokens_max=2048, dtype="float32", vocabulary=VOCABULARY,
     )  # fmt: skip
     marks = list(dict.fromkeys(mark for style in STYLES for mark in style.marks))
-    tokenizer = build_tokenizer(VOCABULARY - len(marks))
+    tokenizer = build_tokenizer(VOCABULARY - len(marks) - 2)
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.add_tokens([AddedToken(channel, normalized=False) for channel in (THOUGHTS, FINAL)])
     tokenizer.save(str(directory / "tokenizer.json"))
     ends = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>", "<|call|>", "<|return|>")]
     for name in ("config.json", "generation_config.json"):
         path = directory / name
         write_json(path, json.loads(path.read_text()) | {"eos_token_id": ends, "pad_token_id": ends[1]})
     return directory
+
+
+def test_thoughts_in_a_channel_end_with_their_budget(model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    # It thinks, and would think on.
+    bias = {str(tokenizer.token_to_id(THOUGHTS)): 100, str(tokenizer.token_to_id(CHANNEL_END)): -100}
+
+    async def talk(client: AsyncOpenAI) -> None:
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=USER, response_format=schema_format(SCHEMA), seed=5, max_tokens=700, logit_bias=bias,
+            extra_body={"thinking_token_budget": 17},
+        )  # fmt: skip
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens_details is not None
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 17
+        assert answer.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+    play(model_dir, talk, model=ModelConfig(reasoning_parser="harmony"))
 
 
 #: Of Qwen3-Coder's texts nothing but lists is kept to.

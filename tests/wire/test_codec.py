@@ -88,7 +88,7 @@ def test_assignment_survives(role: Role, source: NodeId | None, generated: int) 
     assert parsed.sampling == sampling
 
 
-@pytest.mark.parametrize("limit", [None, ThoughtsLimit(0, 7), ThoughtsLimit(512, 7, 0)])
+@pytest.mark.parametrize("limit", [None, ThoughtsLimit(0, 7), ThoughtsLimit(512, 7, (0,)), ThoughtsLimit(9, 7, (1, 2, 0), 0)])
 def test_a_limit_of_thoughts_goes_with_how_tokens_are_chosen(limit: ThoughtsLimit | None) -> None:
     sampling = Sampling(thoughts=limit)
     parsed = node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString())

@@ -1,6 +1,7 @@
 """Thoughts that are as long as they may be end, whichever way their tokens come: one by one, drafted, or generated elsewhere."""
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from orchestrator.live.text.checks import keepable
 from orchestrator.live.text.grammars import Thoughts, answer_part, whole
 from tests.workers.test_grammars import END, REPEATING, engine, model_dir, run, tokenizer
 from workers.engines.eager import EagerEngine
+from workers.engines.thoughts import ThoughtsCount
 
 __all__ = ["engine", "model_dir", "tokenizer"]
 
@@ -23,7 +25,8 @@ MOST = 40
 
 
 def thinking(most: int, begin: int | None = None, **more: Any) -> Sampling:
-    return Sampling(stop_token_ids=(END,), logit_bias={CLOSE: -100.0}, thoughts=ThoughtsLimit(most, CLOSE, begin), **more)
+    limit = ThoughtsLimit(most, CLOSE, () if begin is None else (begin,))
+    return Sampling(stop_token_ids=(END,), logit_bias={CLOSE: -100.0}, thoughts=limit, **more)
 
 
 def free(**more: Any) -> Sampling:
@@ -75,6 +78,38 @@ def test_a_form_is_kept_to_after_thoughts_that_had_to_end(engine: EagerEngine, t
     jsonschema.validate(json.loads(tokenizer.decode(output[13:])), REPEATING)
     assert run(engine, [asked], 200, drafts=5) == [output]
     assert run(engine, [asked], 200, [output[:10]]) == [output]
+
+
+#: What begins thoughts in channels: a mark, the channel's name, another mark; and the name of the channel of answers.
+CHANNEL, ANALYSIS, MESSAGE, FINAL = 20, 21, 22, 23
+IN_CHANNELS = ThoughtsLimit(4, CLOSE, (CHANNEL, ANALYSIS, MESSAGE), FINAL)
+BEFORE = [CHANNEL, ANALYSIS, MESSAGE]
+
+
+@pytest.mark.parametrize(
+    ("output", "chosen", "kept"),
+    [
+        ([CHANNEL], ANALYSIS, ANALYSIS),
+        ([*BEFORE, 30, 31, 32], 33, 33),
+        ([*BEFORE, 30, 31, 32, 33], 34, CLOSE),
+        ([*BEFORE, 30, 31, 32, 33, CLOSE], 34, 34),
+        ([*BEFORE, 30, CLOSE, 40, CHANNEL], ANALYSIS, ANALYSIS),
+        ([*BEFORE, 30, CLOSE, 40, *BEFORE, 31, 32, 33], 34, CLOSE),
+        ([*BEFORE, 30, 31, 32, 33, CLOSE, 40, CHANNEL], ANALYSIS, FINAL),
+        ([*BEFORE, 30, 31, 32, 33, CLOSE, 40, CHANNEL], 24, 24),
+        ([*BEFORE, 30, 31, 32, 33, CLOSE, 40], ANALYSIS, ANALYSIS),
+        ([CHANNEL, FINAL, MESSAGE, *range(30, 60)], ANALYSIS, ANALYSIS),
+    ],
+)
+def test_in_channels_all_thoughts_count_and_none_begin_once_there_are_enough(output: list[int], chosen: int, kept: int) -> None:
+    prompt = [7, 8, CHANNEL]
+    tokens = array("I", prompt + output)
+    assert ThoughtsCount(IN_CHANNELS, len(prompt)).kept(chosen, tokens, 0, 0) == kept
+    for drafted in range(len(output)):
+        # As if the last ones were drafts, seen after a step that had them all before it, or none.
+        one = ThoughtsCount(IN_CHANNELS, len(prompt))
+        one.kept(chosen, tokens[: len(tokens) - drafted], 0, 0)
+        assert one.kept(chosen, tokens, drafted, drafted) == kept
 
 
 def test_an_end_that_is_no_token_fails_its_request_alone(model_dir: Path, engine: EagerEngine) -> None:

@@ -70,7 +70,7 @@ def sample(logits: Tensor, sequences: Sequence[TokenSequence], masks: Masks | No
     if all(sequence.plain for sequence in sequences):
         logits = masks.apply(logits) if masks is not None else logits
         best, tokens = (found.tolist() for found in logits.max(-1))
-        _end_thoughts(tokens, sequences)
+        _limit_thoughts(tokens, sequences)
         return _finish_all(sequences, tokens, best)
     raw = logits.float()
     rows = [_Row(sequence, ahead) for sequence in sequences for ahead in range(1 + sequence.drafted)]
@@ -83,18 +83,17 @@ def sample(logits: Tensor, sequences: Sequence[TokenSequence], masks: Masks | No
     if drawn:
         for number, token in zip(drawn, _draw(adjusted[drawn], [rows[number] for number in drawn]), strict=True):
             tokens[number] = token
-    _end_thoughts(tokens, sequences)
+    _limit_thoughts(tokens, sequences)
     return _finish_all(sequences, tokens, best, _logprobs(raw, tokens, [row.sequence for row in rows]))
 
 
-def _end_thoughts(tokens: list[int], sequences: Sequence[TokenSequence]) -> None:
-    """Put what ends thoughts in the place of tokens with which they would be longer than they may be."""
+def _limit_thoughts(tokens: list[int], sequences: Sequence[TokenSequence]) -> None:
+    """Put others in the place of tokens with which thoughts would be longer than they may be."""
     row = 0
     for sequence in sequences:
-        if sequence.sampling.thoughts is not None:
+        if (thoughts := sequence.thoughts) is not None:
             for ahead in range(1 + sequence.drafted):
-                if (end := sequence.thoughts_end(ahead)) is not None:
-                    tokens[row + ahead] = end
+                tokens[row + ahead] = thoughts.kept(tokens[row + ahead], sequence.tokens, sequence.drafted, ahead)
         row += 1 + sequence.drafted
 
 

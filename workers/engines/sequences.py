@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.core.types import THOUGHTS_WITHIN, BlockId, Sampling, ThoughtsLimit
+from orchestrator.core.types import BlockId, Sampling, ThoughtsLimit
 from workers.engines.grammars import Walk
 from workers.engines.lookup import PromptLookup
+from workers.engines.thoughts import ThoughtsCount
 
 
 class TokenSequence:
@@ -18,7 +19,7 @@ class TokenSequence:
 
     __slots__ = (
         "adapter", "barred", "counts", "drafted", "ending", "failure", "lookup", "plain", "prompt_tokens", "sampling", "scored",
-        "seed", "seen", "table", "tokens", "walk",
+        "seed", "seen", "table", "thoughts", "tokens", "walk",
     )  # fmt: skip
 
     def __init__(
@@ -39,6 +40,8 @@ class TokenSequence:
         #: The number of its adapter; None: it has none.
         self.adapter: int | None = None
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        #: Counts its thoughts, if there is a limit of them.
+        self.thoughts = ThoughtsCount(sampling.thoughts, self.prompt_tokens) if sampling.thoughts is not None else None
         #: Tokens that end the sequence.
         self.ending = frozenset(sampling.stop_token_ids)
         penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -89,20 +92,6 @@ class TokenSequence:
         self.drafted = 0
         return drafts
 
-    def thoughts_end(self, ahead: int) -> int | None:
-        """Return the token that ends its thoughts if it must come next, after so many of its drafts; None if any may."""
-        limit = self.sampling.thoughts
-        if limit is None:
-            return None
-        position, begun = len(self.tokens) - self.drafted + ahead, self.prompt_tokens
-        if limit.begin is not None:
-            head = self.tokens[begun : min(position, begun + THOUGHTS_WITHIN)]
-            if limit.begin not in head:
-                return None
-            begun += head.index(limit.begin) + 1
-        due = position == begun + limit.tokens_max and limit.end not in self.tokens[begun:position]
-        return limit.end if due else None
-
     def append(self, token: int) -> None:
         """Take a generated token."""
         self.tokens.append(token)
@@ -121,5 +110,6 @@ def _is_limited(sampling: Sampling) -> bool:
 def _unknown_token(tokens: "array[int]", vocabulary: int, thoughts: ThoughtsLimit | None) -> str | None:
     if not tokens:
         return "the prompt is empty"
-    highest = max(int(np.frombuffer(tokens, dtype=np.uint32).max()), thoughts.end if thoughts is not None else 0)
+    put = (thoughts.end, thoughts.instead or 0) if thoughts is not None else ()
+    highest = max((int(np.frombuffer(tokens, dtype=np.uint32).max()), *put))
     return None if highest < vocabulary else f"token {highest} is not in the model's vocabulary of {vocabulary}"

@@ -18,36 +18,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from orchestrator.live.asked import Constraint, ConstraintKind
-from orchestrator.live.text.expressions import NoExpression, expression_of
-from orchestrator.live.text.functions import FUNCTION_OPEN, is_text
-from orchestrator.live.text.grammars import (
-    CHARS_MAX,
-    Part,
-    Unkeepable,
-    expression_literal,
-    inline_part,
-    literal,
-    mark,
-    schema_part,
+from orchestrator.live.asked import Constraint
+from orchestrator.live.text.arguments import (
+    ELSEWHERE,
+    Property,
+    Tool,
+    arguments_part,
+    input_expression,
+    input_schema,
+    properties_of,
+    refuse,
 )
+from orchestrator.live.text.functions import FUNCTION_OPEN, is_text
+from orchestrator.live.text.grammars import Part, Unkeepable, expression_literal, inline_part, literal, mark, schema_part
 from orchestrator.live.text.pythonic import NAME as PYTHON_NAME
 from orchestrator.live.text.reasoning import CHANNEL_MARKS
 from orchestrator.live.text.styles import ToolStyle
 
 #: Calls in one answer.
 CALLS_MAX = 128
-#: What arguments are without a schema that can be kept to.
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 #: Of a text in a tag that would be read as something else.
 _TAGS = ("<parameter=", "</parameter>", "<function=", "</function>", "<tool_call>", "</tool_call>")
-#: What says elsewhere what an object is.
-_ELSEWHERE = {"$ref", "anyOf", "oneOf", "allOf"}
-#: What else binds an object that is not written as one.
-_UNHEEDED = (
-    "minProperties", "maxProperties", "patternProperties", "propertyNames", "dependentRequired", "dependentSchemas",
-    "dependencies", "enum", "const", "not", "if",
-)  # fmt: skip
 #: Names that are read in calls, where not all are.
 _NAMES = {
     ToolStyle.QWEN3_CODER: r"[^<>{}\"'\s]+",
@@ -60,20 +51,6 @@ _NAMES = {
 #: Values as Python writes them where JSON does not.
 _PYTHON_WORDS = {"boolean": '"True" | "False"', "null": '"None"'}
 _ANY_PYTHON_NAME = "[A-Za-z_][A-Za-z0-9_]{0,63}"
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """What a model may call."""
-
-    name: str
-    #: Of its arguments; None for none.
-    schema: Mapping[str, Any] | None
-    strict: bool
-    #: Where the client wrote the schema.
-    field: str
-    #: What its one argument, `input`, must be to the letter; None: what the schema says.
-    input: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,97 +172,14 @@ def _parts(items: Sequence[_Item]) -> list[Part]:
 def _object_item(number: int, tool: Tool, key: str, before: str = "", after: str = "") -> _Item:
     """Return a call as an object of JSON."""
     head = f'{before}{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{key}": '
-    part = _arguments_part(number, tool)
+    part = arguments_part(number, tool)
     return _Item(f"{literal(head)} @{part.name} {literal('}' + after)}", (), (part,))
 
 
 def _named_item(number: int, tool: Tool, arguments: str, before: str = "", form: str = "{}") -> _Item:
     """Return a call as a name in some form, a mark and an object."""
-    part = _arguments_part(number, tool)
+    part = arguments_part(number, tool)
     return _Item(f"{before} {literal(form.format(tool.name))} {arguments} @{part.name}", (), (part,))
-
-
-def _arguments_part(number: int, tool: Tool) -> Part:
-    if tool.input is not None:
-        schema = {"type": "object", "properties": {"input": _input_schema(tool.input)}, "required": ["input"]}
-        return inline_part(f"tool_{number}", {**schema, "additionalProperties": False}, tool.input.field)
-    return schema_part(f"tool_{number}", _object_schema(tool), tool.field, None if tool.strict else ANY_OBJECT)
-
-
-def _input_schema(form: Constraint) -> Mapping[str, Any]:
-    """Return what an input must be as a schema: an expression, since what is in a text of JSON is written as JSON has it."""
-    return {"type": "string", "pattern": f"^(?:{_expression(form)})$"}
-
-
-def _expression(form: Constraint) -> str:
-    """Return what an input must be as an expression. Raises `Unkeepable`."""
-    if len(form.text) > CHARS_MAX:
-        raise Unkeepable(form.field, f"must be at most {CHARS_MAX} characters, is {len(form.text)}")
-    if form.kind is ConstraintKind.REGEX:
-        return form.text
-    try:
-        return expression_of(form.text)
-    except NoExpression as error:
-        raise Unkeepable(form.field, f"{error}; a grammar of an input must come to one expression") from error
-
-
-def _object_schema(tool: Tool) -> Mapping[str, Any]:
-    """Return the schema of all arguments: those of any call are an object. Raises `Unkeepable`."""
-    if tool.schema is None:
-        return {"type": "object", "additionalProperties": False}
-    named = tool.schema.get("type")
-    if named is not None and "object" not in (cast("list[Any]", named) if isinstance(named, list) else [named]):
-        _refuse(tool, ".type", "must be object, as arguments are")
-        return ANY_OBJECT
-    return tool.schema if tool.schema.keys() & _ELSEWHERE else {**tool.schema, "type": "object"}
-
-
-def _refuse(tool: Tool, where: str, problem: str) -> None:
-    """Refuse what a strict tool asks for; of others it is not kept to."""
-    if tool.strict:
-        raise Unkeepable(tool.field + where, problem)
-
-
-@dataclass(frozen=True, slots=True)
-class _Property:
-    """One of an object's."""
-
-    name: str
-    #: With what it may refer to.
-    schema: Mapping[str, Any]
-    required: bool
-    field: str
-
-    def part(self, name: str, strict: bool) -> Part:
-        """Return its values as JSON; of a tool that is not strict any, where they cannot be kept to."""
-        return schema_part(name, self.schema, self.field, None if strict else {})
-
-
-def _properties(tool: Tool) -> list[_Property] | None:
-    """Return all arguments that a call may have, for styles that write each by itself; None: any.
-
-    Raises:
-        Unkeepable: a strict tool asks for something else.
-    """
-    schema = _object_schema(tool)
-    listed = schema.get("properties", {} if schema.get("additionalProperties") is False else None)
-    if schema.keys() & _ELSEWHERE or not isinstance(listed, Mapping):
-        _refuse(tool, "", "in this model's style of calls only the properties of an object can be kept to")
-        return None
-    for key in _UNHEEDED:
-        if key in schema:
-            _refuse(tool, f".{key}", "cannot be kept to in this model's style of calls")
-    properties, required = cast("Mapping[str, Any]", listed), schema.get("required", ())
-    if any(name not in properties for name in required):
-        _refuse(tool, ".required", "must be properties, in this model's style of calls")
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    found: list[_Property] = []
-    for name, inner in properties.items():
-        own: Mapping[str, Any] = cast("Mapping[str, Any]", inner) if isinstance(inner, Mapping) else {}
-        if inner is False:
-            _refuse(tool, f".properties.{name}", "must not be false: leave it out")
-        found.append(_Property(name, {**shared, **own}, name in required, f"{tool.field}.properties.{name}"))
-    return found
 
 
 # --- functions whose parameters are tags ------------------------------------------------------------------------------
@@ -295,7 +189,7 @@ def _function_item(number: int, tool: Tool) -> _Item:
     """Return a call as tags: parameters in the schema's order, those that are not required or not."""
     if tool.input is not None:
         return _input_function(number, tool, tool.input)
-    properties = _properties(tool)
+    properties = properties_of(tool)
     head, tail = literal(f"\n<function={tool.name}>\n"), literal("</function>\n")
     if properties is None:
         any_parameter = r"any_parameter: /<parameter=[\w.-]{1,64}>\n/ text"
@@ -318,13 +212,13 @@ def _function_item(number: int, tool: Tool) -> _Item:
 def _input_function(number: int, tool: Tool, form: Constraint) -> _Item:
     """Return a call with a text of some form."""
     rule = f"value_{number}"
-    written = f"INPUT_{number}: {expression_literal(_expression(form))} & {_text_without(_TAGS)}"
+    written = f"INPUT_{number}: {expression_literal(input_expression(form))} & {_text_without(_TAGS)}"
     value = f"{rule}[lazy]: INPUT_{number} {literal(_VALUE_END)}"
     head = literal(f"\n<function={tool.name}>\n<parameter=input>\n")
     return _Item(f"{head} {rule} {literal('</function>' + chr(10))}", (value, written), ())
 
 
-def _text_value(tool: Tool, one: _Property) -> str:
+def _text_value(tool: Tool, one: Property) -> str:
     """Return a text and the tag that closes it, as a rule."""
     described = one.schema
     listed: object = described.get("enum", [described["const"]] if "const" in described else None)
@@ -333,7 +227,7 @@ def _text_value(tool: Tool, one: _Property) -> str:
         return f"({' | '.join(literal('null' if one is None else str(one)) for one in values)}) {literal(_VALUE_END)}"
     for key in ("pattern", "format", "minLength", "maxLength"):
         if key in described:
-            _refuse(tool, f".properties.{one.name}.{key}", "cannot be kept to in this model's style of calls")
+            refuse(tool, f".properties.{one.name}.{key}", "cannot be kept to in this model's style of calls")
     return "text"
 
 
@@ -357,9 +251,9 @@ def _python_item(number: int, tool: Tool) -> _Item:
     """Return a call with named arguments, in the schema's order, those that are not required or not."""
     head = literal(f"{tool.name}(")
     if tool.input is not None:
-        part = inline_part(f"value_{number}", _input_schema(tool.input), tool.input.field)
+        part = inline_part(f"value_{number}", input_schema(tool.input), tool.input.field)
         return _Item(f'{head} "input=" @{part.name} ")"', (), (part,))
-    properties = _properties(tool)
+    properties = properties_of(tool)
     if properties is None:
         part = schema_part(f"any_{number}", {}, tool.field)
         argument = f"/{_ANY_PYTHON_NAME}=/ @{part.name}"
@@ -374,9 +268,9 @@ def _python_item(number: int, tool: Tool) -> _Item:
     return _Item(f'{head} first_{number}_0 ")"', (*rules, *_listed(number, _written(tool, properties))), parts)
 
 
-def _written(tool: Tool, properties: Sequence[_Property]) -> list[_Property]:
+def _written(tool: Tool, properties: Sequence[Property]) -> list[Property]:
     """Return those whose names can be written. Raises `Unkeepable` if one that cannot be is required."""
-    found: list[_Property] = []
+    found: list[Property] = []
     for one in properties:
         if re.fullmatch(PYTHON_NAME, one.name):
             found.append(one)
@@ -385,7 +279,7 @@ def _written(tool: Tool, properties: Sequence[_Property]) -> list[_Property]:
     return found
 
 
-def _listed(number: int, properties: Sequence[_Property]) -> list[str]:
+def _listed(number: int, properties: Sequence[Property]) -> list[str]:
     """Return rules for values with commas between them, of which those that are not required may be left out."""
     rules = [f'first_{number}_{len(properties)}: ""', f'more_{number}_{len(properties)}: ""']
     for place, one in enumerate(properties):
@@ -399,7 +293,7 @@ def _python_words(schema: Mapping[str, Any]) -> str:
     """Return all values that a schema allows, as Python has them; empty if they are not few and no others' than Python's."""
     named = schema.get("type")
     kinds = cast("list[Any]", named) if isinstance(named, list) else [named]
-    plain = not schema.keys() & {"enum", "const", "not", "if", *_ELSEWHERE}
+    plain = not schema.keys() & {"enum", "const", "not", "if", *ELSEWHERE}
     words = [_PYTHON_WORDS.get(str(kind), "") for kind in kinds]
     return " | ".join(words) if plain and all(words) else ""
 
@@ -410,7 +304,7 @@ def _python_words(schema: Mapping[str, Any]) -> str:
 def _in_channels(tools: Sequence[Tool], marks: Mapping[str, int]) -> Calls:
     """Return a call as a message to a function; before one that is not forced thoughts may be, and what is said meanwhile."""
     start, channel, message, constrain, *_ = (mark(one, marks) for one in CHANNEL_MARKS)
-    parts = [_arguments_part(*one) for one in enumerate(tools)]
+    parts = [arguments_part(*one) for one in enumerate(tools)]
     rules = [f"item: {' | '.join(f'item_{number}' for number in range(len(tools)))}"]
     for number, (tool, part) in enumerate(zip(tools, parts, strict=True)):
         to = f" to=functions.{tool.name}"

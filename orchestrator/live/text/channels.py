@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection
 from enum import Enum, auto
 
-from orchestrator.live.text.reasoning import CHANNEL_MARKS, Reasoning
+from orchestrator.live.text.reasoning import CHANNEL_MARKS, THOUGHTS, Reasoning
 from orchestrator.live.text.stops import partial_match
 from orchestrator.live.text.tools import AnswerPart, MoreArguments, ToolCall
 from orchestrator.live.text.values import ValueReader
@@ -162,7 +162,7 @@ class ChannelParser:
             return True
         self._kept, self._header = rest, header
         kind, recipient = _KIND.search(header), _RECIPIENT.search(header)
-        thought = kind is not None and kind.group(1) == "analysis"
+        thought = kind is not None and kind.group(1) == THOUGHTS
         if recipient is not None and self._tools is not None and self._called(recipient.group(1)):
             self._at = _At.CALL if self._parallel or not self._calls else _At.PASSED
         elif thought or (recipient is not None and not recipient.group(1).startswith(_FUNCTIONS)):

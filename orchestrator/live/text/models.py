@@ -10,9 +10,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from orchestrator.core.config import ModelConfig
+from orchestrator.core.types import ThoughtsLimit
 from orchestrator.live.refusals import require
 from orchestrator.live.text.detokenise import Vocabulary
-from orchestrator.live.text.reasoning import ReasoningStyle, reasoning_style_of
+from orchestrator.live.text.reasoning import CHANNEL_MARKS, FINAL, THOUGHTS, ReasoningStyle, reasoning_style_of
 from orchestrator.live.text.segments import Segmenter
 from orchestrator.live.text.styles import ToolStyle, style_of
 from orchestrator.live.text.templates import ChatTemplate, load_template
@@ -52,13 +53,22 @@ class ModelText:
         """Its answers are in channels, thoughts and calls among them (`channels.py`)."""
         return self.reasoning_style is ReasoningStyle.HARMONY or self.tool_style is ToolStyle.HARMONY
 
-    @property
-    def thought_tokens(self) -> tuple[int, int] | None:
-        """The tokens that begin and end its thoughts; None if it has no such."""
-        if self.in_channels or not self.reasoning_style.marks:
-            return None
-        begin, end = map(self.tokenizer.token_to_id, self.reasoning_style.marks)
-        return (begin, end) if begin is not None and end is not None else None
+    def limit_of_thoughts(self, tokens_max: int, opened: bool) -> ThoughtsLimit | None:
+        """Return what lets an answer think for so many tokens; None if there are no tokens that mark its thoughts.
+
+        Args:
+            tokens_max: so many.
+            opened: the answer begins with thoughts.
+        """
+        if self.in_channels:
+            _, channel, message, _, end, *_ = CHANNEL_MARKS
+            *begin, end, instead = map(self.tokenizer.token_to_id, (channel, THOUGHTS, message, end, FINAL))
+            known = [token for token in begin if token is not None]
+            if len(known) < len(begin) or end is None or instead is None:
+                return None
+            return ThoughtsLimit(tokens_max, end, tuple(known), instead)
+        begin, end = map(self.tokenizer.token_to_id, self.reasoning_style.marks or ("", ""))
+        return ThoughtsLimit(tokens_max, end, () if opened else (begin,)) if begin is not None and end is not None else None
 
     def spelled(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included. Raises `Invalid` if one is none of the model's."""

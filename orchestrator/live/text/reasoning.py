@@ -22,6 +22,8 @@ _TRIALS_MAX = 8
 #: Of the Harmony format: what begins a message and tells what it is, what ends it.
 CHANNEL, CHANNEL_END = "<|channel|>", "<|end|>"
 CHANNEL_MARKS = ("<|start|>", CHANNEL, "<|message|>", "<|constrain|>", CHANNEL_END, "<|call|>", "<|return|>")
+#: Its channels of thoughts and of answers.
+THOUGHTS, FINAL = "analysis", "final"
 
 
 class ReasoningStyle(StrEnum):

@@ -456,3 +456,9 @@ def test_words_for_thinking_that_mean_nothing_or_two_things_are_refused(fields: 
 def test_thoughts_are_left_out_in_either_form() -> None:
     said = ({}, {"reasoning": {"exclude": True}}, {"include_reasoning": False})
     assert [chat(**fields).report.thoughts for fields in said] == [True, False, False]
+
+
+def test_a_tool_that_takes_a_text_is_refused_and_where_it_is_served_is_told() -> None:
+    error = refusal(chat, tools=[{"type": "custom", "custom": {"name": "apply_patch"}}])
+    assert error.field == "tools[0]"
+    assert "/v1/responses" in str(error)

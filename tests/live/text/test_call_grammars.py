@@ -10,7 +10,8 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from orchestrator.live.asked import Constraint, ConstraintKind
-from orchestrator.live.text.call_grammars import Tool, calls_of
+from orchestrator.live.text.arguments import Tool
+from orchestrator.live.text.call_grammars import calls_of
 from orchestrator.live.text.checks import keepable
 from orchestrator.live.text.grammars import Thoughts, Unkeepable, whole
 from orchestrator.live.text.styles import ToolStyle, make_parser
@@ -184,6 +185,8 @@ APART = (ToolStyle.QWEN3_CODER, ToolStyle.PYTHONIC)
         ({"minProperties": 1}, ".minProperties"),
         ({"patternProperties": {"^a": {"type": "null"}}}, ".patternProperties"),
         ({"required": ["elsewhere"]}, ".required"),
+        ({"required": True}, ".required"),
+        ({"required": [["a"]]}, ".required"),
         ({"properties": {"a": False}}, ".properties.a"),
         ({"anyOf": [{"required": ["a"]}]}, ""),
     ],

@@ -7,7 +7,8 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from orchestrator.live.asked import Constraint, ConstraintKind
-from orchestrator.live.text.call_grammars import Tool, calls_of
+from orchestrator.live.text.arguments import Tool
+from orchestrator.live.text.call_grammars import calls_of
 from orchestrator.live.text.channels import ChannelParser
 from orchestrator.live.text.grammars import Thoughts, answer_part, whole
 from orchestrator.live.text.reasoning import CHANNEL_MARKS, Reasoning

@@ -328,6 +328,7 @@ def _check_tools(request: ChatRequest) -> None:
     """Refuse tools that are none, and a choice among them that is not kept."""
     require(len(request.tools or ()) <= TOOLS_MAX, "tools", f"must be at most {TOOLS_MAX} tools")
     for place, tool in enumerate(request.tools or ()):
+        require(tool.get("type") != "custom", f"tools[{place}]", "custom tools are served in /v1/responses, not here")
         if tool.get("type", "function") != "function":
             continue  # a tool that other servers run themselves; the template decides what to say of it
         function = tool.get("function")
