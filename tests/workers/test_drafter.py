@@ -46,11 +46,13 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 class Text:
     """One request in an engine, step by step."""
 
-    def __init__(self, engine: EagerEngine, number: int, tokens: Sequence[int], sampling: Sampling | None = None) -> None:
+    def __init__(
+        self, engine: EagerEngine, number: int, tokens: Sequence[int], sampling: Sampling | None = None, generated: int = 0
+    ) -> None:
         self._engine = engine
         self.request = RequestId(number)
         self.tokens = list(tokens)
-        engine.add(self.request, array("I", tokens), sampling or Sampling())
+        engine.add(self.request, array("I", tokens), sampling or Sampling(), generated)
         self._table = tuple(BlockId(number * 32 + place) for place in range(32))
         [output] = engine.step([Slice(self.request, 0, len(tokens), 0, self._table, True)])
         self.tokens += output.tokens
@@ -107,6 +109,21 @@ def test_what_is_drafted_depends_on_the_text_alone(model_dir: Path) -> None:
 def some_window(engine: EagerEngine) -> Window:
     assert engine._drafter is not None
     return next(iter(engine._drafter._windows.values()))
+
+
+@pytest.mark.parametrize("generated", [1, 9, 20])
+def test_what_goes_on_elsewhere_is_drafted_for_there(model_dir: Path, generated: int) -> None:
+    # The model drafts for itself: all that it says of a text that came from elsewhere is right.
+    [prompt] = prompts_of(30)
+    plain = Text(EagerEngine(model_dir, CONFIG, 8, 256), 0, prompt)
+    while len(plain.tokens) < 80:
+        plain.step(0)
+    engine = EagerEngine(model_dir, config_of(model_dir), 8, 256)
+    text = Text(engine, 0, plain.tokens[: 30 + generated], generated=generated)
+    done = [text.step(4) for _ in range(6)]
+    assert text.tokens == plain.tokens[: len(text.tokens)]
+    assert done[0] == (0, 0)  # it reads
+    assert done[1:] == [(4, 4)] * 5
 
 
 def test_a_long_text_is_read_in_pieces_before_anything_is_drafted(model_dir: Path) -> None:

@@ -16,7 +16,7 @@ sequence the model has to read what came before; that is paid for out of what it
 The node's profile only says what things cost before anything was measured. How drafts are made is the engine's business.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import log
 
 from orchestrator.core.commands import Slice
@@ -54,6 +54,8 @@ PURSE_TOKENS = 256.0
 READING_SHARE = 0.01
 #: Tokens of output that must be possible still for the model to begin to read.
 READ_FOR_TOKENS = 16
+#: Weight of the newest step in the share of sequences for which nothing is found.
+LEFT_WEIGHT = 0.1
 
 
 class Drafting:
@@ -168,7 +170,10 @@ class DraftKind:
 class DraftModel:
     """What a node knows of its draft model."""
 
-    __slots__ = ("_again_at", "_drafted", "_lost", "_passes", "_retry_after", "_shares", "_steps", "_tries", "purse", "wishes")
+    __slots__ = (
+        "_again_at", "_asked", "_drafted", "_found", "_left", "_lost", "_passes", "_retry_after", "_shares", "_steps", "_tries",
+        "purse", "wishes",
+    )  # fmt: skip
 
     def __init__(self, tokens_max: int) -> None:
         #: What sequences would have drafted by it if passes cost nothing.
@@ -184,11 +189,16 @@ class DraftModel:
         self._lost = 0.0
         #: Tokens that reading may cost now.
         self.purse = PURSE_TOKENS
-        #: Of the step whose results are being noted: passes, and drafted tokens that were right less what rows cost.
+        #: What share of the sequences that would take part is left when something is found for some, lately.
+        self._left = 1.0
+        #: Of the step whose results are being noted: sequences that would have taken part, and those for which something was
+        #: found; passes, and drafted tokens that were right less what rows cost.
+        self._asked = 0
+        self._found = 0
         self._passes = 0
         self._drafted = 0.0
 
-    def passes_for(self, drafts: Iterable[tuple[Drafting, int]], sequences: int, expected: float, generated: int) -> int:
+    def passes_for(self, drafts: Sequence[tuple[Drafting, int]], sequences: int, expected: float, generated: int) -> int:
         """Return how many passes there may be in a step.
 
         Args:
@@ -208,12 +218,17 @@ class DraftModel:
                 gains[place] += chance - self.wishes.price
         cost = sequences * self._shares.setdefault(sequences.bit_length(), _Price(expected)).value
         passes = 0
-        while passes < len(gains) and gains[passes] > cost:
+        while passes < len(gains) and gains[passes] * self._left > cost:
             passes += 1
-        if passes or not gains:
-            return passes
-        self._tries = self._steps >= self._again_at and self._lost + cost <= TRIES_FREE + TRIES_SHARE * generated
-        return int(self._tries)
+        if not passes and gains:
+            self._tries = self._steps >= self._again_at and self._lost + cost <= TRIES_FREE + TRIES_SHARE * generated
+            passes = int(self._tries)
+        self._asked = len(drafts) if passes else 0
+        return passes
+
+    def note_found(self) -> None:
+        """Take in that something was looked up for a sequence."""
+        self._found += 1
 
     def note_drafts(self, drafting: Drafting, output_tokens: int, drafted: int, accepted: int) -> None:
         """Take in what became of a sequence's drafts, which has so many tokens of output since."""
@@ -223,13 +238,15 @@ class DraftModel:
 
     def note_step(self, sequences: int, drafting: float, reading: float) -> None:
         """Take in what the drafting and the reading of a step took, as shares of a step without drafts."""
+        if self._asked:
+            self._left += LEFT_WEIGHT * (max(0.0, 1.0 - self._found / self._asked) - self._left)
         self.purse -= sequences * min(reading, SLOWER_MAX)
         if self._passes:
             place = sequences.bit_length()
             self._shares.setdefault(place, _Price(drafting / self._passes)).note(self._passes, min(drafting, SLOWER_MAX))
             self._note_gain(self._drafted - sequences * min(drafting, SLOWER_MAX))
         self.purse = min(self.purse + READING_SHARE * sequences, PURSE_TOKENS)
-        self._passes, self._drafted = 0, 0.0
+        self._asked, self._found, self._passes, self._drafted = 0, 0, 0, 0.0
 
     def _note_gain(self, gain: float) -> None:
         """Take in how many tokens more or less there are for a step's drafts."""
@@ -316,6 +333,8 @@ class Speculation:
         self.accepted_tokens += accepted
         if result.drafting_s is None:
             self._looked_up.note(drafts.looked_up, output_tokens, drafted, accepted)
+            if self._model is not None:
+                self._model.note_found()
             return
         assert self._model is not None, f"a draft model took {result.drafting_s} s, and there is none"
         assert drafts.modelled is not None, "where there is a draft model each sequence has drafts of it"

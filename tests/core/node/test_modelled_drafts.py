@@ -75,6 +75,17 @@ def test_what_is_looked_up_has_a_chance_of_its_own() -> None:
     assert later > 0.9 * sum(bench.drafted[-100:]) > 100
 
 
+def test_a_pass_is_not_taken_for_the_few_for_which_nothing_is_found() -> None:
+    # Of eight sequences a pass takes a third of a step: for all of them that pays, and for one of them it does not.
+    mostly, never = (ModelBench(chance=0.8, pass_s=0.005, row_s=0.0001) for _ in range(2))
+    mostly.finds, mostly.found_chance = 0.9, 0.8
+    for bench in (mostly, never):
+        bench.start(count=8)
+        bench.run(300)
+    assert sum(never.modelled[-100:]) > 8 * 100
+    assert sum(mostly.modelled[-100:]) < 100
+
+
 def test_what_is_found_keeps_its_precedence_while_it_is_right() -> None:
     bench = ModelBench(chance=0.95)
     bench.finds, bench.found_chance = 1.0, 0.95
