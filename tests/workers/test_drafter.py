@@ -15,13 +15,15 @@ from bench.quoting import cut_checkpoint
 from orchestrator.core.commands import Slice
 from orchestrator.core.config import ConfigError, EngineConfig, SpeculationConfig, SpeculationMethod
 from orchestrator.core.types import BlockId, RequestId, Sampling
-from tests.workers.test_eager import CONFIG, WISHES, outputs_of, tokens_of
+from tests.workers.test_eager import CONFIG as FEW_BLOCKS
+from tests.workers.test_eager import WISHES, outputs_of, tokens_of
 from workers.engines import drafter
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.drafter import IDLE_STEPS, PIECE_TOKENS, UNREAD_MAX, Drafter, Window
 from workers.engines.eager import EagerEngine
 
 VOCABULARY = 500
+CONFIG = replace(FEW_BLOCKS, blocks=160)
 
 
 @pytest.fixture(scope="module", params=["llama", "deepseek_v3"])
@@ -81,7 +83,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(model_dir: Path) -> None
     engine = EagerEngine(model_dir, config_of(model_dir), 8, 256)
     outputs = outputs_of(engine, prompts_of(3, 12, 15), Sampling(), None, 5)
     assert [len(of) for of in outputs] == [8] * 3  # the prompt, six times six tokens, and the last three
-    assert all(len(output.tokens) == 1 + output.drafted for of in outputs for output in of)
+    assert [output for of in outputs for output in of if len(output.tokens) <= output.drafted] == []
 
 
 def test_what_is_drafted_depends_on_the_text_alone(model_dir: Path) -> None:
@@ -135,10 +137,11 @@ def test_a_long_text_is_read_in_pieces_before_anything_is_drafted(model_dir: Pat
         read.append(some_window(engine).computed)
     assert done == (3, done[1])
     assert read[0] == PIECE_TOKENS
-    assert all(after <= 2 * before + PIECE_TOKENS for before, after in pairwise(read))
+    assert [after for before, after in pairwise(read) if after > 2 * before + PIECE_TOKENS] == []
     assert read[-1] >= 400 - UNREAD_MAX
 
 
+@pytest.mark.slow
 def test_a_text_is_seen_through_a_window_that_begins_anew_when_it_is_full(model_dir: Path) -> None:
     # The model drafts for itself: what it cannot see is all that makes it wrong.
     [prompt] = prompts_of(120)
