@@ -256,12 +256,9 @@ def test_a_draft_model_is_for_pools_that_generate() -> None:
     assert problem(pools=pools) == expected
     pools[0]["engine"] = {}
     pools[1]["engine"] = engine
-    assert (
-        ClusterConfig.from_mapping({"pools": pools})
-        .pools[1]
-        .node_spec(NodeId("decode-0"), 1, blocks=1, block_tokens=1, block_bytes=1, context_tokens_max=1)
-        .draft_model
-    )
+    [_, pool] = ClusterConfig.from_mapping({"pools": pools}).pools
+    sizes = {"blocks": 1, "block_tokens": 1, "block_bytes": 1, "context_tokens_max": 1}
+    assert pool.node_spec(NodeId("decode-0"), 1, pool.profile, **sizes).draft_model
 
 
 def test_profiles_may_be_all_zero_and_what_a_point_of_a_curve_lacks_may_be_in_every_step() -> None:
