@@ -1,4 +1,6 @@
-"""Makes a checkpoint that quotes: a Llama whose first two layers find what followed the last two tokens before, and say it again.
+"""Makes checkpoints that quote, and ones that follow: Llamas of any size whose answers are written by hand into a few weights.
+
+A quoting one finds what followed the last two tokens before, and says it again.
 
 Random weights never quote, and small trained models are not at hand; so that drafts are right or wrong for a model's own reasons,
 two layers are written by hand (an induction head, https://arxiv.org/abs/2209.11895) into a random model of any size:
@@ -9,10 +11,15 @@ two layers are written by hand (an induction head, https://arxiv.org/abs/2209.11
 
 It is so sure of what it says that at temperature 1 it leaves its text about once in twenty tokens, and goes on from somewhere
 else: as agents do who quote a file with changes. Greedily it quotes without an error.
+
+A following one says after each token the one that comes next in an order of all tokens, which its embedding knows: nothing comes
+twice, so that nothing can be looked up, but a model of its first layer (`cut_checkpoint`) says the same.
 """
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -40,6 +47,28 @@ SURENESS = 0.33
 
 def create_quoting_checkpoint(directory: Path, seed: int, layers: int, hidden: int, intermediate: int, vocabulary: int) -> None:
     """Write such a checkpoint in float32; `hidden` is at least 256, `layers` at least 2."""
+    tensors, codes = _create(directory, seed, layers, hidden, intermediate, vocabulary)
+    _write_embeddings(tensors, codes, hidden, 4)
+    _write_looking_back(tensors, "model.layers.0.self_attn.", hidden)
+    _write_induction(tensors, "model.layers.1.self_attn.", hidden)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def create_following_checkpoint(
+    directory: Path, seed: int, layers: int, hidden: int, intermediate: int, vocabulary: int, order: int = 0
+) -> None:
+    """Write a checkpoint that follows the order of tokens that is drawn from `order`."""
+    tensors, codes = _create(directory, seed, layers, hidden, intermediate, vocabulary)
+    _write_embeddings(tensors, codes, hidden, 2)
+    circle = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(order))
+    tensors["model.embed_tokens.weight"][circle, ANSWER] = codes[circle.roll(-1)]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _create(
+    directory: Path, seed: int, layers: int, hidden: int, intermediate: int, vocabulary: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Write a random checkpoint; return its tensors, whose layers say nothing that is read, and a code for each token."""
     heads = max(2, hidden // HEAD_DIM)
     create_checkpoint(
         directory, "llama", seed, layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=heads // 2,
@@ -47,16 +76,31 @@ def create_quoting_checkpoint(directory: Path, seed: int, layers: int, hidden: i
     )  # fmt: skip
     config = directory / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": ROPE_THETA}))
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
+    tensors = load_file(directory / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2, (vocabulary, CODE), generator=generator) * 2.0 - 1.0
     for layer in range(layers):
         _silence(tensors, f"model.layers.{layer}.")
-    _write_embeddings(tensors, codes, hidden)
-    _write_looking_back(tensors, "model.layers.0.self_attn.", hidden)
-    _write_induction(tensors, "model.layers.1.self_attn.", hidden)
-    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors, codes
+
+
+def cut_checkpoint(source: Path, directory: Path, layers: int) -> None:
+    """Write a checkpoint of the first layers of another, with its embedding, head and tokenizer: a draft model for that one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, directory / path.name)
+    config = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    tensors = load_file(source / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if not _is_behind(name, layers)}
+    save_file(left, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _is_behind(name: str, layers: int) -> bool:
+    """Return whether a tensor belongs to a layer behind the first ones."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= layers
 
 
 def _silence(tensors: dict[str, Tensor], prefix: str) -> None:
@@ -74,13 +118,14 @@ def _norm(hidden: int, codes: int) -> float:
     return math.sqrt(hidden / (codes * CODE + CONSTANT_VALUE**2))
 
 
-def _write_embeddings(tensors: dict[str, Tensor], codes: Tensor, hidden: int) -> None:
+def _write_embeddings(tensors: dict[str, Tensor], codes: Tensor, hidden: int, parts: int) -> None:
+    """Write each token's code where it is itself, and have the head read the answer, one of so many codes of a row."""
     embedding = tensors["model.embed_tokens.weight"].zero_()
     embedding[:, ITSELF] = codes
     embedding[:, CONSTANT] = CONSTANT_VALUE
     tensors["model.norm.weight"].fill_(1.0)
     head = tensors["lm_head.weight"].zero_()
-    head[:, ANSWER] = codes * SURENESS / _norm(hidden, 4)
+    head[:, ANSWER] = codes * SURENESS / _norm(hidden, parts)
 
 
 def _write_looking_back(tensors: dict[str, Tensor], prefix: str, hidden: int) -> None:

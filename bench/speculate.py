@@ -10,9 +10,16 @@ A node's core and the eager engine, step by step, as a node's driver runs them, 
     does not repeat   sampled, so hot that every token is as likely as any other: nothing is found, so nothing is drafted
     finds by chance   sampled from eight tokens that are equally likely: something is always found, and seldom right
 
+and with a draft model, a following one of one layer, beside a following one of the given size:
+
+    follows           greedy: nothing can be looked up, and the draft model is right
+    follows, changed  sampled: the same, and every twentieth token or so is another one
+    follows another   greedy: the draft model follows another order, and is never right
+
 Runs with and without speculation alternate; a ratio is the median of the rounds', of tokens a second (the best round's are told)
 and of tokens a second of processor time, which is what counts on a busy machine. Seeds are fixed, so that both must bring the
-same tokens: those that differ are counted. Steps with prompts in them are left out.
+same tokens: those that differ are counted. Steps with prompts in them are left out; a draft model reads in those that follow. One
+node serves all rounds, as it lives longer than an answer.
 """
 
 import argparse
@@ -24,16 +31,16 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.quoting import create_quoting_checkpoint
+from bench.quoting import create_following_checkpoint, create_quoting_checkpoint, cut_checkpoint
 from orchestrator.core.commands import RunStep
-from orchestrator.core.config import EngineConfig, SchedulerConfig
+from orchestrator.core.config import EngineConfig, SchedulerConfig, SpeculationConfig, SpeculationMethod
 from orchestrator.core.events import Assigned, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
@@ -63,6 +70,12 @@ TEXTS = {
     "quotes, changed": Sampling(temperature=1.0),
     "does not repeat": Sampling(temperature=1000.0),
     "finds by chance": Sampling(temperature=1000.0, logit_bias=dict.fromkeys(FEW, 100_000.0)),
+}
+#: With a draft model, and the order that it follows: the model's own is 0.
+FOLLOWING = {
+    "follows": (Sampling(), 0),
+    "follows, changed": (Sampling(temperature=1.0), 0),
+    "follows another": (Sampling(), 1),
 }
 
 
@@ -113,21 +126,29 @@ class Row:
 
 
 class Loop:
-    """A node of one engine, driven without an event loop."""
+    """An engine, and nodes of it driven without an event loop."""
 
     def __init__(self, engine: EagerEngine, batch: int) -> None:
         self._engine = engine
         self._batch = batch
+        self._requests = 0
 
-    def run(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], count: int, draft_tokens_max: int) -> Run:
+    def node(self, draft_tokens_max: int, draft_model: bool = False) -> Node:
+        """Return a node that drafts so much."""
+        return Node(self._spec(draft_tokens_max, draft_model), SchedulerConfig(prefix_caching=False))
+
+    def run(self, node: Node, prompts: Sequence[list[int]], samplings: Sequence[Sampling], count: int) -> Run:
         """Generate `count` tokens for each prompt, all of them together."""
-        node = Node(self._spec(draft_tokens_max), SchedulerConfig(prefix_caching=False))
+        before = node.load()
         events: deque[NodeEvent] = deque()
-        for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            self._engine.add(RequestId(number), array("I", prompt), sampling)
-            names = tuple(BlockHash(b"%08d%08d" % (number, place)) for place in range(len(prompt) // BLOCK_TOKENS))
-            events.append(Assigned(Assignment(RequestId(number), Role.GENERATE, len(prompt), names, count)))
-        tokens: list[list[int]] = [[] for _ in prompts]
+        tokens: dict[RequestId, list[int]] = {}
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            self._requests += 1
+            request = RequestId(self._requests)
+            tokens[request] = []
+            self._engine.add(request, array("I", prompt), sampling)
+            names = tuple(BlockHash(b"%08d%08d" % (request, place)) for place in range(len(prompt) // BLOCK_TOKENS))
+            events.append(Assigned(Assignment(request, Role.GENERATE, len(prompt), names, count)))
         counted = passes = 0
         seconds = cpu_s = 0.0
         while events:
@@ -139,22 +160,24 @@ class Loop:
                     if command.decoding == len(command.slices):
                         counted, passes = counted + brought, passes + command.decoding
                         seconds, cpu_s = seconds + event.seconds, cpu_s + time.process_time() - began_s
-        for number in range(len(prompts)):
-            self._engine.forget(RequestId(number))
+        for request in tokens:
+            self._engine.forget(request)
         load = node.load()
-        return Run(tokens, counted, passes, load.drafted_tokens, load.accepted_tokens, seconds, cpu_s)
+        drafted, accepted = load.drafted_tokens - before.drafted_tokens, load.accepted_tokens - before.accepted_tokens
+        return Run(list(tokens.values()), counted, passes, drafted, accepted, seconds, cpu_s)
 
-    def _step(self, command: RunStep, tokens: list[list[int]]) -> tuple[StepFinished, int]:
+    def _step(self, command: RunStep, tokens: dict[RequestId, list[int]]) -> tuple[StepFinished, int]:
         began = time.perf_counter()
         outputs = self._engine.step(command.slices)
         seconds = time.perf_counter() - began
         results: list[SliceResult] = []
         for part, output in zip(command.slices, outputs, strict=True):
             tokens[part.request] += output.tokens
-            results.append(SliceResult(part.request, len(output.tokens), drafted_tokens=output.drafted))
+            drafted = {"drafted_tokens": output.drafted, "drafting_s": output.drafting_s}
+            results.append(SliceResult(part.request, len(output.tokens), **drafted))
         return StepFinished(command.step, tuple(results), seconds), sum(len(output.tokens) for output in outputs)
 
-    def _spec(self, draft_tokens_max: int) -> NodeSpec:
+    def _spec(self, draft_tokens_max: int, draft_model: bool) -> NodeSpec:
         known = self._engine.description
         return NodeSpec(
             id=NodeId("bench"),
@@ -170,6 +193,7 @@ class Loop:
             context_tokens_max=known.context_tokens_max,
             profile=CostProfile(),
             draft_tokens_max=draft_tokens_max,
+            draft_model=draft_model,
         )
 
 
@@ -187,16 +211,20 @@ def prompts_of(batch: int) -> list[list[int]]:
     return prompts
 
 
-def measure(model: str, loop: Loop, batch: int, text: str, count: int, rounds: int) -> Row:
+def measure(
+    model: str, loop: Loop, batch: int, text: str, wish: Sampling, count: int, rounds: int, draft_model: bool = False
+) -> Row:
     """Run a text with and without speculation, in turns."""
     prompts = prompts_of(batch)
-    samplings = [Sampling(TEXTS[text].temperature, seed=number, logit_bias=TEXTS[text].logit_bias) for number in range(batch)]
-    loop.run(prompts, samplings, 8, DRAFT_TOKENS_MAX)
+    samplings = [replace(wish, seed=number) for number in range(batch)]
+    plain, drafting = loop.node(0), loop.node(DRAFT_TOKENS_MAX, draft_model)
+    loop.run(plain, prompts, samplings, 8)
+    loop.run(drafting, prompts, samplings, count if draft_model else 8)
     off: list[Run] = []
     on: list[Run] = []
     for _ in range(rounds):
-        off.append(loop.run(prompts, samplings, count, 0))
-        on.append(loop.run(prompts, samplings, count, DRAFT_TOKENS_MAX))
+        off.append(loop.run(plain, prompts, samplings, count))
+        on.append(loop.run(drafting, prompts, samplings, count))
     ratios = [one.rate / other.rate for one, other in zip(on, off, strict=True)]
     cpu_ratios = [one.cpu_rate / other.cpu_rate for one, other in zip(on, off, strict=True)]
     pairs = zip(chain.from_iterable(on[0].tokens), chain.from_iterable(off[0].tokens), strict=True)
@@ -210,6 +238,36 @@ def measure(model: str, loop: Loop, batch: int, text: str, count: int, rounds: i
         speedup=statistics.median(ratios), least=min(ratios), most=max(ratios),
         cpu_speedup=statistics.median(cpu_ratios), differing_tokens=differing,
     )  # fmt: skip
+
+
+def rows_of(model: str, directory: Path, batches: Sequence[int], count: int, rounds: int) -> list[Row]:
+    """Measure all texts with checkpoints of a size, written below a directory."""
+    layers, hidden, intermediate = MODELS[model]
+    size = {"layers": layers, "hidden": hidden, "intermediate": intermediate, "vocabulary": VOCABULARY}
+    create_quoting_checkpoint(directory / "quoting", 3, **size)
+    rows: list[Row] = []
+    loop = loop_of(directory / "quoting", batches, count)
+    for batch in batches:
+        rows += [measure(model, loop, batch, text, wish, count, rounds) for text, wish in TEXTS.items()]
+    create_following_checkpoint(directory / "following", 3, **size)
+    for order in (0, 1):
+        create_following_checkpoint(directory / "whole", 3, **size, order=order)
+        cut_checkpoint(directory / "whole", directory / f"draft-{order}", 1)
+    for text, (wish, order) in FOLLOWING.items():
+        loop = loop_of(directory / "following", batches, count, directory / f"draft-{order}")
+        rows += [measure(model, loop, batch, text, wish, count, rounds, draft_model=True) for batch in batches]
+    return rows
+
+
+def loop_of(path: Path, batches: Sequence[int], count: int, draft_model: Path | None = None) -> Loop:
+    """Return an engine that has room for the largest batch, with a draft model or without."""
+    most = max(batches)
+    blocks = most * (-(-(QUOTED_TOKENS + 64 + count) // BLOCK_TOKENS) + 2)
+    drafts = SpeculationConfig()
+    if draft_model is not None:
+        drafts = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, DRAFT_TOKENS_MAX, draft_model=str(draft_model))
+    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks, speculation=drafts)
+    return Loop(EagerEngine(path, config, most, 4096), most)
 
 
 def table_of(rows: Sequence[Row]) -> Table:
@@ -245,15 +303,7 @@ def main() -> None:
     rows: list[Row] = []
     for model in given.model:
         with tempfile.TemporaryDirectory() as directory:
-            layers, hidden, intermediate = MODELS[model]
-            create_quoting_checkpoint(Path(directory), 3, layers, hidden, intermediate, VOCABULARY)
-            most = max(given.batch)
-            blocks = most * (-(-(QUOTED_TOKENS + 64 + given.tokens) // BLOCK_TOKENS) + 2)
-            config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks)
-            loop = Loop(EagerEngine(Path(directory), config, most, 4096), most)
-            for batch in given.batch:
-                for text in TEXTS:
-                    rows.append(measure(model, loop, batch, text, given.tokens, given.rounds))
+            rows += rows_of(model, Path(directory), given.batch, given.tokens, given.rounds)
     Console(width=150).print(table_of(rows))
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

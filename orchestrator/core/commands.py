@@ -59,7 +59,8 @@ class Slice:
 
     `blocks` go into the sequence's block table from index `first_block` on; entries before stay as they were told. A
     preempted sequence starts over with `first_block` 0. `sample` asks for a token after the last one computed. Up to `draft_max`
-    tokens may be drafted after that one and verified with it: the sequence's blocks have room for them.
+    tokens may be looked up after that one and verified with it, or, where nothing is found, up to `model_draft_max` be drafted by
+    a model: the sequence's blocks have room for as many as the larger of the two.
 
     Not frozen, because every sequence needs one in every step and a frozen one takes four times as long to make.
     """
@@ -71,6 +72,12 @@ class Slice:
     blocks: tuple[BlockId, ...]
     sample: bool
     draft_max: int = 0
+    model_draft_max: int = 0
+
+    @property
+    def drafts_max(self) -> int:
+        """Tokens that may be drafted, wherever they come from."""
+        return max(self.draft_max, self.model_draft_max)
 
 
 @quickly_made

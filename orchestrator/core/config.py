@@ -52,6 +52,8 @@ SHOWN_MAX = 60
 TENANT_CHARS_MAX = 64
 #: Tokens that one step may verify for one sequence: a longer draft is not accepted as a whole often enough to be worth its rows.
 DRAFT_TOKENS_MAX = 64
+#: Tokens that a draft model sees at least: fewer than twice the longest draft leave it nothing to go by.
+DRAFT_CONTEXT_TOKENS_MIN = 2 * DRAFT_TOKENS_MAX
 #: LoRA adapters of one model, all of which are in a node's memory, and the greatest rank that any may have.
 ADAPTERS_MAX, ADAPTER_RANK_MAX = 256, 512
 #: Longest that a lease may be let last: 30 days.
@@ -476,25 +478,41 @@ class SpeculationMethod(StrEnum):
 
     OFF = "off"
     PROMPT_LOOKUP = "prompt_lookup"  # what followed the sequence's last tokens where they stood before, in prompt or output
+    DRAFT_MODEL = "draft_model"  # that, and where nothing is found what a smaller model says
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationConfig:
     """[pools.engine.speculation]: tokens drafted ahead and verified together; what comes out is the same, sooner."""
 
-    #: off or prompt_lookup (agents repeat what they have read: files, tools' output, their own calls).
+    #: off, prompt_lookup (agents repeat what they have read: files, tools' output, their own calls), or draft_model (that, and
+    #: where nothing is found a smaller model).
     method: SpeculationMethod = SpeculationMethod.OFF
     #: Tokens drafted for a sequence in one step at most; fewer where that pays more, none where it does not pay.
     draft_tokens_max: int = 8
     #: For the profiled engine and for simulating, which know no text: the chance that a drafted token is accepted after all
     #: before it were.
     acceptance: float = 0.5
+    #: The smaller model: a checkpoint directory with the vocabulary of the pool's model, the same on every host of its nodes. It
+    #: is loaded beside that, on the same device, as its checkpoint has it.
+    draft_model: str = ""
+    #: Tokens of a sequence that it sees at most, the last ones: with half of them it begins when these are full. More is drafted
+    #: better, and costs memory and time to read.
+    draft_context_tokens_max: int = 1024
+    #: Sequences of which it keeps what it has read, at most. 0: as many as run together, as far as an eighth of the memory for
+    #: KV holds them.
+    draft_sequences_max: int = 0
 
     def __post_init__(self) -> None:
         most = DRAFT_TOKENS_MAX
         within = 1 <= self.draft_tokens_max <= most
         require(within, "draft_tokens_max", f"must be 1 to {most} tokens, is {self.draft_tokens_max}")
         require(0 <= self.acceptance < 1, "acceptance", f"must be in [0, 1), is {self.acceptance}")
+        idle = not self.draft_model or self.method is SpeculationMethod.DRAFT_MODEL
+        require(idle, "draft_model", f"is for method draft_model, method is {self.method}")
+        least, context = DRAFT_CONTEXT_TOKENS_MIN, self.draft_context_tokens_max
+        require(context >= least, "draft_context_tokens_max", f"must be {least} or more tokens, is {context}")
+        require(self.draft_sequences_max >= 0, "draft_sequences_max", f"must be 0 or more, is {self.draft_sequences_max}")
 
     @property
     def tokens_max(self) -> int:
@@ -544,6 +562,9 @@ class EngineConfig:
         require(self.dtype in dtypes, "dtype", f"must be one of {', '.join(dtypes)}, is {self.dtype!r}")
         has_weights = self.name == "eager" or self.weights is WeightFormat.AUTO
         require(has_weights, "weights", f"must be auto with the {self.name} engine, which has none, is {self.weights}")
+        drafts = self.name == "eager" and self.speculation.method is SpeculationMethod.DRAFT_MODEL
+        problem = "must name a checkpoint directory: method is draft_model"
+        require(bool(self.speculation.draft_model) or not drafts, "speculation.draft_model", problem)
         require(self.block_tokens >= 1, "block_tokens", f"must be 1 or more tokens, is {self.block_tokens}")
         require(0 < self.memory_fraction <= 1, "memory_fraction", f"must be in (0, 1], is {self.memory_fraction}")
         for name in ("blocks", "threads", "context_tokens_max"):
@@ -742,7 +763,8 @@ class StoreConfig:
 
 def _check_profile(profile: CostProfile) -> None:
     """Raise `ConfigError` unless every step and every fetch takes a finite time of 0 or more, and more work no less of it."""
-    for name in ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_latency_s"):
+    times = "step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_latency_s"
+    for name in (*times, "draft_step_s"):
         seconds = getattr(profile, name)
         require(isfinite(seconds) and seconds >= 0, f"profile.{name}", f"must be 0 or more seconds, is {seconds}")
     require(isfinite(profile.beat_s) and profile.beat_s >= 0, "profile.beat_s", f"must be 0 or more seconds, is {profile.beat_s}")
@@ -892,6 +914,8 @@ class PoolConfig:
         once = not self.engine.speculation.tokens_max or (self.profile.pass_tokens == 1 and not self.hardware.draft_tokens)
         where = "engine.speculation.method"
         require(once, where, "must be off where hardware.draft_tokens or profile.pass_tokens count drafted tokens already")
+        modelled = self.engine.speculation.method is SpeculationMethod.DRAFT_MODEL
+        require(self.kind.generates or not modelled, where, "draft_model is for pools that generate; prefill nodes draft nothing")
 
     def _check_beating(self) -> None:
         """Raise `ConfigError` for what a node that keeps a beat has not."""
@@ -944,6 +968,7 @@ class PoolConfig:
             host=host,
             stores=stores,
             draft_tokens_max=self.engine.speculation.tokens_max,
+            draft_model=self.engine.speculation.method is SpeculationMethod.DRAFT_MODEL,
         )
 
 

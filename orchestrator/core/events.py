@@ -126,6 +126,9 @@ class SliceResult:
     failure: str | None = None
     #: Tokens that were drafted and verified, accepted or not.
     drafted_tokens: int = 0
+    #: Seconds of the step that a draft model took for this sequence: to draft them or, if there are none, to read what came
+    #: before. None: it did nothing, what was drafted was looked up.
+    drafting_s: float | None = None
 
 
 @quickly_made

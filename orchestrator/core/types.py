@@ -371,6 +371,8 @@ class CostProfile:
     tokens_per_pass: float = 1.0
     #: Seconds from one pass to the next on nodes that keep a beat; 0: a pass begins when the one before it is done.
     beat_s: float = 0.0
+    #: Seconds in which a draft model drafts a token for each sequence for which it does (`engine.speculation`).
+    draft_step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,6 +434,8 @@ class NodeSpec:
     leased_blocks_max: int = 0
     #: Tokens that its engine drafts for a sequence in one step at most; 0: it does not speculate.
     draft_tokens_max: int = 0
+    #: True if a draft model drafts where nothing is looked up.
+    draft_model: bool = False
 
 
 @dataclass(frozen=True, slots=True)

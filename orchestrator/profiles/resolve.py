@@ -14,6 +14,7 @@ from orchestrator.core.config import (
     HardwareConfig,
     PoolConfig,
     Precision,
+    SpeculationMethod,
     StoreConfig,
     require,
 )
@@ -188,7 +189,10 @@ def _filled(config: ClusterConfig, pool: PoolConfig, machine: Machine) -> PoolCo
     require(engine.blocks <= fits, "engine.blocks", f"at most {fits} fit into a node's memory, is {engine.blocks}")
     context = limited(machine.shape.context_tokens_max, engine.context_tokens_max)
     profile = cost_profile(machine, scheduler.sequences_max, scheduler.step_tokens_max, _fetch_link(config, pool, machine))
-    profile = replace(profile, beat_s=pool.profile.beat_s)
+    profile = replace(profile, beat_s=pool.profile.beat_s, draft_step_s=pool.profile.draft_step_s)
+    drafts = engine.speculation.method is SpeculationMethod.DRAFT_MODEL
+    problem = "must be over 0: with hardware a draft model's time has to be given"
+    require(profile.draft_step_s > 0 or not drafts, "profile.draft_step_s", problem)
     if pool.kind is PoolKind.LPX:
         alone_s = work_seconds(profile, 1, 1)
         problem = f"must be at least {alone_s:.6f} s, what a pass of one short sequence takes, is {profile.beat_s}"

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orchestrator.core.commands import NodeCommand, RunStep, Slice
-from orchestrator.core.cost.costs import decode_seconds, step_seconds, steps_within, work_seconds
+from orchestrator.core.cost.costs import decode_seconds, draft_seconds, step_seconds, steps_within, work_seconds
 from orchestrator.core.events import Expected, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
-from orchestrator.core.node.speculation import accepted_drafts
+from orchestrator.core.node.speculation import accepted_drafts, textless_drafts
 from orchestrator.core.types import BlockHash, Load, NodeSpec, RequestId
 from orchestrator.sim.agenda import Agenda
 from orchestrator.sim.outcome import BeatUse, Distribution, PoolUse
@@ -151,10 +151,12 @@ class SimulatedNode:
             context += part.start
         self.context_tokens = context
         # Drafts are computed like parts of prompts.
-        computed = [(part.draft_max, part.start + 1) for part in command.slices[:decoding] if part.draft_max]
+        drafts = textless_drafts(command.slices[:decoding], self.spec.draft_model)
+        computed = [(count, part.start + 1) for count, part in zip(drafts, command.slices, strict=False) if count]
         computed += [(part.count, part.start) for part in chunks]
         if computed:
-            seconds, self.steps = step_seconds(self.spec.profile, computed, decoding, context), 1
+            drafting_s = draft_seconds(self.spec.profile, drafts) if self.spec.draft_model else 0.0
+            seconds, self.steps = drafting_s + step_seconds(self.spec.profile, computed, decoding, context), 1
         else:
             self.steps = 1 if self._stepwise else min(command.steps_max, self._steps_to_an_end(command.slices))
             seconds = decode_seconds(self.spec.profile, decoding, context, self.steps)
@@ -236,16 +238,17 @@ class SimulatedNode:
         assert command is not None, f"{self.spec.id} finished a step but runs none"
         decoding, use = command.decoding, self.use
         results: list[SliceResult] = []
+        drafts = textless_drafts(command.slices[:decoding], self.spec.draft_model)
         for index, part in enumerate(command.slices):
             if index >= decoding:
                 use.prefill_tokens += part.count
                 use.output_tokens += part.sample
                 results.append(self._decoded(part, 1, at) if part.sample else SliceResult(part.request))
-            elif part.draft_max:
-                results.append(self._verified(part, seconds, at))
+            elif drafts[index]:
+                results.append(self._verified(part, drafts, index, seconds, at))
             else:
                 results.append(self._decoded(part, steps, at))
-        undrafted = sum([not part.draft_max for part in command.slices[:decoding]])
+        undrafted = drafts.count(0)
         if undrafted:
             self._gaps_s.add(seconds / steps, undrafted * steps)
         if use.split is not None and decoding and decoding == len(command.slices):
@@ -281,10 +284,11 @@ class SimulatedNode:
         """Return the steps after which the first of the sequences ends."""
         return min([(progress := self._of(part.request)).answer.output_tokens - progress.tokens for part in slices])
 
-    def _verified(self, part: Slice, seconds: float, at: float) -> SliceResult:
+    def _verified(self, part: Slice, drafts: Sequence[int], index: int, seconds: float, at: float) -> SliceResult:
         """Return what a sequence got of which tokens were drafted; they are told of together and counted as if evenly."""
         progress = self._of(part.request)
-        wanted = min(part.draft_max, progress.answer.output_tokens - progress.tokens - 1)
+        drafted = drafts[index]
+        wanted = min(drafted, progress.answer.output_tokens - progress.tokens - 1)
         # A draw that is a function of request and place: the same whatever else happens.
         draw = (part.request * 0x9E3779B97F4A7C15 ^ progress.tokens * 0xD1342543DE82EF95) * 0xBF58476D1CE4E5B9 >> 17
         accepted = accepted_drafts(self._acceptance, wanted, (draw & 0xFFFFFFFF) * 2.0**-32)
@@ -292,7 +296,9 @@ class SimulatedNode:
         self._gaps_s.add(seconds / tokens, tokens)
         self.use.output_tokens += tokens
         result = self._decoded(part, tokens, at)
-        result.drafted_tokens = part.draft_max
+        result.drafted_tokens = drafted
+        if self.spec.draft_model:
+            result.drafting_s = draft_seconds(self.spec.profile, drafts) * self._pace * drafted / sum(drafts)
         return result
 
     def _decoded(self, part: Slice, steps: int, at: float) -> SliceResult:

@@ -380,7 +380,7 @@ class Welcome(_message.Message):
     def __init__(self, node: _Optional[str] = ..., model: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., incarnation: _Optional[int] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., profile: _Optional[_Union[CostProfile, _Mapping]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., fingerprint: _Optional[str] = ..., resumed: bool = ..., stores: bool = ..., leased_blocks_max: _Optional[int] = ...) -> None: ...
 
 class CostProfile(_message.Message):
-    __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s", "batch_tokens", "batch_s", "overlap", "pass_tokens", "tokens_per_pass", "beat_s")
+    __slots__ = ("step_s", "prefill_token_s", "prefill_token_context_s", "sequence_s", "context_token_s", "fetch_bytes_per_s", "fetch_latency_s", "batch_tokens", "batch_s", "overlap", "pass_tokens", "tokens_per_pass", "beat_s", "draft_step_s")
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKEN_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +394,7 @@ class CostProfile(_message.Message):
     PASS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_PASS_FIELD_NUMBER: _ClassVar[int]
     BEAT_S_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_STEP_S_FIELD_NUMBER: _ClassVar[int]
     step_s: float
     prefill_token_s: float
     prefill_token_context_s: float
@@ -407,7 +408,8 @@ class CostProfile(_message.Message):
     pass_tokens: int
     tokens_per_pass: float
     beat_s: float
-    def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_token_context_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., context_token_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ..., fetch_latency_s: _Optional[float] = ..., batch_tokens: _Optional[_Iterable[int]] = ..., batch_s: _Optional[_Iterable[float]] = ..., overlap: _Optional[float] = ..., pass_tokens: _Optional[int] = ..., tokens_per_pass: _Optional[float] = ..., beat_s: _Optional[float] = ...) -> None: ...
+    draft_step_s: float
+    def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_token_context_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., context_token_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ..., fetch_latency_s: _Optional[float] = ..., batch_tokens: _Optional[_Iterable[int]] = ..., batch_s: _Optional[_Iterable[float]] = ..., overlap: _Optional[float] = ..., pass_tokens: _Optional[int] = ..., tokens_per_pass: _Optional[float] = ..., beat_s: _Optional[float] = ..., draft_step_s: _Optional[float] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("request", "logprob", "top_tokens", "top_logprobs")

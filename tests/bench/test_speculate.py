@@ -1,4 +1,4 @@
-"""The checkpoint that quotes does quote, as `transformers` computes it too, and drafts then save steps and change nothing."""
+"""Checkpoints that quote or follow do so, as `transformers` computes it too, and drafts then save steps and change no token."""
 
 import random
 from dataclasses import replace
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.quoting import create_quoting_checkpoint
+from bench.quoting import create_following_checkpoint, create_quoting_checkpoint, cut_checkpoint
 from bench.speculate import BLOCK_TOKENS, Loop
-from orchestrator.core.config import EngineConfig
+from orchestrator.core.config import EngineConfig, SpeculationConfig, SpeculationMethod
 from orchestrator.core.types import Sampling
 from tests.oracle import oracle
 from workers.engines.eager import EagerEngine
@@ -48,8 +48,27 @@ def test_drafts_of_what_it_quotes_save_steps_and_change_no_token(path: Path, tem
     config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=64)
     loop = Loop(EagerEngine(path, config, 3, 2048), 3)
     samplings = [replace(Sampling(), temperature=temperature, seed=seed) for seed in range(3)]
-    plain, drafted = (loop.run(prompts(), samplings, 80, most) for most in (0, 6))
+    plain, drafted = (loop.run(loop.node(most), prompts(), samplings, 80) for most in (0, 6))
     assert drafted.tokens == plain.tokens
     assert plain.counted == plain.passes
     assert drafted.passes < 0.6 * plain.passes
     assert drafted.accepted > 0.7 * drafted.drafted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_follows_is_drafted_by_its_first_layer(tmp_path: Path, temperature: float) -> None:
+    create_following_checkpoint(tmp_path / "whole", 3, layers=6, hidden=256, intermediate=512, vocabulary=VOCABULARY)
+    cut_checkpoint(tmp_path / "whole", tmp_path / "draft", 1)
+    expected = oracle(tmp_path / "whole")(prompts()[0], 60)
+    assert expected is not None
+    assert len(set(expected)) == 60  # nothing comes twice
+    speculation = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_model=str(tmp_path / "draft"))
+    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=64, speculation=speculation)
+    loop = Loop(EagerEngine(tmp_path / "whole", config, 3, 2048), 3)
+    samplings = [replace(Sampling(), temperature=temperature, seed=seed) for seed in range(3)]
+    plain, drafted = (loop.run(node, prompts(), samplings, 80) for node in (loop.node(0), loop.node(6, draft_model=True)))
+    assert drafted.tokens == plain.tokens
+    assert temperature > 0 or drafted.tokens[0][:60] == expected
+    assert drafted.passes < 0.9 * plain.passes
+    assert drafted.accepted > 0.6 * drafted.drafted > 0

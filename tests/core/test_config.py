@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.config import ClusterConfig, ConfigError, RouterPolicy, TenantConfig
-from orchestrator.core.types import PoolKind, ServiceClass
+from orchestrator.core.types import NodeId, PoolKind, ServiceClass
 
 ADAPTER = {"path": "/adapters/a"}
 POOL: dict[str, Any] = {"name": "all", "kind": "aggregated"}
@@ -228,10 +228,14 @@ def test_speculation_is_off_unless_asked_for_and_refused_where_it_means_nothing(
     [pool] = ClusterConfig.from_mapping({"pools": [{**POOL, "engine": {"speculation": asked}}]}).pools
     assert pool.engine.speculation.tokens_max == 5
     for values, message in (
-        ({"method": "guess"}, "method: must be one of off, prompt_lookup, is 'guess'"),
+        ({"method": "guess"}, "method: must be one of off, prompt_lookup, draft_model, is 'guess'"),
         ({"draft_tokens_max": 0}, "draft_tokens_max: must be 1 to 64 tokens, is 0"),
         ({"draft_tokens_max": 65}, "draft_tokens_max: must be 1 to 64 tokens, is 65"),
         ({"acceptance": 1.0}, "acceptance: must be in [0, 1), is 1.0"),
+        ({"method": "draft_model"}, "draft_model: must name a checkpoint directory: method is draft_model"),
+        ({"draft_model": "small"}, "draft_model: is for method draft_model, method is off"),
+        ({"draft_context_tokens_max": 127}, "draft_context_tokens_max: must be 128 or more tokens, is 127"),
+        ({"draft_sequences_max": -1}, "draft_sequences_max: must be 0 or more, is -1"),
     ):
         assert problem(pools=[{**POOL, "engine": {"speculation": values}}]) == f"pools[0].engine.speculation.{message}"
 
@@ -243,6 +247,18 @@ def test_drafts_are_not_counted_twice(counted: dict[str, Any]) -> None:
     assert problem(pools=[pool]) == (
         f"{where}: must be off where hardware.draft_tokens or profile.pass_tokens count drafted tokens already"
     )
+
+
+def test_a_draft_model_is_for_pools_that_generate() -> None:
+    engine = {"speculation": {"method": "draft_model", "draft_model": "small"}}
+    pools = [{**POOL, "kind": "prefill", "engine": engine}, {**POOL, "name": "decode", "kind": "decode"}]
+    expected = "pools[0].engine.speculation.method: draft_model is for pools that generate; prefill nodes draft nothing"
+    assert problem(pools=pools) == expected
+    pools[0]["engine"] = {}
+    pools[1]["engine"] = engine
+    [_, pool] = ClusterConfig.from_mapping({"pools": pools}).pools
+    sizes = {"blocks": 1, "block_tokens": 1, "block_bytes": 1, "context_tokens_max": 1}
+    assert pool.node_spec(NodeId("decode-0"), 1, pool.profile, **sizes).draft_model
 
 
 def test_profiles_may_be_all_zero_and_what_a_point_of_a_curve_lacks_may_be_in_every_step() -> None:

@@ -1,7 +1,7 @@
 """Tokens are those of `transformers` through real nodes, links and driver: cut up, cached, fetched, preempted, in any company.
 
 All families, each in every way in which a cluster computes tokens: nodes that do both, prefill and decode apart, attention and
-FFN apart in several ratios, with experts that move meanwhile, tokens that are drafted, tokens on a beat.
+FFN apart in several ratios, with experts that move meanwhile, tokens that are looked up or drafted by a model, tokens on a beat.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.quoting import cut_checkpoint
 from orchestrator.core.commands import Complete
 from orchestrator.core.config import (
     ClusterConfig,
@@ -25,6 +26,7 @@ from orchestrator.core.config import (
     SplitConfig,
 )
 from orchestrator.core.experts import ExpertBalancer
+from orchestrator.core.node.speculation import DraftModel, Speculation
 from orchestrator.core.types import CostProfile, PoolKind, ServiceClass
 from tests.builders import some
 from tests.live.serving import Cluster, cluster, finish, pool, run, split, together, turn
@@ -71,6 +73,8 @@ class Way:
     ffn: int = 0
     spare: int = 0
     service_class: ServiceClass = ServiceClass.STANDARD
+    #: Whether tokens are drafted by a model of fewer layers.
+    draft_model: bool = False
 
     @property
     def pool(self) -> PoolConfig:
@@ -111,6 +115,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A checkpoint of each family, and what follows each prompt."""
     path = tmp_path_factory.mktemp("model") / request.param
     create_checkpoint(path, request.param, 11)
+    cut_checkpoint(path, path.with_name("draft"), 3)
     return path, first_decided(oracle(path), prompts(), PROMPTS, OUTPUT_TOKENS)
 
 
@@ -130,8 +135,16 @@ def apart(attention: int, ffn: int, spare: int = 0) -> Way:
 def drafting() -> Way:
     config = cramped(together("eager"))
     [both] = config.pools
-    speculation = SpeculationConfig(method=SpeculationMethod.PROMPT_LOOKUP)
-    return Way(replace(config, pools=(replace(both, engine=replace(both.engine, speculation=speculation)),)))
+    lookup = SpeculationConfig(method=SpeculationMethod.PROMPT_LOOKUP)
+    return Way(replace(config, pools=(replace(both, engine=replace(both.engine, speculation=lookup)),)))
+
+
+def with_draft_model(config: ClusterConfig, draft_model: Path) -> ClusterConfig:
+    """Return a configuration whose pools draft by a model, of which each sequence's window is smaller than most prompts."""
+    method = SpeculationMethod.DRAFT_MODEL
+    drafts = SpeculationConfig(method, draft_model=str(draft_model), draft_context_tokens_max=512, draft_sequences_max=6)
+    pools = (replace(pool, engine=replace(pool.engine, speculation=drafts)) for pool in config.pools)
+    return replace(config, pools=tuple(pools))
 
 
 def beating(nodes: int = 1, ffn: int = 0) -> Way:
@@ -156,6 +169,7 @@ WAYS = {
     "attention and FFN 2:2": apart(2, 2),
     "experts with copies that move": apart(2, 2, spare=2),
     "drafted": drafting(),
+    "drafted by a model": Way(cramped(together("eager")), draft_model=True),
     "on a beat": beating(),
     "on a beat, attention and FFN 2:2": beating(2, 2),
 }
@@ -169,8 +183,14 @@ CASES = [(family, name) for family in FAMILIES for name, way in WAYS.items() if 
 @pytest.mark.parametrize(("model", "name"), CASES, indirect=["model"])
 def test_tokens_are_those_of_transformers(model: tuple[Path, Expected], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, expected = model
-    monkeypatch.setattr(sequences, "PromptLookup", lambda: Knowing(expected))
     way = WAYS[name]
+    if way.draft_model:
+        way = replace(way, config=with_draft_model(way.config, path.with_name("draft")))
+        # It drafts whatever that brings and costs: here nothing is to be saved.
+        monkeypatch.setattr(Speculation, "wish_for", lambda *_: 4)
+        monkeypatch.setattr(DraftModel, "passes_for", lambda _, drafts, *more: 4 if drafts else 0)
+    else:
+        monkeypatch.setattr(sequences, "PromptLookup", lambda: Knowing(expected))
     torch.set_num_threads(1)
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of(path, way.ffn, way.spare)) if way.ffn else []
@@ -240,7 +260,7 @@ def check_way(name: str, way: Way, served: Cluster, moves: int) -> None:
         halves = [loads[way.pool.node_id(number)].split for number in range(way.pool.nodes)]
         assert all(half is not None and half.attention_s > 0 and half.ffn_s > 0 for half in some(halves)), halves
         assert (moves > 0) == (way.spare > 0), f"{moves} moves"
-    elif name == "drafted":
+    elif name.startswith("drafted"):
         assert last.drafted_tokens > last.accepted_tokens > 0, "nothing was drafted"
     elif way.service_class is not ServiceClass.CADENCE:
         assert (len(served.observed.moves) > 0) == name.startswith("disaggregated")

@@ -17,6 +17,8 @@ from orchestrator.core.config import (
     PoolConfig,
     Precision,
     SchedulerConfig,
+    SpeculationConfig,
+    SpeculationMethod,
     StoreConfig,
 )
 from orchestrator.core.cost.costs import step_seconds
@@ -259,3 +261,13 @@ def test_a_beat_shorter_than_a_pass_of_one_sequence_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pools\[2\]\.profile\.beat_s: must be at least 0\.\d+ s"):
         resolve(replace(config, pools=(*config.pools[:2], hasty)), CATALOG)
     assert resolve(config, CATALOG).config.pools[2].profile.beat_s == config.pools[2].profile.beat_s
+
+
+def test_hardware_does_not_say_what_a_draft_model_takes() -> None:
+    speculation = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_model="small")
+    config = cluster(RUBIN, speculation=speculation)
+    with pytest.raises(ConfigError, match=r"^pools\[0\]\.profile\.draft_step_s: must be over 0"):
+        resolve(config, CATALOG)
+    [pool] = config.pools
+    given = replace(config, pools=(replace(pool, profile=CostProfile(draft_step_s=0.001)),))
+    assert resolve(given, CATALOG).config.pools[0].profile.draft_step_s == 0.001

@@ -90,6 +90,19 @@ def test_drafts_that_are_right_make_answers_sooner_and_those_that_are_not_hardly
     assert bad.pools[PoolName("aggregated")].busy_s < 1.03 * plain.pools[PoolName("aggregated")].busy_s
 
 
+@pytest.mark.parametrize(("draft_step_s", "least", "most"), [(0.0001, 0.0, 0.5), (0.02, 0.99, 1.03)])
+def test_a_draft_model_saves_steps_where_its_own_time_leaves_something(draft_step_s: float, least: float, most: float) -> None:
+    speculation = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, 4, 0.8)
+    profile = replace(AFFINE, draft_step_s=draft_step_s)
+    plain = World(cluster({PoolKind.AGGREGATED: 1}, AFFINE, blocks=2048), agents(4, 12, seed=4, context_tokens=300)).run()
+    resolved = cluster({PoolKind.AGGREGATED: 1}, profile, blocks=2048, speculation=speculation)
+    drafted = World(resolved, agents(4, 12, seed=4, context_tokens=300), WorldOptions(checks=True)).run()
+    before, after = (outcome.pools[PoolName("aggregated")] for outcome in (plain, drafted))
+    assert after.output_tokens == before.output_tokens
+    assert after.drafted_tokens > after.accepted_tokens > 0
+    assert least < after.busy_s / before.busy_s < most
+
+
 def test_a_run_with_drafts_can_be_had_again() -> None:
     first, second = drafting(0.6, load=6), drafting(0.6, load=6)
     assert times(first) == times(second)

@@ -122,7 +122,7 @@ def test_spec_survives(kind: PoolKind) -> None:
         sequences_max=8,
         step_tokens_max=512,
         context_tokens_max=4096,
-        profile=CostProfile(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, 0.7),
+        profile=CostProfile(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, 0.7, draft_step_s=0.8),
         address="127.0.0.1:5",
         host="here",
         stores=True,

@@ -5,7 +5,7 @@ from array import array
 from pathlib import Path
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig, ModelConfig
+from orchestrator.core.config import EngineConfig, ModelConfig, SpeculationConfig
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from tests.oracle import Oracle
 from workers.engines.base import SplitPlaces, broken_promise
@@ -26,8 +26,15 @@ def without_ties(generate: Oracle, prompts: list[list[int]], count: int) -> tupl
     return [prompt for prompt, _ in kept], [tokens for _, tokens in kept]
 
 
-def engine_of(path: Path, blocks: int = 1024, split: SplitPlaces | None = None, model: ModelConfig | None = None) -> EagerEngine:
-    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks)
+def engine_of(
+    path: Path,
+    blocks: int = 1024,
+    split: SplitPlaces | None = None,
+    model: ModelConfig | None = None,
+    speculation: SpeculationConfig | None = None,
+) -> EagerEngine:
+    drafts = speculation or SpeculationConfig()
+    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks, speculation=drafts)
     return EagerEngine(path, config, sequences_max=8, step_tokens_max=2048, split=split, model=model)
 
 
@@ -40,6 +47,9 @@ class Conductor:
         self._random = random.Random(seed)
         #: Drafts up to so many tokens a step, most of them right, when told what is to come out.
         self._drafts: dict[RequestId, list[int]] = {}
+        #: Tokens of a draft model that were verified, and that were right.
+        self.modelled = self.right = 0
+        self._models = False
         self._free = [BlockId(block) for block in range(engine.description.blocks)]
         self._random.shuffle(self._free)
 
@@ -50,8 +60,10 @@ class Conductor:
         together: int,
         guesses: list[list[int]] | None = None,
         samplings: list[Sampling] | None = None,
+        models: bool = False,
     ) -> list[list[int]]:
-        """Return `count` tokens of each prompt, `together` at a time; with guesses of them, which are drafted."""
+        """Return `count` tokens of each prompt, `together` at a time; drafted are guesses of them, or what a draft model says."""
+        self._models = models
         asked = samplings or [GREEDY] * len(prompts)
         self._drafts = {RequestId(number): prompts[number] + guess for number, guess in enumerate(guesses or ())}
         waiting = [_Running(RequestId(number), *one) for number, one in enumerate(zip(prompts, asked, strict=True))]
@@ -100,16 +112,19 @@ class Conductor:
         for each in running:
             left = len(each.tokens) - each.computed
             size = min(left, self._random.choice((1, 5, 16, 33, 200, 2048)))
-            drafts = self._random.randrange(7) if left == 1 and self._drafts else 0
+            drafts = self._random.randrange(7) if left == 1 and (self._drafts or self._models) else 0
             end = each.computed + size + drafts
             each.blocks += [self._free.pop() for _ in range(-(-end // BLOCK_TOKENS) - len(each.blocks))]
             told = tuple(each.blocks[each.told :])
-            slices.append(Slice(each.request, each.computed, size, each.told, told, size == left, drafts))
+            looked_up, modelled = (0, drafts) if self._models else (drafts, 0)
+            slices.append(Slice(each.request, each.computed, size, each.told, told, size == left, looked_up, modelled))
             each.told = len(each.blocks)
         for each, part, output in zip(running, slices, self._engine.step(slices), strict=True):
             assert output.failure is None
             assert broken_promise(self._engine, part, output) is None
             each.computed += part.count + max(0, len(output.tokens) - 1)
+            if output.drafting_s is not None:
+                self.modelled, self.right = self.modelled + output.drafted, self.right + len(output.tokens) - 1
             each.tokens += output.tokens
             each.output += output.tokens
 

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,9 +147,12 @@ class Guesses(PromptLookup):
 
 
 def outputs_of(
-    engine: EagerEngine, prompts: list[list[int]], sampling: Sampling, guesses: list[list[int]] | None
+    engine: EagerEngine, prompts: list[list[int]], sampling: Sampling, guesses: list[list[int]] | None, modelled: int = 0
 ) -> list[list[SliceOutput]]:
-    """Return what the steps of several sequences bring until each has 40 tokens or stops; perhaps with guessed drafts."""
+    """Return what the steps of several sequences bring until each has 40 tokens or stops.
+
+    Perhaps with guessed drafts, or so many of a draft model.
+    """
     wrong = random.Random(len(prompts))
     found: list[list[SliceOutput]] = []
     for number, tokens in enumerate(prompts):
@@ -163,7 +167,8 @@ def outputs_of(
             count = len(tokens_of(found[number]))
             if count < 40 and not found[number][-1].stopped:
                 drafts = min(6, 39 - count) if guesses is not None else 0
-                slices.append(Slice(RequestId(number), len(tokens) + count - 1, 1, 0, (), True, drafts))
+                more = min(modelled, 39 - count)
+                slices.append(Slice(RequestId(number), len(tokens) + count - 1, 1, 0, (), True, drafts, more))
         if not slices:
             break
         for part, output in zip(slices, engine.step(slices), strict=True):
@@ -203,8 +208,20 @@ def test_drafts_change_neither_tokens_nor_their_probabilities(model_dir: Path, w
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
+def drafts_guessed(row: TokenSequence) -> int:
+    return row.draft(3)
+
+
+def drafts_most_likely(row: TokenSequence) -> int:
+    """Draft as a model does that gives the right chances."""
+    row.tokens.extend([1, 1, 1])
+    row.drafted = 3
+    return 3
+
+
 @pytest.mark.slow
-def test_what_is_drawn_of_drafts_is_distributed_as_without() -> None:
+@pytest.mark.parametrize("draft", [drafts_guessed, drafts_most_likely])
+def test_what_is_drawn_of_drafts_is_distributed_as_without(draft: Callable[[TokenSequence], int]) -> None:
     # Each row of logits is the same: whatever is drafted, each token comes as often as its chance says, and independently.
     shares, counts = (0.1, 0.5, 0.25, 0.15), [[0] * 4 for _ in range(4)]
     for seed in range(4000):
@@ -212,7 +229,7 @@ def test_what_is_drawn_of_drafts_is_distributed_as_without() -> None:
         row.lookup = Guesses([1, 2, 3, 1, 2, 1], random.Random(seed))
         taken: list[int] = []
         while len(taken) < 2:
-            drafted = row.draft(3)
+            drafted = draft(row)
             [output] = sample(torch.tensor([FOUR] * (1 + drafted)), [row])
             taken += output.tokens
         counts[taken[0]][taken[1]] += 1

@@ -14,6 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bench.quoting import cut_checkpoint
+from orchestrator.core.config import SpeculationConfig, SpeculationMethod
 from tests.oracle import Oracle, oracle
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
 from workers.engines import latent
@@ -133,6 +135,22 @@ def test_tokens_are_those_of_transformers_where_some_were_drafted(tmp_path: Path
     for together in (1, 6):
         conductor = Conductor(engine_of(path), engine_of(path), seed=together)
         assert conductor.run(prompts, 48, together, guesses=expected) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "qwen3_moe", "deepseek_v3"])
+def test_tokens_are_those_of_transformers_where_some_were_drafted_by_a_model(tmp_path: Path, variant: str) -> None:
+    path, generate = load(tmp_path, variant)
+    cut_checkpoint(path, tmp_path / "small", 3)
+    speculation = SpeculationConfig(
+        SpeculationMethod.DRAFT_MODEL, draft_model=str(tmp_path / "small"), draft_context_tokens_max=200, draft_sequences_max=4
+    )
+    source = random.Random(5)
+    prompts, expected = without_ties(generate, prompts_of(6, [source.randint(1, 400) for _ in range(20)]), 48)
+    for together in (1, 6):
+        conductor = Conductor(engine_of(path, speculation=speculation), engine_of(path), seed=together)
+        assert conductor.run(prompts, 48, together, models=True) == expected
+        assert conductor.modelled > conductor.right > 0
 
 
 @pytest.mark.slow

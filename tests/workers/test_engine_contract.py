@@ -510,3 +510,19 @@ def test_a_profiled_step_takes_longer_for_its_drafts_and_brings_as_many_as_the_s
     _, steps = generate_drafted(engine, 1, prompt(1, 20), 1000, 4)
     # Of four drafts 0.7 + 0.49 + 0.343 + 0.24 are right on average.
     assert 999 / steps == pytest.approx(2.77, abs=0.2)
+
+
+def test_a_profiled_draft_model_takes_a_pass_for_each_token_of_the_longest_draft(model_dir: Path) -> None:
+    profile = CostProfile(step_s=0.01, sequence_s=0.001, prefill_token_s=0.0001, draft_step_s=0.002)
+    speculation = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, acceptance=0.7)
+    config = EngineConfig(name="profiled", block_tokens=BLOCK_TOKENS, blocks=BLOCKS, speculation=speculation)
+    engine = ProfiledEngine(model_dir, config, profile)
+    slices: list[Slice] = []
+    for number, most in enumerate((3, 1, 0)):
+        engine.add(RequestId(number), prompt(1, 20), GREEDY)
+        engine.step([Slice(RequestId(number), 0, 20, 0, blocks_for(40), False)])
+        slices.append(Slice(RequestId(number), 19, 1, 0, (), True, 2, most))  # nothing is ever looked up: there is no text
+    assert engine.pause_s(slices, 3) == pytest.approx(0.01 + 0.003 + 0.0004 + 3 * 0.002)
+    outputs = engine.step(slices)
+    assert [output.drafted for output in outputs] == [3, 1, 0]
+    assert [output.drafting_s for output in outputs] == [pytest.approx(0.0045), pytest.approx(0.0015), None]

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig
+from orchestrator.core.config import EngineConfig, SpeculationConfig, SpeculationMethod
 from orchestrator.core.types import BlockId, RequestId, Sampling
 from orchestrator.live.asked import Constraint, ConstraintKind
 from orchestrator.live.text.checks import keepable
@@ -22,7 +22,7 @@ from orchestrator.live.text.grammars import Thoughts, Unkeepable, answer_part, w
 from tests.schemas import Schemas
 from tests.workers.beat.beating import beat_engine
 from tests.workers.split.test_split_identity import attention_of, ranks_of
-from workers.engines.base import Engine
+from workers.engines.base import Engine, SliceOutput
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 
@@ -52,6 +52,14 @@ def engine(model_dir: Path) -> EagerEngine:
     return EagerEngine(model_dir, config, sequences_max=ROWS, step_tokens_max=256)
 
 
+@pytest.fixture(scope="module")
+def drafting(model_dir: Path) -> EagerEngine:
+    """An engine whose draft model is the model itself."""
+    speculation = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_model=str(model_dir))
+    config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=BLOCKS, speculation=speculation)
+    return EagerEngine(model_dir, config, sequences_max=ROWS, step_tokens_max=256)
+
+
 def grammar_of(schema: dict[str, Any]) -> str | Unkeepable:
     try:
         part = answer_part(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema), "response_format.json_schema.schema"))
@@ -77,6 +85,7 @@ def run(
     given: Sequence[list[int]] | None = None,
     drafts: int = 0,
     first: int = 1,
+    modelled: int = 0,
 ) -> list[list[int]]:
     """Return the outputs of requests that run together, up to `most` tokens each, after those that are `given`."""
     outputs = [list(one) for one in given or [[] for _ in samplings]]
@@ -91,7 +100,7 @@ def run(
         outputs[number] += output.tokens
         open_ones += [] if output.stopped else [number]
     while open_ones:
-        slices = [Slice(RequestId(one + first), 2 + len(outputs[one]), 1, 0, (), True, drafts) for one in open_ones]
+        slices = [Slice(RequestId(one + first), 2 + len(outputs[one]), 1, 0, (), True, drafts, modelled) for one in open_ones]
         for one, output in zip(list(open_ones), engine.step(slices), strict=True):
             assert output.failure is None, output.failure
             outputs[one] += output.tokens
@@ -126,6 +135,28 @@ def test_drafts_change_nothing(engine: EagerEngine, tokenizer: Tokenizer, temper
     [drafted] = run(engine, [sampling], 200, drafts=6)
     assert drafted == alone
     jsonschema.validate(json.loads(tokenizer.decode(alone)), REPEATING)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_model_is_kept_to_the_grammar_as_well(
+    engine: EagerEngine, drafting: EagerEngine, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    outputs: list[SliceOutput] = []
+
+    def step(slices: Sequence[Slice], compute: Any = drafting.step) -> list[SliceOutput]:
+        outputs.extend(found := compute(slices))
+        return found
+
+    sampling = constrained(REPEATING, temperature=temperature, seed=5)
+    free = Sampling(temperature=1.0, seed=3, stop_token_ids=(END,))
+    alone = run(engine, [sampling, free], 60)
+    monkeypatch.setattr(drafting, "step", step)
+    assert [output[:60] for output in run(drafting, [sampling, free], 60, modelled=6)] == alone
+    if temperature == 0.0:  # it drafts for itself, and the most likely token of those that may come is what comes
+        outputs.clear()
+        assert run(drafting, [sampling], 200, modelled=6) == run(engine, [sampling], 200)
+        assert [output for output in outputs if len(output.tokens) <= output.drafted and not output.stopped] == []
+        assert len(outputs) < 60
 
 
 def test_what_goes_on_elsewhere_has_the_tokens_it_would_have_had(engine: EagerEngine) -> None:

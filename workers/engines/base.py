@@ -107,6 +107,9 @@ class SliceOutput:
     failure: str | None = None
     #: Tokens that were drafted and verified, accepted or not: no more than the slice allowed.
     drafted: int = 0
+    #: Seconds of the step that a draft model took for this sequence: to draft them or, if there are none, to read what came
+    #: before. None: it did nothing, what was drafted was looked up.
+    drafting_s: float | None = None
     #: Of the prompt's tokens that follow those of the slice, if the request wants them; of each token once.
     scores: PromptScores | None = None
 
@@ -114,17 +117,17 @@ class SliceOutput:
 def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | None:
     """Return how an output breaks what engines promise, None if it does not.
 
-    A slice that samples brings one token, and one more for each accepted draft, of which it allows `draft_max`; others bring
+    A slice that samples brings one token, and one more for each accepted draft, of which it allows `drafts_max`; others bring
     none. The node's scheduler has given the sequence blocks for so many, and would lose track of them otherwise.
     """
     brought = len(output.tokens)
     if output.failure is not None and not brought:
         return None
-    if part.sample <= brought <= part.sample + output.drafted and output.drafted <= part.draft_max:
+    if part.sample <= brought <= part.sample + output.drafted and output.drafted <= part.drafts_max:
         return None
     place = f"request {part.request}, tokens {part.start} to {part.start + part.count}"
     drafted = f" and {output.drafted} drafted" if output.drafted else ""
-    most = f" to {part.sample + part.draft_max}" if part.draft_max else ""
+    most = f" to {part.sample + part.drafts_max}" if part.drafts_max else ""
     must = f"it must bring {part.sample:d}{most}"
     return f"{type(engine).__name__} brought {brought} tokens{drafted} for a slice ({place}); {must}"
 
@@ -210,7 +213,7 @@ class Engine(Protocol):
 
         A slice covers tokens [start, start + count) of the request's prompt and output so far. KV of all earlier positions is
         in its blocks already: computed here, or written by `write_blocks`. Sampled tokens are appended to the request's tokens.
-        An engine that drafts may bring up to `draft_max` tokens more than one, which must be those that steps of one token each
+        An engine that drafts may bring up to `drafts_max` tokens more than one, which must be those that steps of one token each
         would have brought; an output with others fails its request (`broken_promise`).
         """
         ...

@@ -7,8 +7,10 @@ Rows of a step, one a token:
     [.., rows)     filling, where the device is faster with a few rows more; computed and never looked at
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +21,21 @@ from orchestrator.core.commands import Slice
 from workers.engines.adapters import PLAIN, AdaptedRows, adapted_rows
 from workers.engines.decodes import Decodes, DecodeSequence, DecodeWay
 from workers.engines.kvpool import KvPool
-from workers.engines.sequences import TokenSequence
+
+
+class BatchSequence(Protocol):
+    """What is asked of a sequence."""
+
+    #: Its tokens, as far as they are computed in the step at least, and its block of each run of tokens.
+    tokens: "array[int]"
+    table: NDArray[np.int64]
+    #: How many of its tokens are to be verified.
+    drafted: int
+    #: The number of its adapter; None: it has none.
+    adapter: int | None
+    #: Tokens of its prompt, and how many of these need no log probabilities any more.
+    prompt_tokens: int
+    scored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +102,7 @@ class BatchBuilder:
         self._way = way
         self._device = device
 
-    def build(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> StepBatch:
+    def build(self, slices: Sequence[Slice], sequences: Sequence[BatchSequence], numbers: Sequence[int]) -> StepBatch:
         """Return the batch of `slices[i]` for the i in `numbers`; `sequences` stands beside `slices`."""
         decodes = [number for number in numbers if slices[number].count == 1]
         decodes.sort(key=lambda number: -slices[number].start)
@@ -124,7 +140,7 @@ class BatchBuilder:
         )
 
     @staticmethod
-    def _adapters(slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int]) -> NDArray[np.int64] | None:
+    def _adapters(slices: Sequence[Slice], sequences: Sequence[BatchSequence], members: list[int]) -> NDArray[np.int64] | None:
         """Return the rows' adapters; None if none has any."""
         if all(sequences[number].adapter is None for number in members):
             return None
@@ -136,7 +152,7 @@ class BatchBuilder:
         return () if adapters is None else adapted_rows(adapters, mixed, self._to_device)
 
     def _rows(
-        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int], chunks: list[int]
+        self, slices: Sequence[Slice], sequences: Sequence[BatchSequence], decodes: list[int], chunks: list[int]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return token ids, positions and blocks of all rows; clear blocks that are begun and not filled."""
         size = self._pool.block_tokens
@@ -161,7 +177,7 @@ class BatchBuilder:
 
     @staticmethod
     def _sampled_rows(
-        slices: Sequence[Slice], sequences: Sequence[TokenSequence], decodes: list[int], chunks: list[int]
+        slices: Sequence[Slice], sequences: Sequence[BatchSequence], decodes: list[int], chunks: list[int]
     ) -> list[tuple[int, int]]:
         """Return (row, slice number) for the last row of each slice that samples, and before it those its drafts are held to."""
         rows = [(row, number) for row, number in enumerate(decodes) if slices[number].sample]
@@ -176,7 +192,7 @@ class BatchBuilder:
         """Whether a chunk reads so much more than it computes that it is attended for as decodes are."""
         return piece.start > 0 and piece.count <= self._way.rows_max
 
-    def _decodes(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: list[int]) -> Decodes | None:
+    def _decodes(self, slices: Sequence[Slice], sequences: Sequence[BatchSequence], members: list[int]) -> Decodes | None:
         if not members:
             return None
         described: list[DecodeSequence] = []
@@ -188,7 +204,7 @@ class BatchBuilder:
         return self._way.plan(described)
 
     def _prompt_chunks(
-        self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], chunks: list[int], tokens: int
+        self, slices: Sequence[Slice], sequences: Sequence[BatchSequence], chunks: list[int], tokens: int
     ) -> tuple[PromptChunk, ...]:
         """Describe the chunks that are a step's last rows of `tokens`."""
         first_row = tokens - sum(slices[number].count for number in chunks)
@@ -209,7 +225,7 @@ class BatchBuilder:
 
 
 def _scored_rows(
-    slices: Sequence[Slice], sequences: Sequence[TokenSequence], members: Sequence[int]
+    slices: Sequence[Slice], sequences: Sequence[BatchSequence], members: Sequence[int]
 ) -> tuple[list[int], tuple[ScoredRun, ...]]:
     """Return the rows after which a token of a prompt comes that has no log probability yet, all and run by run."""
     rows: list[int] = []

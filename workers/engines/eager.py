@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig
+from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig, SpeculationMethod
 from orchestrator.core.types import RequestId, Sampling, SplitLoad
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
@@ -25,6 +25,7 @@ from workers.engines.base import EngineDescription, ExpertRouting, PromptScores,
 from workers.engines.batch import BatchBuilder, StepBatch
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
+from workers.engines.drafter import Asked, Drafted, Drafter
 from workers.engines.grammars import Grammars, Masks
 from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.linear import rows_min
@@ -43,6 +44,9 @@ from workers.engines.weights import Weights
 
 #: Bytes of KV that a CPU engine takes unless told: several nodes share a machine, and host memory is not theirs alone.
 CPU_POOL_BYTES_MAX = 2 * 1024**3
+
+#: Of what KV may take, the share of a draft model's.
+DRAFTER_SHARE = 0.125
 
 #: Multiply-adds of a step up to which one CPU thread does it. Two gain a quarter on an idle machine; on a busy one each of a
 #: step's many small products waits for a thread that the system has put off, which was measured to cost twofold to tenfold.
@@ -94,17 +98,23 @@ class EagerEngine(PooledBlocks):
             rows_max = max(step_tokens_max, filled)
             self.split = _reach(split, shape, dtype, device, rows_max) if split is not None else None
             self._adapters = Adapters(model or ModelConfig(), dtype, device)
+            reserve = step_tokens_max * _row_bytes(shape, dtype)
+            self._grammars = Grammars(model_dir, shape.vocabulary)
+            self._drafter: Drafter | None = None
             with ExitStack() as failing:
                 if self.split is not None:
                     failing.callback(self.split.close)
                 self._model = Model(weights, shape, dtype, device, self.split, self._adapters)
+                if config.speculation.method is SpeculationMethod.DRAFT_MODEL:
+                    self._drafter = Drafter(
+                        model_dir, shape, config, device, sequences_max, context,
+                        lambda: int(DRAFTER_SHARE * _kv_bytes(config, device, reserve)), self._use_threads, self._grammars,
+                    )  # fmt: skip
                 failing.pop_all()
-            reserve = step_tokens_max * _row_bytes(shape, dtype)
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
             way = decode_way(self._pool, dtype, device, self._threads)
         self._batches = BatchBuilder(self._pool, filled, way, device)
-        self._grammars = Grammars(model_dir, shape.vocabulary)
         self._sequences: dict[RequestId, TokenSequence] = {}
         self.description = EngineDescription(
             blocks=blocks,
@@ -153,6 +163,8 @@ class EagerEngine(PooledBlocks):
 
     def forget(self, request: RequestId) -> None:
         self._sequences.pop(request, None)
+        if self._drafter is not None:
+            self._drafter.forget(request)
 
     @torch.inference_mode()
     def step(self, slices: Sequence[Slice]) -> list[SliceOutput]:
@@ -167,22 +179,41 @@ class EagerEngine(PooledBlocks):
                 continue
             if piece.blocks:
                 sequence.place(piece.first_block, piece.blocks)
-            if piece.draft_max and (drafted := sequence.draft(piece.draft_max)):
-                pieces[number] = replace(piece, count=piece.count + drafted)
             numbers.append(number)
         if not numbers:
             return outputs
-        if self.split is None:
-            self._compute(pieces, sequences, [numbers], outputs)
-            return outputs
-        microbatches = self.split.microbatches
-        count = microbatches.choose(len(numbers))
+        modelled = self._draft(slices, sequences, numbers)
+        for number in numbers:
+            if drafted := sequences[number].drafted:
+                pieces[number] = replace(pieces[number], count=pieces[number].count + drafted)
         began = time.perf_counter()
+        count = self.split.microbatches.choose(len(numbers)) if self.split is not None else 1
         self._compute(pieces, sequences, [numbers[part::count] for part in range(count)], outputs)
         seconds = time.perf_counter() - began
-        self.split.times.step_s += seconds
-        microbatches.measured(len(numbers), count, seconds)
+        if self.split is not None:
+            self.split.times.step_s += seconds
+            self.split.microbatches.measured(len(numbers), count, seconds)
+        if self._drafter is not None:
+            self._drafter.step_s = seconds
+        for number, drafted in modelled.items():
+            outputs[number] = replace(outputs[number], drafting_s=drafted.seconds)
         return outputs
+
+    def _draft(self, slices: Sequence[Slice], sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> dict[int, Drafted]:
+        """Draft for the sequences that may have drafts; return what the draft model did, by number of the slice."""
+        for number in numbers:
+            if slices[number].draft_max:
+                sequences[number].draft(slices[number].draft_max)
+        if self._drafter is None:
+            return {}
+        left = [number for number in numbers if slices[number].model_draft_max and not sequences[number].drafted]
+        asked = [Asked(slices[number].request, sequences[number], slices[number].model_draft_max) for number in left]
+        done = self._drafter.draft(asked) if asked else ()
+        return {number: drafted for number, drafted in zip(left, done, strict=True) if drafted is not None}
+
+    def _use_threads(self, operations: int) -> None:
+        """Have so many multiply-adds computed by one thread if they are few, else by all."""
+        torch.set_num_threads(1 if operations <= SINGLE_THREAD_OPERATIONS_MAX else self._threads)
 
     def _compute(
         self,
@@ -193,8 +224,7 @@ class EagerEngine(PooledBlocks):
     ) -> None:
         """Compute the slices of these numbers, in micro-batches, and fill in what they bring."""
         batches = [self._batches.build(slices, sequences, part) for part in parts]
-        small = sum(batch.rows for batch in batches) * self._model.row_operations <= SINGLE_THREAD_OPERATIONS_MAX
-        torch.set_num_threads(1 if small else self._threads)
+        self._use_threads(sum(batch.rows for batch in batches) * self._model.row_operations)
         masks = self._grammars.begin([sequences[number] for batch in batches for number in batch.sampled_slices])
         logits = self._model.logits(batches, self._pool)
         if logits is not None:
@@ -232,7 +262,7 @@ class EagerEngine(PooledBlocks):
         self._grammars.close()
         if self.split is not None:
             self.split.close()
-        del self._model, self._batches, self._pool
+        del self._model, self._batches, self._pool, self._drafter
 
 
 def _scores(logits: Tensor, batches: Sequence[StepBatch], sequences: Sequence[TokenSequence]) -> dict[int, PromptScores]:
@@ -285,14 +315,19 @@ def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
 
 
-def _blocks(config: EngineConfig, slab: Slab, device: torch.device, tokens_max: int, reserve: int) -> int:
-    """Return how many blocks fit into the share of free memory that the engine may take, at most what it can use."""
+def _kv_bytes(config: EngineConfig, device: torch.device, reserve: int) -> int:
+    """Return the bytes of free memory that the engine may take for KV."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - reserve
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     share = int(free * config.memory_fraction)
-    share = share if device.type == "cuda" else min(share, CPU_POOL_BYTES_MAX)
+    return share if device.type == "cuda" else min(share, CPU_POOL_BYTES_MAX)
+
+
+def _blocks(config: EngineConfig, slab: Slab, device: torch.device, tokens_max: int, reserve: int) -> int:
+    """Return how many blocks fit into the share of free memory that the engine may take, at most what it can use."""
+    share = _kv_bytes(config, device, reserve)
     blocks = min(share // slab.bytes, -(-tokens_max // config.block_tokens))
     if blocks < 1:
         raise ConfigError("engine.memory_fraction", f"leaves {share} bytes for KV, and one block takes {slab.bytes}")

@@ -244,10 +244,11 @@ class Grammars:
             walk.failure = "an output with a grammar needs an end token among its stop tokens"
         return walk
 
-    def begin(self, sequences: Sequence[Walker]) -> Masks | None:
+    def begin(self, sequences: Sequence[Walker], newest: bool = False) -> Masks | None:
         """Begin to find which tokens may come next, for the rows that some sequences have in a step's logits.
 
-        Each has one row, and one more for each of its drafts. Returns None if none of them has a grammar.
+        Each has one row, and one more for each of its drafts; with `newest` only the last of these. Returns None if none of them
+        has a grammar.
         """
         wanted: list[_Wanted] = []
         numbers: list[int] = []
@@ -256,19 +257,23 @@ class Grammars:
             if (walk := sequence.walk) is not None:
                 known = len(sequence.tokens) - sequence.drafted
                 wanted.append(_Wanted(walk, sequence.tokens[walk.walked : known], sequence.tokens[known:]))
-                numbers += range(rows, rows + 1 + sequence.drafted)
-            rows += 1 + sequence.drafted
+                numbers += range(rows, rows + (1 if newest else 1 + sequence.drafted))
+            rows += 1 if newest else 1 + sequence.drafted
         if not wanted:
             return None
-        return Masks(self._thread.submit(self._find, wanted, len(numbers)), numbers, rows)
+        return Masks(self._thread.submit(self._find, wanted, newest), numbers, rows)
 
     def close(self) -> None:
         """Let go of its thread."""
         self._thread.shutdown()
 
-    def _find(self, wanted: Sequence[_Wanted], rows: int) -> "NDArray[np.uint32]":
-        """Return a bit for each token and row: whether it may come. No token may where there is no way."""
+    def _find(self, wanted: Sequence[_Wanted], newest: bool) -> "NDArray[np.uint32]":
+        """Return a bit for each token and row: whether it may come. No token may where there is no way.
+
+        With `newest` there is one row for each, its last one.
+        """
         lexicon = self._lexicon
+        rows = sum(one.rows for one in wanted)
         words = np.zeros((rows, lexicon.words if lexicon is not None else 0), np.uint32)
         if lexicon is None:
             return words
@@ -294,7 +299,7 @@ class Grammars:
             one.walk.look()
             self._end(words[row : row + one.rows], one.walk, lexicon.end)
             row += one.rows
-        return words
+        return words[np.cumsum([one.rows for one in wanted]) - 1] if newest else words
 
     @staticmethod
     def _end(words: "NDArray[np.uint32]", walk: Walk, end: int) -> None:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import EngineConfig, KvFormat
-from orchestrator.core.cost.costs import step_seconds
-from orchestrator.core.node.speculation import accepted_drafts
+from orchestrator.core.config import EngineConfig, KvFormat, SpeculationMethod
+from orchestrator.core.cost.costs import draft_seconds, step_seconds
+from orchestrator.core.node.speculation import accepted_drafts, textless_drafts
 from orchestrator.core.types import BlockId, CostProfile, RequestId, Sampling
 from orchestrator.profiles.fields import COUNT_MAX, read_fields
 from orchestrator.profiles.model_config import model_fields, read_config
@@ -91,6 +91,7 @@ class ProfiledEngine:
         self._profile = profile
         self._costs = step_seconds(profile, [(config.block_tokens, config.block_tokens)], 1, config.block_tokens) > 0.0
         self._acceptance = config.speculation.acceptance
+        self._models = config.speculation.method is SpeculationMethod.DRAFT_MODEL
         self._turns: dict[RequestId, _Turn] = {}
         #: One output for each token without logprobs or an end: most outputs of all.
         self._outputs: dict[int, SliceOutput] = {}
@@ -138,7 +139,10 @@ class ProfiledEngine:
         turns, allowed, choices = self._turns, self._allowed, len(self._allowed)
         size, outputs = self._block_tokens, self._outputs
         results: list[SliceOutput] = []
-        for piece in slices:
+        drafts = textless_drafts(slices, self._models)
+        # A draft model's time goes with the tokens that it drafts.
+        token_s = draft_seconds(self._profile, drafts) / max(1, sum(drafts)) if self._models else None
+        for piece, drafted in zip(slices, drafts, strict=True):
             turn = turns[piece.request]
             if piece.blocks:
                 first = piece.first_block
@@ -154,8 +158,9 @@ class ProfiledEngine:
                 results.append(_NOTHING)
                 continue
             token = allowed[_hash(turn.digest, end) % choices]
-            if piece.draft_max:
-                results.append(self._verified(turn, piece, end))
+            if drafted:
+                output = self._verified(turn, piece, end, drafted)
+                results.append(output if token_s is None else replace(output, drafting_s=drafted * token_s))
                 continue
             if turn.ending or turn.logprobs is not None:
                 results.append(self._special_output(turn, token))
@@ -171,8 +176,10 @@ class ProfiledEngine:
         if not self._costs:
             return 0.0
         prefills = [(piece.count, piece.start) for piece in slices[decoding:]]
-        prefills += [(piece.draft_max, piece.start + 1) for piece in slices[:decoding] if piece.draft_max]
-        return step_seconds(self._profile, prefills, decoding, sum([piece.start for piece in slices[:decoding]]))
+        drafts = textless_drafts(slices[:decoding], self._models)
+        prefills += [(count, piece.start + 1) for piece, count in zip(slices, drafts, strict=False) if count]
+        seconds = step_seconds(self._profile, prefills, decoding, sum([piece.start for piece in slices[:decoding]]))
+        return seconds + draft_seconds(self._profile, drafts) if self._models else seconds
 
     def read_blocks(self, blocks: Sequence[BlockId], into: memoryview) -> None:
         target = into.cast("B")
@@ -203,11 +210,11 @@ class ProfiledEngine:
         self._turns.clear()
         del self._memory
 
-    def _verified(self, turn: _Turn, piece: Slice, end: int) -> SliceOutput:
+    def _verified(self, turn: _Turn, piece: Slice, end: int, drafted: int) -> SliceOutput:
         """Return the token after the first `end`, and those that the settings let be drafted right."""
         random = _hash(turn.digest ^ 0xFFFFFFFF, end) * 2.0**-32
         outputs: list[SliceOutput] = []
-        for place in range(end, end + 1 + accepted_drafts(self._acceptance, piece.draft_max, random)):
+        for place in range(end, end + 1 + accepted_drafts(self._acceptance, drafted, random)):
             outputs.append(self._special_output(turn, self._allowed[_hash(turn.digest, place) % len(self._allowed)]))
             if outputs[-1].stopped:
                 break
@@ -216,7 +223,7 @@ class ProfiledEngine:
             self._fill(turn, piece.start, last)
         tokens = tuple([output.tokens[0] for output in outputs])
         logprobs = tuple([one for output in outputs for one in output.logprobs])
-        return SliceOutput(tokens, logprobs, outputs[-1].stopped, drafted=piece.draft_max)
+        return SliceOutput(tokens, logprobs, outputs[-1].stopped, drafted=drafted)
 
     def _special_output(self, turn: _Turn, token: int) -> SliceOutput:
         logprobs: tuple[TokenLogprobs, ...] = ()

@@ -45,6 +45,11 @@ def step_seconds(profile: CostProfile, prefills: Sequence[tuple[int, int]], sequ
     return profile.step_s + _joined(profile.overlap, attention_s, rest_s)
 
 
+def draft_seconds(profile: CostProfile, drafts: Sequence[int]) -> float:
+    """Return the seconds in which a draft model drafts so many tokens for sequences, a token for all of them in a pass."""
+    return profile.draft_step_s * max(drafts, default=0)
+
+
 def decode_seconds(profile: CostProfile, sequences: int, context_tokens: int, steps: int = 1) -> float:
     """Return the seconds of consecutive steps that only decode; `context_tokens` is the context before the first of them."""
     if profile.beat_s:

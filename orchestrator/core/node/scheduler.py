@@ -22,7 +22,7 @@ from orchestrator.core.events import SliceResult
 from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.kvpool import BlockPool
 from orchestrator.core.node.sequences import Phase, Sequence
-from orchestrator.core.node.speculation import Speculation
+from orchestrator.core.node.speculation import SequenceDrafts, Speculation
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     Assignment,
@@ -47,7 +47,7 @@ class DecodePlan:
 
     sequences: list[Sequence]
     slices: list[Slice]
-    #: Tokens that may be drafted, all sequences together.
+    #: Tokens that may be drafted, wherever they come from, all sequences together.
     draft_tokens: int = 0
     #: Steps like this one after which another may be drafted in; None: there is no end to them.
     steps_max: int | None = None
@@ -423,29 +423,42 @@ class Scheduler:
         budget = budget // 2 if self._prefilling else budget
         drafts = speculation.begin_step(count, self.context_tokens, not self._prefilling)
         budget = min(budget, speculation.rows_max)
-        wanted = [self._drafts_for(speculation, sequence) if drafts else 0 for sequence in decoding]
+        wanted = self._wanted_drafts(speculation, decoding, budget) if drafts else [(0, 0)] * count
+        tokens = 0
         for place, sequence in enumerate(decoding):
-            tokens = min(wanted[place], budget)
-            short = self._blocks_for(max(0, sequence.computed + 1 + tokens - sequence.capacity))
-            if short and self._pool.available_blocks >= count + short:
-                self._extend(sequence, short)
-            wanted[place] = min(tokens, sequence.capacity - sequence.computed - 1)
-            budget -= wanted[place]
+            room = self._room_for(sequence, min(max(wanted[place]), budget - tokens), count)
+            wanted[place] = min(wanted[place][0], room), min(wanted[place][1], room)
+            tokens += max(wanted[place])
         slices = self._decode_slices(decoding)
-        for part, tokens in zip(slices, wanted, strict=True):
-            part.draft_max = tokens
-        if not drafts or any(wanted):
-            return DecodePlan(decoding, slices, sum(wanted), 1)
-        waits = [drafting.again_at - sequence.output_tokens for sequence in decoding if (drafting := sequence.drafting)]
+        for part, (looked_up, modelled) in zip(slices, wanted, strict=True):
+            part.draft_max, part.model_draft_max = looked_up, modelled
+        if not drafts or tokens:
+            return DecodePlan(decoding, slices, tokens, 1)
+        waits = [sequence.drafts.again_at - sequence.output_tokens for sequence in decoding if sequence.drafts is not None]
         return DecodePlan(decoding, slices, 0, max(1, min(waits, default=1)))
 
-    @staticmethod
-    def _drafts_for(speculation: Speculation, sequence: Sequence) -> int:
-        """Return how many tokens a sequence may have drafted: none beyond the last one of its output."""
-        if sequence.drafting is None:
-            sequence.drafting = speculation.new_sequence()
-        most = sequence.output_tokens_max - sequence.output_tokens - 1
-        return min(speculation.tokens_for(sequence.drafting, sequence.output_tokens), most) if sequence.ending is None else 0
+    def _room_for(self, sequence: Sequence, tokens: int, decoding: int) -> int:
+        """Give a decoding sequence room for drafts, in blocks that nobody else will need; return how many there is room for."""
+        short = self._blocks_for(max(0, sequence.computed + 1 + tokens - sequence.capacity))
+        if short and self._pool.available_blocks >= decoding + short:
+            self._extend(sequence, short)
+        return min(tokens, sequence.capacity - sequence.computed - 1)
+
+    def _wanted_drafts(self, speculation: Speculation, decoding: list[Sequence], budget: int) -> list[tuple[int, int]]:
+        """Return how many tokens may be looked up, and drafted by a model, for each: none beyond the last one of its output."""
+        looked_up: list[int] = []
+        wishes: list[tuple[SequenceDrafts, int]] = []
+        for sequence in decoding:
+            if sequence.drafts is None:
+                sequence.drafts = speculation.new_sequence()
+            drafts, tokens, tokens_max = sequence.drafts, sequence.output_tokens, sequence.output_tokens_max
+            most = tokens_max - tokens - 1 if sequence.ending is None else 0
+            looked_up.append(min(speculation.looked_up_for(drafts, tokens), most))
+            wishes.append((drafts, min(speculation.wish_for(drafts, tokens, tokens_max), most)))
+        passes = speculation.passes_for(wishes, len(decoding), self.context_tokens)
+        if passes:  # where there is not room for all that are wanted, each has some
+            passes = min(passes, max(1, budget // sum([wish > 0 for _, wish in wishes])))
+        return [(found, min(wish, passes)) for found, (_, wish) in zip(looked_up, wishes, strict=True)]
 
     @staticmethod
     def _decode_slices(decoding: list[Sequence]) -> list[Slice]:
@@ -504,8 +517,12 @@ class Scheduler:
         plan = self._end_step()
         assert len(results) == len(plan.slices), f"{len(results)} results for {len(plan.slices)} slices of step {plan.step}"
         assert 1 <= steps <= plan.steps_max, f"step {plan.step} was run {steps} times, at most {plan.steps_max} were possible"
-        drafts = self._note_drafts(self._speculation, plan, results, seconds / steps) if self._speculation is not None else ()
-        self._measure(plan, seconds, steps, drafts)
+        drafts: Collection[tuple[int, int]] = ()
+        drafting_s = 0.0
+        if self._speculation is not None:
+            drafting_s = sum([result.drafting_s or 0.0 for result in results])
+            drafts = self._note_drafts(self._speculation, plan, results, (seconds - drafting_s) / steps)
+        self._measure(plan, seconds, drafting_s, steps, drafts)
         outcome = StepOutcome()
         generated = 0
         if steps > 1:
@@ -545,23 +562,29 @@ class Scheduler:
         """Note what became of a step's drafts, and return (tokens drafted, context before them) of each sequence that had any."""
         drafts: list[tuple[int, int]] = []
         for sequence, result in zip(plan.decoding, results, strict=False):
-            drafted, tokens = result.drafted_tokens, result.output_tokens
-            if drafted and sequence.drafting is not None and tokens:
-                drafts.append((drafted, sequence.computed + 1))
-                speculation.note_drafts(sequence.drafting, sequence.output_tokens + tokens, drafted, tokens - 1)
-        if plan.decoding and not plan.prefilling:
-            speculation.note_step(len(plan.decoding), sum([drafted for drafted, _ in drafts]), seconds)
+            tokens, noted = result.output_tokens, result.drafted_tokens or result.drafting_s is not None
+            if noted and sequence.drafts is not None and tokens:
+                speculation.note_drafts(sequence.drafts, sequence.output_tokens + tokens, result)
+                if result.drafted_tokens:
+                    drafts.append((result.drafted_tokens, sequence.computed + 1))
+        if plan.decoding:
+            speculation.note_step(len(plan.decoding), sum([drafted for drafted, _ in drafts]), seconds, not plan.prefilling)
         return drafts
 
-    def _measure(self, plan: StepPlan, seconds: float, steps: int, drafts: Collection[tuple[int, int]]) -> None:
-        """Note how long a step took, beside what it was predicted to take. Drafts are computed like parts of prompts."""
+    def _measure(
+        self, plan: StepPlan, seconds: float, drafting_s: float, steps: int, drafts: Collection[tuple[int, int]]
+    ) -> None:
+        """Note how long a step took, beside what it was predicted to take: drafts are computed like parts of prompts.
+
+        What a draft model took is left out of that: the prediction knows nothing of it.
+        """
         predicted_s = plan.predicted_s
         if drafts:
             prefills = [(part.count, part.start) for part in plan.slices[len(plan.decoding) :]]
             predicted_s = step_seconds(self._profile, [*drafts, *prefills], len(plan.decoding), plan.context_tokens)
         if steps > 1:
             predicted_s = decode_seconds(self._profile, len(plan.decoding), plan.context_tokens, steps)
-        self.cost_scale = smoothed_scale(self.cost_scale, predicted_s, seconds, steps)
+        self.cost_scale = smoothed_scale(self.cost_scale, predicted_s, seconds - drafting_s, steps)
         mean_s = seconds / steps
         self.step_s = mean_s if self.step_s == 0.0 else smoothed(self.step_s, mean_s, steps)
 
@@ -805,9 +828,9 @@ class Scheduler:
             return
         planned = len(self.plan.decoding)
         assert planned == decoding, f"step {self.plan.step} decodes {planned} of {decoding} sequences"
-        tokens = sum(part.count + part.draft_max for part in self.plan.slices)
+        tokens = sum(part.count + part.drafts_max for part in self.plan.slices)
         for sequence, part in zip(self.plan.decoding, self.plan.slices, strict=False):
-            end = part.start + part.count + part.draft_max
+            end = part.start + part.count + part.drafts_max
             assert end <= sequence.capacity, (
                 f"request {sequence.request}: {end} tokens with drafts > capacity {sequence.capacity}"
             )

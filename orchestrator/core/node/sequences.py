@@ -15,7 +15,7 @@ and its tokens, left to right:
 from enum import Enum
 
 from orchestrator.core.kvpool import Claim
-from orchestrator.core.node.speculation import Drafting
+from orchestrator.core.node.speculation import SequenceDrafts
 from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role, TenantId
 
 
@@ -44,7 +44,7 @@ class Sequence:
         "competes",
         "computed",
         "copies",
-        "drafting",
+        "drafts",
         "ending",
         "fetched",
         "fetched_tokens",
@@ -113,7 +113,7 @@ class Sequence:
         #: Those that were generated elsewhere count: a sequence that comes with some is like one that was preempted.
         self.output_tokens = assignment.generated_tokens if assignment.role is Role.GENERATE else 0
         #: How well its drafts do; None before its first step that may have any.
-        self.drafting: Drafting | None = None
+        self.drafts: SequenceDrafts | None = None
         #: An output that outgrows the pool ends early: its last token needs no KV.
         self.output_tokens_max = min(assignment.output_tokens_max, blocks_max * block_tokens - assignment.prompt_tokens + 1)
         #: Prompt tokens computed here or, for this very request, on its source; none is counted again after a preemption.

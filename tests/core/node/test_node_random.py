@@ -99,6 +99,7 @@ class Scenario:
                 profile=PROFILE,
                 stores=self.random.random() < 0.8,
                 draft_tokens_max=self.random.choice((0, 0, 2, 7)),
+                draft_model=self.random.random() < 0.5,
             )
             for node in (PREFILL, DECODE, OTHER)
         ]

@@ -34,8 +34,8 @@ class Bench:
 
     def start(self, count: int = 1, output_tokens_max: int = 3000, prompt: int = 3) -> None:
         """Let sequences come, and compute their prompts."""
-        for number in range(count):
-            made = assignment(len(self.sequences) + number + 1, "", tail=prompt, output_tokens_max=output_tokens_max)
+        for _ in range(count):
+            made = assignment(len(self.sequences) + 1, "", tail=prompt, output_tokens_max=output_tokens_max)
             self.sequences.append(self.scheduler.enqueue(made))
         while self.scheduler.waiting:
             self.scheduler.admit()
