@@ -22,7 +22,8 @@ from workers.engines.split.places import first_placements
 #: The first steps find nothing in caches, and kernels that are compiled when they are first used.
 WARM_STEPS = 4
 STEPS, ROUNDS = 5, 8
-TRIED_STEPS = WARM_STEPS + STEPS * ROUNDS
+#: Rounds in which numbers of micro-batches are compared.
+COMPARED_ROUNDS = 2
 #: What costs most to sample with, and the top log probabilities that clients may ask for.
 DEAREST = Sampling(
     temperature=1.0,
@@ -46,19 +47,18 @@ def longest_step_s(
     """
     routings = dearest_routings(model_dir, len(places.addresses) if places is not None else 1)
     if places is None or engine.split is None:
-        return max(_routed_s(engine, slots, experts, clock) for experts in routings)
+        return max(_routed_s(engine, slots, experts, clock, ROUNDS) for experts in routings)
     others = places.attention - 1
 
-    def cut_s(count: int) -> float:
+    def cut_s(count: int, rounds: int) -> float:
         engine.cut(slots, count)
-        return max(_shared_s(engine, slots, experts, others, clock) for experts in routings)
+        return max(_shared_s(engine, slots, experts, others, clock, rounds) for experts in routings)
 
-    most = min(MICROBATCHES_MAX, slots)
-    tried = {count: cut_s(count) for count in ([min(places.microbatches, slots)] if places.microbatches else range(1, most + 1))}
-    best = next(iter(tried)) if places.microbatches else choose_microbatches(tried.__getitem__, most)
-    engine.cut(slots, best)
+    count = min(places.microbatches, slots)
+    count = count or choose_microbatches(lambda tried: cut_s(tried, COMPARED_ROUNDS), min(MICROBATCHES_MAX, slots))
+    worst_s = cut_s(count, ROUNDS)
     engine.split.times = HalvesTimes()
-    return tried[best]
+    return worst_s
 
 
 def dearest_routings(model_dir: Path, ranks: int) -> list[Sequence[int]]:
@@ -71,20 +71,22 @@ def dearest_routings(model_dir: Path, ranks: int) -> list[Sequence[int]]:
     return [everything] if ranks == 1 else [everything, max(placement, key=len)]
 
 
-def _routed_s(engine: EagerEngine, slots: int, experts: Sequence[int], clock: Callable[[], float]) -> float:
+def _routed_s(engine: EagerEngine, slots: int, experts: Sequence[int], clock: Callable[[], float], rounds: int) -> float:
     with engine.routed(experts):
-        return worst_step_s(engine, slots, clock)
+        return worst_step_s(engine, slots, clock, rounds)
 
 
-def _shared_s(engine: EagerEngine, slots: int, experts: Sequence[int], others: int, clock: Callable[[], float]) -> float:
+def _shared_s(
+    engine: EagerEngine, slots: int, experts: Sequence[int], others: int, clock: Callable[[], float], rounds: int
+) -> float:
     """Return the longest step's seconds where FFN ranks compute one for each of so many other nodes as well."""
     assert engine.split is not None, "no FFN ranks"
     engine.split.times = times = HalvesTimes()
-    worst_s = _routed_s(engine, slots, experts, clock)
-    return worst_s + others * times.ffn_s / TRIED_STEPS
+    worst_s = _routed_s(engine, slots, experts, clock, rounds)
+    return worst_s + others * times.ffn_s / (WARM_STEPS + STEPS * rounds)
 
 
-def worst_step_s(engine: Engine, slots: int, clock: Callable[[], float]) -> float:
+def worst_step_s(engine: Engine, slots: int, clock: Callable[[], float], rounds: int = ROUNDS) -> float:
     """Return the seconds of the longest step of an idle engine that decodes one token in each of so many slots.
 
     It is the longest of the best of a few rounds: what another program took of one of them is not the engine's. Blocks are shared
@@ -107,7 +109,7 @@ def worst_step_s(engine: Engine, slots: int, clock: Callable[[], float]) -> floa
 
     for _ in range(WARM_STEPS):
         step_s()
-    worst = min(max(step_s() for _ in range(STEPS)) for _ in range(ROUNDS))
+    worst = min(max(step_s() for _ in range(STEPS)) for _ in range(rounds))
     for request in requests:
         engine.forget(request)
     return worst
