@@ -77,7 +77,7 @@ def _prefetch(source: random.Random) -> node_pb2.Prefetch:
     blocks = source.choice((1, 2, 40))
     return node_pb2.Prefetch(
         id=prefetch_id(GatewayId(1), source.randrange(64)),
-        hashes=b"".join(extend_hashes(ROOT, bytes(4 * BLOCK_TOKENS * blocks), BLOCK_TOKENS)),
+        hashes=pack_hashes(extend_hashes(ROOT, bytes(4 * BLOCK_TOKENS * blocks), BLOCK_TOKENS)),
         keep_s=source.choice((0.01, 60.0)),
         stored_blocks=source.choice((0, blocks)),
         source=source.choice(("", "all-1")),
