@@ -58,7 +58,7 @@ def test_one_request_is_shown_with_what_was_decided_for_it_and_without_the_other
     assert assigned.startswith('2.000000 Assigned {"assignment": {"request": 2, ')
     sliced = '{"request": 2, "start": 0, "count": 9, "first_block": 0, "sample": true, "draft_max": 0, "model_draft_max": 0}'
     assert ran == f'    RunStep {{"step": 1, "decoding": 0, "steps_max": 1, "slices": [{sliced}]}}'
-    result = '{"request": 2, "output_tokens": 1, "stopped": false, "failure": null, "drafted_tokens": 0}'
+    result = '{"request": 2, "output_tokens": 1, "stopped": false, "failure": null, "drafted_tokens": 0, "drafting_s": null}'
     assert finished == (
         f'3.000000 StepFinished {{"step": 1, "seconds": 0.5, "steps": 1, "results": [{result}]}} (the core raised)'
     )
