@@ -5,6 +5,7 @@ import json
 import random
 import socket
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.frames import ANSWER_S_MAX, TRUST, Victim
 from workers.engines.base import NetworkPlace
 from workers.engines.device import dtype_of
 from workers.engines.shape import read_architecture
+from workers.engines.split.ffn import ELSEWHERE
 from workers.engines.split.lanes import Header, RankLost, layout_for
 from workers.engines.split.network import NetworkLink, framed, hello_of, place_of
 from workers.engines.split.rank import FfnRank
@@ -55,8 +57,10 @@ class RankVictim(Victim):
     def _make(self, source: random.Random) -> bytes:
         lane, layer = source.choice((0, 0, 1, LANES)), source.choice((0, 0, self._shape.layers - 1, self._shape.layers))
         rows = source.choice((0, 1, ROWS_MAX, ROWS_MAX + 1))
-        row_bytes = sum(width for _, width in self._layout.parts(0)[:-1])
-        return Header(lane, layer, source.choice((0, 0, 0, 1)), rows).pack() + source.randbytes(rows * row_bytes)
+        inputs, weights, picks, _ = (rows * width for _, width in self._layout.parts(0))
+        slots = array("q", [source.choice((0, 1, 5, ELSEWHERE)) for _ in range(picks // 8)])
+        header = Header(lane, layer, source.choice((0, 0, 0, 1)), rows).pack()
+        return header + source.randbytes(inputs + weights) + slots.tobytes()
 
     async def take(self, frames: Sequence[bytes], answers: Counter[str]) -> None:
         for frame in frames:

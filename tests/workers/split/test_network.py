@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,12 @@ def test_without_a_certificate_of_the_clusters_nothing_is_heard(tmp_path: Path) 
             with pytest.raises(RankLost, match="does not take a connection"):
                 linked(address, outsider)
         assert works(address, ours)
+
+
+def test_certificates_may_bear_their_hosts_addresses(tmp_path: Path) -> None:
+    trust = read_trust("the cluster's", replace(certificates(tmp_path / "tls"), name=""))
+    with doubling(trust) as address:
+        assert works(address, trust)
 
 
 def test_nothing_is_sent_to_a_rank_that_is_not_the_clusters() -> None:
