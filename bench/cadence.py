@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from statistics import pstdev, quantiles
-from time import monotonic
+from time import monotonic, sleep
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,6 +34,8 @@ SLOTS, STREAMS, AGENTS = 8, 4, 2
 STREAM_TOKENS, PROMPT_TOKENS, AGENT_PROMPT_TOKENS, AGENT_TOKENS = 400, 64, 3000, 8
 #: The first tokens of a stream tell of its prompt.
 SKIPPED = 3
+#: Seconds in which every node is to serve.
+START_S = 60.0
 MODEL = {"layers": 4, "hidden": 128, "intermediate": 256}
 ENGINE = """
 [pools.engine]
@@ -107,6 +109,15 @@ async def again(client: httpx.AsyncClient, number: int, until: float, tier: str,
         turn += 1
 
 
+def await_nodes(server: Server) -> None:
+    """Wait until every node serves: the gateway is ready before the one that keeps the beat has measured its longest step."""
+    until = monotonic() + START_S
+    while not all(node["up"] for node in httpx.get(f"{server.url}/status", trust_env=False).json()["nodes"]):
+        if monotonic() > until:
+            raise SystemExit(f"not every node serves after {START_S:g} s")
+        sleep(0.2)
+
+
 async def measure(server: Server, seconds: float) -> dict[str, Evenness]:
     """Load both pools for so long and return how evenly their tokens came."""
     gaps_s: dict[str, list[float]] = {"cadence": [], "throughput": []}
@@ -156,6 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         create_checkpoint(Path(folder), "qwen3", 7, **MODEL)
         with weft_server(cluster, Path(folder)) as server:
+            await_nodes(server)
             found = asyncio.run(measure(server, options.seconds))
             beats = counted(server)
     show(found, beats, options.beat)

@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import pytest
 
+from orchestrator.cli.cluster_file import FOLDER, read_cluster
 from orchestrator.core.config import PoolConfig, RouterPolicy, SchedulerConfig
 from orchestrator.core.types import CostProfile, PoolKind, PoolName, ServiceClass
-from orchestrator.profiles.resolve import Resolved
+from orchestrator.profiles.catalog import Catalog
+from orchestrator.profiles.resolve import Resolved, resolve
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.outcome import BeatUse, Outcome, Served
 from orchestrator.sim.runs import figures
@@ -125,6 +127,18 @@ def test_beats_that_took_longer_than_they_should_are_counted() -> None:
     use.add(3, slots=2, work_s=0.5 * BEAT_S)
     use.add(2, slots=4, work_s=1.5 * BEAT_S)
     assert (use.beats, use.missed, use.slots) == (5, 2, 14)
+
+
+def test_a_beat_is_kept_over_two_halves() -> None:
+    made = resolve(read_cluster(FOLDER / "sim" / "vr-nvl72-lpx-afd-cadence.toml"), Catalog.load())
+    outcome = World(made, agents(4, 2, seed=3), WorldOptions(seed=3)).run()
+    assert all(served.completed and served.node.startswith("cadence") for served in some(outcome.served))
+    use = outcome.pools[PoolName("cadence")]
+    assert use.beat is not None
+    assert (use.beat.beats > 0, use.beat.missed) == (True, 0)
+    # LPUs compute the shorter half; the longer one fits into the beats.
+    assert use.split is not None
+    assert 0 < use.split.ffn_s < use.split.attention_s < use.beat.beats * use.beat.beat_s
 
 
 def test_a_profile_without_a_beat_is_no_lpx_pools() -> None:
