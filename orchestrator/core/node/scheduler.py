@@ -458,7 +458,8 @@ class Scheduler:
         passes = speculation.passes_for(wishes, len(decoding), self.context_tokens)
         if passes:  # where there is not room for all that are wanted, each has some
             passes = min(passes, max(1, budget // sum([wish > 0 for _, wish in wishes])))
-        return [(found, min(wish, passes)) for found, (_, wish) in zip(looked_up, wishes, strict=True)]
+        modelled = [min(wish, max(passes, drafts.probing)) for drafts, wish in wishes]
+        return list(zip(looked_up, modelled, strict=True))
 
     @staticmethod
     def _decode_slices(decoding: list[Sequence]) -> list[Slice]:

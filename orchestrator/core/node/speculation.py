@@ -51,7 +51,7 @@ TRIES_FREE = 2.0
 #: Tokens that a draft model's reading may cost before its drafts have brought any, and most that they can bring in advance; the
 #: share of a node's tokens that it may cost whatever they bring.
 PURSE_TOKENS = 256.0
-READING_SHARE = 0.01
+READING_SHARE = 0.005
 #: Tokens of output that must be possible still for the model to begin to read.
 READ_FOR_TOKENS = 16
 #: Weight of the newest step in the share of sequences for which nothing is found.
@@ -85,7 +85,7 @@ class Drafting:
 class SequenceDrafts:
     """What is known of the drafts of one sequence."""
 
-    __slots__ = ("looked_up", "modelled", "read")
+    __slots__ = ("looked_up", "modelled", "probing", "read")
 
     def __init__(self, looked_up: Drafting, modelled: Drafting | None) -> None:
         self.looked_up = looked_up
@@ -93,6 +93,8 @@ class SequenceDrafts:
         self.modelled = modelled
         #: Whether the model has read what came before, as far as is known.
         self.read = False
+        #: Whether it reads to see if drafts pay again, and has a draft then whether that is likely to pay or not.
+        self.probing = False
 
     @property
     def again_at(self) -> int:
@@ -171,8 +173,8 @@ class DraftModel:
     """What a node knows of its draft model."""
 
     __slots__ = (
-        "_again_at", "_asked", "_drafted", "_found", "_left", "_lost", "_passes", "_retry_after", "_shares", "_steps", "_tries",
-        "purse", "wishes",
+        "_again_at", "_asked", "_drafted", "_found", "_left", "_lost", "_passes", "_probe", "_probed_at", "_retry_after",
+        "_shares", "_steps", "_tries", "purse", "wishes",
     )  # fmt: skip
 
     def __init__(self, tokens_max: int) -> None:
@@ -189,6 +191,9 @@ class DraftModel:
         self._lost = 0.0
         #: Tokens that reading may cost now.
         self.purse = PURSE_TOKENS
+        #: The sequence that probes, if one does, and the step in which it did last.
+        self._probe: SequenceDrafts | None = None
+        self._probed_at = 0
         #: What share of the sequences that would take part is left when something is found for some, lately.
         self._left = 1.0
         #: Of the step whose results are being noted: sequences that would have taken part, and those for which something was
@@ -197,6 +202,23 @@ class DraftModel:
         self._found = 0
         self._passes = 0
         self._drafted = 0.0
+
+    def may_read(self, drafts: SequenceDrafts, drafting: Drafting) -> bool:
+        """Return whether what came before may be read for a sequence.
+
+        It may while the purse is not empty and drafts are likely to pay; else for one at a time, and no sooner than the purse is
+        full again, so that it is noticed when they do.
+        """
+        drafts.probing = False
+        if drafting.chance > self.wishes.price:
+            return self.purse > 0.0
+        if self._probe is not drafts:
+            if self.purse < PURSE_TOKENS or (self._probe is not None and self._steps <= self._probed_at + 1):
+                return False
+            self._probe = drafts
+        self._probed_at = self._steps
+        drafts.probing = True
+        return True
 
     def passes_for(self, drafts: Sequence[tuple[Drafting, int]], sequences: int, expected: float, generated: int) -> int:
         """Return how many passes there may be in a step.
@@ -315,9 +337,14 @@ class Speculation:
         """Return how many tokens a draft model would draft for a sequence in this step if that cost nothing but their rows."""
         if self._model is None or drafts.modelled is None:
             return 0
-        if not drafts.read and (self._model.purse <= 0.0 or output_tokens_max - output_tokens < READ_FOR_TOKENS):
-            return 0
-        return self._model.wishes.tokens_for(drafts.modelled, output_tokens, self._generated)
+        if drafts.modelled.trials == PRIOR_TRIALS:  # it has had none: what is known is what others had lately
+            drafts.modelled.accepted = self._model.wishes.chances.chance * PRIOR_TRIALS
+        if not drafts.read or drafts.probing:
+            enough = drafts.read or output_tokens_max - output_tokens >= READ_FOR_TOKENS
+            if not enough or not self._model.may_read(drafts, drafts.modelled):
+                return 0
+        wish = self._model.wishes.tokens_for(drafts.modelled, output_tokens, self._generated)
+        return max(wish, 1) if drafts.probing else wish
 
     def passes_for(self, wishes: Iterable[tuple[SequenceDrafts, int]], sequences: int, context_tokens: int) -> int:
         """Return how many of these tokens, of each sequence, there may be in a step of so many sequences."""
@@ -340,6 +367,7 @@ class Speculation:
         assert drafts.modelled is not None, "where there is a draft model each sequence has drafts of it"
         drafts.read = drafted > 0
         if drafted:
+            drafts.probing = False
             self._drafting_s += result.drafting_s
             self._model.note_drafts(drafts.modelled, output_tokens, drafted, accepted)
         else:
