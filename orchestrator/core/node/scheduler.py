@@ -21,8 +21,9 @@ from orchestrator.core.cost.costs import decode_seconds, prompt_seconds, smoothe
 from orchestrator.core.events import SliceResult
 from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.kvpool import BlockPool
+from orchestrator.core.node.drafting import SequenceDrafts
 from orchestrator.core.node.sequences import Phase, Sequence
-from orchestrator.core.node.speculation import SequenceDrafts, Speculation
+from orchestrator.core.node.speculation import Speculation
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     Assignment,

@@ -5,7 +5,8 @@ from random import Random
 import pytest
 
 from orchestrator.core.events import SliceResult
-from orchestrator.core.node.speculation import PURSE_TOKENS, READ_FOR_TOKENS, READING_SHARE, accepted_drafts
+from orchestrator.core.node.draft_model import PURSE_TOKENS, READING_SHARE
+from orchestrator.core.node.speculation import READ_FOR_TOKENS, accepted_drafts
 from orchestrator.core.types import RequestId
 from tests.core.node.test_speculation import CHEAP, Bench
 
