@@ -498,7 +498,7 @@ class SpeculationConfig:
     draft_model: str = ""
     #: Tokens of a sequence that it sees at most, the last ones: with half of them it begins when these are full. More is drafted
     #: better, and costs memory and time to read.
-    draft_context_tokens_max: int = 1024
+    draft_context_tokens_max: int = 512
     #: Sequences of which it keeps what it has read, at most. 0: as many as run together, as far as an eighth of the memory for
     #: KV holds them.
     draft_sequences_max: int = 0

@@ -26,7 +26,8 @@ from orchestrator.core.config import (
     SplitConfig,
 )
 from orchestrator.core.experts import ExpertBalancer
-from orchestrator.core.node.speculation import DraftModel, Speculation
+from orchestrator.core.node.draft_model import DraftModel
+from orchestrator.core.node.speculation import Speculation
 from orchestrator.core.types import CostProfile, PoolKind, ServiceClass
 from tests.builders import some
 from tests.live.serving import Cluster, cluster, finish, pool, run, split, together, turn

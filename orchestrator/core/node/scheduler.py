@@ -21,8 +21,9 @@ from orchestrator.core.cost.costs import decode_seconds, prompt_seconds, smoothe
 from orchestrator.core.events import SliceResult
 from orchestrator.core.fairness import Accounts, FairQueue, output_work
 from orchestrator.core.kvpool import BlockPool
+from orchestrator.core.node.drafting import SequenceDrafts
 from orchestrator.core.node.sequences import Phase, Sequence
-from orchestrator.core.node.speculation import SequenceDrafts, Speculation
+from orchestrator.core.node.speculation import Speculation
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     Assignment,
@@ -458,7 +459,8 @@ class Scheduler:
         passes = speculation.passes_for(wishes, len(decoding), self.context_tokens)
         if passes:  # where there is not room for all that are wanted, each has some
             passes = min(passes, max(1, budget // sum([wish > 0 for _, wish in wishes])))
-        return [(found, min(wish, passes)) for found, (_, wish) in zip(looked_up, wishes, strict=True)]
+        modelled = [min(wish, max(passes, drafts.probing)) for drafts, wish in wishes]
+        return list(zip(looked_up, modelled, strict=True))
 
     @staticmethod
     def _decode_slices(decoding: list[Sequence]) -> list[Slice]:

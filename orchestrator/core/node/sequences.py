@@ -15,7 +15,7 @@ and its tokens, left to right:
 from enum import Enum
 
 from orchestrator.core.kvpool import Claim
-from orchestrator.core.node.speculation import SequenceDrafts
+from orchestrator.core.node.drafting import SequenceDrafts
 from orchestrator.core.types import Assignment, BlockHash, BlockId, FinishReason, RequestId, Role, TenantId
 
 

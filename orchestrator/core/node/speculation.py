@@ -8,96 +8,28 @@ It pays while the chance that it is accepted, after all before it were, is over 
 sequence; the price by the number of sequences, since at many of them a step's time goes with its rows and no draft pays any more.
 A step without drafts is taken now and then so that there is always something to compare with.
 
-Drafts are looked up, or, where nothing is found, made by a draft model; their chances are kept apart. A pass of the model brings
-one token for each sequence that takes part, and takes about as long however many do. So it is decided for all of them: there is
-one more pass while what it is likely to bring to all together, rows paid, is more than it costs. Before its first draft for a
-sequence the model has to read what came before; that is paid for out of what its drafts have brought (`DraftModel.purse`).
+Drafts are looked up, or, where nothing is found, made by a draft model (`draft_model.py`); their chances are kept apart.
 
 The node's profile only says what things cost before anything was measured. How drafts are made is the engine's business.
 """
 
-from collections.abc import Iterable, Sequence
-from math import log
+from collections.abc import Iterable
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.cost.costs import decode_seconds, smoothed, step_seconds
 from orchestrator.core.events import SliceResult
+from orchestrator.core.node.draft_model import DraftModel
+from orchestrator.core.node.drafting import PRIOR_ROWS, PRIOR_TRIALS, SLOWER_MAX, Drafting, DraftKind, Price, SequenceDrafts
 from orchestrator.core.types import NodeSpec
 
 #: A row's price where the profile knows nothing, and what share of a step without drafts a pass of a draft model takes.
 PRICE_UNKNOWN = 0.15
 PASS_UNKNOWN = 0.2
-#: Rows that count as measured when a price is first needed, and the share of what was measured that counts on at the next step.
-PRIOR_ROWS = 16.0
-KEPT = 0.97
-#: No step is believed to take more than so many times as long for its drafts. A suspended machine is not; but rows that many
-#: threads meet over can really be ten times as dear as what they are compared with.
-SLOWER_MAX = 16.0
 #: Steps with drafts after which one without is taken; there are few of those, so that one counts as several.
 PLAIN_EVERY = 48
 PLAIN_COUNTS = 4
-#: Accepted and rejected drafts that count as seen when a sequence begins, and the share that counts on at the next step.
-PRIOR_TRIALS = 1.0
-TRIALS_KEPT = 0.9
-#: How likely a draft is accepted before any was, on this node.
-CHANCE_UNKNOWN = 0.6
-#: Tokens drafted to see whether it pays again, and tokens of output after which it is tried: doubled as long as it does not.
-RETRY_TOKENS = 3
-RETRY_AFTER_MIN = 16
-RETRY_AFTER_MAX = 512
-#: What such tries may cost a node: a share of the tokens that it generates, and tokens that it may lose before it has any.
-TRIES_SHARE = 0.01
-TRIES_FREE = 2.0
-#: Tokens that a draft model's reading may cost before its drafts have brought any, and most that they can bring in advance; the
-#: share of a node's tokens that it may cost whatever they bring.
-PURSE_TOKENS = 256.0
-READING_SHARE = 0.01
 #: Tokens of output that must be possible still for the model to begin to read.
 READ_FOR_TOKENS = 16
-#: Weight of the newest step in the share of sequences for which nothing is found.
-LEFT_WEIGHT = 0.1
-
-
-class Drafting:
-    """How well a sequence's drafts of one kind do."""
-
-    __slots__ = ("accepted", "again_at", "retry_after", "trials")
-
-    def __init__(self, chance: float) -> None:
-        #: Accepted drafts and those that were looked at (one after a rejected one is not), the later ones counting more.
-        self.accepted = chance * PRIOR_TRIALS
-        self.trials = PRIOR_TRIALS
-        #: Tokens of output before which nothing is drafted, and how long that lasts if it does not pay then either.
-        self.again_at = 0
-        self.retry_after = RETRY_AFTER_MIN
-
-    @property
-    def chance(self) -> float:
-        """How likely a drafted token is accepted, if all before it were."""
-        return self.accepted / self.trials
-
-    def note(self, drafted: int, accepted: int) -> None:
-        """Take in what became of a draft."""
-        self.accepted = self.accepted * TRIALS_KEPT + accepted
-        self.trials = self.trials * TRIALS_KEPT + min(accepted + 1, drafted)
-
-
-class SequenceDrafts:
-    """What is known of the drafts of one sequence."""
-
-    __slots__ = ("looked_up", "modelled", "read")
-
-    def __init__(self, looked_up: Drafting, modelled: Drafting | None) -> None:
-        self.looked_up = looked_up
-        #: None where there is no draft model.
-        self.modelled = modelled
-        #: Whether the model has read what came before, as far as is known.
-        self.read = False
-
-    @property
-    def again_at(self) -> int:
-        """Tokens of output from which something is tried again."""
-        return self.looked_up.again_at if self.modelled is None else min(self.looked_up.again_at, self.modelled.again_at)
 
 
 class _Plain:
@@ -109,154 +41,6 @@ class _Plain:
         self.seconds = seconds
         #: Steps with drafts since the last one.
         self.age = 0
-
-
-class _Price:
-    """What rows have cost at about a number of sequences."""
-
-    __slots__ = ("rows", "tokens")
-
-    def __init__(self, price: float) -> None:
-        self.rows = PRIOR_ROWS
-        self.tokens = price * PRIOR_ROWS
-
-    @property
-    def value(self) -> float:
-        return max(0.0, self.tokens / self.rows)
-
-    def note(self, rows: int, tokens: float) -> None:
-        self.rows = self.rows * KEPT + rows
-        self.tokens = self.tokens * KEPT + tokens
-
-
-class DraftKind:
-    """Drafts of one kind, of all sequences of a node."""
-
-    __slots__ = ("_lost", "_tokens_max", "chances", "price")
-
-    def __init__(self, tokens_max: int) -> None:
-        self._tokens_max = tokens_max
-        #: Where a new sequence starts.
-        self.chances = Drafting(CHANCE_UNKNOWN)
-        #: What a drafted token costs in the step that is being formed, in tokens.
-        self.price = 0.0
-        #: Tokens that tries which did not pay have cost.
-        self._lost = 0.0
-
-    def tokens_for(self, drafting: Drafting, output_tokens: int, generated: int) -> int:
-        """Return how many tokens may be drafted for a sequence; its node has generated so many for all."""
-        chance, price = drafting.chance, self.price
-        if chance**self._tokens_max > price:
-            return self._tokens_max
-        if chance > price:
-            return max(1, int(log(price) / log(chance)))
-        affordable = self._lost <= TRIES_FREE + TRIES_SHARE * generated
-        return min(RETRY_TOKENS, self._tokens_max) if affordable and output_tokens >= drafting.again_at else 0
-
-    def note(self, drafting: Drafting, output_tokens: int, drafted: int, accepted: int) -> None:
-        """Take in what became of a sequence's drafts, which has so many tokens of output since."""
-        if drafting.chance <= self.price:
-            self._lost += max(self.price * drafted - accepted, 0.0)
-        self.chances.note(drafted, accepted)
-        drafting.note(drafted, accepted)
-        if drafting.chance > self.price:
-            drafting.retry_after = RETRY_AFTER_MIN
-            return
-        drafting.again_at = output_tokens + drafting.retry_after
-        paid = accepted > self.price * drafted
-        drafting.retry_after = RETRY_AFTER_MIN if paid else min(2 * drafting.retry_after, RETRY_AFTER_MAX)
-
-
-class DraftModel:
-    """What a node knows of its draft model."""
-
-    __slots__ = (
-        "_again_at", "_asked", "_drafted", "_found", "_left", "_lost", "_passes", "_retry_after", "_shares", "_steps", "_tries",
-        "purse", "wishes",
-    )  # fmt: skip
-
-    def __init__(self, tokens_max: int) -> None:
-        #: What sequences would have drafted by it if passes cost nothing.
-        self.wishes = DraftKind(tokens_max)
-        #: By number of sequences, rounded down to a power of two: what share of a step without drafts a pass takes.
-        self._shares: dict[int, _Price] = {}
-        #: Steps of the node, the one from which drafting is tried again where it does not pay, and how much later it is the next
-        #: time; whether the step under way is such a try; and tokens that those have cost.
-        self._steps = 0
-        self._again_at = 0
-        self._retry_after = RETRY_AFTER_MIN
-        self._tries = False
-        self._lost = 0.0
-        #: Tokens that reading may cost now.
-        self.purse = PURSE_TOKENS
-        #: What share of the sequences that would take part is left when something is found for some, lately.
-        self._left = 1.0
-        #: Of the step whose results are being noted: sequences that would have taken part, and those for which something was
-        #: found; passes, and drafted tokens that were right less what rows cost.
-        self._asked = 0
-        self._found = 0
-        self._passes = 0
-        self._drafted = 0.0
-
-    def passes_for(self, drafts: Sequence[tuple[Drafting, int]], sequences: int, expected: float, generated: int) -> int:
-        """Return how many passes there may be in a step.
-
-        Args:
-            drafts: of the sequences that would take part, with the tokens that each would have.
-            sequences: those that decode, all of them.
-            expected: what share of a step without drafts a pass takes, if none was measured.
-            generated: tokens that the node has generated.
-        """
-        self._steps += 1
-        self._tries = False
-        gains: list[float] = []
-        for drafting, wish in drafts:
-            gains += [0.0] * (wish - len(gains))
-            chance = 1.0
-            for place in range(wish):
-                chance *= drafting.chance
-                gains[place] += chance - self.wishes.price
-        cost = sequences * self._shares.setdefault(sequences.bit_length(), _Price(expected)).value
-        passes = 0
-        while passes < len(gains) and gains[passes] * self._left > cost:
-            passes += 1
-        if not passes and gains:
-            self._tries = self._steps >= self._again_at and self._lost + cost <= TRIES_FREE + TRIES_SHARE * generated
-            passes = int(self._tries)
-        self._asked = len(drafts) if passes else 0
-        return passes
-
-    def note_found(self) -> None:
-        """Take in that something was looked up for a sequence."""
-        self._found += 1
-
-    def note_drafts(self, drafting: Drafting, output_tokens: int, drafted: int, accepted: int) -> None:
-        """Take in what became of a sequence's drafts, which has so many tokens of output since."""
-        self._passes = max(self._passes, drafted)
-        self._drafted += accepted - self.wishes.price * drafted
-        self.wishes.note(drafting, output_tokens, drafted, accepted)
-
-    def note_step(self, sequences: int, drafting: float, reading: float) -> None:
-        """Take in what the drafting and the reading of a step took, as shares of a step without drafts."""
-        if self._asked:
-            self._left += LEFT_WEIGHT * (max(0.0, 1.0 - self._found / self._asked) - self._left)
-        self.purse -= sequences * min(reading, SLOWER_MAX)
-        if self._passes:
-            place = sequences.bit_length()
-            self._shares.setdefault(place, _Price(drafting / self._passes)).note(self._passes, min(drafting, SLOWER_MAX))
-            self._note_gain(self._drafted - sequences * min(drafting, SLOWER_MAX))
-        self.purse = min(self.purse + READING_SHARE * sequences, PURSE_TOKENS)
-        self._asked, self._found, self._passes, self._drafted = 0, 0, 0, 0.0
-
-    def _note_gain(self, gain: float) -> None:
-        """Take in how many tokens more or less there are for a step's drafts."""
-        self.purse += gain
-        if not self._tries:
-            self._retry_after = RETRY_AFTER_MIN
-            return
-        self._lost += max(-gain, 0.0)
-        self._again_at = self._steps + self._retry_after
-        self._retry_after = RETRY_AFTER_MIN if gain > 0 else min(2 * self._retry_after, RETRY_AFTER_MAX)
 
 
 class Speculation:
@@ -273,7 +57,7 @@ class Speculation:
         self._model = DraftModel(spec.draft_tokens_max) if spec.draft_model else None
         #: By number of sequences: exactly, and rounded down to a power of two.
         self._plain: dict[int, _Plain] = {}
-        self._prices: dict[int, _Price] = {}
+        self._prices: dict[int, Price] = {}
         #: Rows that the step that is being formed may have for drafts: no more than were measured by now, so that finding out
         #: that they are dear is not.
         self.rows_max = 0
@@ -296,7 +80,7 @@ class Speculation:
         place = sequences.bit_length()
         price = self._prices.get(place)
         if price is None:
-            price = self._prices[place] = _Price(self._expected_price(sequences, context_tokens))
+            price = self._prices[place] = Price(self._expected_price(sequences, context_tokens))
         self._looked_up.price, self.rows_max = price.value, int(max(PRIOR_ROWS, price.rows))
         if self._model is not None:
             self._model.wishes.price = price.value
@@ -315,9 +99,14 @@ class Speculation:
         """Return how many tokens a draft model would draft for a sequence in this step if that cost nothing but their rows."""
         if self._model is None or drafts.modelled is None:
             return 0
-        if not drafts.read and (self._model.purse <= 0.0 or output_tokens_max - output_tokens < READ_FOR_TOKENS):
-            return 0
-        return self._model.wishes.tokens_for(drafts.modelled, output_tokens, self._generated)
+        if drafts.modelled.trials == PRIOR_TRIALS:  # it has had none: what is known is what others had lately
+            drafts.modelled.accepted = self._model.wishes.chances.chance * PRIOR_TRIALS
+        if not drafts.read or drafts.probing:
+            enough = drafts.read or output_tokens_max - output_tokens >= READ_FOR_TOKENS
+            if not enough or not self._model.may_read(drafts, drafts.modelled):
+                return 0
+        wish = self._model.wishes.tokens_for(drafts.modelled, output_tokens, self._generated)
+        return max(wish, 1) if drafts.probing else wish
 
     def passes_for(self, wishes: Iterable[tuple[SequenceDrafts, int]], sequences: int, context_tokens: int) -> int:
         """Return how many of these tokens, of each sequence, there may be in a step of so many sequences."""
@@ -340,6 +129,7 @@ class Speculation:
         assert drafts.modelled is not None, "where there is a draft model each sequence has drafts of it"
         drafts.read = drafted > 0
         if drafted:
+            drafts.probing = False
             self._drafting_s += result.drafting_s
             self._model.note_drafts(drafts.modelled, output_tokens, drafted, accepted)
         else:

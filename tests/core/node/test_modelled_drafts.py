@@ -5,7 +5,8 @@ from random import Random
 import pytest
 
 from orchestrator.core.events import SliceResult
-from orchestrator.core.node.speculation import PURSE_TOKENS, READ_FOR_TOKENS, READING_SHARE, accepted_drafts
+from orchestrator.core.node.draft_model import PURSE_TOKENS, READING_SHARE
+from orchestrator.core.node.speculation import READ_FOR_TOKENS, accepted_drafts
 from orchestrator.core.types import RequestId
 from tests.core.node.test_speculation import CHEAP, Bench
 
@@ -117,6 +118,21 @@ def test_a_model_that_is_never_right_costs_hardly_anything() -> None:
     plain_s = CHEAP.step_s + 4 * CHEAP.sequence_s
     lost = bench.seconds / plain_s * 4 - bench.tokens
     assert lost < 0.02 * bench.tokens + PURSE_TOKENS
+
+
+def test_for_a_model_that_was_never_right_hardly_anything_is_read() -> None:
+    bench = ModelBench(chance=0.0, pieces=8, piece_s=0.004)
+    for _ in range(80):
+        bench.start(count=4, output_tokens_max=100)
+        while bench.scheduler.running:
+            bench.step()
+    assert 5 <= len(bench.read) < 32  # of 320
+    assert set(bench.read.values()) == {8}  # whoever begins is read to the end, and drafted for
+    assert bench.reading_s < 1.2 * READING_SHARE * bench.seconds
+    bench.chance = 1.0 - 1e-9
+    bench.start(count=4, output_tokens_max=3000)
+    bench.run(900)
+    assert sum(bench.modelled[-100:]) > 1200  # it was noticed that now they are right
 
 
 def test_reading_is_paid_for_out_of_a_purse() -> None:

@@ -8,9 +8,10 @@ import pytest
 from orchestrator.core.config import SchedulerConfig
 from orchestrator.core.events import SliceResult
 from orchestrator.core.kvpool import BlockPool
+from orchestrator.core.node.drafting import RETRY_AFTER_MAX, RETRY_TOKENS
 from orchestrator.core.node.scheduler import Scheduler, StepPlan
 from orchestrator.core.node.sequences import Sequence
-from orchestrator.core.node.speculation import PLAIN_EVERY, RETRY_AFTER_MAX, RETRY_TOKENS, accepted_drafts
+from orchestrator.core.node.speculation import PLAIN_EVERY, accepted_drafts
 from orchestrator.core.types import CostProfile, RequestId
 from tests.builders import assignment, node_spec, some
 
