@@ -81,7 +81,17 @@ class RefitTimer(Timer):
         return "refit:"
 
 
-ClusterTimer: TypeAlias = RequestTimer | ResyncTimer | StoreResyncTimer | LeaseTimer | RefitTimer
+@dataclass(frozen=True, slots=True, repr=False)
+class ReturnTimer(Timer):
+    """A session is about to come back; it has this number at its gateway."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"return:{self.number}"
+
+
+ClusterTimer: TypeAlias = RequestTimer | ResyncTimer | StoreResyncTimer | LeaseTimer | RefitTimer | ReturnTimer
 
 
 def cluster_timer(text: str) -> ClusterTimer:
@@ -100,6 +110,8 @@ def cluster_timer(text: str) -> ClusterTimer:
             return LeaseTimer(LeaseId(about))
         case "refit":
             return RefitTimer()
+        case "return":
+            return ReturnTimer(_number(about, text))
         case _:
             raise UnknownTimer(f"a cluster has no timer {text!r}")
 

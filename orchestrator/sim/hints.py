@@ -3,7 +3,7 @@
 none      nothing
 learned   that a tool runs or sub-agents do, and when a session is over; how long they take is the cluster's to learn
 oracle    how long each takes besides: what a harness says at best
-prefetch  and has its context brought back into nodes' memory a moment before a tool returns
+prefetch  and by the cache API, where it is known with its context: that is brought back into nodes' memory before it returns
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,6 @@ from typing import Generic, Protocol, TypeVar
 
 #: What an agent waits for: a tool (or a user, which traces do not tell apart), or other agents.
 TOOL, AGENTS = "tool", "agents"
-#: Seconds before a tool returns at which an agent has its context brought back, and seconds for which it wants it kept.
-PREFETCH_LEAD_S, PREFETCH_KEPT_S = 1.0, 10.0
 
 
 class HintProgram(StrEnum):

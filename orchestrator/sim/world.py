@@ -118,7 +118,6 @@ from orchestrator.core.types import (
     StoreId,
     StoreSpec,
     TenantId,
-    Tier,
     gateway_of,
     request_id,
     request_of,
@@ -129,7 +128,7 @@ from orchestrator.sim.checks import Checks, Stuck
 from orchestrator.sim.faults import Faults
 from orchestrator.sim.frequency import FrequencyPool
 from orchestrator.sim.halves import split_use
-from orchestrator.sim.hints import PREFETCH_KEPT_S, PREFETCH_LEAD_S, TOOL, Agents, HintProgram, Pause
+from orchestrator.sim.hints import TOOL, Agents, HintProgram, Pause
 from orchestrator.sim.network import Network, Transfers
 from orchestrator.sim.oracle import Future, OptimalPool
 from orchestrator.sim.outcome import BeatUse, Distribution, Outcome, PoolSample, PoolUse, Served, StoreUse
@@ -454,21 +453,14 @@ class World:
         for told in self._agents.told(visit.turn, coming, self.agenda.now):
             gateway, session, model = self._place_of(told.turn)
             tenant = self._tenant_of(told.turn)
-            if isinstance(told, Pause):
+            if isinstance(told, Pause) and self._options.hints is HintProgram.PREFETCH:
+                hashes = self._prompts[model].of(told.turn)[: self._last_blocks.get((told.turn.session, told.turn.agent), 0)]
+                hint = Hint(Verb.TOOL_STARTED, tenant, f"before {told.turn.id}", told.tool, model, session, hashes)
+                self._tell_cluster(gateway, HintAsked(replace(hint, tool_class=told.tool, expected_s=told.expected_s)))
+            elif isinstance(told, Pause):
                 self._tell_cluster(gateway, ToolStarted(model, tenant, session, told.tool, told.expected_s))
-                if told.expected_s is not None and self._options.hints is HintProgram.PREFETCH:
-                    early_s = max(0.0, told.expected_s - PREFETCH_LEAD_S)
-                    self.agenda.at(self.agenda.now + early_s, self._prefetch, told.turn)
             else:
                 self._tell_cluster(gateway, SessionEnded(model, tenant, session))
-
-    def _prefetch(self, turn: TracedTurn) -> None:
-        """Have the context of an agent's last turn brought back, as far as its next turn goes on from it."""
-        gateway, session, model = self._place_of(turn)
-        hashes = self._prompts[model].of(turn)[: self._last_blocks.get((turn.session, turn.agent), 0)]
-        if hashes:
-            hint = Hint(Verb.PREFETCH, self._tenant_of(turn), f"before {turn.id}", "0", model, session, hashes)
-            self._tell_cluster(gateway, HintAsked(replace(hint, tier=Tier.HBM, ttl_s=PREFETCH_KEPT_S)))
 
     def _tell_of_answer(self, request: RequestId, turn: TracedTurn) -> None:
         """Let a gateway have understood what a turn's model waits for."""

@@ -43,6 +43,7 @@ from orchestrator.core.timers import (
     PrefetchTimer,
     RequestTimer,
     ResyncTimer,
+    ReturnTimer,
     StoreResyncTimer,
     StoreTimer,
     UnknownTimer,
@@ -242,6 +243,7 @@ def test_a_journal_names_timers_by_text_and_reads_them_as_what_they_are(tmp_path
         RequestTimer(request_id(GatewayId(3), 1)),
         ResyncTimer(NodeId("a:0")),
         StoreResyncTimer(StoreId("s:1"), ModelName("Qwen/Q:3")),
+        ReturnTimer(7),
     ],
 )
 def test_the_text_of_a_clusters_timer_names_it(timer: ClusterTimer) -> None:

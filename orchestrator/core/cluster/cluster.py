@@ -99,7 +99,15 @@ from orchestrator.core.events import (
     ToolStarted,
 )
 from orchestrator.core.outlook import Outlook
-from orchestrator.core.timers import ClusterTimer, LeaseTimer, RefitTimer, RequestTimer, ResyncTimer, StoreResyncTimer
+from orchestrator.core.timers import (
+    ClusterTimer,
+    LeaseTimer,
+    RefitTimer,
+    RequestTimer,
+    ResyncTimer,
+    ReturnTimer,
+    StoreResyncTimer,
+)
 from orchestrator.core.types import (
     Assignment,
     FinishReason,
@@ -517,6 +525,7 @@ class Cluster:
         self._wake(flight, flight.deadline_at)
         flight.reads = self._assign(flight, placement, started.outlook)
         self._tell(started.told)
+        self._commands += self._hints.returned(request)
         self._book(given, placement, options, pools)
         return True
 
@@ -785,6 +794,8 @@ class Cluster:
                 self._commands += self._hints.expire(lease, self._now)
             case RefitTimer():
                 self._commands += self._hints.refit(self._now)
+            case ReturnTimer(number):
+                self._commands += self._hints.returns(number, self._now)
             case _:
                 assert_never(key)
 

@@ -18,6 +18,7 @@ from orchestrator.core.cluster.effects import Effects
 from orchestrator.core.cluster.leases import REFIT_S, TTL_S, Grant, Held, Leases, Refused, Wanted, leased_blocks
 from orchestrator.core.cluster.pools import ModelPools
 from orchestrator.core.cluster.prefetches import KEPT_S, KEPT_S_MAX, Prefetches, Way
+from orchestrator.core.cluster.returns import LATE_S, Returns
 from orchestrator.core.cluster.sessions import Sessions
 from orchestrator.core.cluster.stores import holder
 from orchestrator.core.commands import (
@@ -90,6 +91,7 @@ class Hints:
         "_nodes",
         "_pools",
         "_prefetches",
+        "_returns",
         "_router",
         "_sessions",
         "_stored",
@@ -113,6 +115,7 @@ class Hints:
         self._sessions = sessions
         self._router = router
         self._prefetches = Prefetches(gateway)
+        self._returns = Returns()
         self.leases = Leases(config.leases, config.tenants, gateways)
         self.effects = Effects(self.leases)
         #: Nodes that have joined, in that order.
@@ -558,9 +561,25 @@ class Hints:
         event: ToolStarted | ToolFinished
         if hint.verb is Verb.TOOL_STARTED:
             event = ToolStarted(hint.model, hint.tenant, hint.session, hint.tool_class, hint.expected_s)
+            returning = self._returns.pause(hint, now)
         else:
             event = ToolFinished(hint.model, hint.tenant, hint.session)
-        return Receipt(Outcome.APPLIED, blocks=len(hint.hashes)), self._expect(event, now)
+            returning = self._returns.over(hint.model, hint.tenant, hint.session)
+            returning += self._bring_back(replace(hint, ttl_s=LATE_S), now)
+        return Receipt(Outcome.APPLIED, blocks=len(hint.hashes)), [*self._expect(event, now), *returning]
+
+    def returned(self, request: Request) -> list[ClusterCommand]:
+        """Note that a session's next turn runs: nothing is to be brought for it any more."""
+        return self._returns.over(request.model, request.tenant, request.session) if request.session is not None else []
+
+    def returns(self, number: int, now: float) -> list[ClusterCommand]:
+        """Have a session's context brought back, just before its next turn is expected."""
+        hint = self._returns.due(number)
+        return self._bring_back(hint, now) if hint is not None else []
+
+    def _bring_back(self, hint: Hint, now: float) -> list[ClusterCommand]:
+        """Return what has a session's context brought into hbm, if it is not there and can be."""
+        return self._bring(hint, now)[1] if hint.hashes else []
 
     def _expect(self, event: ToolStarted | ToolFinished | SessionEnded, now: float) -> list[ClusterCommand]:
         """Return what nodes are to expect of a session's context from now on."""
@@ -570,7 +589,7 @@ class Hints:
         """End the leases placed with a session, forget it, and let go what only it needs."""
         assert hint.model is not None, "a session is resolved to one of a model"
         assert hint.session is not None, "an end is that of a session"
-        commands = self._cancelling(hint, 0)
+        commands = [*self._returns.over(hint.model, hint.tenant, hint.session), *self._cancelling(hint, 0)]
         for held in [held for held in self._leases_on(hint) if held.lease.session == hint.session]:
             commands += self._ending(held, LeaseChange.SESSION_ENDED, now)
         known = self._sessions.knows(hint.model, hint.tenant, hint.session)
@@ -674,6 +693,7 @@ class Hints:
         self.leases.validate()
         self.effects.validate()
         self._prefetches.validate()
+        self._returns.validate()
         for tenant, done in self._done.items():
             assert len(done) <= self._config.actions_remembered_max, f"{len(done)} actions of {tenant} are remembered"
         assert self._fits or self.leases.exceeded, "leases fit, and are waited for"

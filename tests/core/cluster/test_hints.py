@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.cluster.expectations import EARLY
 from orchestrator.core.cluster.leases import REFIT_S
+from orchestrator.core.cluster.returns import LEAD_S
 from orchestrator.core.commands import AnswerHint, ClearTimer, EndLease, EvictBlocks, Expect, PlaceLease, RetainBlocks, SetTimer
 from orchestrator.core.config import LeasesConfig
 from orchestrator.core.events import HintAsked, LeaseEnded, LeasesTold, NodeJoined, NodeLost, TimerFired
 from orchestrator.core.hints import Hint, Holding, LeaseChange, Outcome, Reason, Receipt, Verb
-from orchestrator.core.timers import LeaseTimer, RefitTimer
+from orchestrator.core.timers import LeaseTimer, RefitTimer, ReturnTimer
 from orchestrator.core.types import BlockHash, FinishReason, GatewayId, LeaseId, ModelName, NodeId, SessionId, TenantId, Tier
 from tests.builders import prompt_hashes
 from tests.core.cluster.cluster_builders import arrived, cluster_config, end_of, join, nodes_of, reported, spec_of, stored
@@ -233,9 +235,10 @@ def test_pauses_of_a_session_are_told_to_where_it_is(make_cluster: MakeCluster) 
     cluster.handle(arrived(1, "abcd", session="s"), 0.0)
     cluster.handle(reported("a0", ended=[end_of(1, FinishReason.STOP)]), 0.1)
     started = hint(Verb.TOOL_STARTED, "abcd", session=SessionId("s"), tool_class="bash", expected_s=30.0)
-    receipt, told = ask(cluster, started)
+    receipt, (*told, timer) = ask(cluster, started)
     assert receipt.outcome is Outcome.APPLIED
     assert [type(command) for command in told] == [Expect]
+    assert timer == SetTimer(ReturnTimer(1), 1.0 + EARLY * 30.0 - LEAD_S)
     assert ask(cluster, hint(Verb.TOOL_FINISHED, "abcd", action="1", session=SessionId("s")))[0].outcome is Outcome.APPLIED
     unknown = hint(Verb.TOOL_STARTED, "abcd", action="2", session=SessionId("nobody"))
     assert ask(cluster, unknown)[0].reason is Reason.NO_SESSION

@@ -6,11 +6,15 @@ import pytest
 
 from orchestrator.core.cluster import prefetches as prefetches_module
 from orchestrator.core.cluster.cluster import Cluster
+from orchestrator.core.cluster.expectations import EARLY, LATE
 from orchestrator.core.cluster.prefetches import KEPT_S, KEPT_S_MAX, LATE_S
-from orchestrator.core.commands import CancelPrefetch, EvictBlocks, PrefetchBlocks, PrefetchStored
+from orchestrator.core.cluster.returns import LATE_S as LATE_RETURN_S
+from orchestrator.core.cluster.returns import LEAD_S
+from orchestrator.core.commands import CancelPrefetch, ClearTimer, EvictBlocks, PrefetchBlocks, PrefetchStored, SetTimer
 from orchestrator.core.config import StoreConfig, TenantConfig
-from orchestrator.core.events import Ended, NodeDraining, NodeLost, NodeReported, PrefetchEnded
+from orchestrator.core.events import Ended, NodeDraining, NodeLost, NodeReported, PrefetchEnded, TimerFired
 from orchestrator.core.hints import Earned, Outcome, Reason, Verb
+from orchestrator.core.timers import ReturnTimer
 from orchestrator.core.types import (
     BlockHash,
     FinishReason,
@@ -270,3 +274,48 @@ def test_it_has_earned_nothing_on_another_node_nor_when_its_node_is_lost(cluster
     cluster.handle(told(again.node, 2, PrefetchEnd.USED, 0, 8), 6.1)
     assert effects(cluster)[1].ended is None
     cluster.validate()
+
+
+def test_a_session_whose_tool_is_about_to_return_has_its_context_brought_back(cluster: Cluster) -> None:
+    node = served(cluster, 1, LONG)
+    _, others = ask(cluster, hint(Verb.TOOL_STARTED, LONG, session=S, expected_s=20.0), 2.0)
+    (timer,) = [command for command in others if isinstance(command, SetTimer)]
+    assert timer == SetTimer(ReturnTimer(1), 2.0 + EARLY * 20.0 - LEAD_S)
+    (asked,) = cluster.handle(TimerFired(ReturnTimer(1)), timer.at)
+    assert isinstance(asked, PrefetchBlocks)
+    assert (asked.node, asked.prefetch.hashes, asked.prefetch.stored_blocks) == (node, prompt_hashes(LONG), 8)
+    # It is kept for as long as the tool may be late.
+    assert timer.at + asked.prefetch.keep_s == pytest.approx(2.0 + LATE * 20.0 + LATE_RETURN_S)
+    assert cluster.handle(TimerFired(ReturnTimer(1)), timer.at) == []
+
+
+def test_at_a_tools_end_a_context_is_brought_back_at_once(cluster: Cluster) -> None:
+    served(cluster, 1, LONG)
+    ask(cluster, hint(Verb.TOOL_STARTED, LONG, session=S, expected_s=20.0), 2.0)
+    _, others = ask(cluster, hint(Verb.TOOL_FINISHED, LONG, "1", session=S), 3.0)
+    assert ClearTimer(ReturnTimer(1)) in others
+    assert [type(command) for command in others if isinstance(command, PrefetchBlocks)] == [PrefetchBlocks]
+
+
+def test_a_session_that_is_back_or_over_or_gone_only_for_a_moment_is_not_awaited(cluster: Cluster) -> None:
+    served(cluster, 1, LONG)
+    for serial, expected_s in enumerate((None, LEAD_S)):
+        _, others = ask(cluster, hint(Verb.TOOL_STARTED, LONG, str(serial), session=S, expected_s=expected_s), 2.0)
+        assert [command for command in others if isinstance(command, SetTimer)] == []
+    ask(cluster, hint(Verb.TOOL_STARTED, LONG, "2", session=S, expected_s=20.0), 2.0)
+    # A next tool in place of it, then the next turn; and later its end.
+    _, others = ask(cluster, hint(Verb.TOOL_STARTED, LONG, "3", session=S, expected_s=30.0), 3.0)
+    assert ClearTimer(ReturnTimer(1)) in others
+    assert ClearTimer(ReturnTimer(2)) in cluster.handle(arrived(2, LONG + "i", session="s"), 4.0)
+    ask(cluster, hint(Verb.TOOL_STARTED, LONG, "4", session=S, expected_s=20.0), 5.0)
+    _, others = ask(cluster, hint(Verb.END_SESSION, LONG, "5", session=S), 6.0)
+    assert ClearTimer(ReturnTimer(3)) in others
+    assert cluster.handle(TimerFired(ReturnTimer(3)), 30.0) == []
+    cluster.validate()
+
+
+def test_what_is_where_it_would_be_wanted_is_not_brought_back(cluster: Cluster) -> None:
+    node = served(cluster, 1, LONG)
+    cluster.handle(reported(node, stored(LONG), **ROOM), 1.6)
+    ask(cluster, hint(Verb.TOOL_STARTED, LONG, session=S, expected_s=20.0), 2.0)
+    assert cluster.handle(TimerFired(ReturnTimer(1)), 20.0) == []
