@@ -13,7 +13,8 @@ where returns are guesses that loses as much as it wins (`bench/README.md`).
 
 Rule 1: where nothing is expected the longest unused goes first, and before everything else; a pool that knows no outlook at
     all is an LRU cache.
-Rule 2: the order of what is expected is made anew once it is older than `RERANK_S`, as its values change with time alone.
+Rule 2: the order of what is expected is made anew once it is older than `RERANK_S`, and than a part of the age at which contexts
+    are forgotten, as its values change with time alone: the less the older they are.
 Rule 3: nothing expected is worth a look until something of it must go: what comes into its order waits unranked for that.
 Rule 4: what did not come by its outlook's last age is expected no more, and goes as what was never expected.
 """
@@ -30,6 +31,8 @@ from orchestrator.core.types import BlockHash, BlockId, RequestId
 _Key = tuple[bool, RequestId | ContextId]
 #: Seconds for which an order of eviction is good enough.
 RERANK_S = 1.0
+#: The same as a part of the age of what was forgotten last.
+RERANK_SHARE = 1 / 32
 #: Outlooks that stand at the end of one run at most; of more the oldest is dropped.
 OUTLOOKS_MAX = 16
 #: What a second brings if a prompt waits for admission: more than any outlook says.
@@ -59,7 +62,7 @@ class _Expected:
 class ValuePool(BlockPool):
     """A `BlockPool` that evicts by expected value."""
 
-    __slots__ = ("_entries", "_expected", "_lapsing", "_order", "_places", "_ranked_at", "_unranked")
+    __slots__ = ("_entries", "_expected", "_lapsing", "_order", "_places", "_ranked_at", "_rerank_s", "_unranked")
 
     def __init__(self, blocks: int, caching: bool = True) -> None:
         super().__init__(blocks, caching)
@@ -75,6 +78,7 @@ class ValuePool(BlockPool):
         #: What is to come into it (rule 3).
         self._unranked: dict[Run, None] = {}
         self._ranked_at = 0.0
+        self._rerank_s = RERANK_S
 
     # --- what is expected -------------------------------------------------------------------------------------------------
 
@@ -211,13 +215,15 @@ class ValuePool(BlockPool):
         return super()._next_idle() or self._least_expected()
 
     def _least_expected(self) -> Run | None:
-        if self.now - self._ranked_at > RERANK_S or len(self._order) > 2 * len(self._entries) + STALE_MAX:
+        if self.now - self._ranked_at > self._rerank_s or len(self._order) > 2 * len(self._entries) + STALE_MAX:
             self._rank_all()
         else:
             self._rank_new()
         while self._order:
             _, _, serial, run = heappop(self._order)
             if self._entries.get(run) == serial and run.evictable:
+                since_s = max(one.since_s for one in self._expected[run].values())
+                self._rerank_s = max(RERANK_S, (self.now - since_s) * RERANK_SHARE)
                 return run
         return None
 

@@ -140,15 +140,16 @@ class Expectations:
     def outlook(self, context: Context | None, request: RequestId) -> Outlook | None:
         """Return what to expect after a turn of a context; of a request without session, what all have in common.
 
-        None where there are no sessions, or hardly any comes back after its first turn (clients that name each request a session
-        of its own): what is used last is kept longest then, whoever asks for it again, and that needs no telling.
+        None where there are no sessions: what is used last is kept longest then, and that needs no telling. Where hardly any comes
+        back after its first turn (clients that name each request a session of its own), that turn is expected as if nothing were
+        known of it, which keeps longest what is used last as well, whoever asks for it again.
         """
         if context is None:
             if not self._paused:
                 return None
             return self._all.outlook(ContextId(request), _BASE, WEIGHT_UNHINTED)
         outlook = self._outlook(context)
-        return outlook if context.turns > 1 or outlook.chances[-1] >= LIKELY else None
+        return outlook if context.turns > 1 or outlook.chances[-1] >= LIKELY else Outlook(context.id, EDGES_S, _UNKNOWN)
 
     def answered(self, line: Line, request: RequestId, tool: str, now: float) -> list[Told]:
         """Note what the model waits for after a turn; return what its nodes have to hear. Nothing if more is known by now."""
@@ -259,4 +260,6 @@ def punctual(context: ContextId, expected_s: float) -> Outlook:
 
 
 _BASE = [HAZARD] * len(EDGES_S)
+#: How likely what nothing is known of has come back by each age.
+_UNKNOWN = risen(_BASE)
 _SELDOM = [HAZARD_LEFT] * len(EDGES_S)

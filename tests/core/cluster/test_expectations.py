@@ -114,27 +114,25 @@ def test_nothing_is_said_of_requests_without_session_where_there_are_no_sessions
     assert outlook.context == 3
 
 
-def test_nothing_is_said_of_first_turns_where_each_request_is_a_session_of_its_own() -> None:
-    expectations = Expectations()
+def test_where_each_request_is_a_session_of_its_own_first_turns_are_expected_as_if_nothing_were_known() -> None:
+    expectations, unknown = Expectations(), Expectations().outlook(Context(ContextId(0)), RequestId(0))
+    assert unknown is not None
 
-    def says(context: Context) -> bool:
-        return expectations.outlook(context, context.request) is not None
-
-    def first_turn(number: int) -> Context:
+    def first_turn(number: int) -> Outlook | None:
         context, _ = expectations.started(Line(), RequestId(number), prompt_hashes("abcd"), (A,), False, 10.0 * number)
-        return context
-
-    said: list[bool] = []
-    for number in range(3000):
-        context = first_turn(number)
-        said.append(says(context))
+        outlook = expectations.outlook(context, context.request)
         expectations.paused(context, 10.0 * number + 1.0)
-    assert said[0]  # nothing is known of it
-    assert not said[-1]
+        return outlook
+
+    *_, last = [first_turn(number) for number in range(3000)]
+    assert last is not None
+    assert last.chances == pytest.approx(unknown.chances)
     line = Line()
     for number in range(3000, 3002):
         turn(expectations, line, number, "efgh" + "i" * number, 10.0 * number)
-    assert says(line.contexts[-1])  # one came back all the same
+    later = expectations.outlook(line.contexts[-1], RequestId(3001))
+    assert later is not None
+    assert later.chances[-1] < unknown.chances[-1] / 2  # one came back, and few do
 
 
 def test_what_a_model_waits_for_says_nothing_where_more_is_known() -> None:
