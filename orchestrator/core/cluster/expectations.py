@@ -141,8 +141,8 @@ class Expectations:
         """Return what to expect after a turn of a context; of a request without session, what all have in common.
 
         None where there are no sessions: what is used last is kept longest then, and that needs no telling. Where hardly any
-        comes back after a first turn (clients that name each request a session of its own), that is expected as if nothing were known of
-        it, which keeps longest what is used last as well, whoever asks for it again.
+        comes back after a first turn (clients that name each request a session of its own), that is expected as if nothing
+        were known of it, which keeps longest what is used last as well, whoever asks for it again.
         """
         if context is None:
             if not self._paused:
