@@ -105,7 +105,8 @@ class Thinking:
 
 
 _AS_IT_LIKES = ToolUse()
-_AS_EVER = Thinking()
+#: Nothing was said of thoughts.
+THINKS_AS_EVER = Thinking()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class Conversation:
     #: The model's fixed tokens stand in front of what the template makes.
     prefixed: bool = False
     tool_use: ToolUse = _AS_IT_LIKES
-    thinking: Thinking = _AS_EVER
+    thinking: Thinking = THINKS_AS_EVER
     #: Up to which its prompt is to be kept, in order, longest first.
     breakpoints: Sequence[Breakpoint] = ()
 

@@ -6,7 +6,7 @@ reasoning_effort   gpt-oss (low, medium, high) and others            thinking_bu
 
 from typing import Any
 
-from orchestrator.live.asked import Effort, Thinking
+from orchestrator.live.asked import THINKS_AS_EVER, Effort, Thinking
 from orchestrator.live.text.reasoning import CHANNEL
 from orchestrator.live.text.templates import ChatTemplate
 
@@ -14,14 +14,12 @@ _SWITCHES = ("enable_thinking", "thinking")
 _EFFORT, _BUDGET = "reasoning_effort", "thinking_budget"
 #: Models whose answers have channels, gpt-oss, know three efforts and always think.
 _NEAREST = {Effort.NONE: Effort.LOW, Effort.MINIMAL: Effort.LOW, Effort.XHIGH: Effort.HIGH, Effort.MAX: Effort.HIGH}
-#: Nothing was said of thoughts.
-_AS_IT_LIKES = Thinking()
 
 
 def thinking_variables(thinking: Thinking, template: ChatTemplate) -> dict[str, Any]:
     """Return the variables that a template reads of those that say how much to think."""
     told: dict[str, Any] = {}
-    if thinking == _AS_IT_LIKES:
+    if thinking == THINKS_AS_EVER:
         return told
     if thinking.unwanted or thinking.wanted:
         told |= dict.fromkeys(_SWITCHES, thinking.wanted)

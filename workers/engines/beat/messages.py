@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import BeatConfig, EngineConfig, PoolConfig
+from orchestrator.core.config import BeatConfig, ConfigError, EngineConfig, PoolConfig
 from orchestrator.core.types import RequestId, Sampling, SplitLoad
 from workers.engines.base import BeatCounts, EngineDescription, NetworkPlace, SliceOutput, SplitPlaces
 
@@ -55,6 +55,13 @@ class Unopened:
 
     where: str | None
     problem: str
+
+    @staticmethod
+    def by(error: Exception, pool: str) -> "Unopened":
+        """Return what an error says; that of a setting names it within the pool."""
+        if isinstance(error, ConfigError):
+            return Unopened(f"pools.{pool}.{error.where}", error.problem)
+        return Unopened(None, f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import ConfigError, require
+from orchestrator.core.config import require
 from orchestrator.core.types import RequestId
 from orchestrator.wire import node_pb2
 from workers.engines.base import EngineLost
@@ -133,11 +133,8 @@ def serve(link: "Connection[object, object]") -> None:
     assert isinstance(opening, Opening), f"{opening!r} is no opening"
     try:
         engine, worst_s = open_engine(opening, link)
-    except ConfigError as error:
-        link.send(Unopened(f"pools.{opening.pool}.{error.where}", error.problem))
-        return
     except Exception as error:  # Whatever it is, the other end says it, and nothing runs here.
-        link.send(Unopened(None, f"{type(error).__name__}: {error}"))
+        link.send(Unopened.by(error, opening.pool))
         return
     keep_objects()
     gc.disable()

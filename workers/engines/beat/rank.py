@@ -13,7 +13,6 @@ import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from orchestrator.core.config import ConfigError
 from workers.engines.beat.messages import RankOpened, RankOpening, Unopened
 from workers.engines.split.rank import FfnRank
 from workers.realtime import bind, keep_memory, keep_objects, put_first
@@ -38,11 +37,8 @@ def serve(link: "Connection[object, object]") -> None:
     assert isinstance(opening, RankOpening), f"{opening!r} is no opening"
     try:
         rank = open_rank(opening)
-    except ConfigError as error:
-        link.send(Unopened(f"pools.{opening.pool.name}.{error.where}", error.problem))
-        return
     except Exception as error:  # Whatever it is, the other end says it, and nothing runs here.
-        link.send(Unopened(None, f"{type(error).__name__}: {error}"))
+        link.send(Unopened.by(error, opening.pool.name))
         return
     keep_objects()
     link.send(RankOpened(rank.address, rank.network_address))

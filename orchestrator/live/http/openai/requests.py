@@ -14,7 +14,19 @@ import msgspec
 
 from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
-from orchestrator.live.asked import TOP_K_MAX, Asked, Conversation, Effort, Hints, Limits, Report, Texts, Thinking, ToolUse
+from orchestrator.live.asked import (
+    THINKS_AS_EVER,
+    TOP_K_MAX,
+    Asked,
+    Conversation,
+    Effort,
+    Hints,
+    Limits,
+    Report,
+    Texts,
+    Thinking,
+    ToolUse,
+)
 from orchestrator.live.http.openai.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -71,7 +83,6 @@ KEPT_BUDGET = "thinking_token_budget"
 _thoughts = attrgetter("thinking", "reasoning", "reasoning_effort", "enable_thinking", "thinking_budget", KEPT_BUDGET)
 #: What most requests say of thoughts.
 _NO_THOUGHTS = (None,) * 6
-_AS_IT_LIKES = Thinking()
 _SWITCHED = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 
 Said = TypeVar("Said")
@@ -253,7 +264,7 @@ def conversation_of(request: ChatRequest) -> Conversation:
 def _thinking(request: ChatRequest) -> Thinking:
     """Return how much the model is to think: by whichever fields say so. Raises `Invalid`."""
     if _thoughts(request) == _NO_THOUGHTS:
-        return _AS_IT_LIKES
+        return THINKS_AS_EVER
     switch, wish = request.thinking, request.reasoning or _NO_WISH
     require(switch is None or switch.type in _SWITCHED, "thinking.type", f"must be one of {', '.join(_SWITCHED)}")
     switched = _SWITCHED[switch.type] if switch is not None else None
