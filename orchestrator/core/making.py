@@ -13,7 +13,7 @@ T = TypeVar("T")
 def quickly_made(frozen: type[T]) -> type[T]:
     """Let a frozen dataclass with slots be made faster; nothing else about it changes. Returns the class.
 
-    An instance is filled while it is of another class, of the same shape and not frozen. Defaults must be plain values.
+    An instance is filled while it is of another class, of the same shape and not frozen.
     """
     assert not hasattr(frozen, "__post_init__"), f"{frozen.__name__} checks itself when it is made"
     known = fields(frozen)  # pyright: ignore[reportArgumentType]
@@ -24,13 +24,16 @@ def quickly_made(frozen: type[T]) -> type[T]:
         "Frozen": frozen,
     }
     parameters: list[str] = []
+    values: list[str] = []
     for field in known:
-        plain = field.init and not field.kw_only and field.default_factory is MISSING
-        assert plain, f"{frozen.__name__}.{field.name} needs more than a plain value in its place"
-        space[f"default_{field.name}"] = field.default
-        parameters.append(field.name if field.default is MISSING else f"{field.name}=default_{field.name}")
+        name, made = field.name, field.default_factory is not MISSING
+        plain = field.init and not field.kw_only
+        assert plain, f"{frozen.__name__}.{name} needs more than a value in its place"
+        space[f"default_{name}"] = field.default_factory if made else field.default
+        parameters.append(name if field.default is MISSING and not made else f"{name}=default_{name}")
+        values.append(f"default_{name}() if {name} is default_{name} else {name}" if made else name)
     lines = [f"def __init__(self, {', '.join(parameters)}):", "become(self, '__class__', Open)"]
-    lines += [f"self.{name} = {name}" for name in names]
+    lines += [f"self.{name} = {value}" for name, value in zip(names, values, strict=True)]
     lines += ["self.__class__ = Frozen"]
     exec("\n    ".join(lines), space)  # as `dataclasses` makes its own
     space["__init__"].__annotations__ = frozen.__init__.__annotations__

@@ -196,6 +196,7 @@ class ThoughtsLimit:
     instead: int | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """What a node computes tokens with, how it chooses them, what ends them, and what it reports of the choice."""

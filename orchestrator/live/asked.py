@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from orchestrator.core.making import quickly_made
 from orchestrator.core.types import GatewayId, Sampling, ServiceClass
 
 #: What a number of 32 bits holds: more tokens than any vocabulary has.
@@ -38,6 +39,7 @@ class Constraint:
     field: str
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """What the model must do with its tools."""
@@ -104,7 +106,8 @@ class Thinking:
         return not self.unwanted and (self.enabled is not None or self.effort is not None)
 
 
-_AS_IT_LIKES = ToolUse()
+#: Nothing was said of calls.
+AS_IT_LIKES = ToolUse()
 #: Nothing was said of thoughts.
 THINKS_AS_EVER = Thinking()
 
@@ -121,6 +124,7 @@ class Breakpoint:
     chars: int | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages that a chat template makes a prompt of; see `text/conversations.py` for how both lists look."""
@@ -136,7 +140,7 @@ class Conversation:
     continues: bool = False
     #: The model's fixed tokens stand in front of what the template makes.
     prefixed: bool = False
-    tool_use: ToolUse = _AS_IT_LIKES
+    tool_use: ToolUse = AS_IT_LIKES
     thinking: Thinking = THINKS_AS_EVER
     #: Up to which its prompt is to be kept, in order, longest first.
     breakpoints: Sequence[Breakpoint] = ()
@@ -151,6 +155,7 @@ class Texts:
     prefixed: bool = True
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much is asked for, and what ends it."""
@@ -171,6 +176,7 @@ class Limits:
     choices: int = 1
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Hints:
     """When and where to serve it; never what is said."""
@@ -191,6 +197,7 @@ class Hints:
     beat_s_max: float = 0.0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Report:
     """What to tell besides the answer, and how."""
@@ -225,6 +232,7 @@ class Report:
     withholds_thoughts: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One request for generations."""

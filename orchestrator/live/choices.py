@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from orchestrator.core.making import quickly_made
 from orchestrator.core.types import FinishReason, ModelName, RequestId, ServiceClass
 from orchestrator.live.intake import Prepared
 from orchestrator.live.text.generation import AnswerEnd, Generation, Piece
@@ -61,6 +62,7 @@ class Kept:
     seconds: float
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer, all its choices together; a prompt counts once."""

@@ -312,6 +312,8 @@ class ClusterDriver:
         self._listeners: list[Callable[[ClusterEvent, Sequence[ClusterCommand]], None]] = []
         #: Whether any request has been followed: without traces none is, and frames are not searched for what nodes tell of them.
         self._follows = False
+        #: Whether any request has wanted log probabilities of its prompt.
+        self._scores = False
 
     @property
     def now(self) -> float:
@@ -325,6 +327,7 @@ class ClusterDriver:
         self._serial += 1
         request = request_id(self._gateway, self._serial)
         stream = self._streams[request] = TurnStream(self, request, turn)
+        self._scores = self._scores or stream.scores is not None
         self._handle(RequestArrived(self._request_of(turn, request)))
         return stream
 
@@ -513,8 +516,9 @@ class ClusterDriver:
         for move in frame.moves:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
             self._observer.fetched(node, request_of(RequestId(move.request)), move.began_s_ago)
-        for ended in frame.ended:
-            self._expect_no_scores(node, request_of(RequestId(ended.request)))
+        if self._scores:
+            for ended in frame.ended:
+                self._expect_no_scores(node, request_of(RequestId(ended.request)))
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
             if self._follows:
@@ -590,7 +594,7 @@ class ClusterDriver:
             self._take(self._counted.popleft())
 
     def _take(self, event: ClusterEvent) -> None:
-        now = self.now
+        now = self._timers.now
         try:
             started = time.perf_counter()
             commands = recorded(self._journal, self._core.handle, event, now)
@@ -608,7 +612,11 @@ class ClusterDriver:
             raise
 
     def _execute(self, command: ClusterCommand) -> None:
-        match command:
+        match command:  # first what every request needs
+            case SetTimer(key, at):
+                self._timers.set(key, at)
+            case ClearTimer(key):
+                self._timers.clear(key)
             case Assign():
                 if log.isEnabledFor(logging.DEBUG):
                     part = command.assignment
@@ -619,14 +627,14 @@ class ClusterDriver:
                         extra={REQUEST: part.name, "number": request_of(part.request)},
                     )
                 self._assign(command)
-            case Cancel(node, request):
-                link = self._links.get(node)
-                if link is not None:
-                    link.cancel(request)
             case Complete(request, ended, cached_tokens):
                 stream = self._end(request)
                 if stream is not None:
                     stream.finish(ended.reason, cached_tokens)
+            case Cancel(node, request):
+                link = self._links.get(node)
+                if link is not None:
+                    link.cancel(request)
             case Refuse(request, status, code, message, retry_after_s):
                 stream = self._end(request)
                 if stream is not None:
@@ -683,10 +691,6 @@ class ClusterDriver:
             case RetainBlocks(_, hashes, outlook, nodes):
                 for link in self._links_to(nodes):
                     link.advise(codec.advice_message(BlocksRetained(hashes, outlook)))
-            case SetTimer(key, at):
-                self._timers.set(key, at)
-            case ClearTimer(key):
-                self._timers.clear(key)
             case _:
                 assert_never(command)
 
@@ -706,12 +710,11 @@ class ClusterDriver:
         prompt, tokens = stream.turn.prompt, stream.turn.prompt.tokens
         if assignment.generated_tokens:
             tokens += stream.generated.tobytes()
-        sampling = codec.sampling_message(stream.turn.sampling)
+        message = codec.submit_message(assignment, tokens, prompt.hash_root, stream.turn.sampling)
         if stream.seed is not None:
-            sampling.seed = stream.seed
-        message = codec.submit_message(assignment, tokens, prompt.hash_root, sampling)
-        message.timed = self._observer.follows(stream.request)
-        self._follows = self._follows or message.timed
+            message.sampling.seed = stream.seed
+        if self._observer.follows(stream.request):
+            self._follows = message.timed = True
         source = self._known.get(assignment.source) if assignment.source is not None else None
         if source is not None:
             message.source_address = source.spec.address

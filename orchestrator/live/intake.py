@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 from orchestrator.core.blocks import TOKEN_BYTES, hash_root
 from orchestrator.core.config import ClusterConfig, Named
+from orchestrator.core.making import quickly_made
 from orchestrator.core.types import (
     DEFAULT_TENANT,
     AdapterName,
@@ -83,6 +84,7 @@ class Keep:
     seconds: float
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request of which nothing is left to check: what its turns are made of."""
@@ -126,6 +128,8 @@ class Intake:
         tenants = tuple(TenantId(one.name) for one in config.tenants) or (DEFAULT_TENANT,)
         gateway = config.gateway
         self._checks = Checks()
+        #: Roots without salt, by fingerprint and tenant.
+        self._roots: dict[tuple[str, TenantId], BlockHash] = {}
         #: What prompts were made of lately.
         self.chains = Chains(tenants, config.limits.sessions_max, gateway.chain_blocks_max)
         self._block_tokens = {name: config.pools_of(name)[0].engine.block_tokens for name in texts}
@@ -208,13 +212,13 @@ class Intake:
                 grammar, thoughts = await self._checked(asked, model.text), None
             case _:
                 assert_never(asked.prompt)
-        prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
+        if asked.limits.prompt_tokens_max is not None:
+            prompts = [self._shortened(prompt, asked.limits, model, tenant) for prompt in prompts]
         for prompt in prompts:
             _check_length(model.text, prompt)
+            _check_scores(prompt, asked.sampling)
         if session is not None:
             self.chains.remember(tenant, Chain(model.name, session, prompts[-1].hashes))
-        for prompt in prompts:
-            _check_scores(prompt, asked.sampling)
         _check_tokens(model.text, asked.sampling)
         sampling = asked.sampling if asked.limits.ignores_ends else asked.sampling.ending_with(ends)
         if grammar:
@@ -333,11 +337,8 @@ class Intake:
 
     def _shortened(self, prompt: Prompt, limits: Limits, model: ServedModel, tenant: TenantId) -> Prompt:
         """Return a prompt, or what may stay of it at its end."""
-        most = limits.prompt_tokens_max
-        if most is None:
-            return prompt
         room = model.text.context_tokens_max - (limits.output_tokens_max or 1)
-        kept = max(1, most or room)
+        kept = max(1, limits.prompt_tokens_max or room)
         return (
             prompt
             if prompt.count <= kept
@@ -345,7 +346,12 @@ class Intake:
         )
 
     def _root(self, model: ServedModel, tenant: TenantId, salt: str) -> BlockHash:
-        return hash_root(self._secret, model.fingerprint, f"{tenant}\0{salt}")
+        if salt:
+            return hash_root(self._secret, model.fingerprint, f"{tenant}\0{salt}")
+        root = self._roots.get((model.fingerprint, tenant))
+        if root is None:
+            root = self._roots[model.fingerprint, tenant] = hash_root(self._secret, model.fingerprint, f"{tenant}\0")
+        return root
 
     def _check_generations(self, asked: Asked) -> None:
         """Refuse a request that is too many in one, before any of them begins."""

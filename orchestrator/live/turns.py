@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from orchestrator.core.making import quickly_made
 from orchestrator.core.types import BlockHash, FinishReason, ModelName, RequestId, Sampling, ServiceClass, SessionId, TenantId
 
 
@@ -25,6 +26,7 @@ class Prompt:
     hash_root: BlockHash
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One generation the gateway wants."""

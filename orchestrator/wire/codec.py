@@ -134,23 +134,31 @@ def check_frame(frame: node_pb2.NodeFrame) -> None:
             raise MalformedMessage(f"log probabilities of {tokens} tokens of a prompt from {scores.first} on, with {counts}")
 
 
-def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
-    """Return the message for how tokens are to be chosen."""
-    message = node_pb2.Sampling(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        stop_token_ids=sampling.stop_token_ids,
-        repetition_penalty=sampling.repetition_penalty,
-        output_tokens_min=sampling.output_tokens_min,
-        forbidden_runs=[node_pb2.TokenRun(tokens=run) for run in sampling.forbidden_runs],
-        allowed_token_ids=sampling.allowed_token_ids,
-        grammar=sampling.grammar,
-        adapter=sampling.adapter or "",
-    )
+def write_sampling(message: node_pb2.Sampling, sampling: Sampling) -> None:
+    """Say in an empty message how tokens are to be chosen; what an unset field means is not said."""
+    message.temperature = sampling.temperature
+    message.top_p = sampling.top_p
+    message.repetition_penalty = sampling.repetition_penalty
+    if sampling.stop_token_ids:
+        message.stop_token_ids.extend(sampling.stop_token_ids)
+    if sampling.top_k:
+        message.top_k = sampling.top_k
+    if sampling.min_p:
+        message.min_p = sampling.min_p
+    if sampling.presence_penalty:
+        message.presence_penalty = sampling.presence_penalty
+    if sampling.frequency_penalty:
+        message.frequency_penalty = sampling.frequency_penalty
+    if sampling.output_tokens_min:
+        message.output_tokens_min = sampling.output_tokens_min
+    for run in sampling.forbidden_runs:
+        message.forbidden_runs.add(tokens=run)
+    if sampling.allowed_token_ids:
+        message.allowed_token_ids.extend(sampling.allowed_token_ids)
+    if sampling.grammar:
+        message.grammar = sampling.grammar
+    if sampling.adapter is not None:
+        message.adapter = sampling.adapter
     if sampling.seed is not None:
         message.seed = sampling.seed
     if sampling.logprobs is not None:
@@ -162,7 +170,6 @@ def sampling_message(sampling: Sampling) -> node_pb2.Sampling:
     if (limit := sampling.thoughts) is not None:
         thoughts = node_pb2.ThoughtsLimit(tokens_max=limit.tokens_max, end=limit.end, begin=limit.begin, instead=limit.instead)
         message.thoughts.CopyFrom(thoughts)
-    return message
 
 
 def sampling_from(sampling: node_pb2.Sampling) -> Sampling:
@@ -196,29 +203,37 @@ def _thoughts_from(limit: node_pb2.ThoughtsLimit) -> ThoughtsLimit:
     return ThoughtsLimit(limit.tokens_max, limit.end, tuple(limit.begin), instead)
 
 
-def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: node_pb2.Sampling) -> node_pb2.Submit:
+def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: Sampling) -> node_pb2.Submit:
     """Return the message for an assignment, without the source's address, which only the sender knows."""
-    return node_pb2.Submit(
+    message = node_pb2.Submit(
         request=assignment.request,
         role=_ROLES[assignment.role],
         tokens=tokens,
         hashes=pack_hashes(assignment.hashes),
         hash_root=hash_bytes(hash_root),
         output_tokens_max=assignment.output_tokens_max,
-        priority=assignment.priority,
-        source=assignment.source or "",
-        source_tokens=assignment.source_tokens,
-        source_pending=assignment.source_pending,
-        source_incarnation=assignment.source_incarnation,
-        sampling=sampling,
-        outlook=outlook_message(assignment.outlook) if assignment.outlook is not None else None,
         name=assignment.name,
         tenant=assignment.tenant,
         share=assignment.share,
-        stored_tokens=assignment.stored_tokens,
-        generated_tokens=assignment.generated_tokens,
-        scored=assignment.scored,
     )
+    write_sampling(message.sampling, sampling)
+    if assignment.source is not None:
+        message.source = assignment.source
+        message.source_tokens = assignment.source_tokens
+        message.source_pending = assignment.source_pending
+        if assignment.source_incarnation is not None:
+            message.source_incarnation = assignment.source_incarnation
+    if assignment.outlook is not None:
+        _write_outlook(message.outlook, assignment.outlook)
+    if assignment.priority:
+        message.priority = assignment.priority
+    if assignment.stored_tokens:
+        message.stored_tokens = assignment.stored_tokens
+    if assignment.generated_tokens:
+        message.generated_tokens = assignment.generated_tokens
+    if assignment.scored:
+        message.scored = True
+    return message
 
 
 def assignment_from(submit: node_pb2.Submit) -> Assignment:
@@ -258,7 +273,15 @@ def assignment_from(submit: node_pb2.Submit) -> Assignment:
 
 def outlook_message(outlook: Outlook) -> node_pb2.Outlook:
     """Return the message for what is expected of a context."""
-    return node_pb2.Outlook(context=outlook.context, ages_s=outlook.ages_s, chances=outlook.chances)
+    message = node_pb2.Outlook()
+    _write_outlook(message, outlook)
+    return message
+
+
+def _write_outlook(message: node_pb2.Outlook, outlook: Outlook) -> None:
+    message.context = outlook.context
+    message.ages_s.extend(outlook.ages_s)
+    message.chances.extend(outlook.chances)
 
 
 def outlook_from(message: node_pb2.Outlook) -> Outlook:

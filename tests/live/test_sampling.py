@@ -12,7 +12,9 @@ ALL = Sampling(
 
 
 def over_the_wire(sampling: Sampling) -> Sampling:
-    return codec.sampling_from(node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString()))
+    message = node_pb2.Sampling()
+    codec.write_sampling(message, sampling)
+    return codec.sampling_from(node_pb2.Sampling.FromString(message.SerializeToString()))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,12 @@ def hashes(count: int) -> tuple[BlockHash, ...]:
     return tuple(BlockHash(os.urandom(16)) for _ in range(count))
 
 
+def _sent(sampling: Sampling) -> node_pb2.Sampling:
+    message = node_pb2.Sampling()
+    codec.write_sampling(message, sampling)
+    return node_pb2.Sampling.FromString(message.SerializeToString())
+
+
 @pytest.mark.parametrize("role", list(Role))
 @pytest.mark.parametrize("source", [None, NodeId("prefill-0")])
 @pytest.mark.parametrize("generated", [0, 129])
@@ -80,25 +86,25 @@ def test_assignment_survives(role: Role, source: NodeId | None, generated: int) 
         generated_tokens=generated,
     )
     root = hashes(1)[0]
-    sampling = node_pb2.Sampling(temperature=0.5, seed=0, stop_token_ids=[1, 2], logit_bias={5: -1.0})
+    sampling = Sampling(temperature=0.5, seed=0, stop_token_ids=(1, 2), logit_bias={5: -1.0})
     message = codec.submit_message(assignment, bytes(130 * 4), root, sampling)
     parsed = node_pb2.Submit.FromString(message.SerializeToString())
     assert codec.assignment_from(parsed) == assignment
     assert parsed.hash_root == root
-    assert parsed.sampling == sampling
+    assert codec.sampling_from(parsed.sampling) == sampling
 
 
 @pytest.mark.parametrize("limit", [None, ThoughtsLimit(0, 7), ThoughtsLimit(512, 7, (0,)), ThoughtsLimit(9, 7, (1, 2, 0), 0)])
 def test_a_limit_of_thoughts_goes_with_how_tokens_are_chosen(limit: ThoughtsLimit | None) -> None:
     sampling = Sampling(thoughts=limit)
-    parsed = node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString())
+    parsed = _sent(sampling)
     assert codec.sampling_from(parsed) == sampling
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterName("sql")])
 def test_an_adapter_goes_with_how_tokens_are_chosen(adapter: AdapterName | None) -> None:
     sampling = Sampling(temperature=0.5, adapter=adapter)
-    parsed = node_pb2.Sampling.FromString(codec.sampling_message(sampling).SerializeToString())
+    parsed = _sent(sampling)
     assert codec.sampling_from(parsed) == sampling
 
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any
 
-from orchestrator.live.http.codings import reader, too_large
+from orchestrator.live.http.codings import Plain, reader, too_large
 from orchestrator.live.http.dialects import Dialect
 from orchestrator.live.http.errors import HttpError, fault
 
@@ -21,6 +21,8 @@ HeaderList = list[tuple[bytes, bytes]]
 
 #: What is written down for a client that did not wait for its answer; nobody receives it.
 CLIENT_GONE = 499
+#: Seconds of an answer after which its client's going away is listened for: most have ended before, and listening is a task.
+_LISTEN_AFTER_S = 0.1
 #: Longer request ids are replaced, not cut: a cut one would name another request.
 _REQUEST_ID_CHARS_MAX = 128
 _JSON = (b"content-type", b"application/json")
@@ -96,8 +98,9 @@ class Exchange:
         self.status = status
         if not named:
             also = self._dialect.request_header
-            names = [(name, self.request_id) for name in (b"x-request-id", also) if name is not None]
-            headers = [*headers, *names, (b"x-weft-gateway", self._gateway)]
+            headers = [*headers, (b"x-request-id", self.request_id), (b"x-weft-gateway", self._gateway)]
+            if also is not None:
+                headers.append((also, self.request_id))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:
@@ -114,9 +117,9 @@ class Exchange:
 
 
 class Watch:
-    """Listens for the end of the connection beside the task that answers."""
+    """Listens for the end of the connection beside the task that answers, once that has taken a moment."""
 
-    __slots__ = ("_gone", "_listener", "_on_gone", "_receive", "_task")
+    __slots__ = ("_gone", "_listener", "_on_gone", "_receive", "_start", "_task")
 
     def __init__(self, receive: Receive, on_gone: Callable[[], None]) -> None:
         self._receive = receive
@@ -127,14 +130,20 @@ class Watch:
         task = asyncio.current_task()
         assert task is not None, "a watch needs a task to interrupt"
         self._task = task
-        self._listener = asyncio.ensure_future(self._receive())
-        self._listener.add_done_callback(self._heard)
+        self._listener: asyncio.Future[Message] | None = None
+        self._start = task.get_loop().call_later(_LISTEN_AFTER_S, self._listen)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._listener.remove_done_callback(self._heard)
-        self._listener.cancel()
+        self._start.cancel()
+        if self._listener is not None:
+            self._listener.remove_done_callback(self._heard)
+            self._listener.cancel()
         if self._gone and kind is asyncio.CancelledError and self._task.uncancel() == 0:
             raise ClientGone from error
+
+    def _listen(self) -> None:
+        self._listener = asyncio.ensure_future(self._receive())
+        self._listener.add_done_callback(self._heard)
 
     def _heard(self, listener: "asyncio.Future[Message]") -> None:
         if not listener.cancelled():
@@ -145,7 +154,8 @@ class Watch:
 
 async def body_of(receive: Receive, headers: Mapping[bytes, bytes], bytes_max: int) -> bytes:
     """Return a request's whole body; see `Exchange.body`."""
-    reading = reader(headers.get(b"content-encoding", b""), bytes_max)
+    coding = headers.get(b"content-encoding")
+    reading = reader(coding, bytes_max) if coding is not None else Plain(bytes_max)
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > bytes_max:
         raise too_large(bytes_max)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from orchestrator.core.making import quickly_made
 from orchestrator.live.asked import Asked, Texts
 from orchestrator.live.choices import Usage
 from orchestrator.live.http.errors import HttpError
@@ -85,6 +86,7 @@ def _answer(kind: str, asked: Asked, vocabulary: Vocabulary) -> "Answer":
     return Answer(f"{kind}-{random.getrandbits(96):024x}", int(time.time()), asked.model, vocabulary)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What identifies one answer to one request."""
@@ -124,12 +126,19 @@ class AnswerWriter(ABC):
         self.chars_before = [0] * asked.generations
         #: Tokens that the next event tells of.
         self._untold: Sequence[int] = ()
-        head = {"id": answer.id, "object": self.chunk_object, "created": answer.created, "model": answer.model}
-        start = b"data: " + _encode(head)[:-1] + b',"choices":['
-        self._start = start
-        self._heads = [start + b'{"index":%d,' % index for index in range(asked.generations)]
+        #: What all events begin with, each choice's, and those that are text alone; what they end with.
+        self._start = self._tail = self._text_tail = b""
+        self._heads: list[bytes] = []
+        self._text_heads: list[bytes] = []
+        if asked.report.streams:
+            self._begin_with({"id": answer.id, "object": self.chunk_object, "created": answer.created, "model": answer.model})
+            self._end_with(b'],"usage":null}' if asked.report.usage else b"]}")
+
+    def _begin_with(self, head: dict[str, Any]) -> None:
+        """Begin all events so."""
+        self._start = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._heads = [self._start + b'{"index":%d,' % index for index in range(len(self.chars_before))]
         self._text_heads = [head + self.text_before for head in self._heads]
-        self._end_with(b'],"usage":null}' if asked.report.usage else b"]}")
 
     def _end_with(self, tail: bytes) -> None:
         """End all events so from now on."""

@@ -9,6 +9,7 @@ Of these one at most. A schema is kept to whether or not it is strict.
 
 import json
 import re
+from operator import attrgetter
 from typing import Any, Protocol, cast
 
 from orchestrator.live.asked import Constraint, ConstraintKind
@@ -22,6 +23,9 @@ _KINDS = {
     "choice": ConstraintKind.CHOICE,
     "grammar": ConstraintKind.GRAMMAR,
 }
+_said = attrgetter("response_format", "structured_outputs", *(f"guided_{name}" for name in _KINDS))
+#: What most requests say.
+_NOTHING = (None,) * (2 + len(_KINDS))
 #: What vLLM's object may hold besides; true or given, they ask for what is not served.
 _FURTHER = ("structural_tag", "disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
@@ -40,6 +44,8 @@ class Constrained(Protocol):
 
 def constraint_of(request: Constrained) -> Constraint | None:
     """Return what the answer must be, None for anything. Raises `Invalid`."""
+    if _said(request) == _NOTHING:
+        return None
     guided = {name: value for name in _KINDS if (value := getattr(request, f"guided_{name}")) is not None}
     found = [_constraint(name, value, f"guided_{name}") for name, value in guided.items()]
     if request.structured_outputs is not None:

@@ -15,6 +15,7 @@ import msgspec
 from orchestrator.core.config import PRIORITY_MAX
 from orchestrator.core.types import SEED_MASK, Sampling, ServiceClass
 from orchestrator.live.asked import (
+    AS_IT_LIKES,
     THINKS_AS_EVER,
     TOP_K_MAX,
     Asked,
@@ -72,6 +73,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "frequency_penalty": (-2, 2),
 }
 _ranged = attrgetter(*_RANGES)
+_NO_NUMBERS = (None,) * len(_RANGES)
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _SILENT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 #: OpenAI's tiers, and our classes by name; any other tier is the default's.
@@ -90,6 +92,15 @@ _CHAT = msgspec.json.Decoder(ChatRequest, strict=True)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest, strict=True)
 _NO_EXTENSION = Extension()
 _NO_OPTIONS = StreamOptions()
+#: What requests say of how to tell the answer, and of when and where to serve it: most say nothing.
+_reported = attrgetter(
+    "stream", "stream_options", "skip_special_tokens", "return_token_ids", "echo", "prompt_logprobs", "return_tokens_as_token_ids"
+)
+_NOTHING_REPORTED = (None,) * 7
+_PLAIN_REPORT = Report()
+_hinted = attrgetter("priority", "service_tier", "nvext", "prompt_cache_key", "cache_salt", "prompt_cache_retention")
+_NOT_HINTED = (None,) * 6
+_NO_HINTS = Hints()
 
 
 def parse_chat(body: bytes) -> Asked:
@@ -97,12 +108,16 @@ def parse_chat(body: bytes) -> Asked:
     request = decode(_CHAT, body)
     functions = modernise(request)
     check_common(request)
-    check_range("max_completion_tokens", request.max_completion_tokens, 1)
-    check_range("max_tokens", request.max_tokens, 1)
+    most = request.max_tokens
+    if most is not None:
+        check_range("max_tokens", most, 1)
+    if request.max_completion_tokens is not None:
+        most = request.max_completion_tokens
+        check_range("max_completion_tokens", most, 1)
     require(not request.echo, "echo", "is not served in chats; leave it out")
-    check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
-    require(request.top_logprobs is None or bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
-    most = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    if request.top_logprobs is not None:
+        check_range("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX)
+        require(bool(request.logprobs), "top_logprobs", "needs logprobs to be true")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     hidden = request.include_reasoning is False or (request.reasoning is not None and request.reasoning.exclude)
     asked = asked_of(request, conversation_of(request), most, logprobs, not hidden)
@@ -132,10 +147,8 @@ def asked_of(
     request: GenerationRequest, prompt: Conversation | Texts, output_tokens_max: int | None, logprobs: int | None, thoughts: bool
 ) -> Asked:
     """Return what a checked request asks for."""
-    least = request.min_tokens or 0
-    require(
-        output_tokens_max is None or least <= output_tokens_max, "min_tokens", f"is {least}, over {output_tokens_max} at most"
-    )
+    if (least := request.min_tokens) and output_tokens_max is not None:
+        require(least <= output_tokens_max, "min_tokens", f"is {least}, over {output_tokens_max} at most")
     return Asked(
         model=request.model,
         prompt=prompt,
@@ -162,6 +175,8 @@ def _limits(request: GenerationRequest, output_tokens_max: int | None) -> Limits
 
 
 def _report(request: GenerationRequest, thoughts: bool) -> Report:
+    if thoughts and _reported(request) == _NOTHING_REPORTED:
+        return _PLAIN_REPORT
     options = request.stream_options or _NO_OPTIONS
     usage = bool(options.include_usage)
     return Report(
@@ -179,6 +194,7 @@ def _report(request: GenerationRequest, thoughts: bool) -> Report:
 
 
 def _sampling(request: GenerationRequest, logprobs: int | None) -> Sampling:
+    scored = request.prompt_logprobs is not None or request.echo
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
@@ -194,7 +210,7 @@ def _sampling(request: GenerationRequest, logprobs: int | None) -> Sampling:
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         output_tokens_min=request.min_tokens or 0,
         allowed_token_ids=tuple(request.allowed_token_ids or ()),
-        prompt_logprobs=_prompt_logprobs(request, logprobs),
+        prompt_logprobs=_prompt_logprobs(request, logprobs) if scored else None,
     )
 
 
@@ -216,6 +232,9 @@ def _biases(written: Mapping[str, float]) -> dict[int, float]:
 
 def _hints(request: GenerationRequest) -> Hints:
     """Return the hints of OpenAI's fields and Dynamo's; Dynamo's come first."""
+    markers = request.cache_markers
+    if _hinted(request) == _NOT_HINTED and not any(markers):
+        return _NO_HINTS
     more, priority = request.nvext or _NO_EXTENSION, request.priority
     if more.agent_hints is not None and more.agent_hints.priority is not None:
         priority = more.agent_hints.priority
@@ -227,7 +246,7 @@ def _hints(request: GenerationRequest) -> Hints:
         beat_s_max=_beat_s_max(more),
         session=named or request.prompt_cache_key or None,
         cache_salt=more.cache_salt or request.cache_salt or "",
-        retention_s=retention_s(request.cache_markers, request.prompt_cache_retention),
+        retention_s=retention_s(markers, request.prompt_cache_retention),
     )
 
 
@@ -248,12 +267,14 @@ def conversation_of(request: ChatRequest) -> Conversation:
         _check_tools(request)
     if request.continue_final_message:
         _check_continuation(request)
-    told = {"documents": request.documents} if request.documents is not None else {}
+    told = request.chat_template_kwargs or {}
+    if request.documents is not None:
+        told = {"documents": request.documents, **told}
     return Conversation(
         messages=[_message(message) for message in request.messages],
         tools=shown_tools(request.shown_tools),
         tool_use=_tool_use(request),
-        variables={**told, **(request.chat_template_kwargs or {})},
+        variables=told,
         opens_answer=request.add_generation_prompt is not False and not request.continue_final_message,
         continues=bool(request.continue_final_message),
         prefixed=bool(request.add_special_tokens),
@@ -355,7 +376,7 @@ def _tool_use(request: ChatRequest) -> ToolUse:
     parallel = request.parallel_tool_calls is not False
     match request.tool_choice:
         case None | "none" | "auto":
-            return ToolUse(parallel=parallel)
+            return AS_IT_LIKES if parallel else ToolUse(parallel=False)
         case "required":
             return ToolUse(forced=True, parallel=parallel)
         case {"type": "function", "function": {"name": str(name)}}:
@@ -376,18 +397,18 @@ def _check_continuation(request: ChatRequest) -> None:
 
 def check_common(request: GenerationRequest) -> None:
     """Refuse what no kind of request may ask for. Raises `Invalid`."""
-    name = unserved(request)
-    require(name is None, name or "", "is not served here; leave it out")
-    for (param, (least, most)), value in zip(_RANGES.items(), _ranged(request), strict=True):
-        if value is not None:
-            check_range(param, value, least, most)
-    require(request.top_p is None or request.top_p > 0, "top_p", "must be over 0")
-    scored = request.prompt_logprobs is not None
-    require(not (scored and request.stream), "prompt_logprobs", "cannot be combined with stream")
-    require(request.repetition_penalty is None or request.repetition_penalty > 0, "repetition_penalty", "must be over 0")
-    require(
-        request.truncate_prompt_tokens != 0, "truncate_prompt_tokens", "must leave tokens; -1 is as many as there is room for"
-    )
+    if (name := unserved(request)) is not None:
+        require(False, name, "is not served here; leave it out")
+    if (numbers := _ranged(request)) != _NO_NUMBERS:
+        for (param, (least, most)), value in zip(_RANGES.items(), numbers, strict=True):
+            if value is not None:
+                check_range(param, value, least, most)
+        require(request.top_p != 0, "top_p", "must be over 0")
+        require(request.repetition_penalty != 0, "repetition_penalty", "must be over 0")
+        kept = request.truncate_prompt_tokens
+        require(kept != 0, "truncate_prompt_tokens", "must leave tokens; -1 is as many as there is room for")
+        scored = request.prompt_logprobs is not None
+        require(not (scored and request.stream), "prompt_logprobs", "cannot be combined with stream")
     require(request.allowed_token_ids != [], "allowed_token_ids", "must not be empty")
     if words := request.bad_words:
         require(len(words) <= BAD_WORDS_MAX, "bad_words", f"must be at most {BAD_WORDS_MAX} words")
