@@ -1,18 +1,65 @@
 """Runs an ASGI application on uvicorn inside the loop that is already running, on a port of its own choosing if asked.
 
 uvicorn is set up for streams of small writes: httptools, no access log, and TCP_NODELAY, which uvloop sets on every accepted
-connection, and asyncio where the listener says that it is TCP's.
+connection, and asyncio where the listener says that it is TCP's. The head of an answer goes out with what follows it at once, as
+one packet and by one call into the system.
 """
 
 import asyncio
 import socket
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 #: Seconds a connection may be idle: longer than common clients' pools keep theirs, so that we never close under a request.
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+#: An answer's head begins so.
+_HEAD = b"HTTP/"
+
+
+class HeadJoining:
+    """A connection on which an answer's head waits for what is written next, until the loop turns."""
+
+    __slots__ = ("_head", "_inner", "_loop", "_write")
+
+    def __init__(self, inner: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._inner = inner
+        self._write = inner.write
+        self._loop = loop
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        """Write on, behind the head if that waits."""
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(_HEAD):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._write(data)
+
+    def close(self) -> None:
+        """Close the connection once what was written is out."""
+        self._flush()
+        self._inner.close()
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            if not self._inner.is_closing():
+                self._write(head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class _Protocol(HttpToolsProtocol):
+    """One connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(cast("asyncio.Transport", HeadJoining(transport, self.loop)))
 
 
 class HttpServer:
@@ -21,7 +68,7 @@ class HttpServer:
     def __init__(self, application: Any, cert: str = "", key: str = "") -> None:
         config = uvicorn.Config(
             application,
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             access_log=False,
