@@ -218,6 +218,9 @@ class Choices:
     def usage(self) -> Usage:
         """The tokens so far; a prompt's cached tokens are those its first choice found."""
         choices, samples = self._choices, self._prepared.asked.limits.choices
+        if len(choices) == 1:
+            one = choices[0].generation
+            return Usage(self._prepared.prompts[0].count, one.cached_tokens, one.tokens, one.reasoning_tokens, self.kept)
         return Usage(
             prompt_tokens=sum(prompt.count for prompt in self._prepared.prompts),
             cached_tokens=sum(choice.generation.cached_tokens for choice in choices[::samples]),
