@@ -337,7 +337,7 @@ class Scheduler:
         return self._blocks_lacking(sequence, hit, needed)
 
     def _blocks_lacking(self, sequence: Sequence, hit: int, needed: int) -> int:
-        """Return how many blocks fewer than `needed` are left once a sequence holds those that it finds; under 0 if none lacks."""
+        """Return how many blocks fewer than `needed` are left once a sequence holds those that it finds; 0 or less: enough."""
         short = needed - self._pool.available_blocks
         # Of what it finds, those that nobody holds are available now and will not be then: it takes a count only if it matters.
         return short if short > 0 or short + hit <= 0 else short + self._pool.idle_of(sequence.hashes, hit)

@@ -35,8 +35,8 @@ class Sequence:
 
     __slots__ = (
         "assignment",
-        "began_at",
         "base_tokens",
+        "began_at",
         "billed_tokens",
         "block_tokens",
         "capacity",
