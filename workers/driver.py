@@ -68,6 +68,7 @@ from orchestrator.core.types import (
     NodeSpec,
     PrefetchId,
     RequestId,
+    Sampling,
     Tier,
     gateway_of,
     is_prefetch,
@@ -89,6 +90,7 @@ from workers.transports import Transport
 
 #: Seconds between two lines in the log about calls that were refused.
 REFUSAL_LOG_S = 1.0
+_TOKEN = np.dtype(np.uint32)
 log = logging.getLogger("weft.node")
 
 
@@ -206,14 +208,15 @@ class NodeDriver:
 
     def handle(self, event: NodeEvent) -> None:
         """Take an event to the core, execute what it orders and see that gateways hear of it."""
-        if self._closed:
-            return
-        now = self.now
-        try:
-            commands = recorded(self._journal, self._core.handle, event, now)
-            for command in commands:
-                self._execute(command)
+        if not self._closed:
+            self._take(event)
             self._flush()
+
+    def _take(self, event: NodeEvent) -> None:
+        """Take an event to the core and execute what it orders; gateways hear of it with the next flush."""
+        try:
+            for command in recorded(self._journal, self._core.handle, event, self._timers.now):
+                self._execute(command)
         except Exception as error:  # A core or driver that broke its own rules cannot go on: better a dead node than a wrong one.
             if self._journal is not None:
                 self._journal.close()
@@ -230,19 +233,20 @@ class NodeDriver:
                 if outbox is not None:
                     outbox.add_first_token(codec.first_token_message(report, self._beginnings.told(report.request)))
             case ReportEnded(report):
-                self._log_end(report)
+                if log.isEnabledFor(logging.DEBUG):
+                    self._log_end(report)
                 self._report_ended(report)
                 self._sequences.pop(report.request, None)
-            case ReportPrefetchEnded(report):
-                self._prefetched_from.pop(report.prefetch, None)
-                outbox = self._outboxes.get(gateway_of(report.prefetch))
-                if outbox is not None:
-                    outbox.add_prefetch_ended(codec.prefetch_ended_message(report))
             case Forget(request):  # always followed by its end, which still needs to know its name
                 if request in self._sequences:
                     self._runner.forget(request)
             case PublishKv(batches, gateway):
                 self._publish(batches, gateway)
+            case ReportPrefetchEnded(report):
+                self._prefetched_from.pop(report.prefetch, None)
+                outbox = self._outboxes.get(gateway_of(report.prefetch))
+                if outbox is not None:
+                    outbox.add_prefetch_ended(codec.prefetch_ended_message(report))
             case TellLeases():
                 self._tell_leases(command)
             case Fetch():
@@ -278,15 +282,14 @@ class NodeDriver:
         return sequence.source_address, sequence.source_host
 
     def _log_end(self, report: Ended) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            sequence = self._sequences.get(report.request)
-            fields = {
-                REQUEST: sequence.name if sequence is not None else "",
-                "number": request_of(report.request),
-                "node": self.spec.id,
-            }
-            counts = {"output_tokens": report.output_tokens, "computed_tokens": report.computed_tokens}
-            log.debug("ended: %s", report.reason.value, extra={**fields, **counts})
+        sequence = self._sequences.get(report.request)
+        fields = {
+            REQUEST: sequence.name if sequence is not None else "",
+            "number": request_of(report.request),
+            "node": self.spec.id,
+        }
+        counts = {"output_tokens": report.output_tokens, "computed_tokens": report.computed_tokens}
+        log.debug("ended: %s", report.reason.value, extra={**fields, **counts})
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -456,45 +459,50 @@ class NodeDriver:
         return outbox.take(self.load if tells else None, self._draining, self._refused_calls)
 
     def _on_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
+        if self._closed:
+            return
         self._hear(outbox)
         outbox.frames_read = frame.frames_received
-        if outbox.pending:
-            self._wake_in_time(outbox)
+        try:
+            self._take_frame(outbox, frame)
+        finally:  # once for all that it brings; and since it was read, what waited for that may go
+            self._flush()
+
+    def _take_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
         # Cancels first: a request that is cancelled and given anew in one frame is the older one cancelled.
         for request in frame.cancels:
-            self.handle(Cancelled(RequestId(request)))
+            self._take(Cancelled(RequestId(request)))
         # What is given in this frame has a source that was there when it was decided.
         for lost in frame.lost_sources:
-            self.handle(SourceLost(RequestId(lost.request), NodeId(lost.source)))
+            self._take(SourceLost(RequestId(lost.request), NodeId(lost.source)))
         for outlook in frame.outlooks:
-            self.handle(Expected(codec.outlook_from(outlook)))
+            self._take(Expected(codec.outlook_from(outlook)))
         for submit in frame.submits:
             self._on_submit(outbox, submit)
         for lease in frame.leases:
-            self.handle(LeasePlaced(codec.lease_from(lease)))
+            self._take(LeasePlaced(codec.lease_from(lease)))
         for ended in frame.ended_leases:
-            self.handle(codec.ended_lease_from(ended))
+            self._take(codec.ended_lease_from(ended))
         for prefetch in frame.prefetches:
             self._on_prefetch(outbox, prefetch)
         for number in frame.cancelled_prefetches:
-            self.handle(PrefetchCancelled(PrefetchId(RequestId(number))))
+            self._take(PrefetchCancelled(PrefetchId(RequestId(number))))
         for advice in frame.advice:
-            self.handle(codec.advice_from(advice))
+            self._take(codec.advice_from(advice))
         if frame.HasField("resync"):
             after = frame.resync.after if frame.resync.HasField("after") else None
-            self.handle(ResyncRequested(outbox.gateway, after))
+            self._take(ResyncRequested(outbox.gateway, after))
 
     def _on_submit(self, outbox: Outbox, submit: node_pb2.Submit) -> None:
         request = RequestId(submit.request)
         try:
-            assignment = codec.assignment_from(submit)
-            self._check(outbox, assignment, submit)
+            assignment, sampling = codec.assignment_from(submit), codec.sampling_from(submit.sampling)
+            tokens = array("I", submit.tokens)
+            self._check(outbox, assignment, submit.hash_root)
+            check_vocabulary(self._description, tokens, sampling)
         except codec.MalformedMessage as error:
             self._report_ended(Ended(request, FinishReason.FAILED, 0, 0, str(error)))
-            self._flush()
             return
-        tokens = array("I")
-        tokens.frombytes(submit.tokens)
         block_tokens = self.spec.block_tokens
         self._sequences[request] = _Sequence(
             name=assignment.name,
@@ -515,28 +523,27 @@ class NodeDriver:
             log.debug("%s taken", assignment.role.value, extra=fields)
         if submit.timed:
             self._beginnings.watch(request)
-        self._runner.add(request, tokens, codec.sampling_from(submit.sampling), assignment.generated_tokens)
-        self.handle(Assigned(assignment))
+        self._runner.add(request, tokens, sampling, assignment.generated_tokens)
+        self._take(Assigned(assignment))
 
     def _on_prefetch(self, outbox: Outbox, message: node_pb2.Prefetch) -> None:
         prefetch = codec.prefetch_from(message)
         if gateway_of(prefetch.id) != outbox.gateway:
             raise codec.MalformedMessage(f"prefetch {prefetch.id} is not gateway {outbox.gateway}'s")
         self._prefetched_from.setdefault(prefetch.id, (message.source_address, message.source_host))
-        self.handle(BlocksWanted(prefetch))
+        self._take(BlocksWanted(prefetch))
 
-    def _check(self, outbox: Outbox, assignment: Assignment, submit: node_pb2.Submit) -> None:
-        """Raise `MalformedMessage` for what the engine would choke on."""
+    def _check(self, outbox: Outbox, assignment: Assignment, hash_root: bytes) -> None:
+        """Raise `MalformedMessage` for what cannot be a request of this gateway's to this node."""
         request, blocks = assignment.request, assignment.given_tokens // self.spec.block_tokens
         if gateway_of(request) != outbox.gateway:
             raise codec.MalformedMessage(f"request {request} is not gateway {outbox.gateway}'s")
         if request in self._sequences:
             raise codec.MalformedMessage(f"request {request} is here already")
-        if len(submit.hash_root) != HASH_BYTES:
-            raise codec.MalformedMessage(f"the hash root must have {HASH_BYTES} bytes, has {len(submit.hash_root)}")
+        if len(hash_root) != HASH_BYTES:
+            raise codec.MalformedMessage(f"the hash root must have {HASH_BYTES} bytes, has {len(hash_root)}")
         if len(assignment.hashes) != blocks:
             raise codec.MalformedMessage(f"{assignment.given_tokens} tokens fill {blocks} blocks, not {len(assignment.hashes)}")
-        check_vocabulary(self._description, submit)
 
     def _report_ended(self, report: Ended) -> None:
         outbox, began_s_ago = self._outboxes.get(gateway_of(report.request)), self._beginnings.ended(report.request)
@@ -592,7 +599,7 @@ class NodeDriver:
     def _flush(self) -> None:
         """Wake the streams that have something to say; a changed load alone may wait a little."""
         stale, news = False, self._core.news
-        for outbox in tuple(self._outboxes.values()):
+        for outbox in self._outboxes.values():
             if outbox.unsent > self._limits.unsent_max:
                 self._loop.call_soon(self._drop, outbox)
             elif outbox.pending:
@@ -702,16 +709,11 @@ def _says_something(frame: node_pb2.GatewayFrame) -> bool:
     return bool(waits or frame.HasField("resync"))
 
 
-def check_vocabulary(description: EngineDescription, submit: node_pb2.Submit) -> None:
-    """Raise `MalformedMessage` if a token id is beyond the engine's vocabulary."""
-    highest = int(np.frombuffer(submit.tokens, dtype="<u4").max())
-    sampling = submit.sampling
-    named = (
-        sampling.logit_bias,
-        sampling.stop_token_ids,
-        sampling.allowed_token_ids,
-        *(run.tokens for run in sampling.forbidden_runs),
-    )
-    highest = max(highest, *(max(tokens, default=0) for tokens in named))
+def check_vocabulary(description: EngineDescription, tokens: "array[int]", sampling: Sampling) -> None:
+    """Raise `MalformedMessage` if the id of a token, or of one that sampling names, is beyond the engine's vocabulary."""
+    highest = int(np.maximum.reduce(np.frombuffer(tokens, _TOKEN)))
+    for named in (sampling.logit_bias, sampling.stop_token_ids, sampling.allowed_token_ids, *sampling.forbidden_runs):
+        if named:
+            highest = max(highest, *named)
     if highest >= description.vocabulary:
         raise codec.MalformedMessage(f"token {highest} is beyond the vocabulary of {description.vocabulary}")

@@ -28,7 +28,7 @@ class Outbox:
     __slots__ = (
         "_beat", "_bytes", "_ended", "_first_tokens", "_frames_at_beat", "_kv", "_leases", "_logprobs", "_moves", "_pages",
         "_prefetches",
-        "_scores", "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received",
+        "_scored", "_scores", "_sealed", "_sealed_tokens", "_wake", "_weight", "counts", "due", "frames_read", "frames_received",
         "frames_sent", "gateway", "grace", "hear_at", "heartbeat_s", "incarnation", "news_told", "requests", "stream", "timer",
         "tokens",
     )  # fmt: skip
@@ -62,6 +62,8 @@ class Outbox:
         self.tokens: list[int] = []
         self._logprobs: list[node_pb2.TokenLogprobs] = []
         self._scores: list[node_pb2.PromptScores] = []
+        #: Tokens of prompts that they are of.
+        self._scored = 0
         self._first_tokens: list[node_pb2.FirstToken] = []
         self._ended: list[node_pb2.Ended] = []
         self._prefetches: list[node_pb2.PrefetchEnded] = []
@@ -102,8 +104,7 @@ class Outbox:
 
         A snapshot does not count: there is one at a time, of what the node holds.
         """
-        scored = sum([len(scores.logprobs) for scores in self._scores])
-        return len(self.tokens) + scored + self._sealed_tokens + self._weight + len(self._prefetches)
+        return len(self.tokens) + self._scored + self._sealed_tokens + self._weight + len(self._prefetches)
 
     @property
     def full(self) -> bool:
@@ -126,6 +127,7 @@ class Outbox:
     def add_scores(self, request: RequestId, scores: PromptScores) -> None:
         """Add log probabilities of a prompt's tokens, of `SCORES_MAX` at most."""
         self._bytes += LOGPROBS_BYTES + LOGPROB_BYTES * (len(scores) + len(scores.top_tokens))
+        self._scored += len(scores)
         self._scores.append(
             node_pb2.PromptScores(
                 request=request,
@@ -236,6 +238,7 @@ class Outbox:
         if self._scores:
             frame.prompt_scores.extend(self._scores)
             self._scores.clear()
+            self._scored = 0
         if self._ended:
             frame.ended.extend(self._ended)
             self._ended.clear()
@@ -251,9 +254,10 @@ class Outbox:
         if self._moves:
             frame.moves.extend(self._moves)
             self._moves.clear()
-        self._leases.add_to(frame, 0)
         if self._leases:
-            self._wake.set()
+            self._leases.add_to(frame, 0)
+            if self._leases:
+                self._wake.set()
         return frame
 
     def _take_kv(self, frame: node_pb2.NodeFrame) -> None:

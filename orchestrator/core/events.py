@@ -491,6 +491,7 @@ class NodeDraining:
     node: NodeId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class FirstToken:
     """A request's first token came: its prompt is complete on that node.

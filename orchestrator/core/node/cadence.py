@@ -71,7 +71,8 @@ class CadenceScheduler(Scheduler):
                 break
             self._place(sequence, hit, sequence.brought_tokens(hit) > 0)
             admitted.append(sequence)
-        self._await_chains()
+        if self._came:
+            self._await_chains()
         return admitted
 
     def stranded(self) -> list[Sequence]:
@@ -84,8 +85,7 @@ class CadenceScheduler(Scheduler):
 
     def _blocks_short(self, sequence: Sequence, hit: int) -> int:
         """Return how many blocks the pool lacks for a sequence; nobody else will need another one."""
-        short = self._blocks_of(sequence) - hit - self._pool.available_blocks
-        return short if short > 0 else short + self._pool.idle_of(sequence.hashes, hit)
+        return self._blocks_lacking(sequence, hit, self._blocks_of(sequence) - hit)
 
     def _blocks_of(self, sequence: Sequence) -> int:
         """Return the blocks of a sequence's longest context: it gets no others later."""

@@ -277,22 +277,24 @@ class Node:
         Blocks that a quiet step pushed out are told of with the next news: a wrong belief costs a recompute, a message a step
         costs more.
         """
+        scheduler = self._scheduler
         self._admit()
-        preemptions = self._scheduler.preemptions
-        if len(self._prefetches):
+        preemptions = scheduler.preemptions
+        if self._prefetches.held:
             self._proceed_with_prefetches()
-        if self._scheduler.plan is None:
-            plan = self._scheduler.plan_step()
-            if plan is None and self._scheduler.waiting:  # the last one may have given way to itself; it starts over
+        if scheduler.plan is None:
+            plan = scheduler.plan_step()
+            if plan is None and scheduler.waiting:  # the last one may have given way to itself; it starts over
                 self._admit()
-                plan = self._scheduler.plan_step()
+                plan = scheduler.plan_step()
             if plan is not None:
                 self._commands.append(RunStep(plan.step, plan.slices, len(plan.decoding), plan.steps_max))
-        self._hurry_held()
+        if scheduler.short_blocks and not scheduler.running:
+            self._hurry_held()
         if self.spec.stores:
             self._make_room()
             self._make_offers()
-        if self._quiet and self._scheduler.preemptions == preemptions:
+        if self._quiet and scheduler.preemptions == preemptions:
             return
         self.news += 1
         if self._pool.untold:
@@ -326,13 +328,11 @@ class Node:
             self._commands += [StopOffer(offer) for offer in self._offers.stop(short, self._now)]
 
     def _hurry_held(self) -> None:
-        """Hold prompts less long while somebody waits for their blocks and nothing runs that could make room.
+        """Hold prompts less long: somebody waits for their blocks and nothing runs that could make room.
 
         The node that is to fetch one may wait for the prompt that waits here: then neither would go on. What is given up stays
         cached as long as it can.
         """
-        if not self._scheduler.short_blocks or self._scheduler.running:
-            return
         for sequence in self._sequences.values():
             if sequence.phase is Phase.HELD and not sequence.hurried:
                 sequence.hurried = True
@@ -340,10 +340,9 @@ class Node:
                 self._commands.append(SetTimer(HoldTimer(sequence.request), max(self._now, sequence.heard_at + held_s)))
 
     def _offer(self, sequence: Sequence) -> None:
-        """Offer the host's store what is cached of a sequence, before that can be forgotten."""
-        if self.spec.stores:
-            self._offers.add(tuple(sequence.hashes[: sequence.registered]))
-            self._make_offers()
+        """Offer the host's store, which there is, what is cached of a sequence, before that can be forgotten."""
+        self._offers.add(tuple(sequence.hashes[: sequence.registered]))
+        self._make_offers()
 
     def _make_offers(self) -> None:
         while (offer := self._offers.next(self._now)) is not None:
@@ -351,25 +350,23 @@ class Node:
 
     def _admit(self) -> None:
         """Admit until nobody else can be: one with nothing to compute makes room for the next; so do prefetches and leases."""
-        while admitted := self._scheduler.admit() or self._admit_despite_prefetches() or self._admit_despite_leases():
+        scheduler = self._scheduler
+        while admitted := scheduler.admit() or (self._admit_despite() if scheduler.short_blocks else None):
             for sequence in admitted:
                 self._begin(sequence)
-        for sequence in self._scheduler.stranded():
+            if not scheduler.waiting:
+                break
+        for sequence in scheduler.stranded():
             missing = sequence.remaining_tokens
             self._end(sequence, FinishReason.FAILED, f"{missing} tokens of the prompt did not come, and this node computes none")
 
-    def _admit_despite_prefetches(self) -> list[Sequence]:
-        """Let prefetches give way to who waits for blocks."""
-        short = self._scheduler.short_blocks
-        if not short or not len(self._prefetches):
-            return []
-        self._commands += self._prefetches.give_way(short)
-        return self._scheduler.admit()
-
-    def _admit_despite_leases(self) -> list[Sequence]:
-        """Let leases give way if nothing runs that could make room for who waits."""
+    def _admit_despite(self) -> list[Sequence]:
+        """Let prefetches give way to who waits for blocks, and leases if nothing runs that could make room."""
         admitted: list[Sequence] = []
-        if self._prefetches.moving:  # what that has taken comes back
+        if self._prefetches.held:
+            self._commands += self._prefetches.give_way(self._scheduler.short_blocks)
+            admitted = self._scheduler.admit()
+        if admitted or self._prefetches.moving:  # what that has taken comes back
             return admitted
         while (short := self._scheduler.short_blocks) and not self._scheduler.running and self._leases.give_way(short):
             admitted = self._scheduler.admit()
@@ -383,12 +380,12 @@ class Node:
         if former is not None and former.phase is Phase.HELD:  # its decode node failed and the request starts over
             self._stop_holding(former)
         elif former is not None:  # the engine must not forget the one that is here
-            self._report(assignment.request, FinishReason.FAILED, message="this node still has this request")
+            self._report_refused(assignment.request, "this node still has this request")
             return
         refusal = self._refusal(assignment)
         if refusal is not None:
             self._commands.append(Forget(assignment.request))
-            self._report(assignment.request, FinishReason.FAILED, message=refusal)
+            self._report_refused(assignment.request, refusal)
             for export in self._readers.pop(assignment.request, ()):
                 self._send_cached(export)
             return
@@ -488,25 +485,28 @@ class Node:
         """Let readers have what there is, give the blocks back, then report."""
         for export in self._readers.pop(sequence.request, ()):
             self._send(export, sequence, final=True)
-        self._offer(sequence)
+        if self.spec.stores:
+            self._offer(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request]
         self._commands.append(Forget(sequence.request))
-        self._report(sequence.request, reason, message, sequence)
+        self._report(sequence, reason, message)
 
-    def _report(self, request: RequestId, reason: FinishReason, message: str = "", of: Sequence | None = None) -> None:
-        ended = Ended(request, reason, 0, 0, message)
-        if of is not None:
-            ended = Ended(request, reason, of.output_tokens, of.computed_tokens, message, *of.tier_tokens, of.regretted_tokens)
-        self._commands.append(ReportEnded(ended))
+    def _report(self, of: Sequence, reason: FinishReason, message: str = "") -> None:
+        counts = (of.output_tokens, of.computed_tokens, message, *of.tier_tokens, of.regretted_tokens)
+        self._commands.append(ReportEnded(Ended(of.request, reason, *counts)))
+
+    def _report_refused(self, request: RequestId, message: str) -> None:
+        self._commands.append(ReportEnded(Ended(request, FinishReason.FAILED, 0, 0, message)))
 
     def _hold(self, sequence: Sequence) -> None:
         """Report a completed PREFILL and keep its blocks for the decode node, for a while."""
         self._scheduler.hold(sequence)
         self._regret_of(sequence)
-        self._offer(sequence)
+        if self.spec.stores:
+            self._offer(sequence)
         self._commands.append(Forget(sequence.request))
-        self._report(sequence.request, FinishReason.PREFILLED, of=sequence)
+        self._report(sequence, FinishReason.PREFILLED)
         key, sequence.heard_at = HoldTimer(sequence.request), self._now
         self._timers.add(key)
         self._commands.append(SetTimer(key, self._now + self._config.hold_s_max))
@@ -547,7 +547,8 @@ class Node:
             self._regret_of(sequence)
             counts = (sequence.computed_tokens, *sequence.tier_tokens, sequence.regretted_tokens)
             self._commands.append(ReportFirstToken(FirstToken(sequence.request, *counts)))
-            self._offer(sequence)
+            if self.spec.stores:
+                self._offer(sequence)
         for sequence in outcome.advanced:
             self._advance(sequence)
         for sequence, reason, message in outcome.ended:

@@ -79,8 +79,8 @@ class Prefetches:
         self._offers = offers
         self._spec = spec
         self._blocks_max = blocks_max
-        #: In the order they came.
-        self._held: dict[RequestId, Held] = {}
+        #: In the order they came. For others to read only; a field, since every step asks whether there is any.
+        self.held: dict[RequestId, Held] = {}
         self._moving: Held | None = None
         #: Blocks that prefetches have brought and nobody has found yet, oldest first; as many as the pool has at most.
         self._unused: dict[BlockHash, None] = {}
@@ -89,12 +89,9 @@ class Prefetches:
         self.used = 0
         self.wasted = 0
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     @property
     def claims(self) -> Collection[Claim]:
-        return [held.claim for held in self._held.values()]
+        return [held.claim for held in self.held.values()]
 
     @property
     def private(self) -> Sequence[BlockId]:
@@ -109,18 +106,18 @@ class Prefetches:
     @property
     def blocks(self) -> int:
         """Blocks that are kept for prefetches, each counted once, with those under way."""
-        return self._pool.claimed_by(self.claims) + len(self.private) if self._held else 0
+        return self._pool.claimed_by(self.claims) + len(self.private) if self.held else 0
 
     def room_blocks(self, reserve: int) -> int:
         """Return how many blocks a further prefetch may bring, beside what was promised to others and a reserve."""
-        if not self._held:
+        if not self.held:
             return max(0, min(self._blocks_max, self._pool.available_blocks - reserve))
         return max(0, self._room(reserve, 0, 0))
 
     def _room(self, reserve: int, claimed: int, idle: int) -> int:
         """Return the same for one that claims `claimed` more blocks, `idle` of them nobody's; under 0 if those are too many."""
         under_way = len(self.private)
-        coming = sum(held.end - held.claim.depth for held in self._held.values()) - under_way
+        coming = sum(held.end - held.claim.depth for held in self.held.values()) - under_way
         share = self._blocks_max - self.blocks - coming - claimed
         return min(share, self._pool.available_blocks - reserve - coming - idle)
 
@@ -132,21 +129,21 @@ class Prefetches:
         matched = pool.match(hashes, len(hashes))
         claimed = matched - pool.shared_depth(self.claims, hashes, matched)
         room = self._room(reserve, claimed, pool.idle_of(hashes, matched))
-        if prefetch.id in self._held:  # of a gateway's former start: its end is this one's too
+        if prefetch.id in self.held:  # of a gateway's former start: its end is this one's too
             return []
-        if len(self._held) >= PREFETCHES_MAX or room < 0 or (not room and matched < len(hashes)):
+        if len(self.held) >= PREFETCHES_MAX or room < 0 or (not room and matched < len(hashes)):
             return [ReportPrefetchEnded(PrefetchEnded(prefetch.id, PrefetchEnd.NO_ROOM))]
         end = min(len(hashes), matched + room)
         loaded = not self._spec.stores or prefetch.stored_blocks <= matched
         fetched = prefetch.source in (None, self._spec.id)
-        held = self._held[prefetch.id] = Held(prefetch, pool.acquire(hashes, matched)[0], end, loaded, fetched)
+        held = self.held[prefetch.id] = Held(prefetch, pool.acquire(hashes, matched)[0], end, loaded, fetched)
         commands: list[NodeCommand] = [SetTimer(PrefetchTimer(prefetch.id), now + prefetch.keep_s)]
         return commands + self._settle(held)
 
     def proceed(self, reserve: int) -> list[NodeCommand]:
         """Ask for the next portion of the first one that lacks something, if none is under way and there is room for it."""
         commands: list[NodeCommand] = []
-        for held in tuple(self._held.values()) if self._moving is None else ():
+        for held in tuple(self.held.values()) if self._moving is None else ():
             if not held.brought:
                 commands += self._settle(held)
             if not held.brought:
@@ -236,7 +233,7 @@ class Prefetches:
 
     def stop(self, prefetch: RequestId, reason: PrefetchEnd) -> list[NodeCommand]:
         """End a prefetch now, or with the portion that may write to its blocks. Unknown ones are ignored."""
-        held = self._held.get(prefetch)
+        held = self.held.get(prefetch)
         if held is None or held.ending is not None:
             return []
         if held is not self._moving:
@@ -247,20 +244,20 @@ class Prefetches:
     def _end(self, held: Held, reason: PrefetchEnd) -> list[NodeCommand]:
         identity = held.prefetch.id
         ended = PrefetchEnded(identity, reason, held.first, held.claim.depth)
-        del self._held[identity]
+        del self.held[identity]
         self._pool.release(held.claim)
         return [ClearTimer(PrefetchTimer(identity)), ReportPrefetchEnded(ended)]
 
     def stop_all(self, gateway: GatewayId | None = None) -> list[NodeCommand]:
         """End all prefetches, or all that a gateway asked for."""
-        ending = [one for one in self._held if gateway is None or gateway_of(one) == gateway]
+        ending = [one for one in self.held if gateway is None or gateway_of(one) == gateway]
         return [command for one in ending for command in self.stop(one, PrefetchEnd.CANCELLED)]
 
     def give_way(self, blocks_short: int) -> list[NodeCommand]:
         """End prefetches, the last that came first, until so many blocks more can be used, now or once a portion has ended."""
         enough = self._pool.available_blocks + blocks_short
         commands: list[NodeCommand] = []
-        for held in reversed(tuple(self._held.values())):
+        for held in reversed(tuple(self.held.values())):
             if self._pool.available_blocks >= enough:
                 break
             if held is self._moving or held.claim.depth:
@@ -273,9 +270,11 @@ class Prefetches:
             hit -= 1
             del self._unused[hashes[hit]]
             self.used += 1
+        if not self.held:
+            return []
         used = [
             held.prefetch.id
-            for held in self._held.values()
+            for held in self.held.values()
             if held.end <= len(hashes) and hashes[held.end - 1] == held.prefetch.hashes[held.end - 1]
         ]
         return [command for one in used for command in self.stop(one, PrefetchEnd.USED)]
@@ -289,14 +288,14 @@ class Prefetches:
 
     def validate(self) -> None:
         """Check what is counted; raises AssertionError with the numbers."""
-        assert len(self._held) <= PREFETCHES_MAX, f"{len(self._held)} prefetches, at most {PREFETCHES_MAX} may be"
+        assert len(self.held) <= PREFETCHES_MAX, f"{len(self.held)} prefetches, at most {PREFETCHES_MAX} may be"
         assert len(self._unused) <= self._spec.blocks, f"{len(self._unused)} unused blocks of {self._spec.blocks}"
-        for identity, held in self._held.items():
+        for identity, held in self.held.items():
             depth = held.claim.depth
             assert held.first <= depth <= held.end, f"prefetch {identity}: block {depth} of {held.first} to {held.end}"
             assert not held.table or held is self._moving, f"prefetch {identity}: {len(held.table)} blocks that nobody fills"
             assert held.ending is None or held is self._moving, f"prefetch {identity} should have ended"
         moving = self._moving
-        assert moving is None or moving.prefetch.id in self._held, "a portion is under way for nobody"
-        asked = sum(held.end for held in self._held.values())
+        assert moving is None or moving.prefetch.id in self.held, "a portion is under way for nobody"
+        asked = sum(held.end for held in self.held.values())
         assert self.blocks == 0 or asked, f"{self.blocks} blocks are kept for nothing"

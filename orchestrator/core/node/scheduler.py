@@ -210,7 +210,7 @@ class Scheduler:
         """Drop a sequence in any phase and give its blocks back. No step and no fetch may be writing to them."""
         assert not self.in_step(sequence), f"request {sequence.request} is in running step {self._steps}"
         self._leave(sequence)
-        self._compete(sequence, False)
+        self._compete_no_more(sequence)
         if sequence.claim is not None and sequence.assignment.outlook is not None:
             self._pool.leave(sequence.claim, sequence.assignment.outlook)
         self._free(sequence)
@@ -219,16 +219,14 @@ class Scheduler:
 
     def abandon(self, sequence: Sequence) -> None:
         """Let nobody wait any longer for blocks of a sequence that is about to end."""
-        if sequence.frontier is not None:
-            if self._leaders.get(sequence.frontier) is sequence:
-                del self._leaders[sequence.frontier]
-            sequence.frontier = None
-        self._release_followers(sequence, everyone=True)
+        if sequence.frontier is not None:  # else nobody does
+            self._stop_leading(sequence)
+            self._release_followers(sequence, everyone=True)
 
     def hold(self, sequence: Sequence) -> None:
         """Take a completely prefilled sequence out of the batch; its blocks stay until it is removed."""
         self._leave(sequence)
-        self._compete(sequence, False)
+        self._compete_no_more(sequence)
         sequence.phase = Phase.HELD
 
     def advance_fetch(self, sequence: Sequence, tokens: int) -> None:
@@ -300,7 +298,8 @@ class Scheduler:
                 break
             self._place(sequence, hit, fetches)
             admitted.append(sequence)
-        self._await_chains()
+        if self._came:
+            self._await_chains()
         return admitted
 
     def _await_chains(self) -> None:
@@ -318,7 +317,7 @@ class Scheduler:
 
     def _step_aside(self, sequence: Sequence, hit: int) -> bool:
         """Make a sequence follow the one that computes its next missing block, if there is one."""
-        if hit >= min(len(sequence.hashes), sequence.hit_blocks_max):
+        if not self._leaders or hit >= min(len(sequence.hashes), sequence.hit_blocks_max):
             return False
         leader = self._leaders.get(sequence.hashes[hit])
         if leader is None:
@@ -335,8 +334,13 @@ class Scheduler:
         needed = self._blocks_of(sequence) - hit
         if self.running:
             needed += self.reserve_blocks
+        return self._blocks_lacking(sequence, hit, needed)
+
+    def _blocks_lacking(self, sequence: Sequence, hit: int, needed: int) -> int:
+        """Return how many blocks fewer than `needed` are left once a sequence holds those that it finds; 0 or less: enough."""
         short = needed - self._pool.available_blocks
-        return short if short > 0 else short + self._pool.idle_of(sequence.hashes, hit)
+        # Of what it finds, those that nobody holds are available now and will not be then: it takes a count only if it matters.
+        return short if short > 0 or short + hit <= 0 else short + self._pool.idle_of(sequence.hashes, hit)
 
     def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
         """Give a waiting sequence its blocks and let it begin."""
@@ -371,8 +375,10 @@ class Scheduler:
         tenants, of the work done for them.
         """
         assert self.plan is None, f"step {self._steps} still runs"
+        if not self._decoding and not self._prefilling:
+            return None
         preemptions = self.preemptions
-        decodes = self._plan_decoding()
+        decodes = self._plan_decoding() if self._decoding else DecodePlan([], [])
         decoding, slices = decodes.sequences, decodes.slices
         budget = self._step_tokens_max - len(slices) - decodes.draft_tokens
         chunks: list[Sequence] = []
@@ -414,7 +420,7 @@ class Scheduler:
         for sequence in [sequence for sequence in self._decoding.values() if sequence.computed == sequence.capacity]:
             self._grow(sequence)
         decoding = list(self._decoding.values())
-        if self._speculation is not None and decoding:
+        if self._speculation is not None and decoding:  # the last one may have given way to itself
             return self._plan_drafts(self._speculation, decoding)
         return DecodePlan(decoding, self._decode_slices(decoding))
 
@@ -618,7 +624,7 @@ class Scheduler:
             outcome.started.append(sequence)
         sequence.output_tokens += result.output_tokens
         self._decode(sequence)
-        self._settle(sequence, result, outcome)
+        self._end_output(sequence, result, outcome)
 
     def _settle(self, sequence: Sequence, result: SliceResult, outcome: StepOutcome) -> None:
         """Register what a sequence completed, or end it, whichever its result says."""
@@ -630,6 +636,11 @@ class Scheduler:
             return
         assert result.output_tokens > 0, f"request {sequence.request} sampled nothing in step {self._steps}"
         self._name_blocks(sequence, result)
+        self._end_output(sequence, result, outcome)
+
+    @staticmethod
+    def _end_output(sequence: Sequence, result: SliceResult, outcome: StepOutcome) -> None:
+        """End a sequence if its output is complete."""
         if result.stopped:
             outcome.ended.append((sequence, FinishReason.STOP, ""))
         elif sequence.output_tokens >= sequence.output_tokens_max:
@@ -662,19 +673,21 @@ class Scheduler:
 
     def _lead(self, sequence: Sequence) -> None:
         """Announce the next block that a sequence will register, and release followers that have what they need."""
-        if sequence.frontier is not None and self._leaders.get(sequence.frontier) is sequence:
-            del self._leaders[sequence.frontier]
-        sequence.frontier = None
+        self._stop_leading(sequence)
         index = sequence.registered
         if self._caching and sequence.ending is None and index < min(len(sequence.hashes), sequence.target // self._block_tokens):
             sequence.frontier = sequence.hashes[index]
             self._leaders.setdefault(sequence.frontier, sequence)
-        self._release_followers(sequence, everyone=sequence.frontier is None)
+        if sequence.followers:
+            self._release_followers(sequence, everyone=sequence.frontier is None)
+
+    def _stop_leading(self, sequence: Sequence) -> None:
+        if sequence.frontier is not None and self._leaders.get(sequence.frontier) is sequence:
+            del self._leaders[sequence.frontier]
+        sequence.frontier = None
 
     def _release_followers(self, leader: Sequence, everyone: bool) -> None:
         """Put followers back into the queue: those whose blocks are registered now, or all."""
-        if not leader.followers:
-            return
         staying: list[tuple[int, Sequence]] = []
         for needed, follower in leader.followers:
             if everyone or needed <= leader.registered:
@@ -689,7 +702,9 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         sequence.phase = Phase.WAITING
         self.waiting += 1
-        self._compete(sequence, True)
+        if not sequence.competes:
+            self._accounts.enter(sequence.tenant)
+            sequence.competes = True
         self._queue.push(sequence.tenant, sequence.rank, sequence)
         hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
         self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
@@ -703,7 +718,7 @@ class Scheduler:
 
     def _decode(self, sequence: Sequence) -> None:
         self._leave(sequence)
-        self._compete(sequence, False)
+        self._compete_no_more(sequence)
         sequence.phase = Phase.DECODING
         self._decoding[sequence.request] = sequence
         self.context_tokens += sequence.computed
@@ -736,13 +751,11 @@ class Scheduler:
         else:
             self._queue.remove(sequence.tenant, sequence.rank)
 
-    def _compete(self, sequence: Sequence, competes: bool) -> None:
-        """Let a sequence take part in the turns of tenants from now on, or no longer."""
-        if competes and not sequence.competes:
-            self._accounts.enter(sequence.tenant)
-        elif sequence.competes and not competes:
+    def _compete_no_more(self, sequence: Sequence) -> None:
+        """Let a sequence take part in the turns of tenants no longer."""
+        if sequence.competes:
             self._accounts.leave(sequence.tenant)
-        sequence.competes = competes
+            sequence.competes = False
 
     def _free(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; its engine will be told a new table."""

@@ -35,6 +35,7 @@ class Sequence:
 
     __slots__ = (
         "assignment",
+        "base_tokens",
         "began_at",
         "billed_tokens",
         "block_tokens",
@@ -83,6 +84,8 @@ class Sequence:
         #: Rule 2: of one tenant, a lower rank goes first. Arrivals are unique, and so are ranks.
         self.rank: tuple[int, int] = (-assignment.priority, arrival)
         self.block_tokens = block_tokens
+        #: Its target before any token of output: a decode node computes a prompt's last token itself.
+        self.base_tokens = assignment.prompt_tokens if assignment.role is Role.GENERATE else assignment.given_tokens - 1
         self.phase = Phase.WAITING
         #: Whether it takes part in the turns of tenants: while it waits or its prompt is being fetched or computed.
         self.competes = False
@@ -148,10 +151,8 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """Tokens whose KV must be present before it decodes or is handed over; the decode node computes the last one itself."""
-        if self.assignment.role is Role.PREFILL:
-            return self.assignment.given_tokens - 1
-        return self.assignment.prompt_tokens + self.output_tokens
+        """Tokens whose KV must be present before it decodes or is handed over."""
+        return self.base_tokens + self.output_tokens
 
     @property
     def remaining_tokens(self) -> int:
