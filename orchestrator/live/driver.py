@@ -710,21 +710,18 @@ class ClusterDriver:
         prompt, tokens = stream.turn.prompt, stream.turn.prompt.tokens
         if assignment.generated_tokens:
             tokens += stream.generated.tobytes()
-        message = codec.submit_message(assignment, tokens, prompt.hash_root, stream.turn.sampling)
-        if stream.seed is not None:
-            message.sampling.seed = stream.seed
+        submission = codec.Submission(assignment, tokens, prompt.hash_root, stream.turn.sampling, stream.seed)
         if self._observer.follows(stream.request):
-            self._follows = message.timed = True
+            self._follows = submission.timed = True
         source = self._known.get(assignment.source) if assignment.source is not None else None
         if source is not None:
-            message.source_address = source.spec.address
-            message.source_host = source.spec.host
+            submission.source = source.spec
         if assignment.scored and not assignment.source_pending:
             stream.scorer = command.node
         if assignment.role is Role.GENERATE:
             stream.node, stream.attempt = command.node, assignment.request
             self._fed[assignment.request] = stream
-        self._links[command.node].submit(message)
+        self._links[command.node].submit(submission)
 
     def _prefetch(self, command: PrefetchBlocks) -> None:
         message = codec.prefetch_message(command.prefetch)

@@ -84,7 +84,7 @@ class NodeLink:
         self._lost_s = lost_s
         self._draining = False
         #: What goes out with the next frame; bounded by the requests the cluster lets in.
-        self._submits: dict[RequestId, node_pb2.Submit] = {}
+        self._submits: dict[RequestId, codec.Submission] = {}
         self._cancels: list[RequestId] = []
         self._lost_sources: list[node_pb2.LostSource] = []
         #: The newest of each context; bounded by `OUTLOOKS_MAX`.
@@ -109,9 +109,9 @@ class NodeLink:
         self._task = asyncio.ensure_future(self._run())
         self._task.add_done_callback(report_breakdown)
 
-    def submit(self, message: node_pb2.Submit) -> None:
+    def submit(self, submission: codec.Submission) -> None:
         """Send an assignment with the loop's next frame."""
-        self._submits[RequestId(message.request)] = message
+        self._submits[submission.assignment.request] = submission
         self._wake.set()
 
     def cancel(self, request: RequestId) -> None:
@@ -126,9 +126,8 @@ class NodeLink:
         if submit is None:
             self._lost_sources.append(node_pb2.LostSource(request=request, source=source))
             self._wake.set()
-        elif submit.source == source:
-            for name in ("source", "source_address", "source_host", "source_tokens", "source_pending", "source_incarnation"):
-                submit.ClearField(name)
+        elif submit.assignment.source == source:
+            submit.forget_source()
 
     def expect(self, outlook: Outlook) -> None:
         """Tell what is expected of a context by now; where too many wait to go out, the oldest never does: it is a hint."""
@@ -306,13 +305,13 @@ class NodeLink:
             while (counts := self._says_something) or self._must_tell:
                 read = self._frames_told = self._hello.frames_received
                 frame = node_pb2.GatewayFrame(
-                    submits=self._next_submits(),
                     cancels=self._cancels,
                     lost_sources=self._lost_sources,
                     outlooks=self._outlooks.values(),
                     resync=self._resync,
                     frames_received=read,
                 )
+                self._add_submits(frame)
                 if self._hints:
                     self._add_hints(frame)
                 self._cancels.clear()
@@ -337,13 +336,11 @@ class NodeLink:
             size += self._advice[0].ByteSize()
             frame.advice.append(self._advice.pop(0))
 
-    def _next_submits(self) -> list[node_pb2.Submit]:
-        """Take the oldest submits, one at least, as far as a frame goes."""
-        taken: list[node_pb2.Submit] = []
+    def _add_submits(self, frame: node_pb2.GatewayFrame) -> None:
+        """Put the oldest submits into a frame, one at least, as far as it goes; they are written straight into it."""
         size = 0
-        for request, submit in list(self._submits.items()):
-            size += submit.ByteSize()
-            if taken and size > codec.FRAME_BYTES_MAX:
-                break
-            taken.append(self._submits.pop(request))
-        return taken
+        while self._submits and size <= codec.FRAME_BYTES_MAX:
+            submission = self._submits.pop(next(iter(self._submits)))
+            message = frame.submits.add()
+            codec.write_submit(message, submission)
+            size += message.ByteSize()

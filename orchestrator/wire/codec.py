@@ -4,6 +4,7 @@ Lists of hashes travel as one run of bytes, 16 a hash. Every function is the inv
 what it claims raises `MalformedMessage`, the only error here.
 """
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from orchestrator.core.blocks import HASH_BYTES, TOKEN_BYTES, hash_bytes, pack_hashes, split_hashes
@@ -204,20 +205,50 @@ def _thoughts_from(limit: node_pb2.ThoughtsLimit) -> ThoughtsLimit:
     return ThoughtsLimit(limit.tokens_max, limit.end, tuple(limit.begin), instead)
 
 
-def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, sampling: Sampling) -> node_pb2.Submit:
-    """Return the message for an assignment, without the source's address, which only the sender knows."""
-    message = node_pb2.Submit(
-        request=assignment.request,
-        role=_ROLES[assignment.role],
-        tokens=tokens,
-        hashes=pack_hashes(assignment.hashes),
-        hash_root=hash_bytes(hash_root),
-        output_tokens_max=assignment.output_tokens_max,
-        name=assignment.name,
-        tenant=assignment.tenant,
-        share=assignment.share,
-    )
-    write_sampling(message.sampling, sampling)
+@dataclass(slots=True)
+class Submission:
+    """An assignment that a node is to be sent, with what its core does not know of it."""
+
+    assignment: Assignment
+    #: uint32 little-endian, packed.
+    tokens: bytes
+    #: What the hashes' chain starts from.
+    hash_root: BlockHash
+    sampling: Sampling
+    #: In place of the sampling's, if tokens are drawn.
+    seed: int | None = None
+    #: The node is to tell when it began.
+    timed: bool = False
+    #: The assignment's source.
+    source: NodeSpec | None = None
+
+    def forget_source(self) -> None:
+        """Leave out a source that is lost."""
+        self.source = None
+        known = self.assignment
+        self.assignment = replace(known, source=None, source_tokens=0, source_pending=False, source_incarnation=None)
+
+
+def write_submit(message: node_pb2.Submit, submission: Submission) -> None:
+    """Say in an empty message what a node is to do."""
+    assignment = submission.assignment
+    message.request = assignment.request
+    message.role = _ROLES[assignment.role]
+    message.tokens = submission.tokens
+    message.hashes = pack_hashes(assignment.hashes)
+    message.hash_root = hash_bytes(submission.hash_root)
+    message.output_tokens_max = assignment.output_tokens_max
+    message.name = assignment.name
+    message.tenant = assignment.tenant
+    message.share = assignment.share
+    write_sampling(message.sampling, submission.sampling)
+    if submission.seed is not None:
+        message.sampling.seed = submission.seed
+    if submission.timed:
+        message.timed = True
+    if submission.source is not None:
+        message.source_address = submission.source.address
+        message.source_host = submission.source.host
     if assignment.source is not None:
         message.source = assignment.source
         message.source_tokens = assignment.source_tokens
@@ -234,7 +265,6 @@ def submit_message(assignment: Assignment, tokens: bytes, hash_root: BlockHash, 
         message.generated_tokens = assignment.generated_tokens
     if assignment.scored:
         message.scored = True
-    return message
 
 
 def assignment_from(submit: node_pb2.Submit) -> Assignment:

@@ -4,16 +4,25 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orchestrator.core.events import GatewayHeard, NodeEvent
-from orchestrator.core.types import CostProfile, GatewayId, NodeId, NodeSpec, PoolKind, RequestId, request_id
+from orchestrator.core.types import (
+    Assignment,
+    CostProfile,
+    GatewayId,
+    NodeId,
+    NodeSpec,
+    PoolKind,
+    Role,
+    Sampling,
+    request_id,
+)
 from orchestrator.live.links import NodeLink
-from orchestrator.wire import node_pb2
+from orchestrator.wire import codec, node_pb2
 from tests.builders import TRUST
 from tests.live.serving import pool, run, turn
 from workers.engines.checkpoint import default_model_path
@@ -130,20 +139,21 @@ class Linked:
         while self.link._away is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
-    def submit(self, output_tokens: int, **source: Any) -> node_pb2.Submit:
+    def submit(self, output_tokens: int, source: NodeSpec | None = None, source_tokens: int = 0) -> codec.Submission:
         prompt = turn(range(20), output_tokens).prompt
-        message = node_pb2.Submit(
+        assignment = Assignment(
             request=request_id(GATEWAY, 1),
-            role=node_pb2.ROLE_GENERATE,
-            tokens=prompt.tokens,
-            hashes=b"".join(prompt.hashes),
-            hash_root=prompt.hash_root,
+            role=Role.GENERATE,
+            prompt_tokens=prompt.count,
+            hashes=prompt.hashes,
             output_tokens_max=output_tokens,
-            sampling=node_pb2.Sampling(),
-            **source,
+            source=source.id if source is not None else None,
+            source_tokens=source_tokens,
+            source_pending=source is not None,
         )
-        self.link.submit(message)
-        return message
+        submission = codec.Submission(assignment, prompt.tokens, prompt.hash_root, Sampling(), source=source)
+        self.link.submit(submission)
+        return submission
 
 
 @pytest.fixture(scope="module")
@@ -245,11 +255,16 @@ def test_a_submit_that_has_not_gone_out_forgets_a_source_that_is_lost(model_dir:
     async def scenario() -> None:
         async with linked(model_dir) as wire:
             await wire.sink.until("joined 7")
-            message = wire.submit(3, source="gone", source_address="127.0.0.1:1", source_pending=True)
-            wire.link.source_lost(RequestId(message.request), NodeId("another"))
-            assert message.source == "gone"
-            wire.link.source_lost(RequestId(message.request), NodeId("gone"))
-            assert (message.source, message.source_address, message.source_pending) == ("", "", False)
+            spec = wire.link.spec
+            assert spec is not None
+            submission = wire.submit(3, source=replace(spec, id=NodeId("gone"), address="127.0.0.1:1"))
+            request = submission.assignment.request
+            wire.link.source_lost(request, NodeId("another"))
+            assert submission.assignment.source == "gone"
+            wire.link.source_lost(request, NodeId("gone"))
+            told = node_pb2.Submit()
+            codec.write_submit(told, submission)
+            assert (told.source, told.source_address, told.source_pending) == ("", "", False)
             await wire.sink.until_ended()
             assert wire.sink.ended == ["length"]
 
@@ -266,8 +281,9 @@ def test_a_node_that_reads_from_a_source_which_says_nothing_computes_when_told_t
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         async with linked(model_dir) as wire:
             await wire.sink.until("joined 7")
-            source = {"source": "hung", "source_address": address, "source_host": host_id(), "source_tokens": 20}
-            wire.submit(3, source_pending=True, **source)
+            spec = wire.link.spec
+            assert spec is not None
+            wire.submit(3, replace(spec, id=NodeId("hung"), address=address, host=host_id()), 20)
             connection, _ = await asyncio.get_running_loop().sock_accept(silent)
             with connection:
                 assert wire.sink.ended == []

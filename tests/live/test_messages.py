@@ -113,14 +113,13 @@ def test_a_new_gateway_learns_of_half_a_million_blocks_while_more_come_and_go(mo
 @pytest.mark.slow
 def test_more_bytes_of_prompts_than_a_message_takes_go_out_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames: list[int] = []
-    taken = NodeLink._next_submits
+    add = NodeLink._add_submits
 
-    def counted(link: NodeLink) -> list[node_pb2.Submit]:
-        submits = taken(link)
-        frames.append(sum(submit.ByteSize() for submit in submits))
-        return submits
+    def counted(link: NodeLink, frame: node_pb2.GatewayFrame) -> None:
+        add(link, frame)
+        frames.append(frame.ByteSize())
 
-    monkeypatch.setattr(NodeLink, "_next_submits", counted)
+    monkeypatch.setattr(NodeLink, "_add_submits", counted)
 
     async def scenario() -> None:
         async with cluster(large(), model) as wire:

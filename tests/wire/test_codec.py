@@ -87,11 +87,12 @@ def test_assignment_survives(role: Role, source: NodeId | None, generated: int) 
     )
     root = hashes(1)[0]
     sampling = Sampling(temperature=0.5, seed=0, stop_token_ids=(1, 2), logit_bias={5: -1.0})
-    message = codec.submit_message(assignment, bytes(130 * 4), root, sampling)
+    message = node_pb2.Submit()
+    codec.write_submit(message, codec.Submission(assignment, bytes(130 * 4), root, sampling, 7))
     parsed = node_pb2.Submit.FromString(message.SerializeToString())
     assert codec.assignment_from(parsed) == assignment
     assert parsed.hash_root == root
-    assert codec.sampling_from(parsed.sampling) == sampling
+    assert codec.sampling_from(parsed.sampling) == replace(sampling, seed=7)
 
 
 @pytest.mark.parametrize("limit", [None, ThoughtsLimit(0, 7), ThoughtsLimit(512, 7, (0,)), ThoughtsLimit(9, 7, (1, 2, 0), 0)])
