@@ -509,15 +509,15 @@ class ClusterDriver:
         """
         codec.check_frame(frame)
         slow: list[TurnStream] = []
-        for scores in frame.prompt_scores:
+        for scores in frame.prompt_scores[:]:
             self._deliver_scores(scores)
         if frame.requests:
             self._deliver(node, frame, slow)
-        for move in frame.moves:
+        for move in frame.moves[:]:
             self._observer.moved(node, move.source, move.target, move.bytes, move.seconds)
             self._observer.fetched(node, request_of(RequestId(move.request)), move.began_s_ago)
         if self._scores:
-            for ended in frame.ended:
+            for ended in frame.ended[:]:
                 self._expect_no_scores(node, request_of(RequestId(ended.request)))
         if frame.HasField("load"):
             self._observer.refused(node, frame.refused_calls)
@@ -557,18 +557,18 @@ class ClusterDriver:
 
     def _deliver(self, node: NodeId, frame: node_pb2.NodeFrame, slow: list[TurnStream]) -> None:
         streams = self._fed
-        for entry in frame.logprobs:
+        for entry in frame.logprobs[:]:
             stream = streams.get(RequestId(entry.request))
             if stream is not None and stream.node == node:
                 top = list(zip(entry.top_tokens, entry.top_logprobs, strict=True))
                 stream.logprobs.append(TokenLogprob(entry.logprob, top))
-        for first in frame.first_tokens:
+        for first in frame.first_tokens[:]:
             stream = streams.get(RequestId(first.request))
             if stream is not None and stream.node == node and not stream.output_tokens:
                 stream.cached_tokens = max(stream.turn.prompt.count - first.computed_tokens, 0)
-        tokens = list(frame.tokens)
+        tokens = frame.tokens[:]
         end = 0
-        for request, count in zip(frame.requests, frame.counts, strict=True):
+        for request, count in zip(frame.requests[:], frame.counts[:], strict=True):
             start, end = end, end + count
             stream = streams.get(RequestId(request))
             # Late tokens of a request that ended or runs elsewhere now are nobody's.

@@ -121,14 +121,15 @@ def prompt_tokens_max(block_tokens: int) -> int:
 
 def check_frame(frame: node_pb2.NodeFrame) -> None:
     """Raise `MalformedMessage` unless the lists of a node's frame that belong together do so."""
+    # To go through a message's list takes four times as long as to copy it first.
     if len(frame.requests) != len(frame.counts):
         raise MalformedMessage(f"a frame with {len(frame.requests)} requests and {len(frame.counts)} counts")
-    if sum(frame.counts) != len(frame.tokens):
-        raise MalformedMessage(f"a frame with {len(frame.tokens)} tokens whose counts make {sum(frame.counts)}")
-    for entry in frame.logprobs:
+    if (told := sum(frame.counts[:])) != len(frame.tokens):
+        raise MalformedMessage(f"a frame with {len(frame.tokens)} tokens whose counts make {told}")
+    for entry in frame.logprobs[:]:
         if len(entry.top_tokens) != len(entry.top_logprobs):
             raise MalformedMessage(f"log probabilities of {len(entry.top_tokens)} tokens and {len(entry.top_logprobs)} values")
-    for scores in frame.prompt_scores:
+    for scores in frame.prompt_scores[:]:
         tokens, tops = len(scores.logprobs), len(scores.top_tokens)
         if not scores.first or not tokens or len(scores.ranks) != tokens or tops % tokens or len(scores.top_logprobs) != tops:
             counts = f"{len(scores.ranks)} ranks, {tops} likely tokens, {len(scores.top_logprobs)} values of these"
@@ -686,7 +687,7 @@ def load_from(message: node_pb2.Load) -> Load:
         cost_scale=message.cost_scale,
         preemptions=message.preemptions,
         step_s=message.step_s,
-        tenants=tuple([TenantLoad(TenantId(item.tenant), item.waiting, item.queued_tokens) for item in message.tenants]),
+        tenants=tuple([TenantLoad(TenantId(item.tenant), item.waiting, item.queued_tokens) for item in message.tenants[:]]),
         blocks_leased=message.blocks_leased,
         blocks_unleased=message.blocks_unleased,
         blocks_evicted=message.blocks_evicted,
@@ -717,8 +718,8 @@ def report_from(node: NodeId, frame: node_pb2.NodeFrame) -> NodeReported:
     return NodeReported(
         node=node,
         load=load_from(frame.load),
-        first_tokens=tuple([first_token_from(item) for item in frame.first_tokens]),
-        ended=tuple([ended_from(item) for item in frame.ended]),
-        kv=tuple([kv_from(item) for item in frame.kv]),
-        prefetches=tuple([prefetch_ended_from(item) for item in frame.ended_prefetches]),
+        first_tokens=tuple([first_token_from(item) for item in frame.first_tokens[:]]),
+        ended=tuple([ended_from(item) for item in frame.ended[:]]),
+        kv=tuple([kv_from(item) for item in frame.kv[:]]),
+        prefetches=tuple([prefetch_ended_from(item) for item in frame.ended_prefetches[:]]),
     )
