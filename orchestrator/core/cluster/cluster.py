@@ -584,8 +584,9 @@ class Cluster:
     def _finish(self, flight: Flight) -> None:
         """Forget a request that is over, whatever it still had."""
         request = flight.request
-        for node in flight.nodes:
-            self._end_part(flight, node)
+        for node in (flight.prefill, flight.generate):
+            if node is not None:
+                self._end_part(flight, node)
         if flight.started is not None:
             self._tell(self._sessions.paused(flight.started, self._now))
         if flight.phase is Phase.WAITING:
@@ -616,10 +617,12 @@ class Cluster:
     def _cancel_prefill(self, flight: Flight) -> None:
         """Let the prefill node drop what it still does or holds for a request: the node that generates needs it no longer."""
         node, flight.holder = flight.prefill or flight.holder, None
-        if node is not None and node in self._known:
+        if node is None:
+            return
+        if node in self._known:
             self._commands.append(Cancel(node, flight.attempt))
         if flight.prefill is not None:
-            self._end_part(flight, flight.prefill)
+            self._end_part(flight, node)
 
     def _wake(self, flight: Flight, at: float) -> None:
         """Set a request's timer (rule 1)."""
