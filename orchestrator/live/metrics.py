@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from orchestrator.core.cluster.sessions import ReprefillReason
-from orchestrator.core.commands import Abort, Assign, ClusterCommand, Complete, Refuse, Restart, Resume
+from orchestrator.core.commands import Abort, Assign, ClearTimer, ClusterCommand, Complete, Refuse, Restart, Resume, SetTimer
 from orchestrator.core.events import (
     ClusterEvent,
     Ended,
@@ -249,8 +249,9 @@ class Watch:
 
     def ended(self, reason: FinishReason, wanted: str | None = None) -> None:
         """Observe the end; nothing is called afterwards."""
-        self._metrics.request.child(*self._labels()).observe(self._clock() - self._arrived_s)
-        model, pool, _ = self._labels()
+        labels = self._labels()
+        self._metrics.request.child(*labels).observe(self._clock() - self._arrived_s)
+        model, pool, _ = labels
         self._metrics.finished[model, pool, FINISHED[reason]] += 1
         self._metrics.output_tokens[model, pool] += self._tokens
 
@@ -465,32 +466,38 @@ class Metrics(Collector):
                 self._flights.pop(request, None)
             case _:
                 pass
-        for command in commands:
-            self._on_command(command)
+        self._count(commands)
 
-    def _on_command(self, command: ClusterCommand) -> None:
-        match command:
-            case Assign(node, assignment) if assignment.role is Role.GENERATE:
-                flight = self._flights.get(request_of(assignment.request))
-                if flight is not None:
-                    flight.pool = self._nodes[node].pool
-                    self._replayed_tokens[flight.model,] += assignment.generated_tokens
-            case Complete():
-                self._on_complete(command)
-            case Restart(request, _):
-                flight = self._flights.get(request)
-                if flight is not None:
-                    self._restarted_tokens += flight.prompt_tokens
-                    flight.pool, flight.prefilled_tokens = None, 0
-            case Resume(request, _):
-                flight = self._flights.get(request)
-                if flight is not None:
-                    self._resumed[flight.model,] += 1
-                    flight.pool, flight.prefilled_tokens, flight.resumed = None, 0, True
-            case Refuse() | Abort():
-                self._flights.pop(command.request, None)
-            case _:
-                pass
+    def _count(self, commands: Iterable[ClusterCommand]) -> None:
+        for command in commands:
+            match command:
+                case SetTimer() | ClearTimer():  # first, since every request has both
+                    pass
+                case Assign():
+                    self._on_assign(command)
+                case Complete():
+                    self._on_complete(command)
+                case Restart(request, _):
+                    flight = self._flights.get(request)
+                    if flight is not None:
+                        self._restarted_tokens += flight.prompt_tokens
+                        flight.pool, flight.prefilled_tokens = None, 0
+                case Resume(request, _):
+                    flight = self._flights.get(request)
+                    if flight is not None:
+                        self._resumed[flight.model,] += 1
+                        flight.pool, flight.prefilled_tokens, flight.resumed = None, 0, True
+                case Refuse() | Abort():
+                    self._flights.pop(command.request, None)
+                case _:
+                    pass
+
+    def _on_assign(self, command: Assign) -> None:
+        assignment = command.assignment
+        flight = self._flights.get(request_of(assignment.request))
+        if flight is not None and assignment.role is Role.GENERATE:
+            flight.pool = self._nodes[command.node].pool
+            self._replayed_tokens[flight.model,] += assignment.generated_tokens
 
     def _on_complete(self, command: Complete) -> None:
         flight = self._flights.pop(command.request, None)
@@ -499,9 +506,10 @@ class Metrics(Collector):
         labels = (flight.model, flight.pool or NO_POOL)
         self._input_tokens[labels] += flight.prompt_tokens
         self._cached_tokens[labels] += command.cached_tokens
-        for place, tokens in ((Tier.CPU, command.cpu_tokens), (Tier.CMX, command.cmx_tokens), (PEER, command.peer_tokens)):
-            if tokens:
-                self._loaded_tokens[*labels, str(place)] += tokens
+        if command.cpu_tokens or command.cmx_tokens or command.peer_tokens:
+            for place, tokens in ((Tier.CPU, command.cpu_tokens), (Tier.CMX, command.cmx_tokens), (PEER, command.peer_tokens)):
+                if tokens:
+                    self._loaded_tokens[*labels, str(place)] += tokens
         self._hit_error.child(flight.model).observe(abs(command.predicted_cached_tokens - command.cached_tokens))
 
     def _on_joined(self, spec: NodeSpec) -> None:
@@ -518,17 +526,20 @@ class Metrics(Collector):
         state = self._nodes.get(event.node)
         if state is None:
             return
-        self._count_beats(event.node, state, event.load)
-        self._count_halves(event.node, state, event.load.split)
-        state.load = event.load
+        load = event.load
+        if load.beats:
+            self._count_beats(event.node, state, load)
+        if load.split is not None:
+            self._count_halves(event.node, state, load.split)
+        state.load = load
         for first in event.first_tokens:
             flight = self._flights.get(request_of(first.request))
             if flight is not None and flight.resumed:
                 self._resumed_tokens += first.computed_tokens
         for ended in event.ended:
             self._on_part_ended(event.node, state.pool, ended)
-        if event.load.step_s > 0.0 and event.node not in self._foreign:
-            self._step.child(state.pool).observe(event.load.step_s)
+        if load.step_s > 0.0 and event.node not in self._foreign:
+            self._step.child(state.pool).observe(load.step_s)
 
     def _count_beats(self, node: NodeId, state: NodeState, load: Load) -> None:
         """Count the beats since a node's last report, and sample how late the last of them was."""
@@ -539,10 +550,8 @@ class Metrics(Collector):
             if node not in self._foreign:
                 self._beat_jitter.child(state.pool).observe(load.beat_late_s)
 
-    def _count_halves(self, node: NodeId, state: NodeState, split: SplitLoad | None) -> None:
+    def _count_halves(self, node: NodeId, state: NodeState, split: SplitLoad) -> None:
         """Count what either half of a node did since its last report."""
-        if split is None:
-            return
         before = state.load.split or SplitLoad()
         for part, seconds in ((ATTENTION, split.attention_s - before.attention_s), (FFN, split.ffn_s - before.ffn_s)):
             self._halves[node, state.pool, part] = self._halves.get((node, state.pool, part), 0.0) + seconds
@@ -556,9 +565,10 @@ class Metrics(Collector):
         elsewhere = 0 if flight is None else flight.prefilled_tokens
         if ended.reason is FinishReason.PREFILLED and flight is not None:
             flight.prefilled_tokens, elsewhere = ended.computed_tokens, 0
-        self._parts[node, pool] += 1
-        self._computed_tokens[node, pool] += max(ended.computed_tokens - elsewhere, 0) + ended.output_tokens
-        self._regretted_tokens[node, pool] += ended.regretted_tokens
+        labels = node, pool
+        self._parts[labels] += 1
+        self._computed_tokens[labels] += max(ended.computed_tokens - elsewhere, 0) + ended.output_tokens
+        self._regretted_tokens[labels] += ended.regretted_tokens
 
     def computed_tokens(self, node: NodeId) -> int:
         """Return the tokens, of prompts and outputs, that a node has computed for this gateway's ended requests."""

@@ -114,7 +114,8 @@ class Admission:
         """
         if self.draining:
             return refuse(request, 503, "draining", "this gateway is shutting down", RETRY_AFTER_START_S)
-        refusal = self._not_allowed(request) or self._too_many(request)
+        config = self._config(request.tenant)
+        refusal = self._not_allowed(request, config) or self._too_many(request, config)
         if refusal is not None:
             return refusal
         if not generates:
@@ -122,10 +123,11 @@ class Admission:
         if request.prompt_tokens >= context_tokens_max:
             message = f"the prompt has {request.prompt_tokens} tokens; with at least one of output {context_tokens_max} fit"
             return refuse(request, 400, "context_length_exceeded", message, None)
-        return self._too_fast(request, now)
+        rates = self._rates.get(request.tenant)
+        return self._too_fast(request, config, rates, now) if rates is not None else None
 
-    def _not_allowed(self, request: Request) -> Refuse | None:
-        config = self._config(request.tenant)
+    @staticmethod
+    def _not_allowed(request: Request, config: TenantConfig) -> Refuse | None:
         if request.priority > config.priority_max:
             message = f"priority {request.priority} is more than {config.priority_max}, the highest this tenant may ask for"
             return refuse(request, 403, "priority_not_allowed", message, None)
@@ -134,9 +136,9 @@ class Admission:
             return refuse(request, 403, "class_not_allowed", message, None)
         return None
 
-    def _too_many(self, request: Request) -> Refuse | None:
+    def _too_many(self, request: Request, config: TenantConfig) -> Refuse | None:
         running = self.running(request.tenant)
-        whole = self._config(request.tenant).requests_max or self._limits.tenant_requests_max
+        whole = config.requests_max or self._limits.tenant_requests_max
         allowed = whole // self._gateways + (self._place < whole % self._gateways)
         if running < allowed:
             return None
@@ -144,13 +146,13 @@ class Admission:
         message = f"{running} requests of this tenant are under way, at most {shown} may be"
         return refuse(request, 429, "tenant_requests_max", message, self._retry_after_s(request.model, 1))
 
-    def _too_fast(self, request: Request, now: float) -> Refuse | None:
-        rates = self._rates.get(request.tenant)
-        exceeded = rates.exceeded(request, now) if rates is not None else None
+    @staticmethod
+    def _too_fast(request: Request, config: TenantConfig, rates: Rates, now: float) -> Refuse | None:
+        exceeded = rates.exceeded(request, now)
         if exceeded is None:
             return None
         name, wait_s = exceeded
-        message = f"this tenant asks for more than its {name}, {getattr(self._config(request.tenant), name):g}"
+        message = f"this tenant asks for more than its {name}, {getattr(config, name):g}"
         return refuse(request, 429, name, message, min(max(wait_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX))
 
     def overflow(self, request: Request) -> Request | None:

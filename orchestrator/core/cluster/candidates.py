@@ -248,9 +248,13 @@ class Candidate:
         before = self._part_before(tenant) if self.tells_tenants else 1.0
         self.sequences = load.running + round(before * (load.waiting + len(fresh)))
         self.waiting = load.waiting + max(0, len(fresh) - slots_free)
-        self.context_tokens = load.context_tokens + sum([booking.context_tokens for booking in fresh])
-        given = sum([booking.queued_tokens for booking in fresh]) // self.spec.block_tokens
-        self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given
+        context_tokens, given_tokens, given_s = load.context_tokens, 0, 0.0
+        for booking in fresh:
+            context_tokens += booking.context_tokens
+            given_tokens += booking.queued_tokens
+            given_s += booking.seconds
+        self.context_tokens = context_tokens
+        self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given_tokens // self.spec.block_tokens
         self.room_blocks = self.free_blocks + load.blocks_cached
         self.step_s = scale * decode_seconds(profile, self.sequences, self.context_tokens)
         one_more_s = scale * decode_seconds(profile, self.sequences + 1, self.context_tokens)
@@ -258,8 +262,8 @@ class Candidate:
         token_s = 0.0 if profile.beat_s else profile.context_token_s
         self.joining_token_s = (self.sequences + 1) * scale * token_s / profile.tokens_per_pass
         self.slot_wait_s = self._slot_wait_s()
-        queued_s = self._queued_token_s() * load.queued_tokens + sum([booking.seconds for booking in fresh])
-        self.queue_s = scale * before * queued_s
+        queued_s = self._queued_token_s() * load.queued_tokens if load.queued_tokens else 0.0
+        self.queue_s = scale * before * (queued_s + given_s)
         self.ready_s = self.queue_s + self.step_s / 2 + self.slot_wait_s
         decode_s = STEPS_GUESSED * (self.step_s - scale * self._base_s)
         self.work_s = self.queue_s + decode_s

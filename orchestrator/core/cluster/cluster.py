@@ -164,6 +164,7 @@ class Flight:
         "resumed",
         "started",
         "stayed",
+        "timer",
         "vain",
         "wake_at",
     )
@@ -174,7 +175,8 @@ class Flight:
         self.given = request
         self.phase = Phase.WAITING
         self.deadline_at = deadline_at
-        #: When its timer fires.
+        self.timer = RequestTimer(request.id)
+        #: When that fires.
         self.wake_at = deadline_at
         #: The nodes that have a part in it; none while it waits.
         self.generate: NodeId | None = None
@@ -209,10 +211,6 @@ class Flight:
         self.stayed = True
 
     @property
-    def timer(self) -> RequestTimer:
-        return RequestTimer(self.request.id)
-
-    @property
     def begun(self) -> bool:
         """Whether nodes had it before."""
         return self.restarted + self.resumed > 0
@@ -230,7 +228,7 @@ class Flight:
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """The nodes that have a part in it, prefill first."""
-        return tuple(node for node in (self.prefill, self.generate) if node is not None)
+        return tuple([node for node in (self.prefill, self.generate) if node is not None])
 
 
 class KnownNode:
@@ -508,7 +506,8 @@ class Cluster:
         """Give a request to the nodes that the router chooses; False if none has room."""
         request, given = flight.request, flight.given
         session = self._sessions.of(request)
-        options = pools.options(given, flight.failed_on, session.nodes if session is not None else ())
+        sticky = session.nodes if session is not None else ()
+        options = pools.options(given, flight.failed_on, sticky)
         placement = self._router.place(given, options) if options is not None else None
         if options is None or placement is None:
             return False
@@ -519,13 +518,14 @@ class Cluster:
         flight.phase = Phase.PROMPT
         if not flight.delivered:
             flight.predicted_cached_tokens = placement.cached_tokens
-            flight.stayed = session is None or placement.computes.spec.id in session.nodes
+            flight.stayed = session is None or placement.computes.spec.id in sticky
         again = flight.started is not None
         flight.started = started = self._sessions.started(request, flight.generate, flight.prefill, again, self._now)
         self._wake(flight, flight.deadline_at)
         flight.reads = self._assign(flight, placement, started.outlook)
         self._tell(started.told)
-        self._commands += self._hints.returned(request)
+        if request.session is not None:
+            self._commands += self._hints.returned(request.model, request.tenant, request.session)
         self._book(given, placement, options, pools)
         return True
 
@@ -555,7 +555,7 @@ class Cluster:
         part = _part(flight, Role.GENERATE, source, source_tokens, stored_tokens, outlook, share, apart)
         parts.append(Assign(generate.spec.id, part, placement.scores))
         self._commands += parts
-        return tuple((part.node, part.assignment.source) for part in parts if part.assignment.source is not None)
+        return tuple([(part.node, part.assignment.source) for part in parts if part.assignment.source is not None])
 
     def _book(self, request: Request, placement: Placement, options: Options, pools: ModelPools) -> None:
         """Count the work on the nodes that got it, and expect them to hold the prompt's blocks."""
@@ -584,11 +584,13 @@ class Cluster:
     def _finish(self, flight: Flight) -> None:
         """Forget a request that is over, whatever it still had."""
         request = flight.request
-        for node in flight.nodes:
-            self._end_part(flight, node)
+        for node in (flight.prefill, flight.generate):
+            if node is not None:
+                self._end_part(flight, node)
         if flight.started is not None:
             self._tell(self._sessions.paused(flight.started, self._now))
-        self._admission.queue(request.model).remove(request.id)
+        if flight.phase is Phase.WAITING:
+            self._admission.queue(request.model).remove(request.id)
         self._admission.left(request)
         del self._flights[request.id]
         self._commands.append(ClearTimer(flight.timer))
@@ -615,10 +617,12 @@ class Cluster:
     def _cancel_prefill(self, flight: Flight) -> None:
         """Let the prefill node drop what it still does or holds for a request: the node that generates needs it no longer."""
         node, flight.holder = flight.prefill or flight.holder, None
-        if node is not None and node in self._known:
+        if node is None:
+            return
+        if node in self._known:
             self._commands.append(Cancel(node, flight.attempt))
         if flight.prefill is not None:
-            self._end_part(flight, flight.prefill)
+            self._end_part(flight, node)
 
     def _wake(self, flight: Flight, at: float) -> None:
         """Set a request's timer (rule 1)."""

@@ -52,6 +52,7 @@ from orchestrator.core.types import (
     NodeSpec,
     Request,
     RequestId,
+    SessionId,
     StoredModel,
     StoreId,
     StoreSpec,
@@ -568,9 +569,9 @@ class Hints:
             returning += self._bring_back(replace(hint, ttl_s=LATE_S), now)
         return Receipt(Outcome.APPLIED, blocks=len(hint.hashes)), [*self._expect(event, now), *returning]
 
-    def returned(self, request: Request) -> list[ClusterCommand]:
+    def returned(self, model: ModelName, tenant: TenantId, session: SessionId) -> list[ClusterCommand]:
         """Note that a session's next turn runs: nothing is to be brought for it any more."""
-        return self._returns.over(request.model, request.tenant, request.session) if request.session is not None else []
+        return self._returns.over(model, tenant, session)
 
     def returns(self, number: int, now: float) -> list[ClusterCommand]:
         """Have a session's context brought back, just before its next turn is expected."""

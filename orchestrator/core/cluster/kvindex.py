@@ -69,8 +69,11 @@ class Matches:
 
     def by_column(self, columns: int) -> list[int]:
         """Return the blocks held by each of the first `columns` columns. Costs little when most nodes share one depth."""
-        groups: list[tuple[int, int]] = []
         within, depth = (1 << columns) - 1, 0
+        longest, by = self.levels[-1] if self.levels else (0, within)
+        if by & within == within:  # all hold as much
+            return [longest] * columns
+        groups: list[tuple[int, int]] = []
         for blocks, mask in self.levels:
             groups.append((depth, within & ~mask))
             within, depth = mask, blocks

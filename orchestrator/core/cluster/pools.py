@@ -33,6 +33,7 @@ class ModelPools:
     """All nodes that serve one model, in the order they joined."""
 
     __slots__ = (
+        "_anybodys",
         "_candidates",
         "_cost_groups",
         "_node_waiting_max",
@@ -51,6 +52,8 @@ class ModelPools:
         self._share_of = share_of
         self._node_waiting_max = node_waiting_max
         self._candidates: dict[NodeId, Candidate] = {}
+        #: Those that generate for requests of any class.
+        self._anybodys: list[Candidate] = []
         #: By their column in the index.
         self._peers: dict[int, Candidate] = {}
         #: Numbers the groups of nodes on which equal work costs the same.
@@ -69,7 +72,10 @@ class ModelPools:
     @property
     def generates(self) -> bool:
         """True while at least one node takes requests of any class to generate for."""
-        return any(candidate.generates and not (candidate.draining or candidate.beats) for candidate in self._candidates.values())
+        for candidate in self._anybodys:
+            if not candidate.draining:
+                return True
+        return False
 
     def join(self, spec: NodeSpec) -> Candidate:
         """Take a node in, of which nothing is known but what it is, and return its candidate."""
@@ -147,9 +153,8 @@ class ModelPools:
         self._store_columns = sum(1 << view.column for view in self._stores.values())
 
     def _measure(self) -> None:
-        anybodys = [one for one in self._candidates.values() if one.generates and not one.beats]
-        contexts = [candidate.context_tokens_max for candidate in anybodys]
-        self.context_tokens_max = max(contexts, default=0)
+        self._anybodys = [one for one in self._candidates.values() if one.generates and not one.beats]
+        self.context_tokens_max = max([candidate.context_tokens_max for candidate in self._anybodys], default=0)
 
     def apply(self, node: NodeId, batch: KvBatch) -> Trust:
         """Take in what a node says of its holdings. Returns how far they are believed now."""

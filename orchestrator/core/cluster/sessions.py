@@ -59,7 +59,7 @@ class Session:
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """Where the last turn ran."""
-        return tuple(node for node in (self.generated_on, self.prefilled_on) if node is not None)
+        return tuple([node for node in (self.generated_on, self.prefilled_on) if node is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,10 @@ class Sessions:
             [last, end)              has no block in the last turn      new
         """
         session = self.of(request)
-        before = session.marks if session is not None else Marks()
+        if session is None:
+            self._reprefilled[ReprefillReason.NEW] += computed_tokens
+            return
+        before = session.marks
         end, start = request.prompt_tokens, request.prompt_tokens - computed_tokens
         last = min(before.blocks * block_tokens, end)
         repeated = min(before.repeated_blocks(request.hashes) * block_tokens, last)
@@ -200,5 +203,4 @@ class Sessions:
         self._reprefilled[ReprefillReason.EVICTED] += evicted_tokens
         unkept = ReprefillReason.NOT_STORED if stayed else ReprefillReason.MOVED
         self._reprefilled[ReprefillReason.SCORED if request.scored else unkept] += lost_tokens - evicted_tokens
-        if session is not None:
-            session.marks = Marks.of(request.hashes)
+        session.marks = Marks.of(request.hashes)
