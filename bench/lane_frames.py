@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from bench.frames import ANSWER_S_MAX, TRUST, Victim
+from orchestrator.wire.trust import Caller
 from workers.engines.base import NetworkPlace
 from workers.engines.device import dtype_of
+from workers.engines.greetings import framed, hello_of, place_of
 from workers.engines.shape import read_architecture
 from workers.engines.split.ffn import ELSEWHERE
 from workers.engines.split.lanes import Header, RankLost, layout_for
-from workers.engines.split.network import NetworkLink, framed, hello_of, place_of
+from workers.engines.split.network import NetworkLink
 from workers.engines.split.rank import FfnRank
 
 LANES, ROWS_MAX = 2, 8
@@ -92,7 +94,7 @@ class RankVictim(Victim):
             wanted -= len(piece)
 
     def _hello(self, nonce: str, **changes: int) -> bytes:
-        return framed(json.dumps(hello_of(self._address, self._layout, TRUST, nonce) | changes).encode())
+        return framed(json.dumps(hello_of(self._address, Caller.RANK, self._layout.said, TRUST, nonce) | changes).encode())
 
     async def works(self) -> bool:
         return self._thread.is_alive() and await asyncio.to_thread(self._works)

@@ -656,6 +656,8 @@ class NodeDriver:
             load = replace(load, beats=beats.beats, beats_missed=beats.missed, beat_late_s=beats.late_s)
         if halves is not None:
             load = replace(load, split=replace(halves, experts=self.experts))
+        if self._engine.drafts is not None:
+            load = replace(load, pooled_drafts=self._engine.drafts.load)
         return load
 
     @property

@@ -24,7 +24,7 @@ from orchestrator.wire import codec, node_pb2, node_pb2_grpc
 from orchestrator.wire.journal import NodeHeader, open_journal
 from orchestrator.wire.trust import Caller, Refused, Trust
 from workers.driver import DriverLimits, NodeDriver
-from workers.engines.base import Engine, ExpertRouting, SplitPlaces
+from workers.engines.base import DraftPlaces, Engine, ExpertRouting, SplitPlaces
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
 from workers.ranks import added_up
 from workers.realtime import put_first
@@ -45,9 +45,17 @@ FRAME_S_MOST = 0.004
 
 
 def open_engine(
-    pool: PoolConfig, model_dir: Path, share: Share, places: SplitPlaces | None = None, model: ModelConfig | None = None
+    pool: PoolConfig,
+    model_dir: Path,
+    share: Share,
+    places: SplitPlaces | None = None,
+    model: ModelConfig | None = None,
+    trust: Trust | None = None,
 ) -> Engine:
-    """Open the engine a pool asks for, in a group if it has FFN ranks, with its model's adapters; only that one is imported."""
+    """Open the engine a pool asks for, in a group if it has FFN ranks, with its model's adapters; only that one is imported.
+
+    `trust` is the cluster's, for an engine that a pool drafts for.
+    """
 
     def allocate(size: int) -> memoryview:
         return share(size).view
@@ -66,7 +74,7 @@ def open_engine(
 
             scheduler = pool.scheduler
             most = scheduler.sequences_max, scheduler.step_tokens_max
-            return EagerEngine(model_dir, pool.engine, *most, allocate, places, model=model)
+            return EagerEngine(model_dir, pool.engine, *most, allocate, places, model=model, trust=trust)
 
 
 class NodeServer:
@@ -116,6 +124,7 @@ class NodeServer:
         self._places = replace(places, trust=trust) if places is not None else None
         self._model = model
         self._routings: list[ExpertRouting] = []
+        self._drafts: list[DraftPlaces] = []
         given = limits or DriverLimits()
         # Nodes of one process share its time for frames.
         frame_s = min(given.frame_s_min * len(nodes), max(FRAME_S_MOST, given.frame_s_min))
@@ -154,6 +163,11 @@ class NodeServer:
             driver.use_store(place)
         if place is not None and wait_s:
             await asyncio.gather(*(driver.wait_attached(wait_s) for driver in self.drivers.values()))
+
+    def use_drafts(self, address: str | None) -> None:
+        """Have the nodes ask another process for drafts from now on, or none; any thread may call it."""
+        for drafts in self._drafts:
+            drafts.use(address)
 
     def take_picks(self) -> list[list[int]]:
         """Return how many rows of these attention ranks picked each expert, by layer, since the last call."""
@@ -206,8 +220,10 @@ class NodeServer:
             return arenas[-1]
 
         engine = await asyncio.get_running_loop().run_in_executor(
-            None, open_engine, self._pool, self._model_dir, share, self._places, self._model
+            None, open_engine, self._pool, self._model_dir, share, self._places, self._model, self._trust
         )
+        if engine.drafts is not None:
+            self._drafts.append(engine.drafts)
         if engine.routing is not None:
             self._routings.append(engine.routing)
         self._arenas.extend(arenas)

@@ -17,7 +17,7 @@ def block_bytes_of(config: ClusterConfig) -> Mapping[PoolName, BlockBytes]:
     if config.store is None:
         return {}
     found: dict[PoolName, BlockBytes] = {}
-    for pool in config.pools:
+    for pool in config.serving_pools:
         if pool.hardware.chip:
             continue
         try:

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
@@ -88,11 +88,16 @@ def _paths(value: Any, name: str, path: FieldPath) -> Iterator[tuple[str, FieldP
 
 
 def _absent_table(table: type, name: str) -> Any:
-    """Return a table with its defaults that a file may have and this one has not; None if the field is no table."""
+    """Return a table with its defaults that a file may have and this one has not; None if the field is none, or one without."""
     for kind in get_args(get_type_hints(table)[name]):
-        if isinstance(kind, type) and is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind) and not _needs_more(kind):
             return kind()
     return None
+
+
+def _needs_more(table: type) -> bool:
+    """Return whether a table has fields without defaults."""
+    return any(item.default is MISSING and item.default_factory is MISSING for item in fields(table))
 
 
 def set_field(mapping: dict[str, Any], path: FieldPath, value: Any) -> None:

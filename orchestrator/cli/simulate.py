@@ -207,7 +207,7 @@ def _run_all(options: argparse.Namespace, config: ClusterConfig, resolved: Resol
 
 def _check_blocks(trace: str, turns: Sequence[TracedTurn], config: ClusterConfig) -> None:
     """See that the trace's blocks can be told in the cluster's."""
-    for size in dict.fromkeys(pool.engine.block_tokens for pool in config.pools):
+    for size in dict.fromkeys(pool.engine.block_tokens for pool in config.serving_pools):
         problem = misfit(turns, size)
         if problem is not None:
             raise UnusableInput(f"--trace {trace}: {problem}")
@@ -233,7 +233,7 @@ def _bound_columns(pick: Case, run: Run, jobs: int | None) -> list[Column]:
 
     The caches beside them serve the turns that completed there, in the order in which they came there.
     """
-    pools = pick.resolved.config.pools
+    pools = pick.resolved.config.serving_pools
     served = [request.turn for request in run.outcome.served if request.completed]
     endless = infinite_cache(served)
     capacity_tokens = sum(run.outcome.pools[PoolName(pool.name)].blocks * pool.engine.block_tokens for pool in pools)
@@ -250,9 +250,12 @@ def _bound_columns(pick: Case, run: Run, jobs: int | None) -> list[Column]:
 def _without_eviction(resolved: Resolved, turns: Sequence[TracedTurn], endless: Bound) -> Resolved:
     """Return the cluster with room on every node for all that the trace ever computes, as far as this machine's memory goes."""
     computed = endless.input_tokens - endless.cached_tokens + sum(turn.output_tokens for turn in turns)
-    most = BLOCKS_MAX // sum(pool.nodes for pool in resolved.config.pools)
+    most = BLOCKS_MAX // sum(pool.nodes for pool in resolved.config.serving_pools)
     pools: list[PoolConfig] = []
     for pool in resolved.config.pools:
+        if pool.drafter is not None:
+            pools.append(pool)
+            continue
         # Every request has a last block of its own besides, and so has its generation where it was handed over.
         wanted = ceil(computed / pool.engine.block_tokens) + 2 * len(turns)
         blocks = max(pool.engine.blocks, min(most, wanted))

@@ -4,7 +4,8 @@ A cluster file (TOML) has the tables below; `ClusterConfig.from_mapping` turns a
 `ConfigError` naming the field. Reading the file itself is the command line's business.
 
     [cluster]  [gateway]  [[tenants]]  [limits]  [leases]  [router]  [store]  [models.NAME]  [models.NAME.adapters.NAME]
-    [[pools]]  [pools.engine]  [pools.engine.speculation]  [pools.scheduler]  [pools.profile]  [pools.hardware]  [log]  [trace]
+    [[pools]]  [pools.engine]  [pools.engine.speculation]  [pools.scheduler]  [pools.profile]  [pools.hardware]  [pools.split]
+    [pools.beat]  [pools.drafter]  [log]  [trace]
 """
 
 import types
@@ -54,6 +55,8 @@ TENANT_CHARS_MAX = 64
 DRAFT_TOKENS_MAX = 64
 #: Tokens that a draft model sees at least: fewer than twice the longest draft leave it nothing to go by.
 DRAFT_CONTEXT_TOKENS_MIN = 2 * DRAFT_TOKENS_MAX
+#: And unless told.
+DRAFT_CONTEXT_TOKENS = 512
 #: LoRA adapters of one model, all of which are in a node's memory, and the greatest rank that any may have.
 ADAPTERS_MAX, ADAPTER_RANK_MAX = 256, 512
 #: Longest that a lease may be let last: 30 days.
@@ -73,6 +76,10 @@ class ConfigError(ValueError):
         super().__init__(f"{where}: {problem}")
         self.where = where
         self.problem = problem
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, str]]:
+        """Return what it is made of, for processes that are told of it."""
+        return type(self), (self.where, self.problem)
 
 
 def require(holds: bool, where: str, problem: str) -> None:
@@ -496,9 +503,11 @@ class SpeculationConfig:
     #: The smaller model: a checkpoint directory with the vocabulary of the pool's model, the same on every host of its nodes. It
     #: is loaded beside that, on the same device, as its checkpoint has it.
     draft_model: str = ""
+    #: Instead of that: a pool of kind lpx with a [pools.drafter] table, whose processes draft for the nodes of this one.
+    draft_pool: str = ""
     #: Tokens of a sequence that it sees at most, the last ones: with half of them it begins when these are full. More is drafted
     #: better, and costs memory and time to read.
-    draft_context_tokens_max: int = 512
+    draft_context_tokens_max: int = DRAFT_CONTEXT_TOKENS
     #: Sequences of which it keeps what it has read, at most. 0: as many as run together, as far as an eighth of the memory for
     #: KV holds them.
     draft_sequences_max: int = 0
@@ -508,11 +517,18 @@ class SpeculationConfig:
         within = 1 <= self.draft_tokens_max <= most
         require(within, "draft_tokens_max", f"must be 1 to {most} tokens, is {self.draft_tokens_max}")
         require(0 <= self.acceptance < 1, "acceptance", f"must be in [0, 1), is {self.acceptance}")
-        idle = not self.draft_model or self.method is SpeculationMethod.DRAFT_MODEL
-        require(idle, "draft_model", f"is for method draft_model, method is {self.method}")
+        for name in ("draft_model", "draft_pool"):
+            idle = not getattr(self, name) or self.method is SpeculationMethod.DRAFT_MODEL
+            require(idle, name, f"is for method draft_model, method is {self.method}")
+        one = not (self.draft_model and self.draft_pool)
+        require(one, "draft_pool", "stands instead of draft_model, which is given as well")
         least, context = DRAFT_CONTEXT_TOKENS_MIN, self.draft_context_tokens_max
         require(context >= least, "draft_context_tokens_max", f"must be {least} or more tokens, is {context}")
         require(self.draft_sequences_max >= 0, "draft_sequences_max", f"must be 0 or more, is {self.draft_sequences_max}")
+        if self.draft_pool:
+            for name, default in (("draft_context_tokens_max", DRAFT_CONTEXT_TOKENS), ("draft_sequences_max", 0)):
+                theirs = name.removeprefix("draft_")
+                require(getattr(self, name) == default, name, f"is for draft_model; pool {self.draft_pool} has drafter.{theirs}")
 
     @property
     def tokens_max(self) -> int:
@@ -563,8 +579,12 @@ class EngineConfig:
         has_weights = self.name == "eager" or self.weights is WeightFormat.AUTO
         require(has_weights, "weights", f"must be auto with the {self.name} engine, which has none, is {self.weights}")
         drafts = self.name == "eager" and self.speculation.method is SpeculationMethod.DRAFT_MODEL
-        problem = "must name a checkpoint directory: method is draft_model"
-        require(bool(self.speculation.draft_model) or not drafts, "speculation.draft_model", problem)
+        problem = "must name a checkpoint directory (or draft_pool a pool): method is draft_model"
+        require(
+            bool(self.speculation.draft_model or self.speculation.draft_pool) or not drafts, "speculation.draft_model", problem
+        )
+        computes = self.name == "eager" or not self.speculation.draft_pool
+        require(computes, "speculation.draft_pool", f'needs name = "eager": engine {self.name} draws what is accepted')
         require(self.block_tokens >= 1, "block_tokens", f"must be 1 or more tokens, is {self.block_tokens}")
         require(0 < self.memory_fraction <= 1, "memory_fraction", f"must be in (0, 1], is {self.memory_fraction}")
         for name in ("blocks", "threads", "context_tokens_max"):
@@ -859,6 +879,37 @@ class BeatConfig:
         require(0 <= self.spin_s <= SPIN_S_MAX, "spin_s", f"must be 0 to {SPIN_S_MAX} seconds, is {self.spin_s}")
 
 
+#: Tokens that a draft model of a pool sees of a sequence at most: it is told of as many in one message.
+DRAFT_CONTEXT_TOKENS_MAX = 1 << 16
+#: Sequences that one process drafts for at most.
+DRAFT_SLOTS_MAX = 1 << 12
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterConfig:
+    """[pools.drafter]: what a pool of kind lpx drafts with, which serves no requests: `engine.speculation.draft_pool` names it.
+
+    Each of its `nodes` is a process that holds the draft model; nodes of the pool's `model` ask one of them, of their own host if
+    there is one. Of its `engine` device, dtype, block_tokens, memory_fraction and threads count.
+    """
+
+    #: The draft model: a checkpoint directory with the vocabulary of the pool's model, the same on every host of this pool.
+    model: str
+    #: Tokens of a sequence that it sees at most, the last ones: with half of them it begins when these are full.
+    context_tokens_max: int = DRAFT_CONTEXT_TOKENS
+    #: Slots of a process: sequences that it drafts for at a time, of all nodes together. A sequence that finds none is not
+    #: drafted for. All passes take the time of that many.
+    sequences_max: int = 16
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", "must name a checkpoint directory")
+        least, context = DRAFT_CONTEXT_TOKENS_MIN, self.context_tokens_max
+        within = least <= context <= DRAFT_CONTEXT_TOKENS_MAX
+        require(within, "context_tokens_max", f"must be {least} to {DRAFT_CONTEXT_TOKENS_MAX} tokens, is {context}")
+        slots = self.sequences_max
+        require(1 <= slots <= DRAFT_SLOTS_MAX, "sequences_max", f"must be 1 to {DRAFT_SLOTS_MAX}, is {slots}")
+
+
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
     """[[pools]]: nodes of one kind for one model."""
@@ -888,16 +939,24 @@ class PoolConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     #: Of a pool of kind lpx.
     beat: BeatConfig = field(default_factory=BeatConfig)
+    #: None: the pool serves requests.
+    drafter: DrafterConfig | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", "must not be empty")
         for taken in (GATEWAYS, STORES):
             require(self.name != taken, "name", f'"{taken}" is what commands call the {taken}')
         _check_profile(self.profile)
-        beats, beat_s = self.kind is PoolKind.LPX, self.profile.beat_s
+        if self.drafter is not None:
+            self._check_drafting()
+        beats, beat_s = self.kind is PoolKind.LPX and self.drafter is None, self.profile.beat_s
         problem = f"must be over 0 seconds in a pool of kind lpx, and 0 in any other, is {beat_s} in one of kind {self.kind}"
         require(beats == (beat_s > 0), "profile.beat_s", problem)
-        require(beats or self.beat == BeatConfig(), "beat", f"is for pools of kind lpx, this one is of kind {self.kind}")
+        require(
+            self.kind is PoolKind.LPX or self.beat == BeatConfig(),
+            "beat",
+            f"is for pools of kind lpx, this one is of kind {self.kind}",
+        )
         if beats:
             self._check_beating()
         require(1 <= self.nodes <= NODES_MAX, "nodes", f"must be 1 to {NODES_MAX}, is {self.nodes}")
@@ -930,6 +989,30 @@ class PoolConfig:
                 require(not value, f"split.{name}", f"{stay}; is {value}")
         one = not self.engine.speculation.tokens_max
         require(one, "engine.speculation.method", "must be off in a pool of kind lpx: each beat brings one token")
+
+    def _check_drafting(self) -> None:
+        """Raise `ConfigError` for what a pool that drafts has not, and cannot be told."""
+        kind = self.kind is PoolKind.LPX
+        require(kind, "drafter", f"is for pools of kind lpx, this one is of kind {self.kind}")
+        require(self.split is None, "split", "is for pools that serve requests; this one drafts, and a draft model is whole")
+        idle = {
+            "scheduler": (self.scheduler, SchedulerConfig()),
+            "profile": (self.profile, CostProfile()),
+            "hardware": (self.hardware, HardwareConfig()),
+            "transport": (self.transport, "auto"),
+            "nodes_per_process": (self.nodes_per_process, 1),
+            "engine.name": (self.engine.name, "eager"),
+            "engine.speculation": (self.engine.speculation, SpeculationConfig()),
+            "engine.weights": (self.engine.weights, WeightFormat.AUTO),
+            "engine.blocks": (self.engine.blocks, 0),
+            "engine.context_tokens_max": (self.engine.context_tokens_max, 0),
+            "engine.kv_format_stored": (self.engine.kv_format_stored, KvFormat.PLAIN),
+            "beat.ffn_cores": (self.beat.ffn_cores, ()),
+            "beat.spin_s": (self.beat.spin_s, BeatConfig().spin_s),
+        }
+        for where, (given, default) in idle.items():
+            hint = "; what a pass takes is profile.draft_step_s of the pools that it drafts for" if where == "profile" else ""
+            require(given == default, where, f"is for pools that serve requests, this one drafts for others{hint}")
 
     def node_id(self, number: int) -> NodeId:
         """Return what the pool's node of that number is called."""
@@ -1014,6 +1097,7 @@ class ClusterConfig:
             require(names.count(pool.name) == 1, f"pools[{index}].name", f"{pool.name!r} is used twice")
             known = ", ".join(self.models)
             require(pool.model in self.models, f"pools[{index}].model", f"no [models.{pool.model}] table; there are: {known}")
+        self._check_drafts()
         for model in self.models:
             self._check_model(model)
         self._check_adapters()
@@ -1038,6 +1122,29 @@ class ClusterConfig:
                 where = f"tenants[{number}].keys[{index}]"
                 require(key not in owners, where, f"is a key of {owners.get(key)} already")
                 owners[key] = tenant.name
+
+    def _check_drafts(self) -> None:
+        """See that each pool that is to be drafted for names one that drafts for its model, and that each of those is named."""
+        drafting = {pool.name: pool for pool in self.pools if pool.drafter is not None}
+        named: set[str] = set()
+        for index, pool in enumerate(self.pools):
+            wanted = pool.engine.speculation.draft_pool
+            if not wanted:
+                continue
+            where = f"pools[{index}].engine.speculation.draft_pool"
+            problem = f"no pool {wanted!r} has a [pools.drafter] table; there are: {', '.join(drafting) or 'none'}"
+            require(wanted in drafting, where, problem)
+            model = drafting[wanted].model
+            require(model == pool.model, where, f"pool {wanted} drafts for model {model}, this one is of model {pool.model}")
+            named.add(wanted)
+        for index, pool in enumerate(self.pools):
+            used = pool.drafter is None or pool.name in named
+            require(used, f"pools[{index}].drafter", "no pool names this one in engine.speculation.draft_pool")
+
+    @property
+    def serving_pools(self) -> tuple[PoolConfig, ...]:
+        """The pools that serve requests, whose processes are nodes: all but those that draft."""
+        return tuple(pool for pool in self.pools if pool.drafter is None)
 
     def _check_model(self, model: str) -> None:
         pools = self.pools_of(model)
@@ -1086,7 +1193,7 @@ class ClusterConfig:
 
     def pools_of(self, model: str) -> tuple[PoolConfig, ...]:
         """Return the pools that serve a model, in the file's order."""
-        return tuple(pool for pool in self.pools if pool.model == model)
+        return tuple(pool for pool in self.serving_pools if pool.model == model)
 
     def named(self, name: str) -> Named | None:
         """Return what a client's name stands for: its own, or the longest alias that matches; None if none does."""

@@ -464,6 +464,24 @@ class SplitLoad:
     links_network: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PooledDrafts:
+    """What a pool that drafts did for a node since its start, and how that process is."""
+
+    #: Steps for which it was asked: those with an answer, those whose answer came late or not at all, and those in which there
+    #: was nobody to ask.
+    answered: int = 0
+    late: int = 0
+    unreached: int = 0
+    #: Sequences that were asked for and found no slot.
+    slotless: int = 0
+    #: Seconds that steps waited for it.
+    wait_s: float = 0.0
+    #: Slots of the process, and those that are taken, by whichever nodes; both 0 while it is not reached.
+    slots: int = 0
+    slots_taken: int = 0
+
+
 @quickly_made
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -509,6 +527,8 @@ class Load:
     prefetched: int = 0
     prefetch_used: int = 0
     prefetch_wasted: int = 0
+    #: None of a node that no pool drafts for.
+    pooled_drafts: PooledDrafts | None = None
 
 
 class MoveFailure(StrEnum):

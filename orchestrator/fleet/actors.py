@@ -1,4 +1,4 @@
-"""The actors that are a cluster's processes: some nodes, a gateway, a host's store. Asked by the controller (`keeper.py`) alone.
+"""The actors that are a cluster's processes: nodes, drafters, gateways, stores. Asked by the controller (`keeper.py`) alone.
 
 What they are to be comes with `start`, from actor to actor: what a constructor is given Ray keeps in its tables, and a
 configuration may hold secrets.
@@ -27,8 +27,10 @@ from orchestrator.live.front import Front, HostStore, Membership
 from orchestrator.live.secret import with_secrets
 from orchestrator.wire.logs import open_log
 from orchestrator.wire.trust import read_trust
-from workers.engines.base import SplitPlaces
+from workers.drafting import DraftProcessServer
+from workers.engines.base import NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import default_model_path, fingerprint
+from workers.engines.greetings import place_of
 from workers.engines.peft import adapter_fingerprint
 from workers.ray_transport import RayObjects
 from workers.server import DriverLimits, NodeServer
@@ -200,6 +202,7 @@ class NodeProcess(_Process):
     def __init__(self, part: Part, incarnation: int) -> None:
         super().__init__(part, incarnation)
         self._server: NodeServer | None = None
+        self._drafters_serial = 0
         self._watch: asyncio.Task[None] | None = None
         # Read when the engine's libraries are loaded: threads that wait for work by spinning take the cores of other nodes.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -245,6 +248,15 @@ class NodeProcess(_Process):
         if self._server is not None:
             self._loop.run(self._server.set_store(_place(own_store(stores))))
 
+    def set_drafters(self, serial: int, addresses: Sequence[str]) -> None:
+        """Tell the nodes which processes draft for their pool now: they ask one of them, of their own host if there is one.
+
+        What has a lower serial number than was heard before is nothing new.
+        """
+        if self._server is not None and serial >= self._drafters_serial:
+            self._drafters_serial = serial
+            self._server.use_drafts(nearest(addresses, ray.util.get_node_ip_address(), self._part.number))
+
     def drain(self, seconds: float, lingers: bool) -> bool:
         """Take nothing new and let what runs end; False if some did not."""
         del lingers  # gateways hear of it by their links
@@ -282,6 +294,40 @@ class NodeProcess(_Process):
             await self._server.set_store(_place(store), ATTACH_S)
         self._watch = asyncio.ensure_future(_exit_on_failure(self._server))
         return address
+
+
+class DraftProcess(_Process):
+    """Actor: one process of a pool that drafts."""
+
+    def __init__(self, part: Part, incarnation: int) -> None:
+        super().__init__(part, incarnation)
+        self._server: DraftProcessServer | None = None
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    def start(self, config: ClusterConfig) -> Description | None:
+        """Load the draft model, serve, and say where."""
+        config = self._configure(config)
+        pool = pool_of(config, self._part)
+        assert pool.drafter is not None, f"pool {pool.name} does not draft"
+        self._fingerprints = {f"{pool.name}.drafter": fingerprint(Path(pool.drafter.model), pool.engine.weights)}
+        trust = read_trust(config.cluster.secret, config.cluster.tls)
+        place = NetworkPlace(ray.util.get_node_ip_address(), trust)
+        self._server = DraftProcessServer(pool, model_folder(config, pool.model), place, end_by)
+        self._address = self._server.address
+        serve_long()
+        return self.describe()
+
+    def drain(self, seconds: float, lingers: bool) -> bool:
+        """Nodes go on without it: there is nothing to wait for."""
+        del seconds, lingers
+        self._draining = True
+        return True
+
+    def stop(self) -> None:
+        """Stop serving."""
+        if self._server is not None:
+            self._server.close()
+        self._close()
 
 
 class StoreProcess(_Process):
@@ -381,6 +427,12 @@ class GatewayProcess(_Process):
         number, reach, pools = GatewayId(self._part.number), ray.util.get_node_ip_address(), pools_by_node(config)
         self._front = Front(config, number, reach, http_port, folders, self._fingerprints, pools, end_by)
         return (await self._front.start(members)).url
+
+
+def nearest(addresses: Sequence[str], host: str, number: int) -> str | None:
+    """Return which process a node of that number asks for drafts: one of its host, or of any if there is none; None: nobody."""
+    near = [address for address in addresses if place_of(address)[0] == host] or addresses
+    return near[number % len(near)] if near else None
 
 
 def own_store(stores: HostStores) -> HostStore | None:

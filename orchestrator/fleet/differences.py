@@ -8,7 +8,7 @@ from orchestrator.core.config import GATEWAYS, ClusterConfig, PoolConfig, shown
 
 #: Fields whose change no running cluster can take in parts: old and new processes would not understand each other.
 _FIXED_FIELDS = ("cluster.name", "cluster.secret")
-_FIXED_IN_POOLS = (".name", ".kind", ".model", ".nodes_per_process", ".engine.block_tokens")
+_FIXED_IN_POOLS = (".name", ".kind", ".model", ".nodes_per_process", ".engine.block_tokens", ".drafter")
 #: Fields that hold secrets, which are not shown.
 _SECRET = ("secret", "key", "keys", "tenants")
 _ABSENT = object()

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -139,6 +140,12 @@ class GroupProcess(NodeProcess):
         """Tell all nodes of the group which stores there are now."""
         told = [actor.set_stores.remote(stores) for actor in self._followers]
         super().set_stores(stores)
+        ray.get(told, timeout=ASK_S)
+
+    def set_drafters(self, serial: int, addresses: Sequence[str]) -> None:
+        """Tell all nodes of the group which processes draft for their pool now."""
+        told = [actor.set_drafters.remote(serial, addresses) for actor in self._followers]
+        super().set_drafters(serial, addresses)
         ray.get(told, timeout=ASK_S)
 
     def drain(self, seconds: float, lingers: bool) -> bool:

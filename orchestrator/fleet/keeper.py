@@ -29,7 +29,17 @@ from orchestrator.core.config import ClusterConfig, ConfigError
 from orchestrator.core.events import TimerFired
 from orchestrator.core.types import GatewayId
 from orchestrator.fleet import memory
-from orchestrator.fleet.actors import NAMESPACE, STOP_S, Description, GatewayProcess, NodeProcess, StoreProcess, asking, remote
+from orchestrator.fleet.actors import (
+    NAMESPACE,
+    STOP_S,
+    Description,
+    DraftProcess,
+    GatewayProcess,
+    NodeProcess,
+    StoreProcess,
+    asking,
+    remote,
+)
 from orchestrator.fleet.controller import Controller
 from orchestrator.fleet.groups import GroupProcess
 from orchestrator.fleet.processes import (
@@ -129,6 +139,8 @@ class _Life:
     hosts: tuple[str, ...] = ()
     #: What its nodes were told last of their hosts' stores, by host.
     told_stores: Mapping[str, HostStore] = field(default_factory=dict[str, HostStore])
+    #: And of the processes that draft for them.
+    told_drafters: tuple[str, ...] = ()
     handle: Any = None
     vital: Vital | None = None
     version: str = ""
@@ -166,6 +178,8 @@ class ControllerProcess:
         self._timers: dict[ProcessName, asyncio.TimerHandle] = {}
         #: By host, as Ray names it.
         self._stores: dict[str, HostStore] = {}
+        #: Addresses of the processes that draft, by pool.
+        self._drafters: dict[str, tuple[str, ...]] = {}
         self._answers: dict[int, asyncio.Future[str | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: What gateways are being told of members; each message has a serial number, so that they may overtake each other.
@@ -345,6 +359,7 @@ class ControllerProcess:
         self._handle_of(life, _serves(problem))
         if life.part.nodes:
             await self._tell_stores(life)
+            await self._tell_drafters(life)
         await self._watch(life)
 
     def _handle_of(self, life: _Life, event: Event) -> None:
@@ -514,9 +529,12 @@ class ControllerProcess:
         stores = tuple(HostStore(store, address) for store, _, address in order.stores)
         self._members = Membership(self._members.serial + 1, nodes, gateways, stores)
         self._stores = {host: HostStore(store, address) for store, host, address in order.stores}
+        pools = dict.fromkeys(pool for pool, _, _ in order.drafters)
+        self._drafters = {name: tuple(address for pool, _, address in order.drafters if pool == name) for name in pools}
         for life in self._lives.values():
             if life.part.nodes and life.vital is not None:
                 self._spawn(self._tell_stores(life), life)
+                self._spawn(self._tell_drafters(life), life)
         telling = self._spawn(self._tell_gateways(self._members))
         self._tellings.add(telling)
         telling.add_done_callback(self._tellings.discard)
@@ -545,6 +563,15 @@ class ControllerProcess:
             return
         life.told_stores = stores
         await self._ask_life(life, "set_stores", stores)
+
+    async def _tell_drafters(self, life: _Life) -> None:
+        """Tell a process with nodes which processes draft for them, if it was told otherwise before."""
+        wanted = pool_of(cast(Controller, self._machine).config, life.part).engine.speculation.draft_pool
+        drafters = self._drafters.get(wanted, ())
+        if drafters == life.told_drafters:
+            return
+        life.told_drafters = drafters
+        await self._ask_life(life, "set_drafters", self._members.serial, drafters)
 
     async def _in_order(self) -> None:
         """Wait until the gateways know what they were to be told up to now."""
@@ -645,6 +672,8 @@ def _kind(config: ClusterConfig, part: Part) -> type:
         return StoreProcess
     if part.is_gateway:
         return GatewayProcess
+    if not part.nodes:
+        return DraftProcess
     return NodeProcess if pool_of(config, part).split is None else GroupProcess
 
 

@@ -228,12 +228,12 @@ class Lives:
             return not any(other.part.is_gateway for other in others)
         model = pool_of(self.config, process.part).model
         return not any(
-            other.part.pool is not None and self._generates(other.part) and pool_of(self.config, other.part).model == model
+            bool(other.part.nodes) and self._generates(other.part) and pool_of(self.config, other.part).model == model
             for other in others
         )
 
     def _generates(self, part: Part) -> bool:
-        return part.is_gateway or (part.pool is not None and pool_of(self.config, part).kind.generates)
+        return part.is_gateway or (bool(part.nodes) and pool_of(self.config, part).kind.generates)
 
     def fresh(self, group: str, count: int) -> list[Process]:
         """Add processes for so many more nodes, or gateways; none if `count` is not over 0."""
@@ -257,7 +257,7 @@ class Lives:
     def _add(self, part: Part) -> Process:
         process = self._processes[part.name] = Process(part)
         if part.pool is not None:
-            last = part.number + len(part.nodes)
+            last = part.number + part.size
             self._next_numbers[part.pool] = max(self._next_numbers.get(part.pool, 0), last)
         return process
 
@@ -290,7 +290,12 @@ class Lives:
             for process in self._processes.values()
             if process.part.is_store and process.state is State.UP
         )
-        told = TellMembers(nodes, gateways, stores)
+        drafters = tuple(
+            (process.part.pool, process.part.name, process.address)
+            for process in self._processes.values()
+            if process.part.pool is not None and not process.part.nodes and process.state is State.UP
+        )
+        told = TellMembers(nodes, gateways, stores, drafters)
         if told != self._told and not self.ending:
             self._told = told
             self.order(told)

@@ -45,12 +45,13 @@ class Then(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one process is there for: some nodes of a pool, a gateway, or a host's store."""
+    """What one process is there for: some nodes of a pool, drafts for those of another, a gateway, or a host's store."""
 
     #: None for a gateway and for a store.
     pool: PoolName | None
-    #: A gateway's or a store's number, or that of the first node.
+    #: A gateway's, a drafter's or a store's number, or that of the first node.
     number: int
+    #: None of a process of a pool that drafts.
     nodes: tuple[NodeId, ...] = ()
     #: A store's host, as Ray names it; empty for all others, which run where there is room.
     host: str = ""
@@ -70,7 +71,9 @@ class Part:
         """Its name in the cluster."""
         if self.is_store:
             return ProcessName(f"store-{self.number}")
-        return ProcessName(f"gateway-{self.number}" if self.pool is None else f"node-{self.nodes[0]}")
+        if self.pool is None:
+            return ProcessName(f"gateway-{self.number}")
+        return ProcessName(f"node-{self.nodes[0]}" if self.nodes else f"drafter-{self.pool}-{self.number}")
 
     @property
     def group(self) -> str:
@@ -134,13 +137,15 @@ class Process:
 
 
 def parts_of(config: ClusterConfig) -> list[Part]:
-    """Return what a cluster file asks for: nodes by pool, then gateways."""
+    """Return what a cluster file asks for: processes by pool, then gateways."""
     parts = [part for pool in config.pools for part in node_parts(pool, 0, pool.nodes)]
     return [*parts, *(Part(None, number) for number in range(config.gateway.count))]
 
 
 def node_parts(pool: PoolConfig, first: int, count: int) -> list[Part]:
-    """Return processes for `count` nodes of a pool, numbered from `first`."""
+    """Return processes for `count` nodes of a pool, numbered from `first`; of one that drafts so many that have none."""
+    if pool.drafter is not None:
+        return [Part(PoolName(pool.name), number) for number in range(first, first + count)]
     parts: list[Part] = []
     together = pool.split.attention if pool.split is not None else pool.nodes_per_process
     for number in range(first, first + count, together):
@@ -156,7 +161,7 @@ def pools_by_node(config: ClusterConfig) -> dict[NodeId, PoolName]:
 
 
 def pool_of(config: ClusterConfig, part: Part) -> PoolConfig:
-    """Return the pool of a process that hosts nodes."""
+    """Return the pool of a process that is of one."""
     return next(pool for pool in config.pools if pool.name == part.pool)
 
 

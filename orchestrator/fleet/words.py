@@ -258,11 +258,13 @@ class Settle:
 @dataclass(frozen=True, slots=True)
 class TellMembers:
     """Tell all gateways who is there: each node with its pool and address (empty: it does not serve), the gateways that take
-    requests, and the stores that serve, each with its host and address. Nodes are told of their host's store."""
+    requests, the stores that serve, each with its host and address, and the processes that draft, each with its pool and address.
+    Nodes are told of their host's store, and of a process that drafts for them."""
 
     nodes: tuple[tuple[NodeId, PoolName, str], ...]
     gateways: Mapping[int, str]
     stores: tuple[tuple[StoreId, str, str], ...] = ()
+    drafters: tuple[tuple[PoolName, ProcessName, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from orchestrator.core.types import (
     ModelName,
     NodeId,
     NodeSpec,
+    PooledDrafts,
     PoolName,
     PrefetchEnd,
     RequestId,
@@ -78,6 +79,8 @@ NO_POOL = "none"
 
 #: Where cached tokens are told to be from beside the tiers: another node.
 PEER = "peer"
+#: What came of a question for a pool's drafts: fields of `PooledDrafts`.
+DRAFT_OUTCOMES = ("answered", "late", "unreached")
 #: The two halves of split decode.
 ATTENTION, FFN = "attention", "ffn"
 #: What stores count in blocks, and is told as such; what was forgotten is told with what nodes forgot.
@@ -208,6 +211,7 @@ class NodeState:
             beats=load.beats,
             beats_missed=load.beats_missed,
             split=load.split,
+            pooled_drafts=load.pooled_drafts,
         )
 
 
@@ -293,6 +297,10 @@ class Metrics(Collector):
         #: Of nodes that keep a beat.
         self._beat_jitter = Distributions(JITTER_BOUNDS)
         self._beats: Tally[Labels] = Tally()
+        #: Of nodes that a pool drafts for: steps by what came of it, seconds that they waited, and sequences without a slot.
+        self._draft_steps: Tally[Labels] = Tally()
+        self._draft_wait_s: dict[Labels, float] = {}
+        self._slotless: Tally[Labels] = Tally()
         self._beats_missed: Tally[Labels] = Tally()
         #: Of nodes of split decode: seconds that either half computed, and layers whose experts were placed anew.
         self._halves: dict[Labels, float] = {}
@@ -397,7 +405,7 @@ class Metrics(Collector):
         self._first = not gateways or self._gateway == min(gateways)
         self._foreign = frozenset(node for node, by in zip(nodes, exporters, strict=True) if by != self._gateway)
         tallies = (self._parts, self._computed_tokens, self._regretted_tokens, self._halves, self._expert_moves)
-        for tally in tallies:
+        for tally in (*tallies, self._draft_steps, self._draft_wait_s, self._slotless):
             for labels in [labels for labels in tally if labels[0] not in nodes]:
                 del tally[labels]
 
@@ -531,6 +539,8 @@ class Metrics(Collector):
             self._count_beats(event.node, state, load)
         if load.split is not None:
             self._count_halves(event.node, state, load.split)
+        if load.pooled_drafts is not None:
+            self._count_drafts(event.node, state, load.pooled_drafts)
         state.load = load
         for first in event.first_tokens:
             flight = self._flights.get(request_of(first.request))
@@ -558,6 +568,14 @@ class Metrics(Collector):
         if split.experts is not None:
             moves = before.experts.moves if before.experts is not None else 0
             self._expert_moves[node, state.pool] += split.experts.moves - moves
+
+    def _count_drafts(self, node: NodeId, state: NodeState, drafts: PooledDrafts) -> None:
+        """Count what a pool that drafts did for a node since its last report."""
+        before, where = state.load.pooled_drafts or PooledDrafts(), (node, state.pool)
+        for outcome in DRAFT_OUTCOMES:
+            self._draft_steps[*where, outcome] += getattr(drafts, outcome) - getattr(before, outcome)
+        self._draft_wait_s[where] = self._draft_wait_s.get(where, 0.0) + drafts.wait_s - before.wait_s
+        self._slotless[where] += drafts.slotless - before.slotless
 
     def _on_part_ended(self, node: NodeId, pool: PoolName, ended: Ended) -> None:
         """Count what a node did for one request; a generating node's report includes what was computed for it elsewhere."""
@@ -682,6 +700,7 @@ class Metrics(Collector):
         yield _counter("weft_speculation_tokens", "Tokens drafted and verified on a node.", ("node", "outcome"), drafted)
         yield from self._beat_families()
         yield from self._split_families()
+        yield from self._draft_families()
         where = ("node", "pool")
         yield _counter("weft_node_requests", "Parts of requests that ended on a node.", where, self._parts)
         text = "Tokens of prompts and outputs that a node computed for ended requests."
@@ -755,6 +774,29 @@ class Metrics(Collector):
         text = "How much more than the mean the busiest FFN rank has to do, as experts are placed now and as they were at first."
         yield _gauge("weft_expert_imbalance", text, (*names, "placement"), uneven)
         yield _counter("weft_expert_moves", "Times that a layer's experts were placed anew.", names, moves)
+
+    def _draft_families(self) -> Iterable[Metric]:
+        """Yield how nodes get drafts of a pool."""
+        steps: dict[Labels, float] = {}
+        waits: dict[Labels, float] = {}
+        slotless: dict[Labels, float] = {}
+        slots: dict[Labels, float] = {}
+        for node, state in self._exported():
+            drafts, where = state.load.pooled_drafts, (node, state.pool)
+            if drafts is None:
+                continue
+            steps |= {(*where, outcome): self._draft_steps[*where, outcome] for outcome in DRAFT_OUTCOMES}
+            waits[where], slotless[where] = self._draft_wait_s.get(where, 0.0), self._slotless[where]
+            if state.up:
+                slots[*where, "taken"], slots[*where, "free"] = drafts.slots_taken, drafts.slots - drafts.slots_taken
+        names = ("node", "pool")
+        text = "Steps of a node for which a pool was to draft: answered in time, late, or with nobody there to ask."
+        yield _counter("weft_draft_steps", text, (*names, "outcome"), steps)
+        yield _counter("weft_draft_wait_seconds", "Seconds that a node's steps waited for a pool's drafts.", names, waits)
+        text = "Sequences of a node that found no slot at the pool that drafts for it, each time that it asked."
+        yield _counter("weft_draft_slotless", text, names, slotless)
+        text = "Slots of the process that drafts for a node, and for others; none while it is not reached."
+        yield _gauge("weft_draft_slots", text, (*names, "state"), slots)
 
     def _tier_families(self) -> Iterable[Metric]:
         """Yield how full each tier of each holder is, and what it forgets."""

@@ -102,6 +102,9 @@ def resolve(config: ClusterConfig, catalog: Catalog, blocks: Mapping[PoolName, B
     below: dict[PoolName, Below] = {}
     for index, pool in enumerate(config.pools):
         name = PoolName(pool.name)
+        if pool.drafter is not None:  # what it takes is `profile.draft_step_s` of those that it drafts for
+            pools.append(pool)
+            continue
         if not pool.hardware.chip:
             pools.append(pool)
             if config.store is not None:

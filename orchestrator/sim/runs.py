@@ -38,7 +38,7 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from orchestrator.core.config import CachePolicy, ClusterConfig, RouterPolicy
+from orchestrator.core.config import CachePolicy, ClusterConfig, PoolConfig, RouterPolicy
 from orchestrator.core.types import PoolName
 from orchestrator.profiles.resolve import PoolHardware, Resolved
 from orchestrator.sim.faults import Faults
@@ -99,8 +99,12 @@ def _configured(config: ClusterConfig, policy: RouterPolicy, rule: CacheRule, se
     router = replace(config.router, policy=policy, seed=seed)
     if rule not in list(CachePolicy):
         return replace(config, router=router)
-    pools = tuple(replace(pool, scheduler=replace(pool.scheduler, cache=CachePolicy(rule))) for pool in config.pools)
+    pools = tuple(_forgetting(pool, CachePolicy(rule)) for pool in config.pools)
     return replace(config, router=router, pools=pools)
+
+
+def _forgetting(pool: PoolConfig, rule: CachePolicy) -> PoolConfig:
+    return pool if pool.drafter is not None else replace(pool, scheduler=replace(pool.scheduler, cache=rule))
 
 
 def figures(outcome: Outcome, hardware: Mapping[PoolName, PoolHardware]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def store_specs(config: StoreConfig, resolved: Resolved) -> list[StoreSpec]:
     Raises `ConfigError` if a model's part has no room for a segment.
     """
     hosts: dict[str, dict[ModelName, PoolConfig]] = {}
-    for pool in resolved.config.pools:
+    for pool in resolved.config.serving_pools:
         for number in range(pool.nodes):
             host = host_of(pool, number, resolved.below[PoolName(pool.name)])
             hosts.setdefault(host, {}).setdefault(ModelName(pool.model), pool)

@@ -259,7 +259,7 @@ class World:
         self._checks = Checks(self) if options.checks else None
         if config.store is not None:
             self._add_stores(config.store, resolved)
-        for pool in config.pools:
+        for pool in config.serving_pools:
             self._add_pool(pool, resolved)
         if options.faults is not None:
             self._plan_faults(options.faults)
@@ -618,7 +618,7 @@ class World:
 
     def _add_stores(self, config: StoreConfig, resolved: Resolved) -> None:
         """Start a store on every host."""
-        for pool in self._config.pools:
+        for pool in self._config.serving_pools:
             below = resolved.below[PoolName(pool.name)]
             for number in range(pool.nodes):
                 self._below[host_of(pool, number, below)] = below

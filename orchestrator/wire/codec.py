@@ -37,6 +37,7 @@ from orchestrator.core.types import (
     ModelName,
     NodeId,
     NodeSpec,
+    PooledDrafts,
     PoolKind,
     PoolName,
     Prefetch,
@@ -656,6 +657,19 @@ def load_message(load: Load) -> node_pb2.Load:
         prefetched=load.prefetched,
         prefetch_used=load.prefetch_used,
         prefetch_wasted=load.prefetch_wasted,
+        pooled_drafts=_drafts_message(load.pooled_drafts) if load.pooled_drafts is not None else None,
+    )
+
+
+def _drafts_message(drafts: PooledDrafts) -> node_pb2.PooledDrafts:
+    return node_pb2.PooledDrafts(
+        answered=drafts.answered,
+        late=drafts.late,
+        unreached=drafts.unreached,
+        slotless=drafts.slotless,
+        wait_s=drafts.wait_s,
+        slots=drafts.slots,
+        slots_taken=drafts.slots_taken,
     )
 
 
@@ -703,7 +717,13 @@ def load_from(message: node_pb2.Load) -> Load:
         prefetched=message.prefetched,
         prefetch_used=message.prefetch_used,
         prefetch_wasted=message.prefetch_wasted,
+        pooled_drafts=_drafts_from(message.pooled_drafts) if message.HasField("pooled_drafts") else None,
     )
+
+
+def _drafts_from(message: node_pb2.PooledDrafts) -> PooledDrafts:
+    counts = message.answered, message.late, message.unreached, message.slotless
+    return PooledDrafts(*counts, message.wait_s, message.slots, message.slots_taken)
 
 
 def _split_from(message: node_pb2.SplitLoad) -> SplitLoad:

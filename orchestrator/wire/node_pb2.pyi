@@ -492,7 +492,7 @@ class StoredRun(_message.Message):
     def __init__(self, parent: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased", "blocks_evicted", "evicted_idle_s", "drafted_tokens", "accepted_tokens", "beats", "beats_missed", "beat_late_s", "split", "prefetch_room_blocks", "blocks_prefetched", "prefetched", "prefetch_used", "prefetch_wasted")
+    __slots__ = ("running", "waiting", "queued_tokens", "context_tokens", "blocks_free", "blocks_cached", "blocks_used", "cost_scale", "preemptions", "step_s", "tenants", "blocks_leased", "blocks_unleased", "blocks_evicted", "evicted_idle_s", "drafted_tokens", "accepted_tokens", "beats", "beats_missed", "beat_late_s", "split", "prefetch_room_blocks", "blocks_prefetched", "prefetched", "prefetch_used", "prefetch_wasted", "pooled_drafts")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -519,6 +519,7 @@ class Load(_message.Message):
     PREFETCHED_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_USED_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_WASTED_FIELD_NUMBER: _ClassVar[int]
+    POOLED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -545,7 +546,26 @@ class Load(_message.Message):
     prefetched: int
     prefetch_used: int
     prefetch_wasted: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ..., prefetch_room_blocks: _Optional[int] = ..., blocks_prefetched: _Optional[int] = ..., prefetched: _Optional[int] = ..., prefetch_used: _Optional[int] = ..., prefetch_wasted: _Optional[int] = ...) -> None: ...
+    pooled_drafts: PooledDrafts
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_used: _Optional[int] = ..., cost_scale: _Optional[float] = ..., preemptions: _Optional[int] = ..., step_s: _Optional[float] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ..., blocks_leased: _Optional[int] = ..., blocks_unleased: _Optional[int] = ..., blocks_evicted: _Optional[int] = ..., evicted_idle_s: _Optional[float] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., beats: _Optional[int] = ..., beats_missed: _Optional[int] = ..., beat_late_s: _Optional[float] = ..., split: _Optional[_Union[SplitLoad, _Mapping]] = ..., prefetch_room_blocks: _Optional[int] = ..., blocks_prefetched: _Optional[int] = ..., prefetched: _Optional[int] = ..., prefetch_used: _Optional[int] = ..., prefetch_wasted: _Optional[int] = ..., pooled_drafts: _Optional[_Union[PooledDrafts, _Mapping]] = ...) -> None: ...
+
+class PooledDrafts(_message.Message):
+    __slots__ = ("answered", "late", "unreached", "slotless", "wait_s", "slots", "slots_taken")
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    UNREACHED_FIELD_NUMBER: _ClassVar[int]
+    SLOTLESS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_TAKEN_FIELD_NUMBER: _ClassVar[int]
+    answered: int
+    late: int
+    unreached: int
+    slotless: int
+    wait_s: float
+    slots: int
+    slots_taken: int
+    def __init__(self, answered: _Optional[int] = ..., late: _Optional[int] = ..., unreached: _Optional[int] = ..., slotless: _Optional[int] = ..., wait_s: _Optional[float] = ..., slots: _Optional[int] = ..., slots_taken: _Optional[int] = ...) -> None: ...
 
 class SplitLoad(_message.Message):
     __slots__ = ("attention_s", "ffn_s", "ffn_ranks", "experts", "links_shared", "links_network")

@@ -1,4 +1,4 @@
-"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other, to stores and to FFN ranks.
+"""Who may speak on the channels inside a cluster: gateways to nodes and stores, nodes to each other, stores, FFN ranks, drafters.
 
 Reaching a port proves nothing. Every call carries a token, made from the cluster's secret for one kind of caller and one node
 or store, so that a peer's token opens no gateway's stream and one node's none of another's; and the number of the protocol it
@@ -44,6 +44,8 @@ class Caller(StrEnum):
     STORE_GATEWAY = "store's gateway"
     #: An attention rank, to an FFN rank.
     RANK = "attention rank"
+    #: A node, to a process that drafts for it.
+    DRAFTED = "node that is drafted for"
 
 
 class Refused(StrEnum):
@@ -95,7 +97,7 @@ class Trust:
         self._certificates = certificates
 
     def metadata(self, caller: Caller, node: NodeId | StoreId | RankName) -> Metadata:
-        """Return what a call to a node, to a store or to an FFN rank must carry."""
+        """Return what a call to a node, a store, an FFN rank or a process that drafts must carry."""
         return (
             (codec.NODE_METADATA, node),
             (PROTOCOL_METADATA, str(PROTOCOL)),

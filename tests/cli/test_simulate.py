@@ -80,6 +80,30 @@ def test_stores_beside_pools_of_which_the_profile_alone_is_known(capsys: pytest.
     assert run["hit_rate_by_tier"]["cpu"] > 0
 
 
+@pytest.mark.slow
+def test_a_draft_model_is_simulated_alike_beside_the_model_and_in_a_pool_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    drafted = CLUSTER.replace("profiled", "eager").replace("step_s = 0.01", "step_s = 0.01\ndraft_step_s = 0.0005")
+    drafted = "[store]\ncpu_bytes = 64_000_000\n" + drafted + '[pools.engine.speculation]\nmethod = "draft_model"\n'
+    pool = '[[pools]]\nname = "drafts"\nkind = "lpx"\nnodes = 3\n[pools.drafter]\nmodel = "/small"\n'
+    found: list[Any] = []
+    for place, more in enumerate(('draft_model = "/small"\n', 'draft_pool = "drafts"\n' + pool)):
+        path = tmp_path / f"{place}.toml"
+        path.write_text(drafted + more)
+        flags = ("--limit", 6, "--policy", "predicted-time", "--cache", "lru", "value", "--json", "-", "--seed", 7)
+        code, out, err = weft(capsys, "--cluster", path, "--trace", AGENT_SESSION, *flags)
+        assert (code, err) == (0, "")
+        found.append(json.loads(out))
+    beside, apart = found
+    for one in found:
+        for run in (*one["runs"], one["bounds"]["offline_optimum"]["run"], one["bounds"]["infinite_cache"]["run"]):
+            del run["wall_s"]
+    assert apart["runs"] == beside["runs"]
+    assert apart["bounds"] == beside["bounds"]
+    assert apart["runs"][0]["pools"]["workers"]["drafted_tokens"] > 0
+
+
 def test_json_has_every_run_under_every_cache_and_the_bounds(capsys: pytest.CaptureFixture[str], cluster: Path) -> None:
     flags = ("--limit", 5, "--policy", "dynamo", "sglang", "--cache", "lru", "value", "--json", "-", "--seed", 7)
     code, out, _ = weft(capsys, "--cluster", cluster, "--trace", AGENT_SESSION, *flags)

@@ -1,5 +1,6 @@
 """Cluster files: what a good one becomes, and what a bad one is answered with."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -24,6 +25,11 @@ def test_defaults_make_a_cluster_of_one_pool() -> None:
     assert config.router.policy is RouterPolicy.PREDICTED_TIME
     assert config.pools_of("default") == config.pools
     assert config.pools_of("other") == ()
+
+
+def test_a_problem_is_the_same_in_a_process_that_is_told_of_it() -> None:
+    told = pickle.loads(pickle.dumps(ConfigError("pools[0].name", "must not be empty")))
+    assert (str(told), told.where, told.problem) == ("pools[0].name: must not be empty", "pools[0].name", "must not be empty")
 
 
 def test_values_find_their_fields() -> None:
@@ -232,12 +238,98 @@ def test_speculation_is_off_unless_asked_for_and_refused_where_it_means_nothing(
         ({"draft_tokens_max": 0}, "draft_tokens_max: must be 1 to 64 tokens, is 0"),
         ({"draft_tokens_max": 65}, "draft_tokens_max: must be 1 to 64 tokens, is 65"),
         ({"acceptance": 1.0}, "acceptance: must be in [0, 1), is 1.0"),
-        ({"method": "draft_model"}, "draft_model: must name a checkpoint directory: method is draft_model"),
+        (
+            {"method": "draft_model"},
+            "draft_model: must name a checkpoint directory (or draft_pool a pool): method is draft_model",
+        ),
+        ({"draft_pool": "drafts"}, "draft_pool: is for method draft_model, method is off"),
         ({"draft_model": "small"}, "draft_model: is for method draft_model, method is off"),
         ({"draft_context_tokens_max": 127}, "draft_context_tokens_max: must be 128 or more tokens, is 127"),
         ({"draft_sequences_max": -1}, "draft_sequences_max: must be 0 or more, is -1"),
     ):
         assert problem(pools=[{**POOL, "engine": {"speculation": values}}]) == f"pools[0].engine.speculation.{message}"
+
+
+DRAFTED: dict[str, Any] = {**POOL, "engine": {"speculation": {"method": "draft_model", "draft_pool": "drafts"}}}
+DRAFTING: dict[str, Any] = {"name": "drafts", "kind": "lpx", "drafter": {"model": "small"}}
+
+
+def test_a_pool_that_drafts_serves_no_requests() -> None:
+    config = ClusterConfig.from_mapping({"pools": [DRAFTED, DRAFTING]})
+    drafted, drafting = config.pools
+    assert (config.serving_pools, config.pools_of("default")) == ((drafted,), (drafted,))
+    assert drafting.drafter is not None
+    assert (drafting.drafter.model, drafting.drafter.sequences_max) == ("small", 16)
+    sizes = {"blocks": 1, "block_tokens": 1, "block_bytes": 1, "context_tokens_max": 1}
+    spec = drafted.node_spec(NodeId("all-0"), 1, drafted.profile, **sizes)
+    assert (spec.draft_model, spec.draft_tokens_max) == (True, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "decode"}, "drafter: is for pools of kind lpx, this one is of kind decode"),
+        ({"drafter": {"model": ""}}, "drafter.model: must name a checkpoint directory"),
+        ({"drafter": {}}, "drafter.model: is missing"),
+        (
+            {"drafter": {"model": "s", "context_tokens_max": 100}},
+            "drafter.context_tokens_max: must be 128 to 65536 tokens, is 100",
+        ),
+        ({"drafter": {"model": "s", "sequences_max": 0}}, "drafter.sequences_max: must be 1 to 4096, is 0"),
+        ({"split": {}}, "split: is for pools that serve requests; this one drafts, and a draft model is whole"),
+        (
+            {"profile": {"beat_s": 0.01}},
+            "profile: is for pools that serve requests, this one drafts for others; what a pass takes is profile.draft_step_s "
+            "of the pools that it drafts for",
+        ),
+        ({"scheduler": {"sequences_max": 4}}, "scheduler: is for pools that serve requests, this one drafts for others"),
+        ({"engine": {"name": "profiled"}}, "engine.name: is for pools that serve requests, this one drafts for others"),
+        ({"engine": {"blocks": 5}}, "engine.blocks: is for pools that serve requests, this one drafts for others"),
+        ({"beat": {"spin_s": 0.001}}, "beat.spin_s: is for pools that serve requests, this one drafts for others"),
+        ({"hardware": {"chip": "lp30"}}, "hardware: is for pools that serve requests, this one drafts for others"),
+    ],
+)
+def test_a_pool_that_drafts_is_told_nothing_that_it_would_not_heed(changes: dict[str, Any], message: str) -> None:
+    assert problem(pools=[DRAFTED, {**DRAFTING, **changes}]) == f"pools[1].{message}"
+
+
+def test_who_is_drafted_for_names_a_pool_that_drafts_for_its_model() -> None:
+    where = "pools[0].engine.speculation.draft_pool"
+    nobody = f"{where}: no pool 'drafts' has a [pools.drafter] table; there are: none"
+    assert problem(pools=[DRAFTED]) == nobody
+    assert problem(pools=[DRAFTED, {"name": "drafts", "kind": "decode"}]) == nobody
+    idle = "pools[1].drafter: no pool names this one in engine.speculation.draft_pool"
+    assert problem(pools=[POOL, DRAFTING]) == idle
+    assert problem(pools=[DRAFTED, {**DRAFTING, "model": "b"}], models={"default": {}, "b": {}}) == (
+        f"{where}: pool drafts drafts for model b, this one is of model default"
+    )
+    for more, message in (
+        ({"draft_model": "small"}, "draft_pool: stands instead of draft_model, which is given as well"),
+        (
+            {"draft_context_tokens_max": 256},
+            "draft_context_tokens_max: is for draft_model; pool drafts has drafter.context_tokens_max",
+        ),
+        ({"draft_sequences_max": 4}, "draft_sequences_max: is for draft_model; pool drafts has drafter.sequences_max"),
+    ):
+        drafted = {**POOL, "engine": {"speculation": {**DRAFTED["engine"]["speculation"], **more}}}
+        assert problem(pools=[drafted, DRAFTING]) == f"pools[0].engine.speculation.{message}"
+    profiled = {**POOL, "engine": {**DRAFTED["engine"], "name": "profiled"}}
+    assert problem(pools=[profiled, DRAFTING]) == (
+        'pools[0].engine.speculation.draft_pool: needs name = "eager": engine profiled draws what is accepted'
+    )
+    prefill = {**DRAFTED, "name": "prefill", "kind": "prefill"}
+    assert problem(pools=[POOL, prefill, DRAFTING]) == (
+        "pools[1].engine.speculation.method: draft_model is for pools that generate; prefill nodes draft nothing"
+    )
+
+
+def test_a_model_is_not_served_by_a_pool_that_drafts_alone() -> None:
+    drafting = {**DRAFTING, "model": "b"}
+    drafted = {**DRAFTED, "kind": "lpx", "model": "b", "profile": {"beat_s": 0.01}}
+    models = {"default": {}, "b": {}}
+    assert problem(pools=[POOL, drafted, drafting], models=models) == (
+        "pools[1].engine.speculation.method: must be off in a pool of kind lpx: each beat brings one token"
+    )
 
 
 @pytest.mark.parametrize("counted", [{"profile": {"pass_tokens": 3}}, {"hardware": {"chip": "vr200", "draft_tokens": 2}}])

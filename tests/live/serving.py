@@ -202,7 +202,7 @@ async def cluster(
     try:
         if config.store is not None:
             await started.start_store()
-        for settings in config.pools:
+        for settings in config.serving_pools:
             for index in range(settings.nodes):
                 await started.start_node(settings.node_id(index), 1, objects)
         await started.ready()

@@ -33,6 +33,7 @@ from tests.builders import some
 from tests.live.serving import Cluster, cluster, finish, pool, run, split, together, turn
 from tests.oracle import first_decided, oracle
 from tests.workers.conductor import Guesses
+from tests.workers.drafts.drafting import drafting, drafting_pool
 from tests.workers.split.test_split_identity import ranks_of
 from workers.engines import sequences
 from workers.engines.base import SplitPlaces
@@ -74,8 +75,9 @@ class Way:
     ffn: int = 0
     spare: int = 0
     service_class: ServiceClass = ServiceClass.STANDARD
-    #: Whether tokens are drafted by a model of fewer layers.
+    #: Whether tokens are drafted by a model of fewer layers, beside the model or in a pool of its own.
     draft_model: bool = False
+    draft_pool: bool = False
 
     @property
     def pool(self) -> PoolConfig:
@@ -133,7 +135,7 @@ def apart(attention: int, ffn: int, spare: int = 0) -> Way:
     return Way(cramped(together("eager", attention, split=shares)), ffn=ffn, spare=spare)
 
 
-def drafting() -> Way:
+def looked_up() -> Way:
     config = cramped(together("eager"))
     [both] = config.pools
     lookup = SpeculationConfig(method=SpeculationMethod.PROMPT_LOOKUP)
@@ -146,6 +148,14 @@ def with_draft_model(config: ClusterConfig, draft_model: Path) -> ClusterConfig:
     drafts = SpeculationConfig(method, draft_model=str(draft_model), draft_context_tokens_max=512, draft_sequences_max=6)
     pools = (replace(pool, engine=replace(pool.engine, speculation=drafts)) for pool in config.pools)
     return replace(config, pools=tuple(pools))
+
+
+def with_draft_pool(config: ClusterConfig, draft_model: Path) -> ClusterConfig:
+    """The same by a pool of its own, whose slots are fewer than the sequences."""
+    drafts = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_pool="drafts")
+    pools = (replace(pool, engine=replace(pool.engine, speculation=drafts)) for pool in config.pools)
+    drafting = drafting_pool(draft_model, slots=6)
+    return replace(config, pools=(drafting, *pools))
 
 
 def beating(nodes: int = 1, ffn: int = 0) -> Way:
@@ -169,8 +179,9 @@ WAYS = {
     "attention and FFN 1:2": apart(1, 2),
     "attention and FFN 2:2": apart(2, 2),
     "experts with copies that move": apart(2, 2, spare=2),
-    "drafted": drafting(),
+    "drafted": looked_up(),
     "drafted by a model": Way(cramped(together("eager")), draft_model=True),
+    "drafted by a pool of its own": Way(cramped(together("eager")), draft_model=True, draft_pool=True),
     "on a beat": beating(),
     "on a beat, attention and FFN 2:2": beating(2, 2),
 }
@@ -186,7 +197,8 @@ def test_tokens_are_those_of_transformers(model: tuple[Path, Expected], name: st
     path, expected = model
     way = WAYS[name]
     if way.draft_model:
-        way = replace(way, config=with_draft_model(way.config, path.with_name("draft")))
+        with_drafts = with_draft_pool if way.draft_pool else with_draft_model
+        way = replace(way, config=with_drafts(way.config, path.with_name("draft")))
         # It drafts whatever that brings and costs: here nothing is to be saved.
         monkeypatch.setattr(Speculation, "wish_for", lambda *_: 4)
         monkeypatch.setattr(DraftModel, "passes_for", lambda _, drafts, *more: 4 if drafts else 0)
@@ -195,12 +207,16 @@ def test_tokens_are_those_of_transformers(model: tuple[Path, Expected], name: st
     torch.set_num_threads(1)
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of(path, way.ffn, way.spare)) if way.ffn else []
+        drafts = stack.enter_context(drafting(path, path.with_name("draft"), slots=6)) if way.draft_pool else None
         addresses = tuple(rank.address for rank in ranks)
         cut, nodes = way.pool.split.microbatches if way.pool.split is not None else 0, way.pool.nodes
         places = SplitPlaces(addresses, way.spare, cut, silent_s=READ_S, attention=nodes) if ranks else None
 
         async def scenario() -> None:
             async with cluster(way.config, path, places=places) as served:
+                if drafts is not None:
+                    for server in served.servers.values():
+                        server.use_drafts(drafts.address)
                 moving = asyncio.create_task(move_experts(served, way, ranks)) if way.spare else None
                 done = await write(served, way, expected)
                 moves = await moving if moving is not None else 0

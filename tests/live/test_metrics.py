@@ -31,6 +31,7 @@ from orchestrator.core.types import (
     ModelName,
     NodeId,
     NodeSpec,
+    PooledDrafts,
     PoolKind,
     PoolName,
     Request,
@@ -156,6 +157,27 @@ def test_beats_are_counted_over_restarts_and_their_jitter_is_sampled() -> None:
     assert value(metrics, "weft_beats_total", **where) == 137
     assert value(metrics, "weft_beats_missed_total", **where) == 3
     assert value(metrics, "weft_beat_jitter_seconds_count", pool="decode") == 3
+
+
+def test_what_a_pool_drafts_is_counted_over_restarts() -> None:
+    metrics = cluster()
+    where = {"node": "decode-0", "pool": "decode"}
+    metrics.observe(0.0, NodeReported(NodeId("decode-0"), Load()), [])
+    assert value(metrics, "weft_draft_steps_total", outcome="late", **where) is None
+    metrics.observe(0.1, NodeReported(NodeId("decode-0"), Load(pooled_drafts=PooledDrafts(10, 2, 3, 4, 0.5, 8, 5))), [])
+    # It is lost for a moment and is the same; then it is another process, which counts from 0.
+    metrics.observe(0.2, NodeLost(NodeId("decode-0"), "gone"), [])
+    assert value(metrics, "weft_draft_slots", state="taken", **where) is None
+    metrics.observe(0.3, NodeJoined(spec("decode-0")), [])
+    metrics.observe(0.4, NodeReported(NodeId("decode-0"), Load(pooled_drafts=PooledDrafts(11, 2, 3, 4, 0.75, 8, 6))), [])
+    assert [value(metrics, "weft_draft_slots", state=state, **where) for state in ("taken", "free")] == [6, 2]
+    metrics.observe(0.5, NodeJoined(spec("decode-0", 1)), [])
+    metrics.observe(0.6, NodeReported(NodeId("decode-0"), Load(pooled_drafts=PooledDrafts(0, 0, 7, 0, 0.0))), [])
+    outcomes = ("answered", "late", "unreached")
+    assert [value(metrics, "weft_draft_steps_total", outcome=one, **where) for one in outcomes] == [11, 2, 10]
+    assert value(metrics, "weft_draft_wait_seconds_total", **where) == 0.75
+    assert value(metrics, "weft_draft_slotless_total", **where) == 4
+    assert [value(metrics, "weft_draft_slots", state=state, **where) for state in ("taken", "free")] == [0, 0]
 
 
 def test_halves_of_split_decode_and_moves_of_experts_are_counted_over_restarts() -> None:

@@ -32,6 +32,7 @@ from orchestrator.core.types import (
     ModelName,
     NodeId,
     NodeSpec,
+    PooledDrafts,
     PoolKind,
     PoolName,
     Prefetch,
@@ -152,7 +153,9 @@ def test_spec_survives(kind: PoolKind) -> None:
 )
 def test_report_survives(split: SplitLoad | None) -> None:
     tenants = (TenantLoad(TenantId("team"), 2, 300), TenantLoad(TenantId("other"), 0, 1 << 40))
-    load = Load(1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants, 11, 12, 13, 14.5, 15, 16, 17, 18, 0.5, split, 19, 20, 21, 22, 23)
+    drafts = PooledDrafts(24, 25, 26, 27, 28.5, 29, 30) if split is None else None
+    loads = 1, 2, 3, 4, 5, 6, 7, 1.5, 8, 0.25, tenants, 11, 12, 13, 14.5, 15, 16, 17, 18, 0.5, split, 19, 20, 21, 22, 23, drafts
+    load = Load(*loads)
     batches = (
         KvBatch(sequence=0, cleared=True, snapshot=9, more=True),
         KvBatch(sequence=0, stored=(StoredRun(None, hashes(1)),), snapshot=9, page=1),

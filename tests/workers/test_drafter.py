@@ -247,7 +247,7 @@ def test_reading_takes_what_it_may_of_a_step(model_dir: Path, monkeypatch: pytes
     for step_s, piece in ((100.0, 2 * PIECE_TOKENS), (4.0, PIECE_TOKENS), (0.1, PIECE_TOKENS // 2)):
         model._piece = float(PIECE_TOKENS)
         text = Text(engine, 0, prompts_of(400)[0])
-        model.step_s = step_s
+        model.stepped(step_s)
         assert text.step(3) == (0, 0)
         assert model._piece == piece
         engine.forget(text.request)

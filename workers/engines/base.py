@@ -16,7 +16,7 @@ from typing import Protocol
 
 from orchestrator.core.commands import Slice
 from orchestrator.core.experts import Placement
-from orchestrator.core.types import BlockId, RequestId, Sampling, SplitLoad
+from orchestrator.core.types import BlockId, PooledDrafts, RequestId, Sampling, SplitLoad
 from orchestrator.wire.trust import Trust
 
 
@@ -134,7 +134,7 @@ def broken_promise(engine: "Engine", part: Slice, output: SliceOutput) -> str | 
 
 @dataclass(frozen=True, slots=True)
 class NetworkPlace:
-    """Where an FFN rank listens for attention ranks of other hosts, and whom it believes."""
+    """Where a process listens for those of other hosts that are no gRPC clients, and whom it believes."""
 
     #: An address of its host; the system chooses the port.
     host: str
@@ -170,6 +170,19 @@ class ExpertRouting(Protocol):
         ...
 
 
+class DraftPlaces(Protocol):
+    """How a node's engine finds the pool that drafts for it: looked at and told while it computes, by any thread."""
+
+    @property
+    def load(self) -> PooledDrafts:
+        """What that pool did for it."""
+        ...
+
+    def use(self, address: str | None) -> None:
+        """Ask the process there from now on; None: nobody."""
+        ...
+
+
 class Engine(Protocol):
     """One model on one device, computing steps over a paged KV pool."""
 
@@ -189,6 +202,11 @@ class Engine(Protocol):
     @property
     def halves(self) -> SplitLoad | None:
         """What either half did since the engine began, of experts nothing; None where it has no FFN ranks."""
+        ...
+
+    @property
+    def drafts(self) -> DraftPlaces | None:
+        """None where no pool drafts for it."""
         ...
 
     @property

@@ -10,6 +10,9 @@ from the window's beginning, whose keys and values lie in blocks of its own.
 What is unread is read in pieces, a few sequences at a time, so long as that takes a small share of a step: no step waits for a
 prompt. Tokens that turn out otherwise than they were drafted are put right when the sequence is drafted for again; a sequence
 that is forgotten gives its blocks back, and one that has not been drafted for in a while loses them to one that is.
+
+In an engine all of that is part of its steps. In a process of its own (`drafts/process.py`) texts are read between questions, and
+what would be asked for next, if all drafts turned out right, is drafted there too (`work_ahead`).
 """
 
 import time
@@ -17,6 +20,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,7 +44,6 @@ from workers.engines.shape import read_architecture
 from workers.engines.stored import engine_slab
 from workers.engines.weights import Weights
 
-FIELD = "engine.speculation.draft_model"
 #: Unread tokens with which a sequence is drafted for at once: those that the model has not seen since it drafted last.
 UNREAD_MAX = 16
 #: What reading may take of a step's time, and the tokens of one piece, of all sequences: at first, at least and at most.
@@ -68,10 +71,47 @@ class Drafted:
     seconds: float
 
 
+class Drafts(Protocol):
+    """Whatever drafts for an engine's sequences: a model beside its own, or a pool of processes (`drafts/asking.py`)."""
+
+    def draft(self, asked: Sequence[Asked]) -> list[Drafted | None]:
+        """Add drafts to sequences, of which none has any; None for those for which nothing was done."""
+        ...
+
+    def stepped(self, seconds: float) -> None:
+        """Take in how long a step of the engine took beside this."""
+        ...
+
+    def forget(self, request: RequestId) -> None:
+        """Let go of what is known of a request; unknown ids are ignored."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WindowsWanted:
+    """A draft model, and the windows that it is to have."""
+
+    #: Its checkpoint.
+    directory: Path
+    #: Tokens of a sequence that it sees at most, and sequences that it sees at a time at most.
+    context_tokens: int
+    sequences: int
+    #: Returns the bytes that their KV may take.
+    memory: Callable[[], int]
+    #: How fields of the cluster file begin that say so.
+    within: str
+    #: Rows that each pass is filled up to.
+    rows: int = 0
+
+
 class Window:
     """What the draft model sees of one sequence; a sequence of a batch by itself (`BatchSequence`)."""
 
-    __slots__ = ("_checked", "computed", "first", "place", "table", "tokens", "used")
+    __slots__ = ("_checked", "ahead", "computed", "first", "place", "table", "tokens", "used")
 
     #: It has no adapter, nothing that is verified, and no prompt that is scored.
     adapter: int | None = None
@@ -90,6 +130,8 @@ class Window:
         self.computed = 0
         #: And how many of them are known to be the sequence's.
         self._checked = 0
+        #: Drafts that it is to have once there is time for them.
+        self.ahead = 0
         #: When it was drafted for last.
         self.used = 0
 
@@ -97,21 +139,38 @@ class Window:
     def unread(self) -> int:
         return len(self.tokens) - self.computed
 
+    @property
+    def drafts(self) -> "array[int]":
+        """What was drafted after the tokens that are known."""
+        return self.tokens[self._checked :]
+
     def follow(self, tokens: "array[int]", context: int) -> None:
-        """See to it that its tokens are the sequence's last ones, `context` at most; drafts that were wrong go."""
+        """See to it that it has the sequence's last tokens, `context` at most; drafts behind stay if all before are right."""
         if not self.tokens or len(tokens) - self.first > context:
             self.first = len(tokens) - context // 2 if len(tokens) > context else 0
             self.tokens, self.computed = tokens[self.first :], 0
         else:
-            known, drafts = tokens[self.first + self._checked :], self.tokens[self._checked :]
+            known, drafts = tokens[self.first + self._checked :], self.drafts
             right = 0
             while right < min(len(known), len(drafts)) and known[right] == drafts[right]:
                 right += 1
-            self.tokens[self._checked :] = known
-            self.computed = min(self.computed, self._checked + right)
-        self._checked = len(self.tokens)
+            if right < len(known):
+                self.tokens[self._checked :] = known
+                self.computed = min(self.computed, self._checked + right)
+        self._checked = len(tokens) - self.first
         # The last token is computed once more if need be: what follows it is asked for.
-        self.computed = min(self.computed, self._checked - 1)
+        self.computed = min(self.computed, len(self.tokens) - 1)
+
+    def hand_out(self, one: Asked) -> bool:
+        """Add to a sequence what is drafted for it, as many as it may have. Returns whether it may have more."""
+        sequence, drafts = one.sequence, self.drafts
+        while sequence.drafted < min(one.most, len(drafts)):
+            token = drafts[sequence.drafted]
+            sequence.tokens.append(token)
+            sequence.drafted += 1
+            if token in sequence.ending:
+                return False
+        return sequence.drafted < one.most
 
 
 class Drafter:
@@ -119,89 +178,138 @@ class Drafter:
 
     def __init__(
         self,
+        wanted: WindowsWanted,
         model_dir: Path,
         shape: Architecture,
         config: EngineConfig,
         device: torch.device,
-        sequences_max: int,
-        context_tokens_max: int,
-        memory: Callable[[], int],
         use_threads: Callable[[int], None],
-        grammars: Grammars,
+        grammars: Grammars | None,
     ) -> None:
-        """Load the model that an engine's configuration names, and take memory for its KV.
+        """Load a draft model, and take memory for its KV.
 
         Args:
+            wanted: the draft model and its windows.
             model_dir: the checkpoint of the model that verifies.
             shape: that model's.
             config: of the engine.
             device: the engine's.
-            sequences_max: sequences that run together at most.
-            context_tokens_max: longest prompt plus output, tokens.
-            memory: returns the bytes that the KV may take now.
             use_threads: sets how many threads compute so many multiply-adds.
-            grammars: the engine's.
+            grammars: the engine's; None: drafts are not kept to any.
 
         Raises:
             CheckpointError: for a checkpoint that is incomplete or not supported.
             ConfigError: for one of another vocabulary, or if there is no memory for a window.
         """
-        directory = Path(config.speculation.draft_model)
+        directory, within = wanted.directory, wanted.within
         own = read_architecture(directory)
-        _check_vocabulary(directory, own, model_dir, shape)
+        _check_vocabulary(directory, own, model_dir, shape, f"{within}model")
         dtype = dtype_of(config.dtype, own)
         weights = Weights(directory)
         self._device = device
         self._grammars = grammars
         self._use_threads = use_threads
         self._model = Model(weights, own, dtype, device)
-        wanted = min(config.speculation.draft_context_tokens_max, context_tokens_max)
         #: Tokens of a sequence that it sees at most.
-        self._context = min(wanted, own.context_tokens_max - DRAFT_TOKENS_MAX)
-        if self._context < min(wanted, DRAFT_CONTEXT_TOKENS_MIN):
-            raise ConfigError(FIELD, f"{directory} is for {own.context_tokens_max} tokens of context, which are too few")
+        self.context_tokens = min(wanted.context_tokens, own.context_tokens_max - DRAFT_TOKENS_MAX)
+        if self.context_tokens < min(wanted.context_tokens, DRAFT_CONTEXT_TOKENS_MIN):
+            problem = f"{directory} is for {own.context_tokens_max} tokens of context, which are too few"
+            raise ConfigError(f"{within}model", problem)
         slab = engine_slab(own, config)
-        self._blocks = -(-(self._context + DRAFT_TOKENS_MAX) // config.block_tokens)
-        windows = min(config.speculation.draft_sequences_max or sequences_max, memory() // (self._blocks * slab.bytes))
-        if windows < 1:
-            problem = f"a window takes {self._blocks * slab.bytes} bytes, and there are {memory()}"
-            raise ConfigError("engine.speculation.draft_context_tokens_max", problem)
-        self._pool = KvPool(windows * self._blocks, slab, device, None)
+        self._blocks = -(-(self.context_tokens + DRAFT_TOKENS_MAX) // config.block_tokens)
+        memory = wanted.memory()
+        #: Sequences that it sees at a time at most.
+        self.sequences_max = min(wanted.sequences, memory // (self._blocks * slab.bytes))
+        if self.sequences_max < 1:
+            problem = f"a window takes {self._blocks * slab.bytes} bytes, and there are {memory}"
+            raise ConfigError(f"{within}context_tokens_max", problem)
+        self._pool = KvPool(self.sequences_max * self._blocks, slab, device, None)
         way = decode_way(self._pool, dtype, device, config.threads or torch.get_num_threads())
-        self._batches = BatchBuilder(self._pool, rows_min(dtype, device, weights.quantised), way, device)
+        rows = max(wanted.rows, rows_min(dtype, device, weights.quantised))
+        self._batches = BatchBuilder(self._pool, rows, way, device)
         #: Places in the pool that no window has.
-        self._free = list(range(windows))
+        self._free = list(range(self.sequences_max))
         self._windows: dict[RequestId, Window] = {}
         self._steps = 0
         #: Tokens of a piece that is read.
         self._piece = float(PIECE_TOKENS)
         #: Seconds that a step of the engine has taken lately beside this.
-        self.step_s = 0.0
+        self._step_s = 0.0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that it sees now."""
+        return len(self._windows)
+
+    def sees(self, request: RequestId) -> bool:
+        """Return whether a request has a window."""
+        return request in self._windows
 
     def draft(self, asked: Sequence[Asked]) -> list[Drafted | None]:
-        """Add drafts to sequences, of which none has any; None for those for which there was no room, or no time to read."""
-        self._steps += 1
-        windows = [self._window(one) for one in asked]
+        """See `Drafts.draft`: None for those for which there was no room, or no time to read."""
         done: list[Drafted | None] = [None] * len(asked)
-        reading: list[int] = []
-        drafting: list[int] = []
-        for number, window in enumerate(windows):
-            if window is not None:
-                (drafting if window.unread <= UNREAD_MAX else reading).append(number)
-        if reading:
-            self._read(reading, windows, done)
-        if drafting:
-            self._draft(drafting, asked, windows, done)
+        unread, read = self._look_at(asked)
+        if unread:
+            self._read_for(unread, done)
+        if read:
+            self._draft(read, done)
         return done
 
+    def draft_what_is_read(self, asked: Sequence[Asked]) -> list[Drafted | None]:
+        """The same, but read nothing for it: `read_on` does. None for those for which there was no room."""
+        done: list[Drafted | None] = [None] * len(asked)
+        unread, read = self._look_at(asked)
+        for seen in unread:
+            done[seen.number] = Drafted(0, 0.0)
+        if read:
+            self._draft(read, done)
+        for seen in read:
+            seen.window.ahead = min(2 * seen.asked.most + 1, DRAFT_TOKENS_MAX)
+        return done
+
+    def work_ahead(self) -> bool:
+        """Read a piece of what is not read, or else draft a token for each sequence as if all its drafts were right.
+
+        Returns False if nothing is left to do.
+        """
+        if self.read_on():
+            return True
+        drafting = [window for window in self._windows.values() if len(window.drafts) < window.ahead]
+        if drafting:
+            self._pass(drafting, None)
+        return bool(drafting)
+
+    def read_on(self) -> bool:
+        """Read a piece of what is not read; return False if all is."""
+        unread = [window for window in self._windows.values() if window.unread > UNREAD_MAX]
+        if unread:
+            self._read(unread)
+        return bool(unread)
+
+    def stepped(self, seconds: float) -> None:
+        """See `Drafts.stepped`."""
+        self._step_s = seconds
+
     def forget(self, request: RequestId) -> None:
-        """Let go of what was read for a request; unknown ids are ignored."""
+        """See `Drafts.forget`."""
         window = self._windows.pop(request, None)
         if window is not None:
             self._free.append(window.place)
 
+    def close(self) -> None:
+        """See `Drafts.close`."""
+        self._windows.clear()
+        del self._model, self._batches, self._pool
+
+    def _look_at(self, asked: Sequence[Asked]) -> "tuple[list[_Seen], list[_Seen]]":
+        """Bring sequences' windows up to date. Returns those that are to be read first, and those that are read."""
+        self._steps += 1
+        windows = [self._window(one) for one in asked]
+        seen = [_Seen(number, asked[number], window) for number, window in enumerate(windows) if window is not None]
+        unread = [one for one in seen if one.window.unread > UNREAD_MAX]
+        return unread, [one for one in seen if one.window.unread <= UNREAD_MAX]
+
     def _window(self, one: Asked) -> Window | None:
-        """Return a sequence's window, up to date; None if there is no room for it."""
         window = self._windows.get(one.request)
         if window is None:
             if not self._free:
@@ -212,7 +320,7 @@ class Drafter:
             table = np.arange(place * self._blocks, (place + 1) * self._blocks, dtype=np.int64)
             window = self._windows[one.request] = Window(place, table)
         window.used = self._steps
-        window.follow(one.sequence.tokens, self._context)
+        window.follow(one.sequence.tokens, self.context_tokens)
         return window
 
     def _free_idle(self) -> None:
@@ -221,87 +329,93 @@ class Drafter:
         if self._steps - self._windows[request].used > IDLE_STEPS:
             self.forget(request)
 
-    def _read(self, numbers: Sequence[int], windows: Sequence[Window | None], done: list[Drafted | None]) -> None:
-        """Read a piece of what these windows have not read."""
+    def _read_for(self, unread: "Sequence[_Seen]", done: list[Drafted | None]) -> None:
+        """Read a piece of what these windows have not read, and say so of each of which something was read."""
+        began = time.perf_counter()
+        read = self._read([seen.window for seen in unread])
+        seconds, total = time.perf_counter() - began, sum(read)
+        for seen, count in zip(unread, read, strict=False):
+            done[seen.number] = Drafted(0, seconds * count / total)
+        if self._step_s and (total == int(self._piece) or seconds > READING_SHARE * self._step_s):
+            change = min(max(READING_SHARE * self._step_s / seconds, 0.5), 2.0)
+            self._piece = min(max(self._piece * change, PIECE_TOKENS_MIN), PIECE_TOKENS_MAX)
+
+    def _read(self, windows: Sequence[Window]) -> list[int]:
+        """Read a piece; return how many tokens of the first windows were read, as far as it went."""
         left = int(self._piece)
         parts: list[Slice] = []
-        readers: list[Window] = []
-        began = time.perf_counter()
-        for number in numbers:
-            window = windows[number]
-            assert window is not None
+        for window in windows:
             size = min(window.unread - 1, left)
             if not size:
                 break
-            parts.append(Slice(RequestId(number), window.computed, size, 0, (), False))
-            readers.append(window)
+            parts.append(Slice(RequestId(len(parts)), window.computed, size, 0, (), False))
             left -= size
-        self._logits(self._batches.build(parts, readers, range(len(parts))))
+        self._logits(self._batches.build(parts, windows[: len(parts)], range(len(parts))))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - began
-        total = sum(part.count for part in parts)
-        for part, window in zip(parts, readers, strict=True):
+        for part, window in zip(parts, windows, strict=False):
             window.computed += part.count
-            done[part.request] = Drafted(0, seconds * part.count / total)
-        if self.step_s and (not left or seconds > READING_SHARE * self.step_s):
-            change = min(max(READING_SHARE * self.step_s / seconds, 0.5), 2.0)
-            self._piece = min(max(self._piece * change, PIECE_TOKENS_MIN), PIECE_TOKENS_MAX)
+        return [part.count for part in parts]
 
-    def _draft(
-        self, numbers: Sequence[int], asked: Sequence[Asked], windows: Sequence[Window | None], done: list[Drafted | None]
-    ) -> None:
+    def _draft(self, read: "Sequence[_Seen]", done: list[Drafted | None]) -> None:
         """Draft for these sequences, pass by pass."""
         began = time.perf_counter()
-        drafting = list(numbers)
+        drafting = [seen for seen in read if seen.window.hand_out(seen.asked)]
         while drafting:
-            drafting = self._pass([(number, asked[number], window) for number in drafting if (window := windows[number])])
+            went = self._pass([seen.window for seen in drafting], [seen.asked.sequence for seen in drafting])
+            drafting = [seen for seen, has in zip(drafting, went, strict=True) if has and seen.window.hand_out(seen.asked)]
         seconds = time.perf_counter() - began
-        total = sum(asked[number].sequence.drafted for number in numbers)
-        for number in numbers:
-            drafted = asked[number].sequence.drafted
-            done[number] = Drafted(drafted, seconds * drafted / total if total else seconds / len(numbers))
+        total = sum(seen.asked.sequence.drafted for seen in read)
+        for seen in read:
+            drafted = seen.asked.sequence.drafted
+            done[seen.number] = Drafted(drafted, seconds * drafted / total if total else seconds / len(read))
 
-    def _pass(self, members: "Sequence[tuple[int, Asked, Window]]") -> list[int]:
-        """Draft a token for each of these sequences; return the numbers of those that may have another."""
-        parts = [Slice(one.request, window.computed, window.unread, 0, (), True) for _, one, window in members]
-        batch = self._batches.build(parts, [window for _, _, window in members], range(len(members)))
-        order = [members[place] for place in batch.sampled_slices]
-        masks = self._grammars.begin([one.sequence for _, one, _ in order], newest=True)
+    def _pass(self, windows: Sequence[Window], sequences: Sequence[TokenSequence] | None) -> list[bool]:
+        """Draft a token for each of these windows, of what the sequences' grammars let come; return of which one came."""
+        parts = [Slice(RequestId(number), window.computed, window.unread, 0, (), True) for number, window in enumerate(windows)]
+        batch = self._batches.build(parts, windows, range(len(windows)))
+        masks = None
+        if self._grammars is not None and sequences is not None:
+            masks = self._grammars.begin([sequences[number] for number in batch.sampled_slices], newest=True)
         logits = self._logits(batch)
         assert logits is not None, "every sequence asks for a token"
         best, tokens = (found.tolist() for found in (masks.apply(logits) if masks is not None else logits).max(-1))
-        going_on: list[int] = []
-        for (number, one, window), token, largest in zip(order, tokens, best, strict=True):
-            window.computed = len(window.tokens)
-            if largest == -torch.inf:  # its grammar lets nothing come
-                continue
-            window.tokens.append(token)
-            one.sequence.tokens.append(token)
-            one.sequence.drafted += 1
-            if one.sequence.drafted < one.most and token not in one.sequence.ending:
-                going_on.append(number)
-        return sorted(going_on)
+        went = [False] * len(windows)
+        for number, token, largest in zip(batch.sampled_slices, tokens, best, strict=True):
+            windows[number].computed = len(windows[number].tokens)
+            if largest != -torch.inf:  # else its grammar lets nothing come
+                windows[number].tokens.append(token)
+                went[number] = True
+        return went
 
     def _logits(self, batch: StepBatch) -> Tensor | None:
         self._use_threads(batch.rows * self._model.row_operations)
         return self._model.logits([batch], self._pool)
 
 
-def _check_vocabulary(directory: Path, own: Architecture, model_dir: Path, shape: Architecture) -> None:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A sequence that is asked for, its place among those, and its window."""
+
+    number: int
+    asked: Asked
+    window: Window
+
+
+def _check_vocabulary(directory: Path, own: Architecture, model_dir: Path, shape: Architecture, field: str) -> None:
     """Raise `ConfigError` unless a draft model's tokens mean what those of the model mean."""
     if own.vocabulary != shape.vocabulary:
         problem = f"{directory} has a vocabulary of {own.vocabulary} tokens, {model_dir} one of {shape.vocabulary}"
-        raise ConfigError(FIELD, problem)
-    theirs, ours = (_ordinary_tokens(one) for one in (directory, model_dir))
+        raise ConfigError(field, problem)
+    theirs, ours = (_ordinary_tokens(one, field) for one in (directory, model_dir))
     if theirs is None or ours is None or theirs == ours:
         return
     differing = [(number, text) for text, number in ours.items() if theirs.get(text) != number]
     number, text = min(differing) if differing else (len(ours), "no token")
-    raise ConfigError(FIELD, f"{directory} has another tokenizer than {model_dir}: token {number} is not {text!r} there")
+    raise ConfigError(field, f"{directory} has another tokenizer than {model_dir}: token {number} is not {text!r} there")
 
 
-def _ordinary_tokens(directory: Path) -> dict[str, int] | None:
+def _ordinary_tokens(directory: Path, field: str) -> dict[str, int] | None:
     """Return a tokenizer's tokens, without those that were added for other ends than text; None if there is no tokenizer."""
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -309,4 +423,4 @@ def _ordinary_tokens(directory: Path) -> dict[str, int] | None:
     try:
         return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=False)
     except Exception as error:  # The library has no narrower class.
-        raise ConfigError(FIELD, f"{path} cannot be read: {error}") from error
+        raise ConfigError(field, f"{path} cannot be read: {error}") from error

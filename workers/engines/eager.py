@@ -9,23 +9,26 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orchestrator.core.commands import Slice
-from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig, SpeculationMethod
+from orchestrator.core.config import MICROBATCHES_MAX, ConfigError, EngineConfig, ModelConfig
 from orchestrator.core.types import RequestId, Sampling, SplitLoad
 from orchestrator.profiles.model_config import Architecture
 from orchestrator.profiles.positions import limited
+from orchestrator.wire.trust import Trust
 from workers.engines.adapters import Adapters
 from workers.engines.attention import decode_way
 from workers.engines.base import EngineDescription, ExpertRouting, PromptScores, SliceOutput, SplitPlaces
 from workers.engines.batch import BatchBuilder, StepBatch
 from workers.engines.checkpoint import fingerprint
 from workers.engines.device import device_of, dtype_of
-from workers.engines.drafter import Asked, Drafted, Drafter
+from workers.engines.drafter import Asked, Drafted, Drafter, Drafts, WindowsWanted
+from workers.engines.drafts.asking import PoolDrafter
 from workers.engines.grammars import Grammars, Masks
 from workers.engines.kvpool import KvPool, PooledBlocks
 from workers.engines.linear import rows_min
@@ -66,6 +69,7 @@ class EagerEngine(PooledBlocks):
         split: SplitPlaces | None = None,
         rows: int = 0,
         model: ModelConfig | None = None,
+        trust: Trust | None = None,
     ) -> None:
         """Load a model and its adapters, and take memory for its KV.
 
@@ -78,6 +82,7 @@ class EagerEngine(PooledBlocks):
             split: where the FFN ranks are that compute the layers' second halves; None: this process computes all.
             rows: rows that each step is filled up to, so that all take the same time.
             model: the model's table in the cluster file, for its adapters; None: it has none.
+            trust: the cluster's, where a pool drafts for it.
 
         Raises:
             CheckpointError: for a checkpoint or an adapter that is incomplete or not supported.
@@ -100,16 +105,23 @@ class EagerEngine(PooledBlocks):
             self._adapters = Adapters(model or ModelConfig(), dtype, device)
             reserve = step_tokens_max * _row_bytes(shape, dtype)
             self._grammars = Grammars(model_dir, shape.vocabulary)
-            self._drafter: Drafter | None = None
+            #: Asks a pool for drafts, if one drafts for it; and whatever drafts.
+            self.drafts: PoolDrafter | None = None
+            self._drafter: Drafts | None = None
             with ExitStack() as failing:
                 if self.split is not None:
                     failing.callback(self.split.close)
                 self._model = Model(weights, shape, dtype, device, self.split, self._adapters)
-                if config.speculation.method is SpeculationMethod.DRAFT_MODEL:
+                if config.speculation.draft_model:
+                    wanted = _windows_wanted(
+                        config, context, sequences_max, lambda: int(DRAFTER_SHARE * kv_bytes(config, device, reserve))
+                    )
                     self._drafter = Drafter(
-                        model_dir, shape, config, device, sequences_max, context,
-                        lambda: int(DRAFTER_SHARE * _kv_bytes(config, device, reserve)), self._use_threads, self._grammars,
-                    )  # fmt: skip
+                        wanted, model_dir, shape, config, device, partial(use_threads, self._threads), self._grammars
+                    )
+                if config.speculation.draft_pool:
+                    assert trust is not None, "nothing is known of who may be believed, and drafts are another process's"
+                    self._drafter = self.drafts = PoolDrafter(shape.vocabulary, trust)
                 failing.pop_all()
             blocks = config.blocks or _blocks(config, slab, device, sequences_max * context, reserve)
             self._pool = KvPool(blocks, slab, device, allocate, config.kv_format_stored)
@@ -194,7 +206,7 @@ class EagerEngine(PooledBlocks):
             self.split.times.step_s += seconds
             self.split.microbatches.measured(len(numbers), count, seconds)
         if self._drafter is not None:
-            self._drafter.step_s = seconds
+            self._drafter.stepped(seconds)
         for number, drafted in modelled.items():
             outputs[number] = replace(outputs[number], drafting_s=drafted.seconds)
         return outputs
@@ -211,10 +223,6 @@ class EagerEngine(PooledBlocks):
         done = self._drafter.draft(asked) if asked else ()
         return {number: drafted for number, drafted in zip(left, done, strict=True) if drafted is not None}
 
-    def _use_threads(self, operations: int) -> None:
-        """Have so many multiply-adds computed by one thread if they are few, else by all."""
-        torch.set_num_threads(1 if operations <= SINGLE_THREAD_OPERATIONS_MAX else self._threads)
-
     def _compute(
         self,
         slices: Sequence[Slice],
@@ -224,7 +232,7 @@ class EagerEngine(PooledBlocks):
     ) -> None:
         """Compute the slices of these numbers, in micro-batches, and fill in what they bring."""
         batches = [self._batches.build(slices, sequences, part) for part in parts]
-        self._use_threads(sum(batch.rows for batch in batches) * self._model.row_operations)
+        use_threads(self._threads, sum(batch.rows for batch in batches) * self._model.row_operations)
         masks = self._grammars.begin([sequences[number] for batch in batches for number in batch.sampled_slices])
         logits = self._model.logits(batches, self._pool)
         if logits is not None:
@@ -262,6 +270,8 @@ class EagerEngine(PooledBlocks):
         self._grammars.close()
         if self.split is not None:
             self.split.close()
+        if self._drafter is not None:
+            self._drafter.close()
         del self._model, self._batches, self._pool, self._drafter
 
 
@@ -315,7 +325,22 @@ def _row_bytes(shape: Architecture, dtype: torch.dtype) -> int:
     return 4 * (4 * shape.hidden + widest) + dtype.itemsize * shape.vocabulary
 
 
-def _kv_bytes(config: EngineConfig, device: torch.device, reserve: int) -> int:
+def use_threads(threads: int, operations: int) -> None:
+    """Have so many multiply-adds computed by one thread if they are few, else by so many threads."""
+    torch.set_num_threads(1 if operations <= SINGLE_THREAD_OPERATIONS_MAX else threads)
+
+
+def _windows_wanted(
+    config: EngineConfig, context_tokens_max: int, sequences_max: int, memory: Callable[[], int]
+) -> WindowsWanted:
+    """Return the draft model that an engine is to have beside its own, and its windows."""
+    drafts = config.speculation
+    context = min(drafts.draft_context_tokens_max, context_tokens_max)
+    sequences = drafts.draft_sequences_max or sequences_max
+    return WindowsWanted(Path(drafts.draft_model), context, sequences, memory, "engine.speculation.draft_")
+
+
+def kv_bytes(config: EngineConfig, device: torch.device, reserve: int) -> int:
     """Return the bytes of free memory that the engine may take for KV."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - reserve
@@ -327,7 +352,7 @@ def _kv_bytes(config: EngineConfig, device: torch.device, reserve: int) -> int:
 
 def _blocks(config: EngineConfig, slab: Slab, device: torch.device, tokens_max: int, reserve: int) -> int:
     """Return how many blocks fit into the share of free memory that the engine may take, at most what it can use."""
-    share = _kv_bytes(config, device, reserve)
+    share = kv_bytes(config, device, reserve)
     blocks = min(share // slab.bytes, -(-tokens_max // config.block_tokens))
     if blocks < 1:
         raise ConfigError("engine.memory_fraction", f"leaves {share} bytes for KV, and one block takes {slab.bytes}")

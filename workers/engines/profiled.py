@@ -123,6 +123,10 @@ class ProfiledEngine:
         return None
 
     @property
+    def drafts(self) -> None:
+        return None
+
+    @property
     def beats(self) -> None:
         return None
 

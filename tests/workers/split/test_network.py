@@ -22,13 +22,14 @@ from tests.workers.beat.beating import beat_engine, lpx_pool
 from tests.workers.beat.test_beat_identity import OUTPUT_TOKENS, decode
 from tests.workers.conductor import Conductor, engine_of, prompts_of, without_ties
 from tests.workers.split.test_split_identity import ranks_of
+from workers.engines import greetings
 from workers.engines.base import EngineLost, NetworkPlace, SplitPlaces
 from workers.engines.checkpoint import FAMILIES, create_checkpoint
 from workers.engines.eager import EagerEngine
-from workers.engines.split import network
-from workers.engines.split.inlet import Inlet
+from workers.engines.greetings import framed, place_of
+from workers.engines.inlet import Inlet
 from workers.engines.split.lanes import ROWS_MAX, Header, LaneLayout, RankLost
-from workers.engines.split.network import NetworkLink, framed, network_door, place_of
+from workers.engines.split.network import NetworkLink, network_door
 from workers.engines.split.rank import FfnRank
 from workers.ranks import BeatFfnServer, open_rank
 
@@ -172,7 +173,7 @@ def doubling(trust: Trust, layout: LaneLayout = LAYOUT) -> Iterator[str]:
     inlet = Inlet([door])
 
     def serve() -> None:
-        for peer, header, lane in inlet.messages():
+        for peer, (header, lane) in inlet.messages():
             lane.sums[: header.rows] = lane.rows[: header.rows].float() * 2
             inlet.answer(peer, header.done(7))
 
@@ -276,7 +277,7 @@ def test_a_rank_that_is_silent_is_lost(trust: Trust) -> None:
 
 def hello_of(address: str, trust: Trust = TRUST, **changes: object) -> bytes:
     """Return a hello with some of what it says changed."""
-    said = network.hello_of(address, LAYOUT, trust, "00") | changes
+    said = greetings.hello_of(address, Caller.RANK, LAYOUT.said, trust, "00") | changes
     return framed(json.dumps({key: value for key, value in said.items() if value is not None}).encode())
 
 
@@ -408,7 +409,7 @@ def linked_pair(inlet: Inlet, address: str) -> Iterator[tuple[NetworkLink, Netwo
     served, ignored = linked(address, TRUST), linked(address, TRUST)
 
     def serve() -> None:
-        for peer, header, lane in inlet.messages():
+        for peer, (header, lane) in inlet.messages():
             if header.rows > 1:
                 lane.sums[: header.rows] = lane.rows[: header.rows].float() * 2
                 inlet.answer(peer, header.done(7))
@@ -447,7 +448,7 @@ def test_an_answer_to_something_else_is_none() -> None:
     inlet = Inlet([door])
 
     def serve() -> None:
-        for peer, header, _ in inlet.messages():
+        for peer, (header, _) in inlet.messages():
             inlet.answer(peer, Header(header.lane, header.layer + 1, header.version, header.rows))
 
     thread = threading.Thread(target=serve)

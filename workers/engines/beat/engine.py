@@ -94,6 +94,10 @@ class BeatEngine(PooledBlocks):
     def routing(self) -> None:
         return None
 
+    @property
+    def drafts(self) -> None:
+        return None
+
     def add(self, request: RequestId, tokens: "array[int]", sampling: Sampling, generated: int = 0) -> None:
         self._child.send(Add(request, tokens.tobytes(), sampling, generated))
 

@@ -123,4 +123,21 @@ class RankOpened:
     network_address: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DraftsOpening:
+    """First and last message to a process that drafts: what to open, for which model, and where it is to listen."""
+
+    model_dir: Path
+    pool: PoolConfig
+    place: NetworkPlace
+
+
+@dataclass(frozen=True, slots=True)
+class DraftsOpened:
+    """Drafts are to be had there; a pass for all slots takes so long."""
+
+    address: str
+    pass_s: float
+
+
 Order: TypeAlias = Add | Forget | Step

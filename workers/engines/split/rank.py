@@ -17,10 +17,10 @@ from orchestrator.core.experts import Placement
 from workers.engines.base import NetworkPlace
 from workers.engines.device import device_of, dtype_of
 from workers.engines.experts import ExpertBank
+from workers.engines.inlet import Inlet
 from workers.engines.loader import Loader, Share
 from workers.engines.mlp import GatedMlp
 from workers.engines.shape import read_architecture
-from workers.engines.split.inlet import Inlet
 from workers.engines.split.lanes import Header, Lane, RankLost, layout_for
 from workers.engines.split.network import network_door
 from workers.engines.split.places import first_placements
@@ -97,7 +97,7 @@ class FfnRank:
     def serve(self) -> None:
         """Compute what comes until `close`."""
         with torch.inference_mode():
-            for peer, header, lane in self._inlet.messages():
+            for peer, (header, lane) in self._inlet.messages():
                 began = time.perf_counter_ns()
                 try:
                     self._compute(header, lane)

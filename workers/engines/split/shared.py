@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from orchestrator.wire import node_pb2
-from workers.engines.split.inlet import CONNECTIONS_MAX, Door
+from workers.engines.inlet import CONNECTIONS_MAX, Door
 from workers.engines.split.lanes import Header, Lane, LaneLayout, RankLost
 from workers.memory import PeerUnmappable, SharedArena, map_memory
 
@@ -123,7 +123,7 @@ class SharedPeer:
         return True
 
 
-def shared_door(expected: LaneLayout) -> tuple[str, Door]:
+def shared_door(expected: LaneLayout) -> tuple[str, Door[tuple[Header, Lane], Header]]:
     """Return the address at which attention ranks of this host connect, and the door there."""
     address = f"weft-ffn-{os.getpid()}-{secrets.token_hex(4)}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,4 +1,4 @@
-"""An FFN rank's end of all lanes: whoever of the group has connected, in whichever way, is served as its messages come.
+"""What many connect to and one serves: whoever has connected, in whichever way, is served as its messages come.
 
 Nobody can hold up the others: connections are greeted in threads of their own (`Door`), and of one that has sent half a message,
 or does not read its answers, the rest is taken up once it comes or can go.
@@ -12,17 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from workers.engines.split.lanes import Header, Lane, RankLost
+from workers.engines.base import EngineLost
 
-log = logging.getLogger("weft.split")
+log = logging.getLogger("weft.inlet")
+
+Message = TypeVar("Message")
+Answer = TypeVar("Answer")
+Message_co = TypeVar("Message_co", covariant=True)
+Answer_contra = TypeVar("Answer_contra", contravariant=True)
 
 #: Seconds in which who connects must have said what it is.
 GREET_S = 5.0
 #: Connections that are greeted at a time; others wait.
 GREETINGS_MAX = 8
-#: Attention ranks of one group at most.
+#: Peers of one process at most.
 CONNECTIONS_MAX = 64
 #: Seconds until a door that cannot take connections, for want of descriptors for example, tries again.
 RETRY_S = 1.0
@@ -31,8 +36,8 @@ TELL_EVERY_S = 1.0
 _END, _NEWCOMER = b"e", b"n"
 
 
-class Peer(Protocol):
-    """One attention rank that has connected."""
+class Peer(Protocol[Message_co, Answer_contra]):
+    """One process that has connected."""
 
     connection: socket.socket
 
@@ -41,12 +46,12 @@ class Peer(Protocol):
         """Whether something was received that no event of the connection tells of any more."""
         ...
 
-    def receive(self) -> tuple[Header, Lane] | None:
-        """Return the next message if all of it is there. Raises `OSError` or `RankLost`."""
+    def receive(self) -> Message_co | None:
+        """Return the next message if all of it is there. Raises `OSError` or `EngineLost`."""
         ...
 
-    def answer(self, header: Header) -> None:
-        """Say that a lane's sums are there. Raises `OSError` or `RankLost`."""
+    def answer(self, answer: Answer_contra, /) -> None:
+        """Answer a message. Raises `OSError` or `EngineLost`."""
         ...
 
     def flush(self) -> bool:
@@ -54,22 +59,21 @@ class Peer(Protocol):
         ...
 
 
-#: Returns the peer that a connection is; raises `OSError`, `RuntimeError` or `ValueError` if it is none of the group's.
-Greet = Callable[[socket.socket], Peer]
-
-
-class Door:
+class Door(Generic[Message, Answer]):
     """Takes connections of one kind."""
 
-    def __init__(self, listener: socket.socket, greet: Greet) -> None:
-        """Take a socket that listens; it is closed with the door."""
+    def __init__(self, listener: socket.socket, greet: Callable[[socket.socket], Peer[Message, Answer]]) -> None:
+        """Take a socket that listens; it is closed with the door.
+
+        `greet` returns the peer that a connection is; it raises `OSError`, `RuntimeError` or `ValueError` if it is none.
+        """
         self._listener = listener
         self._greet = greet
         self._room = threading.BoundedSemaphore(GREETINGS_MAX)
         self._closed = threading.Event()
         self._told = -TELL_EVERY_S
 
-    def open(self, admit: Callable[[Peer], None]) -> None:
+    def open(self, admit: Callable[[Peer[Message, Answer]], None]) -> None:
         """Take connections from now on; `admit` is called by other threads."""
         threading.Thread(target=self._run, args=(admit,), name="door", daemon=True).start()
 
@@ -80,7 +84,7 @@ class Door:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def _run(self, admit: Callable[[Peer], None]) -> None:
+    def _run(self, admit: Callable[[Peer[Message, Answer]], None]) -> None:
         while True:
             self._room.acquire()
             try:
@@ -93,11 +97,11 @@ class Door:
                 continue
             threading.Thread(target=self._welcome, args=(connection, admit), name="greeting", daemon=True).start()
 
-    def _welcome(self, connection: socket.socket, admit: Callable[[Peer], None]) -> None:
+    def _welcome(self, connection: socket.socket, admit: Callable[[Peer[Message, Answer]], None]) -> None:
         try:
             connection.settimeout(GREET_S)
             admit(self._greet(connection))
-        except (OSError, ValueError, RuntimeError, RankLost) as error:
+        except (OSError, ValueError, RuntimeError, EngineLost) as error:
             connection.close()
             self._tell(error)
         finally:
@@ -110,23 +114,37 @@ class Door:
             log.warning("a connection is refused: %s", error)
 
 
-class Inlet:
-    """Messages of all attention ranks of a group, one after the other."""
+class Inlet(Generic[Message, Answer]):
+    """Messages of all that have connected, one after the other."""
 
-    def __init__(self, doors: Sequence[Door]) -> None:
+    def __init__(
+        self,
+        doors: Sequence[Door[Message, Answer]],
+        gone: Callable[[Peer[Message, Answer]], None] = lambda _: None,
+        between: Callable[[], bool] | None = None,
+    ) -> None:
+        """Open the doors.
+
+        Args:
+            doors: where peers come in.
+            gone: told of each peer that there is no more to do with.
+            between: does a piece of work while no message waits; returns whether there is more of it.
+        """
         self._doors = tuple(doors)
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._selector.register(self._waker, selectors.EVENT_READ)
-        self._newcomers: queue.SimpleQueue[Peer] = queue.SimpleQueue()
-        self._peers: set[Peer] = set()
+        self._gone = gone
+        self._between = between
+        self._newcomers: queue.SimpleQueue[Peer[Message, Answer]] = queue.SimpleQueue()
+        self._peers: set[Peer[Message, Answer]] = set()
         for door in self._doors:
             door.open(self._admit)
 
-    def messages(self) -> Iterator[tuple[Peer, Header, Lane]]:
+    def messages(self) -> Iterator[tuple[Peer[Message, Answer], Message]]:
         """Yield messages until `close`, as they come: of each peer one, as long as others wait."""
         while True:
-            for key, _ in self._selector.select():
+            for key in self._ready():
                 if key.data is None:
                     if _END in self._waker.recv(64):
                         self._end()
@@ -137,37 +155,45 @@ class Inlet:
                 while again:
                     message = self._receive(key.data)
                     if message is not None:
-                        yield key.data, *message
+                        yield key.data, message
                     again = key.data in self._peers and message is not None and key.data.waits
 
-    def answer(self, peer: Peer, header: Header) -> None:
-        """Say that a lane's sums are there; a rank that is gone does not hear it."""
+    def _ready(self) -> list[selectors.SelectorKey]:
+        """Wait until something has come, with what is to be done meanwhile."""
+        ready: list[tuple[selectors.SelectorKey, int]] = []
+        while self._between is not None and not (ready := self._selector.select(0)) and self._between():
+            pass
+        return [key for key, _ in ready or self._selector.select()]
+
+    def answer(self, peer: Peer[Message, Answer], answer: Answer) -> None:
+        """Answer a peer's message; one that is gone does not hear it."""
         if peer not in self._peers:
             return
         try:
-            peer.answer(header)
+            peer.answer(answer)
             self._watch(peer, peer.flush())
-        except (OSError, RankLost) as error:
+        except (OSError, EngineLost) as error:
             self.drop(peer, str(error))
 
-    def drop(self, peer: Peer, problem: str) -> None:
-        """Have no more to do with a rank."""
+    def drop(self, peer: Peer[Message, Answer], problem: str) -> None:
+        """Have no more to do with a peer."""
         if peer in self._peers:
             self._peers.discard(peer)
             self._selector.unregister(peer.connection)
             peer.connection.close()
-            log.info("an attention rank is let go: %s", problem)
+            self._gone(peer)
+            log.info("a connection is let go: %s", problem)
 
     def close(self) -> None:
         """Have `messages` end; may be called by another thread."""
         with suppress(OSError):  # it has ended already
             self._woken.send(_END)
 
-    def _admit(self, peer: Peer) -> None:
+    def _admit(self, peer: Peer[Message, Answer]) -> None:
         self._newcomers.put(peer)
         try:
             self._woken.send(_NEWCOMER)
-        except OSError:  # the rank has ended
+        except OSError:  # it has ended
             peer.connection.close()
 
     def _take_newcomers(self) -> None:
@@ -180,17 +206,17 @@ class Inlet:
             self._peers.add(peer)
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
 
-    def _receive(self, peer: Peer) -> tuple[Header, Lane] | None:
+    def _receive(self, peer: Peer[Message, Answer]) -> Message | None:
         if peer not in self._peers:  # let go since it was seen that something had come
             return None
         try:
             self._watch(peer, peer.flush())
             return peer.receive()
-        except (OSError, RankLost) as error:
+        except (OSError, EngineLost) as error:
             self.drop(peer, str(error))
             return None
 
-    def _watch(self, peer: Peer, all_sent: bool) -> None:
+    def _watch(self, peer: Peer[Message, Answer], all_sent: bool) -> None:
         events = selectors.EVENT_READ if all_sent else selectors.EVENT_READ | selectors.EVENT_WRITE
         if self._selector.get_key(peer.connection).events != events:
             self._selector.modify(peer.connection, events, peer)
@@ -203,5 +229,5 @@ class Inlet:
         self._woken.close()
         self._take_newcomers()
         for peer in tuple(self._peers):
-            self.drop(peer, "the rank ends")
+            self.drop(peer, "this process ends")
         self._selector.close()
