@@ -72,7 +72,7 @@ class ModelPools:
     @property
     def generates(self) -> bool:
         """True while at least one node takes requests of any class to generate for."""
-        for candidate in self._anybodys:  # noqa: SIM110: a generator costs more than most looks, which end at the first
+        for candidate in self._anybodys:  # noqa: SIM110 - a generator costs more than the first look, which mostly ends it
             if not candidate.draining:
                 return True
         return False
