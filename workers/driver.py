@@ -90,6 +90,8 @@ from workers.transports import Transport
 
 #: Seconds between two lines in the log about calls that were refused.
 REFUSAL_LOG_S = 1.0
+#: Tokens of which the highest is found sooner without numpy, which takes its time to begin.
+FEW_TOKENS = 512
 _TOKEN = np.dtype(np.uint32)
 log = logging.getLogger("weft.node")
 
@@ -712,7 +714,7 @@ def _says_something(frame: node_pb2.GatewayFrame) -> bool:
 
 def check_vocabulary(description: EngineDescription, tokens: "array[int]", sampling: Sampling) -> None:
     """Raise `MalformedMessage` if the id of a token, or of one that sampling names, is beyond the engine's vocabulary."""
-    highest = int(np.maximum.reduce(np.frombuffer(tokens, _TOKEN)))
+    highest = max(tokens) if len(tokens) < FEW_TOKENS else int(np.maximum.reduce(np.frombuffer(tokens, _TOKEN)))
     for named in (sampling.logit_bias, sampling.stop_token_ids, sampling.allowed_token_ids, *sampling.forbidden_runs):
         if named:
             highest = max(highest, *named)
