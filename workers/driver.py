@@ -90,6 +90,8 @@ from workers.transports import Transport
 
 #: Seconds between two lines in the log about calls that were refused.
 REFUSAL_LOG_S = 1.0
+#: Tokens of which the highest is found sooner without numpy, which takes its time to begin.
+FEW_TOKENS = 512
 _TOKEN = np.dtype(np.uint32)
 log = logging.getLogger("weft.node")
 
@@ -469,25 +471,26 @@ class NodeDriver:
             self._flush()
 
     def _take_frame(self, outbox: Outbox, frame: node_pb2.GatewayFrame) -> None:
+        # Slices: going through a message's list itself ends with an error inside, which is dear even where there is nothing.
         # Cancels first: a request that is cancelled and given anew in one frame is the older one cancelled.
-        for request in frame.cancels:
+        for request in frame.cancels[:]:
             self._take(Cancelled(RequestId(request)))
         # What is given in this frame has a source that was there when it was decided.
-        for lost in frame.lost_sources:
+        for lost in frame.lost_sources[:]:
             self._take(SourceLost(RequestId(lost.request), NodeId(lost.source)))
-        for outlook in frame.outlooks:
+        for outlook in frame.outlooks[:]:
             self._take(Expected(codec.outlook_from(outlook)))
-        for submit in frame.submits:
+        for submit in frame.submits[:]:
             self._on_submit(outbox, submit)
-        for lease in frame.leases:
+        for lease in frame.leases[:]:
             self._take(LeasePlaced(codec.lease_from(lease)))
-        for ended in frame.ended_leases:
+        for ended in frame.ended_leases[:]:
             self._take(codec.ended_lease_from(ended))
-        for prefetch in frame.prefetches:
+        for prefetch in frame.prefetches[:]:
             self._on_prefetch(outbox, prefetch)
-        for number in frame.cancelled_prefetches:
+        for number in frame.cancelled_prefetches[:]:
             self._take(PrefetchCancelled(PrefetchId(RequestId(number))))
-        for advice in frame.advice:
+        for advice in frame.advice[:]:
             self._take(codec.advice_from(advice))
         if frame.HasField("resync"):
             after = frame.resync.after if frame.resync.HasField("after") else None
@@ -713,7 +716,7 @@ def _says_something(frame: node_pb2.GatewayFrame) -> bool:
 
 def check_vocabulary(description: EngineDescription, tokens: "array[int]", sampling: Sampling) -> None:
     """Raise `MalformedMessage` if the id of a token, or of one that sampling names, is beyond the engine's vocabulary."""
-    highest = int(np.maximum.reduce(np.frombuffer(tokens, _TOKEN)))
+    highest = max(tokens) if len(tokens) < FEW_TOKENS else int(np.maximum.reduce(np.frombuffer(tokens, _TOKEN)))
     for named in (sampling.logit_bias, sampling.stop_token_ids, sampling.allowed_token_ids, *sampling.forbidden_runs):
         if named:
             highest = max(highest, *named)

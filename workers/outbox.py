@@ -282,4 +282,4 @@ def _tokens(frame: node_pb2.NodeFrame) -> int:
 
 def _weight(message: node_pb2.KvBatch) -> int:
     """Return the hashes in a change of holdings."""
-    return (len(message.removed) + sum(len(run.hashes) for run in message.stored)) // HASH_BYTES
+    return (len(message.removed) + sum([len(run.hashes) for run in message.stored[:]])) // HASH_BYTES

@@ -400,8 +400,12 @@ def _empty(load: Load) -> bool:
         ({"hashes": bytes(15)}, "15 bytes"),
         ({"role": node_pb2.ROLE_UNSPECIFIED}, "role 0"),
         ({"tokens": array("I", [1, 2, 3, VOCABULARY]).tobytes()}, "token 100 is beyond the vocabulary of 100"),
+        ({"tokens": array("I", [1] * 2000 + [VOCABULARY]).tobytes(), "hashes": bytes(500 * 16)}, "token 100 is beyond"),
         ({"sampling": node_pb2.Sampling(logit_bias={VOCABULARY: 1.0})}, "token 100"),
         ({"sampling": node_pb2.Sampling(stop_token_ids=[500])}, "token 500"),
+        ({"sampling": node_pb2.Sampling(allowed_token_ids=[1, 500])}, "token 500"),
+        ({"sampling": node_pb2.Sampling(forbidden_runs=[node_pb2.TokenRun(tokens=[1, 500])])}, "token 500"),
+        ({"sampling": node_pb2.Sampling(thoughts=node_pb2.ThoughtsLimit(begin=[1], instead=2))}, "thoughts that begin again"),
         ({"request": request_id(OTHER, 1)}, "is not gateway 1's"),
     ],
 )
