@@ -48,6 +48,7 @@ class ScriptedEngine:
         self.pool = None
         self.routing = None
         self.halves = None
+        self.drafts = None
         self.beats: BeatCounts | None = None
         self.counts: dict[RequestId, int] = {}
         self.sampling: dict[RequestId, Sampling] = {}
