@@ -182,6 +182,7 @@ class Request:
     scored: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ThoughtsLimit:
     """How many of an output's tokens may be thoughts, and which tokens tell where those begin and end."""
@@ -196,6 +197,7 @@ class ThoughtsLimit:
     instead: int | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """What a node computes tokens with, how it chooses them, what ends them, and what it reports of the choice."""
@@ -615,6 +617,7 @@ class StoreLoad:
     evicted_idle_s: float = 0.0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class StoredRun:
     """Consecutive blocks that a node now holds; `parent` precedes the first, None at the start of a prompt."""
