@@ -35,6 +35,7 @@ from orchestrator.core.types import (
 )
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class SetTimer(Generic[TimerKey]):
     """Fire `TimerFired(key)` at time `at`; setting a key again moves it."""
@@ -43,6 +44,7 @@ class SetTimer(Generic[TimerKey]):
     at: float
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ClearTimer(Generic[TimerKey]):
     """Forget a timer; clearing an unset one does nothing."""
@@ -351,6 +353,7 @@ class Scores:
     candidates: int = 0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Assign:
     """Give a node a part in a request. Ended by an `Ended` in a `NodeReported`, or by `NodeLost`."""
@@ -360,6 +363,7 @@ class Assign:
     why: Scores | None = field(default=None, compare=False)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Tell a node that a request is no longer wanted there. Nothing answers."""
@@ -377,6 +381,7 @@ class ReportSourceLost:
     source: NodeId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Expect:
     """Tell a node that may hold a context that something else is expected of it than before. Nothing answers."""

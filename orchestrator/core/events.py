@@ -44,6 +44,7 @@ from orchestrator.core.types import (
 )
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class TimerFired(Generic[TimerKey]):
     """The time asked for by `SetTimer` has come. A timer that was set again fires only at the later setting."""
@@ -72,6 +73,7 @@ class LeaseEnded:
 # --- what happens to a node -------------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Assigned:
     """A gateway gave this node a part in a request."""
@@ -79,6 +81,7 @@ class Assigned:
     assignment: Assignment
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """A gateway no longer wants a request. Unknown ids are ignored: the end may have crossed the cancel."""
@@ -245,6 +248,7 @@ class BlocksRetained:
     outlook: Outlook
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Expected:
     """A gateway expects something else of a context than when its last turn was assigned. Ignored where it is not held."""
@@ -439,6 +443,7 @@ StoreEvent = (
 # --- what happens to a cluster ----------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
     """A client's turn was parsed, tokenised and hashed."""

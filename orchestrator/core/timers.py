@@ -7,6 +7,7 @@ own machine's.
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
+from orchestrator.core.making import quickly_made
 from orchestrator.core.types import ExportId, GatewayId, LeaseId, ModelName, MoveId, NodeId, PrefetchId, RequestId, StoreId
 
 #: The timers of one machine.
@@ -29,6 +30,7 @@ class Timer:
 # --- of all of them -----------------------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class LeaseTimer(Timer):
     """A lease has had its time."""
@@ -42,6 +44,7 @@ class LeaseTimer(Timer):
 # --- a cluster's ------------------------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class RequestTimer(Timer):
     """A request has had its time: the whole of it, or that for finding a node."""
@@ -52,6 +55,7 @@ class RequestTimer(Timer):
         return f"request:{self.request}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class ResyncTimer(Timer):
     """A node's resync of its KV batches did not come."""
@@ -62,6 +66,7 @@ class ResyncTimer(Timer):
         return f"resync:{self.node}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class StoreResyncTimer(Timer):
     """A store's resync of its KV batches of a model did not come."""
@@ -81,6 +86,7 @@ class RefitTimer(Timer):
         return "refit:"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class ReturnTimer(Timer):
     """A session is about to come back; it has this number at its gateway."""
@@ -119,6 +125,7 @@ def cluster_timer(text: str) -> ClusterTimer:
 # --- a node's ---------------------------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class HoldTimer(Timer):
     """Nobody has fetched a prompt that was computed for a decode node."""
@@ -129,6 +136,7 @@ class HoldTimer(Timer):
         return f"hold:{self.request}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class FetchTimer(Timer):
     """The source of a request's blocks is silent."""
@@ -139,6 +147,7 @@ class FetchTimer(Timer):
         return f"fetch:{self.request}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class ExportTimer(Timer):
     """The request that a peer wants to read has not come."""
@@ -149,6 +158,7 @@ class ExportTimer(Timer):
         return f"export:{self.export}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class GatewayTimer(Timer):
     """It is time to see whether a gateway was heard."""
@@ -159,6 +169,7 @@ class GatewayTimer(Timer):
         return f"gateway:{self.gateway}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class PrefetchTimer(Timer):
     """A prefetch has had its time."""
@@ -195,6 +206,7 @@ def node_timer(text: str) -> NodeTimer:
 # --- a store's --------------------------------------------------------------------------------------------------------
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class MoveTimer(Timer):
     """A transfer to or from cmx takes too long."""
@@ -205,6 +217,7 @@ class MoveTimer(Timer):
         return f"move:{self.move}"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, repr=False)
 class DetachTimer(Timer):
     """Whatever a lost node was copying is long over."""

@@ -182,6 +182,7 @@ class Request:
     scored: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ThoughtsLimit:
     """How many of an output's tokens may be thoughts, and which tokens tell where those begin and end."""
@@ -636,6 +637,7 @@ class StoreLoad:
     evicted_idle_s: float = 0.0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class StoredRun:
     """Consecutive blocks that a node now holds; `parent` precedes the first, None at the start of a prompt."""

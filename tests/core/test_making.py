@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import FrozenInstanceError, dataclass, replace
+from dataclasses import dataclass, field, replace
 from inspect import signature
 
 import pytest
@@ -36,13 +36,20 @@ def test_it_is_made_like_any_other() -> None:
         Quick()  # type: ignore[call-arg]
 
 
-def test_it_is_frozen_and_of_its_class() -> None:
-    quick = Quick("a")
-    assert type(quick) is Quick
-    with pytest.raises(FrozenInstanceError):
-        quick.count = 4  # type: ignore[misc]
-    with pytest.raises(FrozenInstanceError):
-        del quick.count  # type: ignore[misc]
+def test_it_is_made_without_a_call_for_each_field() -> None:
+    assert Quick.__setattr__ is object.__setattr__
+    assert type(Quick("a")) is Quick
+    with pytest.raises(AttributeError):
+        Quick("a").other = 4  # type: ignore[attr-defined]
+
+
+def test_defaults_that_are_made_are_each_ones_own() -> None:
+    @quickly_made
+    @dataclass(frozen=True, slots=True)
+    class Counts:
+        by_name: dict[str, int] = field(default_factory=lambda: {})
+
+    assert Counts().by_name is not Counts().by_name
 
 
 def test_it_is_replaced_copied_and_pickled() -> None:
@@ -62,3 +69,10 @@ def test_what_it_cannot_make_is_refused() -> None:
 
     with pytest.raises(AssertionError, match="Late checks itself"):
         quickly_made(Late)
+
+    @dataclass(frozen=True, slots=True)
+    class Further(Plain):
+        more: int = 0
+
+    with pytest.raises(AssertionError, match="Further is of a class that guards itself"):
+        quickly_made(Further)

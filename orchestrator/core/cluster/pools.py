@@ -72,10 +72,7 @@ class ModelPools:
     @property
     def generates(self) -> bool:
         """True while at least one node takes requests of any class to generate for."""
-        for candidate in self._anybodys:  # noqa: SIM110 - a generator costs more than the first look, which mostly ends it
-            if not candidate.draining:
-                return True
-        return False
+        return False in [candidate.draining for candidate in self._anybodys]
 
     def join(self, spec: NodeSpec) -> Candidate:
         """Take a node in, of which nothing is known but what it is, and return its candidate."""

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from orchestrator.core.cluster.contexts import Context, Marks
 from orchestrator.core.cluster.expectations import Expectations, Line, Told
 from orchestrator.core.events import Answered, SessionEnded, ToolFinished, ToolStarted
+from orchestrator.core.making import quickly_made
 from orchestrator.core.outlook import Outlook
 from orchestrator.core.types import GatewayId, ModelName, NodeId, Request, SessionId, TenantId
 
@@ -62,6 +63,7 @@ class Session:
         return tuple([node for node in (self.generated_on, self.prefilled_on) if node is not None])
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Started:
     """A turn that runs: its context, and what is expected after it."""
