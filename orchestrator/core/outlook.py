@@ -18,15 +18,12 @@ from dataclasses import dataclass
 from math import inf, log
 from typing import NewType
 
-from orchestrator.core.making import quickly_made
-
 #: Names a context in the cluster: the number of the first request that had it.
 ContextId = NewType("ContextId", int)
 #: Points of a curve at most.
 KNOTS_MAX = 24
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """When one context will be wanted again."""

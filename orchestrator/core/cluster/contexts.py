@@ -9,7 +9,6 @@ turn 4   [ a b c d e f ]          goes on with what was left: a branch that came
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.core.making import quickly_made
 from orchestrator.core.outlook import ContextId
 from orchestrator.core.types import BlockHash, NodeId, RequestId
 
@@ -19,7 +18,6 @@ MARKS_MAX = 16
 CONTEXTS_MAX = 4
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Marks:
     """What is kept of a prompt: some of its blocks' hashes."""
@@ -82,7 +80,6 @@ class Context:
         self.paused_s, self.forgotten = None, True
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Course:
     """Where a new prompt goes."""

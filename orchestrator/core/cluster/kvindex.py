@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from itertools import repeat
 
 from orchestrator.core.cluster.following import Follower, Trust
-from orchestrator.core.making import quickly_made
 from orchestrator.core.types import BlockHash, KvBatch, NodeId, RequestId, StoredRun
 
 NOBODY = -1
@@ -38,7 +37,6 @@ SWEEP_FACTOR = 4
 SWEEP_BLOCKS_MIN = 256
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Matches:
     """How long a prefix of one chain each node holds."""
