@@ -98,6 +98,7 @@ class RunStep:
     steps_max: int = field(default=1, compare=False)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Fetch:
     """Copy a prompt's blocks from a peer into this node's `blocks`, which stand for prompt blocks `first_block` on.
@@ -118,6 +119,7 @@ class Fetch:
     incarnation: int | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class LoadBlocks:
     """Copy a prompt's blocks from the host's store into this node's `blocks`, which stand for prompt blocks `first_block` on.
@@ -140,6 +142,7 @@ class StopFetch:
     request: RequestId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Offer:
     """Let the host's store copy what it lacks of `blocks`, which are named `hashes` and follow on the block named `parent`.
@@ -160,6 +163,7 @@ class StopOffer:
     offer: OfferId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
     """Hand blocks to a peer. They complete the prompt up to `tokens`. Ended by `BlocksSent` or `ExportClosed`.
@@ -175,6 +179,7 @@ class SendBlocks:
     computed_tokens: int = 0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Forget:
     """The engine may drop what it keeps for a request (tokens, block table, sampling state)."""
@@ -182,6 +187,7 @@ class Forget:
     request: RequestId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ReportFirstToken:
     """Tell the request's gateway, in the frame that carries this step's tokens."""
@@ -189,6 +195,7 @@ class ReportFirstToken:
     report: FirstToken
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ReportEnded:
     """Tell the request's gateway that this node is done with it, after the last of its tokens."""
@@ -210,6 +217,7 @@ class DropGateway:
     gateway: GatewayId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class PublishKv:
     """Tell gateways what changed in the holdings: all of them, or one that asked for a resync."""
@@ -264,6 +272,7 @@ class Grant:
     orphan: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ServeSlots:
     """Let a node copy these slots, the next blocks of its read. Ended by `SlotsRead`, `ReadClosed` or `NodeDetached`.
@@ -312,6 +321,7 @@ class DeleteCmx:
     segments: tuple[BlockHash, ...]
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class PublishHoldings:
     """Tell gateways what changed in what is held of a model: all of them, or one that asked for a resync."""

@@ -97,6 +97,7 @@ class SourceLost:
     source: NodeId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class GatewayHeard:
     """A gateway gave a sign of life; it gives several in `lost_s` seconds, and has nobody who waits once it has given none."""
@@ -155,6 +156,7 @@ class StepFailed:
     reason: str
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class FetchProgressed:
     """Blocks came from a peer or the store; `tokens` of the prompt, counted from its start, are now present without a hole."""
@@ -163,6 +165,7 @@ class FetchProgressed:
     tokens: int
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class FetchEnded:
     """A fetch or a load is over and will write no more. `tokens` as in `FetchProgressed`.
@@ -178,6 +181,7 @@ class FetchEnded:
     cmx_tokens: int = 0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class OfferEnded:
     """An offer is over and nothing of it is read any more; `failure` says why the store has not got all of it, None if it has."""
@@ -186,6 +190,7 @@ class OfferEnded:
     failure: str | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ExportOpened:
     """A peer wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
@@ -204,6 +209,7 @@ class ExportOpened:
     incarnation: int | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class BlocksSent:
     """The peer has its copy of these blocks (the answer to one `SendBlocks`)."""
@@ -212,6 +218,7 @@ class BlocksSent:
     blocks: tuple[BlockId, ...]
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ExportClosed:
     """The peer is gone or satisfied; nothing of this export is read any more."""
@@ -320,6 +327,7 @@ class NodeDetached:
     node: NodeId
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Offered:
     """A node holds complete blocks that the store may want: `hashes`, which follow on `parent`, None at the start of a prompt."""
@@ -331,6 +339,7 @@ class Offered:
     hashes: tuple[BlockHash, ...] = field(repr=False)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class OfferWritten:
     """The first `blocks` granted ones were copied, and no more will be: the offer is over. 0 if the copy failed."""
@@ -339,6 +348,7 @@ class OfferWritten:
     blocks: int
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ReadOpened:
     """A node wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
@@ -356,6 +366,7 @@ class ReadOpened:
     background: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class SlotsRead:
     """The node has its copy of these slots, the ones served longest ago."""
@@ -364,6 +375,7 @@ class SlotsRead:
     slots: tuple[SlotId, ...]
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ReadClosed:
     """The node is satisfied or gave up; nothing of this read is copied any more. Unknown ids are ignored."""
@@ -379,6 +391,7 @@ class CmxFound:
     segments: tuple[BlockHash, ...] = field(repr=False)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class CmxRead:
     """A `ReadCmx` is over: the slots hold the segment, or `failure` says why not. Nothing is written to them any more."""
@@ -387,6 +400,7 @@ class CmxRead:
     failure: MoveFailure | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class CmxWritten:
     """A `WriteCmx` is over: the segment is in cmx, whole, or `failure` says why not. Its slots are not read any more."""
@@ -451,6 +465,7 @@ class RequestArrived:
     request: Request
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class RequestAbandoned:
     """The client went away, or a stop string was found: nobody wants more of this request."""
@@ -573,6 +588,7 @@ class StoreLost:
     reason: str
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class StoreReported:
     """What changed in a store's holdings of one model, and its state."""
@@ -611,6 +627,7 @@ class LeasesTold:
     store: StoreId | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A session's turn is over and was understood: what its model waits for now. Ignored of turns that are not known any more."""

@@ -440,6 +440,7 @@ class NodeSpec:
     draft_model: bool = False
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class TenantLoad:
     """A tenant's part in a node's load: requests that wait, and prompt tokens accepted and not yet computed."""
@@ -449,6 +450,7 @@ class TenantLoad:
     queued_tokens: int
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class SplitLoad:
     """What the two halves of split decode did for a node since its start."""
@@ -579,6 +581,7 @@ class StoreSpec:
     cmx_latency_s: float = 0.005
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class StoreCounts:
     """What a store has done for one model since it started. Blocks, unless it says otherwise."""
@@ -606,6 +609,7 @@ class StoreCounts:
     failures: tuple[tuple[str, int], ...] = ()
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class LeasedBytes:
     """What of a tenant's leases a store holds in one tier, bytes; blocks of several leases count for each."""
@@ -615,6 +619,7 @@ class LeasedBytes:
     bytes: int
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class StoreLoad:
     """A store's state for one model, now."""

@@ -240,10 +240,10 @@ class Candidate:
 
     def refresh(self, tenant: TenantId) -> None:
         """Make the derived fields up to date, as they are for a tenant's request."""
-        load, profile, scale = self.load, self.profile, self.load.cost_scale
+        spec, load, profile, scale = self.spec, self.load, self.profile, self.load.cost_scale
         fresh = self._fresh.values()
         # Who waits there has no room, and what was given since waits behind.
-        slots_free = max(0, self.spec.sequences_max - load.running) if not load.waiting else 0
+        slots_free = max(0, spec.sequences_max - load.running) if not load.waiting else 0
         self.seen_by = tenant
         before = self._part_before(tenant) if self.tells_tenants else 1.0
         self.sequences = load.running + round(before * (load.waiting + len(fresh)))
@@ -254,21 +254,22 @@ class Candidate:
             given_tokens += booking.queued_tokens
             given_s += booking.seconds
         self.context_tokens = context_tokens
-        self.free_blocks = (load.blocks_free if self.reported else self.spec.blocks) - given_tokens // self.spec.block_tokens
+        self.free_blocks = (load.blocks_free if self.reported else spec.blocks) - given_tokens // spec.block_tokens
         self.room_blocks = self.free_blocks + load.blocks_cached
         self.step_s = scale * decode_seconds(profile, self.sequences, self.context_tokens)
         one_more_s = scale * decode_seconds(profile, self.sequences + 1, self.context_tokens)
         self.joining_s = (self.sequences + 1) * (one_more_s - self.step_s)
         token_s = 0.0 if profile.beat_s else profile.context_token_s
         self.joining_token_s = (self.sequences + 1) * scale * token_s / profile.tokens_per_pass
-        self.slot_wait_s = self._slot_wait_s()
+        over = self.sequences + 1 - spec.sequences_max
+        self.slot_wait_s = over * self.step_s * STEPS_GUESSED / spec.sequences_max if over > 0 else 0.0
         queued_s = self._queued_token_s() * load.queued_tokens if load.queued_tokens else 0.0
         self.queue_s = scale * before * (queued_s + given_s)
         self.ready_s = self.queue_s + self.step_s / 2 + self.slot_wait_s
         decode_s = STEPS_GUESSED * (self.step_s - scale * self._base_s)
         self.work_s = self.queue_s + decode_s
         decoding = self.sequences if self.generates else 0
-        self.compute_factor = scale * (1.0 + WORK_WEIGHT[self.spec.kind] + DELAY_WEIGHT * decoding)
+        self.compute_factor = scale * (1.0 + WORK_WEIGHT[spec.kind] + DELAY_WEIGHT * decoding)
         self.stale = False
 
     def _part_before(self, tenant: TenantId) -> float:
@@ -294,10 +295,6 @@ class Candidate:
         uncomputed = self._uncomputed.values()
         tokens = sum([booking.queued_tokens for booking in uncomputed])
         return sum([booking.seconds for booking in uncomputed], 0.0) / tokens if tokens else self._token_s
-
-    def _slot_wait_s(self) -> float:
-        over = self.sequences + 1 - self.spec.sequences_max
-        return over * self.step_s * STEPS_GUESSED / self.spec.sequences_max if over > 0 else 0.0
 
     def validate(self) -> None:
         """Raise `AssertionError` unless what was given is accounted for once."""

@@ -511,14 +511,14 @@ class Cluster:
         placement = self._router.place(given, options) if options is not None else None
         if options is None or placement is None:
             return False
-        prefill = placement.prefill
+        prefill, computes = placement.prefill, placement.computes
         flight.generate = placement.generate.spec.id
         flight.prefill = prefill.spec.id if prefill is not None else None
-        flight.computes = placement.computes
+        flight.computes = computes
         flight.phase = Phase.PROMPT
         if not flight.delivered:
             flight.predicted_cached_tokens = placement.cached_tokens
-            flight.stayed = session is None or placement.computes.spec.id in sticky
+            flight.stayed = session is None or computes.spec.id in sticky
         again = flight.started is not None
         flight.started = started = self._sessions.started(request, flight.generate, flight.prefill, again, self._now)
         self._wake(flight, flight.deadline_at)

@@ -43,6 +43,7 @@ DECODE_WEIGHT = {
     ServiceClass.INTERACTIVE: 2.0,
     ServiceClass.CADENCE: 4.0,
 }
+_POLICY = RouterPolicy.PREDICTED_TIME.value
 #: Added to the score of an overloaded node: it is chosen only among others of its kind.
 PASSED_OVER_S = 1e9
 
@@ -58,6 +59,7 @@ class _Way:
     """What serving one prompt costs on any node of a cost group that holds a given part of it, by the profile."""
 
     __slots__ = (
+        "brings",
         "compute_s",
         "fetch_s",
         "handoff_s",
@@ -82,6 +84,8 @@ class _Way:
         #: fetching all, and computing what then remains. Infinite if no peer has more.
         self.fetch_s = self.rest_s = inf
         self.loaded_s = 0.0
+        #: Whether there is anything to load or to fetch.
+        self.brings = False
         #: The soonest of the three, other work not counted.
         self.seconds = compute_s
         #: Handing over what is not held from a prefill node that computes it meanwhile.
@@ -182,6 +186,7 @@ class _Prompt:
                 continue
             rest_s = prompt_seconds(candidate.profile, self.tokens - reach, reach, spec.step_tokens_max)
             if load_s + rest_s < way.load_s + way.load_rest_s:
+                way.brings = True
                 way.load_s, way.load_rest_s, way.stored_tokens = load_s, rest_s, end * spec.block_tokens
         way.seconds = min(way.seconds, way.load_s + way.load_rest_s)
 
@@ -189,6 +194,7 @@ class _Prompt:
         """Work out how long fetching takes, of all that is not held or of what the store does not bring."""
         spec, profile = candidate.spec, candidate.profile
         reach = min(self.reach_blocks * spec.block_tokens, self.tokens - 1)
+        way.brings = True
         way.fetch_s = fetch_seconds(profile, (self.reach_blocks - blocks) * spec.block_bytes)
         way.rest_s = prompt_seconds(profile, self.tokens - reach, reach, spec.step_tokens_max)
         behind = self.reach_blocks - way.stored_tokens // spec.block_tokens
@@ -238,7 +244,7 @@ class PredictedTimeRouter:
 
         This loop is what a decision costs: it touches every node, so it holds nothing that could be done before or after.
         """
-        present, way_of = options.present, prompt.way_on
+        present, way_of, prefill = options.present, prompt.way_on, prompt.prefill
         limit_s = self._limit_s(prompt, present, candidates)
         tied: list[Candidate] = []
         lowest = inf
@@ -246,11 +252,12 @@ class PredictedTimeRouter:
             blocks = present[candidate.column]
             way = way_of(candidate, blocks)
             factor = candidate.compute_factor
-            score = candidate.ready_s + min(
-                way.compute_s * factor, way.load_s + way.load_rest_s * factor, way.fetch_s + way.rest_s * factor
-            )
-            if prompt.prefill is not None:
-                score = self._apart_s(prompt, prompt.prefill, candidate, way, score) or score
+            score = way.compute_s * factor
+            if way.brings:
+                score = min(score, way.load_s + way.load_rest_s * factor, way.fetch_s + way.rest_s * factor)
+            score += candidate.ready_s
+            if prefill is not None:
+                score = self._apart_s(prompt, prefill, candidate, way, score) or score
             if steps:
                 step_s = candidate.step_s + candidate.joining_s + prompt.tokens * candidate.joining_token_s
                 score += step_s * steps
@@ -266,8 +273,8 @@ class PredictedTimeRouter:
         best = tied[0] if len(tied) == 1 else self._first_of(tied, options)
         way = way_of(best, present[best.column])
         choice = _Choice(best, way, lowest)
-        if prompt.prefill is not None:
-            choice.apart = self._apart_s(prompt, prompt.prefill, best, way, choice.here_s) is not None
+        if prefill is not None:
+            choice.apart = self._apart_s(prompt, prefill, best, way, choice.here_s) is not None
         return choice
 
     def _limit_s(self, prompt: _Prompt, present: Sequence[int], candidates: Sequence[Candidate]) -> float:
@@ -321,7 +328,7 @@ class PredictedTimeRouter:
         """Explain a choice; `after_s` is what comes after computing: the hand-over and the first step."""
         queue_s = choice.candidate.ready_s
         return Scores(
-            policy=RouterPolicy.PREDICTED_TIME.value,
+            policy=_POLICY,
             hit_tokens=hit_tokens,
             predicted_ttft_s=queue_s + choice.load_s + choice.fetch_s + choice.compute_s + after_s,
             queue_s=queue_s,

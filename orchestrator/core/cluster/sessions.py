@@ -6,7 +6,7 @@ were computed again. Bounded: the session that was quiet for longest is forgotte
 Where there are several gateways each session belongs to one, so that what is known of it is in one place (`owner_of`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
@@ -71,7 +71,10 @@ class Started:
     context: Context | None
     outlook: Outlook | None
     #: What other nodes have to hear.
-    told: list[Told]
+    told: Sequence[Told]
+
+
+_NOTHING_EXPECTED = Started(None, None, ())
 
 
 class Sessions:
@@ -103,7 +106,8 @@ class Sessions:
     def started(self, request: Request, generate: NodeId, prefill: NodeId | None, again: bool, now: float) -> Started:
         """Note where a turn runs, perhaps after it ran elsewhere; return what is expected after it."""
         if request.session is None:
-            return Started(None, self._expectations.outlook(None, request.id), [])
+            outlook = self._expectations.outlook(None, request.id)
+            return Started(None, outlook, ()) if outlook is not None else _NOTHING_EXPECTED
         key = request.model, request.tenant, request.session
         session = self._sessions.pop(key, None) or Session()
         self._sessions[key] = session

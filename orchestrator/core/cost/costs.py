@@ -70,7 +70,7 @@ def decode_seconds(profile: CostProfile, sequences: int, context_tokens: int, st
 
 def work_seconds(profile: CostProfile, sequences: int, context_tokens: int) -> float:
     """Return the seconds of work in one pass that only decodes, on whatever beat."""
-    rest_s = batch_seconds(profile, sequences * profile.pass_tokens)
+    rest_s = batch_seconds(profile, sequences * profile.pass_tokens) if profile.batch_tokens else 0.0
     attention_s = sequences * profile.sequence_s + context_tokens * profile.context_token_s
     return profile.step_s + _joined(profile.overlap, attention_s, rest_s)
 
