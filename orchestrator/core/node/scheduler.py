@@ -287,16 +287,16 @@ class Scheduler:
             return admitted
         while queue.count and self.running < self._running_max and (sequence := queue.first()) is not None:
             hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
-            fetches = sequence.brought_tokens(hit) > 0
-            if not fetches and self._step_aside(sequence, hit):
+            brought = sequence.brought_tokens(hit)
+            if not brought and self._step_aside(sequence, hit):
                 continue
-            full = not fetches and self._tokens_before(sequence) + len(self._decoding) >= self._step_tokens_max
+            full = not brought and self._tokens_before(sequence) + len(self._decoding) >= self._step_tokens_max
             if full:
                 break
             self.short_blocks = max(0, self._blocks_short(sequence, hit))
             if self.short_blocks:
                 break
-            self._place(sequence, hit, fetches)
+            self._place(sequence, hit, brought)
             admitted.append(sequence)
         if self._came:
             self._await_chains()
@@ -342,8 +342,8 @@ class Scheduler:
         # Of what it finds, those that nobody holds are available now and will not be then: it takes a count only if it matters.
         return short if short > 0 or short + hit <= 0 else short + self._pool.idle_of(sequence.hashes, hit)
 
-    def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
-        """Give a waiting sequence its blocks and let it begin."""
+    def _place(self, sequence: Sequence, hit: int, brought: int) -> None:
+        """Give a waiting sequence its blocks and let it begin: with a fetch up to token `brought`, if that is not 0."""
         self._leave(sequence)
         sequence.claim, sequence.table = self._pool.acquire(sequence.hashes, hit)
         sequence.table += self._pool.allocate(self._blocks_of(sequence) - hit)
@@ -352,13 +352,13 @@ class Scheduler:
         sequence.registered = hit
         sequence.present_before = sequence.computed = hit * self._block_tokens
         sequence.count_present(sequence.computed)
-        self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+        self._set_queued(sequence, sequence.target - max(sequence.computed, brought))
         sequence.began_at = self._accounts.level(sequence.tenant)
         generated = sequence.assignment.generated_tokens
         output = output_work(sequence.output_tokens_max - generated) if sequence.assignment.role is Role.GENERATE else 0
         self._accounts.charge(sequence.tenant, sequence.queued + output, sequence.assignment.share)
         sequence.loaded = not sequence.load_tokens(hit)
-        if fetches:
+        if brought:
             sequence.phase = Phase.FETCHING
             self._fetching[sequence.request] = sequence
             self._lead(sequence)
