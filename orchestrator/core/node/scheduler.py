@@ -210,11 +210,13 @@ class Scheduler:
         """Drop a sequence in any phase and give its blocks back. No step and no fetch may be writing to them."""
         assert not self.in_step(sequence), f"request {sequence.request} is in running step {self._steps}"
         self._leave(sequence)
-        self._compete_no_more(sequence)
+        if sequence.competes:
+            self._compete_no_more(sequence)
         if sequence.claim is not None and sequence.assignment.outlook is not None:
             self._pool.leave(sequence.claim, sequence.assignment.outlook)
         self._free(sequence)
-        self._set_queued(sequence, 0)
+        if sequence.queued:
+            self._set_queued(sequence, 0)
         sequence.phase = Phase.GONE
 
     def abandon(self, sequence: Sequence) -> None:
@@ -673,7 +675,8 @@ class Scheduler:
 
     def _lead(self, sequence: Sequence) -> None:
         """Announce the next block that a sequence will register, and release followers that have what they need."""
-        self._stop_leading(sequence)
+        if sequence.frontier is not None:
+            self._stop_leading(sequence)
         index = sequence.registered
         if self._caching and sequence.ending is None and index < min(len(sequence.hashes), sequence.target // self._block_tokens):
             sequence.frontier = sequence.hashes[index]
@@ -682,7 +685,8 @@ class Scheduler:
             self._release_followers(sequence, everyone=sequence.frontier is None)
 
     def _stop_leading(self, sequence: Sequence) -> None:
-        if sequence.frontier is not None and self._leaders.get(sequence.frontier) is sequence:
+        assert sequence.frontier is not None, f"request {sequence.request} leads nobody"
+        if self._leaders.get(sequence.frontier) is sequence:
             del self._leaders[sequence.frontier]
         sequence.frontier = None
 
@@ -738,7 +742,8 @@ class Scheduler:
                 self.context_tokens -= sequence.computed
             case Phase.HELD | Phase.GONE:
                 pass
-        self.abandon(sequence)
+        if sequence.frontier is not None:
+            self.abandon(sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self.waiting -= 1
@@ -752,10 +757,10 @@ class Scheduler:
             self._queue.remove(sequence.tenant, sequence.rank)
 
     def _compete_no_more(self, sequence: Sequence) -> None:
-        """Let a sequence take part in the turns of tenants no longer."""
-        if sequence.competes:
-            self._accounts.leave(sequence.tenant)
-            sequence.competes = False
+        """Let a sequence that takes part in the turns of tenants do so no longer."""
+        assert sequence.competes, f"request {sequence.request} is {sequence.phase.value} and competes for nothing"
+        self._accounts.leave(sequence.tenant)
+        sequence.competes = False
 
     def _free(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; its engine will be told a new table."""
@@ -785,7 +790,7 @@ class Scheduler:
 
     def _blocks_of(self, sequence: Sequence) -> int:
         """Return the blocks that a sequence gets at its admission (rule 1)."""
-        return self._blocks_for(sequence.target)
+        return -(-sequence.target // self._block_tokens)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
