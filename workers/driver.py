@@ -305,32 +305,32 @@ class NodeDriver:
         for part, output in zip(command.slices, outputs, strict=True):
             request = part.request
             sequence = sequences.get(request)
-            tokens = output.tokens
-            drafted, drafting_s = output.drafted, output.drafting_s
-            if len(tokens) != part.sample or drafted:
+            tokens, drafted, drafting_s = output.tokens, output.drafted, output.drafting_s
+            count = len(tokens)
+            if count != part.sample or drafted:
                 failure = output.failure or broken_promise(self._engine, part, output)
                 if failure is not None:
                     results.append(SliceResult(request, 0, (), False, failure))
                     continue
             if sequence is None:
-                results.append(SliceResult(request, len(tokens), (), output.stopped, output.failure, drafted, drafting_s))
+                results.append(SliceResult(request, count, (), output.stopped, output.failure, drafted, drafting_s))
                 continue
             if output.scores is not None:
                 self._tell_scores(sequence.outbox, request, output.scores)
             if tokens:
                 outbox = sequence.outbox
                 outbox.requests.append(request)
-                outbox.counts.append(len(tokens))
+                outbox.counts.append(count)
                 outbox.tokens.extend(tokens)
                 if output.logprobs:
                     outbox.add_logprobs(request, output.logprobs)
                 tail = sequence.tail
                 tail.extend(tokens)
-                if len(tokens) == 1 and len(tail) <= block_tokens and not output.stopped and not drafted and drafting_s is None:
+                if count == 1 and len(tail) <= block_tokens and not output.stopped and not drafted and drafting_s is None:
                     results.append(sequence.one_token)
                     continue
             completed = self._completed(sequence)
-            results.append(SliceResult(request, len(tokens), completed, output.stopped, output.failure, drafted, drafting_s))
+            results.append(SliceResult(request, count, completed, output.stopped, output.failure, drafted, drafting_s))
         self.handle(StepFinished(command.step, tuple(results), seconds))
 
     def _tell_scores(self, outbox: Outbox, request: RequestId, scores: PromptScores) -> None:

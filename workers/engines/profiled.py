@@ -47,8 +47,9 @@ class _Turn:
         self.digest = zlib.crc32(prompt)
         self.ending = ending
         self.logprobs = logprobs
-        #: Tokens of the prompt whose log probabilities need not be told any more, and how many likely ones go with each.
-        self.scored = len(prompt) // 4 if tops is None else 1
+        #: Tokens of the prompt whose log probabilities need not be told any more; None once there is nothing to tell of any.
+        self.scored = None if tops is None else 1
+        #: How many likely ones go with each.
         self.tops = tops or 0
         self.table: list[BlockId] = []
         #: CRC of the prompt's first `covered` tokens.
@@ -154,7 +155,7 @@ class ProfiledEngine:
             end = piece.start + piece.count
             if piece.count > 1 or end % size == 0:
                 self._fill(turn, piece.start, end)
-            if turn.scored * 4 < len(turn.prompt) and (scores := self._scores(turn, piece.start, end)) is not None:
+            if turn.scored is not None and (scores := self._scores(turn, turn.scored, piece.start, end)) is not None:
                 output = self._special_output(turn, allowed[_hash(turn.digest, end) % choices]) if piece.sample else _NOTHING
                 results.append(replace(output, scores=scores))
                 continue
@@ -235,12 +236,13 @@ class ProfiledEngine:
             logprobs = (TokenLogprobs(0.0, self._ranked(token, turn.logprobs)),)
         return SliceOutput((token,), logprobs, token in turn.ending)
 
-    def _scores(self, turn: _Turn, start: int, end: int) -> PromptScores | None:
+    def _scores(self, turn: _Turn, scored: int, start: int, end: int) -> PromptScores | None:
         """Return the log probabilities of the prompt's tokens that follow the tokens [start, end): it is certain of them."""
-        first, last = max(start + 1, turn.scored), min(end + 1, len(turn.prompt) // 4)
+        tokens = len(turn.prompt) // 4
+        first, last = max(start + 1, scored), min(end + 1, tokens)
         if first >= last:
             return None
-        turn.scored = last
+        turn.scored = last if last < tokens else None
         ranked = [self._ranked(token, turn.tops) for token in memoryview(turn.prompt).cast("I")[first:last]]
         return PromptScores(
             first,

@@ -69,7 +69,7 @@ class CadenceScheduler(Scheduler):
             self.short_blocks = max(0, self._blocks_short(sequence, hit))
             if self.short_blocks:
                 break
-            self._place(sequence, hit, sequence.brought_tokens(hit) > 0)
+            self._place(sequence, hit, sequence.brought_tokens(hit))
             admitted.append(sequence)
         if self._came:
             self._await_chains()

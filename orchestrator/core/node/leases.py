@@ -63,7 +63,7 @@ class Leases:
     @property
     def unclaimed_blocks(self) -> int:
         """Blocks that were here and were not claimed, by lease."""
-        return sum(held.unclaimed for held in self._leases.values())
+        return sum([held.unclaimed for held in self._leases.values()])
 
     def told(self, now: float) -> tuple[Lease, ...]:
         """Return all leases as gateways are told of them: with the seconds that each has left."""

@@ -210,11 +210,13 @@ class Scheduler:
         """Drop a sequence in any phase and give its blocks back. No step and no fetch may be writing to them."""
         assert not self.in_step(sequence), f"request {sequence.request} is in running step {self._steps}"
         self._leave(sequence)
-        self._compete_no_more(sequence)
+        if sequence.competes:
+            self._compete_no_more(sequence)
         if sequence.claim is not None and sequence.assignment.outlook is not None:
             self._pool.leave(sequence.claim, sequence.assignment.outlook)
         self._free(sequence)
-        self._set_queued(sequence, 0)
+        if sequence.queued:
+            self._set_queued(sequence, 0)
         sequence.phase = Phase.GONE
 
     def abandon(self, sequence: Sequence) -> None:
@@ -287,16 +289,16 @@ class Scheduler:
             return admitted
         while queue.count and self.running < self._running_max and (sequence := queue.first()) is not None:
             hit = self._pool.match(sequence.hashes, sequence.hit_blocks_max)
-            fetches = sequence.brought_tokens(hit) > 0
-            if not fetches and self._step_aside(sequence, hit):
+            brought = sequence.brought_tokens(hit)
+            if not brought and self._step_aside(sequence, hit):
                 continue
-            full = not fetches and self._tokens_before(sequence) + len(self._decoding) >= self._step_tokens_max
+            full = not brought and self._tokens_before(sequence) + len(self._decoding) >= self._step_tokens_max
             if full:
                 break
             self.short_blocks = max(0, self._blocks_short(sequence, hit))
             if self.short_blocks:
                 break
-            self._place(sequence, hit, fetches)
+            self._place(sequence, hit, brought)
             admitted.append(sequence)
         if self._came:
             self._await_chains()
@@ -342,8 +344,8 @@ class Scheduler:
         # Of what it finds, those that nobody holds are available now and will not be then: it takes a count only if it matters.
         return short if short > 0 or short + hit <= 0 else short + self._pool.idle_of(sequence.hashes, hit)
 
-    def _place(self, sequence: Sequence, hit: int, fetches: bool) -> None:
-        """Give a waiting sequence its blocks and let it begin."""
+    def _place(self, sequence: Sequence, hit: int, brought: int) -> None:
+        """Give a waiting sequence its blocks and let it begin: with a fetch up to token `brought`, if that is not 0."""
         self._leave(sequence)
         sequence.claim, sequence.table = self._pool.acquire(sequence.hashes, hit)
         sequence.table += self._pool.allocate(self._blocks_of(sequence) - hit)
@@ -352,13 +354,13 @@ class Scheduler:
         sequence.registered = hit
         sequence.present_before = sequence.computed = hit * self._block_tokens
         sequence.count_present(sequence.computed)
-        self._set_queued(sequence, self._tokens_to_compute(sequence, hit))
+        self._set_queued(sequence, sequence.target - max(sequence.computed, brought))
         sequence.began_at = self._accounts.level(sequence.tenant)
         generated = sequence.assignment.generated_tokens
         output = output_work(sequence.output_tokens_max - generated) if sequence.assignment.role is Role.GENERATE else 0
         self._accounts.charge(sequence.tenant, sequence.queued + output, sequence.assignment.share)
         sequence.loaded = not sequence.load_tokens(hit)
-        if fetches:
+        if brought:
             sequence.phase = Phase.FETCHING
             self._fetching[sequence.request] = sequence
             self._lead(sequence)
@@ -673,7 +675,8 @@ class Scheduler:
 
     def _lead(self, sequence: Sequence) -> None:
         """Announce the next block that a sequence will register, and release followers that have what they need."""
-        self._stop_leading(sequence)
+        if sequence.frontier is not None:
+            self._stop_leading(sequence)
         index = sequence.registered
         if self._caching and sequence.ending is None and index < min(len(sequence.hashes), sequence.target // self._block_tokens):
             sequence.frontier = sequence.hashes[index]
@@ -682,7 +685,8 @@ class Scheduler:
             self._release_followers(sequence, everyone=sequence.frontier is None)
 
     def _stop_leading(self, sequence: Sequence) -> None:
-        if sequence.frontier is not None and self._leaders.get(sequence.frontier) is sequence:
+        assert sequence.frontier is not None, f"request {sequence.request} leads nobody"
+        if self._leaders.get(sequence.frontier) is sequence:
             del self._leaders[sequence.frontier]
         sequence.frontier = None
 
@@ -738,7 +742,8 @@ class Scheduler:
                 self.context_tokens -= sequence.computed
             case Phase.HELD | Phase.GONE:
                 pass
-        self.abandon(sequence)
+        if sequence.frontier is not None:
+            self.abandon(sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self.waiting -= 1
@@ -752,10 +757,10 @@ class Scheduler:
             self._queue.remove(sequence.tenant, sequence.rank)
 
     def _compete_no_more(self, sequence: Sequence) -> None:
-        """Let a sequence take part in the turns of tenants no longer."""
-        if sequence.competes:
-            self._accounts.leave(sequence.tenant)
-            sequence.competes = False
+        """Let a sequence that takes part in the turns of tenants do so no longer."""
+        assert sequence.competes, f"request {sequence.request} is {sequence.phase.value} and competes for nothing"
+        self._accounts.leave(sequence.tenant)
+        sequence.competes = False
 
     def _free(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back; its engine will be told a new table."""
@@ -785,7 +790,7 @@ class Scheduler:
 
     def _blocks_of(self, sequence: Sequence) -> int:
         """Return the blocks that a sequence gets at its admission (rule 1)."""
-        return self._blocks_for(sequence.target)
+        return -(-sequence.target // self._block_tokens)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
