@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bench.quoting import cut_checkpoint
-from orchestrator.core.config import EngineConfig, SpeculationMethod
+from orchestrator.core.config import EngineConfig
 from orchestrator.core.types import Sampling, ServiceClass, ThoughtsLimit
 from orchestrator.live.asked import Constraint, ConstraintKind
 from orchestrator.live.text.checks import keepable
@@ -24,7 +24,7 @@ from orchestrator.live.text.grammars import Thoughts, answer_part, whole
 from orchestrator.live.turns import Delta
 from tests.decided import Decided, first_decided
 from tests.live.serving import Cluster, finish, run, turn
-from tests.live.ways import READ_S, WAY_S, WAYS, Way, draft_always, serving
+from tests.live.ways import READ_S, WAY_S, WAYS, Drafts, Way, draft_always, serving
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.eager import EagerEngine
 
@@ -141,7 +141,7 @@ def test_answers_are_kept_to_what_they_must_be(
             preempted = sum(load.preemptions for load in served.observed.loads.values())
             crowded = way.together > 1 and way.service_class is not ServiceClass.CADENCE
             assert (preempted > 0) == crowded, f"{preempted} preemptions"
-            if way.drafts is not SpeculationMethod.OFF:
+            if way.drafts is not Drafts.NONE:
                 loads = [served.observed.loads[way.pool.node_id(number)] for number in range(way.pool.nodes)]
                 drafted, accepted = sum(load.drafted_tokens for load in loads), sum(load.accepted_tokens for load in loads)
                 assert drafted > accepted > 0, f"{drafted} tokens were drafted, {accepted} were right"

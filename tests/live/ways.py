@@ -140,13 +140,15 @@ async def serving(way: Way, path: Path, draft_model: Path) -> AsyncIterator[tupl
     """Serve a model in a way; yield the cluster and its FFN ranks."""
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of(path, way.ffn, way.spare)) if way.ffn else []
-        drafts = stack.enter_context(drafting(path, draft_model, DRAFTED, DRAFT_CONTEXT)) if way.drafts is Drafts.POOL else None
+        drafts: str | None = None
+        if way.drafts is Drafts.POOL:
+            drafts = stack.enter_context(drafting(path, draft_model, DRAFTED, DRAFT_CONTEXT)).address
         addresses = tuple(rank.address for rank in ranks)
         cut, nodes = way.pool.split.microbatches if way.pool.split is not None else 0, way.pool.nodes
         places = SplitPlaces(addresses, way.spare, cut, silent_s=READ_S, attention=nodes) if ranks else None
         async with cluster(way.config_with(draft_model), path, places=places) as served:
-            for server in served.servers.values() if drafts is not None else ():
-                server.use_drafts(drafts.address)
+            for server in served.servers.values():
+                server.use_drafts(drafts)
             yield served, ranks
 
 
