@@ -1,4 +1,4 @@
-"""Thoughts that are as long as they may be end, whichever way their tokens come: one by one, drafted, or generated elsewhere."""
+"""Thoughts that are as long as they may be end, whichever way their tokens come: one by one, drafted, generated elsewhere."""
 
 import json
 from array import array
@@ -9,15 +9,17 @@ import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
+from orchestrator.core.config import SpeculationConfig, SpeculationMethod
 from orchestrator.core.types import Sampling, ThoughtsLimit
 from orchestrator.live.asked import Constraint, ConstraintKind
 from orchestrator.live.text.checks import keepable
 from orchestrator.live.text.grammars import Thoughts, answer_part, whole
-from tests.workers.test_grammars import END, REPEATING, engine, model_dir, run, tokenizer
+from tests.workers.split.test_split_identity import attention_of, ranks_of
+from tests.workers.test_grammars import END, REPEATING, drafting, engine, model_dir, run, tokenizer
 from workers.engines.eager import EagerEngine
 from workers.engines.thoughts import ThoughtsCount
 
-__all__ = ["engine", "model_dir", "tokenizer"]
+__all__ = ["drafting", "engine", "model_dir", "tokenizer"]
 
 #: Special tokens of the random model that stand for tags here; it writes neither by itself in these tests.
 BEGIN, CLOSE = END - 2, END - 1
@@ -35,7 +37,7 @@ def free(**more: Any) -> Sampling:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("most", [0, 1, 17])
-def test_the_end_comes_once_there_are_enough(engine: EagerEngine, most: int, temperature: float) -> None:
+def test_the_end_comes_once_there_are_enough(engine: EagerEngine, drafting: EagerEngine, most: int, temperature: float) -> None:
     asked = thinking(most, temperature=temperature, seed=3)
     [output] = run(engine, [asked], MOST)
     [as_ever] = run(engine, [free(temperature=temperature, seed=3)], MOST)
@@ -43,6 +45,8 @@ def test_the_end_comes_once_there_are_enough(engine: EagerEngine, most: int, tem
     assert output[most] == CLOSE
     assert CLOSE not in output[most + 1 :]
     assert run(engine, [asked], MOST, drafts=6) == [output]
+    # The draft model knows of no end of thoughts.
+    assert [drafted[:MOST] for drafted in run(drafting, [asked], MOST, modelled=6)] == [output]
     for generated in (most, most + 1):
         assert run(engine, [asked], MOST, [output[:generated]]) == [output]
 
@@ -67,17 +71,40 @@ def test_what_has_no_thoughts_or_has_ended_them_goes_on(engine: EagerEngine, bef
     assert CLOSE not in output[len(before) :]
 
 
-def test_a_form_is_kept_to_after_thoughts_that_had_to_end(engine: EagerEngine, tokenizer: Tokenizer) -> None:
+def thinking_before_a_form(tokenizer: Tokenizer, most: int, **more: Any) -> Sampling:
     marks = {tokenizer.id_to_token(token): token for token in (BEGIN, CLOSE)}
     part = answer_part(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(REPEATING), "response_format"))
     grammar = keepable(whole("@answer", (), (part,), part.field, Thoughts(tuple(marks), opened=True), marks))
     assert isinstance(grammar, str)
-    asked = thinking(12, grammar=grammar)
+    return thinking(most, grammar=grammar, **more)
+
+
+def test_a_form_is_kept_to_after_thoughts_that_had_to_end(
+    engine: EagerEngine, drafting: EagerEngine, tokenizer: Tokenizer
+) -> None:
+    asked = thinking_before_a_form(tokenizer, 12)
     [output] = run(engine, [asked], 200)
     assert output.index(CLOSE) == 12
     jsonschema.validate(json.loads(tokenizer.decode(output[13:])), REPEATING)
     assert run(engine, [asked], 200, drafts=5) == [output]
+    assert run(drafting, [asked], 200, modelled=5) == [output]
     assert run(engine, [asked], 200, [output[:10]]) == [output]
+
+
+@pytest.mark.slow
+def test_a_split_group_with_a_draft_model_ends_them_and_keeps_to_a_form(
+    model_dir: Path, engine: EagerEngine, tokenizer: Tokenizer
+) -> None:
+    draws = {"temperature": 1.0, "seed": 4}
+    asked = [thinking_before_a_form(tokenizer, 12), thinking_before_a_form(tokenizer, 7, **draws), thinking(9, **draws), free()]
+    expected = run(engine, asked, 60)
+    speculation = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_model=str(model_dir))
+    with ranks_of(model_dir, 2) as ranks:
+        split = attention_of(model_dir, ranks, microbatches=2, speculation=speculation)
+        assert run(split, asked, 60) == expected
+        for ways in ({"drafts": 4}, {"modelled": 4}, {"drafts": 2, "modelled": 4}):
+            assert [output[:60] for output in run(split, asked, 60, **ways)] == expected
+        split.close()
 
 
 #: What begins thoughts in channels: a mark, the channel's name, another mark; and the name of the channel of answers.

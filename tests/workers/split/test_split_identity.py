@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.core.config import AdapterConfig, ModelConfig
+from orchestrator.core.config import AdapterConfig, ModelConfig, SpeculationConfig
 from orchestrator.core.types import AdapterName, Sampling
 from orchestrator.profiles.fields import CheckpointError
 from orchestrator.wire.trust import Trust
@@ -40,10 +40,15 @@ def ranks_of(path: Path, count: int, spare_slots: int = 0, trust: Trust | None =
 
 
 def attention_of(
-    path: Path, ranks: list[FfnRank], spare_slots: int = 0, microbatches: int = 0, model: ModelConfig | None = None
+    path: Path,
+    ranks: list[FfnRank],
+    spare_slots: int = 0,
+    microbatches: int = 0,
+    model: ModelConfig | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> EagerEngine:
     places = SplitPlaces(tuple(rank.address for rank in ranks), spare_slots, microbatches)
-    return engine_of(path, split=places, model=model)
+    return engine_of(path, split=places, model=model, speculation=speculation)
 
 
 @pytest.fixture(autouse=True)
