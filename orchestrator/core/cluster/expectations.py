@@ -62,10 +62,12 @@ class Line:
 class _Class:
     """Pauses of one class, and what is predicted of them."""
 
-    __slots__ = ("_chances", "_predicted", "_uses", "hazards")
+    __slots__ = ("_chances", "_predicted", "_uses", "hazards", "return_chance")
 
     def __init__(self) -> None:
         self.hazards = Hazards()
+        #: How likely one comes back at all, as of the last prediction.
+        self.return_chance = 1.0
         self._predicted: list[float] = []
         #: What follows from them, once somebody asked.
         self._chances: tuple[float, ...] = ()
@@ -75,6 +77,7 @@ class _Class:
         """Return the hazard of each range; where little is known, that of a wider class."""
         if self._uses % REFRESH == 0:
             self._predicted, self._chances = self.hazards.over(wider, weight), ()
+            self.return_chance = self.hazards.return_chance(wider, weight)
         self._uses += 1
         return self._predicted
 
@@ -149,7 +152,9 @@ class Expectations:
                 return None
             return self._all.outlook(ContextId(request), _BASE, WEIGHT_UNHINTED)
         outlook = self._outlook(context)
-        return outlook if context.turns > 1 or outlook.chances[-1] >= LIKELY else Outlook(context.id, EDGES_S, _UNKNOWN)
+        if context.turns > 1 or self._class(context.kind).return_chance >= LIKELY:
+            return outlook
+        return Outlook(context.id, EDGES_S, _UNKNOWN)
 
     def answered(self, line: Line, request: RequestId, tool: str, now: float) -> list[Told]:
         """Note what the model waits for after a turn; return what its nodes have to hear. Nothing if more is known by now."""

@@ -55,18 +55,24 @@ class Hazards:
             self.reached[earlier] = max(0.0, self.reached[earlier] - 1.0)
 
     def over(self, wider: Sequence[float], weight: float) -> list[float]:
-        """Return the hazard of each range, by this table as far as it knows and else by those of a wider one.
+        """Return the hazard of each range, by this table as far as it knows and else by those of a wider one."""
+        return [
+            (returned + weight * hazard) / (max(reached, returned) + weight)
+            for reached, returned, hazard in zip(self.reached, self.returned, wider, strict=True)
+        ]
 
-        What is known of younger ages counts at older ones too, which fewer have reached: those are as many times as likely to
-        come back as the wider table says. Else the old ones would be expected most of what never comes back.
+    def return_chance(self, wider: Sequence[float], weight: float) -> float:
+        """Return how likely one comes back at all, taking what is known of younger ages to tell of older ones.
+
+        Few have reached those: by `over` they would be expected most of what never comes back. As many times as the wider table
+        says as the next younger ones are, they hardly are then.
         """
-        hazards: list[float] = []
-        times = 1.0
+        absent, times = 1.0, 1.0
         for reached, returned, hazard in zip(self.reached, self.returned, wider, strict=True):
-            expected = min(times * hazard, 1.0)
-            hazards.append((returned + weight * expected) / (max(reached, returned) + weight))
-            times = hazards[-1] / hazard
-        return hazards
+            expected = (returned + weight * min(times * hazard, 1.0)) / (max(reached, returned) + weight)
+            absent *= 1.0 - expected
+            times = expected / hazard
+        return 1.0 - absent
 
 
 def range_of(age_s: float) -> int | None:

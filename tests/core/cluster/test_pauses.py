@@ -51,16 +51,18 @@ def test_little_is_believed_of_few() -> None:
     assert Hazards().over(PRIOR, 8.0) == pytest.approx(PRIOR)
 
 
-def test_what_never_came_back_young_is_expected_no_more_once_it_is_old() -> None:
+def test_what_never_came_back_young_is_not_taken_to_come_back_old() -> None:
     hazards = Hazards()
     for _ in range(1000):
         hazards.reach(0)
         hazards.reach(1)
-    flat = hazards.over([0.3] * len(EDGES_S), 8.0)
-    assert flat == sorted(flat, reverse=True)
-    assert flat[-1] < 0.01
-    steep = hazards.over([0.1 + place / 100 for place in range(len(EDGES_S))], 8.0)
-    assert max(steep) < 0.1
+    assert hazards.over(PRIOR, 8.0)[-1] == HAZARD  # nothing is known of that age itself
+    for wider in (PRIOR, [0.1 + place / 100 for place in range(len(EDGES_S))]):
+        assert Hazards().return_chance(wider, 8.0) > 0.9
+        assert hazards.return_chance(wider, 8.0) < 0.1
+    for _ in range(900):
+        hazards.come_back(1)
+    assert hazards.return_chance(PRIOR, 8.0) > 0.9
 
 
 def test_what_was_long_ago_counts_less_and_counts_stay_small() -> None:
