@@ -1,6 +1,6 @@
 """Speculation on against off, in one run: tokens a pass, and how much sooner or later they come, by text, batch and model.
 
-    python -m bench.speculate [--json FILE] [--rounds N] [--tokens N] [--batch N ...] [--model NAME ...]
+    python -m bench.speculate [--json FILE] [--rounds N] [--tokens N] [--batch N ...] [--model NAME ...] [--pool]
 
 A node's core and the eager engine, step by step, as a node's driver runs them, but without gateways. The model quotes
 (`quoting.py`): a Llama of the given size with two layers written by hand, which computes what any of that size computes. Texts:
@@ -16,6 +16,8 @@ and with a draft model, a following one of one layer, beside a following one of 
     follows, changed  sampled: the same, and every twentieth token or so is another one
     follows another   greedy: the draft model follows another order, and is never right
 
+With `--pool` these three again, with the draft model in a process of its own, as a pool of kind lpx has it, on one thread.
+
 Runs with and without speculation alternate; a ratio is the median of the rounds', of tokens a second (the best round's are told)
 and of tokens a second of processor time, which is what counts on a busy machine. Seeds are fixed, so that both must bring the
 same tokens: those that differ are counted. Steps with prompts in them are left out; a draft model reads in those that follow. One
@@ -30,7 +32,8 @@ import tempfile
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -40,7 +43,14 @@ from rich.table import Table
 
 from bench.quoting import create_following_checkpoint, create_quoting_checkpoint, cut_checkpoint
 from orchestrator.core.commands import RunStep
-from orchestrator.core.config import EngineConfig, SchedulerConfig, SpeculationConfig, SpeculationMethod
+from orchestrator.core.config import (
+    DrafterConfig,
+    EngineConfig,
+    PoolConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+    SpeculationMethod,
+)
 from orchestrator.core.events import Assigned, NodeEvent, SliceResult, StepFinished
 from orchestrator.core.node.node import Node
 from orchestrator.core.types import (
@@ -56,12 +66,18 @@ from orchestrator.core.types import (
     Role,
     Sampling,
 )
+from orchestrator.wire.trust import Trust
+from workers.drafting import DraftProcessServer
+from workers.engines.base import NetworkPlace
 from workers.engines.eager import EagerEngine
 
 BLOCK_TOKENS = 64
 VOCABULARY = 2048
 QUOTED_TOKENS = 1500
 DRAFT_TOKENS_MAX = 8
+TRUST = Trust(b"bench")
+#: Seconds in which a process that drafts must take a connection.
+REACH_S = 10.0
 #: Layers, hidden size, intermediate size.
 MODELS = {"3M float32": (4, 256, 512), "40M float32": (6, 768, 2048), "0.2B float32": (12, 1280, 3456)}
 FEW = (11, 222, 333, 444, 555, 666, 777, 888)
@@ -240,7 +256,7 @@ def measure(
     )  # fmt: skip
 
 
-def rows_of(model: str, directory: Path, batches: Sequence[int], count: int, rounds: int) -> list[Row]:
+def rows_of(model: str, directory: Path, batches: Sequence[int], count: int, rounds: int, pool: bool) -> list[Row]:
     """Measure all texts with checkpoints of a size, written below a directory."""
     layers, hidden, intermediate = MODELS[model]
     size = {"layers": layers, "hidden": hidden, "intermediate": intermediate, "vocabulary": VOCABULARY}
@@ -256,18 +272,45 @@ def rows_of(model: str, directory: Path, batches: Sequence[int], count: int, rou
     for text, (wish, order) in FOLLOWING.items():
         loop = loop_of(directory / "following", batches, count, directory / f"draft-{order}")
         rows += [measure(model, loop, batch, text, wish, count, rounds, draft_model=True) for batch in batches]
+        if pool:
+            with pooled(directory / "following", batches, count, directory / f"draft-{order}") as loop:
+                rows += [
+                    measure(model, loop, batch, f"{text} (pool)", wish, count, rounds, draft_model=True) for batch in batches
+                ]
     return rows
 
 
 def loop_of(path: Path, batches: Sequence[int], count: int, draft_model: Path | None = None) -> Loop:
     """Return an engine that has room for the largest batch, with a draft model or without."""
-    most = max(batches)
-    blocks = most * (-(-(QUOTED_TOKENS + 64 + count) // BLOCK_TOKENS) + 2)
     drafts = SpeculationConfig()
     if draft_model is not None:
         drafts = SpeculationConfig(SpeculationMethod.DRAFT_MODEL, DRAFT_TOKENS_MAX, draft_model=str(draft_model))
+    return Loop(engine_of(path, batches, count, drafts), max(batches))
+
+
+@contextmanager
+def pooled(path: Path, batches: Sequence[int], count: int, draft_model: Path) -> Iterator[Loop]:
+    """The same with the draft model in a process of its own."""
+    engine = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, threads=1)
+    drafter = DrafterConfig(str(draft_model), sequences_max=max(batches))
+    pool = PoolConfig("drafts", PoolKind.LPX, engine=engine, drafter=drafter)
+    server = DraftProcessServer(pool, path, NetworkPlace("127.0.0.1", TRUST), lambda _: None)
+    asking = engine_of(path, batches, count, SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_pool="drafts"))
+    try:
+        assert asking.drafts is not None, "nobody is asked for drafts"
+        asking.drafts.use(server.address)
+        assert asking.drafts.reaches(REACH_S), f"{server.address} takes no connection"
+        yield Loop(asking, max(batches))
+    finally:
+        asking.close()
+        server.close()
+
+
+def engine_of(path: Path, batches: Sequence[int], count: int, drafts: SpeculationConfig) -> EagerEngine:
+    most = max(batches)
+    blocks = most * (-(-(QUOTED_TOKENS + 64 + count) // BLOCK_TOKENS) + 2)
     config = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, blocks=blocks, speculation=drafts)
-    return Loop(EagerEngine(path, config, most, 4096), most)
+    return EagerEngine(path, config, most, 4096, trust=TRUST)
 
 
 def table_of(rows: Sequence[Row]) -> Table:
@@ -299,11 +342,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192, help="of output for each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=list(MODELS)[:2])
+    parser.add_argument("--pool", action="store_true", help="also with the draft model in a process of its own")
     given = parser.parse_args()
     rows: list[Row] = []
     for model in given.model:
         with tempfile.TemporaryDirectory() as directory:
-            rows += rows_of(model, Path(directory), given.batch, given.tokens, given.rounds)
+            rows += rows_of(model, Path(directory), given.batch, given.tokens, given.rounds, given.pool)
     Console(width=150).print(table_of(rows))
     if given.json is not None:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

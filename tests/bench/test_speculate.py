@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.quoting import create_following_checkpoint, create_quoting_checkpoint, cut_checkpoint
-from bench.speculate import BLOCK_TOKENS, Loop
+from bench.speculate import BLOCK_TOKENS, Loop, pooled
 from orchestrator.core.config import EngineConfig, SpeculationConfig, SpeculationMethod
 from orchestrator.core.types import Sampling
 from tests.oracle import oracle
@@ -71,4 +71,15 @@ def test_what_follows_is_drafted_by_its_first_layer(tmp_path: Path, temperature:
     assert drafted.tokens == plain.tokens
     assert temperature > 0 or drafted.tokens[0][:60] == expected
     assert drafted.passes < 0.9 * plain.passes
+    assert drafted.accepted > 0.6 * drafted.drafted > 0
+
+
+@pytest.mark.slow
+def test_what_follows_is_drafted_by_a_process_of_its_own(tmp_path: Path) -> None:
+    create_following_checkpoint(tmp_path / "whole", 3, layers=6, hidden=256, intermediate=512, vocabulary=VOCABULARY)
+    cut_checkpoint(tmp_path / "whole", tmp_path / "draft", 1)
+    with pooled(tmp_path / "whole", [3], 80, tmp_path / "draft") as loop:
+        samplings = [Sampling()] * 3
+        plain, drafted = (loop.run(node, prompts(), samplings, 80) for node in (loop.node(0), loop.node(6, draft_model=True)))
+    assert drafted.tokens == plain.tokens
     assert drafted.accepted > 0.6 * drafted.drafted > 0

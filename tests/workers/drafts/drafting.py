@@ -80,9 +80,7 @@ def reach(engine: EagerEngine, address: str) -> PoolDrafter:
     drafts = engine.drafts
     assert drafts is not None
     drafts.use(address)
-    reached = drafts._reached
-    with reached.changed:
-        assert reached.changed.wait_for(lambda: reached.address == address, LONG_S), f"{address} was not reached"
+    assert drafts.reaches(LONG_S), f"{address} was not reached"
     patient(drafts)
     return drafts
 

@@ -141,6 +141,12 @@ class PoolDrafter:
             self._reached.wanted = address
             self._reached.changed.notify_all()
 
+    def reaches(self, seconds: float) -> bool:
+        """Wait until the process that is to be asked can be; return whether it can within so long."""
+        reached = self._reached
+        with reached.changed:
+            return reached.changed.wait_for(lambda: reached.address == reached.wanted, seconds)
+
     def draft(self, asked: Sequence[Asked]) -> list[Drafted | None]:
         """See `Drafts.draft`: None where nothing can be asked now, and for sequences that find no slot."""
         nothing: list[Drafted | None] = [None] * len(asked)
