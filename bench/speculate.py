@@ -294,7 +294,7 @@ def pooled(path: Path, batches: Sequence[int], count: int, draft_model: Path) ->
     engine = EngineConfig(device="cpu", dtype="float32", block_tokens=BLOCK_TOKENS, threads=1)
     drafter = DrafterConfig(str(draft_model), sequences_max=max(batches))
     pool = PoolConfig("drafts", PoolKind.LPX, engine=engine, drafter=drafter)
-    server = DraftProcessServer(pool, path, NetworkPlace("127.0.0.1", TRUST), lambda _: None)
+    server = DraftProcessServer(pool, path, NetworkPlace("127.0.0.1", TRUST), REACH_S, lambda _: None)
     asking = engine_of(path, batches, count, SpeculationConfig(SpeculationMethod.DRAFT_MODEL, draft_pool="drafts"))
     try:
         assert asking.drafts is not None, "nobody is asked for drafts"

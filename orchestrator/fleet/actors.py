@@ -312,7 +312,7 @@ class DraftProcess(_Process):
         self._fingerprints = {f"{pool.name}.drafter": fingerprint(Path(pool.drafter.model), pool.engine.weights)}
         trust = read_trust(config.cluster.secret, config.cluster.tls)
         place = NetworkPlace(ray.util.get_node_ip_address(), trust)
-        self._server = DraftProcessServer(pool, model_folder(config, pool.model), place, end_by)
+        self._server = DraftProcessServer(pool, model_folder(config, pool.model), place, config.cluster.hung_s, end_by)
         self._address = self._server.address
         serve_long()
         return self.describe()

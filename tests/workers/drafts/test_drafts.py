@@ -1,6 +1,7 @@
 """Drafts of a pool: the same tokens, whoever asks, whatever becomes of the process that drafts."""
 
 import random
+import signal
 import socket
 import struct
 import threading
@@ -26,8 +27,8 @@ from workers.engines import drafter
 from workers.engines.base import EngineLost, NetworkPlace
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.drafter import Asked, Drafted
-from workers.engines.drafts import asking as asking_module
 from workers.engines.drafts.asking import SLOTLESS_STEPS, PoolDrafter
+from workers.engines.drafts.links import Link
 from workers.engines.drafts.messages import MESSAGE_BYTES_MAX, SAID, Answer, Ask, Incoming, Told, Welcome, packed, unpacked
 from workers.engines.drafts.process import open_drafter
 from workers.engines.eager import EagerEngine
@@ -271,16 +272,16 @@ def test_an_answer_that_is_late_is_dropped_and_nothing_is_asked_before_it_has_co
 
 def test_waiting_is_bounded_by_what_drafts_can_be_worth(model: Path, served: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    answer = asking_module._Link.answer
+    answer = Link.answer
 
-    def noted(link: asking_module._Link, seconds: float) -> Answer | None:
+    def noted(link: Link, seconds: float) -> Answer | None:
         waits.append(seconds)
         return answer(link, seconds)
 
     engine = asking(model)
     drafts = reach(engine, served.address)
     text = Text(engine, 0, prompts_of(12)[0])
-    monkeypatch.setattr(asking_module._Link, "answer", noted)
+    monkeypatch.setattr(Link, "answer", noted)
     for most, steps in ((3, (5.0, 7.0)), (5, (9.0, 4.0))):
         for seconds in steps:
             PoolDrafter.stepped(drafts, seconds)
@@ -401,7 +402,12 @@ def test_slots_for_which_there_is_no_memory_are_refused(model: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_process_drafts_until_it_ends_and_its_end_is_told(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "hung_s", "said"), [(signal.SIGKILL, LONG_S, "drafts no more"), (signal.SIGSTOP, 0.5, "not answered")]
+)
+def test_a_process_drafts_until_it_ends_or_hangs_and_that_is_told(
+    model: Path, end: signal.Signals, hung_s: float, said: str
+) -> None:
     ends: list[BaseException] = []
     ended = threading.Event()
 
@@ -409,14 +415,16 @@ def test_a_process_drafts_until_it_ends_and_its_end_is_told(model: Path) -> None
         ends.append(error)
         ended.set()
 
-    server = DraftProcessServer(drafting_pool(model), model, NetworkPlace("127.0.0.1", TRUST), fatal)
+    server = DraftProcessServer(drafting_pool(model), model, NetworkPlace("127.0.0.1", TRUST), hung_s, fatal)
     engine = asking(model)
     drafts = reach(engine, server.address)
     text = Text(engine, 0, prompts_of(9)[0])
     assert [text.step(4) for _ in range(3)] == [(4, 4)] * 3
-    server._child.process.kill()
+    server._child.process.send_signal(end)
     assert ended.wait(LONG_S)
     assert isinstance(ends[0], EngineLost)
+    assert said in str(ends[0])
+    assert server._child.process.poll() is not None, "it is still there"
     assert text.step(4) is None
     assert drafts.load.slots == 0
     engine.close()
@@ -427,4 +435,4 @@ def test_a_process_that_cannot_have_what_it_is_to_says_which_field(model: Path) 
     pool = drafting_pool(model.with_name("draft"))
     pool = replace(pool, beat=replace(pool.beat, cores=(100_000,)))
     with pytest.raises(ConfigError, match=r"^pools\.drafts\.beat\.cores: must be cores that this process may run on"):
-        DraftProcessServer(pool, model, NetworkPlace("127.0.0.1", TRUST), lambda _: None)
+        DraftProcessServer(pool, model, NetworkPlace("127.0.0.1", TRUST), LONG_S, lambda _: None)

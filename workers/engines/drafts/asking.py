@@ -7,9 +7,6 @@ has taken a connection: a thread sees to that.
 """
 
 import logging
-import math
-import select
-import socket
 import threading
 import time
 from array import array
@@ -18,22 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.core.types import PooledDrafts, RequestId
-from orchestrator.wire.trust import Caller, Trust
+from orchestrator.wire.trust import Trust
 from workers.engines.drafter import Asked, Drafted
+from workers.engines.drafts.links import Link
 from workers.engines.drafts.messages import (
     BEGINNING_TOKENS_MAX,
-    SAID,
-    Answer,
     Ask,
     DraftsLost,
-    Incoming,
     Told,
-    Welcome,
-    packed,
     tokens_of,
-    unpacked,
 )
-from workers.engines.greetings import CONNECT_S, Stream, connected
 from workers.engines.sequences import TokenSequence
 
 log = logging.getLogger("weft.drafts")
@@ -46,67 +37,6 @@ SLOTLESS_STEPS = 8
 RETRY_S = 1.0
 
 
-class _Link:
-    """A connection to a process that drafts, and what was told there. Used by one thread."""
-
-    def __init__(self, address: str, connection: socket.socket) -> None:
-        """Take a connection and hear what the process is. Raises `OSError` or `DraftsLost`."""
-        self.address = address
-        self._connection = connection
-        connection.setblocking(False)
-        self._stream = Stream(connection)
-        self._incoming = Incoming(self._stream)
-        self._sending: list[memoryview] = []
-        #: By request: tokens of it that were told; and the step from which on one without a slot is told of again.
-        self.told: dict[RequestId, int] = {}
-        self.again: dict[RequestId, int] = {}
-        #: Told of, and to be forgotten there.
-        self.forgotten: list[RequestId] = []
-        #: The requests of the question that is not answered yet.
-        self.asked: list[RequestId] | None = None
-        data = self._received(CONNECT_S)
-        if data is None:
-            raise DraftsLost(f"nothing was said within {CONNECT_S:g} s")
-        self.welcome = unpacked(data, Welcome)
-
-    def send(self, ask: Ask) -> None:
-        """Ask. Raises `OSError`."""
-        self.asked = [RequestId(told.request) for told in ask.sequences] or None
-        self._sending.append(memoryview(packed(ask)))
-        self._stream.drain(self._sending)
-
-    def answer(self, seconds: float) -> Answer | None:
-        """Return the answer to what was asked last, None if it does not come within so long. Raises `OSError` or `DraftsLost`."""
-        assert self.asked is not None, "nothing was asked"
-        data = self._received(seconds)
-        if data is None:
-            return None
-        answer = unpacked(data, Answer)
-        if len(answer.drafts) != len(self.asked):
-            raise DraftsLost(f"drafts came for {len(answer.drafts)} sequences, {len(self.asked)} were asked for")
-        for request, drafts in zip(self.asked, answer.drafts, strict=True):
-            if drafts is None:
-                self.told.pop(request, None)
-        self.asked = None
-        return answer
-
-    def close(self) -> None:
-        """Let go of it."""
-        self._connection.close()
-
-    def _received(self, seconds: float) -> bytes | None:
-        until = time.monotonic() + seconds
-        poll = select.poll()
-        while True:
-            self._stream.drain(self._sending)
-            data = self._incoming.next()
-            left_s = until - time.monotonic()
-            if data is not None or left_s <= 0:
-                return data
-            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._sending else 0))
-            poll.poll(math.ceil(left_s * 1000))
-
-
 @dataclass(slots=True)
 class _Reached:
     """Which process the connecting thread has reached, or is to reach."""
@@ -114,7 +44,7 @@ class _Reached:
     wanted: str | None = None
     address: str | None = None
     #: A connection that was made, until who asks takes it.
-    fresh: _Link | None = None
+    fresh: Link | None = None
     closed: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -126,7 +56,7 @@ class PoolDrafter:
         """Begin without a place to ask, for a model of such a vocabulary, in a cluster that is trusted so."""
         self._vocabulary = vocabulary
         self._trust = trust
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._reached = _Reached()
         #: Steps with sequences to draft for.
         self._asked = 0
@@ -207,7 +137,7 @@ class PoolDrafter:
         for link in links:
             link.close()
 
-    def _current(self) -> _Link | None:
+    def _current(self) -> Link | None:
         """Return the connection, a newer one if there is one."""
         with self._reached.changed:
             fresh, self._reached.fresh = self._reached.fresh, None
@@ -218,7 +148,7 @@ class PoolDrafter:
             self.load = replace(self.load, slots=fresh.welcome.slots, slots_taken=0)
         return self._link
 
-    def _ask(self, link: _Link, asked: Sequence[Asked]) -> tuple[list[Asked], Ask]:
+    def _ask(self, link: Link, asked: Sequence[Asked]) -> tuple[list[Asked], Ask]:
         """Return a question, and the sequences that it asks for."""
         told: list[Told] = []
         members: list[Asked] = []
@@ -239,7 +169,7 @@ class PoolDrafter:
 
     def _taken(
         self,
-        link: _Link,
+        link: Link,
         asked: Sequence[Asked],
         members: Sequence[Asked],
         drafts: "Sequence[array[int] | None]",
@@ -269,7 +199,7 @@ class PoolDrafter:
             wait_s=load.wait_s + wait_s,
         )
 
-    def _lose(self, link: _Link, error: Exception) -> None:
+    def _lose(self, link: Link, error: Exception) -> None:
         """Go on without a connection, which is made anew."""
         log.warning("drafts of %s are gone: %s", link.address, error)
         link.close()
@@ -291,7 +221,7 @@ class PoolDrafter:
                 address = reached.wanted
             assert address is not None
             try:
-                link = _Link(address, connected(address, Caller.DRAFTED, SAID, self._trust))
+                link = Link(address, self._trust)
             except (OSError, ValueError, DraftsLost) as error:
                 if told != address:
                     log.warning("drafts of %s cannot be asked for: %s", address, error)
