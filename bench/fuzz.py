@@ -24,6 +24,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.draft_frames import DraftVictim
 from bench.frames import GatewayVictim, NodeVictim, SourceVictim, Victim
 from bench.lane_frames import DoorVictim, RankVictim
 from bench.model import make_tiny_model
@@ -48,7 +49,7 @@ context_tokens_max = 4096
 """
 #: Ends of wires that frames are thrown at.
 VICTIMS: tuple[type[Victim], ...] = (
-    NodeVictim, SourceVictim, GatewayVictim, StoreVictim, AdvisedVictim, RankVictim, DoorVictim,
+    NodeVictim, SourceVictim, GatewayVictim, StoreVictim, AdvisedVictim, RankVictim, DoorVictim, DraftVictim,
 )  # fmt: skip
 #: Bodies under way at once, and seconds in which each must be answered.
 TOGETHER, ANSWER_S_MAX = 16, 30.0

@@ -7,7 +7,7 @@ import socket
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,47 +26,42 @@ from workers.engines.split.rank import FfnRank
 LANES, ROWS_MAX = 2, 8
 
 
-class RankVictim(Victim):
-    """An FFN rank, thrown at by an attention rank of another host that it has greeted."""
+class ConnectionVictim(Victim):
+    """A process at an address of its own, thrown at over connections that it has greeted."""
 
-    what = "messages of an attention rank to an FFN rank"
+    caller: Caller
 
     def __init__(self, model: Path) -> None:
         super().__init__(model)
-        self._shape = read_architecture(model)
-        self._layout = layout_for(self._shape, dtype_of("float32", self._shape), LANES, ROWS_MAX)
         self._address = ""
+        #: What an honest caller says of itself.
+        self._said: Mapping[str, int | str] = {}
         self.good = (self._make,)
-
-    async def _start(self) -> None:
-        self._rank = await asyncio.to_thread(
-            FfnRank, self._model, "float32", "cpu", 0, 1, 0, network=NetworkPlace("127.0.0.1", TRUST)
-        )
-        self._address = self._rank.network_address or ""
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        try:
-            self._rank.serve()
-        except Exception as error:  # Whatever it is, no frame may bring it about.
-            self.failures.append(repr(error))
-
-    async def _stop(self) -> None:
-        self._rank.close()
-        await asyncio.to_thread(self._thread.join, ANSWER_S_MAX)
-
-    def _make(self, source: random.Random) -> bytes:
-        lane, layer = source.choice((0, 0, 1, LANES)), source.choice((0, 0, self._shape.layers - 1, self._shape.layers))
-        rows = source.choice((0, 1, ROWS_MAX, ROWS_MAX + 1))
-        inputs, weights, picks, _ = (rows * width for _, width in self._layout.parts(0))
-        slots = array("q", [source.choice((0, 1, 5, ELSEWHERE)) for _ in range(picks // 8)])
-        header = Header(lane, layer, source.choice((0, 0, 0, 1)), rows).pack()
-        return header + source.randbytes(inputs + weights) + slots.tobytes()
 
     async def take(self, frames: Sequence[bytes], answers: Counter[str]) -> None:
         for frame in frames:
             answers[await asyncio.to_thread(self._throw, frame)] += 1
+
+    async def works(self) -> bool:
+        return self._thread.is_alive() and await asyncio.to_thread(self._works)
+
+    def _begin(self, address: str, serve: Callable[[], None]) -> None:
+        """Serve in a thread."""
+        self._address = address
+        self._thread = threading.Thread(target=self._serve, args=(serve,), daemon=True)
+        self._thread.start()
+
+    def _serve(self, serve: Callable[[], None]) -> None:
+        try:
+            serve()
+        except Exception as error:  # Whatever it is, no frame may bring it about.
+            self.failures.append(repr(error))
+
+    def _make(self, source: random.Random) -> bytes:
+        raise NotImplementedError
+
+    def _works(self) -> bool:
+        raise NotImplementedError
 
     def _throw(self, frame: bytes) -> str:
         """Send a frame over a connection that ends with it; returns how the other side ended it."""
@@ -94,10 +89,38 @@ class RankVictim(Victim):
             wanted -= len(piece)
 
     def _hello(self, nonce: str, **changes: int) -> bytes:
-        return framed(json.dumps(hello_of(self._address, Caller.RANK, self._layout.said, TRUST, nonce) | changes).encode())
+        return framed(json.dumps(hello_of(self._address, self.caller, self._said, TRUST, nonce) | changes).encode())
 
-    async def works(self) -> bool:
-        return self._thread.is_alive() and await asyncio.to_thread(self._works)
+
+class RankVictim(ConnectionVictim):
+    """An FFN rank, thrown at by an attention rank of another host that it has greeted."""
+
+    what = "messages of an attention rank to an FFN rank"
+    caller = Caller.RANK
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        self._shape = read_architecture(model)
+        self._layout = layout_for(self._shape, dtype_of("float32", self._shape), LANES, ROWS_MAX)
+        self._said = self._layout.said
+
+    async def _start(self) -> None:
+        self._rank = await asyncio.to_thread(
+            FfnRank, self._model, "float32", "cpu", 0, 1, 0, network=NetworkPlace("127.0.0.1", TRUST)
+        )
+        self._begin(self._rank.network_address or "", self._rank.serve)
+
+    async def _stop(self) -> None:
+        self._rank.close()
+        await asyncio.to_thread(self._thread.join, ANSWER_S_MAX)
+
+    def _make(self, source: random.Random) -> bytes:
+        lane, layer = source.choice((0, 0, 1, LANES)), source.choice((0, 0, self._shape.layers - 1, self._shape.layers))
+        rows = source.choice((0, 1, ROWS_MAX, ROWS_MAX + 1))
+        inputs, weights, picks, _ = (rows * width for _, width in self._layout.parts(0))
+        slots = array("q", [source.choice((0, 1, 5, ELSEWHERE)) for _ in range(picks // 8)])
+        header = Header(lane, layer, source.choice((0, 0, 0, 1)), rows).pack()
+        return header + source.randbytes(inputs + weights) + slots.tobytes()
 
     def _works(self) -> bool:
         """Have two equal rows computed."""

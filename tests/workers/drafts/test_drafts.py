@@ -27,6 +27,7 @@ from workers.engines import drafter
 from workers.engines.base import EngineLost, NetworkPlace
 from workers.engines.checkpoint import create_checkpoint
 from workers.engines.drafter import Asked, Drafted
+from workers.engines.drafts import answering
 from workers.engines.drafts.asking import SLOTLESS_STEPS, PoolDrafter
 from workers.engines.drafts.links import Link
 from workers.engines.drafts.messages import MESSAGE_BYTES_MAX, SAID, Answer, Ask, Incoming, Told, Welcome, packed, unpacked
@@ -35,6 +36,8 @@ from workers.engines.eager import EagerEngine
 from workers.engines.greetings import Stream, connected
 
 VOCABULARY = 500
+#: As few as make a text of some hundred tokens begin anew.
+CONTEXTS_KEPT = 2
 Step = tuple[int, int] | None
 
 
@@ -116,17 +119,22 @@ def test_a_long_text_is_read_between_questions_before_anything_is_drafted(model:
 
 
 @pytest.mark.slow
-def test_a_text_that_is_longer_than_what_is_seen_is_drafted_for_all_the_same(model: Path) -> None:
+def test_a_text_that_is_longer_than_what_is_seen_is_drafted_for_all_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [prompt] = prompts_of(200)
     plain = Text(EagerEngine(model, CONFIG, 8, 512), 0, prompt)
     with drafting(model, model, context=128) as served:
         engine = asking(model)
         reach(engine, served.address)
         text = Text(engine, 0, prompt)
+        monkeypatch.setattr(answering, "CONTEXTS_KEPT", CONTEXTS_KEPT)
         while len(text.tokens) < 400:
             done = text.step(6)
             assert done is not None, "its slot was lost"
             assert max(len(window.tokens) for window in served.drafter._windows.values()) <= 128 + DRAFT_TOKENS_MAX
+            [known] = [sequence for peer in served.server._known.values() for _, sequence in peer.values()]
+            assert len(known.tokens) <= CONTEXTS_KEPT * 128
         while len(plain.tokens) < 400:
             plain.step(0)
         assert text.tokens[:400] == plain.tokens

@@ -7,6 +7,7 @@ loses its own.
 """
 
 import socket
+from array import array
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,6 +17,9 @@ from workers.engines.drafts.messages import Answer, Ask, DraftsLost, Incoming, T
 from workers.engines.greetings import Stream
 from workers.engines.inlet import Door, Inlet, Peer
 from workers.engines.sequences import TokenSequence
+
+#: How many times as many tokens are kept of a sequence as are seen, before it is begun anew with its last ones.
+CONTEXTS_KEPT = 4
 
 
 class DraftPeer:
@@ -100,20 +104,27 @@ class DraftServer:
 
     def _followed(self, known: dict[int, tuple[RequestId, TokenSequence]], told: Told) -> tuple[RequestId, TokenSequence] | None:
         """Return a sequence with its new tokens; None if nothing is known of what came before. Raises `DraftsLost`."""
-        tokens = tokens_of(told.tokens, self._vocabulary)
+        tokens, context = tokens_of(told.tokens, self._vocabulary), self._drafter.context_tokens
         if told.begins:
-            self._forget(known, told.request)
             self._forget_unseen(known)
             if not tokens:
                 raise DraftsLost("a sequence begins without tokens")
-            self._named += 1
-            known[told.request] = RequestId(self._named), TokenSequence(tokens, Sampling(), self._vocabulary)
-            return known[told.request]
+            return self._begun(known, told.request, tokens[-context:])
         found = known.get(told.request)
         if found is None or not self._drafter.sees(found[0]):
             return None
         found[1].tokens.extend(tokens)
+        if len(found[1].tokens) > CONTEXTS_KEPT * context:
+            return self._begun(known, told.request, found[1].tokens[-(context // 2) :])
         return found
+
+    def _begun(
+        self, known: dict[int, tuple[RequestId, TokenSequence]], request: int, tokens: "array[int]"
+    ) -> tuple[RequestId, TokenSequence]:
+        self._forget(known, request)
+        self._named += 1
+        known[request] = RequestId(self._named), TokenSequence(tokens, Sampling(), self._vocabulary)
+        return known[request]
 
     def _forget(self, known: dict[int, tuple[RequestId, TokenSequence]], request: int) -> None:
         found = known.pop(request, None)
