@@ -129,8 +129,8 @@ def check_way(way: Way, served: Cluster, moves: int) -> None:
         beats = sum(load.beats for load in loads)
         assert beats >= PROMPTS * way.tokens / SLOTS / 2, f"{beats} beats"
     if way.ffn:
-        halves = some([load.split for load in loads])
-        assert all(half is not None and half.attention_s > 0 and half.ffn_s > 0 for half in halves), halves
+        halves = [load.split for load in loads]
+        assert all(half is not None and half.attention_s > 0 and half.ffn_s > 0 for half in some(halves)), halves
         assert (moves > 0) == (way.spare > 0), f"{moves} moves"
     if way.drafts is not Drafts.NONE:
         drafted, accepted = sum(load.drafted_tokens for load in loads), sum(load.accepted_tokens for load in loads)

@@ -65,8 +65,9 @@ def grammars(tokenizer: Tokenizer) -> list[str]:
         keepable(whole("@answer", (), (part,), part.field, Thoughts(), {})),
         keepable(whole("@answer", (), (part,), part.field, Thoughts(tuple(marks), opened=True), marks)),
     ]
-    assert all(isinstance(one, str) for one in found), found
-    return [str(one) for one in found]
+    texts = [one for one in found if isinstance(one, str)]
+    assert texts == found
+    return texts
 
 
 def asked(forms: list[str]) -> Iterator[tuple[tuple[int, ...], Sampling]]:
