@@ -340,7 +340,7 @@ class ReadOpened:
     """A node wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
 
     `hashes` are the prompt's full-block hashes from its first block on. With `background` no request waits for them, and others'
-    reads go before it.
+    reads go before it. With `direct` the node reads segments by itself that are in cmx alone.
     """
 
     read: ExportId
@@ -350,6 +350,7 @@ class ReadOpened:
     first_block: int
     tokens: int
     background: bool = False
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +359,18 @@ class SlotsRead:
 
     read: ExportId
     slots: tuple[SlotId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRead:
+    """The node is through with a segment that it was to read by itself: it has its blocks, or `failure` says why not.
+
+    Those after one that failed it does not read. Unknown ones are ignored: they were given up.
+    """
+
+    read: ExportId
+    number: int
+    failure: MoveFailure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +436,7 @@ StoreEvent = (
     | OfferWritten
     | ReadOpened
     | SlotsRead
+    | SegmentRead
     | ReadClosed
     | CmxFound
     | CmxRead

@@ -33,7 +33,8 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import LocalStore
 
 from orchestrator.core.blocks import HASH_BYTES, hash_bytes
-from orchestrator.core.types import BlockHash
+from orchestrator.core.types import BlockHash, MoveFailure
+from orchestrator.wire import store_pb2
 from orchestrator.wire.buckets import Bucket, first_line
 
 #: Names one model's bytes; 16 of them.
@@ -54,6 +55,11 @@ FILE_PIECE_BYTES = 512 * 1024
 PAGE_NAMES, LISTINGS = 1000, 16
 #: Files that a writer which was killed left behind are removed after so many seconds.
 _LEFT_S = 3600.0
+#: File systems of this machine itself. A read of another may never end, and nothing that it reads into can be used for anything
+#: else meanwhile, nor given up: with the store, a few of its slots are lost then; a node would lose what requests wait for.
+_LOCAL = frozenset(("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
+#: Threads that read a folder at once, at most.
+_READERS_MAX = 8
 #: What operating systems say when there is no room: no space, no quota, too large.
 _NO_ROOM = ("os error 28", "os error 122", "os error 27")
 
@@ -70,6 +76,20 @@ class Damage(StrEnum):
     FULL = "full"
     LATE = "late"  # not done in time
     STOPPED = "stopped"  # nobody wants it any more
+
+
+#: What each of them means to the core.
+FAILURES = {
+    Damage.MISSING: MoveFailure.MISSING,
+    Damage.TRUNCATED: MoveFailure.DAMAGED,
+    Damage.CORRUPT: MoveFailure.DAMAGED,
+    Damage.FOREIGN: MoveFailure.DAMAGED,
+    Damage.UNREACHABLE: MoveFailure.UNAVAILABLE,
+    Damage.DENIED: MoveFailure.UNAVAILABLE,
+    Damage.LATE: MoveFailure.UNAVAILABLE,
+    Damage.FULL: MoveFailure.FULL,
+    Damage.STOPPED: MoveFailure.CANCELLED,
+}
 
 
 class CmxFailed(Exception):
@@ -101,6 +121,45 @@ def model_key(fingerprint: str, kv_format: str, block_tokens: int, block_bytes: 
     return ModelKey(blake2b("\0".join(parts).encode(), digest_size=HASH_BYTES).digest())
 
 
+def readers() -> int:
+    """Return how many threads are to read a folder at once.
+
+    No more than there are processors: a thread that copies would only take the processor from one that holds the interpreter's
+    lock, for which everything else waits.
+    """
+    return min(_READERS_MAX, max(2, len(os.sched_getaffinity(0))))
+
+
+def open_folder(place: store_pb2.Folder, fingerprint: str, kv_format: str, block_tokens: int, block_bytes: int) -> "Cmx | None":
+    """Return the segments of a store's folder for a node that reads them by itself, as far as it may and the folder is the same here.
+
+    None if it is another here, cannot be read, or is on no file system of this machine itself.
+    """
+    try:
+        folder = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    try:
+        found = os.fstat(folder)
+    finally:
+        os.close(folder)
+    same = (found.st_dev, found.st_ino) == (place.device, place.inode) and place.segment_blocks > 0 and place.move_s_max > 0
+    if not same or not os.access(place.path, os.R_OK | os.X_OK) or not _is_local(found.st_dev):
+        return None
+    key = model_key(fingerprint, kv_format, block_tokens, block_bytes, place.segment_blocks)
+    return Cmx(LocalStore(place.path), key, block_bytes, place.segment_blocks, place.move_s_max)
+
+
+def _is_local(device: int) -> bool:
+    """Tell whether a device's file system is one of this machine itself; one that is not found is none."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, behind = line.partition(" - ")
+        if before.split()[2] == number:
+            return behind.split()[0] in _LOCAL
+    return False
+
+
 class Cmx:
     """One model's segments in a bucket.
 
@@ -125,6 +184,24 @@ class Cmx:
     def folder(self) -> bool:
         """Whether it is a folder of this host."""
         return self._root is not None
+
+    @property
+    def segment_blocks(self) -> int:
+        """Blocks of a segment."""
+        return self._segment_blocks
+
+    def place(self) -> store_pb2.Folder | None:
+        """Return where it is, for nodes of this host that read from it by themselves; None for a bucket."""
+        if self._root is None:
+            return None
+        try:
+            found = self._root.stat()
+        except OSError:
+            return None
+        return store_pb2.Folder(
+            path=str(self._root), device=found.st_dev, inode=found.st_ino, segment_blocks=self._segment_blocks,
+            move_s_max=self._move_s_max,
+        )  # fmt: skip
 
     @property
     def segment_bytes(self) -> int:
