@@ -151,9 +151,7 @@ class _Piece:
 class _Reading:
     """Segments that are read at a time: each thread that runs this takes the next one, until one of them fails."""
 
-    def __init__(
-        self, folder: Cmx, segments: Sequence[tuple[BlockHash, list[memoryview]]], stopped: Callable[[], bool]
-    ) -> None:
+    def __init__(self, folder: Cmx, segments: Sequence[tuple[BlockHash, list[memoryview]]], stopped: Callable[[], bool]) -> None:
         self._folder = folder
         self._segments = segments
         self._stopped = stopped

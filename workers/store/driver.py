@@ -408,9 +408,7 @@ class StoreDriver:
             else:
                 self.handle(SlotsRead(read, one))
 
-    def _failure(
-        self, attached: _Attached, message: store_pb2.Copied, served: deque[tuple[SlotId, ...] | int]
-    ) -> MoveFailure:
+    def _failure(self, attached: _Attached, message: store_pb2.Copied, served: deque[tuple[SlotId, ...] | int]) -> MoveFailure:
         """Return why the last answer of these failed, and count it."""
         reason = next((one for one in Damage if one == message.failure), None)
         number = served[message.answers - 1] if message.answers else None
