@@ -1,8 +1,8 @@
 """A node's end of its host's store: offers what the node caches, loads what the node is told to, straight between two memories.
 
-What is offered and loaded is the core's decision (`Offer`, `LoadBlocks`), where it lies in the host's memory, or in which segments
-of a folder, the store's. One copy each way, off the loop and never on the engine's thread, a piece at a time; loads before offers.
-Without a store, or while there is none, offers and loads end at once and the node computes.
+What is offered and loaded is the core's decision (`Offer`, `LoadBlocks`); where it lies in the host's memory, or in which segment
+of a folder, is the store's. One copy each way, off the loop and never on the engine's thread, a piece at a time; loads before
+offers. Without a store, or while there is none, offers and loads end at once and the node computes.
 
     slots      of the host's memory, which this node maps: copied to or from the pool, or converted by the engine
     segments   that are in `cmx` alone, if that is a folder that the node can read and the pool holds blocks as they are stored:
@@ -552,7 +552,7 @@ class Tiers:
             self._pass_segments(load, came + 1, failure.reason)
             self._on_failure(failure)
         if came:
-            self._handle(FetchProgressed(load.command.request, self._tokens(load)))
+            self._handle(FetchProgressed(load.command.request, self._tokens(load), direct=True))
 
     def _pass_segments(self, load: _Load, count: int, failure: Damage | None = None) -> None:
         """Be done with the next answers; the last of them failed for that reason, if any."""
@@ -684,7 +684,8 @@ class Tiers:
                 ago = time.perf_counter() - way.began_s
                 self._moved(Moved(tier, Tier.HBM, way.blocks * self._block_bytes, way.seconds, request, ago))
         cmx_tokens = load.cmx_blocks * self._spec.block_tokens
-        self._handle(FetchEnded(request, self._tokens(load), failure=failure, cmx_tokens=cmx_tokens))
+        direct = load.cmx.blocks > 0
+        self._handle(FetchEnded(request, self._tokens(load), failure=failure, cmx_tokens=cmx_tokens, direct=direct))
 
     def _end_offer(self, offer: _Offer, failure: str | None) -> None:
         number = offer.command.offer

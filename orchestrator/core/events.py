@@ -154,15 +154,19 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class FetchProgressed:
-    """Blocks came from a peer or the store; `tokens` of the prompt, counted from its start, are now present without a hole."""
+    """Blocks came from a peer or the store; `tokens` of the prompt, counted from its start, are now present without a hole.
+
+    With `direct` the last of them came from `cmx` alone: they are not in the store's memory.
+    """
 
     request: RequestId
     tokens: int
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class FetchEnded:
-    """A fetch or a load is over and will write no more. `tokens` as in `FetchProgressed`.
+    """A fetch or a load is over and will write no more. `tokens` and `direct` as in `FetchProgressed`.
 
     `computed_tokens` are prompt tokens the source computed for this very request, for the bill; `failure` says why less
     came than was asked for, None if nothing went wrong. `cmx_tokens` of a load came from `cmx`, the others from `cpu`.
@@ -173,6 +177,7 @@ class FetchEnded:
     computed_tokens: int = 0
     failure: str | None = None
     cmx_tokens: int = 0
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)

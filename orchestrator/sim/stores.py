@@ -4,7 +4,8 @@ Three links carry blocks, each in both directions at once and one copy after the
 
     node --- its own link --- cpu (its host's arena) --- its host's link --- cmx (shared by all hosts)
 
-A node that reads segments by itself waits for its host's link to cmx alone. What a store decides is the core's; here it only takes its time, or fails. See also: `workers/store/`, which does it in real time.
+A node that reads segments by itself waits for its host's link to `cmx` alone. What a store decides is the core's; here it only
+takes its time, or fails. See also: `workers/store/`, which does it in real time.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -98,6 +99,8 @@ class _Read:
     #: Prompt tokens that have arrived, and how many of them came from `cmx` since the read was opened.
     tokens: int
     cmx_tokens: int = 0
+    #: Whether the last of them came past the arena.
+    direct: bool = False
     #: When the last of what was put on the link arrives.
     arrives_s: float = 0.0
 
@@ -151,9 +154,9 @@ class SimulatedStore:
     """
 
     __slots__ = (
-        "_agenda", "_cpu_latency_s", "_direct", "_ending", "_faults", "_free_s", "_moves", "_network", "_offer_of", "_offers", "_random",
-        "_read_of", "_reads", "_recalled_s", "_report", "_serial", "_shared", "_tell_node", "_timers", "alive", "events", "spec",
-        "store", "use",
+        "_agenda", "_cpu_latency_s", "_direct", "_ending", "_faults", "_free_s", "_moves", "_network", "_offer_of", "_offers",
+        "_random", "_read_of", "_reads", "_recalled_s", "_report", "_serial", "_shared", "_tell_node", "_timers", "alive",
+        "events", "spec", "store", "use",
     )  # fmt: skip
 
     def __init__(
@@ -419,13 +422,15 @@ class SimulatedStore:
             self.use.loaded_bytes += tokens // reading.node.block_tokens * self._block_bytes(reading.node.model)
             reading.cmx_tokens += tokens
             reading.tokens = command.tokens
-            progress = FetchProgressed(reading.command.request, command.tokens)
+            reading.direct = True
+            progress = FetchProgressed(reading.command.request, command.tokens, direct=True)
             self._agenda.at(self._agenda.now, self._tell_node, reading.node.id, progress)
         self.tell(SegmentRead(command.read, command.number, failure))
 
     def _end_read(self, number: ExportId, failure: str | None) -> None:
         reading = self._drop_read(number)
-        ended = FetchEnded(reading.command.request, reading.tokens, failure=failure, cmx_tokens=reading.cmx_tokens)
+        request, tokens, cmx_tokens = reading.command.request, reading.tokens, reading.cmx_tokens
+        ended = FetchEnded(request, tokens, failure=failure, cmx_tokens=cmx_tokens, direct=reading.direct)
         self._tell_end(reading.node.id, ended)
 
     def _drop_read(self, number: ExportId) -> _Read:

@@ -131,9 +131,9 @@ def readers() -> int:
 
 
 def open_folder(place: store_pb2.Folder, fingerprint: str, kv_format: str, block_tokens: int, block_bytes: int) -> "Cmx | None":
-    """Return the segments of a store's folder for a node that reads them by itself, as far as it may and the folder is the same here.
+    """Return a store's folder for a node that is to read segments by itself.
 
-    None if it is another here, cannot be read, or is on no file system of this machine itself.
+    None if it is another folder here, cannot be read, or is on no file system of this machine itself.
     """
     try:
         folder = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

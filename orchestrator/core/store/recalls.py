@@ -1,4 +1,4 @@
-"""Brings chains into the arena, for nodes that read them and for prompts that are expected, or lets nodes bring them by themselves.
+"""Brings chains into the arena, for nodes that read them and for prompts that are expected; or has nodes read them by themselves.
 
     ReadOpened    what is in the arena is claimed and served at once
                   .. ReadCmx for each segment behind it, in order, as far as bytes under way and slots allow
@@ -95,7 +95,7 @@ class Recalls:
         if recall is None or move is None:
             return
         shelf = recall.shelf
-        assert move.direct and move.id in self._moves.running, f"segment {event.number} is brought into the arena"
+        assert move.direct, f"segment {event.number} is brought into the arena"
         self._moves.end(move.id, event.failure, now)
         if event.failure is not None:
             move.cancelled = True
