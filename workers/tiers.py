@@ -48,7 +48,7 @@ from orchestrator.core.types import (
 from orchestrator.wire import store_pb2, store_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 from workers.engines.base import Engine, NotEncodable
-from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory, populate
+from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory, populate, through
 from workers.store.cmx import FAILURES, Cmx, CmxFailed, Damage, open_folder, readers
 from workers.transports import range_of, runs
 
@@ -401,8 +401,10 @@ class Tiers:
                 self._arena = self._folder = None
                 self._has_arena.clear()
                 self._mapped.clear()
-                await _ended(tasks)
-                self._lose_all(f"store {place.id} is gone")
+                try:
+                    await _ended(tasks)
+                finally:
+                    self._lose_all(f"store {place.id} is gone")
                 # Nothing is copied any more; a call that is broken cannot be told anything.
                 with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                     await asyncio.wait_for(call.write(store_pb2.AttachFrame(goodbye=True)), GOODBYE_S_MAX)
@@ -721,11 +723,10 @@ def _copied_whole(answer: store_pb2.Slots, copied: int) -> bool:
 
 
 async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait for them; what went wrong in them is known already, or follows from that."""
+    """Cancel tasks and wait for them, however often that is cancelled itself; what went wrong in them is known, or follows from that."""
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await through(tasks)
     for task in tasks:
         if not task.cancelled():
             task.exception()

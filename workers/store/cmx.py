@@ -14,6 +14,7 @@ learned by listing names, not from a manifest: see "Why" in `workers/README.md`.
 """
 
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,8 @@ _LEFT_S = 3600.0
 #: File systems of this machine itself. A read of another may never end, and nothing that it reads into can be used for anything
 #: else meanwhile, nor given up: with the store, a few of its slots are lost then; a node would lose what requests wait for.
 _LOCAL = frozenset(("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
+#: How Linux writes a space in the name of a place where something is mounted.
+_ESCAPED = re.compile(r"\\([0-7]{3})")
 #: Threads that read a folder at once, at most.
 _READERS_MAX = 8
 #: What operating systems say when there is no room: no space, no quota, too large.
@@ -144,20 +147,22 @@ def open_folder(place: store_pb2.Folder, fingerprint: str, kv_format: str, block
     finally:
         os.close(folder)
     same = (found.st_dev, found.st_ino) == (place.device, place.inode) and place.segment_blocks > 0 and place.move_s_max > 0
-    if not same or not os.access(place.path, os.R_OK | os.X_OK) or not _is_local(found.st_dev):
+    if not same or not os.access(place.path, os.R_OK | os.X_OK) or _file_system(place.path) not in _LOCAL:
         return None
     key = model_key(fingerprint, kv_format, block_tokens, block_bytes, place.segment_blocks)
     return Cmx(LocalStore(place.path), key, block_bytes, place.segment_blocks, place.move_s_max)
 
 
-def _is_local(device: int) -> bool:
-    """Tell whether a device's file system is one of this machine itself; one that is not found is none."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, behind = line.partition(" - ")
-        if before.split()[2] == number:
-            return behind.split()[0] in _LOCAL
-    return False
+def _file_system(path: str) -> str:
+    """Return the kind of file system that a folder is on, as Linux calls it."""
+    real, where, kind = os.path.realpath(path), "", ""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        mount, _, mounted = line.partition(" - ")
+        point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), mount.split(" ")[4])
+        # Of several at one place the last one is seen.
+        if os.path.commonpath((real, point)) == point and len(point) >= len(where):
+            where, kind = point, mounted.split(" ")[0]
+    return kind
 
 
 class Cmx:

@@ -173,7 +173,8 @@ class StoreDriver:
         self._kept = kept
         self._core = Store(spec, config)
         self._arena = arena
-        self._cmx = cmx
+        #: Of models whose segments are in a folder: where that is.
+        self._folders = {model: place for model, one in cmx.items() if (place := one.place()) is not None}
         self._fatal = fatal
         self._journal = journal
         self._load_s = load_s
@@ -334,16 +335,11 @@ class StoreDriver:
         log.info("node %s is attached", node)
         return attached
 
-    def _is_folder(self, model: ModelName) -> bool:
-        cmx = self._cmx.get(model)
-        return cmx is not None and cmx.folder
-
     def _placed(self, model: ModelName) -> store_pb2.Arena:
         """Return where a model's slots lie, and its folder if it has one."""
-        placed, cmx = self._arena.place(model), self._cmx.get(model)
-        folder = cmx.place() if cmx is not None else None
-        if folder is not None:
-            placed.folder.CopyFrom(folder)
+        placed = self._arena.place(model)
+        if model in self._folders:
+            placed.folder.CopyFrom(self._folders[model])
         return placed
 
     async def _write_frames(self, attached: _Attached, stream: Stream) -> None:
@@ -387,7 +383,7 @@ class StoreDriver:
     def _on_read(self, attached: _Attached, message: store_pb2.Read) -> None:
         self._check_fresh(message.read, attached.reads)
         read = ExportId(self._number())
-        event = store_codec.read_from(message, read, attached.node, attached.model, self._is_folder(attached.model.model))
+        event = store_codec.read_from(message, read, attached.node, attached.model, attached.model.model in self._folders)
         attached.reads[message.read] = read
         opened = self._reads[read] = _Read(attached, message.read)
         self.handle(event)
