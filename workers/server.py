@@ -37,8 +37,8 @@ from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedT
 Share: TypeAlias = Callable[[int], SharedArena]
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
-#: Threads that copy blocks; more would only share one memory bus. Where a folder is read, which is work for a processor too, it is
-#: as many as may read.
+#: Threads that copy blocks; more would only share one memory bus. There are more if more may read a folder, which is work for a
+#: processor too.
 COPY_THREADS = 2
 #: Seconds that calls have to end once nodes stop.
 STOP_S = 0.5

@@ -723,7 +723,7 @@ def _copied_whole(answer: store_pb2.Slots, copied: int) -> bool:
 
 
 async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait for them, however often that is cancelled itself; what went wrong in them is known, or follows from that."""
+    """Cancel tasks and wait for them, even if cancelled meanwhile; what went wrong in them is known, or follows from that."""
     for task in tasks:
         task.cancel()
     await through(tasks)

@@ -139,18 +139,24 @@ def open_folder(place: store_pb2.Folder, fingerprint: str, kv_format: str, block
     None if it is another folder here, cannot be read, or is on no file system of this machine itself.
     """
     try:
-        folder = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, ValueError):
+        if not _is_same(place) or _file_system(place.path) not in _LOCAL:
+            return None
+        bucket = LocalStore(place.path)
+    except (BaseError, OSError, ValueError):
         return None
+    key = model_key(fingerprint, kv_format, block_tokens, block_bytes, place.segment_blocks)
+    return Cmx(bucket, key, block_bytes, place.segment_blocks, place.move_s_max)
+
+
+def _is_same(place: store_pb2.Folder) -> bool:
+    """Tell whether a folder can be read here, and is the one that is meant: another process may see other file systems."""
+    folder = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         found = os.fstat(folder)
     finally:
         os.close(folder)
-    same = (found.st_dev, found.st_ino) == (place.device, place.inode) and place.segment_blocks > 0 and place.move_s_max > 0
-    if not same or not os.access(place.path, os.R_OK | os.X_OK) or _file_system(place.path) not in _LOCAL:
-        return None
-    key = model_key(fingerprint, kv_format, block_tokens, block_bytes, place.segment_blocks)
-    return Cmx(LocalStore(place.path), key, block_bytes, place.segment_blocks, place.move_s_max)
+    same = (found.st_dev, found.st_ino) == (place.device, place.inode) and os.access(place.path, os.R_OK | os.X_OK)
+    return same and place.segment_blocks > 0 and place.move_s_max > 0
 
 
 def _file_system(path: str) -> str:
