@@ -365,7 +365,8 @@ class Tiers:
         if former is not None:
             await asyncio.wait((former,))
         wait_s = RETRY_S_MIN
-        while place is not None:
+        # Not for ever by itself: what it waits for at the end of a call may hide that it was cancelled.
+        while place is not None and self._attaching is asyncio.current_task():
             began = self._loop.time()
             try:
                 await self._call(place)
