@@ -261,7 +261,7 @@ def test_nodes_read_the_same_segments_at_once(tmp_path: Path) -> None:
             nodes = [await there.node(f"n{number}") for number in range(3)]
             ended = await asyncio.gather(*(node.load(0, 48) for node in nodes))
             assert [end.tokens for end in ended] == [48 * BLOCK_TOKENS] * 3
-            assert all(node.holds(0, 48) for node in nodes)
+            assert [node.holds(0, 48) for node in nodes] == [True] * 3
 
     run(scenario)
 
