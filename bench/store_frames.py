@@ -41,9 +41,13 @@ def _from_node(source: random.Random) -> bytes:
             tokens = source.choice((BLOCK_TOKENS * 2, BLOCK_TOKENS * 4))
             background = source.random() < 0.3
             read = source.randrange(1 << 30)
-            frame.reads.add(read=read, hashes=NAMES[: 16 * 4], first_block=first, tokens=tokens, background=background)
+            direct, hashes = source.random() < 0.5, NAMES[: 16 * 4]
+            frame.reads.add(
+                read=read, hashes=hashes, first_block=first, tokens=tokens, background=background, direct=direct
+            )  # fmt: skip
         case 3:
-            frame.copied.add(read=number, answers=source.choice((0, 1)))
+            failure = source.choice(("", "", "missing", "corrupt", "late", "nothing"))
+            frame.copied.add(read=number, answers=source.choice((0, 1)), failure=failure)
         case _:
             frame.closed.append(number)
     return frame.SerializeToString()

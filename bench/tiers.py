@@ -8,8 +8,8 @@ same each time; exit code 1 says that they are not.
 
 Then a store and two nodes without engines: a context's bytes, as many as a profile says, into the host's memory, out of it, and
 out of `cmx`, beside one plain copy of as many bytes here, and beside reading the files. What comes from `cmx` must
-also be checked, and copied once more out of the host's memory: how fast that is done with the same files by a thread on each
-processor, and nothing else to do, is what there is to be had.
+also be checked: how fast that is done with the same files by a thread on each processor, and nothing else to do, is what there is
+to be had.
 """
 
 import argparse
@@ -101,8 +101,8 @@ OFFER_BLOCKS = 1024
 RATE_ROUNDS = 9
 #: A plain copy in pieces of the size that moves have.
 PIECEWISE = "memcpy in pieces"
-#: What loading from `cmx` cannot do without: read, take the checksum, and copy once more, a thread on each processor.
-CHECKED = "files, checked, copied"
+#: What loading from `cmx` cannot do without: read and take the checksum, a thread on each processor.
+CHECKED = "files, checked"
 #: Times that files are read, and a context is loaded from `cmx` after a restart, by turns; the best counts.
 RESTORES = 3
 
@@ -314,7 +314,7 @@ async def moved_bytes(tokens: int, folder: Path) -> list[Row]:
         last = bytes(source.engine.pool[-size:])
         for start in range(3, 3 + RESTORES):
             taken = {"files": _read_files(folder, target.engine.pool)}
-            taken[CHECKED] = _timed(lambda: _check_files(folder, source.engine.pool, target.engine.pool))
+            taken[CHECKED] = _timed(lambda: _check_files(folder, target.engine.pool))
             server = await _begin(start, config, model, target)
             await _all_stored(server, blocks)
             taken["cmx to hbm"] = await target.load(names)
@@ -484,10 +484,10 @@ def _read_files(folder: Path, target: memoryview) -> float:
     return _timed(read)
 
 
-def _check_files(folder: Path, arena: memoryview, pool: memoryview) -> None:
-    """Read all objects into one memory, take their checksums, and copy them into another, with all processors."""
+def _check_files(folder: Path, pool: memoryview) -> None:
+    """Read all objects into memory and take their checksums, with all processors."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    size = len(arena) // len(paths)
+    size = len(pool) // len(paths)
 
     def carry(number: int) -> None:
         digest = xxh3_128()
@@ -495,9 +495,8 @@ def _check_files(folder: Path, arena: memoryview, pool: memoryview) -> None:
             digest.update(file.read(HEADER_BYTES))
             for start in range(number * size, (number + 1) * size, FILE_PIECE_BYTES):
                 piece = slice(start, min(start + FILE_PIECE_BYTES, (number + 1) * size))
-                file.readinto(arena[piece])
-                digest.update(arena[piece])
-                copy_bytes(pool[piece], arena[piece])
+                file.readinto(pool[piece])
+                digest.update(pool[piece])
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         for _ in threads.map(carry, range(len(paths))):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -232,8 +232,20 @@ class Copier:
         try:
             return await asyncio.shield(copy)
         except asyncio.CancelledError:
-            await asyncio.wait((copy,))
+            await through((copy,))
             raise
+
+
+async def through(futures: Sequence["asyncio.Future[Any]"]) -> None:
+    """Wait until all are done, whatever becomes of the one who waits: it is cancelled only then."""
+    cancelled: asyncio.CancelledError | None = None
+    while not all(future.done() for future in futures):
+        try:
+            await asyncio.wait(futures)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:

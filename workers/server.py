@@ -28,6 +28,7 @@ from workers.engines.base import DraftPlaces, Engine, ExpertRouting, SplitPlaces
 from workers.memory import Copier, PeerMemory, SharedArena, TransferLimits, host_id
 from workers.ranks import added_up
 from workers.realtime import put_first
+from workers.store.cmx import readers
 from workers.tiers import StorePlace
 from workers.transfer import Channels
 from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedTransport, SharedMemoryTransport, Transport
@@ -36,7 +37,8 @@ from workers.transports import OBJECT, SHM, ObjectStore, ObjectTransport, PacedT
 Share: TypeAlias = Callable[[int], SharedArena]
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
-#: Threads that copy blocks; more would only share one memory bus.
+#: Threads that copy blocks; more would only share one memory bus. There are more if more may read a folder, which is work for a
+#: processor too.
 COPY_THREADS = 2
 #: Seconds that calls have to end once nodes stop.
 STOP_S = 0.5
@@ -132,7 +134,7 @@ class NodeServer:
         self._trust = trust
         self._channels = Channels(self._limits.transfer.peers_max, trust)
         self._peers = PeerMemory(self._limits.transfer.peers_max)
-        self._copies = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
+        self._copies = ThreadPoolExecutor(max(COPY_THREADS, readers()), thread_name_prefix="copy")
         self._server = grpc.aio.server(options=(*codec.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)))
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._failure: asyncio.Future[BaseException] | None = None

@@ -1,12 +1,17 @@
 """A node's end of its host's store: offers what the node caches, loads what the node is told to, straight between two memories.
 
-What is offered and loaded is the core's decision (`Offer`, `LoadBlocks`), where it lies in the host's memory the store's. One
-copy each way, off the loop and never on the engine's thread, a piece at a time; loads before offers. Without a store, or while
-there is none, offers and loads end at once and the node computes.
+What is offered and loaded is the core's decision (`Offer`, `LoadBlocks`); where it lies in the host's memory, or in which segment
+of a folder, is the store's. One copy each way, off the loop and never on the engine's thread, a piece at a time; loads before
+offers. Without a store, or while there is none, offers and loads end at once and the node computes.
+
+    slots      of the host's memory, which this node maps: copied to or from the pool, or converted by the engine
+    segments   that are in `cmx` alone, if that is a folder that the node can read and the pool holds blocks as they are stored:
+               read from their files into the pool's blocks, by several threads, and checked there before anybody is told of them
 
 Rules for editors. 1: a block is read or written only between the command and the event that ends it. 2: slots that a call granted
 are touched while that call lasts, or in the one piece that was being copied as it ended: the next call begins after that piece,
-so that a store which hears a new hello knows that nothing of the former call goes on.
+so that a store which hears a new hello knows that nothing of the former call goes on. 3: blocks that a segment was read into hold
+anything until its checksum was compared, and for ever if it was another: they count as brought only then.
 """
 
 import asyncio
@@ -18,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice, takewhile
 
 import grpc
 import grpc.aio
@@ -27,15 +33,29 @@ from orchestrator.core.commands import LoadBlocks, Offer
 from orchestrator.core.config import KvFormat
 from orchestrator.core.cost.costs import fetch_seconds
 from orchestrator.core.events import FetchEnded, FetchProgressed, NodeEvent, OfferEnded
-from orchestrator.core.types import BlockId, CostProfile, NodeSpec, OfferId, RequestId, StoreId, Tier, is_prefetch
+from orchestrator.core.types import (
+    BlockHash,
+    BlockId,
+    CostProfile,
+    MoveFailure,
+    NodeSpec,
+    OfferId,
+    RequestId,
+    StoreId,
+    Tier,
+    is_prefetch,
+)
 from orchestrator.wire import store_pb2, store_pb2_grpc
 from orchestrator.wire.trust import Caller, Trust
 from workers.engines.base import Engine, NotEncodable
-from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory, populate
+from workers.memory import Copier, TransferFailed, TransferLimits, copy_bytes, map_memory, populate, through
+from workers.store.cmx import FAILURES, Cmx, CmxFailed, Damage, open_folder, readers
 from workers.transports import range_of, runs
 
 #: Seconds between two tries to reach a store: doubled from the first to the second.
 RETRY_S_MIN, RETRY_S_MAX = 0.05, 2.0
+#: Segments are read in pieces so many times as large as others: threads that have read one wait for each other.
+PIECE_FRAMES = 2
 #: Bytes of a store's memory that are mapped at a time while there is nothing to copy.
 TOUCHED_BYTES = 64 * 1024 * 1024
 #: Seconds in which a store must answer a hello.
@@ -80,20 +100,44 @@ class _Offer:
 
 
 @dataclass(slots=True)
+class _Way:
+    """What of a load came from one tier."""
+
+    blocks: int = 0
+    seconds: float = 0.0
+    began_s: float = 0.0
+
+    def add(self, blocks: int, seconds: float) -> None:
+        """Count blocks that have just come, and the seconds that it took."""
+        self.began_s = self.began_s or time.perf_counter() - seconds
+        self.seconds += seconds
+        self.blocks += blocks
+
+
+@dataclass(slots=True)
 class _Load:
     """A load that has not ended."""
 
     command: LoadBlocks
     read: int
+    #: Where it reads segments by itself, if it does.
+    folder: Cmx | None
     answers: deque[store_pb2.Slots] = field(default_factory=deque[store_pb2.Slots])
-    #: Blocks that came, and how many of them the store had to bring from `cmx`.
-    blocks: int = 0
+    #: What came out of the host's memory, and what straight from `cmx`.
+    cpu: _Way = field(default_factory=_Way)
+    cmx: _Way = field(default_factory=_Way)
+    #: Blocks that came from `cmx`, this way or that.
     cmx_blocks: int = 0
     #: Blocks of the first answer that are copied already.
     copied: int = 0
-    seconds: float = 0.0
-    began_s: float = 0.0
     stopped: bool = False
+    #: Whether a segment failed: none after it is read.
+    failed: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that came."""
+        return self.cpu.blocks + self.cmx.blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +146,48 @@ class _Piece:
 
     blocks: list[BlockId]
     slots: list[int]
+
+
+class _Reading:
+    """Segments that are read at a time: each thread that runs this takes the next one, until one of them fails."""
+
+    def __init__(self, folder: Cmx, segments: Sequence[tuple[BlockHash, list[memoryview]]], stopped: Callable[[], bool]) -> None:
+        self._folder = folder
+        self._segments = segments
+        self._stopped = stopped
+        #: Those that nobody has taken, and what went wrong with others, by place. Used by several threads at once.
+        self._left = deque(range(len(segments)))
+        self._failures: dict[int, CmxFailed] = {}
+
+    def run(self) -> None:
+        """Read segments until none is left. From any thread."""
+        while True:
+            try:
+                place = self._left.popleft()
+            except IndexError:
+                return
+            name, slabs = self._segments[place]
+            try:
+                self._folder.read(name, slabs, self._stopped)
+            except CmxFailed as error:
+                self._failures[place] = error
+                self._left.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them."""
+        return len(self._segments) * self._folder.segment_bytes
+
+    @property
+    def came(self) -> int:
+        """How many, the first ones, are there and right, once all threads are through."""
+        # They are taken in order: whatever comes before one that failed was taken, and not by a thread that failed.
+        return min(self._failures, default=len(self._segments))
+
+    @property
+    def failure(self) -> CmxFailed | None:
+        """Why the one behind those is not there."""
+        return self._failures.get(self.came)
 
 
 class _Arena:
@@ -174,6 +260,8 @@ class Tiers:
         self._piece_blocks = max(1, limits.frame_bytes_max // self._block_bytes)
         self._place: StorePlace | None = None
         self._arena: _Arena | None = None
+        #: The store's folder, while this node can read from it by itself.
+        self._folder: Cmx | None = None
         #: Set while there is an arena.
         self._has_arena = asyncio.Event()
         #: Set while all of it is mapped.
@@ -243,7 +331,8 @@ class Tiers:
             self._loop.call_soon(self._handle, FetchEnded(command.request, tokens, failure="there is no store"))
             return
         self._reads_opened += 1
-        load = self._loads[command.request] = self._reads[self._reads_opened] = _Load(command, self._reads_opened)
+        load = _Load(command, self._reads_opened, self._folder)
+        self._loads[command.request] = self._reads[load.read] = load
         hashes = pack_hashes(command.hashes)
         self._frame.reads.add(
             read=load.read,
@@ -251,6 +340,7 @@ class Tiers:
             first_block=command.first_block,
             tokens=command.tokens,
             background=is_prefetch(command.request),
+            direct=load.folder is not None,
         )
         self._said.set()
 
@@ -275,7 +365,8 @@ class Tiers:
         if former is not None:
             await asyncio.wait((former,))
         wait_s = RETRY_S_MIN
-        while place is not None:
+        # Not for ever by itself: what it waits for at the end of a call may hide that it was cancelled.
+        while place is not None and self._attaching is asyncio.current_task():
             began = self._loop.time()
             try:
                 await self._call(place)
@@ -298,6 +389,7 @@ class Tiers:
                 first = await asyncio.wait_for(call.read(), HELLO_S_MAX)
                 if not isinstance(first, store_pb2.ArenaFrame) or not first.HasField("arena"):
                     raise TransferFailed("it does not begin with its memory")
+                self._folder = await asyncio.to_thread(self._open_folder, first.arena)
                 self._arena = _Arena(first.arena, self._block_bytes)
                 self._has_arena.set()
                 log.info("node %s is attached to store %s", self._spec.id, place.id)
@@ -307,16 +399,25 @@ class Tiers:
                 for task in done:
                     task.result()
             finally:
-                self._arena = None
+                self._arena = self._folder = None
                 self._has_arena.clear()
                 self._mapped.clear()
-                await _ended(tasks)
-                self._lose_all(f"store {place.id} is gone")
+                try:
+                    await _ended(tasks)
+                finally:
+                    self._lose_all(f"store {place.id} is gone")
                 # Nothing is copied any more; a call that is broken cannot be told anything.
                 with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                     await asyncio.wait_for(call.write(store_pb2.AttachFrame(goodbye=True)), GOODBYE_S_MAX)
                     await asyncio.wait_for(call.done_writing(), GOODBYE_S_MAX)
                 call.cancel()
+
+    def _open_folder(self, placed: store_pb2.Arena) -> Cmx | None:
+        """Return where this node can read segments by itself: into a pool that holds blocks as they are stored."""
+        if self._pool is None or not placed.HasField("folder"):
+            return None
+        known = self._engine.description
+        return open_folder(placed.folder, known.fingerprint, known.stored_layout, known.block_tokens, known.stored_bytes)
 
     def _hello(self) -> store_pb2.NodeHello:
         known = self._engine.description
@@ -395,7 +496,7 @@ class Tiers:
             if load.stopped:
                 self._end_load(load, "stopped")
             elif load.answers:
-                await self._load_piece(load)
+                await (self._read_piece(load) if load.answers[0].HasField("segment") else self._load_piece(load))
                 return True
         return False
 
@@ -404,12 +505,12 @@ class Tiers:
         command, first, slots = load.command, load.blocks, self._next_slots(load)
         if first + len(slots) > len(command.blocks):
             raise TransferFailed(f"it serves more than the {len(command.blocks)} blocks asked for")
-        load.began_s = load.began_s or time.perf_counter()
-        load.seconds += await self._copied(_Piece(list(command.blocks[first : first + len(slots)]), slots), self._copy_in)
-        load.blocks += len(slots)
+        seconds = await self._copied(_Piece(list(command.blocks[first : first + len(slots)]), slots), self._copy_in)
+        if slots:
+            load.cpu.add(len(slots), seconds)
         load.copied += len(slots)
         answers, final = 0, False
-        while load.answers and not final and load.copied >= len(load.answers[0].slots):
+        while load.answers and not final and _copied_whole(load.answers[0], load.copied):
             answer = load.answers.popleft()
             load.copied -= len(answer.slots)
             load.cmx_blocks += answer.cmx_blocks
@@ -427,12 +528,87 @@ class Tiers:
         """Return the slots of the next piece: several answers' if they are small, each of which would wake a thread by itself."""
         slots: list[int] = []
         skipped = load.copied
-        for answer in load.answers:
+        for answer in takewhile(lambda answer: not answer.HasField("segment"), load.answers):
             slots += answer.slots[skipped : skipped + self._piece_blocks - len(slots)]
             if answer.final or len(slots) == self._piece_blocks:
                 break
             skipped = 0
         return slots
+
+    async def _read_piece(self, load: _Load) -> None:
+        """Read the next segments, as many as a piece has; those behind one that failed, or that were given up, are not read."""
+        if load.failed or load.answers[-1].final:
+            unread = len(tuple(takewhile(lambda answer: answer.HasField("segment"), load.answers)))
+            self._pass_segments(load, unread)
+            return
+        reading, ends = self._next_segments(load)
+        seconds = await self._read(reading, len(ends))
+        came, failure = reading.came, reading.failure
+        if came:
+            blocks = ends[came - 1] - load.command.first_block - load.blocks
+            load.cmx.add(blocks, seconds)
+            load.cmx_blocks += blocks
+        if failure is None or load.stopped:
+            self._pass_segments(load, came)
+        else:
+            load.failed = True
+            self._pass_segments(load, came + 1, failure.reason)
+            self._on_failure(failure)
+        if came:
+            self._handle(FetchProgressed(load.command.request, self._tokens(load), direct=True))
+
+    def _pass_segments(self, load: _Load, count: int, failure: Damage | None = None) -> None:
+        """Be done with the next answers; the last of them failed for that reason, if any."""
+        for _ in range(count):
+            load.answers.popleft()
+        if count:
+            self._frame.copied.add(read=load.read, answers=count, failure=failure or "")
+            self._said.set()
+
+    def _next_segments(self, load: _Load) -> tuple[_Reading, list[int]]:
+        """Return what is to be read next, and up to which block of the prompt each segment of it brings that."""
+        folder, arena = load.folder, self._arena
+        if folder is None:
+            raise TransferFailed("it serves a segment to a node that does not read any")
+        count = max(readers(), PIECE_FRAMES * self._piece_blocks // folder.segment_blocks)
+        first, segments, ends = load.command.first_block + load.blocks, list[tuple[BlockHash, list[memoryview]]](), list[int]()
+        for answer in islice(takewhile(lambda answer: answer.HasField("segment"), load.answers), count):
+            end = answer.tokens // self._spec.block_tokens
+            segments.append(self._segment(load.command, folder.segment_blocks, answer.segment, first, end))
+            ends.append(end)
+            first = end
+        return _Reading(folder, segments, lambda: load.stopped or self._arena is not arena), ends
+
+    def _segment(self, command: LoadBlocks, size: int, number: int, first: int, end: int) -> tuple[BlockHash, list[memoryview]]:
+        """Return a segment's name, and where its blocks go of which those from `first` to `end` of the prompt are wanted.
+
+        The others are read too, since the checksum is over all of them: one over the other, into memory that nobody uses.
+        """
+        assert self._pool is not None, "the engine's blocks cannot be read into"
+        start, wanted = number * size, command.blocks[first - command.first_block : end - command.first_block]
+        inside = start <= first < end <= start + size <= len(command.hashes)
+        if not inside or len(wanted) != end - first:
+            raise TransferFailed(f"it serves blocks {first} to {end} of a prompt in segment {number} of {size} blocks")
+        nowhere = [memoryview(bytearray(self._block_bytes))] if end - first < size else []
+        there = [self._slabs(self._pool, block, count) for block, _, count in runs(wanted, range(len(wanted)))]
+        return command.hashes[start + size - 1], nowhere * (first - start) + there + nowhere * (start + size - end)
+
+    async def _read(self, reading: _Reading, count: int) -> float:
+        """Read segments in several threads, and return the seconds it took; all of them are through then, however it ends."""
+        started = time.perf_counter()
+        threads = (self._copier.run_blocking(reading.run) for _ in range(min(readers(), count)))
+        for error in await asyncio.gather(*threads, return_exceptions=True):
+            if error is not None:
+                raise TransferFailed(f"segments cannot be read: {error!r}") from error
+        if self._profile is not None:
+            await asyncio.sleep(fetch_seconds(self._profile, reading.bytes))
+        return time.perf_counter() - started
+
+    def _on_failure(self, failure: CmxFailed) -> None:
+        """Read nothing more by itself if the folder cannot be read from here: the store may still be able to."""
+        if FAILURES[failure.reason] is MoveFailure.UNAVAILABLE and self._folder is not None:
+            log.warning("node %s leaves reading %s to its store: %s", self._spec.id, Tier.CMX, failure)
+            self._folder = None
 
     async def _copy_for_offer(self) -> bool:
         """Copy the next piece of the offer that has waited longest. Returns False if there is none."""
@@ -506,11 +682,13 @@ class Tiers:
         if self._arena is not None:
             self._frame.closed.append(load.read)
             self._said.set()
-        if load.blocks:
-            ago = time.perf_counter() - load.began_s
-            self._moved(Moved(Tier.CPU, Tier.HBM, load.blocks * self._block_bytes, load.seconds, request, ago))
+        for tier, way in ((Tier.CPU, load.cpu), (Tier.CMX, load.cmx)):
+            if way.blocks:
+                ago = time.perf_counter() - way.began_s
+                self._moved(Moved(tier, Tier.HBM, way.blocks * self._block_bytes, way.seconds, request, ago))
         cmx_tokens = load.cmx_blocks * self._spec.block_tokens
-        self._handle(FetchEnded(request, self._tokens(load), failure=failure, cmx_tokens=cmx_tokens))
+        direct = load.cmx.blocks > 0
+        self._handle(FetchEnded(request, self._tokens(load), failure=failure, cmx_tokens=cmx_tokens, direct=direct))
 
     def _end_offer(self, offer: _Offer, failure: str | None) -> None:
         number = offer.command.offer
@@ -540,12 +718,16 @@ class Tiers:
         self._work.clear()
 
 
+def _copied_whole(answer: store_pb2.Slots, copied: int) -> bool:
+    """Tell whether an answer's slots are all copied, if it has any, after so many of them."""
+    return not answer.HasField("segment") and copied >= len(answer.slots)
+
+
 async def _ended(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait for them; what went wrong in them is known already, or follows from that."""
+    """Cancel tasks and wait for them, even if cancelled meanwhile; what went wrong in them is known, or follows from that."""
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await through(tasks)
     for task in tasks:
         if not task.cancelled():
             task.exception()

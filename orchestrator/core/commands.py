@@ -287,6 +287,19 @@ class ServeSlots:
 
 
 @dataclass(frozen=True, slots=True)
+class ServeSegment:
+    """Let a node read a segment from cmx by itself, straight into its own memory. Ended by `SegmentRead`, or with its read.
+
+    It is segment number `number` of the read's chain, counted from 0, and brings the next blocks, up to `tokens` of the prompt.
+    """
+
+    read: ExportId
+    segment: BlockHash
+    number: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReadCmx:
     """Copy a segment from cmx into these slots, one a block. Ended by exactly one `CmxRead`."""
 
@@ -334,6 +347,7 @@ class PublishHoldings:
 StoreCommand = (
     Grant
     | ServeSlots
+    | ServeSegment
     | ReadCmx
     | WriteCmx
     | CancelMove

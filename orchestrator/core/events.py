@@ -159,16 +159,20 @@ class StepFailed:
 @quickly_made
 @dataclass(frozen=True, slots=True)
 class FetchProgressed:
-    """Blocks came from a peer or the store; `tokens` of the prompt, counted from its start, are now present without a hole."""
+    """Blocks came from a peer or the store; `tokens` of the prompt, counted from its start, are now present without a hole.
+
+    With `direct` the last of them came from `cmx` alone: they are not in the store's memory.
+    """
 
     request: RequestId
     tokens: int
+    direct: bool = False
 
 
 @quickly_made
 @dataclass(frozen=True, slots=True)
 class FetchEnded:
-    """A fetch or a load is over and will write no more. `tokens` as in `FetchProgressed`.
+    """A fetch or a load is over and will write no more. `tokens` and `direct` as in `FetchProgressed`.
 
     `computed_tokens` are prompt tokens the source computed for this very request, for the bill; `failure` says why less
     came than was asked for, None if nothing went wrong. `cmx_tokens` of a load came from `cmx`, the others from `cpu`.
@@ -179,6 +183,7 @@ class FetchEnded:
     computed_tokens: int = 0
     failure: str | None = None
     cmx_tokens: int = 0
+    direct: bool = False
 
 
 @quickly_made
@@ -354,7 +359,7 @@ class ReadOpened:
     """A node wants blocks of a prompt: those from index `first_block` on, up to `tokens` of the prompt.
 
     `hashes` are the prompt's full-block hashes from its first block on. With `background` no request waits for them, and others'
-    reads go before it.
+    reads go before it. With `direct` the node reads segments by itself that are in cmx alone.
     """
 
     read: ExportId
@@ -364,6 +369,7 @@ class ReadOpened:
     first_block: int
     tokens: int
     background: bool = False
+    direct: bool = False
 
 
 @quickly_made
@@ -376,6 +382,18 @@ class SlotsRead:
 
 
 @quickly_made
+@dataclass(frozen=True, slots=True)
+class SegmentRead:
+    """The node is through with a segment that it was to read by itself: it has its blocks, or `failure` says why not.
+
+    Those after one that failed it does not read. Unknown ones are ignored: they were given up.
+    """
+
+    read: ExportId
+    number: int
+    failure: MoveFailure | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ReadClosed:
     """The node is satisfied or gave up; nothing of this read is copied any more. Unknown ids are ignored."""
@@ -441,6 +459,7 @@ StoreEvent = (
     | OfferWritten
     | ReadOpened
     | SlotsRead
+    | SegmentRead
     | ReadClosed
     | CmxFound
     | CmxRead

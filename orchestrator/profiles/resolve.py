@@ -12,6 +12,7 @@ from orchestrator.core.config import (
     ConfigError,
     DecodeMode,
     HardwareConfig,
+    KvFormat,
     PoolConfig,
     Precision,
     SpeculationMethod,
@@ -55,6 +56,8 @@ class Below:
     #: Of a block there, which may be fewer than in the nodes' memory; and of one in their memory.
     block_bytes: int
     pool_block_bytes: int
+    #: Whether a node reads what is in the storage alone by itself, without a copy in its host's memory between.
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +239,11 @@ def _node_hardware(config: ClusterConfig, pool: PoolConfig, machine: Machine, ca
 
 
 def _below_profile(store: StoreConfig, pool: PoolConfig, known: BlockBytes) -> Below:
-    """Return what is below nodes of which the profile alone is known: the cluster file says how fast that is."""
+    """Return what is below nodes of which the profile alone is known: the cluster file says how fast that is.
+
+    They are taken to compute on their host's processors, unless the cluster file names another device.
+    """
+    engine = pool.engine
     return Below(
         host_nodes=None,
         cpu_bytes_per_s=store.cpu_bytes_per_s,
@@ -245,6 +252,7 @@ def _below_profile(store: StoreConfig, pool: PoolConfig, known: BlockBytes) -> B
         cmx_latency_s=store.cmx_latency_s,
         block_bytes=known.stored,
         pool_block_bytes=known.pool,
+        direct=store.cmx.startswith("file:") and engine.kv_format_stored is KvFormat.PLAIN and engine.device != "cuda",
     )
 
 

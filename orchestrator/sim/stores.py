@@ -4,10 +4,11 @@ Three links carry blocks, each in both directions at once and one copy after the
 
     node --- its own link --- cpu (its host's arena) --- its host's link --- cmx (shared by all hosts)
 
-What a store decides is the core's; here it only takes its time, or fails. See also: `workers/store/`, which does it in real time.
+A node that reads segments by itself waits for its host's link to `cmx` alone. What a store decides is the core's; here it only
+takes its time, or fails. See also: `workers/store/`, which does it in real time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import assert_never
@@ -21,6 +22,7 @@ from orchestrator.core.commands import (
     Offer,
     PublishHoldings,
     ReadCmx,
+    ServeSegment,
     ServeSlots,
     SetTimer,
     StoreCommand,
@@ -42,6 +44,7 @@ from orchestrator.core.events import (
     ReadClosed,
     ReadOpened,
     ResyncRequested,
+    SegmentRead,
     SlotsRead,
     StoreEvent,
     StoreReported,
@@ -96,6 +99,8 @@ class _Read:
     #: Prompt tokens that have arrived, and how many of them came from `cmx` since the read was opened.
     tokens: int
     cmx_tokens: int = 0
+    #: Whether the last of them came past the arena.
+    direct: bool = False
     #: When the last of what was put on the link arrives.
     arrives_s: float = 0.0
 
@@ -143,14 +148,15 @@ class SimulatedStore:
         spec, config: what it is; its rates are those of the host's links.
         cpu_latency_s: seconds before a copy between a node and the arena begins.
         shared: what is in `cmx`.
+        direct: pools whose nodes read segments by themselves.
         tell_node: lets something happen to a node.
         report: tells gateways, or one of them, of holdings.
     """
 
     __slots__ = (
-        "_agenda", "_cpu_latency_s", "_ending", "_faults", "_free_s", "_moves", "_network", "_offer_of", "_offers", "_random",
-        "_read_of", "_reads", "_recalled_s", "_report", "_serial", "_shared", "_tell_node", "_timers", "alive", "events", "spec",
-        "store", "use",
+        "_agenda", "_cpu_latency_s", "_direct", "_ending", "_faults", "_free_s", "_moves", "_network", "_offer_of", "_offers",
+        "_random", "_read_of", "_reads", "_recalled_s", "_report", "_serial", "_shared", "_tell_node", "_timers", "alive",
+        "events", "spec", "store", "use",
     )  # fmt: skip
 
     def __init__(
@@ -162,6 +168,7 @@ class SimulatedStore:
         network: Network,
         timers: Timers,
         shared: Shared,
+        direct: Collection[PoolName],
         use: StoreUse,
         tell_node: Callable[[NodeId, NodeEvent], None],
         report: "Callable[[SimulatedStore, StoreReported, GatewayId | None], None]",
@@ -180,6 +187,7 @@ class SimulatedStore:
         self._network = network
         self._timers = timers
         self._shared = shared
+        self._direct = direct
         self._tell_node = tell_node
         self._report = report
         self._faults = faults
@@ -247,6 +255,8 @@ class SimulatedStore:
                 self._on_grant(command)
             case ServeSlots():
                 self._on_serve(command)
+            case ServeSegment():
+                self._on_serve_segment(command)
             case ReadCmx() | WriteCmx():
                 self._on_move(command)
             case CancelMove(move):
@@ -355,9 +365,9 @@ class SimulatedStore:
         reading = self._reads.get(number)
         if reading is not None:
             node, command = reading.node, reading.command
-            background = is_prefetch(command.request)
-            read = ReadOpened(number, node.id, node.model, command.hashes, command.first_block, command.tokens, background)
-            self.tell(read)
+            background, direct = is_prefetch(command.request), node.pool in self._direct
+            wanted = (command.hashes, command.first_block, command.tokens)
+            self.tell(ReadOpened(number, node.id, node.model, *wanted, background, direct))
 
     def _on_serve(self, command: ServeSlots) -> None:
         """Put slots on the node's link; an end without any does not overtake those before it."""
@@ -391,9 +401,36 @@ class SimulatedStore:
         if command.final:
             self.tell(ReadClosed(command.read))
 
+    def _on_serve_segment(self, command: ServeSegment) -> None:
+        """Put a segment on the host's link to `cmx`, from where a node reads it; it does not overtake what it is behind."""
+        reading = self._reads.get(command.read)
+        if reading is None:
+            return
+        model = next(stored for stored in self.spec.models if stored.model == reading.node.model)
+        arrives_s = self._carry("cmx", "in", model.segment_bytes, self.spec.cmx_bytes_per_s, self.spec.cmx_latency_s)
+        reading.arrives_s = max(arrives_s, reading.arrives_s)
+        self._agenda.at(reading.arrives_s, self._end_segment, command, model.segment_bytes)
+
+    def _end_segment(self, command: ServeSegment, size: int) -> None:
+        reading = self._reads.get(command.read)
+        if reading is None:
+            return
+        failure = self._read_damage(reading.node.model, command.segment)
+        if failure is None:
+            self.use.cmx_read_bytes += size
+            tokens = command.tokens - reading.tokens
+            self.use.loaded_bytes += tokens // reading.node.block_tokens * self._block_bytes(reading.node.model)
+            reading.cmx_tokens += tokens
+            reading.tokens = command.tokens
+            reading.direct = True
+            progress = FetchProgressed(reading.command.request, command.tokens, direct=True)
+            self._agenda.at(self._agenda.now, self._tell_node, reading.node.id, progress)
+        self.tell(SegmentRead(command.read, command.number, failure))
+
     def _end_read(self, number: ExportId, failure: str | None) -> None:
         reading = self._drop_read(number)
-        ended = FetchEnded(reading.command.request, reading.tokens, failure=failure, cmx_tokens=reading.cmx_tokens)
+        request, tokens, cmx_tokens = reading.command.request, reading.tokens, reading.cmx_tokens
+        ended = FetchEnded(request, tokens, failure=failure, cmx_tokens=cmx_tokens, direct=reading.direct)
         self._tell_end(reading.node.id, ended)
 
     def _drop_read(self, number: ExportId) -> _Read:
@@ -439,11 +476,19 @@ class SimulatedStore:
 
     def _damage(self, command: ReadCmx | WriteCmx) -> MoveFailure | None:
         """Return what is wrong with a transfer that came to its end, if anything is."""
+        if isinstance(command, ReadCmx):
+            return self._read_damage(command.model, command.segment)
+        return MoveFailure.UNAVAILABLE if self._is_damaged() else None
+
+    def _read_damage(self, model: ModelName, segment: BlockHash) -> MoveFailure | None:
+        """Return what is wrong with a segment that was read, if anything is."""
+        if self._is_damaged():
+            return MoveFailure.DAMAGED
+        return None if segment in self._shared[model] else MoveFailure.MISSING
+
+    def _is_damaged(self) -> bool:
         faults = self._faults
-        if faults and self._agenda.now < faults.until_s and self._random.random() < faults.damaged_share:
-            return MoveFailure.DAMAGED if isinstance(command, ReadCmx) else MoveFailure.UNAVAILABLE
-        missing = isinstance(command, ReadCmx) and command.segment not in self._shared[command.model]
-        return MoveFailure.MISSING if missing else None
+        return faults is not None and self._agenda.now < faults.until_s and self._random.random() < faults.damaged_share
 
     def _block_bytes(self, model: ModelName) -> int:
         return next(stored.block_bytes for stored in self.spec.models if stored.model == model)

@@ -245,6 +245,8 @@ class World:
         self.stores: dict[str, SimulatedStore] = {}
         self._shared: Shared = {}
         self._below: dict[str, Below] = {}
+        #: Pools whose nodes read what is in `cmx` by themselves.
+        self._direct = frozenset(name for name, below in resolved.below.items() if below.direct)
         self._store_use = StoreUse() if config.store is not None else None
         #: Whether a gateway cannot know that it missed a node's last batch, since no later one has shown the gap.
         self.unaware: dict[tuple[GatewayId, NodeId], bool] = {}
@@ -642,6 +644,7 @@ class World:
             self._network,
             self._timers,
             self._shared,
+            self._direct,
             use,
             self._tell_node,
             self._report_store,

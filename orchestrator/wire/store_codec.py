@@ -115,13 +115,16 @@ def evict_from(message: store_pb2.Evict) -> EvictAsked:
     return EvictAsked(ModelName(message.model), hashes, message.first_block, message.end_block, tier, message.demote)
 
 
-def read_from(message: store_pb2.Read, read: ExportId, node: NodeId, model: StoredModel) -> ReadOpened:
-    """Return the read that a node of a model asks for, under the number that it has here."""
+def read_from(message: store_pb2.Read, read: ExportId, node: NodeId, model: StoredModel, folder: bool) -> ReadOpened:
+    """Return the read that a node of a model asks for, under the number that it has here.
+
+    `folder` says whether the model's segments lie where a node can read them by itself.
+    """
     hashes = hashes_from(message.hashes)
     first, tokens, each = message.first_block, message.tokens, model.block_tokens
     if not first * each < tokens <= len(hashes) * each:
         raise MalformedMessage(f"a read of tokens {first * each} to {tokens} of {len(hashes)} blocks of {each}")
-    return ReadOpened(read, node, model.model, hashes, first, tokens, message.background)
+    return ReadOpened(read, node, model.model, hashes, first, tokens, message.background, folder and message.direct)
 
 
 def offer_from(message: store_pb2.Offer) -> tuple[BlockHash | None, tuple[BlockHash, ...]]:

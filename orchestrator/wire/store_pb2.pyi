@@ -64,26 +64,30 @@ class Written(_message.Message):
     def __init__(self, offer: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class Read(_message.Message):
-    __slots__ = ("read", "hashes", "first_block", "tokens", "background")
+    __slots__ = ("read", "hashes", "first_block", "tokens", "background", "direct")
     READ_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     BACKGROUND_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     read: int
     hashes: bytes
     first_block: int
     tokens: int
     background: bool
-    def __init__(self, read: _Optional[int] = ..., hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[int] = ..., background: bool = ...) -> None: ...
+    direct: bool
+    def __init__(self, read: _Optional[int] = ..., hashes: _Optional[bytes] = ..., first_block: _Optional[int] = ..., tokens: _Optional[int] = ..., background: bool = ..., direct: bool = ...) -> None: ...
 
 class Copied(_message.Message):
-    __slots__ = ("read", "answers")
+    __slots__ = ("read", "answers", "failure")
     READ_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     read: int
     answers: int
-    def __init__(self, read: _Optional[int] = ..., answers: _Optional[int] = ...) -> None: ...
+    failure: str
+    def __init__(self, read: _Optional[int] = ..., answers: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class ArenaFrame(_message.Message):
     __slots__ = ("arena", "grants", "slots")
@@ -96,14 +100,30 @@ class ArenaFrame(_message.Message):
     def __init__(self, arena: _Optional[_Union[Arena, _Mapping]] = ..., grants: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[Slots, _Mapping]]] = ...) -> None: ...
 
 class Arena(_message.Message):
-    __slots__ = ("memory", "first_byte", "slots")
+    __slots__ = ("memory", "first_byte", "slots", "folder")
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     FIRST_BYTE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
     memory: _node_pb2.SharedMemory
     first_byte: int
     slots: int
-    def __init__(self, memory: _Optional[_Union[_node_pb2.SharedMemory, _Mapping]] = ..., first_byte: _Optional[int] = ..., slots: _Optional[int] = ...) -> None: ...
+    folder: Folder
+    def __init__(self, memory: _Optional[_Union[_node_pb2.SharedMemory, _Mapping]] = ..., first_byte: _Optional[int] = ..., slots: _Optional[int] = ..., folder: _Optional[_Union[Folder, _Mapping]] = ...) -> None: ...
+
+class Folder(_message.Message):
+    __slots__ = ("path", "device", "inode", "segment_blocks", "move_s_max")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    INODE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MOVE_S_MAX_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    device: int
+    inode: int
+    segment_blocks: int
+    move_s_max: float
+    def __init__(self, path: _Optional[str] = ..., device: _Optional[int] = ..., inode: _Optional[int] = ..., segment_blocks: _Optional[int] = ..., move_s_max: _Optional[float] = ...) -> None: ...
 
 class Grant(_message.Message):
     __slots__ = ("offer", "first", "slots", "orphan")
@@ -118,18 +138,20 @@ class Grant(_message.Message):
     def __init__(self, offer: _Optional[int] = ..., first: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., orphan: bool = ...) -> None: ...
 
 class Slots(_message.Message):
-    __slots__ = ("read", "slots", "tokens", "final", "cmx_blocks")
+    __slots__ = ("read", "slots", "tokens", "final", "cmx_blocks", "segment")
     READ_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
     CMX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     read: int
     slots: _containers.RepeatedScalarFieldContainer[int]
     tokens: int
     final: bool
     cmx_blocks: int
-    def __init__(self, read: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., tokens: _Optional[int] = ..., final: bool = ..., cmx_blocks: _Optional[int] = ...) -> None: ...
+    segment: int
+    def __init__(self, read: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., tokens: _Optional[int] = ..., final: bool = ..., cmx_blocks: _Optional[int] = ..., segment: _Optional[int] = ...) -> None: ...
 
 class ToStore(_message.Message):
     __slots__ = ("hello", "resyncs", "leases", "ended_leases", "prefetches", "evictions", "frames_received")

@@ -114,6 +114,26 @@ def test_below_a_pool_without_hardware_is_what_the_cluster_file_says_beside_bloc
     assert resolved.below == {POOL: Below(None, 3e9, 0.125, 2e9, 0.25, 32, 64)}
 
 
+@pytest.mark.parametrize(
+    ("cmx", "stored", "device", "direct"),
+    [
+        ("file:///kv", KvFormat.PLAIN, "auto", True),
+        ("file:///kv", KvFormat.FP8, "auto", False),
+        ("file:///kv", KvFormat.PLAIN, "cuda", False),
+        ("s3://kv", KvFormat.PLAIN, "auto", False),
+        ("", KvFormat.PLAIN, "auto", False),
+    ],
+)
+def test_nodes_read_a_folder_by_themselves_into_memory_of_their_host(
+    cmx: str, stored: KvFormat, device: str, direct: bool
+) -> None:
+    config = replace(cluster(HardwareConfig()), store=StoreConfig(cmx=cmx))
+    pool = config.pools[0]
+    pool = replace(pool, engine=replace(pool.engine, kv_format_stored=stored, device=device))
+    resolved = resolve(replace(config, pools=(pool,)), CATALOG, {POOL: BlockBytes(64, 32)})
+    assert resolved.below[POOL].direct == direct
+
+
 def test_a_store_beside_a_pool_of_which_nothing_is_known_cannot_be_planned() -> None:
     with pytest.raises(ConfigError, match=r"store: cannot be planned beside pools\[0\], which has no hardware"):
         resolve(replace(cluster(HardwareConfig()), store=StoreConfig()), CATALOG)

@@ -113,12 +113,13 @@ def test_with_everything_going_wrong_over_many_seeds(seed: int) -> None:
     check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8, hints=hints)
 
 
-def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int, hints: HintProgram) -> None:
+def check_faults(layout: dict[PoolKind, int], seed: int, sessions: int, hints: HintProgram, direct: bool = False) -> None:
     faults = Faults(
         until_s=8.0, crashes=2, restart_s=0.5, hangs=1, gateway_hangs=1, store_crashes=3, damaged_share=0.2,
         late_share=0.2, lost_kv_share=0.1, broken_fetch_share=0.1, abandoned_share=0.1, slow_nodes=1,
     )  # fmt: skip
     resolved = cluster(layout, blocks=SHORT, gateways=2, store=below(400, cmx=True))
+    resolved = straight(resolved) if direct else resolved
     trace = agents(sessions, 3, seed, context_tokens=600)
     outcome = World(resolved, trace, WorldOptions(seed=seed, checks=True, faults=faults, hints=hints)).run()
     assert all(served.ended_s is not None for served in some(outcome.served))
@@ -153,3 +154,37 @@ def test_nodes_of_which_the_profile_alone_is_known_share_one_host_and_models_its
     known = dict.fromkeys((PoolName(pool.name) for pool in pools), replace(BELOW, host_nodes=None))
     (spec,) = store_specs(store, Resolved(config, {}, known))
     assert [(part.model, part.slots) for part in spec.models] == [("default", 800), ("small", 200)]
+
+
+def straight(resolved: Resolved) -> Resolved:
+    """Return the cluster with nodes that read what is in `cmx` alone by themselves."""
+    return replace(resolved, below={pool: replace(one, direct=True) for pool, one in resolved.below.items()})
+
+
+@pytest.mark.parametrize("layout", [TOGETHER, APART], ids=["together", "apart"])
+def test_what_nodes_read_by_themselves_does_not_wait_for_their_hosts_memory(layout: dict[PoolKind, int]) -> None:
+    # The memory is slower than the storage here: whatever is copied out of it shows.
+    slow = replace(BELOW, cpu_bytes_per_s=2e6)
+    resolved = cluster(layout, blocks=SHORT, store=below(250, cmx=True))
+    resolved = replace(resolved, below=dict.fromkeys(resolved.below, slow))
+    through, past = serve(resolved), serve(straight(resolved))
+    for outcome in (through, past):
+        assert all(served.completed for served in some(outcome.served))
+        assert sum(served.cmx_tokens for served in outcome.served) > 0
+        assert used(outcome).cmx_read_bytes > 0
+    waits = [sum(served.ttft_s or 0.0 for served in one.served) for one in (through, past)]
+    assert waits[1] < waits[0]
+    brought = [used(one).loaded_bytes for one in (through, past)]
+    assert brought[1] > brought[0]
+
+
+@pytest.mark.parametrize("hints", [HintProgram.NONE, HintProgram.PREFETCH])
+def test_with_everything_going_wrong_reads_by_nodes_end_as_well(hints: HintProgram) -> None:
+    check_faults(TOGETHER, seed=5, sessions=3, hints=hints, direct=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 124))
+def test_with_everything_going_wrong_reads_by_nodes_end_over_many_seeds(seed: int) -> None:
+    hints = (HintProgram.NONE, HintProgram.PREFETCH)[seed // 2 % 2]
+    check_faults((TOGETHER, APART)[seed % 2], seed, sessions=8, hints=hints, direct=True)

@@ -54,7 +54,7 @@ def test_a_load_comes_back_as_it_went() -> None:
 def test_what_nodes_and_gateways_ask_for_is_read() -> None:
     read = store_pb2.Read(read=1, hashes=PACKED, first_block=1, tokens=9)
     event = ReadOpened(ExportId(5), NodeId("n"), ModelName("m"), HASHES, 1, 9)
-    assert store_codec.read_from(read, ExportId(5), NodeId("n"), MODEL) == event
+    assert store_codec.read_from(read, ExportId(5), NodeId("n"), MODEL, folder=False) == event
     assert store_codec.offer_from(store_pb2.Offer(offer=1, hashes=PACKED)) == (None, HASHES)
     assert store_codec.offer_from(store_pb2.Offer(offer=1, parent=HASHES[0], hashes=PACKED)) == (HASHES[0], HASHES)
     asked = store_codec.prefetch_from(store_pb2.Prefetch(model="m", hashes=PACKED, blocks=3))
@@ -94,14 +94,17 @@ def test_a_message_that_means_nothing_is_refused(call: Callable[[Any], object], 
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_read_says_whether_a_request_waits_for_it(background: bool) -> None:
-    read = store_pb2.Read(read=1, hashes=PACKED, first_block=1, tokens=12, background=background)
-    opened = store_codec.read_from(store_pb2.Read.FromString(read.SerializeToString()), ExportId(7), NodeId("n"), MODEL)
-    assert opened == ReadOpened(ExportId(7), NodeId("n"), MODEL.model, HASHES, 1, 12, background)
+@pytest.mark.parametrize(("folder", "asked", "direct"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_read_says_whether_a_request_waits_for_it_and_whether_its_node_reads_segments_of_a_folder(
+    background: bool, folder: bool, asked: bool, direct: bool
+) -> None:
+    read = store_pb2.Read(read=1, hashes=PACKED, first_block=1, tokens=12, background=background, direct=asked)
+    opened = store_codec.read_from(store_pb2.Read.FromString(read.SerializeToString()), ExportId(7), NodeId("n"), MODEL, folder)
+    assert opened == ReadOpened(ExportId(7), NodeId("n"), MODEL.model, HASHES, 1, 12, background, direct)
 
 
 @pytest.mark.parametrize(("first_block", "tokens"), [(0, 0), (1, 4), (0, 13), (3, 13), (1 << 31, 12)])
 def test_a_read_of_what_is_no_part_of_its_prompt_is_refused(first_block: int, tokens: int) -> None:
     read = store_pb2.Read(read=1, hashes=PACKED, first_block=first_block, tokens=tokens)
     with pytest.raises(MalformedMessage, match="a read of tokens"):
-        store_codec.read_from(read, ExportId(1), NodeId("n"), MODEL)
+        store_codec.read_from(read, ExportId(1), NodeId("n"), MODEL, folder=True)

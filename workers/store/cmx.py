@@ -14,6 +14,7 @@ learned by listing names, not from a manifest: see "Why" in `workers/README.md`.
 """
 
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,8 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import LocalStore
 
 from orchestrator.core.blocks import HASH_BYTES, hash_bytes
-from orchestrator.core.types import BlockHash
+from orchestrator.core.types import BlockHash, MoveFailure
+from orchestrator.wire import store_pb2
 from orchestrator.wire.buckets import Bucket, first_line
 
 #: Names one model's bytes; 16 of them.
@@ -54,6 +56,13 @@ FILE_PIECE_BYTES = 512 * 1024
 PAGE_NAMES, LISTINGS = 1000, 16
 #: Files that a writer which was killed left behind are removed after so many seconds.
 _LEFT_S = 3600.0
+#: File systems of this machine itself. A read of another may never end, and nothing that it reads into can be used for anything
+#: else meanwhile, nor given up: with the store, a few of its slots are lost then; a node would lose what requests wait for.
+_LOCAL = frozenset(("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
+#: How Linux writes a space in the name of a place where something is mounted.
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+#: Threads that read a folder at once, at most.
+_READERS_MAX = 8
 #: What operating systems say when there is no room: no space, no quota, too large.
 _NO_ROOM = ("os error 28", "os error 122", "os error 27")
 
@@ -70,6 +79,20 @@ class Damage(StrEnum):
     FULL = "full"
     LATE = "late"  # not done in time
     STOPPED = "stopped"  # nobody wants it any more
+
+
+#: What each of them means to the core.
+FAILURES = {
+    Damage.MISSING: MoveFailure.MISSING,
+    Damage.TRUNCATED: MoveFailure.DAMAGED,
+    Damage.CORRUPT: MoveFailure.DAMAGED,
+    Damage.FOREIGN: MoveFailure.DAMAGED,
+    Damage.UNREACHABLE: MoveFailure.UNAVAILABLE,
+    Damage.DENIED: MoveFailure.UNAVAILABLE,
+    Damage.LATE: MoveFailure.UNAVAILABLE,
+    Damage.FULL: MoveFailure.FULL,
+    Damage.STOPPED: MoveFailure.CANCELLED,
+}
 
 
 class CmxFailed(Exception):
@@ -101,6 +124,53 @@ def model_key(fingerprint: str, kv_format: str, block_tokens: int, block_bytes: 
     return ModelKey(blake2b("\0".join(parts).encode(), digest_size=HASH_BYTES).digest())
 
 
+def readers() -> int:
+    """Return how many threads are to read a folder at once.
+
+    No more than there are processors: a thread that copies would only take the processor from one that holds the interpreter's
+    lock, for which everything else waits.
+    """
+    return min(_READERS_MAX, max(2, len(os.sched_getaffinity(0))))
+
+
+def open_folder(place: store_pb2.Folder, fingerprint: str, kv_format: str, block_tokens: int, block_bytes: int) -> "Cmx | None":
+    """Return a store's folder for a node that is to read segments by itself.
+
+    None if it is another folder here, cannot be read, or is on no file system of this machine itself.
+    """
+    try:
+        if not _is_same(place) or _file_system(place.path) not in _LOCAL:
+            return None
+        bucket = LocalStore(place.path)
+    except (BaseError, OSError, ValueError):
+        return None
+    key = model_key(fingerprint, kv_format, block_tokens, block_bytes, place.segment_blocks)
+    return Cmx(bucket, key, block_bytes, place.segment_blocks, place.move_s_max)
+
+
+def _is_same(place: store_pb2.Folder) -> bool:
+    """Tell whether a folder can be read here, and is the one that is meant: another process may see other file systems."""
+    folder = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(folder)
+    finally:
+        os.close(folder)
+    same = (found.st_dev, found.st_ino) == (place.device, place.inode) and os.access(place.path, os.R_OK | os.X_OK)
+    return same and place.segment_blocks > 0 and place.move_s_max > 0
+
+
+def _file_system(path: str) -> str:
+    """Return the kind of file system that a folder is on, as Linux calls it."""
+    real, where, kind = os.path.realpath(path), "", ""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        mount, _, mounted = line.partition(" - ")
+        point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), mount.split(" ")[4])
+        # Of several at one place the last one is seen.
+        if os.path.commonpath((real, point)) == point and len(point) >= len(where):
+            where, kind = point, mounted.split(" ")[0]
+    return kind
+
+
 class Cmx:
     """One model's segments in a bucket.
 
@@ -125,6 +195,24 @@ class Cmx:
     def folder(self) -> bool:
         """Whether it is a folder of this host."""
         return self._root is not None
+
+    @property
+    def segment_blocks(self) -> int:
+        """Blocks of a segment."""
+        return self._segment_blocks
+
+    def place(self) -> store_pb2.Folder | None:
+        """Return where it is, for nodes of this host that read from it by themselves; None for a bucket."""
+        if self._root is None:
+            return None
+        try:
+            found = self._root.stat()
+        except OSError:
+            return None
+        return store_pb2.Folder(
+            path=str(self._root), device=found.st_dev, inode=found.st_ino, segment_blocks=self._segment_blocks,
+            move_s_max=self._move_s_max,
+        )  # fmt: skip
 
     @property
     def segment_bytes(self) -> int:

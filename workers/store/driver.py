@@ -24,6 +24,7 @@ from orchestrator.core.commands import (
     Grant,
     PublishHoldings,
     ReadCmx,
+    ServeSegment,
     ServeSlots,
     SetTimer,
     StoreCommand,
@@ -38,6 +39,7 @@ from orchestrator.core.events import (
     OfferWritten,
     ReadClosed,
     ResyncRequested,
+    SegmentRead,
     SlotsRead,
     StoreEvent,
 )
@@ -47,6 +49,7 @@ from orchestrator.core.types import (
     ExportId,
     GatewayId,
     ModelName,
+    MoveFailure,
     NodeId,
     OfferId,
     SlotId,
@@ -60,7 +63,7 @@ from orchestrator.wire.journal import StoreJournalWriter, recorded
 from orchestrator.wire.trust import Refused
 from workers.memory import host_id
 from workers.store.arena import Arena
-from workers.store.cmx import Cmx
+from workers.store.cmx import FAILURES, Cmx, CmxFailed, Damage
 from workers.store.listeners import Listener
 from workers.store.moves import Carried, Moves
 
@@ -94,13 +97,18 @@ class Kept:
 
 @dataclass(slots=True)
 class _Read:
-    """A node's read, and what was served of it and is not known to be copied."""
+    """A node's read, and what was served of it and is not known to be done with: slots, or numbers of segments."""
 
     attached: "_Attached"
     number: int
-    served: deque[tuple[SlotId, ...]] = field(default_factory=deque[tuple[SlotId, ...]])
+    served: deque[tuple[SlotId, ...] | int] = field(default_factory=deque["tuple[SlotId, ...] | int"])
     #: True while the core hears of it.
     opening: bool = True
+
+    @property
+    def touched(self) -> bool:
+        """Whether the node may be copying out of the memory for it."""
+        return any(not isinstance(one, int) for one in self.served)
 
 
 @dataclass(slots=True)
@@ -165,6 +173,8 @@ class StoreDriver:
         self._kept = kept
         self._core = Store(spec, config)
         self._arena = arena
+        #: Of models whose segments are in a folder: where that is.
+        self._folders = {model: place for model, one in cmx.items() if (place := one.place()) is not None}
         self._fatal = fatal
         self._journal = journal
         self._load_s = load_s
@@ -209,6 +219,8 @@ class StoreDriver:
                 self._grant(command)
             case ServeSlots():
                 self._serve(command)
+            case ServeSegment():
+                self._serve_segment(command)
             case ReadCmx():
                 self._moves.read(command)
             case WriteCmx():
@@ -253,6 +265,14 @@ class StoreDriver:
         )
         read.attached.said.set()
 
+    def _serve_segment(self, command: ServeSegment) -> None:
+        read = self._reads.get(command.read)
+        if read is None or read.attached.over:
+            return
+        read.served.append(command.number)
+        read.attached.frame.slots.add(read=read.number, tokens=command.tokens, segment=command.number)
+        read.attached.said.set()
+
     def _on_carried(self, carried: Carried) -> None:
         for listener in self._listeners.values():
             listener.add_move(carried)
@@ -277,7 +297,7 @@ class StoreDriver:
         writer: asyncio.Task[None] | None = None
         clean = False
         try:
-            await stream.write(store_pb2.ArenaFrame(arena=self._arena.place(attached.model.model)))
+            await stream.write(store_pb2.ArenaFrame(arena=self._placed(attached.model.model)))
             writer = asyncio.ensure_future(self._write_frames(attached, stream))
             # A stream that ends says nothing: that of a node that hangs does so too.
             while not clean and isinstance(frame := await stream.read(), store_pb2.AttachFrame):
@@ -314,6 +334,13 @@ class StoreDriver:
         self.handle(NodeAttached(node, kept.model.model))
         log.info("node %s is attached", node)
         return attached
+
+    def _placed(self, model: ModelName) -> store_pb2.Arena:
+        """Return where a model's slots lie, and its folder if it has one."""
+        placed = self._arena.place(model)
+        if model in self._folders:
+            placed.folder.CopyFrom(self._folders[model])
+        return placed
 
     async def _write_frames(self, attached: _Attached, stream: Stream) -> None:
         while True:
@@ -356,7 +383,7 @@ class StoreDriver:
     def _on_read(self, attached: _Attached, message: store_pb2.Read) -> None:
         self._check_fresh(message.read, attached.reads)
         read = ExportId(self._number())
-        event = store_codec.read_from(message, read, attached.node, attached.model)
+        event = store_codec.read_from(message, read, attached.node, attached.model, attached.model.model in self._folders)
         attached.reads[message.read] = read
         opened = self._reads[read] = _Read(attached, message.read)
         self.handle(event)
@@ -369,8 +396,22 @@ class StoreDriver:
         served = self._reads[read].served
         if message.answers > len(served):
             raise codec.MalformedMessage(f"{message.answers} answers to a read were copied, {len(served)} were given")
-        for _ in range(message.answers):
-            self.handle(SlotsRead(read, served.popleft()))
+        failed = self._failure(attached, message, served) if message.failure else None
+        for left in range(message.answers, 0, -1):
+            one = served.popleft()
+            if isinstance(one, int):
+                self.handle(SegmentRead(read, one, failed if left == 1 else None))
+            else:
+                self.handle(SlotsRead(read, one))
+
+    def _failure(self, attached: _Attached, message: store_pb2.Copied, served: deque[tuple[SlotId, ...] | int]) -> MoveFailure:
+        """Return why the last answer of these failed, and count it."""
+        reason = next((one for one in Damage if one == message.failure), None)
+        number = served[message.answers - 1] if message.answers else None
+        if reason is None or not isinstance(number, int):
+            raise codec.MalformedMessage(f"{message.failure[: codec.NAME_CHARS_MAX]!r} is why no segment failed")
+        self._moves.count(CmxFailed(reason, f"node {attached.node} reads segment {number} of a prompt"))
+        return FAILURES[reason]
 
     def _on_closed(self, attached: _Attached, number: int) -> None:
         read = attached.reads.pop(number, None)
@@ -392,7 +433,7 @@ class StoreDriver:
         if self._attached.get(attached.node) is not attached:
             return
         for number, read in tuple(attached.reads.items()):
-            if clean or not self._reads[read].served:
+            if clean or not self._reads[read].touched:
                 self._on_closed(attached, number)
         if clean or not (attached.reads or attached.offers):
             self._gone(attached)

@@ -7,7 +7,6 @@ in exactly one event. A segment is not written while it is being removed.
 import asyncio
 import heapq
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,10 +17,9 @@ from orchestrator.core.commands import DeleteCmx, ReadCmx, WriteCmx
 from orchestrator.core.events import CmxFound, CmxRead, CmxWritten, StoreEvent
 from orchestrator.core.types import BlockHash, ModelName, MoveFailure, MoveId
 from workers.store.arena import Arena
-from workers.store.cmx import Cmx, CmxFailed, Damage
+from workers.store.cmx import FAILURES, Cmx, CmxFailed, Damage, readers
 
-#: Moves at once: enough to have several requests to a bucket under way. Of a folder no more than there are processors: a thread
-#: that copies would only take the processor from one that holds the interpreter's lock, for which everything else waits.
+#: Moves at once to and from a bucket: enough to have several requests under way.
 THREADS = 8
 #: Reads that a thread does one after the other before the loop hears of them, for so many seconds at most: to hear of each by
 #: itself costs as much as reading half a megabyte of a folder that is in memory.
@@ -30,17 +28,6 @@ BATCH_READS, BATCH_S = 8, 0.003
 PAGE_SEGMENTS, LIST_AGAIN_S = 4096, 60.0
 #: Seconds between two lines in the log about moves that failed.
 FAILURE_LOG_S = 1.0
-FAILURES = {
-    Damage.MISSING: MoveFailure.MISSING,
-    Damage.TRUNCATED: MoveFailure.DAMAGED,
-    Damage.CORRUPT: MoveFailure.DAMAGED,
-    Damage.FOREIGN: MoveFailure.DAMAGED,
-    Damage.UNREACHABLE: MoveFailure.UNAVAILABLE,
-    Damage.DENIED: MoveFailure.UNAVAILABLE,
-    Damage.LATE: MoveFailure.UNAVAILABLE,
-    Damage.FULL: MoveFailure.FULL,
-    Damage.STOPPED: MoveFailure.CANCELLED,
-}
 _Segment = tuple[ModelName, BlockHash]
 log = logging.getLogger("weft.store")
 
@@ -90,7 +77,7 @@ class Moves:
         self._carried = carried
         self._loop = asyncio.get_running_loop()
         folders = all(one.folder for one in cmx.values())
-        self._moves_max = min(THREADS, max(2, len(os.sched_getaffinity(0)))) if folders else THREADS
+        self._moves_max = readers() if folders else THREADS
         # One thread for each model's listing, which must not keep a move from its own.
         self._threads = ThreadPoolExecutor(self._moves_max + len(cmx), thread_name_prefix="cmx")
         self._serial = 0
@@ -195,7 +182,7 @@ class Moves:
         failure: MoveFailure | None = None
         if isinstance(end, CmxFailed):
             failure = FAILURES[end.reason]
-            self._count(end)
+            self.count(end)
         elif isinstance(end, Exception):
             failure = MoveFailure.UNAVAILABLE
             log.error("%s failed", command, exc_info=end)
@@ -238,14 +225,15 @@ class Moves:
         try:
             await self._loop.run_in_executor(self._threads, self._cmx[command.model].delete, wanted)
         except CmxFailed as error:
-            self._count(error)
+            self.count(error)
         for segment in wanted:
             del self._removing[command.model, segment]
             held = self._held.pop((command.model, segment), None)
             if held is not None:
                 heapq.heappush(self._waiting, held)
 
-    def _count(self, error: CmxFailed) -> None:
+    def count(self, error: CmxFailed) -> None:
+        """Count what went wrong, here or at a node that reads by itself, and tell people of it now and then."""
         self.damages[error.reason] += 1
         if error.reason is not Damage.STOPPED and self._loop.time() - self._failure_told_s >= FAILURE_LOG_S:
             self._failure_told_s = self._loop.time()
@@ -258,7 +246,7 @@ class Moves:
                 found = await self._loop.run_in_executor(self._threads, _listed, cmx)
                 break
             except CmxFailed as error:
-                self._count(error)
+                self.count(error)
             await asyncio.sleep(LIST_AGAIN_S)
         log.info("cmx holds %d segments of model %s", len(found), model)
         for first in range(0, len(found), PAGE_SEGMENTS):

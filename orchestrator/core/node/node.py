@@ -625,13 +625,13 @@ class Node:
 
     def _on_fetch_progressed(self, event: FetchProgressed) -> None:
         if is_prefetch(event.request):
-            self._prefetches.progress(event.request, event.tokens)
+            self._prefetches.progress(event)
             return
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.phase is not Phase.FETCHING or sequence.ending is not None:
             return
         sequence.heard_at = self._now
-        self._scheduler.advance_fetch(sequence, event.tokens)
+        self._scheduler.advance_fetch(sequence, event.tokens, event.direct)
         self._advance(sequence)
         if sequence.paced_at is None:
             sequence.paced_at, sequence.paced_from = self._now, sequence.computed
@@ -650,7 +650,7 @@ class Node:
         if sequence.ending is not None:
             self._end(sequence, sequence.ending)
             return
-        self._scheduler.advance_fetch(sequence, event.tokens)
+        self._scheduler.advance_fetch(sequence, event.tokens, event.direct)
         if not sequence.loaded and self._scheduler.end_load(sequence, event.cmx_tokens):
             self._begin(sequence)
             return

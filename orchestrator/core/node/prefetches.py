@@ -23,7 +23,7 @@ from orchestrator.core.commands import (
     SetTimer,
     StopFetch,
 )
-from orchestrator.core.events import FetchEnded, PrefetchEnded
+from orchestrator.core.events import FetchEnded, FetchProgressed, PrefetchEnded
 from orchestrator.core.kvpool import BlockPool, Claim
 from orchestrator.core.node.offers import Offers
 from orchestrator.core.timers import PrefetchTimer
@@ -180,13 +180,13 @@ class Prefetches:
         former, (held.claim, _) = held.claim, self._pool.acquire(held.prefetch.hashes, depth)
         self._pool.release(former)
 
-    def progress(self, prefetch: RequestId, tokens: int) -> None:
+    def progress(self, event: FetchProgressed | FetchEnded) -> None:
         """Cache what has come of a portion, up to a token of the prompt."""
         held = self._moving
-        if held is None or held.prefetch.id != prefetch:
+        if held is None or held.prefetch.id != event.request:
             return
         depth, hashes = held.claim.depth, held.prefetch.hashes
-        count = min(tokens // self._spec.block_tokens - depth, len(held.table))
+        count = min(event.tokens // self._spec.block_tokens - depth, len(held.table))
         if count <= 0:
             return
         blocks, held.table = held.table[:count], held.table[count:]
@@ -197,7 +197,7 @@ class Prefetches:
         self._unused.update(dict.fromkeys(names[copies:]))
         while len(self._unused) > self._spec.blocks:
             del self._unused[next(iter(self._unused))]
-        if not held.loaded:
+        if not held.loaded and not event.direct:
             self._pool.mark_offered(hashes, depth + count)
 
     def end_portion(self, event: FetchEnded) -> list[NodeCommand]:
@@ -206,7 +206,7 @@ class Prefetches:
         if held is None or held.prefetch.id != event.request:
             return []
         if held.ending is not PrefetchEnd.CANCELLED:  # what nobody wants any more need not be cached
-            self.progress(event.request, event.tokens)
+            self.progress(event)
         self._moving = None
         if held.table:  # whoever was asked has no more
             self._pool.give_back(held.table[::-1])

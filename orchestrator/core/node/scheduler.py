@@ -231,13 +231,13 @@ class Scheduler:
         self._compete_no_more(sequence)
         sequence.phase = Phase.HELD
 
-    def advance_fetch(self, sequence: Sequence, tokens: int) -> None:
-        """Note that a load or a fetch has brought the first `tokens` of a prompt."""
+    def advance_fetch(self, sequence: Sequence, tokens: int, direct: bool) -> None:
+        """Note that a load or a fetch has brought the first `tokens` of a prompt; a load past the store's memory if `direct`."""
         sequence.computed = max(sequence.computed, min(tokens, sequence.wanted_tokens))
         sequence.count_present(sequence.computed, loaded=not sequence.loaded)
         registered = sequence.registered
         self._register(sequence)
-        if not sequence.loaded and sequence.registered > registered and self._caching:
+        if not sequence.loaded and not direct and sequence.registered > registered and self._caching:
             self._pool.mark_offered(sequence.hashes, sequence.registered)
 
     def end_load(self, sequence: Sequence, cmx_tokens: int) -> bool:

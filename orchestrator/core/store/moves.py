@@ -1,13 +1,13 @@
-"""Transfers between the arena and cmx: how many bytes of them may be under way, how long each may take, when to try again."""
+"""Transfers to and from cmx: how many bytes of them may be under way, how long each may take, when to try again."""
 
 from collections.abc import Iterable
 
-from orchestrator.core.commands import CancelMove, ClearTimer, ReadCmx, SetTimer, StoreCommand, WriteCmx
+from orchestrator.core.commands import CancelMove, ClearTimer, ReadCmx, ServeSegment, SetTimer, StoreCommand, WriteCmx
 from orchestrator.core.config import StoreConfig
 from orchestrator.core.kvpool import Claim
 from orchestrator.core.store.shelves import Move, Shelf
 from orchestrator.core.timers import CmxTimer, MoveTimer
-from orchestrator.core.types import BlockHash, BlockId, MoveFailure, MoveId, SlotId
+from orchestrator.core.types import BlockHash, BlockId, ExportId, MoveFailure, MoveId, SlotId
 
 #: Seconds without a new try after storage did not answer or was full, doubled with every failure in a row.
 PAUSE_S_MIN, PAUSE_S_MAX = 1.0, 60.0
@@ -43,6 +43,16 @@ class Moves:
         self._orders.append(ReadCmx(move.id, shelf.model.model, segment, tuple(map(SlotId, slots))))
         return move
 
+    def serve(
+        self, shelf: Shelf, read: ExportId, segment: BlockHash, parent: BlockHash | None, number: int, tokens: int, now: float
+    ) -> Move:
+        """Let a node begin to read a segment by itself."""
+        move = self._start(shelf, segment, parent, now)
+        move.direct = True
+        shelf.cmx.begin(now)
+        self._orders.append(ServeSegment(read, segment, number, tokens))
+        return move
+
     def write(
         self, shelf: Shelf, segment: BlockHash, parent: BlockHash | None, claim: Claim, blocks: list[BlockId], now: float
     ) -> Move:
@@ -62,11 +72,16 @@ class Moves:
         return move
 
     def cancel(self, move: Move) -> None:
-        """Give a transfer up that runs."""
-        if not move.cancelled:
+        """Give a transfer up that runs; one into a node's own memory counts no more, whatever the node still does there."""
+        if move.cancelled:
+            return
+        if move.direct:
+            self.end(move.id, MoveFailure.CANCELLED, move.shelf.pool.now)
             move.cancelled = True
-            self._orders.append(ClearTimer(MoveTimer(move.id)))
-            self._orders.append(CancelMove(move.id))
+            return
+        move.cancelled = True
+        self._orders.append(ClearTimer(MoveTimer(move.id)))
+        self._orders.append(CancelMove(move.id))
 
     def end(self, identity: MoveId, failure: MoveFailure | None, now: float) -> Move:
         """Note that a transfer is over and return it."""

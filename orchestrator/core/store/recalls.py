@@ -1,23 +1,29 @@
-"""Brings chains into the arena, for nodes that read them and for prompts that are expected.
+"""Brings chains into the arena, for nodes that read them and for prompts that are expected; or has nodes read them by themselves.
 
     ReadOpened    what is in the arena is claimed and served at once
                   .. ReadCmx for each segment behind it, in order, as far as bytes under way and slots allow
                   .. CmxRead: the segment is cached after the one before it, served
                   .. the last one, or the first that failed: ServeSlots(final) .. ReadClosed: the claim is given up
                   of those in the background nothing more is asked for while another waits its turn
-    PrefetchAsked the same, served to nobody, for segments that are known to be in cmx; not while a read waits its turn
+    ReadOpened    by a node that can read segments by itself: what is in the arena is served as ever
+      (direct)    .. ServeSegment for each segment behind it, as far as bytes under way allow
+                  .. SegmentRead: the node has its blocks; what it did not want of them went nowhere
+                  .. the last one, or the first that failed: ServeSlots(final), without slots .. ReadClosed
+    PrefetchAsked the first way, served to nobody, for segments that are known to be in cmx; not while a read waits its turn
 
 Rules for editors.
 
 Rule 1: what was served stays claimed until the read is closed.
 Rule 2: slots that a move may write to are free once it has ended, never before.
-Rule 3: an unfinished recall waits for a move that runs, or for bytes or slots that something running will set free; else it ends.
+Rule 3: what a node reads by itself has no slots and no room in the arena; the store need not wait for it, nor does it learn from
+it what is in the arena.
+Rule 4: an unfinished recall waits for a move that runs, or for bytes or slots that something running will set free; else it ends.
 """
 
 from collections.abc import Sequence
 
 from orchestrator.core.commands import DeleteCmx, ServeSlots, StoreCommand
-from orchestrator.core.events import ReadOpened
+from orchestrator.core.events import ReadOpened, SegmentRead
 from orchestrator.core.kvpool import Claim
 from orchestrator.core.store.moves import Moves
 from orchestrator.core.store.shelves import Move, Recall, Shelf
@@ -61,8 +67,11 @@ class Recalls:
         recall = self._reads[read.read] = self._recall(shelf, read.hashes, end, read)
         self._climb(recall)
         shelf.count("cpu_hits", max(0, min(recall.depth, end) - read.first_block))
-        whole = len(read.hashes) // shelf.model.segment_blocks * shelf.model.segment_blocks
-        recall.end = min(end, max(recall.depth, whole if self._reachable(shelf) else 0))
+        size = shelf.model.segment_blocks
+        recall.end = min(recall.end, max(recall.depth, len(read.hashes) // size * size if self._reachable(shelf) else 0))
+        if read.direct:
+            recall.direct, recall.came = True, max(recall.depth, read.first_block)
+            recall.asked = recall.came // size
         self._waiting[recall] = None
         self._go_on(recall, now)
 
@@ -78,6 +87,29 @@ class Recalls:
         shelf = recall.shelf
         self._copied(recall, slots, now, copied=True)
         shelf.count("given", slots)
+
+    def segment_read(self, event: SegmentRead, now: float) -> None:
+        """Note that a node has a segment, or why not; one that was given up meanwhile is ignored."""
+        recall = self._reads.get(event.read)
+        move = recall.moves.get(event.number) if recall is not None else None
+        if recall is None or move is None:
+            return
+        shelf = recall.shelf
+        assert move.direct, f"segment {event.number} is brought into the arena"
+        self._moves.end(move.id, event.failure, now)
+        if event.failure is not None:
+            move.cancelled = True
+            self._lost(move, event.failure, now)
+            return
+        first = next(iter(recall.moves))
+        assert event.number == first, f"segment {event.number} was read before {first}"
+        del recall.moves[event.number], move.recalls[recall]
+        shelf.segments.add(shelf.model.model, move.segment, move.parent)
+        end = min(recall.end, (event.number + 1) * shelf.model.segment_blocks)
+        shelf.count("cmx_hits", end - recall.came)
+        shelf.count("given", end - recall.came)
+        recall.came = end
+        self._go_on(recall, now)
 
     def close(self, identity: ExportId, now: float) -> None:
         """Give up what a read claims."""
@@ -116,10 +148,10 @@ class Recalls:
             shelf.users -= 1
 
     def _serve(self, recall: Recall, final: bool, now: float) -> None:
-        """Hand the reader what it has not got, in portions."""
+        """Hand the reader what it has not got of what is in the arena, in portions."""
         shelf, read = recall.shelf, recall.read
         assert read is not None, "nobody reads"
-        depth, size = recall.depth, shelf.model.block_tokens
+        depth, size = recall.claim.depth, shelf.model.block_tokens
         end = max(recall.served, min(depth, recall.end))
         slots: list[BlockId] = []
         if end > recall.served:
@@ -135,7 +167,8 @@ class Recalls:
             recall.served += len(part)
             recall.in_flight += len(part)
             last = final and recall.served == end
-            self._orders.append(ServeSlots(read.read, tuple(map(SlotId, part)), recall.served * size, last))
+            tokens = max(recall.served, recall.came if last else 0) * size
+            self._orders.append(ServeSlots(read.read, tuple(map(SlotId, part)), tokens, last))
         shelf.cpu.begin(now, len(slots))
         recall.final = final
 
@@ -228,7 +261,8 @@ class Recalls:
         if recall.read is not None:
             self._serve(recall, over, now)
             if over:
-                recall.shelf.count("misses", recall.wanted - max(recall.served, min(recall.wanted, recall.read.first_block)))
+                had = max(recall.served, recall.came, min(recall.wanted, recall.read.first_block))
+                recall.shelf.count("misses", recall.wanted - had)
         elif over:
             recall.shelf.pool.release(recall.claim)
 
@@ -262,7 +296,7 @@ class Recalls:
             self._ask_all(now)
 
     def _stuck(self) -> Recall | None:
-        """Return a recall that waits though nothing runs that would let it go on (rule 3)."""
+        """Return a recall that waits though nothing runs that would let it go on (rule 4)."""
         if self._moves.running:
             return None
         waiting = sorted(self._waiting or self._prefetches, key=lambda recall: recall.background)
@@ -287,19 +321,29 @@ class Recalls:
             number = recall.asked
             segment = shelf.segment(recall.hashes, number)
             assert segment is not None, f"segment {number} of a chain of {len(recall.hashes)} blocks is asked for"
-            move = shelf.arriving.get(segment)
+            move = shelf.arriving.get(segment) if not recall.direct else None
             if move is None:
-                if not self._moves.room(shelf, background) or shelf.pool.available_blocks < size:
+                if not self._moves.room(shelf, background) or (not recall.direct and shelf.pool.available_blocks < size):
                     return
-                parent = shelf.segment(recall.hashes, number - 1) if number else None
-                move = self._moves.read(shelf, segment, parent, shelf.pool.allocate(size), now)
-                shelf.arriving[segment] = move
+                move = self._start(recall, segment, now)
             recall.asked += 1
             recall.moves[number] = move
             move.recalls[recall] = None
             if move.arrived and number * size <= recall.depth:
                 self._climb(recall)
                 self._go_on(recall, now)
+
+    def _start(self, recall: Recall, segment: BlockHash, now: float) -> Move:
+        """Have the next segment of a chain brought: into slots, or by its reader."""
+        shelf, number = recall.shelf, recall.asked
+        parent = shelf.segment(recall.hashes, number - 1) if number else None
+        if recall.direct:
+            assert recall.read is not None, "nobody reads"
+            tokens = min(recall.end, (number + 1) * shelf.model.segment_blocks) * shelf.model.block_tokens
+            return self._moves.serve(shelf, recall.read.read, segment, parent, number, tokens, now)
+        move = self._moves.read(shelf, segment, parent, shelf.pool.allocate(shelf.model.segment_blocks), now)
+        shelf.arriving[segment] = move
+        return move
 
     def arrived(self, move: Move, failure: MoveFailure | None, now: float) -> None:
         """Go on with whoever waited for a segment, or end that where it is missing."""
@@ -375,7 +419,9 @@ class Recalls:
             assert runs or self._moves.running or recall.shelf.users or self._waiting, f"nothing brings block {recall.depth}"
             for number, move in recall.moves.items():
                 assert recall in move.recalls, f"segment {number} is waited for, and its move does not know"
-                assert move.shelf.arriving.get(move.segment) is move, f"segment {number} is waited for and does not come"
+                comes = move.id in self._moves.running if move.direct else move.shelf.arriving.get(move.segment) is move
+                assert comes, f"segment {number} is waited for and does not come"
+                assert move.direct == recall.direct, f"segment {number} comes where it is not waited for"
         for identity, recall in self._reads.items():
             assert recall.final or recall in self._waiting, f"read {identity} is neither final nor waits"
             assert recall.in_flight <= recall.served, f"read {identity}: {recall.in_flight} in flight, {recall.served} served"

@@ -51,7 +51,7 @@ class Throughput:
 class Move:
     """One segment on its way to or from cmx."""
 
-    __slots__ = ("arrived", "cancelled", "claim", "id", "parent", "recalls", "segment", "shelf", "slots")
+    __slots__ = ("arrived", "cancelled", "claim", "direct", "id", "parent", "recalls", "segment", "shelf", "slots")
 
     def __init__(self, identity: MoveId, shelf: "Shelf", segment: BlockHash, parent: BlockHash | None) -> None:
         self.id = identity
@@ -63,6 +63,8 @@ class Move:
         self.slots: list[BlockId] = []
         #: Keeps what is written, if it goes to cmx.
         self.claim: Claim | None = None
+        #: True if a node reads it by itself: it has no slots then, and one recall.
+        self.direct = False
         #: Who waits for it.
         self.recalls: dict[Recall, None] = {}
         #: True once its slots are filled; it then waits for what comes before it.
@@ -72,11 +74,13 @@ class Move:
 
 
 class Recall:
-    """A chain that is brought into the arena."""
+    """A chain that is brought into the arena, or from behind it straight to its reader."""
 
     __slots__ = (
         "asked",
+        "came",
         "claim",
+        "direct",
         "end",
         "final",
         "hashes",
@@ -96,6 +100,9 @@ class Recall:
         self.end = end
         #: On what of the chain is in the arena.
         self.claim = claim
+        #: Whether what is in cmx alone goes straight to the reader, which then has all up to the block `came`.
+        self.direct = False
+        self.came = 0
         #: Segments up to here have been asked for, or are not needed.
         self.asked = 0
         #: The moves it waits for, by segment; the number counts from the start of the chain.
@@ -114,8 +121,8 @@ class Recall:
 
     @property
     def depth(self) -> int:
-        """Blocks of the chain that are in the arena."""
-        return self.claim.depth
+        """Blocks of the chain that are in the arena, or that need not get there: its reader has them."""
+        return max(self.claim.depth, self.came)
 
     @property
     def over(self) -> bool:

@@ -31,6 +31,7 @@ from orchestrator.core.events import (
     ReadClosed,
     ReadOpened,
     ResyncRequested,
+    SegmentRead,
     SlotsRead,
     StoreEvent,
     TimerFired,
@@ -77,6 +78,8 @@ class Store:
                 self._on_read_opened(event)
             case SlotsRead():
                 self._recalls.read(event.read, len(event.slots), now)
+            case SegmentRead():
+                self._recalls.segment_read(event, now)
             case ReadClosed():
                 self._recalls.close(event.read, now)
             case CmxRead():

@@ -787,6 +787,13 @@ def test_what_was_loaded_is_not_offered_again(make_node: MakeNode) -> None:
     assert offers(feed(node, finished(1, token(1)))) == [offer(1, AB, (ABC,), 2)]
 
 
+def test_what_was_loaded_past_the_stores_memory_is_offered_to_it(make_node: MakeNode) -> None:
+    node = make_node(stores=True)
+    feed(node, Assigned(assignment(1, "abcd", stored_tokens=12)), FetchProgressed(R1, 4), FetchEnded(R1, 12, direct=True))
+    # it has the first block in memory, and could not take the last without those between
+    assert offers(feed(node, finished(1, token(1)))) == [offer(1, A, prompt_hashes("abcd")[1:], 1, 2, 3)]
+
+
 def test_a_load_is_overtaken_once_computing_would_be_sooner(make_node: MakeNode) -> None:
     node = make_node(stores=True, profile=CostProfile(prefill_token_s=0.1))
     commands = feed(node, Assigned(assignment(1, "abcdefgh", stored_tokens=32)))

@@ -17,6 +17,7 @@ from orchestrator.core.commands import (
     Grant,
     PublishHoldings,
     ReadCmx,
+    ServeSegment,
     ServeSlots,
     SetTimer,
     StoreCommand,
@@ -32,6 +33,7 @@ from orchestrator.core.events import (
     ReadClosed,
     ReadOpened,
     ResyncRequested,
+    SegmentRead,
     SlotsRead,
     StoreEvent,
     TimerFired,
@@ -85,6 +87,12 @@ class Reading:
     tokens: int = 0
     final: bool = False
     closed: bool = False
+    #: Segments that the node is to read by itself, those served longest ago first, and whether it is at one of them.
+    segments: list[ServeSegment] = field(default_factory=list[ServeSegment])
+    busy: bool = False
+    #: Blocks up to which such segments were served, and were read.
+    promised: int = 0
+    came: int = 0
 
 
 @dataclass(slots=True)
@@ -135,6 +143,8 @@ class StoreDriver:
         self.got: dict[ExportId, int] = {}
         #: Blocks granted and served, to see that something happened.
         self.granted = self.copied = 0
+        #: Blocks that nodes read from cmx by themselves.
+        self.direct = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serials = count()
         self._identities = count(1)
@@ -186,12 +196,13 @@ class StoreDriver:
         first: int = 0,
         blocks: int | None = None,
         background: bool = False,
+        direct: bool = False,
     ) -> ExportId:
         """Read the blocks of a chain."""
         read = ExportId(next(self._identities))
         self.learn(chain, model)
         end = len(chain) if blocks is None else blocks
-        opened = ReadOpened(read, node, model, chain, first, end * self.models[model].block_tokens, background)
+        opened = ReadOpened(read, node, model, chain, first, end * self.models[model].block_tokens, background, direct)
         self.reads[read] = Reading(opened, first)
         self.tell(opened)
         return read
@@ -229,6 +240,8 @@ class StoreDriver:
                 self._copy_in(command)
             case ServeSlots():
                 self._copy_out(command)
+            case ServeSegment():
+                self._let_read(command)
             case ReadCmx() | WriteCmx():
                 self._start(command)
             case CancelMove():
@@ -286,7 +299,9 @@ class StoreDriver:
         reading.in_flight += len(served.slots)
         reading.final = served.final
         reading.tokens = served.tokens
-        assert served.tokens == reading.served * self.models[opened.model].block_tokens
+        assert not (served.slots and reading.promised), f"read {served.read}: slots behind what is in cmx alone"
+        had = max(reading.served, reading.came if served.final else 0)
+        assert served.tokens == had * self.models[opened.model].block_tokens
         assert served.tokens <= max(opened.tokens, opened.first_block * self.models[opened.model].block_tokens)
         self._check(opened.model, served.slots, names, f"read {served.read}")
         self.later(self.random.uniform(0.0, 0.1), lambda: self._copied(served, reading, names))
@@ -301,6 +316,46 @@ class StoreDriver:
             self.tell(SlotsRead(served.read, served.slots))
         if served.final:
             self.later(self.random.uniform(0.0, 0.1), lambda: self.close(served.read))
+
+    def _let_read(self, command: ServeSegment) -> None:
+        """Have a node read a segment that follows on what it was served, after those before it."""
+        reading = self.reads[command.read]
+        opened, model = reading.opened, self.models[reading.opened.model]
+        assert opened.direct, f"read {command.read} is not for segments"
+        assert not reading.final, f"read {command.read} is served after its end"
+        start, size = command.number * model.segment_blocks, model.segment_blocks
+        end = command.tokens // model.block_tokens
+        assert start <= max(reading.served, reading.promised) < end <= start + size, f"segment {command.number} does not follow"
+        assert command.tokens <= opened.tokens
+        assert command.segment == opened.hashes[start + size - 1]
+        reading.promised = end
+        reading.segments.append(command)
+        self._read_next(reading)
+
+    def _read_next(self, reading: Reading) -> None:
+        if reading.segments and not reading.busy and self.random.random() >= self.troubles.hanging:
+            reading.busy = True
+            self.later(self.random.uniform(0.005, 0.05), lambda: self._read_segment(reading))
+
+    def _read_segment(self, reading: Reading) -> None:
+        """Read the next segment; those that were given up are said to be done with."""
+        if reading.closed:
+            return
+        command, opened = reading.segments.pop(0), reading.opened
+        stored, failure = (opened.model, command.segment), None
+        if not reading.final:
+            failure = self.random.choice(self.troubles.kinds) if self.random.random() < self.troubles.failing else None
+            failure = failure or (None if stored in self.cmx.objects else MoveFailure.MISSING)
+        if failure is None and not reading.final:
+            size = self.models[opened.model].segment_blocks
+            names = opened.hashes[command.number * size : (command.number + 1) * size]
+            assert self.cmx.objects[stored] == names, f"segment {command.number} is another"
+            end = command.tokens // self.models[opened.model].block_tokens
+            self.direct += end - max(reading.served, reading.came)
+            reading.came = end
+        self.tell(SegmentRead(command.read, command.number, failure))
+        reading.busy = False
+        self._read_next(reading)
 
     def _check(self, model: ModelName, slots: tuple[SlotId, ...], names: tuple[BlockHash, ...], whose: str) -> None:
         found = [self.arena[model][slot] for slot in slots]

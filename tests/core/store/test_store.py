@@ -13,6 +13,7 @@ from orchestrator.core.commands import (
     Grant,
     PublishHoldings,
     ReadCmx,
+    ServeSegment,
     ServeSlots,
     SetTimer,
     StoreCommand,
@@ -34,6 +35,7 @@ from orchestrator.core.events import (
     ReadClosed,
     ReadOpened,
     ResyncRequested,
+    SegmentRead,
     SlotsRead,
     TimerFired,
 )
@@ -107,7 +109,7 @@ def only(commands: Sequence[StoreCommand], *kinds: type) -> list[StoreCommand]:
 
 
 def moves(commands: Sequence[StoreCommand]) -> list[StoreCommand]:
-    return only(commands, ReadCmx, WriteCmx, CancelMove, DeleteCmx)
+    return only(commands, ReadCmx, ServeSegment, WriteCmx, CancelMove, DeleteCmx)
 
 
 # --- offers -----------------------------------------------------------------------------------------------------------
@@ -399,6 +401,179 @@ def test_a_chain_that_the_arena_has_no_room_for_ends_where_the_room_does(make_st
     assert only(store.handle(opened("abcd"), 0.0), ServeSlots, ReadCmx) == []  # the other reader will set slots free
     freed = store.handle(ReadClosed(ExportId(9)), 1.0)
     assert len(only(freed, ReadCmx)) == 2
+
+
+# --- reads past the arena ---------------------------------------------------------------------------------------------
+
+
+def straight(chain: str, blocks: int | None = None, first: int = 0, number: int = 1, background: bool = False) -> ReadOpened:
+    """Return a read of a node that reads segments by itself."""
+    return replace(opened(chain, blocks, first, number), background=background, direct=True)
+
+
+def segment(chain: str, number: int, tokens: int, read: int = 1) -> ServeSegment:
+    return ServeSegment(ExportId(read), prompt_hashes(chain)[2 * number + 1], number, tokens)
+
+
+def read(number: int, failure: MoveFailure | None = None, read: int = 1) -> SegmentRead:
+    return SegmentRead(ExportId(read), number, failure)
+
+
+def test_a_node_reads_what_is_behind_the_arena_by_itself_and_the_arena_learns_nothing_of_it(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    keep(store, "abc")
+    store.handle(CmxWritten(MoveId(1)), 0.0)
+    in_cmx(store, "abcdefgh")
+    first = store.handle(straight("abcdefghi"), 0.0)
+    # c is copied from the arena, and read once more with d, since both are one segment.
+    assert only(first, ServeSlots, ServeSegment) == [
+        ServeSlots(ExportId(1), slots(0, 1, 2), 12, final=False),
+        segment("abcdefgh", 1, 16),
+        segment("abcdefgh", 2, 24),
+        segment("abcdefgh", 3, 32),
+    ]
+    load = store.load(MODEL)
+    assert (load.reads_waiting, load.waiting_bytes, load.slots_used) == (1, 5 * 64, 3)
+    assert only(store.handle(SlotsRead(ExportId(1), slots(0, 1, 2)), 0.1), ServeSlots) == []
+    assert only(store.handle(read(1), 0.2), ServeSlots, PublishHoldings) == []
+    assert only(store.handle(read(2), 0.3), ServeSlots, PublishHoldings) == []
+    assert only(store.handle(read(3), 0.4), ServeSlots, PublishHoldings) == [ServeSlots(ExportId(1), (), 32, final=True)]
+    store.handle(ReadClosed(ExportId(1)), 0.5)
+    load, counts = store.load(MODEL), store.load(MODEL).counts
+    assert (counts.recalled, counts.cpu_hits, counts.cmx_hits, counts.misses, counts.given) == (0, 3, 5, 1, 8)
+    assert (load.slots_cached, load.slots_free, load.reads_waiting) == (3, 13, 0)
+    assert load.cmx_bytes_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "blocks", "served"),
+    [
+        (0, 8, [(0, 8), (1, 16), (2, 24), (3, 32)]),
+        (1, 7, [(0, 8), (1, 16), (2, 24), (3, 28)]),
+        (2, 4, [(1, 16)]),
+        (3, 4, [(1, 16)]),
+        (4, 5, [(2, 20)]),
+    ],
+)
+def test_a_node_reads_the_segments_alone_of_which_it_wants_something(
+    make_store: MakeStore, first: int, blocks: int, served: list[tuple[int, int]]
+) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcdefgh")
+    orders = store.handle(straight("abcdefgh", blocks, first), 0.0)
+    assert only(orders, ServeSlots, ServeSegment) == [segment("abcdefgh", number, tokens) for number, tokens in served]
+    for number, _ in served:
+        orders = store.handle(read(number), 0.1)
+    assert only(orders, ServeSlots) == [ServeSlots(ExportId(1), (), blocks * BLOCK_TOKENS, final=True)]
+    assert store.load(MODEL).counts.cmx_hits == blocks - first
+
+
+@pytest.mark.parametrize(
+    ("failure", "known", "deleted"),
+    [(MoveFailure.MISSING, 2, False), (MoveFailure.DAMAGED, 2, True), (MoveFailure.FULL, 3, False)],
+)
+def test_a_segment_that_a_node_cannot_read_ends_its_read_and_what_is_behind_is_given_up(
+    make_store: MakeStore, failure: MoveFailure, known: int, deleted: bool
+) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcdef")
+    store.handle(straight("abcdef"), 0.0)
+    store.handle(read(0), 0.1)
+    orders = store.handle(read(1, failure), 0.2)
+    assert only(orders, ServeSlots, ServeSegment) == [ServeSlots(ExportId(1), (), 8, final=True)]
+    assert moves(orders) == ([DeleteCmx(MODEL, prompt_hashes("abcdef")[3:4])] if deleted else [])
+    assert store.handle(read(2), 0.3) == []  # which the node does not read, and is through with
+    load = store.load(MODEL)
+    assert (load.segments, load.counts.failures, load.counts.cmx_hits) == (known, ((failure.value, 1),), 2)
+
+
+def test_a_node_that_cannot_reach_the_storage_has_it_left_alone(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    store.handle(straight("abcd"), 0.0)
+    assert SetTimer(CmxTimer(), 1.0) in store.handle(read(0, MoveFailure.UNAVAILABLE), 0.0)
+    assert store.handle(straight("ab", number=2), 0.5) == [ServeSlots(ExportId(2), (), 0, final=True)]
+    store.handle(TimerFired(CmxTimer()), 1.0)
+    assert moves(store.handle(straight("ab", number=3), 1.0)) == [segment("ab", 0, 8, read=3)]
+
+
+def test_a_node_that_is_late_with_a_segment_gets_no_more_of_it_and_takes_no_room_from_others(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(move_s_max=10.0, moves_bytes_max=2 * 128), cmx=True)
+    in_cmx(store, "abcdef")
+    store.handle(straight("abcdef"), 0.0)
+    assert moves(store.handle(straight("ab", number=2), 1.0)) == []
+    store.handle(read(0), 5.0)
+    orders = store.handle(TimerFired(MoveTimer(MoveId(2))), 10.0)
+    assert ServeSlots(ExportId(1), (), 8, final=True) in orders
+    assert store.handle(read(1), 11.0) == []  # it came after all
+    load = store.load(MODEL)
+    assert (load.segments, load.counts.failures, load.reads_waiting) == (3, (("late", 1),), 1)
+    assert moves(store.handle(ReadClosed(ExportId(1)), 12.0)) == []
+    assert only(store.handle(read(0, read=2), 12.0), ServeSlots) == [ServeSlots(ExportId(2), (), 8, final=True)]
+
+
+def test_bytes_under_way_to_nodes_are_bounded_and_free_once_the_reader_gives_up_or_is_lost(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(moves_bytes_max=2 * 128), cmx=True)
+    in_cmx(store, "abcdefgh")
+    in_cmx(store, "uvwx")
+    assert moves(store.handle(straight("abcdefgh"), 0.0)) == [segment("abcdefgh", 0, 8), segment("abcdefgh", 1, 16)]
+    assert moves(store.handle(straight("uvwx", number=2), 0.0)) == []
+    assert moves(store.handle(read(0), 0.1)) == [segment("abcdefgh", 2, 24)]
+    # What a reader no longer wants is nothing that anybody waits for: there is no move to be cancelled.
+    assert moves(store.handle(ReadClosed(ExportId(1)), 0.2)) == [segment("uvwx", 0, 8, read=2), segment("uvwx", 1, 16, read=2)]
+    assert store.handle(read(2), 0.3) == []
+    store.handle(NodeDetached(NODE), 0.4)
+    assert store.load(MODEL).reads_waiting == 0
+    third = replace(straight("abcd", number=3), node=OTHER)
+    assert moves(store.handle(third, 0.5)) == [segment("abcd", 0, 8, read=3), segment("abcd", 1, 16, read=3)]
+    store.handle(TimerFired(DetachTimer(NODE)), 1.0)
+
+
+def test_two_nodes_read_one_segment_each_for_itself_and_it_stays_meanwhile(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(cmx_bytes=2 * 128), cmx=True)
+    in_cmx(store, "ab")
+    assert moves(store.handle(straight("ab"), 0.0)) == [segment("ab", 0, 8)]
+    assert moves(store.handle(replace(straight("ab", number=2), node=OTHER), 0.0)) == [segment("ab", 0, 8, read=2)]
+    store.handle(read(0), 0.1)
+    store.handle(ReadClosed(ExportId(1)), 0.1)
+    # Another would have to leave for it to come.
+    keep(store, "uvwx")
+    assert store.load(MODEL).segments == 1
+    assert only(store.handle(read(0, read=2), 0.2), ServeSlots) == [ServeSlots(ExportId(2), (), 8, final=True)]
+
+
+def test_a_prompt_that_waits_is_read_for_before_a_prefetch(make_store: MakeStore) -> None:
+    store = make_store(StoreConfig(moves_bytes_max=4 * 128), cmx=True)
+    in_cmx(store, "abcdefgh")
+    in_cmx(store, "uvwxyz")
+    # Half of the bytes under way are for what no request waits for.
+    assert moves(store.handle(straight("uvwxyz", background=True), 0.0)) == [segment("uvwxyz", 0, 8), segment("uvwxyz", 1, 16)]
+    urgent = store.handle(straight("abcdefgh", number=2), 0.0)
+    assert moves(urgent) == [segment("abcdefgh", 0, 8, read=2), segment("abcdefgh", 1, 16, read=2)]
+    assert moves(store.handle(read(0), 0.1)) == [segment("abcdefgh", 2, 24, read=2)]
+    assert moves(store.handle(read(1), 0.1)) == [segment("abcdefgh", 3, 32, read=2)]
+    assert moves(store.handle(read(0, read=2), 0.2)) == []
+    assert moves(store.handle(read(1, read=2), 0.2)) == []
+    assert moves(store.handle(read(2, read=2), 0.2)) == [segment("uvwxyz", 2, 24)]
+
+
+def test_advice_brings_into_the_arena_what_a_node_reads_by_itself(make_store: MakeStore) -> None:
+    store = make_store(cmx=True)
+    in_cmx(store, "abcd")
+    b, d = prompt_hashes("abcd")[1::2]
+    assert moves(store.handle(PrefetchAsked(MODEL, prompt_hashes("abcd"), 4), 0.0)) == [
+        ReadCmx(MoveId(1), MODEL, b, slots(0, 1)),
+        ReadCmx(MoveId(2), MODEL, d, slots(2, 3)),
+    ]
+    # The first has arrived when a request comes; what has not is not waited for.
+    store.handle(CmxRead(MoveId(1)), 0.1)
+    assert only(store.handle(straight("abcd"), 0.1), ServeSlots, ServeSegment) == [
+        ServeSlots(ExportId(1), slots(0, 1), 8, final=False),
+        segment("abcd", 1, 16),
+    ]
+    store.handle(CmxRead(MoveId(2)), 0.2)
+    assert only(store.handle(read(1), 0.3), ServeSlots) == [ServeSlots(ExportId(1), (), 16, final=True)]
+    assert store.load(MODEL).counts.prefetched == 4
 
 
 # --- cmx --------------------------------------------------------------------------------------------------------------

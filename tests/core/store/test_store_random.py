@@ -89,7 +89,10 @@ class Scenario:
 
     def read(self, node: NodeId, model: ModelName, chain: tuple[BlockHash, ...]) -> None:
         first = self.random.choice((0, 0, self.random.randrange(len(chain))))
-        read = self.driver.read(node, model, chain, first, self.random.randint(0, len(chain)), self.random.random() < 0.3)
+        if self.random.random() < 0.4:  # what is in cmx is in there alone then
+            self.driver.tell(EvictAsked(model, chain, 0, len(chain), Tier.CPU, demote=False))
+        blocks, background = self.random.randint(0, len(chain)), self.random.random() < 0.3
+        read = self.driver.read(node, model, chain, first, blocks, background, direct=self.random.random() < 0.5)
         if self.random.random() < 0.2:
             self.driver.later(self.random.uniform(0, 0.1), lambda: self.driver.close(read))
 

@@ -13,9 +13,10 @@ import pytest
 
 from orchestrator.core.config import ConfigError
 from orchestrator.core.types import BlockHash
+from orchestrator.wire import store_pb2
 from orchestrator.wire.buckets import SECRET_PATH, Bucket, BucketLimits, kept_secret, open_bucket
 from workers.store import cmx
-from workers.store.cmx import HEADER_BYTES, Cmx, CmxFailed, Damage, model_key
+from workers.store.cmx import HEADER_BYTES, Cmx, CmxFailed, Damage, model_key, open_folder
 
 BLOCK_BYTES, BLOCKS = 4096, 8
 KEY = model_key("weights", "float32", 64, BLOCK_BYTES, BLOCKS)
@@ -309,3 +310,49 @@ def test_a_bucket_does_all_that_a_folder_does_and_a_stopped_server_is_unreachabl
     assert [failure(call) for call in calls] == [Damage.UNREACHABLE] * 4
     with pytest.raises(ConfigError, match="cannot be kept"):
         kept_secret(bucket, "other", "store.cmx")
+
+
+def folder_of(store: Cmx, **changes: object) -> store_pb2.Folder:
+    """Return where a store's folder is, as nodes are told of it, or something else."""
+    place = store.place()
+    assert place is not None
+    for name, value in changes.items():
+        setattr(place, name, value)
+    return place
+
+
+def opened_by_node(place: store_pb2.Folder, fingerprint: str = "weights") -> Cmx | None:
+    return open_folder(place, fingerprint, "float32", 64, BLOCK_BYTES)
+
+
+def test_a_node_reads_what_a_store_has_written_into_its_folder(store: Cmx) -> None:
+    store.write(SEGMENT, slabs_of(DATA))
+    found = opened_by_node(folder_of(store))
+    assert found is not None
+    assert read(found, cuts=(1, 5)) == DATA
+
+
+def test_a_node_of_another_model_finds_nothing_in_a_folder(store: Cmx) -> None:
+    store.write(SEGMENT, slabs_of(DATA))
+    found = opened_by_node(folder_of(store), "other weights")
+    assert found is not None
+    assert failure(lambda: read(found)) is Damage.MISSING
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"inode": 1}, {"device": 1}, {"path": "/nowhere"}, {"path": "/proc/self/stat"}, {"path": "\0"}, {"segment_blocks": 0},
+     {"move_s_max": 0.0}, {"move_s_max": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_a_node_leaves_a_folder_that_is_another_here_to_its_store(store: Cmx, changes: dict[str, object]) -> None:
+    assert opened_by_node(folder_of(store, **changes)) is None
+
+
+def test_a_node_leaves_a_folder_that_a_network_may_be_behind_to_its_store(store: Cmx, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cmx, "_LOCAL", frozenset(("nfs",)))
+    assert opened_by_node(folder_of(store)) is None
+
+
+def test_a_bucket_is_no_folder() -> None:
+    assert opened(open_bucket("s3://somewhere", "store.cmx")).place() is None

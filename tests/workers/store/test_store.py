@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,23 @@ import grpc.aio
 import pytest
 
 from orchestrator.core.blocks import pack_hashes
+from orchestrator.core.commands import LoadBlocks
 from orchestrator.core.events import FetchEnded, FetchProgressed, OfferEnded
-from orchestrator.core.store import recalls
-from orchestrator.core.types import BlockHash, CostProfile, KvBatch, Lease, LeaseId, NodeId, TenantId, Tier
+from orchestrator.core.store import moves, recalls
+from orchestrator.core.types import (
+    BlockHash,
+    BlockId,
+    CostProfile,
+    KvBatch,
+    Lease,
+    LeaseId,
+    NodeId,
+    RequestId,
+    TenantId,
+    Tier,
+)
 from orchestrator.wire import codec, node_pb2, store_codec, store_pb2, store_pb2_grpc
+from orchestrator.wire.buckets import open_bucket
 from orchestrator.wire.journal import read_journal
 from orchestrator.wire.replay import replay
 from orchestrator.wire.trust import Caller
@@ -24,19 +39,26 @@ from tests.builders import TRUST
 from tests.workers.store.hosts import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
+    BLOCKS,
     LAYOUT,
     MODEL,
     NAMES,
+    PAGES,
     SEGMENT,
     STORE,
     Host,
+    Node,
     PoolEngine,
+    content,
     host,
     objects,
     run,
     until,
 )
-from workers.memory import TransferLimits, host_id
+from workers.memory import SharedArena, TransferLimits, host_id
+from workers.store.cmx import Cmx, CmxFailed, Damage, model_key
+from workers.store.models import ModelBlocks
+from workers.tiers import StorePlace
 
 
 class Pause:
@@ -105,24 +127,34 @@ def test_small_answers_are_copied_together_and_large_ones_in_pieces(
     run(scenario)
 
 
-def test_what_outlives_everything_is_loaded_after_everything_was_restarted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("visible", [True, False], ids=["straight", "through memory"])
+def test_what_outlives_everything_is_loaded_after_everything_was_restarted(tmp_path: Path, visible: bool) -> None:
     async def scenario() -> None:
+        await put(tmp_path, 10)
+        assert len(objects(tmp_path)) == 2  # whole segments alone
         async with host(tmp_path) as there:
-            node = await there.node()
-            node.engine.fill(10)
-            await node.offer(0, 10)
-            await until(lambda: len(objects(tmp_path)) == 2)  # whole segments alone
-            await node.tiers.close()
-        async with host(tmp_path) as there:
-            node = await there.node("later")
+            node = await there.node("later", engine=PoolEngine(visible))
             ended = await node.load(0, 10)
-            assert ended == FetchEnded(ended.request, 8 * BLOCK_TOKENS, cmx_tokens=8 * BLOCK_TOKENS)
+            assert ended == FetchEnded(ended.request, 8 * BLOCK_TOKENS, cmx_tokens=8 * BLOCK_TOKENS, direct=visible)
             assert node.holds(0, 8)
-            # It is in the memory now.
+            (moved,) = node.moved
+            assert (moved.source, moved.target, moved.bytes) == ("cmx" if visible else "cpu", "hbm", 8 * BLOCK_BYTES)
+            # It is in the memory now, if it went through there.
+            load = there.server.driver.load(MODEL)
+            assert load.slots_cached + load.slots_used == (0 if visible else 8)
             ended = await node.load(0, 8)
-            assert ended == FetchEnded(ended.request, 8 * BLOCK_TOKENS)
+            assert (ended.tokens, ended.cmx_tokens) == (8 * BLOCK_TOKENS, 8 * BLOCK_TOKENS if visible else 0)
 
     run(scenario)
+
+
+async def put(cmx: Path, blocks: int) -> None:
+    """Put the whole segments of so many blocks into a folder."""
+    async with host(cmx) as there:
+        node = await there.node()
+        node.engine.fill(blocks)
+        await node.offer(0, blocks)
+        await until(lambda: there.server.driver.load(MODEL).segments == blocks // SEGMENT)
 
 
 def flipped(path: Path) -> None:
@@ -131,22 +163,227 @@ def flipped(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, flipped, lambda path: os.truncate(path, 100)], ids=["gone", "flipped", "cut"])
-def test_a_damaged_object_is_a_counted_miss(tmp_path: Path, damage: Any) -> None:
+def another(path: Path) -> None:
+    """Put another segment where one should be."""
+    path.write_bytes(next(one for one in path.parents[1].rglob("*") if one.is_file() and one != path).read_bytes())
+
+
+@pytest.mark.parametrize("visible", [True, False], ids=["straight", "through memory"])
+@pytest.mark.parametrize(
+    ("damage", "failure"),
+    [(Path.unlink, "missing"), (flipped, "damaged"), (lambda path: os.truncate(path, 100), "damaged"), (another, "damaged")],
+    ids=["gone", "flipped", "cut", "foreign"],
+)
+def test_a_damaged_object_is_a_counted_miss_and_gone(tmp_path: Path, damage: Any, failure: str, visible: bool) -> None:
     async def scenario() -> None:
-        async with host(tmp_path) as there:
-            node = await there.node()
-            node.engine.fill(12)
-            await node.offer(0, 12)
-            await until(lambda: len(objects(tmp_path)) == 3)
+        await put(tmp_path, 12)
         second = next(path for path in objects(tmp_path) if path.name == NAMES[2 * SEGMENT - 1].hex())
         damage(second)
         async with host(tmp_path) as there:
-            node = await there.node()
+            node = await there.node(engine=PoolEngine(visible))
+            driver = there.server.driver
+            await until(lambda: driver.load(MODEL).segments in (2, 3))  # one that is cut is not found
             ended = await node.load(0, 12)
-            assert ended.tokens == SEGMENT * BLOCK_TOKENS
+            assert (ended.tokens, ended.failure) == (SEGMENT * BLOCK_TOKENS, None)
             assert node.holds(0, SEGMENT)
-            assert there.server.driver.load(MODEL).counts.failures
+            assert dict(driver.load(MODEL).counts.failures) == {failure: 1}
+            await until(lambda: driver.load(MODEL).segments == 2)
+            await until(lambda: not second.exists())
+            # Whoever asks again computes it, and can store it again.
+            assert (await node.load(0, 12)).tokens == SEGMENT * BLOCK_TOKENS
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 8), (1, 8), (3, 7), (5, 6), (4, 8), (2, 11), (9, 12)])
+@pytest.mark.parametrize("limits", [TransferLimits(), SMALL])
+def test_of_segments_that_are_partly_wanted_nothing_else_is_written(
+    tmp_path: Path, first: int, last: int, limits: TransferLimits
+) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path) as there:
+            node = await there.node(limits=limits)
+            places = [BlockId(BLOCKS - 1 - 2 * number if number % 3 else 2 * number) for number in range(12)]
+            node.tiers.load(LoadBlocks(RequestId(1), NAMES[:12], first, tuple(places[first:last]), last * BLOCK_TOKENS))
+            while isinstance(event := await node.next(), FetchProgressed):
+                assert event.direct
+            tokens = last * BLOCK_TOKENS
+            assert event == FetchEnded(RequestId(1), tokens, cmx_tokens=(last - first) * BLOCK_TOKENS, direct=True)
+            wanted = {places[number]: content(number) for number in range(first, last)}
+            for block in range(BLOCKS):
+                assert bytes(node.engine.block(block)) == wanted.get(BlockId(block), bytes(BLOCK_BYTES))
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("held", "first"), [(4, 0), (6, 0), (6, 5), (6, 7), (2, 3)])
+def test_what_is_in_the_memory_comes_from_there_and_the_rest_straight(tmp_path: Path, held: int, first: int) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path) as there:
+            one, other = await there.node("one"), await there.node("other")
+            one.engine.fill(held)
+            await one.offer(0, held)
+            ended = await other.load(first, 12)
+            from_memory = max(0, held - first)
+            straight = 12 - max(held, first)
+            assert ended == FetchEnded(ended.request, 12 * BLOCK_TOKENS, cmx_tokens=straight * BLOCK_TOKENS, direct=True)
+            assert other.holds(first, 12)
+            moved = [(move.source, move.bytes) for move in other.moved]
+            ways = (("cpu", from_memory), ("cmx", straight))
+            assert moved == [(tier, blocks * BLOCK_BYTES) for tier, blocks in ways if blocks]
+            await until(lambda: there.server.driver.load(MODEL).slots_used == 0)
+
+    run(scenario)
+
+
+def test_a_store_that_learnt_nothing_of_what_went_past_it_takes_what_follows_with_what_comes_before(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 8)
+        async with host(tmp_path) as there:
+            node = await there.node()
+            assert (await node.load(0, 8)).tokens == 8 * BLOCK_TOKENS
+            for number in range(8, 12):
+                node.engine.block(number)[:] = content(number)
+            assert (await node.offer(8, 12)).failure == "what comes before is not held"
+            assert (await node.offer(0, 12)).failure is None
+            await until(lambda: there.server.driver.load(MODEL).segments == 3)
+            assert there.server.driver.load(MODEL).counts.written == SEGMENT  # what was there was not written again
+
+    run(scenario)
+
+
+def test_nodes_read_the_same_segments_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 48)
+        async with host(tmp_path, moves_bytes_max=3 * SEGMENT * BLOCK_BYTES) as there:
+            nodes = [await there.node(f"n{number}") for number in range(3)]
+            ended = await asyncio.gather(*(node.load(0, 48) for node in nodes))
+            assert [end.tokens for end in ended] == [48 * BLOCK_TOKENS] * 3
+            assert [node.holds(0, 48) for node in nodes] == [True] * 3
+
+    run(scenario)
+
+
+def test_blocks_in_another_form_than_the_pools_go_through_the_memory(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        layout = "fp8 of tests"
+        models = (ModelBlocks(MODEL, "weights", layout, BLOCK_TOKENS, BLOCK_BYTES),)
+        async with host(tmp_path, models=models) as there:
+            node = await there.node(engine=PoolEngine(layout=layout))
+            node.engine.fill(4)
+            await node.offer(0, 4)
+            await until(lambda: there.server.driver.load(MODEL).segments == 1)
+        async with host(tmp_path, models=models) as there:
+            node = await there.node(engine=PoolEngine(layout=layout))
+            ended = await node.load(0, 4)
+            assert (ended.tokens, ended.direct) == (4 * BLOCK_TOKENS, False)
+            assert [move.source for move in node.moved] == ["cpu"]
+
+    run(scenario)
+
+
+class PausedReads:
+    """Reads of segments that wait before they begin, and after each piece ask whether to go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pause = Pause()
+        read = Cmx.read
+
+        def paused(cmx: Cmx, segment: BlockHash, slabs: Any, stopped: Any) -> None:
+            self.pause()
+            read(cmx, segment, slabs, stopped)
+
+        monkeypatch.setattr(Cmx, "read", paused)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.pause.reached.wait, 10)
+
+
+def test_a_read_that_is_stopped_ends_once_nothing_writes_to_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path) as there:
+            node = await there.node()
+            reads = PausedReads(monkeypatch)
+            request = node.begin_load(0, 12)
+            await reads.reached()
+            assert node.tiers.stop(request)
+            assert node.events.empty()
+            reads.pause.go_on.set()
+            assert await node.next() == FetchEnded(request, 0, failure="stopped")
+            assert there.server.driver.load(MODEL).counts.failures == ()
+            assert (await node.load(0, 12)).tokens == 12 * BLOCK_TOKENS
+            assert node.holds(0, 12)
+
+    run(scenario)
+
+
+def test_a_store_that_dies_while_a_node_reads_ends_that_once_nothing_writes_to_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path) as there:
+            node = await there.node()
+            reads = PausedReads(monkeypatch)
+            request = node.begin_load(0, 12)
+            await reads.reached()
+            stopping = asyncio.ensure_future(there.server.stop())
+            await until(lambda: not node.tiers.attached)
+            assert node.events.empty(), "the piece is still being read"
+            reads.pause.go_on.set()
+            assert await node.next() == FetchEnded(request, 0, failure=f"store {STORE} is gone")
+            await stopping
+            await there.start()
+            await node.attached(there.place)
+            assert (await node.load(0, 12)).tokens == 12 * BLOCK_TOKENS
+            assert node.holds(0, 12)
+
+    run(scenario)
+
+
+def test_a_segment_that_is_deleted_while_it_waits_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path) as there:
+            node = await there.node()
+            reads = PausedReads(monkeypatch)
+            request = node.begin_load(0, 12)
+            await reads.reached()
+            for path in objects(tmp_path):
+                path.unlink()
+            reads.pause.go_on.set()
+            assert await node.next() == FetchEnded(request, 0)
+            assert dict(there.server.driver.load(MODEL).counts.failures) == {"missing": 1}
+
+    run(scenario)
+
+
+def test_a_node_that_cannot_read_the_folder_any_more_leaves_that_to_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "PAUSE_S_MIN", 0.01)
+
+    async def scenario() -> None:
+        await put(tmp_path, 8)
+        async with host(tmp_path) as there:
+            node = await there.node()
+            read, denied = Cmx.read, [True]
+
+            def deny(cmx: Cmx, segment: BlockHash, slabs: Any, stopped: Any) -> None:
+                if denied:
+                    raise CmxFailed(Damage.DENIED, "not you")
+                read(cmx, segment, slabs, stopped)
+
+            monkeypatch.setattr(Cmx, "read", deny)
+            assert (await node.load(0, 8)).tokens == 0
+            denied.clear()
+            while not (ended := await node.load(0, 8)).tokens:
+                pass
+            assert (ended.tokens, ended.direct) == (8 * BLOCK_TOKENS, False)
+            assert dict(there.server.driver.load(MODEL).counts.failures) == {"unavailable": 1}
 
     run(scenario)
 
@@ -356,6 +593,9 @@ def read_of(**changes: Any) -> store_pb2.AttachFrame:
         store_pb2.AttachFrame(written=[store_pb2.Written(offer=9)]),
         store_pb2.AttachFrame(reads=[*read_of().reads, *read_of().reads]),
         store_pb2.AttachFrame(copied=[store_pb2.Copied(read=7, answers=5)]),
+        # Nothing of the memory fails so, nor does what was not answered.
+        store_pb2.AttachFrame(copied=[store_pb2.Copied(read=7, answers=1, failure="corrupt")]),
+        store_pb2.AttachFrame(copied=[store_pb2.Copied(read=7, failure="corrupt")]),
     ],
 )
 def test_frames_that_mean_nothing_end_their_call_alone(frame: store_pb2.AttachFrame) -> None:
@@ -371,6 +611,129 @@ def test_frames_that_mean_nothing_end_their_call_alone(frame: store_pb2.AttachFr
             await node.offer(0, 4)
             assert (await node.load(0, 4)).tokens == 4 * BLOCK_TOKENS
             await channel.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("failure", ["nothing", "", "missing", "corrupt"])
+def test_what_a_node_says_of_segments_is_believed_if_it_can_be(tmp_path: Path, failure: str) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path) as there:
+            channel, stub = stub_of(there)
+            driver = there.server.driver
+            await until(lambda: driver.load(MODEL).segments == 3)
+            call = await attach(stub)
+            await call.write(read_of(hashes=pack_hashes(NAMES[:12]), tokens=48, direct=True))
+            served = [answer async for answer in answers(call, 3)]
+            assert [(answer.segment, answer.tokens, list(answer.slots)) for answer in served] == [
+                (0, 16, []), (1, 32, []), (2, 48, []),
+            ]  # fmt: skip
+            await call.write(store_pb2.AttachFrame(copied=[store_pb2.Copied(read=1, answers=2, failure=failure)]))
+            if failure == "nothing":
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await to_its_end(call)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            elif failure:
+                (last,) = [answer async for answer in answers(call, 1)]
+                assert (last.final, last.tokens) == (True, 16)
+                assert dict(driver.load(MODEL).counts.failures) == {"missing" if failure == "missing" else "damaged": 1}
+                # The third it is through with, unread.
+                await call.write(store_pb2.AttachFrame(copied=[store_pb2.Copied(read=1, answers=2)], closed=[1]))
+            else:
+                await call.write(store_pb2.AttachFrame(copied=[store_pb2.Copied(read=1, answers=1)]))
+                (last,) = [answer async for answer in answers(call, 1)]
+                assert (last.final, last.tokens) == (True, 48)
+                await call.write(store_pb2.AttachFrame(closed=[1]))
+            await until(lambda: driver.load(MODEL).reads_waiting == 0)
+            assert driver.load(MODEL).segments == (2 if failure in ("missing", "corrupt") else 3)
+            node = await there.node("n1")
+            assert (await node.load(0, 4)).tokens == 16
+            await channel.close()
+
+    run(scenario)
+
+
+async def answers(call: Any, count: int) -> AsyncIterator[store_pb2.Slots]:
+    """Return the next answers to reads."""
+    while count > 0:
+        frame = await asyncio.wait_for(call.read(), 10)
+        for answer in frame.slots:
+            yield answer
+            count -= 1
+
+
+def test_a_node_that_is_lost_while_it_reads_by_itself_keeps_nothing_from_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 12)
+        async with host(tmp_path, moves_bytes_max=SEGMENT * BLOCK_BYTES) as there:
+            channel, stub = stub_of(there)
+            call = await attach(stub)
+            await call.write(read_of(hashes=pack_hashes(NAMES[:12]), tokens=48, direct=True))
+            (served,) = [answer async for answer in answers(call, 1)]
+            assert served.HasField("segment")
+            call.cancel()
+            # Its process lives, but there is nothing of the store's that it could touch.
+            await until(lambda: there.server.driver.nodes == set())
+            node = await there.node("n1")
+            assert (await node.load(0, 12)).tokens == 48
+            await channel.close()
+
+    run(scenario)
+
+
+class Liar(store_pb2_grpc.StoreServicer):
+    """A store that answers reads with whatever it was given."""
+
+    def __init__(self, arena: SharedArena, folder: store_pb2.Folder | None, lies: Sequence[store_pb2.Slots]) -> None:
+        self.placed = store_pb2.Arena(memory=arena.place(()), slots=PAGES, folder=folder)
+        self.lies = lies
+
+    async def Attach(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+        await context.read()
+        await context.write(store_pb2.ArenaFrame(arena=self.placed))
+        while isinstance(frame := await context.read(), store_pb2.AttachFrame):
+            for read in frame.reads:
+                answers = [store_pb2.Slots(read=read.read) for _ in self.lies]
+                for answer, lie in zip(answers, self.lies, strict=True):
+                    answer.MergeFrom(lie)
+                await context.write(store_pb2.ArenaFrame(slots=answers))
+
+
+@pytest.mark.parametrize(
+    ("folder", "lies"),
+    [
+        (False, [store_pb2.Slots(segment=0, tokens=16)]),
+        (True, [store_pb2.Slots(segment=1, tokens=32)]),
+        (True, [store_pb2.Slots(segment=0, tokens=0)]),
+        (True, [store_pb2.Slots(segment=0, tokens=32)]),
+        (True, [store_pb2.Slots(segment=2, tokens=48)]),
+        (True, [store_pb2.Slots(segment=1 << 30, tokens=1 << 31)]),
+        (True, [store_pb2.Slots(segment=0, tokens=16), store_pb2.Slots(segment=0, tokens=16)]),
+    ],
+    ids=["no folder", "a hole", "nothing", "too much", "beyond", "far beyond", "twice"],
+)
+def test_a_store_that_serves_segments_which_were_not_asked_for_is_left(
+    tmp_path: Path, folder: bool, lies: list[store_pb2.Slots]
+) -> None:
+    async def scenario() -> None:
+        await put(tmp_path, 8)
+        bucket = open_bucket(f"file://{tmp_path}", "store.cmx")
+        key = model_key("weights", LAYOUT, BLOCK_TOKENS, BLOCK_BYTES, SEGMENT)
+        place = Cmx(bucket, key, BLOCK_BYTES, SEGMENT, 10.0).place() if folder else None
+        arena, server = SharedArena(PAGES * BLOCK_BYTES), grpc.aio.server()
+        store_pb2_grpc.add_StoreServicer_to_server(Liar(arena, place, lies), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        with ThreadPoolExecutor(2) as executor:
+            node = Node("n0", executor)
+            await node.attached(StorePlace(STORE, f"127.0.0.1:{port}"))
+            ended = await node.load(0, 10)
+            assert ended.failure == f"store {STORE} is gone"
+            assert node.holds(0, ended.tokens // BLOCK_TOKENS)
+            await node.tiers.close()
+        await server.stop(0)
+        arena.close()
 
     run(scenario)
 
