@@ -167,6 +167,8 @@ async def forward(exchange: Exchange, body: bytes, peer: str, tls: ssl.SSLContex
     except (TimeoutError, OSError) as error:
         raise PeerUnreachable(f"{peer}: {error}") from error
     try:
+        if writer.transport.is_closing():  # the peer died as soon as it had taken the connection
+            raise PeerUnreachable(f"{peer}: closed before its request")
         with exchange.watch(writer.close):
             writer.write(_request(exchange, body, address.netloc))
             await _relay(reader, exchange, peer)

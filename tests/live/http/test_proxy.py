@@ -4,7 +4,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +172,31 @@ def test_a_peer_that_ends_before_its_answer_is_unreachable(pieces: tuple[bytes, 
         assert client.sent == []
 
     play(scenario)
+
+
+def test_a_peer_that_is_gone_once_it_has_taken_the_connection_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        client = Client()
+        async with peer() as one:
+            reader, writer = await asyncio.open_connection(*one.url.removeprefix("http://").split(":"))
+            writer.transport.abort()
+            await asyncio.wait_for(_until_closed(writer), 10)
+
+            async def opened(*where: Any, **how: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+                del where, how
+                return reader, writer
+
+            monkeypatch.setattr(asyncio, "open_connection", opened)
+            with pytest.raises(PeerUnreachable, match="before its request"):
+                await forward(client.exchange(), BODY, one.url)
+        assert client.sent == []
+
+    play(scenario)
+
+
+async def _until_closed(writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 def test_a_peer_that_goes_away_within_its_answer_breaks_the_connection() -> None:
