@@ -153,7 +153,7 @@ class Lookout:
 
 
 class _Process:
-    """What both kinds of processes have in common."""
+    """What all kinds of processes have in common."""
 
     ends_controller = False
 
@@ -167,6 +167,15 @@ class _Process:
         self._node_addresses: dict[NodeId, str] = {}
         self._fingerprints: dict[str, str] = {}
         self._draining = False
+
+    def drain(self, seconds: float, lingers: bool) -> bool:
+        """Take nothing new and let what runs end; False if some did not.
+
+        Here there is nothing to wait for: others go on without it.
+        """
+        del seconds, lingers
+        self._draining = True
+        return True
 
     def describe(self) -> Description | None:
         """Return what this process is; None before its start."""
@@ -317,12 +326,6 @@ class DraftProcess(_Process):
         serve_long()
         return self.describe()
 
-    def drain(self, seconds: float, lingers: bool) -> bool:
-        """Nodes go on without it: there is nothing to wait for."""
-        del seconds, lingers
-        self._draining = True
-        return True
-
     def stop(self) -> None:
         """Stop serving."""
         if self._server is not None:
@@ -349,12 +352,6 @@ class StoreProcess(_Process):
         self._address = self._loop.run(self._serve(config, models))
         serve_long()
         return self.describe()
-
-    def drain(self, seconds: float, lingers: bool) -> bool:
-        """Nodes go on without it: there is nothing to wait for."""
-        del seconds, lingers
-        self._draining = True
-        return True
 
     def stop(self) -> None:
         """Stop serving; what is in the memory is lost."""

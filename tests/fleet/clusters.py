@@ -22,6 +22,7 @@ from orchestrator.fleet.words import (
     Settle,
     Start,
     Stop,
+    TellMembers,
 )
 
 
@@ -102,6 +103,11 @@ def booted(config: ClusterConfig, *hold: type) -> Run:
     assert answers(run.tell(BootAsked(1))) == [Answer(1)]
     run.hold = hold
     return run
+
+
+def told(run: Run) -> TellMembers:
+    """Return what processes were told last of each other."""
+    return [order for order in run.done if isinstance(order, TellMembers)][-1]
 
 
 def answers(orders: list[Command]) -> list[Answer]:

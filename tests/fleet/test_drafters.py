@@ -21,7 +21,7 @@ from orchestrator.fleet.words import (
     ReturnAsked,
     TellMembers,
 )
-from tests.fleet.clusters import Run, answers, booted, brief
+from tests.fleet.clusters import Run, answers, booted, brief, told
 
 DRAFTS = PoolName("drafts")
 D0, D1 = ProcessName("drafter-drafts-0"), ProcessName("drafter-drafts-1")
@@ -36,10 +36,6 @@ def run() -> Iterator[Run]:
     run = booted(CONFIG)
     yield run
     run.controller.validate()
-
-
-def told(run: Run) -> TellMembers:
-    return [order for order in run.done if isinstance(order, TellMembers)][-1]
 
 
 def drafters(run: Run) -> list[ProcessName]:

@@ -27,7 +27,7 @@ from orchestrator.fleet.words import (
     StartFailed,
     TellMembers,
 )
-from tests.fleet.clusters import Run, answers, booted, brief, small
+from tests.fleet.clusters import Run, answers, booted, brief, small, told
 
 S0, S1, G0 = map(ProcessName, ("store-0", "store-1", "gateway-0"))
 CONFIG = small(store=StoreConfig())
@@ -38,10 +38,6 @@ def run() -> Iterator[Run]:
     run = booted(CONFIG)
     yield run
     run.controller.validate()
-
-
-def told(run: Run) -> TellMembers:
-    return [order for order in run.done if isinstance(order, TellMembers)][-1]
 
 
 def test_a_host_that_is_used_gets_one_store_and_another_host_another(run: Run) -> None:
